@@ -1,0 +1,600 @@
+"""Constructors that keep expressions canonical: two spellings of one function give one object.
+
+What is normalised, and why it is sound:
+  * integers are expanded polynomials; comparisons become `x >= 0` or `x == 0` of such a polynomial;
+  * floats are sums of products with constant coefficients. Reassociation changes rounding alone; no term is dropped
+    because its coefficient is zero, and nothing moves across `half`, `detach` or a reduction;
+  * `where` merges equal fills, and a term that is added to a drowning fill (-inf, or beyond 1e38) moves inside.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from attnfx.ir import poly
+from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Expr, node
+from attnfx.ir.poly import Poly, by_digest
+
+DROWNS = 1e38  # a fill this large swallows every finite score that fits float32 or bfloat16 arithmetic
+
+
+# -- leaves -----------------------------------------------------------------------------------
+def const(value: bool | int | float) -> Expr:
+    if isinstance(value, bool):
+        return node("const", BOOL, (), value)
+    if isinstance(value, int):
+        return node("const", INT, (), value)
+    return node("const", FLOAT, (), float(value))
+
+
+TRUE, FALSE, ZERO, ONE = const(True), const(False), const(0), const(1)
+DOT = node("dot", FLOAT)
+PROB = node("prob", FLOAT)
+
+
+def size(name: str) -> Expr:
+    return node("size", INT, (), name)
+
+
+def var(name: str, extent: Expr | int) -> Expr:
+    return node("var", INT, (const(extent) if isinstance(extent, int) else extent,), name)
+
+
+def load(slot: object, index: Sequence[Expr], kind: str) -> Expr:
+    return node("load", kind, tuple(index), slot)
+
+
+# -- integers ---------------------------------------------------------------------------------
+def from_poly(p: Poly) -> Expr:
+    if any(a.op == "mod" for m in p for a in m):
+        p = _rejoin(p)
+    terms = []
+    for monomial, coefficient in sorted(p.items(), key=lambda t: tuple(a.digest for a in t[0])):
+        if not monomial:
+            terms.append(const(coefficient))
+        elif coefficient == 1:
+            terms.append(monomial[0] if len(monomial) == 1 else node("mul", INT, monomial))
+        else:
+            terms.append(node("mul", INT, (const(coefficient), *monomial)))
+    if not terms:
+        return ZERO
+    return terms[0] if len(terms) == 1 else node("add", INT, tuple(terms))
+
+
+def _rejoin(p: Poly) -> Poly:
+    """c * y * (x // y) + c * (x % y) = c * x."""
+    for monomial, coefficient in list(p.items()):
+        for at, atom in enumerate(monomial):
+            if atom.op != "mod" or monomial not in p:
+                continue
+            x, y = atom.args
+            others: Poly = {monomial[:at] + monomial[at + 1 :]: coefficient}
+            whole = poly.times(poly.times(others, poly.of(y)), {(node("floordiv", INT, (x, y)),): 1})
+            if whole and all(p.get(m) == c for m, c in whole.items()):
+                p = poly.plus(poly.plus(p, whole, -1), {monomial: coefficient}, -1)
+                p = poly.plus(p, poly.times(others, poly.of(x)))
+    return p
+
+
+def floordiv(x: Expr, y: Expr) -> Expr:
+    if x.op == "where" and y.op == "const":
+        return where(x.args[0], floordiv(x.args[1], y), floordiv(x.args[2], y))
+    whole, rest = _split(x, y)
+    if rest is None:
+        return node("floordiv", INT, (x, y))
+    if not rest:
+        return from_poly(whole)
+    inner = from_poly(rest)
+    low, high = poly.bounds(inner)
+    divisor = poly.of(y)
+    if poly.nonnegative(low) and high is not None and poly.nonnegative(poly.plus(divisor, poly.plus(high, {(): 1}), -1)):
+        return from_poly(whole)
+    if inner.op == "floordiv" and inner.args[1].op == "const" and y.op == "const":
+        nested = floordiv(inner.args[0], mul(inner.args[1], y))
+    else:
+        nested = node("floordiv", INT, (inner, y))
+    return add(from_poly(whole), nested)
+
+
+def mod(x: Expr, y: Expr) -> Expr:
+    _, rest = _split(x, y)
+    if rest is None:
+        return node("mod", INT, (x, y))
+    if not rest:
+        return ZERO
+    inner = from_poly(rest)
+    low, high = poly.bounds(inner)
+    if poly.nonnegative(low) and high is not None:
+        if poly.nonnegative(poly.plus(poly.of(y), poly.plus(high, {(): 1}), -1)):
+            return inner
+    return node("mod", INT, (inner, y))
+
+
+def _split(x: Expr, y: Expr) -> tuple[Poly, Poly | None]:
+    """x = whole * y + rest, with every term that y divides in whole. (rest None: y may be zero or negative.)"""
+    divisor = poly.of(y)
+    if not poly.nonnegative(poly.plus(divisor, {(): 1}, -1)):
+        return {}, None
+    whole: Poly = {}
+    rest: Poly = {}
+    for index, coefficient in poly.by_index(poly.of(x)).items():
+        quotient = poly.divide(coefficient, divisor)
+        left: Poly = {}
+        if quotient is None and set(coefficient) <= {()} and set(divisor) <= {()}:
+            # a constant coefficient: take out what the divisor holds, leave a remainder in [0, divisor)
+            q, r = divmod(coefficient[()], divisor[()])
+            quotient, left = ({(): q} if q else {}), {(): r}
+            if index and 2 * r > divisor[()]:
+                quotient, left = {}, coefficient
+        if quotient is None:
+            quotient, left = {}, coefficient
+        index_poly: Poly = {index: 1}
+        whole = poly.plus(whole, poly.times(quotient, index_poly))
+        rest = poly.plus(rest, poly.times(left, index_poly))
+    return whole, rest
+
+
+# -- sums and products ------------------------------------------------------------------------
+def add(*xs: Expr) -> Expr:
+    if all(x.kind == INT for x in xs):
+        out: Poly = {}
+        for x in xs:
+            out = poly.plus(out, poly.of(x))
+        return from_poly(out)
+    xs = tuple(to_float(x) for x in xs)
+    for at, x in enumerate(xs):
+        if x.op == "where":  # rest + where(p, a, fill) = where(p, rest + a, fill) where the fill drowns the rest
+            rest = xs[:at] + xs[at + 1 :]
+            if all(_number(r) is not None for r in rest):
+                if any(_number(a) is not None for a in x.args[1:]):
+                    return where(x.args[0], add(*rest, x.args[1]), add(*rest, x.args[2]))
+                continue
+            for branch, other in ((2, 1), (1, 2)):
+                if drowning(x.args[branch]):
+                    moved = add(*rest, x.args[other])
+                    return where(x.args[0], *((moved, x.args[2]) if branch == 2 else (x.args[1], moved)))
+    constant = 0.0
+    terms: dict[tuple[Expr, ...], float] = {}
+    seen_constant = False
+    for x in xs:
+        for factor, atoms in _sum_terms(x):
+            if not atoms:
+                constant, seen_constant = constant + factor, True
+            else:
+                terms[atoms] = terms.get(atoms, 0.0) + factor
+    out_terms = [_product(c, atoms) for atoms, c in sorted(terms.items(), key=lambda t: [a.digest for a in t[0]])]
+    if seen_constant and (constant != 0.0 or not out_terms):
+        out_terms.insert(0, const(constant))
+    return out_terms[0] if len(out_terms) == 1 else node("add", FLOAT, tuple(out_terms))
+
+
+def _sum_terms(x: Expr) -> list[tuple[float, tuple[Expr, ...]]]:
+    if x.op == "add":
+        return [t for a in x.args for t in _sum_terms(a)]
+    if x.op == "const":
+        return [(float(x.value), ())]  # type: ignore[arg-type]
+    if x.op == "mul" and x.args[0].op == "const":
+        return [(float(x.args[0].value), x.args[1:])]  # type: ignore[arg-type]
+    return [(1.0, x.args if x.op == "mul" else (x,))]
+
+
+def _product(c: float, atoms: tuple[Expr, ...]) -> Expr:
+    if c == 1.0:
+        return atoms[0] if len(atoms) == 1 else node("mul", FLOAT, atoms)
+    return node("mul", FLOAT, (const(c), *atoms))
+
+
+def mul(*xs: Expr) -> Expr:
+    if all(x.kind == INT for x in xs):
+        out: Poly = {(): 1}
+        for x in xs:
+            out = poly.times(out, poly.of(x))
+        return from_poly(out)
+    xs = tuple(to_float(x) for x in xs)
+    coefficient = 1.0
+    atoms: list[Expr] = []
+    for x in xs:
+        if x.op == "const":
+            coefficient *= float(x.value)  # type: ignore[arg-type]
+        elif x.op == "mul":
+            head, tail = (x.args[0], x.args[1:]) if x.args[0].op == "const" else (None, x.args)
+            coefficient *= float(head.value) if head is not None else 1.0  # type: ignore[arg-type]
+            atoms.extend(tail)
+        else:
+            atoms.append(x)
+    if not atoms:
+        return const(coefficient)
+    if coefficient != 1.0 and len(atoms) == 1:
+        only = atoms[0]
+        if only.op == "add" and math.isfinite(coefficient):
+            return add(*(mul(const(coefficient), a) for a in only.args))
+        if only.op == "where" and any(_number(a) is not None for a in only.args[1:]):
+            return where(only.args[0], *(mul(const(coefficient), a) for a in only.args[1:]))
+    if len(atoms) == 2 and coefficient == 1.0:  # recip(sqrt(x)) ** 2 and the like are left alone: only order is fixed
+        pass
+    return _product(coefficient, tuple(sorted(atoms, key=by_digest)))
+
+
+def neg(x: Expr) -> Expr:
+    return mul(const(-1), x) if x.kind == INT else mul(const(-1.0), x)
+
+
+def sub(x: Expr, y: Expr) -> Expr:
+    return add(x, neg(to_int(y) if y.kind == BOOL and x.kind == INT else y if y.kind != BOOL else to_float(y)))
+
+
+def div(x: Expr, y: Expr) -> Expr:
+    """True division."""
+    return mul(to_float(x), unary("recip", to_float(y)))
+
+
+def _number(x: Expr) -> float | None:
+    return float(x.value) if x.op == "const" and x.kind != BOOL else None  # type: ignore[arg-type]
+
+
+def drowning(x: Expr) -> bool:
+    """A constant that swallows whatever finite score is added to it."""
+    value = _number(x)
+    return value is not None and value <= -DROWNS
+
+
+# -- conversions ------------------------------------------------------------------------------
+def to_float(x: Expr) -> Expr:
+    if x.kind == FLOAT:
+        return x
+    if x.op == "const":
+        return const(float(x.value))  # type: ignore[arg-type]
+    if x.kind == BOOL:
+        return where(x, const(1.0), const(0.0))
+    if x.op == "where":
+        return where(x.args[0], to_float(x.args[1]), to_float(x.args[2]))
+    if x.op in ("add", "mul"):  # exact: index arithmetic stays far below 2 ** 24 per term
+        terms = []
+        for monomial, c in poly.of(x).items():
+            atoms = tuple(sorted((node("float", FLOAT, (a,)) for a in monomial), key=by_digest))
+            terms.append(_product(float(c), atoms) if atoms else const(float(c)))
+        return add(*terms) if len(terms) > 1 else terms[0]
+    return node("float", FLOAT, (x,))
+
+
+def to_int(x: Expr) -> Expr:
+    """Truncation toward zero, as `.long()`."""
+    if x.kind == INT:
+        return x
+    if x.kind == BOOL:
+        return where(x, ONE, ZERO)
+    exact = as_integer(x)
+    if exact is not None:
+        return exact
+    if x.op == "where":
+        return where(x.args[0], to_int(x.args[1]), to_int(x.args[2]))
+    if x.op == "const":
+        value = float(x.value)  # type: ignore[arg-type]
+        if math.isfinite(value):
+            return const(int(value))
+    return node("int", INT, (x,))
+
+
+def to_bool(x: Expr) -> Expr:
+    return x if x.kind == BOOL else not_(eq(x, ZERO if x.kind == INT else const(0.0)))
+
+
+def as_integer(x: Expr) -> Expr | None:
+    """The integer expression that a float expression equals exactly, or None."""
+    if x.op == "float":
+        return x.args[0]
+    if x.op == "const" and x.kind == FLOAT:
+        value = float(x.value)  # type: ignore[arg-type]
+        return const(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 2**53 else None
+    if x.kind == FLOAT and x.op in ("add", "mul"):
+        parts = [as_integer(a) for a in x.args]
+        known = [p for p in parts if p is not None]
+        if len(known) == len(parts):
+            return add(*known) if x.op == "add" else mul(*known)
+    return None
+
+
+def half(x: Expr) -> Expr:
+    """Rounded to float16: what exceeds its range becomes infinite."""
+    if x.op == "half":
+        return x
+    value = _number(x)
+    if value is not None:
+        return const(math.copysign(math.inf, value)) if abs(value) >= 65520 else const(value)
+    if x.op == "where":
+        return where(x.args[0], half(x.args[1]), half(x.args[2]))
+    return node("half", FLOAT, (x,))
+
+
+def detach(x: Expr) -> Expr:
+    if x.kind != FLOAT or x.op in ("detach", "const", "float", "rmax"):
+        return x
+    return node("detach", FLOAT, (x,))
+
+
+# -- functions --------------------------------------------------------------------------------
+_FOLD = {
+    "exp": math.exp, "log": math.log, "tanh": math.tanh, "sqrt": math.sqrt, "sin": math.sin, "cos": math.cos,
+    "recip": lambda v: 1.0 / v, "floor": math.floor, "ceil": math.ceil, "trunc": math.trunc, "log2": math.log2,
+    "sigmoid": lambda v: 1.0 / (1.0 + math.exp(-v)), "exp2": lambda v: 2.0**v,
+}  # fmt: skip
+
+
+def unary(op: str, x: Expr) -> Expr:
+    """A unary function of a float (see FLOAT_UNARY), `abs` or `sign` of a number."""
+    if op == "abs":
+        return _absolute(x)
+    if op == "sign":
+        return where(gt(x, ZERO), ONE, where(lt(x, ZERO), const(-1), ZERO)) if x.kind == INT else node("sign", FLOAT, (x,))
+    assert op in FLOAT_UNARY, op
+    if x.kind == INT and op in ("floor", "ceil", "round", "trunc"):
+        return x
+    x = to_float(x)
+    if op in ("floor", "ceil", "round", "trunc") and as_integer(x) is not None:
+        return x
+    value = _number(x)
+    if value is not None and op in _FOLD:
+        try:
+            return const(float(_FOLD[op](value)))
+        except (ValueError, OverflowError, ZeroDivisionError):
+            pass
+    if op == "recip":
+        if x.op == "recip":
+            return x.args[0]
+        if x.op == "mul" and x.args[0].op == "const" and x.args[0].value:
+            return mul(const(1.0 / float(x.args[0].value)), unary("recip", _product(1.0, x.args[1:])))  # type: ignore[arg-type]
+        if x.op == "exp":
+            return unary("exp", neg(x.args[0]))
+    if op == "exp" and x.op == "log":
+        return x.args[0]
+    if op == "log" and x.op == "exp":
+        return x.args[0]
+    return node(op, FLOAT, (x,))
+
+
+def _absolute(x: Expr) -> Expr:
+    if x.kind == INT:
+        low, high = poly.bounds(x)
+        if poly.nonnegative(low):
+            return x
+        if high is not None and poly.nonnegative(poly.plus({}, high, -1)):
+            return neg(x)
+        return node("abs", INT, (min((x, neg(x)), key=by_digest),))
+    whole = as_integer(x)
+    return to_float(_absolute(whole)) if whole is not None else node("abs", FLOAT, (x,))
+
+
+def minimum(*xs: Expr) -> Expr:
+    return _extreme("min", xs)
+
+
+def maximum(*xs: Expr) -> Expr:
+    return _extreme("max", xs)
+
+
+def _extreme(op: str, xs: tuple[Expr, ...]) -> Expr:
+    if any(x.kind == FLOAT for x in xs):
+        whole = [as_integer(to_float(x)) for x in xs]
+        if all(w is not None and w.op != "const" for w in whole):
+            return to_float(_extreme(op, tuple(w for w in whole if w is not None)))
+        xs = tuple(to_float(x) for x in xs)
+    if xs[0].kind == BOOL:
+        return or_(*xs) if op == "max" else and_(*xs)
+    flat: list[Expr] = []
+    for x in xs:
+        flat.extend(x.args if x.op == op else (x,))
+    numbers = [x for x in flat if x.op == "const"]
+    rest = sorted({x for x in flat if x.op != "const"}, key=by_digest)
+    if numbers:
+        best = (max if op == "max" else min)(numbers, key=lambda c: c.value)  # type: ignore[arg-type,return-value]
+        rest = [best, *rest]
+    if xs[0].kind == INT and len(rest) == 2:
+        gap = sub(rest[0], rest[1])
+        low, high = poly.bounds(gap)
+        if poly.nonnegative(low):
+            return rest[0] if op == "max" else rest[1]
+        if high is not None and poly.nonnegative(poly.plus({}, high, -1)):
+            return rest[1] if op == "max" else rest[0]
+    return rest[0] if len(rest) == 1 else node(op, xs[0].kind, tuple(rest))
+
+
+def power(x: Expr, y: Expr) -> Expr:
+    exponent = _number(y)
+    if exponent is not None and x.kind == INT and exponent == int(exponent) and 0 <= exponent <= 4:
+        return mul(ONE, *([x] * int(exponent)))
+    if exponent is not None:
+        if exponent == int(exponent) and 1 <= exponent <= 4:
+            return mul(*([to_float(x)] * int(exponent)))
+        if exponent == -1:
+            return unary("recip", to_float(x))
+        if exponent == 0.5:
+            return unary("sqrt", to_float(x))
+        if exponent == -0.5:
+            return unary("recip", unary("sqrt", to_float(x)))
+    x, y = to_float(x), to_float(y)
+    if x.op == "const" and y.op == "const":
+        try:
+            return const(float(x.value) ** float(y.value))  # type: ignore[arg-type]
+        except (OverflowError, ZeroDivisionError, ValueError):
+            pass
+    return node("pow", FLOAT, (x, y))
+
+
+# -- comparisons and logic --------------------------------------------------------------------
+def ge0(x: Expr) -> Expr:
+    """x >= 0 for an integer expression."""
+    p = poly.of(x)
+    divisor = math.gcd(*(c for m, c in p.items() if m)) if any(p) else 0
+    if divisor > 1:
+        p = {m: c // divisor for m, c in p.items()}  # floor of the constant: x/g >= -c/g
+        x = from_poly({m: c for m, c in p.items() if c})
+    low, high = poly.bounds(x)
+    if poly.nonnegative(low):
+        return TRUE
+    if high is not None and poly.nonnegative(poly.plus({(): -1}, high, -1)):
+        return FALSE
+    return node("ge0", BOOL, (x,))
+
+
+def eq0(x: Expr) -> Expr:
+    """x == 0 for an integer expression."""
+    if x.op == "const":
+        return const(x.value == 0)
+    p = poly.of(x)
+    divisor = math.gcd(*(c for m, c in p.items() if m)) if any(p) else 1
+    if p.get((), 0) % divisor:
+        return FALSE
+    if divisor > 1:
+        p = {m: c // divisor for m, c in p.items()}
+    x = from_poly(p)
+    low, high = poly.bounds(x)
+    one = {(): 1}
+    if (low is not None and poly.nonnegative(poly.plus(low, one, -1))) or (
+        high is not None and poly.nonnegative(poly.plus(poly.plus({}, one, -1), high, -1))
+    ):
+        return FALSE
+    return node("eq0", BOOL, (min((x, from_poly(poly.plus({}, p, -1))), key=by_digest),))
+
+
+def _compare(op: str, x: Expr, y: Expr) -> Expr:
+    """op in lt, le, eq."""
+    if x.kind == BOOL and y.kind == BOOL and op == "eq":
+        return or_(and_(x, y), and_(not_(x), not_(y)))
+    for a, b, flipped in ((x, y, False), (y, x, True)):  # push a comparison with a number into a choice of numbers
+        if a.op == "where" and b.op == "const" and all(_number(v) is not None or v.op == "where" for v in a.args[1:]):
+            results = [_compare(op, *((b, v) if flipped else (v, b))) for v in a.args[1:]]
+            return where(a.args[0], results[0], results[1])
+    if x.kind == BOOL:
+        x = to_int(x)
+    if y.kind == BOOL:
+        y = to_int(y)
+    if x.kind == FLOAT or y.kind == FLOAT:
+        x, y = to_float(x), to_float(y)
+        a, b = _number(x), _number(y)
+        if a is not None and b is not None:
+            return const(a < b if op == "lt" else a <= b if op == "le" else a == b)
+        whole = as_integer(x), as_integer(y)
+        if whole[0] is not None and whole[1] is not None:
+            x, y = whole
+        elif whole[0] is not None and b is not None and math.isfinite(b) and op != "eq":
+            return _compare("le", whole[0], const(math.floor(b) if op == "le" else math.ceil(b) - 1))
+        elif whole[1] is not None and a is not None and math.isfinite(a) and op != "eq":
+            return _compare("le", const(math.ceil(a) if op == "le" else math.floor(a) + 1), whole[1])
+        else:
+            return node(op, BOOL, tuple(sorted((x, y), key=by_digest)) if op == "eq" else (x, y))
+    gap = sub(y, x)
+    return eq0(gap) if op == "eq" else ge0(gap) if op == "le" else ge0(add(gap, const(-1)))
+
+
+def lt(x: Expr, y: Expr) -> Expr:
+    return _compare("lt", x, y)
+
+
+def le(x: Expr, y: Expr) -> Expr:
+    return _compare("le", x, y)
+
+
+def gt(x: Expr, y: Expr) -> Expr:
+    return _compare("lt", y, x)
+
+
+def ge(x: Expr, y: Expr) -> Expr:
+    return _compare("le", y, x)
+
+
+def eq(x: Expr, y: Expr) -> Expr:
+    return _compare("eq", x, y)
+
+
+def not_(x: Expr) -> Expr:
+    if x.op == "const":
+        return const(not x.value)
+    if x.op == "not":
+        return x.args[0]
+    if x.op == "ge0":
+        return ge0(sub(const(-1), x.args[0]))
+    if x.op in ("and", "or"):
+        return (or_ if x.op == "and" else and_)(*(not_(a) for a in x.args))
+    return node("not", BOOL, (x,))
+
+
+def and_(*xs: Expr) -> Expr:
+    return _logic("and", xs, TRUE, FALSE)
+
+
+def or_(*xs: Expr) -> Expr:
+    return _logic("or", xs, FALSE, TRUE)
+
+
+def _logic(op: str, xs: Sequence[Expr], neutral: Expr, final: Expr) -> Expr:
+    flat: set[Expr] = set()
+    for x in xs:
+        x = to_bool(x)
+        flat.update(x.args if x.op == op else (x,))
+    flat.discard(neutral)
+    if final in flat or any(not_(x) in flat for x in flat if x.op == "not"):
+        return final
+    if not flat:
+        return neutral
+    terms = sorted(flat, key=by_digest)
+    return terms[0] if len(terms) == 1 else node(op, BOOL, tuple(terms))
+
+
+def where(c: Expr, x: Expr, y: Expr) -> Expr:
+    c = to_bool(c)
+    if x.kind != y.kind:
+        if FLOAT in (x.kind, y.kind):
+            x, y = to_float(x), to_float(y)
+        else:
+            x, y = to_int(x), to_int(y)
+    if x is y or c is TRUE:
+        return x
+    if c is FALSE:
+        return y
+    if x.kind == BOOL:
+        return or_(and_(c, x), and_(not_(c), y)) if x.op == "const" or y.op == "const" else node("where", BOOL, (c, x, y))
+    # one orientation: a constant stands last; between two of a kind, the condition decides
+    swap = x.op == "const" and y.op != "const"
+    if (x.op == "const") == (y.op == "const"):
+        swap = not_(c).digest < c.digest
+    if swap:
+        c, x, y = not_(c), y, x
+    for _ in range(8):
+        if x.op == "where" and x.args[0] is c:
+            x = x.args[1]
+        elif y.op == "where" and y.args[0] is c:
+            y = y.args[2]
+        elif x.op == "where" and x.args[2] is y:
+            c, x = and_(c, x.args[0]), x.args[1]
+        elif y.op == "where" and y.args[1] is x:
+            return where(or_(c, y.args[0]), x, y.args[2])
+        else:
+            break
+        if x is y:
+            return x
+    return node("where", x.kind, (c, x, y))
+
+
+# -- reductions -------------------------------------------------------------------------------
+def reduction(op: str, name: str, extent: Expr, body: Expr) -> Expr:
+    """`rsum` or `rmax` of body over the variable `name` in [0, extent)."""
+    return node(op, FLOAT, (body, extent), name)
+
+
+def make(op: str, kind: str, args: tuple[Expr, ...], value: object = None) -> Expr:
+    """The canonical expression for an operation by name: how passes rebuild a node from new operands."""
+    if op in _BUILD:
+        return _BUILD[op](*args)
+    if op in FLOAT_UNARY or op in ("abs", "sign"):
+        return unary(op, *args)
+    return node(op, kind, args, value)
+
+
+_BUILD = {
+    "add": add, "mul": mul, "floordiv": floordiv, "mod": mod, "min": minimum, "max": maximum, "pow": power,
+    "ge0": ge0, "eq0": eq0, "lt": lt, "le": le, "eq": eq, "and": and_, "or": or_, "not": not_, "where": where,
+    "float": to_float, "int": to_int, "half": half, "detach": detach,
+}  # fmt: skip
+
+__all__ = ["INT", "Expr", "add", "const", "make", "mul", "where"]

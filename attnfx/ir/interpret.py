@@ -1,0 +1,98 @@
+"""The oracle: evaluates an expression for one index tuple in Python numbers (double precision)."""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable, Mapping
+
+from attnfx.ir.expr import Expr
+
+Number = bool | int | float
+Loader = Callable[[object, tuple[int, ...]], Number]
+
+
+def _half(x: float) -> float:
+    if math.isnan(x) or math.isinf(x):
+        return x
+    try:
+        return struct.unpack("e", struct.pack("e", x))[0]
+    except OverflowError:
+        return math.copysign(math.inf, x)
+
+
+def _recip(x: float) -> float:
+    return 1.0 / x if x else math.copysign(math.inf, x)
+
+
+def _exp(x: float) -> float:
+    try:
+        return math.exp(x)
+    except OverflowError:
+        return math.inf
+
+
+def _log(x: float) -> float:
+    return math.log(x) if x > 0 else -math.inf if x == 0 else math.nan
+
+
+def _sigmoid(x: float) -> float:
+    return 1.0 / (1.0 + _exp(-x)) if x >= 0 else _exp(x) / (1.0 + _exp(x))
+
+
+UNARY: dict[str, Callable[[float], float]] = {
+    "recip": _recip, "exp": _exp, "exp2": lambda x: _exp(x * math.log(2.0)), "expm1": lambda x: _exp(x) - 1.0,
+    "log": _log, "log2": lambda x: _log(x) / math.log(2.0), "log1p": lambda x: _log(1.0 + x), "tanh": math.tanh,
+    "sigmoid": _sigmoid, "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan, "sin": math.sin, "cos": math.cos,
+    "erf": math.erf, "floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc, "atan": math.atan,
+    "softplus": lambda x: x if x > 30 else math.log1p(_exp(x)), "abs": abs, "half": _half, "detach": lambda x: x,
+    "sign": lambda x: (x > 0) - (x < 0), "float": float, "int": int, "not": lambda x: not x,
+    "ge0": lambda x: x >= 0, "eq0": lambda x: x == 0,
+}  # fmt: skip
+
+
+def evaluate(e: Expr, env: Mapping[str, Number], load: Loader | None = None) -> Number:
+    """The value of `e`. `env` binds variables, sizes by name, and `dot` and `prob`; `load(slot, indices)`
+    gives an element of a capture. Raises KeyError for an unbound name."""
+    if e.op == "const":
+        return e.value  # type: ignore[return-value]
+    if e.op in ("var", "size"):
+        return env[str(e.value)]
+    if e.op in ("dot", "prob"):
+        return env[e.op]
+    if e.op == "where":
+        return evaluate(e.args[1] if evaluate(e.args[0], env, load) else e.args[2], env, load)
+    if e.op in ("rsum", "rmax"):
+        body, extent = e.args
+        values = [evaluate(body, {**env, str(e.value): n}, load) for n in range(int(evaluate(extent, env, load)))]
+        return sum(values) if e.op == "rsum" else max(values, default=-math.inf)
+    x = [evaluate(a, env, load) for a in e.args]
+    match e.op:
+        case "load":
+            assert load is not None
+            return load(e.value, tuple(int(v) for v in x))
+        case "add":
+            return sum(x)
+        case "mul":
+            return math.prod(x)
+        case "floordiv":
+            return x[0] // x[1]
+        case "mod":
+            return x[0] % x[1]
+        case "pow":
+            return x[0] ** x[1]
+        case "min":
+            return min(x)
+        case "max":
+            return max(x)
+        case "lt":
+            return x[0] < x[1]
+        case "le":
+            return x[0] <= x[1]
+        case "eq":
+            return x[0] == x[1]
+        case "and":
+            return all(x)
+        case "or":
+            return any(x)
+    return UNARY[e.op](x[0])

@@ -1,0 +1,183 @@
+"""Integer polynomials: the normal form behind integer expressions, and bounds that follow from index ranges.
+
+A polynomial maps monomials (sorted tuples of atoms) to integer coefficients. Atoms are whatever `algebra` does not
+expand: variables, sizes, floor divisions, remainders, loads.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+from attnfx.ir.expr import Expr
+
+Monomial = tuple[Expr, ...]
+Poly = dict[Monomial, int]
+
+
+def by_digest(e: Expr) -> bytes:
+    return e.digest
+
+
+def of(e: Expr) -> Poly:
+    """The polynomial that a canonical integer expression stands for."""
+    return dict(_of(e))
+
+
+@lru_cache(maxsize=20_000)
+def _of(e: Expr) -> tuple[tuple[Monomial, int], ...]:
+    if e.op == "const":
+        return (((), int(e.value)),) if e.value else ()  # type: ignore[call-overload]
+    if e.op == "add":
+        return tuple(term for a in e.args for term in _of(a))
+    if e.op == "mul":
+        head = e.args[0]
+        if head.op == "const":
+            return ((e.args[1:], int(head.value)),)  # type: ignore[call-overload]
+        return ((e.args, 1),)
+    return (((e,), 1),)
+
+
+def plus(a: Poly, b: Poly, factor: int = 1) -> Poly:
+    out = dict(a)
+    for m, c in b.items():
+        total = out.get(m, 0) + factor * c
+        if total:
+            out[m] = total
+        else:
+            out.pop(m, None)
+    return out
+
+
+def times(a: Poly, b: Poly) -> Poly:
+    out: Poly = {}
+    for m, c in a.items():
+        for n, d in b.items():
+            key = tuple(sorted((*m, *n), key=by_digest))
+            total = out.get(key, 0) + c * d
+            if total:
+                out[key] = total
+            else:
+                out.pop(key, None)
+    return out
+
+
+def divide(a: Poly, b: Poly) -> Poly | None:
+    """The exact quotient a / b, or None. Long division by the leading term."""
+    if not b:
+        return None
+    rank = lambda m: (len(m), tuple(x.digest for x in m))
+    lead = max(b, key=rank)
+    out: Poly = {}
+    rest = dict(a)
+    while rest:
+        top = max(rest, key=rank)
+        left = list(top)
+        for atom in lead:
+            if atom not in left:
+                return None
+            left.remove(atom)
+        if rest[top] % b[lead]:
+            return None
+        term = {tuple(left): rest[top] // b[lead]}
+        out = plus(out, term)
+        rest = plus(rest, times(term, b), -1)
+        if len(out) > 64:
+            return None
+    return out
+
+
+def by_index(p: Poly) -> dict[Monomial, Poly]:
+    """Group by the atoms that are not sizes: the coefficients are polynomials in the sizes."""
+    out: dict[Monomial, Poly] = {}
+    for m, c in p.items():
+        index = tuple(a for a in m if a.op != "size")
+        sizes = tuple(a for a in m if a.op == "size")
+        out.setdefault(index, {})[sizes] = c
+    return out
+
+
+def nonnegative(p: Poly | None) -> bool:
+    """Proves p >= 0 for all sizes >= 1 (never wrong, may fail to prove): substitutes size = 1 + s and asks that no
+    coefficient is negative."""
+    if p is None:
+        return False
+    shifted: Poly = {}
+    for m, c in p.items():
+        term: Poly = {(): c}
+        for atom in m:
+            if atom.op != "size":
+                return False
+            term = times(term, {(): 1, (atom,): 1})
+        shifted = plus(shifted, term)
+    return all(c >= 0 for c in shifted.values())
+
+
+def bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
+    """Lower and upper bound of an integer expression as polynomials in the sizes; None where there is none."""
+    return _bounds(e)
+
+
+def _atom_bounds(a: Expr) -> tuple[Poly | None, Poly | None]:
+    if a.op == "var":
+        return {}, plus(of(a.args[0]), {(): 1}, -1)
+    if a.op == "size":
+        return {(a,): 1}, {(a,): 1}
+    if a.op == "mod":
+        if nonnegative(plus(of(a.args[1]), {(): 1}, -1)):
+            return {}, plus(of(a.args[1]), {(): 1}, -1)
+        return None, None
+    if a.op == "floordiv":
+        low, high = _bounds(a.args[0])
+        divisor = of(a.args[1])
+        if low is not None and high is not None and nonnegative(low) and nonnegative(plus(divisor, {(): 1}, -1)):
+            # floor(high / d): exact where d divides high + 1, else high itself is a bound
+            whole = divide(plus(high, {(): 1}), divisor)
+            if whole is not None:
+                return {}, plus(whole, {(): 1}, -1)
+            if set(high) <= {()} and set(divisor) <= {()}:
+                top = high.get((), 0) // divisor[()]
+                return {}, ({(): top} if top else {})
+            return {}, high
+        return None, None
+    if a.op == "abs":
+        low, high = _bounds(a.args[0])
+        if low is None or high is None:
+            return {}, None
+        span = plus(high, low, -1)
+        return {}, span if nonnegative(high) and nonnegative(plus({}, low, -1)) else None
+    if a.op in ("where", "min", "max"):
+        pairs = [_bounds(x) for x in (a.args[1:] if a.op == "where" else a.args)]
+        return _extreme([p[0] for p in pairs], -1), _extreme([p[1] for p in pairs], 1)
+    return None, None
+
+
+def _extreme(values: list[Poly | None], sign: int) -> Poly | None:
+    """One of the values that is provably the largest (sign 1) or smallest (sign -1) of all."""
+    for v in values:
+        if v is not None and all(w is not None and nonnegative(plus({}, plus(v, w, -1), sign)) for w in values):
+            return v
+    return None
+
+
+@lru_cache(maxsize=20_000)
+def _bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
+    low: Poly | None = {}
+    high: Poly | None = {}
+    for monomial, coefficient in of(e).items():
+        a: Poly | None = {(): abs(coefficient)}
+        b: Poly | None = {(): abs(coefficient)}
+        for atom in monomial:
+            la, ha = _atom_bounds(atom)
+            # products of ranges that start at zero or above; anything else is unbounded for us
+            ok = la is not None and nonnegative(la)
+            if len(monomial) == 1 and not ok:
+                a = None if la is None else times(a or {}, la)
+                b = None if ha is None else times(b or {}, ha)
+            else:
+                a = times(a, la) if ok and a is not None and la is not None else None
+                b = times(b, ha) if ok and b is not None and ha is not None else None
+        if coefficient < 0:
+            a, b = (None if b is None else plus({}, b, -1)), (None if a is None else plus({}, a, -1))
+        low = plus(low, a) if low is not None and a is not None else None
+        high = plus(high, b) if high is not None and b is not None else None
+    return low, high
