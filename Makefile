@@ -1,0 +1,42 @@
+# Every target sets up .venv by itself: with the pinned versions of constraints.txt, again whenever these or
+# pyproject.toml change. Knobs: PYTHON (the interpreter .venv is made of), WORKERS and PYTEST_ARGS (make test).
+
+PYTHON ?= python3
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.installed
+
+.PHONY: demo test lint bench clean
+.DELETE_ON_ERROR:
+
+demo: $(READY)
+	$(BIN)/python examples/demo.py
+
+# One thread a worker, or the workers' OpenMP threads fight over the cores.
+test: $(READY)
+	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
+	    $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+bench: $(READY)
+	$(BIN)/python benchmarks/run.py
+
+# Keeps .venv, which costs a download to make again.
+clean:
+	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .pytest_cache .ruff_cache torch_compile_debug
+	rm -rf out benchmarks/out examples/out
+	find attnfx passes kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
+	@echo "installing attnfx and its tools into $(VENV)"
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

@@ -1,0 +1,9 @@
+"""The exceptions that attnfx raises."""
+
+
+class AttnfxError(Exception):
+    """Base of every exception that attnfx raises on purpose."""
+
+
+class OptionError(AttnfxError, ValueError):
+    """An option of the backend, or the environment variable that sets its default, is unknown or has a bad value."""

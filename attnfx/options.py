@@ -1,0 +1,215 @@
+"""The backend's options: what `torch.compile(model, backend="attnfx", options={...})` takes.
+
+One frozen dataclass holds them. The environment variable `ATTNFX_<OPTION>` sets an option's default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal, TypeAlias, get_args
+
+from attnfx.errors import OptionError
+
+Rewrite: TypeAlias = Literal["cost", "always", "never"]
+Tier: TypeAlias = Literal["flash", "decode", "library", "chunked", "kept"]
+Verify: TypeAlias = Literal["off", "first"]
+Inner: TypeAlias = Literal["inductor", "aot_eager", "eager"]
+
+TIERS: tuple[Tier, ...] = get_args(Tier)
+
+_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?)?B", re.IGNORECASE)
+_SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the user asked of the backend, checked and normalised.
+
+    Attributes:
+        rewrite: Rewrite a site where it is predicted to help ("cost"), wherever it is sound ("always"), or nowhere.
+        target: The device to decide for; "auto" is the one that the graph's tensors are on.
+        tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
+        memory_budget: The peak that the compiled step must fit; None is no limit.
+        verify: "first" compares each rewritten site with the original subgraph on its first call.
+        strict: Raise where a site is refused or attnfx itself fails, instead of compiling the original.
+        dump_dir: An absolute path; every graph's stages are written under it.
+        inner: Who compiles the rewritten graph.
+
+    Raises:
+        OptionError: A value is not valid, or not available in this version.
+    """
+
+    rewrite: Rewrite = "cost"
+    target: str = "auto"
+    tiers: tuple[Tier, ...] = TIERS
+    memory_budget: None = None
+    verify: Verify = "off"
+    strict: bool = False
+    dump_dir: Path | None = None
+    inner: Inner = "inductor"
+
+    def __post_init__(self) -> None:
+        for name, check in _CHECKS.items():
+            object.__setattr__(self, name, check(f"option {name!r}", getattr(self, name)))
+
+    @classmethod
+    def make(cls, given: Mapping[str, object] | None = None) -> Options:
+        """Options from a mapping of names to values; what it leaves out comes from the environment, else the default.
+
+        Raises:
+            OptionError: A name is unknown, or a value is not valid or not available in this version. The message
+                names the nearest valid one, and the environment variable where the value came from one.
+        """
+        if given is None:
+            given = {}
+        if not isinstance(given, Mapping):
+            raise OptionError(f"options must be a mapping of names to values, not {given!r}")
+        for name in given:
+            if name not in _CHECKS:
+                raise OptionError(_unknown(name))
+        return cls(**{**_from_environment(skip=given.keys()), **given})  # pyright: ignore[reportArgumentType]
+
+
+def _from_environment(skip: Iterable[str]) -> dict[str, object]:
+    """The options that `ATTNFX_<OPTION>` variables set; an empty variable counts as unset."""
+    found = {}
+    for name in _CHECKS.keys() - skip:
+        variable = f"ATTNFX_{name.upper()}"
+        text = os.environ.get(variable, "").strip()
+        if text:
+            found[name] = _CHECKS[name](f"environment variable {variable}", _parse(name, text))
+    return found
+
+
+def _parse(name: str, text: str) -> object:
+    """The value that an environment variable's text stands for; what cannot be parsed is left for the check."""
+    if name == "strict":
+        return _SWITCH.get(text.lower(), text)
+    if name in ("memory_budget", "dump_dir") and text.lower() == "none":
+        return None
+    if name == "memory_budget":
+        return _number(text)
+    return text
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
+
+
+def _unknown(name: object) -> str:
+    """The sentence about an option that does not exist; it knows the ones that belong to torch.compile or Inductor."""
+    if name == "mode":
+        whose = ", and mode is an argument of torch.compile itself"
+    elif name in _inductor_options():
+        whose = ", and Inductor's settings belong in torch._inductor.config"
+    else:
+        whose = ""
+    valid = ", ".join(_CHECKS)
+    return f"unknown option {name!r}{whose}; the nearest that attnfx has is {_nearest(name, _CHECKS)!r} (of {valid})"
+
+
+def _inductor_options() -> list[str]:
+    import torch._inductor  # only on the way to an error: this module is otherwise free of torch
+
+    return torch._inductor.list_options()
+
+
+def _nearest(value: object, valid: Iterable[str]) -> str:
+    text = str(value).lower()
+    return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, text, candidate).ratio())
+
+
+def _choice(*valid: str, later: tuple[str, ...] = ()) -> Callable[[str, object], str]:
+    """A check for one of a few strings; those of `later` are well-formed but not available in this version."""
+
+    def check(source: str, value: object) -> str:
+        if isinstance(value, str) and value in valid:
+            return value
+        if isinstance(value, str) and value in later:
+            raise OptionError(f"{source}: {value!r} is not available in this version, only {_listed(valid)} is")
+        nearest = _nearest(value, valid)
+        raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+
+    return check
+
+
+def _listed(values: Iterable[str]) -> str:
+    return ", ".join(map(repr, values))
+
+
+def _target(source: str, value: object) -> str:
+    if value == "auto":
+        return "auto"
+    if isinstance(value, str) and difflib.SequenceMatcher(None, value.lower(), "auto").ratio() > 0.7:
+        raise OptionError(f"{source}: {value!r} is not valid, the nearest is 'auto'")
+    raise OptionError(f"{source}: {value!r} is not available in this version, only 'auto' is")
+
+
+def _tiers(source: str, value: object) -> tuple[str, ...]:
+    if isinstance(value, str):
+        value = [name.strip() for name in value.split(",") if name.strip()]
+    if not isinstance(value, Iterable) or isinstance(value, bytes):
+        raise OptionError(f"{source}: {value!r} is not a list of tiers, such as 'flash,library' (of {_listed(TIERS)})")
+    one = _choice(*TIERS)
+    names = {one(source, name) for name in value}
+    if not names:
+        raise OptionError(f"{source}: no tier is named, the nearest to none is 'kept' (of {_listed(TIERS)})")
+    return tuple(tier for tier in TIERS if tier in names or tier == "kept")
+
+
+def _memory_budget(source: str, value: object) -> None:
+    if value is None:
+        return None
+    is_size = isinstance(value, str) and _SIZE.fullmatch(value.strip()) is not None
+    is_bytes = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    is_fraction = isinstance(value, float) and 0 < value <= 1
+    if is_size or is_bytes or is_fraction:
+        raise OptionError(f"{source}: a budget ({value!r}) is not available in this version, only None is")
+    raise OptionError(
+        f"{source}: {value!r} is not valid, the nearest is None (or, in a later version, a number of bytes, "
+        "a size such as '16GiB', or a fraction)"
+    )
+
+
+def _strict(source: str, value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    nearest = _nearest(value, ("true", "false")).capitalize() if isinstance(value, str) else value == 1
+    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest} (of False, True)")
+
+
+def _dump_dir(source: str, value: object) -> Path | None:
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OptionError(f"{source}: {value!r} is not a path, the nearest is None")
+    path = Path(os.fsdecode(value)).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise OptionError(
+            f"{source}: {str(path)!r} is a file, not a folder; the nearest folder is {str(path.parent)!r}"
+        )
+    return path
+
+
+# Each takes the value's source, for the message, and the value; gives the normalised value or raises OptionError.
+_CHECKS: dict[str, Callable[[str, object], object]] = {
+    "rewrite": _choice(*get_args(Rewrite)),
+    "target": _target,
+    "tiers": _tiers,
+    "memory_budget": _memory_budget,
+    "verify": _choice("off", later=("first",)),
+    "strict": _strict,
+    "dump_dir": _dump_dir,
+    "inner": _choice(*get_args(Inner)),
+}
+assert [field.name for field in fields(Options)] == list(_CHECKS)

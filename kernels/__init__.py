@@ -1,0 +1,1 @@
+"""Executors: the spec of an attention site in, tensors out."""

@@ -1,0 +1,1 @@
+"""Graph passes: an FX graph in, a graph or the specs of its attention sites out."""

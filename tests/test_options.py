@@ -1,0 +1,231 @@
+"""Options: defaults, what each accepts, what each refuses and with which sentence, and the environment."""
+
+import dataclasses
+import pickle
+from pathlib import Path
+
+import pytest
+
+from attnfx.errors import AttnfxError, OptionError
+from attnfx.options import TIERS, Options
+
+
+@pytest.fixture(autouse=True)
+def no_variables(monkeypatch):
+    for field in dataclasses.fields(Options):
+        monkeypatch.delenv(f"ATTNFX_{field.name.upper()}", raising=False)
+
+
+def refused(**given) -> str:
+    with pytest.raises(OptionError) as caught:
+        Options.make(given)
+    sentence = str(caught.value)
+    assert "\n" not in sentence
+    return sentence
+
+
+def test_the_defaults_are_those_of_the_contract():
+    assert dataclasses.asdict(Options.make()) == {
+        "rewrite": "cost",
+        "target": "auto",
+        "tiers": ("flash", "decode", "library", "chunked", "kept"),
+        "memory_budget": None,
+        "verify": "off",
+        "strict": False,
+        "dump_dir": None,
+        "inner": "inductor",
+    }
+    assert Options.make({}) == Options.make(None) == Options()
+
+
+def test_options_are_frozen_hashable_and_picklable():
+    options = Options.make({"tiers": ["chunked"], "dump_dir": "stages"})
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        options.strict = True  # pyright: ignore[reportAttributeAccessIssue]
+    assert hash(options) == hash(Options.make({"tiers": "chunked", "dump_dir": "stages"}))
+    assert pickle.loads(pickle.dumps(options)) == options
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [
+        ("rewrite", ["cost", "always", "never"]),
+        ("target", ["auto"]),
+        ("memory_budget", [None]),
+        ("verify", ["off"]),
+        ("strict", [False, True]),
+        ("inner", ["inductor", "aot_eager", "eager"]),
+    ],
+)
+def test_every_valid_value_is_kept_as_it_is(name, values):
+    for value in values:
+        assert getattr(Options.make({name: value}), name) == value
+
+
+@pytest.mark.parametrize("tiers", ["library, flash,", ["library", "flash"], {"flash", "library", "kept"}])
+def test_tiers_come_as_text_or_iterable_and_kept_is_always_allowed(tiers):
+    assert Options.make({"tiers": tiers}).tiers == ("flash", "library", "kept")
+
+
+def test_only_kept_may_be_allowed():
+    assert Options.make({"tiers": "kept"}).tiers == ("kept",)
+    assert Options.make({"tiers": iter(TIERS)}).tiers == TIERS
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_dump_dir_becomes_an_absolute_path(kind, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Options.make({"dump_dir": kind("stages")}).dump_dir == tmp_path / "stages"
+    assert not (tmp_path / "stages").exists()
+
+
+def test_option_errors_can_be_caught_as_attnfx_and_as_value_errors():
+    assert issubclass(OptionError, AttnfxError) and issubclass(OptionError, ValueError)
+
+
+@pytest.mark.parametrize(
+    ("name", "nearest"),
+    [("rewritte", "rewrite"), ("Strict", "strict"), ("dumpdir", "dump_dir"), ("memory", "memory_budget"), (1, "inner")],
+)
+def test_an_unknown_option_names_the_nearest(name, nearest):
+    with pytest.raises(OptionError) as caught:
+        Options.make({name: "x"})
+    assert f"unknown option {name!r}" in str(caught.value)
+    if isinstance(name, str):
+        assert f"the nearest that attnfx has is {nearest!r}" in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["max_autotune", "triton.cudagraphs", "epilogue_fusion"])
+def test_options_of_inductor_are_refused_and_named_as_such(name):
+    sentence = refused(**{name: True})
+    assert f"unknown option {name!r}" in sentence
+    assert "Inductor's settings belong in torch._inductor.config" in sentence
+    assert "the nearest that attnfx has is" in sentence
+
+
+def test_mode_is_not_an_option():
+    assert "mode is an argument of torch.compile" in refused(mode="max-autotune")
+
+
+def test_options_must_be_a_mapping():
+    with pytest.raises(OptionError, match="must be a mapping"):
+        Options.make("strict")  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "nearest"),
+    [
+        ("rewrite", "allways", "'always'"),
+        ("rewrite", None, "'"),
+        ("target", "atuo", "'auto'"),
+        ("tiers", "flash,libary", "'library'"),
+        ("tiers", ["flash", 3], "'"),
+        ("tiers", "", "'kept'"),
+        ("memory_budget", "lots", "None"),
+        ("memory_budget", 0, "None"),
+        ("memory_budget", -1, "None"),
+        ("memory_budget", True, "None"),
+        ("memory_budget", 1.5, "None"),
+        ("memory_budget", float("nan"), "None"),
+        ("verify", "of", "'off'"),
+        ("strict", "True", "True"),
+        ("strict", 0, "False (of"),
+        ("strict", 1, "True (of"),
+        ("dump_dir", 3, "None"),
+        ("dump_dir", "", "None"),
+        ("inner", "aot-eager", "'aot_eager'"),
+    ],
+)
+def test_a_bad_value_names_the_option_and_the_nearest_valid_value(name, value, nearest):
+    sentence = refused(**{name: value})
+    assert sentence.startswith(f"option {name!r}: ")
+    assert "nearest" in sentence
+    assert nearest in sentence.split("nearest", 1)[1]
+
+
+def test_tiers_must_be_a_list():
+    assert "is not a list of tiers" in refused(tiers=7)
+
+
+def test_dump_dir_must_not_be_a_file(tmp_path):
+    file = tmp_path / "notes.txt"
+    file.touch()
+    assert "is a file, not a folder" in refused(dump_dir=file)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("memory_budget", 2**34),
+        ("memory_budget", "16GiB"),
+        ("memory_budget", "1.5 GB"),
+        ("memory_budget", 0.8),
+        ("memory_budget", 1.0),
+        ("verify", "first"),
+        ("target", "h100-sxm"),
+        ("target", object()),
+    ],
+)
+def test_what_a_later_version_will_take_is_said_to_be_not_available(name, value):
+    sentence = refused(**{name: value})
+    assert sentence.startswith(f"option {name!r}: ")
+    assert "not available in this version, only" in sentence
+
+
+def test_the_constructor_checks_as_make_does():
+    with pytest.raises(OptionError, match="nearest is 'always'"):
+        Options(rewrite="allways")  # pyright: ignore[reportArgumentType]
+
+
+def test_variables_set_the_defaults(monkeypatch, tmp_path):
+    for name, text in {
+        "REWRITE": "always",
+        "TARGET": "auto",
+        "TIERS": "chunked,library",
+        "MEMORY_BUDGET": "none",
+        "VERIFY": "off",
+        "STRICT": "1",
+        "DUMP_DIR": str(tmp_path),
+        "INNER": "eager",
+    }.items():
+        monkeypatch.setenv(f"ATTNFX_{name}", text)
+    assert Options.make() == Options(
+        rewrite="always", tiers=("library", "chunked", "kept"), strict=True, dump_dir=tmp_path, inner="eager"
+    )
+    assert Options.make({"rewrite": "never"}).rewrite == "never"
+    assert Options.make({"rewrite": "never"}).inner == "eager"
+
+
+@pytest.mark.parametrize("text", ["0", "false", "No", "OFF"])
+def test_a_switch_can_be_turned_off_by_its_variable(monkeypatch, text):
+    monkeypatch.setenv("ATTNFX_STRICT", text)
+    assert Options.make().strict is False
+
+
+def test_an_empty_variable_counts_as_unset(monkeypatch):
+    monkeypatch.setenv("ATTNFX_REWRITE", "")
+    assert Options.make().rewrite == "cost"
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "says"),
+    [
+        ("ATTNFX_REWRITE", "allways", "nearest is 'always'"),
+        ("ATTNFX_TIERS", "flush", "nearest is 'flash'"),
+        ("ATTNFX_STRICT", "ture", "nearest is True"),
+        ("ATTNFX_MEMORY_BUDGET", "0.5", "not available in this version"),
+        ("ATTNFX_MEMORY_BUDGET", "1e99", "nearest is None"),
+        ("ATTNFX_VERIFY", "first", "not available in this version"),
+        ("ATTNFX_INNER", "induktor", "nearest is 'inductor'"),
+    ],
+)
+def test_a_bad_variable_is_named(monkeypatch, variable, text, says):
+    monkeypatch.setenv(variable, text)
+    sentence = refused()
+    assert sentence.startswith(f"environment variable {variable}: ")
+    assert says in sentence
+
+
+def test_a_given_value_hides_a_bad_variable(monkeypatch):
+    monkeypatch.setenv("ATTNFX_REWRITE", "allways")
+    assert Options.make({"rewrite": "never"}).rewrite == "never"
