@@ -33,7 +33,7 @@ bench: $(READY)
 clean:
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .pytest_cache .ruff_cache torch_compile_debug
 	rm -rf out benchmarks/out examples/out
-	find attnfx passes kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+	find . -name .venv -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
