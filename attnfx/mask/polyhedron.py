@@ -1,0 +1,146 @@
+"""Mask predicates as integer sets: an expression becomes isl's text, approximated where it is not affine.
+
+Sizes are numbers here. What is opaque (loads, floats, products of indices) becomes true or false, whichever keeps the
+answer on the safe side under the negations that surround it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import islpy as isl
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import INT, Expr, substitute, walk
+from attnfx.spec import AXES
+
+YES, NO = "1 = 1", "1 = 0"
+SPLITS = 6  # nested choices in one comparison; beyond, it is opaque
+LONGEST = 20_000  # characters of one predicate; beyond, it is opaque
+MAX_OPERATIONS = 2_000_000  # of isl, for one question: some hundred milliseconds
+
+_CHOICES = ("where", "min", "max", "abs")
+
+
+class TooHard(Exception):
+    """isl gave up: the caller falls back to the answer that is always sound."""
+
+
+@contextmanager
+def solver(max_operations: int = MAX_OPERATIONS) -> Iterator[isl.Context]:
+    """A context of its own for one analysis, with a bound on its work."""
+    context = isl.Context()
+    context.set_max_operations(max_operations)
+    try:
+        yield context
+    except isl.Error as error:
+        raise TooHard(str(error)) from error
+
+
+def numeric(e: Expr, sizes: Mapping[str, int]) -> Expr:
+    """The predicate with numbers for sizes."""
+    return substitute(e, {a: A.const(sizes[str(a.value)]) for a in walk(e) if a.op == "size" and a.value in sizes})
+
+
+def text(e: Expr, over: bool) -> str:
+    """isl's text of a set that contains every point where `e` holds (over) or none where it does not (not over)."""
+    return _Text().predicate(e, over, SPLITS)
+
+
+def domain(sizes: Mapping[str, int], names: str) -> str:
+    """The bounds of the variables named."""
+    return " and ".join(f"0 <= {n} < {sizes[AXES[n]]}" for n in names)
+
+
+def hidden(e: Expr, *shown: str) -> str:
+    """Those of b, h, i, j that are to be projected away: the rest that the predicate is about."""
+    return "".join(n for n in AXES if n not in shown and (n in e.free or n in "ij"))
+
+
+class _Text:
+    def __init__(self) -> None:
+        self.done: dict[tuple[Expr, bool, int], str] = {}
+
+    def predicate(self, e: Expr, over: bool, splits: int) -> str:
+        key = (e, over, splits)
+        if key not in self.done:
+            made = self._predicate(e, over, splits)
+            self.done[key] = made if len(made) <= LONGEST else YES if over else NO
+        return self.done[key]
+
+    def _predicate(self, e: Expr, over: bool, splits: int) -> str:
+        match e.op:
+            case "const":
+                return YES if e.value else NO
+            case "ge0" | "eq0":
+                return self._compare(e, over, splits)
+            case "and":
+                return _join(" and ", [self.predicate(a, over, splits) for a in e.args], YES, NO)
+            case "or":
+                return _join(" or ", [self.predicate(a, over, splits) for a in e.args], NO, YES)
+            case "not":
+                inner = self.predicate(e.args[0], not over, splits)
+                return NO if inner == YES else YES if inner == NO else f"not ({inner})"
+            case "where":
+                return self._choice(*e.args, over, splits)
+        return YES if over else NO
+
+    def _choice(self, c: Expr, x: Expr, y: Expr, over: bool, splits: int) -> str:
+        first = _join(" and ", [self.predicate(a, over, splits) for a in (c, x)], YES, NO)
+        second = _join(" and ", [self.predicate(a, over, splits) for a in (A.not_(c), y)], YES, NO)
+        return _join(" or ", [first, second], NO, YES)
+
+    def _compare(self, e: Expr, over: bool, splits: int) -> str:
+        choice = next((a for a in walk(e.args[0]) if a.op in _CHOICES and a.kind == INT), None)
+        if choice is not None:
+            if not splits:
+                return YES if over else NO
+            condition, x, y = _branches(choice)
+            x, y = (substitute(e, {choice: a}) for a in (x, y))
+            return self._choice(condition, x, y, over, splits - 1)
+        line = affine(e.args[0])
+        if line is None:
+            return YES if over else NO
+        return f"{line} {'>=' if e.op == 'ge0' else '='} 0"
+
+
+def _branches(choice: Expr) -> tuple[Expr, Expr, Expr]:
+    """(c, x, y) with choice = where(c, x, y)."""
+    if choice.op == "where":
+        return choice.args  # type: ignore[return-value]
+    x = choice.args[0]
+    if choice.op == "abs":
+        return A.ge0(x), x, A.neg(x)
+    rest = (A.minimum if choice.op == "min" else A.maximum)(*choice.args[1:])
+    return (A.le(x, rest) if choice.op == "min" else A.ge(x, rest)), x, rest
+
+
+def _join(word: str, parts: list[str], neutral: str, final: str) -> str:
+    parts = [p for p in dict.fromkeys(parts) if p != neutral]
+    if final in parts:
+        return final
+    return word.join(f"({p})" for p in parts) if parts else neutral
+
+
+def affine(e: Expr) -> str | None:
+    """isl's text of an integer expression that is affine in b, h, i, j, with floor divisions and remainders by
+    constants; None for any other."""
+    match e.op:
+        case "const":
+            return f"({e.value})" if e.value < 0 else str(e.value)  # type: ignore[operator]
+        case "var":
+            return str(e.value) if e.value in AXES else None
+        case "add":
+            parts = [affine(a) for a in e.args]
+            return None if None in parts else "(" + " + ".join(p for p in parts if p is not None) + ")"
+        case "mul":
+            factor, *rest = e.args
+            line = affine(rest[0]) if factor.op == "const" and len(rest) == 1 else None
+            return None if line is None else f"({factor.value} * {line})"
+        case "floordiv" | "mod":
+            line, by = affine(e.args[0]), e.args[1]
+            if line is None or by.op != "const" or by.value <= 0:  # type: ignore[operator]
+                return None
+            return f"floor({line} / {by.value})" if e.op == "floordiv" else f"({line} mod {by.value})"
+    return None
