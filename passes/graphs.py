@@ -1,0 +1,79 @@
+"""Small questions about FX nodes that several passes ask."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
+
+
+def op_name(node: Node) -> str:
+    """`aten` operators by the name of their packet ("softmax"), others by their Python name prefixed with a dot."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        return target._overloadpacket.__name__ if target.namespace == "aten" else f"{target.namespace}::{target._overloadpacket.__name__}"
+    if target is operator.getitem:
+        return "getitem"
+    return "." + getattr(target, "__name__", str(target))
+
+
+def value(x: object) -> object:
+    """A node's example value, or the constant itself."""
+    return x.meta.get("val") if isinstance(x, Node) else x
+
+
+def shape(node: Node) -> Sequence[int | torch.SymInt]:
+    return value(node).shape  # type: ignore[union-attr]
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    return BOOL if dtype == torch.bool else FLOAT if dtype.is_floating_point else INT
+
+
+def dims(node: Node) -> tuple[Expr, ...]:
+    return tuple(size_expr(n) for n in shape(node))
+
+
+def size_expr(n: int | torch.SymInt) -> Expr:
+    """A size as an expression; what is not a polynomial of symbols becomes one named size."""
+    if isinstance(n, int):
+        return A.const(int(n))
+    return _from_sympy(n.node.expr)
+
+
+def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
+    if e.is_Integer:
+        return A.const(int(e))
+    if e.is_Symbol:
+        return A.size(str(e))
+    if e.is_Add:
+        return A.add(*(_from_sympy(a) for a in e.args))
+    if e.is_Mul and all(a.is_Integer or not a.is_Number for a in e.args):
+        return A.mul(*(_from_sympy(a) for a in e.args))
+    if e.is_Pow and e.exp.is_Integer and 0 < int(e.exp) <= 4:
+        return A.mul(*([_from_sympy(e.base)] * int(e.exp)))
+    return A.size(str(e))
+
+
+def where_in_source(node: Node) -> str:
+    """The user's line as "file.py:88", or "" where the graph does not know it. PyTorch's own files are skipped."""
+    best = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if line.startswith("File "):
+            parts = line.split('"')
+            if len(parts) >= 3 and "line " in parts[2]:
+                found = f"{parts[1]}:{parts[2].split('line ')[1].split(',')[0]}"
+                if "/torch/nn/" not in found:
+                    best = found
+    return best

@@ -1,0 +1,136 @@
+"""Dynamo graph to pre-dispatch ATen: matmul, softmax and dropout are still one node each, mutation is as it was.
+
+Needs a graph module as Dynamo hands it to a backend (placeholders carry fakes in `meta["example_value"]`). Promises a
+graph module of the same calling convention, whose nodes carry `meta["val"]`, or raises `Untraceable`; the given graph
+is not changed. Higher-order operators are kept as one node, with their submodules as Dynamo made them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._dynamo.utils import detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils._pytree import tree_map, tree_map_only
+
+# Operators of functorch and of Dynamo that must see the graph exactly as it was made.
+FUNCTORCH = ("_functorch", "functorch", "_vmap_increment_nesting", "_grad_increment_nesting")
+
+
+class Untraceable(Exception):
+    """The graph cannot be brought to ATen; the message says what stood in the way."""
+
+
+def uses_functorch(gm: GraphModule) -> bool:
+    """Whether vmap or func.grad operators stand in the graph: it must pass through untouched."""
+    for node in gm.graph.nodes:
+        if node.op == "call_function":
+            name = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
+            if any(mark in name for mark in FUNCTORCH):
+                return True
+    return False
+
+
+def example(value: object, mode: FakeTensorMode) -> object:
+    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, FakeTensor):
+        raise Untraceable(f"an input of type {type(value).__name__} is no plain tensor")
+    if value.layout != torch.strided:
+        raise Untraceable("an input is a sparse tensor")
+    with mode, torch.no_grad():
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return fresh.requires_grad_(value.requires_grad)
+
+
+class _Retrace(Interpreter):
+    """Runs a Dynamo graph under make_fx, keeping each higher-order operator as the node that it was."""
+
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode):
+        super().__init__(gm)
+        self.regions: list[torch.autocast] = []
+        # made before tracing starts: what is made during it would be recorded
+        self.kept = {
+            n: tree_map_only(torch.Tensor, lambda t: example(t, mode), n.meta["example_value"])
+            for n in gm.graph.nodes
+            if n.op == "call_function" and isinstance(n.target, HigherOrderOperator)
+        }
+
+    def call_function(self, target, args, kwargs):
+        if target is torch.amp.autocast_mode._enter_autocast:  # the context manager records the node and takes effect
+            region = torch.autocast(*args)
+            region.__enter__()
+            self.regions.append(region)
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            self.regions.remove(args[0])
+            return args[0].__exit__(None, None, None)
+        if not isinstance(target, HigherOrderOperator):
+            return super().call_function(target, args, kwargs)
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        node = self.current
+        modules: dict[int, str] = {}
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and isinstance(self.env[operand], torch.nn.Module):
+                modules[id(self.env[operand])] = str(operand.target)
+
+        def proxy(leaf):
+            if isinstance(leaf, torch.nn.Module):
+                name = modules[id(leaf)]
+                setattr(tracer.root, name, leaf)
+                return tracer.create_proxy("get_attr", name, (), {})
+            return tracer.unwrap_proxy(leaf)
+
+        inputs = tree_map(proxy, (args, kwargs), is_leaf=lambda x: isinstance(x, torch.nn.Module))
+        made = tracer.create_proxy("call_function", target, *inputs, name=node.name)
+        return track_tensor_tree(self.kept[node], made, constant=None, tracer=tracer)
+
+    def run_node(self, n: Node):
+        self.current = n
+        result = super().run_node(n)
+        # Should the trace see another dtype than Dynamo (autocast rules differ by operator), a cast says so
+        seen = n.meta.get("example_value")
+        if isinstance(result, torch.Tensor) and isinstance(seen, torch.Tensor) and n.op.startswith("call"):
+            if result.dtype != seen.dtype:
+                result = result.to(seen.dtype)
+        return result
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def example_values(gm: GraphModule) -> list[object]:
+    return [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(gm)]
+
+
+def trace(gm: GraphModule, fakes: list[object] | None = None) -> GraphModule:
+    """The graph in pre-dispatch ATen. `fakes` are the placeholder values where `meta` does not hold them."""
+    fakes = example_values(gm) if fakes is None else fakes
+    if any(v is None for v in fakes):
+        raise Untraceable("an input has no example value")
+    mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [example(v, mode) for v in fakes]
+    run = _Retrace(gm, mode)
+    try:
+        with fx_traceback.preserve_node_meta():
+            traced = make_fx(run.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as problem:
+        for region in reversed(run.regions):
+            region.__exit__(None, None, None)
+        raise Untraceable(f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}") from problem
+    for old, new in zip(placeholders(gm), placeholders(traced), strict=True):
+        for key, value in old.meta.items():
+            new.meta.setdefault(key, value)
+        if "example_value" in old.meta:
+            new.meta["example_value"] = old.meta["example_value"]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    traced.meta.update(gm.meta)
+    return traced
