@@ -1,0 +1,446 @@
+"""Runs any spec in blocks of queries, on any device: the reference tier, and the one that nothing is too odd for.
+
+A block is a range of queries on the key range that its mask leaves alive, for as many heads as keep the tile of scores
+in the cache. Nothing of size T x S exists; out and logsumexp are what the backward pass is given, and it computes each
+block's weights again.
+
+Rows without a live key. Keys outside a block's live range are left out, which is exact where every row has a live
+key. A row that has none shows it by its logsumexp, which is no larger than half the fill; blocks with such a row are
+computed over all keys (`_Plan.widen`), by the forward pass and the backward pass alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfx.ir import algebra as A
+from attnfx.ir.derive import gradient
+from attnfx.ir.expr import Expr, rebuild, walk
+from attnfx.kernels.evaluate import Evaluator, block_axes
+from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
+from attnfx.spec import AttentionSpec, fill_of
+
+# Elements of one tile of scores, and the least rows of a block. Measured by benchmarks on 2 cores of an AMD EPYC with
+# 1 MiB of L2 each and 32 MiB of L3 (8 heads x 4096 x 64, float32). On a GPU each operator is a launch: larger.
+TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
+ROWS = {"cpu": 128, "cuda": 512}
+
+
+@dataclass(frozen=True)
+class Program:
+    """A spec made ready: what each block evaluates. In `score` and its slopes, `dot` is scale * (q . k).
+
+    kept         the score where the mask keeps (the score itself where there is no mask)
+    keep         the mask of the score's outermost `where`, or None
+    fill         what a row without a live key is made of, or None where nothing masks
+    slopes       (leaf, d score / d leaf): dot first, then the loads that need a gradient
+    kept_slope   d kept / d dot where that is a number: then a dead key's slope need not be masked, its weight is zero
+    weights      (leaf, d weight / d leaf): prob first
+    extras       for each extra logit, (load, d logit / d load)
+    """
+
+    scale: float
+    score: Expr
+    kept: Expr
+    keep: Expr | None
+    fill: float | None
+    slopes: tuple[tuple[Expr, Expr], ...]
+    kept_slope: float | None
+    weights: tuple[tuple[Expr, Expr], ...]
+    extras: tuple[tuple[tuple[Expr, Expr], ...], ...]
+
+
+def _scale(score: Expr) -> float:
+    """The constant that every occurrence of dot is multiplied by: it goes into the queries instead."""
+    scales: set[float] = set()
+    for e in walk(score):
+        if A.DOT in e.args:
+            head = e.args[0]
+            scales.add(float(head.value) if e.op == "mul" and head.op == "const" else 1.0)  # type: ignore[arg-type]
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    return scale if math.isfinite(scale) and scale != 0.0 else 1.0
+
+
+def _unscaled(score: Expr, scale: float) -> Expr:
+    if scale == 1.0:
+        return score
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if A.DOT in old.args:  # every such node is a product that starts with the scale
+            rest = old.args[1:]
+            return rest[0] if len(rest) == 1 else A.mul(*rest)
+        return None
+
+    return rebuild(score, change)
+
+
+def _slopes(root: Expr, leaf: Expr | None, wanted: list[Expr]) -> tuple[tuple[Expr, Expr], ...]:
+    leaves = [*([leaf] if leaf is not None else []), *(x for x in wanted if x in set(walk(root)))]
+    found = zip(leaves, gradient(root, leaves))
+    return tuple((x, slope) for x, slope in found if x is leaf or slope is not A.const(0.0))
+
+
+@lru_cache(maxsize=512)
+def program_of(spec: AttentionSpec) -> Program:
+    wanted: dict[Expr, None] = {}
+    for root in spec.programs:
+        for e in walk(root):
+            if e.op == "load" and spec.captures[e.value].grad:  # type: ignore[index]
+                wanted[e] = None
+            if e.op in ("rsum", "rmax") and any(
+                x.op == "load" and spec.captures[x.value].grad
+                for x in walk(e)  # type: ignore[index]
+            ):
+                raise ValueError(f"a reduction over a capture that needs a gradient has no derivative here: {e}")
+    scale = _scale(spec.score)
+    score = _unscaled(spec.score, scale)
+    masked = fill_of(score) is not None and spec.normaliser == "softmax"
+    keep, kept = (score.args[0], score.args[1]) if masked else (None, score)
+    found = mask_of(spec.score)
+    slope = gradient(kept, [A.DOT])[0]
+    return Program(
+        scale=scale,
+        score=score,
+        kept=kept,
+        keep=keep,
+        fill=float(found.fill) if found is not None else fill_of(spec.score),
+        slopes=_slopes(score, A.DOT, list(wanted)),
+        kept_slope=float(slope.value) if slope.op == "const" else None,  # type: ignore[arg-type]
+        weights=_slopes(spec.weight, A.PROB, list(wanted)),
+        extras=tuple(_slopes(e, None, list(wanted)) for e in spec.extra),
+    )
+
+
+class Block(NamedTuple):
+    """Batches [b0, b1), key heads [g0, g1), queries [i0, i1), keys [j0, j1). `number` seeds its dropout."""
+
+    number: int
+    b0: int
+    b1: int
+    g0: int
+    g1: int
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+    full: bool
+
+
+class _Plan:
+    """How a call is cut into blocks. Both passes make the same one."""
+
+    def __init__(self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device):
+        kind = device.type if device.type in ROWS else "cuda"
+        self.sizes, self.groups = sizes, groups
+        self.tile = TILE_ELEMENTS[kind]
+        heads, rows = sizes["B"] * sizes["H"], sizes["T"]
+        step = ROWS[kind]
+        while step > 16 and step // 2 >= rows:
+            step //= 2
+        while step * sizes["S"] > self.tile and step > 32:
+            step //= 2
+        if heads and sizes["S"]:
+            while step < rows and 2 * step * sizes["S"] * heads <= self.tile:
+                step *= 2
+        self.rows = list(key_ranges(spec, sizes, step)) if rows and heads else []
+        self.fill = program_of(spec).fill
+        # a row without a live key gives zeros whichever keys are looked at
+        self.exact = self.fill is None or (spec.safe and self.fill == -math.inf) or rows_live(spec, sizes)
+
+    def widen(self, logsumexp: Tensor) -> set[int]:
+        """Numbers of the rows that leave keys out although one of them has no live key: take all keys instead."""
+        narrow = [n for n, r in enumerate(self.rows) if (r.j0, r.j1) != (0, self.sizes["S"])]
+        if self.exact or not narrow or not logsumexp.numel():
+            return set()
+        dead = ~(logsumexp > self.fill / 2).all(dim=1).all(dim=0)  # NaN counts as dead
+        if not bool(dead.any()):
+            return set()
+        dead = dead.cpu()
+        wide = {n for n in narrow if bool(dead[self.rows[n].i0 : self.rows[n].i1].any())}
+        for n in wide:
+            self.rows[n] = KeyRange(self.rows[n].i0, self.rows[n].i1, 0, self.sizes["S"], False)
+        return wide
+
+    def blocks(self, which: set[int] | None = None) -> Iterator[list[Block]]:
+        """For each range of rows, its blocks over batches and heads."""
+        size_b, size_g = self.sizes["B"], self.groups
+        per_group = max(1, self.sizes["H"] // max(size_g, 1))
+        # the number of a block must not depend on its key range, which may have been widened
+        for n, r in enumerate(self.rows):
+            if which is not None and n not in which:
+                continue
+            fit = max(1, self.tile // max(1, (r.i1 - r.i0) * (r.j1 - r.j0) * per_group))
+            out = []
+            step_b, step_g = (max(1, fit // size_g), size_g) if fit >= size_g else (1, fit)
+            for b in range(0, size_b, step_b):
+                for g in range(0, size_g, step_g):
+                    number = (n * size_b + b) * size_g + g
+                    out.append(Block(number, b, min(b + step_b, size_b), g, min(g + step_g, size_g), *r))
+            yield out
+
+
+def all_sizes(spec: AttentionSpec, query: Tensor, key: Tensor, sizes: Sequence[int]) -> dict[str, int]:
+    named = dict(B=query.shape[0], H=query.shape[1], T=query.shape[2], S=key.shape[2])
+    return named | dict(zip(spec.sizes, sizes))
+
+
+class _Run:
+    """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
+
+    def __init__(self, spec, query, key, value, captures, sizes, seed, plan=None):
+        self.spec, self.program = spec, program_of(spec)
+        self.compute = getattr(torch, spec.compute)
+        self.captures, self.seed = captures, seed
+        self.sizes = all_sizes(spec, query, key, sizes)
+        self.groups = key.shape[1]
+        self.repeat = query.shape[1] // max(self.groups, 1)
+        self.device = query.device
+        self.query = query
+        self.key, self.value = self.prepare(key), self.prepare(value)
+        self.plan = plan or _Plan(spec, self.sizes, self.groups, query.device)
+        self._first_seed: int | None = None
+
+    def prepare(self, x: Tensor) -> Tensor:
+        return x.to(self.compute).contiguous()
+
+    def keys(self, x: Tensor, at: Block) -> Tensor:
+        """(B, G, S, E) to the block's (b * g, s, E)."""
+        part = x[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1]
+        return part.reshape(-1, *part.shape[2:])
+
+    def heads(self, at: Block) -> tuple[int, int]:
+        return at.g0 * self.repeat, at.g1 * self.repeat
+
+    def queries(self, x: Tensor, at: Block) -> Tensor:
+        """(B, H, T, E) to the block's (b * g, r * t, E) in the compute type."""
+        h0, h1 = self.heads(at)
+        part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.compute)
+        return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
+
+    def tile(self, x: Tensor, at: Block) -> Tensor:
+        """The block's (b * g, r * t, s) as (b, h, t, s)."""
+        h0, h1 = self.heads(at)
+        return x.view(at.b1 - at.b0, h1 - h0, at.i1 - at.i0, -1)
+
+    def merged(self, x: Tensor, at: Block) -> Tensor:
+        """The inverse of `tile`."""
+        return x.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
+
+    def evaluator(self, at: Block, shared: dict) -> Evaluator:
+        axes = block_axes((at.b0, at.b1), self.heads(at), (at.i0, at.i1), (at.j0, at.j1))
+        return Evaluator(self.captures, self.sizes, axes, self.compute, self.device, shared=shared)
+
+    def score(self, at: Block, values: Evaluator, query: Tensor) -> Tensor:
+        """The scores of the block, (b, h, t, s); `query` is the block's, scaled."""
+        dot = self.tile(torch.bmm(query, self.keys(self.key, at).mT), at)
+        values.bind(A.DOT, dot)
+        program = self.program
+        score = values.tensor(program.kept if at.full else program.score)
+        return score if score.shape == dot.shape else score.expand(dot.shape)
+
+    def scaled(self, query: Tensor) -> Tensor:
+        return query if self.program.scale == 1.0 else query * self.program.scale
+
+    def extra(self, values: Evaluator, shape: tuple[int, ...]) -> list[Tensor]:
+        return [values.tensor(e).expand(shape) for e in self.spec.extra]
+
+    def normalise(self, score: Tensor, extra: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """exp(score - m), its sum with the extra logits', and m: the last two (b, h, t, 1)."""
+        m = score.amax(-1, keepdim=True)
+        for e in extra:
+            m = torch.maximum(m, e)
+        if self.spec.safe:
+            m = torch.where(m == -math.inf, 0.0, m)
+        e = (score - m).exp_()
+        total = e.sum(-1, keepdim=True)
+        for x in extra:
+            total = total + (x - m).exp()
+        return e, total, m
+
+    def drop(self, at: Block, like: Tensor) -> Tensor | None:
+        """The factor of each weight under dropout: 0, or 1 / (1 - p)."""
+        p = self.spec.dropout
+        if p <= 0.0:
+            return None
+        if self._first_seed is None:
+            self._first_seed = int(self.seed.item())
+        generator = torch.Generator(device=self.device)
+        generator.manual_seed(_mix(self._first_seed, at.number))
+        if p >= 1.0:
+            return torch.zeros_like(like)
+        return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+
+
+def _mix(seed: int, number: int) -> int:
+    """One 63-bit seed of two numbers (splitmix64's finaliser)."""
+    x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+    x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+    return (x ^ (x >> 31)) >> 1
+
+
+def forward(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
+    run = _Run(spec, query, key, value, captures, sizes, seed)
+    shape = query.shape[:3]
+    out = query.new_empty((*shape, value.shape[-1]), dtype=getattr(torch, spec.out_dtype))
+    logsumexp = query.new_zeros(shape, dtype=run.compute)
+    plan = run.plan
+    for blocks in plan.blocks():
+        _forward_rows(run, blocks, out, logsumexp)
+    if spec.normaliser == "softmax" and (wide := plan.widen(logsumexp)):
+        for blocks in plan.blocks(wide):
+            _forward_rows(run, blocks, out, logsumexp)
+    return out, logsumexp
+
+
+def _forward_rows(run: _Run, blocks: list[Block], out: Tensor, logsumexp: Tensor) -> None:
+    spec = run.spec
+    shared: dict = {}
+    for at in blocks:
+        h0, h1 = run.heads(at)
+        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        values = run.evaluator(at, shared)
+        if at.j0 == at.j1:
+            out[where] = 0
+            if spec.normaliser == "softmax":
+                extra = run.extra(values, (*logsumexp[where].shape, 1))
+                logsumexp[where] = torch.cat(extra, -1).logsumexp(-1) if extra else -math.inf
+            continue
+        score = run.score(at, values, run.scaled(run.queries(run.query, at)))
+        total = None
+        if spec.normaliser == "softmax":
+            weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
+            logsumexp[where] = (total.log() + m).squeeze(-1)
+            if spec.safe:
+                total = torch.where(total == 0, 1.0, total)
+        else:
+            weight = score
+        if spec.weight is not A.PROB:
+            if total is not None:
+                weight, total = weight / total, None
+            values.bind(A.PROB, weight)
+            weight = values.tensor(spec.weight).expand(score.shape)
+        if (kept := run.drop(at, score)) is not None:
+            weight = weight * kept
+        part = run.tile(torch.bmm(run.merged(weight, at), run.keys(run.value, at)), at)
+        out[where] = part if total is None else part.div_(total)
+
+
+def backward(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    captures: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
+    run = _Run(spec, query, key, value, captures, sizes, seed)
+    if spec.normaliser == "softmax":
+        run.plan.widen(logsumexp)
+    grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    grads = _Gradients(run, grad_out, grad_query)
+    for blocks in run.plan.blocks():
+        shared: dict = {}
+        for at in blocks:
+            if at.j0 < at.j1 or spec.extra:
+                grads.add(at, shared)
+    return (
+        grad_query,
+        grads.key.to(key.dtype),
+        grads.value.to(value.dtype),
+        [grads.captures[n].to(captures[n].dtype) for n, c in enumerate(spec.captures) if c.grad],
+    )
+
+
+class _Gradients:
+    """The sums that the blocks of a backward pass add to, in the compute type."""
+
+    def __init__(self, run: _Run, grad_out: Tensor, query: Tensor):
+        self.run, self.grad_out, self.query = run, grad_out, query
+        self.key, self.value = torch.zeros_like(run.key), torch.zeros_like(run.value)
+        self.captures = {
+            n: torch.zeros(run.captures[n].shape, dtype=run.compute, device=run.device)
+            for n, c in enumerate(run.spec.captures)
+            if c.grad
+        }
+
+    def add(self, at: Block, shared: dict) -> None:
+        run, spec, program = self.run, self.run.spec, self.run.program
+        h0, h1 = run.heads(at)
+        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        if at.j0 == at.j1:  # no key: nothing depends on anything
+            return
+        values = run.evaluator(at, shared)
+        query, grad = run.scaled(run.queries(run.query, at)), run.queries(self.grad_out, at)
+        score = run.score(at, values, query)
+        extra = run.extra(values, (*score.shape[:3], 1))
+        # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
+        if spec.normaliser == "softmax":
+            prob, total, m = run.normalise(score, extra)
+            if spec.safe:
+                total = torch.where(total == 0, 1.0, total)
+            prob.div_(total)
+        else:
+            prob, total, m = score, None, None
+        weight = prob
+        if spec.weight is not A.PROB:
+            values.bind(A.PROB, prob)
+            weight = values.tensor(spec.weight).expand(score.shape)
+        kept = run.drop(at, score)
+        dropped = weight if kept is None else weight * kept
+        self._add_keys(self.value, at, torch.bmm(run.merged(dropped, at).mT, grad))
+        slope = run.tile(torch.bmm(grad, run.keys(run.value, at).mT), at)
+        if kept is not None:
+            slope.mul_(kept)
+        if spec.weight is not A.PROB:
+            slope = self._through(program.weights, slope, values)
+        if spec.normaliser == "softmax":
+            share = (prob * slope).sum(-1, keepdim=True)
+            slope = (slope - share).mul_(prob)
+            rows = values.without("j")
+            for logit, loads in zip(extra, program.extras):
+                for load, local in loads:
+                    part = -share * (logit - m).exp() / total * rows(local)
+                    rows.add_gradient(load, part, self.captures[load.value])
+        slope = self._through(program.slopes, slope, values)
+        flat = run.merged(slope, at)
+        self.query[where] = run.tile(run.scaled(torch.bmm(flat, run.keys(run.key, at))), at)
+        self._add_keys(self.key, at, torch.bmm(flat.mT, query))
+
+    def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
+        """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
+        for leaf, local in slopes[1:]:
+            values.add_gradient(leaf, self._times(slope, local, values), self.captures[leaf.value])  # type: ignore[index]
+        return self._times(slope, slopes[0][1], values)
+
+    def _times(self, slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
+        if local is A.const(1.0):
+            return slope
+        if local.op == "where" and local.args[2] is A.const(0.0):  # zero even where the slope is not a number
+            return torch.where(values.tensor(local.args[0]), self._times(slope, local.args[1], values), 0.0)
+        return slope * values(local)
+
+    def _add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
+        b, g = at.b1 - at.b0, at.g1 - at.g0
+        total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])

@@ -1,0 +1,247 @@
+"""The operators `attnfx::attention` and `attnfx::attention_backward`: what a rewritten graph calls.
+
+A spec travels as its JSON text, so a graph that holds the operator can be cached. The backward pass is an operator of
+its own, so that AOTAutograd can trace it. Which code runs is decided by the tier's name when the operator is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from attnfx.kernels import chunked
+from attnfx.spec import AttentionSpec, from_json
+
+_SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
+_FORWARD = f"attention(Tensor query, Tensor key, Tensor value, {_SHARED}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
+    f"{_SHARED}) -> (Tensor, Tensor, Tensor, Tensor[])"
+)
+
+
+class Tier(NamedTuple):
+    """One way to run a spec. `supports(spec, query, key, value)` is None, or says in words why this way cannot."""
+
+    supports: Callable[[AttentionSpec, Tensor, Tensor, Tensor], str | None]
+    forward: Callable[..., tuple[Tensor, Tensor]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+
+
+# In the order in which "auto" tries them.
+TIERS: dict[str, Tier] = {"chunked": Tier(lambda *_: None, chunked.forward, chunked.backward)}
+
+
+def choose(tier: str, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tier:
+    """The tier of that name, or the first that supports the call for "auto". Raises ValueError where it does not."""
+    if tier == "auto":
+        return next(t for t in TIERS.values() if t.supports(spec, query, key, value) is None)
+    if tier not in TIERS:
+        raise ValueError(f"attnfx.attention: tier {tier!r} is none of {', '.join(['auto', *TIERS])}")
+    if (why := TIERS[tier].supports(spec, query, key, value)) is not None:
+        raise ValueError(f"attnfx.attention: the {tier} tier cannot run this call: {why}")
+    return TIERS[tier]
+
+
+# -- what fits ----------------------------------------------------------------------------------
+def _require(good: bool, message: str) -> None:
+    if not good:
+        raise ValueError(f"attnfx.attention: {message}")
+
+
+def _check(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor],
+    sizes: Sequence[int],
+    seed: Tensor | None,
+) -> None:
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        _require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
+        _require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
+        _require(x.dtype == query.dtype, f"{name} is {x.dtype}, but query is {query.dtype}")
+        _require(x.device == query.device, f"{name} is on {x.device}, but query is on {query.device}")
+    _require(key.shape[0] == query.shape[0], f"key has batch {key.shape[0]}, but query has {query.shape[0]}")
+    _require(key.shape[3] == query.shape[3], f"key has head_dim {key.shape[3]}, but query has {query.shape[3]}")
+    _require(
+        value.shape[:3] == key.shape[:3],
+        f"value has batch, heads and length {tuple(value.shape[:3])}, but key has {tuple(key.shape[:3])}",
+    )
+    heads, groups = query.shape[1], key.shape[1]
+    _require(
+        heads == groups == 0 or (groups > 0 and heads % groups == 0),
+        f"query has {heads} heads, not a multiple of key's {groups}",
+    )
+    _require(
+        len(captures) == len(spec.captures),
+        f"captures holds {len(captures)} tensors, the spec needs {len(spec.captures)}",
+    )
+    for n, (x, c) in enumerate(zip(captures, spec.captures)):
+        _require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, the spec needs {c.ndim}")
+        _require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
+        _require(not c.grad or x.dtype in _FLOATS, f"captures[{n}] is {x.dtype}: only a floating type has a gradient")
+    _require(len(sizes) == len(spec.sizes), f"sizes holds {len(sizes)} numbers, the spec needs {len(spec.sizes)}")
+    if spec.random:
+        _require(seed is not None, "seed is None, but the spec has dropout")
+        _require(
+            seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
+            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one",  # type: ignore[union-attr]
+        )
+
+
+_FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
+
+
+@lru_cache(maxsize=1024)
+def _dtypes(spec: str) -> tuple[torch.dtype, torch.dtype]:
+    made = from_json(spec)
+    return getattr(torch, made.out_dtype), getattr(torch, made.compute)
+
+
+# -- implementations ----------------------------------------------------------------------------
+def _attention(query, key, value, captures, sizes, seed, spec, tier):
+    made = from_json(spec)
+    _check(made, query, key, value, captures, sizes, seed)
+    return choose(tier, made, query, key, value).forward(made, query, key, value, captures, sizes, seed)
+
+
+def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
+    made = from_json(spec)
+    _check(made, query, key, value, captures, sizes, seed)
+    _require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
+    run = choose(tier, made, query, key, value).backward
+    return run(made, grad_out, query, key, value, out, logsumexp, captures, sizes, seed)
+
+
+def _fake_attention(query, key, value, captures, sizes, seed, spec, tier):
+    _check(from_json(spec), query, key, value, captures, sizes, seed)
+    out_dtype, compute = _dtypes(spec)
+    out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=out_dtype)
+    return out, query.new_empty(query.shape[:3], dtype=compute)
+
+
+def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
+    wanted = [x for x, c in zip(captures, from_json(spec).captures) if c.grad]
+    empty = [x.new_empty(x.shape) for x in (query, key, value, *wanted)]
+    return (*empty[:3], empty[3:])
+
+
+# -- autograd -----------------------------------------------------------------------------------
+def _setup(ctx, inputs, output):
+    query, key, value, captures, sizes, seed, spec, tier = inputs
+    out, logsumexp = output
+    ctx.save_for_backward(query, key, value, out, logsumexp, *([] if seed is None else [seed]), *captures)
+    ctx.sizes, ctx.random, ctx.spec, ctx.tier = sizes, seed is not None, spec, tier
+    ctx.mark_non_differentiable(logsumexp)
+
+
+def _differentiate(ctx, grad_out, _):
+    query, key, value, out, logsumexp, *rest = ctx.saved_tensors
+    seed, captures = (rest[0], rest[1:]) if ctx.random else (None, rest)
+    *grads, found = torch.ops.attnfx.attention_backward(
+        grad_out, query, key, value, out, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.tier
+    )
+    given = iter(found)
+    of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
+    # register_autograd takes an empty list for a list of tensors, and any other list of numbers for one leaf
+    return (*grads, of_captures, [] if not ctx.sizes else None, None, None, None)
+
+
+def _twice(ctx, *grads):
+    raise RuntimeError("attnfx.attention cannot be differentiated twice: its backward pass has no derivative")
+
+
+# -- autocast -----------------------------------------------------------------------------------
+def _autocast(device: str, key_name: str):
+    excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
+
+    def run(query, key, value, *rest):
+        with torch._C._ExcludeDispatchKeyGuard(excluded):
+            if all(x.dtype == torch.float32 for x in (query, key, value)):
+                to = torch.get_autocast_dtype(device)
+                query, key, value = query.to(to), key.to(to), value.to(to)
+            return torch.ops.attnfx.attention(query, key, value, *rest)
+
+    return run
+
+
+# -- operations ---------------------------------------------------------------------------------
+def _flops(query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
+    """Of the two contractions, every key counted: 2 * B * H * T * S * (D + Dv)."""
+    b, h, t, d = query_shape
+    return 2 * b * h * t * key_shape[2] * (d + value_shape[3])
+
+
+def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
+    """Of the five contractions, of which one recomputes the scores."""
+    b, h, t, d = query_shape
+    return 2 * b * h * t * key_shape[2] * (3 * d + 2 * value_shape[3])
+
+
+_library = torch.library.Library("attnfx", "DEF")
+
+
+def _register() -> None:
+    for schema, real, fake, derivative, setup in (
+        (_FORWARD, _attention, _fake_attention, _differentiate, _setup),
+        (_BACKWARD, _attention_backward, _fake_attention_backward, _twice, None),
+    ):
+        name = schema[: schema.index("(")]
+        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+        _library.impl(name, real, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
+        torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
+    for device in ("cpu", "cuda"):
+        key_name = f"Autocast{device.upper()}"
+        _library.impl("attention", _autocast(device, key_name), key_name)
+    register_flop_formula(torch.ops.attnfx.attention)(_flops)
+    register_flop_formula(torch.ops.attnfx.attention_backward)(_flops_backward)
+
+
+_register()
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    spec: AttentionSpec | str,
+    captures: Sequence[Tensor] = (),
+    *,
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+    tier: str = "auto",
+) -> Tensor:
+    """The attention that the spec describes, on any device; differentiable once.
+
+    query (B, H, T, D), key (B, G, S, D), value (B, G, S, Dv) of one floating dtype, G a divisor of H; `captures` one
+    tensor per slot of the spec, `sizes` one number per name in `spec.sizes`. `spec` is an AttentionSpec or its JSON
+    text. `seed`, an int64 tensor of one element, fixes the dropout; without it PyTorch's generator gives one.
+    Returns (B, H, T, Dv) in the spec's out_dtype. Raises ValueError for what does not fit, and for a tier that cannot
+    run the call.
+    """
+    made = from_json(spec) if isinstance(spec, str) else spec
+    text = spec if isinstance(spec, str) else _text(spec)
+    if made.random and seed is None:
+        seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
+    return torch.ops.attnfx.attention(query, key, value, list(captures), list(sizes), seed, text, tier)[0]
+
+
+@torch.compiler.assume_constant_result
+def _text(spec: AttentionSpec) -> str:
+    return _cached_text(spec)
+
+
+@lru_cache(maxsize=1024)
+def _cached_text(spec: AttentionSpec) -> str:
+    return spec.to_json()
+
+
+__all__ = ["TIERS", "Tier", "attention", "choose"]
