@@ -62,9 +62,10 @@ class Lifter:
             if name in VIEWS:
                 try:
                     source, inner = VIEWS[name](at, index)
-                    return self.lift(source, inner)
                 except Opaque:
-                    return self.load(at, index)
+                    pass
+                else:
+                    return self.lift(source, inner)
             for table in (POINTWISE, INDEXING, REDUCTIONS):
                 rule = table.get(name)
                 if rule is not None:

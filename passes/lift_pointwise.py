@@ -6,7 +6,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
+from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
 from attnfx.passes.graphs import kind_of, value
 from attnfx.passes.lift import POINTWISE, Index, Lifter, Opaque, argument, exact_node, rule
 
@@ -257,6 +257,14 @@ def _is(lifter: Lifter, at: Node, index: Index) -> Expr:
 @rule(POINTWISE, "detach", "detach_")
 def _detach(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.detach(lifter.operand(at.args[0], index))
+
+
+@rule(POINTWISE, "dropout", "dropout_")
+def _dropout(lifter: Lifter, at: Node, index: Index) -> Expr:
+    p = argument(at, 1, "p")
+    if not isinstance(p, int | float) or not 0 <= p < 1 or argument(at, 2, "train") is not True:
+        raise Opaque
+    return node("dropout", FLOAT, (A.to_float(lifter.operand(at.args[0], index)),), (float(p), at.name))
 
 
 # -- sources ----------------------------------------------------------------------------------
