@@ -24,6 +24,9 @@ Kinds: `b` truth values, `i` mathematical integers, `f` floats of the spec's com
     detach    -          x               no gradient flows through
     recip, exp, log, tanh, ...           unary functions of a float, see FLOAT_UNARY
     rsum, rmax           body, size      reduction over the variable called `value`
+    aten      op:dtype   x, ...          a float operator kept exactly as PyTorch runs it, constants as Python numbers
+    softmax   name, safe body, size, at  (while lifting) softmax of body over the variable `name`, read at `at`
+    dropout   p          x               (while lifting) x with probability 1 - p, divided by 1 - p; else zero
 """
 
 from __future__ import annotations
@@ -87,6 +90,8 @@ def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) 
         free = free | {str(value)}
     elif op in ("rsum", "rmax"):
         free = free - {str(value)}
+    elif op == "softmax":  # only its first operand is under the binder; the others are read outside
+        free = (args[0].free - {value[0]}) | args[1].free | args[2].free  # type: ignore[index]
     made.free = free
     with _lock:
         return _interned.setdefault(key, made)

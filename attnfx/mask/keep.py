@@ -72,7 +72,7 @@ class _Walk:
                     return self.live(rest[0], scale * float(factor.value), half)  # type: ignore[arg-type]
             case "where":
                 c, x, y = e.args
-                rounded = half or all(_rounded(a) for a in (x, y))
+                rounded = half or _rounded(e)
                 kept, other = self._branch(x, scale, rounded), self._branch(y, scale, rounded)
                 if not (kept is A.TRUE and other is A.TRUE):
                     return A.or_(A.and_(c, kept), A.and_(A.not_(c), other))
@@ -92,7 +92,10 @@ class _Walk:
 
 def _rounded(e: Expr) -> bool:
     """Whether the value of `e` was rounded to float16."""
-    return e.op in ("half", "const") or (e.op in ("where", "detach") and all(_rounded(a) for a in e.args[-2:]))
+    if e.op == "where":  # a constant fits in any type, and tells nothing of it
+        values = [a for a in e.args[1:] if a.op != "const"]
+        return bool(values) and all(_rounded(a) for a in values)
+    return e.op == "half" or (e.op == "detach" and _rounded(e.args[0]))
 
 
 @lru_cache(maxsize=4096)

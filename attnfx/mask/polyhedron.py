@@ -12,15 +12,19 @@ from contextlib import contextmanager
 import islpy as isl
 
 from attnfx.ir import algebra as A
+from attnfx.ir import poly
 from attnfx.ir.expr import INT, Expr, substitute, walk
 from attnfx.spec import AXES
 
 YES, NO = "1 = 1", "1 = 0"
 SPLITS = 6  # nested choices in one comparison; beyond, it is opaque
 LONGEST = 20_000  # characters of one predicate; beyond, it is opaque
-MAX_OPERATIONS = 2_000_000  # of isl, for one question: some hundred milliseconds
+MAX_OPERATIONS = 100_000  # of isl, for one question: at most some hundred milliseconds; common masks take 5,000
 
 _CHOICES = ("where", "min", "max", "abs")
+
+
+MAX_COUNT = 20_000_000  # of isl, to count the points of a set that it has already found: about a microsecond a row
 
 
 class TooHard(Exception):
@@ -28,14 +32,28 @@ class TooHard(Exception):
 
 
 @contextmanager
-def solver(max_operations: int = MAX_OPERATIONS) -> Iterator[isl.Context]:
+def solver(factor: int = 1) -> Iterator[isl.Context]:
     """A context of its own for one analysis, with a bound on its work."""
     context = isl.Context()
-    context.set_max_operations(max_operations)
+    context.set_max_operations(factor * MAX_OPERATIONS)
     try:
         yield context
+        _probe(context)
     except isl.Error as error:
         raise TooHard(str(error)) from error
+
+
+def _probe(context: isl.Context) -> None:
+    """Raises if the bound was reached: some of isl's functions then give a partial answer and say nothing."""
+    isl.Set("{ : }", context)
+
+
+def count(points: isl.Set) -> int:
+    """The number of points of a bounded set."""
+    points = points.compute_divs().make_disjoint()
+    context = points.get_ctx()
+    context.set_max_operations(MAX_COUNT)
+    return points.count_val().to_python()
 
 
 def numeric(e: Expr, sizes: Mapping[str, int]) -> Expr:
@@ -83,7 +101,8 @@ class _Text:
                 inner = self.predicate(e.args[0], not over, splits)
                 return NO if inner == YES else YES if inner == NO else f"not ({inner})"
             case "where":
-                return self._choice(*e.args, over, splits)
+                c, x, y = e.args
+                return self._choice(c, x, y, over, splits)
         return YES if over else NO
 
     def _choice(self, c: Expr, x: Expr, y: Expr, over: bool, splits: int) -> str:
@@ -96,6 +115,12 @@ class _Text:
         if choice is not None:
             if not splits:
                 return YES if over else NO
+            word = _extreme(e, choice)
+            if word:
+                x = choice.args[0]
+                values = (x, A.neg(x)) if choice.op == "abs" else choice.args
+                parts = [self.predicate(substitute(e, {choice: v}), over, splits - 1) for v in values]
+                return _join(" and ", parts, YES, NO) if word == "and" else _join(" or ", parts, NO, YES)
             condition, x, y = _branches(choice)
             x, y = (substitute(e, {choice: a}) for a in (x, y))
             return self._choice(condition, x, y, over, splits - 1)
@@ -103,6 +128,15 @@ class _Text:
         if line is None:
             return YES if over else NO
         return f"{line} {'>=' if e.op == 'ge0' else '='} 0"
+
+
+def _extreme(e: Expr, choice: Expr) -> str | None:
+    """ "and" or "or" where a comparison of a min, max or abs is that of all or of any of its values; None elsewhere."""
+    rest = poly.of(e.args[0])
+    factor = rest.pop((choice,), 0)
+    if e.op != "ge0" or choice.op == "where" or not factor or any(choice in walk(a) for m in rest for a in m):
+        return None
+    return "and" if (factor > 0) == (choice.op == "min") else "or"
 
 
 def _branches(choice: Expr) -> tuple[Expr, Expr, Expr]:

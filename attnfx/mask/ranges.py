@@ -43,40 +43,58 @@ def _key_ranges(keep: Expr, items: tuple[tuple[str, int], ...], block: int) -> t
     keep = P.numeric(keep, sizes)
     if keep is A.TRUE:
         return tuple(KeyRange(*span, 0, S, True) for span in spans)
+    hidden = P.hidden(keep, "j")
+    within = f"{P.domain(sizes, hidden + 'j')} and {block} t <= i < {block} t + {block}"
+    head = f"{{ [t] -> [j] : exists {', '.join(hidden)} : {within} and "
+    some = f"{head} ({P.text(keep, True)}) }}"
     try:
-        with P.solver() as context:
-            return _solve(context, keep, sizes, block, spans)
+        bounds = _parametric(some, len(spans))
     except P.TooHard:
-        return tuple(KeyRange(*span, 0, S, False) for span in spans)
-
-
-def _solve(
-    context: isl.Context, keep: Expr, sizes: dict[str, int], block: int, spans: list[tuple[int, int]]
-) -> tuple[KeyRange, ...]:
-    """One parametric projection: the first and last live key as functions of the block's number."""
-    names = P.hidden(keep, "j")
-    within = f"{P.domain(sizes, names + 'j')} and {block} t <= i < {block} t + {block}"
-    head = f"{{ [t] -> [j] : exists {', '.join(names)} : {within} and "
-    some = isl.Map(f"{head} ({P.text(keep, True)}) }}", context)
-    low, high = some.dim_min(0), some.dim_max(0)
-    at = isl.Point.zero(low.get_domain_space())
-    out = []
-    for number, span in enumerate(spans):
-        point = at.set_coordinate_val(isl.dim_type.set, 0, isl.Val(number, context))
-        first = low.eval(point)
-        j0, j1 = (0, 0) if first.is_nan() else (first.to_python(), high.eval(point).to_python() + 1)
-        out.append(KeyRange(*span, j0, j1, False))
+        try:
+            bounds = _one_by_one(some, len(spans))
+        except P.TooHard:
+            bounds = [(0, S)] * len(spans)
+    out = [KeyRange(*span, *bound, False) for span, bound in zip(spans, bounds)]
     sure = P.text(keep, False)
-    if sure == P.NO:
-        return tuple(out)
-    doubtful = [n for n, r in enumerate(out) if r.j0 < r.j1 and not _corner_is_dead(keep, r)]
+    doubtful = [n for n, r in enumerate(out) if sure != P.NO and r.j0 < r.j1 and not _corner_is_dead(keep, r)]
     if doubtful:
-        dead = isl.Map(f"{head} not ({sure}) }}", context)
-        for n in doubtful:
-            i0, i1, j0, j1, _ = out[n]
-            box = isl.Map(f"{{ [{n}] -> [j] : {j0} <= j < {j1} }}", context)
-            out[n] = KeyRange(i0, i1, j0, j1, dead.is_disjoint(box))
+        try:
+            with P.solver() as context:
+                dead = isl.Map(f"{head} not ({sure}) }}", context)
+                boxes = "; ".join(f"[{n}] -> [j] : {out[n].j0} <= j < {out[n].j1}" for n in doubtful)
+                wrong = dead.intersect(isl.Map(f"{{ {boxes} }}", context)).domain().indicator_function()
+                for n, is_wrong in enumerate(_values(wrong, len(spans))):
+                    out[n] = out[n]._replace(full=n in doubtful and not is_wrong)
+        except P.TooHard:
+            pass
     return tuple(out)
+
+
+def _parametric(some: str, count: int) -> list[tuple[int, int]]:
+    """[j0, j1) of each block by one projection: the first and last live key as functions of the block's number."""
+    with P.solver() as context:
+        keys = isl.Map(some, context)
+        pairs = zip(_values(keys.dim_min(0), count), _values(keys.dim_max(0), count))
+        return [(0, 0) if low is None or high is None else (low, high + 1) for low, high in pairs]
+
+
+def _one_by_one(some: str, count: int) -> list[tuple[int, int]]:
+    """The same by a question per block, where the parametric one is too hard."""
+    with P.solver(5) as context:
+        keys, out = isl.Map(some, context), []
+        for n in range(count):
+            seen = keys.intersect_domain(isl.Set(f"{{ [{n}] }}", context)).range()
+            low, high = seen.dim_min_val(0), seen.dim_max_val(0)
+            out.append((low.to_python(), high.to_python() + 1) if low.is_int() else (0, 0))
+        return out
+
+
+def _values(function: isl.PwAff, count: int) -> list[int | None]:
+    """function(0) to function(count - 1), None where it is not defined."""
+    at, context = isl.Point.zero(function.get_domain_space()), function.get_ctx()
+    points = (at.set_coordinate_val(isl.dim_type.set, 0, isl.Val(n, context)) for n in range(count))
+    values = [function.eval(p) for p in points]
+    return [None if v.is_nan() else v.to_python() for v in values]
 
 
 class _Opaque(Exception):

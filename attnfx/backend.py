@@ -1,0 +1,53 @@
+"""The backend that `torch.compile(model, backend="attnfx")` finds by its entry point.
+
+It orchestrates: options are checked, the graph is rewritten, a report is filed, and the rest is compiled by Inductor.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch.fx import GraphModule
+
+from attnfx import pipeline, report
+from attnfx.options import Options
+
+
+def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
+           mode: str | None = None) -> Callable[..., Any]:  # fmt: skip
+    """Compile a Dynamo graph. `options` are those of `Options`; `mode` goes to Inductor.
+
+    Raises OptionError for a bad option, before anything is compiled. A failure inside attnfx is one warning, and the
+    graph is compiled without the rewrite; with `strict` it is raised.
+    """
+    chosen = Options.make(options or {})
+    try:
+        result = pipeline.run(gm, chosen)
+    except Exception as problem:
+        if chosen.strict:
+            raise
+        warnings.warn(
+            f"attnfx failed on a graph and compiles it without the rewrite ({type(problem).__name__}: {problem}); "
+            "please report this at https://github.com/attnfx/attnfx/issues",
+            stacklevel=2,
+        )
+        return inner(gm, example_inputs, chosen, mode)
+    report.file(result.report)
+    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode)
+
+
+def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
+    """Hand a graph to the compiler of the rest."""
+    if options.inner == "eager":
+        return gm.forward
+    if options.inner == "aot_eager":
+        from torch._dynamo.backends.registry import lookup_backend
+
+        return lookup_backend("aot_eager")(gm, list(example_inputs))
+    import torch._inductor.compile_fx as inductor
+    from torch._inductor import list_mode_options
+
+    patches = list_mode_options(mode) if mode and mode != "default" else None
+    return inductor.compile_fx(gm, list(example_inputs), config_patches=patches)

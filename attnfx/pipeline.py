@@ -1,0 +1,190 @@
+"""Dynamo graph in, rewritten graph and report out: trace, find, decide, rewrite. Holds no state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import GraphModule, Node
+
+from attnfx import cost
+from attnfx.mask import describe, mask_of
+from attnfx.options import Options
+from attnfx.passes.functionalise import functionalise
+from attnfx.passes.graphs import op_name, value, where_in_source
+from attnfx.passes.match import Finder, Finding
+from attnfx.passes.rewrite import CannotEmit, check, clean, dimensions, rewrite
+from attnfx.passes.shield import shield
+from attnfx.passes.trace import Untraceable, placeholders, trace, uses_functorch
+from attnfx.report import Decision, Refusal, Report, Site
+from attnfx.spec import AXES
+
+# A graph without one of these words in its operators' names holds no normaliser: it is not traced.
+HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
+BODIES = {"tag_activation_checkpoint": slice(0, 1), "cond": slice(1, 3), "autograd_function_apply": slice(0, 1), "wrap": slice(0, 1)}
+
+
+@dataclass
+class Result:
+    """`gm` is None where the graph Dynamo made should be compiled as it is."""
+
+    gm: GraphModule | None
+    report: Report
+    stages: dict[str, GraphModule]
+
+
+def run(gm: GraphModule, options: Options) -> Result:
+    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report."""
+    report = Report()
+    if options.rewrite == "never":
+        report.notes.append('rewrite="never": nothing was looked for')
+        return Result(None, report, {})
+    if uses_functorch(gm):
+        report.notes.append("the graph uses functorch transforms and passes through untouched")
+        return Result(None, report, {})
+    if not _worth_tracing(gm):
+        return Result(None, report, {})
+    stages: dict[str, GraphModule] = {}
+    try:
+        traced, changed = _graph(gm, options, report, stages)
+    except Untraceable as problem:
+        report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
+        return Result(None, report, stages)
+    return Result(traced if changed else None, report, stages)
+
+
+def _worth_tracing(gm: GraphModule) -> bool:
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for n in module.graph.nodes:
+                name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
+                if n.op in ("call_function", "call_method") and any(h in name for h in HINTS):
+                    return True
+    return False
+
+
+def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, GraphModule]) -> tuple[GraphModule, bool]:
+    traced = trace(gm)
+    functionalise(traced)
+    check(traced)
+    changed = _bodies(traced, options, report)
+    findings = Finder(traced).find()
+    for finding in findings:
+        site = describe_site(finding, len(report.sites))
+        report.sites.append(site)
+        changed |= _decide(traced, finding, site, options)
+    if changed:
+        clean(traced)
+        check(traced)
+    return traced, changed
+
+
+def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
+    """Rewrite inside the submodules of higher-order operators; one that cannot be traced stays as it was."""
+    changed = False
+    for n in list(traced.graph.nodes):
+        if n.op != "call_function" or not isinstance(n.target, HigherOrderOperator) or n.target.name() not in BODIES:
+            continue
+        for operand in n.args[BODIES[n.target.name()]]:
+            if not isinstance(operand, Node) or operand.op != "get_attr":
+                continue
+            body = getattr(traced, str(operand.target))
+            if not isinstance(body, GraphModule) or not _worth_tracing(body) or uses_functorch(body):
+                continue
+            try:
+                new, touched = _graph(body, options, report, {})
+            except Untraceable as problem:
+                report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
+                continue
+            if touched:
+                setattr(traced, str(operand.target), new)
+                changed = True
+    return changed
+
+
+def number(n: object) -> int:
+    """A size, or the example's size of a symbolic one."""
+    if isinstance(n, int):
+        return n
+    hint = n.node.hint if isinstance(n, torch.SymInt) else None
+    return int(hint) if hint is not None else 1024
+
+
+def describe_site(finding: Finding, count: int) -> Site:
+    final = finding.final
+    place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
+    site = Site(f"attention_{count}", place, refusal=finding.refusal)
+    if finding.match is not None:
+        match = finding.match
+        site.spec = match.spec
+        symbolic = dimensions(match)
+        site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
+        sizes = numeric_dims(finding)
+        site.mask = describe(match.spec, sizes)
+        mask = mask_of(match.spec.score)
+        if mask is not None and mask.assumption:
+            site.notes = (f"assumes that {mask.assumption}",)
+    return site
+
+
+def numeric_dims(finding: Finding) -> dict[str, int]:
+    """B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs."""
+    assert finding.match is not None
+    hints = _hints(finding.final.graph)
+    out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
+    for canonical, name in zip(finding.match.spec.sizes, finding.match.sizes, strict=True):
+        out[canonical] = hints.get(name, 1)
+    return out
+
+
+def _hints(graph: torch.fx.Graph) -> dict[str, int]:
+    """The example value of each symbolic size in a graph."""
+    out: dict[str, int] = {}
+    for n in graph.nodes:
+        held = value(n)
+        for size in [held] if isinstance(held, torch.SymInt) else held.shape if isinstance(held, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                out.setdefault(str(size.node.expr), number(size))
+                for symbol in size.node.expr.free_symbols:
+                    known = size.node.shape_env.backed_var_to_val.get(symbol) if hasattr(size.node.shape_env, "backed_var_to_val") else None
+                    if known is None:
+                        known = getattr(size.node.shape_env, "var_to_val", {}).get(symbol)
+                    if known is not None:
+                        out.setdefault(str(symbol), int(known))
+    return out
+
+
+def _decide(traced: GraphModule, finding: Finding, site: Site, options: Options) -> bool:
+    """Choose for one site and carry it out. True where the graph changed."""
+    if finding.match is None:
+        shielded = shield(traced, finding)
+        if shielded:
+            site.notes = (*site.notes, "shielded from other rewriters")
+        return shielded
+    match = finding.match
+    query = value(match.query.node)
+    assert isinstance(query, torch.Tensor)
+    operands = [value(x.node) for x in (match.query, match.key, match.value)]
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in operands)  # type: ignore[union-attr]
+    library = op_name(finding.final).startswith("scaled_dot_product")
+    decision = cost.decide(match.spec, numeric_dims(finding), str(query.dtype).removeprefix("torch."), query.device.type, training, options, library)
+    if decision.tier != "kept":
+        import attnfx.kernels.operator  # noqa: F401  (registers the operator)
+
+        try:
+            rewrite(traced, match, torch.ops.attnfx.attention.default, "auto")
+        except CannotEmit as problem:
+            site.refusal = Refusal("layout", str(problem), (finding.final.name,))
+            site.decision = None
+            return shield(traced, finding)
+        site.decision = decision
+        return True
+    site.decision = decision
+    if not library and shield(traced, finding, only_risky=True):
+        site.notes = (*site.notes, "shielded from other rewriters")
+        return True
+    return False
+
+
+__all__ = ["AXES", "Decision", "Result", "placeholders", "run"]

@@ -1,0 +1,500 @@
+"""From a contraction with a normalised weight to a spec: the matcher.
+
+`find(gm)` looks at each contraction whose one operand descends from a softmax (or an exponential, or a sigmoid),
+lifts that operand, and gives a `Match` or a `Refusal` for it. The graph is not changed.
+
+    out[.., i, .., e] = sum_j  W(.., i, j) * V(.., j, e)        W = weight(normalise_j(score))
+    score holds one load of another contraction, sum_d Q(.., i, d) * K(.., j, d)
+
+Axes: i is the row that only the query has, j and d are contracted, e only the value has. The others are batch axes:
+those that key or value depend on come first (the last of them is the key head), those that only the query has are
+grouped heads. Grouped heads are never expanded: the walk through key and value undoes the expansion.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx import spec as S
+from attnfx.ir import algebra as A
+from attnfx.ir import poly
+from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
+from attnfx.passes import normalise as N
+from attnfx.passes.contraction import PRODUCTS, Contraction, Product, contraction, slot_node
+from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, value
+from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, radix, split_axes
+from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, argument, broadcast
+from attnfx.report import Refusal
+from attnfx.spec import AttentionSpec, Capture
+
+ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", "sigmoid")
+SDPA = ("scaled_dot_product_attention",)
+REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node, read through `index` over the axes; what `layout` turns into (B, heads, rows, width)."""
+
+    node: Node
+    index: Index
+
+
+@dataclass
+class Match:
+    """A site found: everything that the rewriter needs. `final` is the node that the operator replaces.
+
+    kv_axes and group_axes are the batch axes; row, column, width, value_width the variables i, j, d, e. `out_index`
+    gives, for each dimension of `final`, its index over the axes.
+    """
+
+    final: Node
+    spec: AttentionSpec
+    query: Operand
+    key: Operand
+    value: Operand
+    captures: list[Node]
+    sizes: list[str]
+    kv_axes: list[Expr]
+    group_axes: list[Expr]
+    row: Expr
+    column: Expr
+    width: Expr
+    value_width: Expr
+    out_index: Index
+    anchors: list[Node] = field(default_factory=list)
+
+    @property
+    def axes(self) -> list[Expr]:
+        return [*self.kv_axes, *self.group_axes]
+
+
+class Refused(Exception):
+    def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
+        super().__init__(message)
+        self.refusal = Refusal(code, message, tuple(n.name for n in nodes), hint)
+
+
+@dataclass
+class Finding:
+    """One attention-like place: a match, or why not."""
+
+    final: Node
+    match: Match | None = None
+    refusal: Refusal | None = None
+    anchors: list[Node] = field(default_factory=list)
+
+
+class Finder:
+    """The state of one search: the lifter's memo and positions of nodes."""
+
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self.lifter = Lifter()
+        self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
+        self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
+        self.scores = self._spread(n for n in gm.graph.nodes if op_name(n) in PRODUCTS)
+        self.mutations = self._mutations()
+        self.regions = _regions(gm)
+
+    def _spread(self, seeds: Iterable[Node]) -> dict[Node, list[Node]]:
+        """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds."""
+        out: dict[Node, list[Node]] = {}
+        seeds = set(seeds)
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function":
+                continue
+            name = op_name(n)
+            if n in seeds:
+                out[n] = [n]
+            elif name in POINTWISE or name in VIEWS or name in INDEXING or name in REDUCING:
+                found = [s for a in n.all_input_nodes for s in out.get(a, ())]
+                if found:
+                    out[n] = list(dict.fromkeys(found))[:8]
+        return out
+
+    def _mutations(self) -> dict[int, list[int]]:
+        """Positions at which each storage is written in place."""
+        out: dict[int, list[int]] = {}
+        for n in self.gm.graph.nodes:
+            for written in written_operands(n):
+                key = storage(written)
+                if key is not None:
+                    out.setdefault(key, []).append(self.position[n])
+        return out
+
+    def find(self) -> list[Finding]:
+        findings: list[Finding] = []
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function":
+                continue
+            name = op_name(n)
+            if name in SDPA:
+                findings.append(self._attempt(n, self._library_call, [n]))
+            elif name in PRODUCTS and is_tensor(n):
+                seeds = [s for a in n.all_input_nodes for s in self.weights.get(a, ()) if self._from_scores(s)]
+                if seeds:
+                    findings.append(self._attempt(n, self._written_out, list(dict.fromkeys(seeds))))
+        return findings
+
+    def _from_scores(self, anchor: Node) -> bool:
+        return any(a in self.scores for a in anchor.all_input_nodes)
+
+    def _attempt(self, n: Node, how, anchors: list[Node]) -> Finding:  # type: ignore[no-untyped-def]
+        try:
+            match = how(n)
+            match.anchors = anchors
+            return Finding(match.final, match=match, anchors=anchors)
+        except Refused as r:
+            return Finding(n, refusal=r.refusal, anchors=anchors)
+        except (Opaque, N.NotNormalised) as problem:
+            code = getattr(problem, "code", "not_lifted")
+            message = getattr(problem, "message", "the weights have no index form")
+            return Finding(n, refusal=Refusal(code, message, (n.name,)), anchors=anchors)
+
+    # -- attention written out ----------------------------------------------------------------
+    def _written_out(self, final: Node) -> Match:
+        out_vars = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
+        c = contraction(final, out_vars)
+        if c is None:
+            raise Refused("contraction", f"the product {op_name(final)} of the weights with the values is of a form that is not understood", [final])
+        sides = [(c.left, c.left_index, c.right, c.right_index), (c.right, c.right_index, c.left, c.left_index)]
+        sides = [s for s in sides if any(self._from_scores(w) for w in self.weights.get(s[0], ()))]
+        problem: Exception | None = None
+        for weights, at, values, values_at in sides:
+            try:
+                weight = self.lifter.lift(weights, at)
+                last = final
+                if not any(e.op == "softmax" or e.op == "recip" and _sums(e) for e in N.outside(weight)):
+                    weight, last = self._divided_later(final, out_vars, weight)
+                found = N.normalise(weight, c.reduced)
+                if last is not final and found.normaliser != "softmax":
+                    raise Refused("normaliser", "the values are divided by something else than the sum of the weights", [last])
+                return self._assemble(last, out_vars, c.reduced, found, values, values_at)
+            except (Opaque, N.NotNormalised, Refused) as p:
+                # of two sides, the one that got further tells the reason
+                problem = p if problem is None or isinstance(p, Refused) else problem
+        raise problem or Refused("contraction", "the weights reach the values through an unknown operator", [final])
+
+    def _divided_later(self, final: Node, index: Index, weight: Expr) -> tuple[Expr, Node]:
+        """(exp(s) @ v) / sum(exp(s)): the division stands after the values."""
+        for user in final.users:
+            if op_name(user) == "div" and user.args[0] is final and isinstance(user.args[1], Node) and len(user.args) == 2:
+                if tuple(dims(user)) != tuple(dims(final)):
+                    continue
+                below = self.lifter.lift(user.args[1], broadcast(user.args[1], index))
+                if _sums(below) and len(final.users) == 1:
+                    return A.mul(weight, A.unary("recip", below)), user
+        return weight, final
+
+    def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
+        score, dot, load = self._score(final, found.score, j)
+        left = (dot.left, dot.left_index)
+        right = (dot.right, dot.right_index)
+        if j.value in _free(left[1]):
+            left, right = right, left
+        if j.value in _free(left[1]) or j.value not in _free(right[1]):
+            raise Refused("score", "neither operand of the scores runs over the keys alone", [dot.node])
+        in_values = _free(values_at)
+        in_weights = _free(left[1]) | _free(right[1]) | found.score.free | found.weight.free
+        width = [v for v in out if v.value in in_values and v.value not in in_weights]
+        if len(width) != 1:
+            raise Refused("values", "the values have no width of their own", [values])
+        e = width[0]
+        row = self._row(dot, load, left, right, out, in_values)
+        batch = [v for v in out if v is not e and v is not row and v.args[0] is not A.ONE]
+        names = frozenset(str(v.value) for v in batch)
+        lists = [accesses(self.lifter, *pair) for pair in (left, right, (values, values_at))]
+        chosen = [best(candidates, names) for candidates in lists]
+        if any(c is None for c in chosen):
+            at = next(p for p, c in zip((left, right, (values, values_at)), chosen, strict=True) if c is None)
+            raise Refused("layout", "an operand is gathered in a way that views cannot express", [at[0]])
+        types = {value(c[0].node).dtype for c in chosen if c is not None}  # type: ignore[union-attr]
+        if len(types) > 1:
+            chosen = [best(candidates, names, upcast=False) for candidates in lists]
+        accessed = [c[0] for c in chosen if c is not None]
+        if len(accessed) != 3:
+            raise Refused("layout", "an operand is gathered in a way that views cannot express", [final])
+        for access in accessed:
+            self._unchanged(access.node, access.reader, final)
+        splits = _merge([c[1] for c in chosen if c is not None])
+        factor = A.mul(accessed[0].factor, accessed[1].factor)
+        if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
+            found = N.Normalised(found.score, A.mul(found.weight, accessed[2].factor), found.extra, found.dropout, found.safe, found.normaliser)
+        score = substitute(score, {A.DOT: A.mul(factor, A.DOT)})
+        query, key, val = (Operand(a.node, tuple(apply_splits(x, splits) for x in a.index)) for a in accessed)
+        return self._finish(final, out, splits, batch, query, key, val, row, j, dot.reduced, e, score, found, dot.node)
+
+    def _row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
+             in_values: frozenset[str]) -> Expr:  # fmt: skip
+        """The query's row: the last dimension of the scores that the query has alone."""
+        alone = [v for v in out if v.value in _free(left[1]) and v.value not in _free(right[1]) and v.value not in in_values]
+        if not alone:  # a single query, or one per batch element
+            ones = [v for v in out if v.args[0] is A.ONE]
+            if ones:
+                return ones[-1]
+            raise Refused("rows", "the scores have no row that the query has alone", [dot.node])
+        order = {v: n for n, v in enumerate(out)}
+        for x in reversed(load.args):
+            inside = [v for v in alone if v.value in x.free]
+            if inside:
+                return max(inside, key=lambda v: order[v])
+        return alone[-1]
+
+    def _score(self, final: Node, score: Expr, j: Expr) -> tuple[Expr, Contraction, Expr]:
+        """The score as a program over `dot`, the contraction that dot is, and the load that it was."""
+        candidates: list[tuple[Expr, Contraction]] = []
+        for e in walk(score):
+            if e.op == "load" and j.value in e.free:
+                node = slot_node(e.value)
+                if isinstance(node, Node) and op_name(node) in PRODUCTS and len(e.free) > 1:
+                    c = contraction(node, e.args)
+                    if c is not None and (j.value in _free(c.left_index)) != (j.value in _free(c.right_index)):
+                        candidates.append((e, c))
+        if not candidates:
+            raise Refused("no_product", "no product of queries with keys reaches the softmax through operators that are understood", [final])
+        candidates.sort(key=lambda pair: (not _plain(pair[1], j), -self.position[pair[1].node]))
+        load, dot = candidates[0]
+        if not all(is_tensor(x) and value(x).dtype.is_floating_point for x in (dot.left, dot.right)):  # type: ignore[union-attr]
+            raise Refused("dtype", "the scores are no floats", [dot.node])
+        if len(shape(dot.left)) < 3 and len(shape(dot.right)) < 3:
+            raise Refused("unbatched", "the scores are a product of two matrices, as in a router or a classifier", [dot.node])
+        if self.regions[dot.node] != self.regions[final]:
+            raise Refused("region", "the attention crosses the border of an autocast or a no_grad region", [dot.node, final])
+        return substitute(score, {load: A.DOT}), dot, load
+
+    # -- the library's own operator -----------------------------------------------------------
+    def _library_call(self, at: Node) -> Match:
+        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+        given = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
+        q, k, v = (given[n] for n in names[:3])
+        mask, p, causal = given.get("attn_mask"), given.get("dropout_p", 0.0), given.get("is_causal", False)
+        if not isinstance(p, int | float) or not 0 <= p < 1:
+            raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
+        out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
+        if len(out) < 3:
+            raise Refused("unbatched", "an attention without a batch dimension", [at])
+        row, e = out[-2], out[-1]
+        j = A.var("k_j", dims(k)[-2])
+        d = A.var("k_d", dims(k)[-1])
+        heads = out[:-2]
+        inner = [heads, heads, heads]
+        if given.get("enable_gqa", False):
+            for n, x in enumerate((q, k, v)):
+                if dims(x)[-3] is not dims(q)[-3]:
+                    groups = A.floordiv(dims(q)[-3], dims(x)[-3])
+                    inner[n] = (*heads[:-1], A.floordiv(heads[-1], groups))
+        at_q, at_k, at_v = (broadcast(x, (*i, r, c)) for x, i, r, c in zip((q, k, v), inner, (row, j, j), (d, d, e), strict=True))
+        scale = given.get("scale")
+        factor = A.to_float(self.lifter.operand(scale, ())) if scale is not None else A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
+        score = A.mul(factor, A.DOT)
+        if causal:
+            score = A.where(A.le(j, row), score, A.const(float("-inf")))
+        if mask is not None:
+            m = self.lifter.lift(mask, broadcast(mask, (*heads, row, j)))
+            score = A.where(m, score, A.const(float("-inf"))) if m.kind == "b" else A.add(score, m)
+        found = N.Normalised(score, A.PROB, (), float(p), True)
+        batch = [v for v in heads if v.args[0] is not A.ONE]
+        names_ = frozenset(str(v.value) for v in batch)
+        chosen = [best(accesses(self.lifter, x, i)[:1] if n == 0 else accesses(self.lifter, x, i), names_, upcast=False)
+                  for n, (x, i) in enumerate(((q, at_q), (k, at_k), (v, at_v)))]  # fmt: skip
+        if any(c is None for c in chosen):
+            raise Refused("layout", "an operand is gathered in a way that views cannot express", [at])
+        accessed = [c[0] for c in chosen if c is not None]
+        for access in accessed:
+            self._unchanged(access.node, access.reader, at)
+        splits = _merge([c[1] for c in chosen if c is not None])
+        factor = A.mul(accessed[0].factor, accessed[1].factor)
+        if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
+            raise Refused("layout", "the values are scaled", [at])
+        score = substitute(score, {A.DOT: A.mul(factor, A.DOT)})
+        operands = [Operand(a.node, tuple(apply_splits(x, splits) for x in a.index)) for a in accessed]
+        return self._finish(at, out, splits, batch, *operands, row, j, d, e, score, found)
+
+    # -- both ---------------------------------------------------------------------------------
+    def _finish(self, final: Node, out: Index, splits: list[Split], batch: list[Expr], query: Operand, key: Operand, val: Operand,
+                row: Expr, j: Expr, d: Expr, e: Expr, score: Expr, found: N.Normalised, dot: Node | None = None) -> Match:  # fmt: skip
+        axes = split_axes(batch, splits)
+        in_kv = _free(key.index) | _free(val.index)
+        kv_axes = [a for a in axes if a.value in in_kv]
+        group_axes = [a for a in axes if a.value not in in_kv]
+        if not kv_axes and len(shape(key.node)) < 3:
+            raise Refused("shared_keys", "the keys are one matrix, as a router's gate or a codebook is", [final])
+        programs = self._rename(found, score, splits, kv_axes, group_axes, row, j)
+        spec, captures, sizes = self._spec(final, programs, found, query, self._after(dot))
+        out_index = tuple(apply_splits(v, splits) for v in out)
+        return Match(final, spec, query, key, val, captures, sizes, kv_axes, group_axes, row, j, d, e, out_index)
+
+    def _rename(self, found: N.Normalised, score: Expr, splits: list[Split], kv: list[Expr], group: list[Expr],
+                row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
+        """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
+        by: dict[Expr, Expr] = {row: S.I, j: S.J}
+        if row.args[0] is A.ONE:
+            by[row] = A.ZERO
+        _unflatten(by, kv[:-1] if len(kv) > 1 else kv, S.B)
+        heads = [*(kv[-1:] if len(kv) > 1 else []), *group]
+        _unflatten(by, heads, S.H)
+        lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
+        out = []
+        for program in (score, found.weight, *found.extra):
+            for split in splits:
+                program = substitute(program, split)
+            out.append(substitute(substitute(program, by), lengths))
+        return out
+
+    def _spec(self, final: Node, programs: list[Expr], found: N.Normalised, query: Operand,
+              tainted: set[Node]) -> tuple[AttentionSpec, list[Node], list[str]]:
+        score, weight, *extra = programs
+        if found.normaliser == "none":
+            weight = substitute(score, {A.DOT: A.PROB})
+            score = A.DOT
+        slots: dict[object, Capture] = {}
+        for program in (score, weight, *extra):
+            for e in walk(program):
+                if e.op in ("rsum", "rmax", "softmax", "dropout"):
+                    raise Refused("reduction", "a row of scores is reduced to change the scores", [final], "see the chunked tier")
+                stray = e.free - {"b", "h", "i", "j"}
+                if stray:
+                    raise Refused("axes", f"the program depends on an index that is no axis of the attention: {sorted(stray)[0]}", [final])
+                if e.op != "load":
+                    continue
+                node = e.value
+                if isinstance(node, Product) or node in tainted:
+                    at = slot_node(node)
+                    raise Refused("score_used", f"the scores pass through {op_name(at)}, which no score program expresses", [at],
+                                  "the operator may need a whole row of scores")  # fmt: skip
+                if not isinstance(node, Node):
+                    raise Refused("capture", "a value of the program has no place in the graph", [final])
+                held = value(node)
+                if isinstance(held, torch.Tensor):
+                    if held.dtype.is_complex:
+                        raise Refused("dtype", f"{node.name} is complex", [node])
+                    self._unchanged(node, None, final)
+                    grad = held.requires_grad and kind_of(held.dtype) == FLOAT
+                    slots[node] = Capture(kind_of(held.dtype), held.dim(), grad and _differentiable(node, programs))
+                else:
+                    slots[node] = Capture("f", 0, False)
+        for program in extra:
+            if {"j"} & program.free or any(e.op == "dot" for e in walk(program)):
+                raise Refused("extra", "an added column of the softmax depends on the keys", [final])
+        out_dtype = str(value(final).dtype).removeprefix("torch.")  # type: ignore[union-attr]
+        wide = value(query.node).dtype == torch.float64  # type: ignore[union-attr]
+        spec = AttentionSpec(
+            score=score, normaliser=found.normaliser, extra=tuple(extra), weight=weight, dropout=found.dropout, safe=found.safe,
+            compute="float64" if wide else "float32", out_dtype=out_dtype, captures=tuple(slots.items()),  # type: ignore[arg-type]
+        )  # fmt: skip
+        spec, order, sizes = S.canonical(spec)
+        return spec, order, sizes  # type: ignore[return-value]
+
+    def _after(self, dot: Node | None) -> set[Node]:
+        """Nodes that descend from the scores: a program that loads one would need the scores first."""
+        out: set[Node] = {dot} if dot is not None else set()
+        for n in self.gm.graph.nodes if out else ():
+            if any(a in out for a in n.all_input_nodes):
+                out.add(n)
+        return out
+
+    def _unchanged(self, base: Node, reader: Node | None, final: Node) -> None:
+        """Refuses where a value is written in place between its first read and the attention."""
+        key = storage(base)
+        if key is None or key not in self.mutations:
+            return
+        readers = [reader] if reader is not None else [u for u in base.users if u in self.position]
+        first = min((self.position[r] for r in readers), default=self.position[base])
+        if any(first < at < self.position[final] for at in self.mutations[key]):
+            raise Refused("mutated", f"{base.name} is changed in place between its use and the attention", [base])
+
+
+
+def _sums(e: Expr) -> bool:
+    return any(x.op == "rsum" for x in N.outside(e))
+
+
+def _free(index: Index) -> frozenset[str]:
+    return frozenset().union(*(x.free for x in index))
+
+
+def _plain(c: Contraction, j: Expr) -> bool:
+    """Whether the keys are read at j itself, and the queries at indices alone."""
+    return all(radix(x) is not None for x in (*c.left_index, *c.right_index))
+
+
+def _merge(lists: list[list[Split]]) -> list[Split]:
+    out: list[Split] = []
+    for splits in lists:
+        for split in splits:
+            if split in out:
+                continue
+            if any(set(split) & set(s) for s in out):
+                raise Refused("layout", "query, key and value split a batch dimension in different ways")
+            out.append(split)
+    return out
+
+
+def _unflatten(by: dict[Expr, Expr], axes: list[Expr], flat: Expr) -> None:
+    """Express the axes through one variable that flattens them, the last fastest."""
+    rest = flat
+    for n, a in enumerate(reversed(axes)):
+        extent = a.args[0]
+        by[a] = rest if n == len(axes) - 1 else A.mod(rest, extent)
+        rest = A.floordiv(rest, extent)
+
+
+def _differentiable(node: Node, programs: list[Expr]) -> bool:
+    """Whether some load of the node is reached without passing a detach."""
+    for program in programs:
+        stack = [program]
+        seen: set[Expr] = set()
+        while stack:
+            e = stack.pop()
+            if e in seen or e.op == "detach" or e.kind != FLOAT and e.op != "where":
+                continue
+            seen.add(e)
+            if e.op == "load" and e.value is node:
+                return True
+            stack.extend(e.args)
+    return found
+
+
+def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, int]]:
+    """For each node: the grad mode set in the graph, and how deep in autocast regions it stands."""
+    grad: bool | None = None
+    depth = 0
+    out: dict[Node, tuple[bool | None, int]] = {}
+    for n in gm.graph.nodes:
+        if n.target is torch._C._set_grad_enabled:
+            grad = bool(n.args[0])
+        elif n.target is torch.amp.autocast_mode._enter_autocast:
+            depth += 1
+        elif n.target is torch.amp.autocast_mode._exit_autocast:
+            depth -= 1
+        out[n] = (grad, depth)
+    return out
+
+
+def written_operands(n: Node) -> list[Node]:
+    """The operands that an operator writes in place, by its schema."""
+    schema = getattr(n.target, "_schema", None)
+    if n.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    out = []
+    for position, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            given = n.args[position] if position < len(n.args) else n.kwargs.get(arg.name)
+            for x in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(x, Node):
+                    out.append(x)
+    return out
+
+
+def storage(n: Node) -> int | None:
+    """Which memory a node's value lives in: nodes that alias share it."""
+    held = value(n)
+    return held.untyped_storage()._cdata if isinstance(held, torch.Tensor) and held.layout == torch.strided else None
+
+
+__all__ = ["Access", "Finder", "Finding", "Match", "Operand", "argument", "poly", "rebuild"]

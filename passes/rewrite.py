@@ -1,0 +1,230 @@
+"""Rewriting: one attnfx::attention call for each decided match, and nothing left of what it replaces.
+
+Needs the graph that the matches were found in; changes it in place. Promises that the graph's inputs and outputs keep
+their shapes, dtypes and strides; `check` says so in code.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir import poly
+from attnfx.ir.expr import Expr
+from attnfx.passes.graphs import dims, is_tensor, size_expr, value
+from attnfx.passes.layout import radix
+from attnfx.passes.match import Match, Operand
+
+aten = torch.ops.aten
+
+
+class CannotEmit(Exception):
+    """The views that an operand needs cannot be written; the site is kept."""
+
+
+class Emitter:
+    """Inserts nodes before one node, with example values; sizes are expressions."""
+
+    def __init__(self, gm: GraphModule, before: Node):
+        self.gm, self.graph, self.before = gm, gm.graph, before
+        self.sizes: dict[Expr, Node] = {}
+        self.stack = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
+
+    def call(self, target, *args: object, **kwargs: object) -> Node:  # type: ignore[no-untyped-def]
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        plain = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        mode = _mode_of(plain, self.before)
+        with mode:
+            node.meta = {**self.stack, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
+        return node
+
+    def size(self, e: Expr) -> int | Node:
+        """A size as a number, or as a node that computes it."""
+        if e.op == "const":
+            return int(e.value)  # type: ignore[call-overload]
+        if e not in self.sizes:
+            self.sizes[e] = self._size(e)
+        return self.sizes[e]
+
+    def _size(self, e: Expr) -> Node:
+        for n in self.graph.nodes:
+            if n is self.before:
+                break
+            held = value(n)
+            if n.op == "placeholder" and isinstance(held, torch.SymInt) and size_expr(held) is e:
+                return n
+        for n in self.graph.nodes:
+            if n is self.before:
+                break
+            if is_tensor(n):
+                for d, extent in enumerate(dims(n)):
+                    if extent is e:
+                        return self.call(aten.sym_size.int, n, d)
+        if e.op in ("add", "mul"):
+            parts = [self.size(a) for a in e.args]
+            out = parts[0]
+            for p in parts[1:]:
+                out = self.call(operator.add if e.op == "add" else operator.mul, out, p)
+            assert isinstance(out, Node)
+            return out
+        raise CannotEmit(f"the size {e} is carried by no tensor")
+
+    def operand(self, source: Operand, axes: list[Expr]) -> Node:
+        """The operand with one dimension per axis (size 1 where it does not depend on it), in this order."""
+        node, index = source.node, list(source.index)
+        parts: list[list[Expr]] = []
+        for d in reversed(range(len(index))):  # from the last, so that removing a dimension moves no other
+            found = radix(index[d])
+            if found is None:
+                raise CannotEmit(f"{source.node.name} is gathered")
+            offset, terms = found
+            extent = dims(node)[d]
+            if not terms:
+                node = self.call(aten.select.int, node, d, self.size(offset))
+                continue
+            total = A.mul(*(v.args[0] for v, _ in terms))
+            step = terms[-1][1]
+            if offset is not A.ZERO or total is not extent or step is not A.ONE:
+                if len(terms) > 1:
+                    raise CannotEmit(f"a part of {source.node.name} is split into several axes")
+                last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
+                node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
+            parts.insert(0, [v for v, _ in terms])
+        flat = [v for group in parts for v in group]
+        if len(flat) != len(parts):
+            node = self.call(aten.reshape.default, node, [self.size(v.args[0]) for v in flat])
+        order = [flat.index(a) for a in axes if a in flat]
+        if len(order) != len(flat):
+            raise CannotEmit(f"{source.node.name} depends on an index that is no axis")
+        if order != sorted(order):
+            node = self.call(aten.permute.default, node, order)
+        for at, a in enumerate(axes):
+            if a not in flat:
+                node = self.call(aten.unsqueeze.default, node, at)
+        return node
+
+    def shaped(self, node: Node, axes: list[Expr], shape: list[Expr]) -> Node:
+        """Expand where an axis of the operand has size 1 and is larger, then reshape."""
+        want = [a.args[0] for a in axes]
+        if any(h is not w for h, w in zip(dims(node), want, strict=True)):
+            node = self.call(aten.expand.default, node, [self.size(w) for w in want])
+        if list(dims(node)) != shape:
+            node = self.call(aten.reshape.default, node, [self.size(n) for n in shape])
+        return node
+
+
+def product(axes: Sequence[Expr]) -> Expr:
+    return A.mul(A.ONE, *(a.args[0] for a in axes))
+
+
+def _mode_of(args: object, near: Node):  # type: ignore[no-untyped-def]
+    from torch._guards import detect_fake_mode
+
+    mode = detect_fake_mode([args, near.meta.get("val")])
+    assert mode is not None
+    return mode
+
+
+def dimensions(match: Match) -> dict[str, Expr]:
+    """B, H, G, T, S, D, Dv of the operator call."""
+    kv, group = match.kv_axes, match.group_axes
+    batch = kv[:-1] if len(kv) > 1 else kv
+    head = kv[-1:] if len(kv) > 1 else []
+    return {
+        "B": product(batch), "G": product(head), "H": product([*head, *group]), "T": match.row.args[0],
+        "S": match.column.args[0], "D": match.width.args[0], "Dv": match.value_width.args[0],
+    }  # fmt: skip
+
+
+def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  # type: ignore[no-untyped-def]
+    """Insert the operator before `match.final` and let all users read it. Raises CannotEmit before changing users.
+
+    `operator_call` is torch.ops.attnfx.attention.default, given by the caller: passes know no kernels.
+    """
+    final = match.final
+    emit = Emitter(gm, final)
+    n = dimensions(match)
+    kv, axes = match.kv_axes, match.axes
+    q = emit.operand(match.query, [*axes, match.row, match.width])
+    k = emit.operand(match.key, [*kv, match.column, match.width])
+    v = emit.operand(match.value, [*kv, match.column, match.value_width])
+    q = emit.shaped(q, [*axes, match.row, match.width], [n["B"], n["H"], n["T"], n["D"]])
+    k = emit.shaped(k, [*kv, match.column, match.width], [n["B"], n["G"], n["S"], n["D"]])
+    v = emit.shaped(v, [*kv, match.column, match.value_width], [n["B"], n["G"], n["S"], n["Dv"]])
+    dtypes = [value(x).dtype for x in (q, k, v)]  # type: ignore[union-attr]
+    if len(set(dtypes)) > 1:
+        wide = max(dtypes, key=lambda t: torch.finfo(t).bits)
+        q, k, v = (x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True))
+    captures = [c if is_tensor(c) else emit.call(aten.scalar_tensor.default, c) for c in match.captures]
+    sizes = [emit.size(_named(emit, name)) for name in match.sizes]
+    seed = emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64) if match.spec.random else None
+    made = emit.call(operator_call, q, k, v, captures, sizes, seed, match.spec.to_json(), tier)
+    out = emit.call(operator.getitem, made, 0)
+    out = _like(emit, out, match, n)
+    out.meta = {**final.meta, **out.meta}
+    final.replace_all_uses_with(out, propagate_meta=False)
+    return made
+
+
+def _named(emit: Emitter, name: str) -> Expr:
+    return A.size(name)
+
+
+def _like(emit: Emitter, out: Node, match: Match, n: dict[str, Expr]) -> Node:
+    """From (B, H, T, Dv) to the shape, order of dimensions and memory layout of the node that is replaced."""
+    kv, group = match.kv_axes, match.group_axes
+    full = [*kv, *group, match.row, match.value_width]
+    if [a.args[0] for a in full] != list(dims(out)):
+        out = emit.call(aten.reshape.default, out, [emit.size(a.args[0]) for a in full])
+    wanted: list[Expr] = []
+    for x in match.out_index:
+        found = radix(x)
+        if found is None:
+            raise CannotEmit("the output is gathered")
+        wanted.extend(v for v, _ in found[1] if v in full)
+    missing = [a for a in full if a not in wanted]
+    if any(a.args[0] is not A.ONE for a in missing):
+        raise CannotEmit("an axis is missing from the output")
+    order = [full.index(a) for a in (*wanted, *missing)]
+    if order != sorted(order):
+        out = emit.call(aten.permute.default, out, order)
+    final = match.final
+    if list(dims(out)) != list(dims(final)):
+        out = emit.call(aten.reshape.default, out, [emit.size(x) for x in dims(final)])
+    have, want = value(out), value(final)
+    if have.dtype != want.dtype:  # type: ignore[union-attr]
+        out = emit.call(aten.to.dtype, out, want.dtype)  # type: ignore[union-attr]
+    if want.is_contiguous() and not have.is_contiguous():  # type: ignore[union-attr]
+        out = emit.call(aten.contiguous.default, out)
+    return out
+
+
+def clean(gm: GraphModule) -> None:
+    """Drop what nothing reads. In-place operators, regions and random draws of the user stay."""
+    from attnfx.passes.match import written_operands
+
+    def impure(node: Node) -> bool:
+        if node.op in ("placeholder", "output") or written_operands(node):
+            return True
+        if node.op == "call_function":
+            return not isinstance(node.target, torch._ops.OpOverload) and getattr(node.target, "__module__", "") != "_operator"
+        return False
+
+    gm.graph.eliminate_dead_code(is_impure_node=impure)
+    gm.recompile()
+
+
+def check(gm: GraphModule) -> None:
+    """The invariants of a graph between passes; AssertionError names what is broken."""
+    gm.graph.lint()
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload):
+            assert "val" in n.meta, f"{n.name} has no example value"
+
+
+__all__ = ["CannotEmit", "check", "clean", "dimensions", "poly", "rewrite"]
