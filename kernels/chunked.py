@@ -6,7 +6,7 @@ block's weights again.
 
 Rows without a live key. Keys outside a block's live range are left out, which is exact where every row has a live
 key. A row that has none shows it by its logsumexp, which is no larger than half the fill; blocks with such a row are
-computed over all keys (`_Plan.widen`), by the forward pass and the backward pass alike.
+computed over all keys (`Plan.widen`), by the forward pass and the backward pass alike.
 """
 
 from __future__ import annotations
@@ -33,6 +33,9 @@ TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 ROWS = {"cpu": 128, "cuda": 512}
 
 
+_ZERO = A.const(0.0)
+
+
 @dataclass(frozen=True)
 class Program:
     """A spec made ready: what each block evaluates. In `score` and its slopes, `dot` is scale * (q . k).
@@ -41,7 +44,9 @@ class Program:
     keep         the mask of the score's outermost `where`, or None
     fill         what a row without a live key is made of, or None where nothing masks
     slopes       (leaf, d score / d leaf): dot first, then the loads that need a gradient
-    kept_slope   d kept / d dot where that is a number: then a dead key's slope need not be masked, its weight is zero
+    kept_slopes  the same of `kept`
+    tame         all kept slopes are numbers: in a block whose rows are all live they need no mask, as a dead key's
+                 weight is zero
     weights      (leaf, d weight / d leaf): prob first
     extras       for each extra logit, (load, d logit / d load)
     """
@@ -52,7 +57,8 @@ class Program:
     keep: Expr | None
     fill: float | None
     slopes: tuple[tuple[Expr, Expr], ...]
-    kept_slope: float | None
+    kept_slopes: tuple[tuple[Expr, Expr], ...]
+    tame: bool
     weights: tuple[tuple[Expr, Expr], ...]
     extras: tuple[tuple[tuple[Expr, Expr], ...], ...]
 
@@ -84,7 +90,7 @@ def _unscaled(score: Expr, scale: float) -> Expr:
 def _slopes(root: Expr, leaf: Expr | None, wanted: list[Expr]) -> tuple[tuple[Expr, Expr], ...]:
     leaves = [*([leaf] if leaf is not None else []), *(x for x in wanted if x in set(walk(root)))]
     found = zip(leaves, gradient(root, leaves))
-    return tuple((x, slope) for x, slope in found if x is leaf or slope is not A.const(0.0))
+    return tuple((x, slope) for x, slope in found if x is leaf or slope is not _ZERO)
 
 
 @lru_cache(maxsize=512)
@@ -104,7 +110,7 @@ def program_of(spec: AttentionSpec) -> Program:
     masked = fill_of(score) is not None and spec.normaliser == "softmax"
     keep, kept = (score.args[0], score.args[1]) if masked else (None, score)
     found = mask_of(spec.score)
-    slope = gradient(kept, [A.DOT])[0]
+    kept_slopes = _slopes(kept, A.DOT, list(wanted))
     return Program(
         scale=scale,
         score=score,
@@ -112,14 +118,20 @@ def program_of(spec: AttentionSpec) -> Program:
         keep=keep,
         fill=float(found.fill) if found is not None else fill_of(spec.score),
         slopes=_slopes(score, A.DOT, list(wanted)),
-        kept_slope=float(slope.value) if slope.op == "const" else None,  # type: ignore[arg-type]
+        kept_slopes=kept_slopes,
+        tame=all(slope.op == "const" for _, slope in kept_slopes),
         weights=_slopes(spec.weight, A.PROB, list(wanted)),
         extras=tuple(_slopes(e, None, list(wanted)) for e in spec.extra),
     )
 
 
 class Block(NamedTuple):
-    """Batches [b0, b1), key heads [g0, g1), queries [i0, i1), keys [j0, j1). `number` seeds its dropout."""
+    """Batches [b0, b1), key heads [g0, g1), queries [i0, i1), keys [j0, j1).
+
+    number  seeds its dropout
+    full    every key of it is live
+    live    every row of it is known to have a live key
+    """
 
     number: int
     b0: int
@@ -131,14 +143,15 @@ class Block(NamedTuple):
     j0: int
     j1: int
     full: bool
+    live: bool
 
 
-class _Plan:
+class Plan:
     """How a call is cut into blocks. Both passes make the same one."""
 
     def __init__(self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device):
         kind = device.type if device.type in ROWS else "cuda"
-        self.sizes, self.groups = sizes, groups
+        self.spec, self.sizes, self.groups = spec, sizes, groups
         self.tile = TILE_ELEMENTS[kind]
         heads, rows = sizes["B"] * sizes["H"], sizes["T"]
         step = ROWS[kind]
@@ -152,21 +165,27 @@ class _Plan:
         self.rows = list(key_ranges(spec, sizes, step)) if rows and heads else []
         self.fill = program_of(spec).fill
         # a row without a live key gives zeros whichever keys are looked at
-        self.exact = self.fill is None or (spec.safe and self.fill == -math.inf) or rows_live(spec, sizes)
+        self.exact = self.fill is None or (spec.safe and self.fill == -math.inf)
+        self.doubtful: set[int] | None = None  # unknown
 
     def widen(self, logsumexp: Tensor) -> set[int]:
-        """Numbers of the rows that leave keys out although one of them has no live key: take all keys instead."""
-        narrow = [n for n, r in enumerate(self.rows) if (r.j0, r.j1) != (0, self.sizes["S"])]
-        if self.exact or not narrow or not logsumexp.numel():
+        """Finds the rows without a live key. Those that leave keys out take all keys instead: gives their numbers."""
+        self.doubtful = set()
+        if self.exact or not logsumexp.numel() or rows_live(self.spec, self.sizes):
             return set()
         dead = ~(logsumexp > self.fill / 2).all(dim=1).all(dim=0)  # NaN counts as dead
         if not bool(dead.any()):
             return set()
-        dead = dead.cpu()
-        wide = {n for n in narrow if bool(dead[self.rows[n].i0 : self.rows[n].i1].any())}
+        self.doubtful = self.holding(dead)
+        wide = {n for n in self.doubtful if (self.rows[n].j0, self.rows[n].j1) != (0, self.sizes["S"])}
         for n in wide:
             self.rows[n] = KeyRange(self.rows[n].i0, self.rows[n].i1, 0, self.sizes["S"], False)
         return wide
+
+    def holding(self, some: Tensor) -> set[int]:
+        """Numbers of the ranges of rows that hold one of `some`, (T,) of bool."""
+        some = some.cpu()
+        return {n for n, r in enumerate(self.rows) if bool(some[r.i0 : r.i1].any())}
 
     def blocks(self, which: set[int] | None = None) -> Iterator[list[Block]]:
         """For each range of rows, its blocks over batches and heads."""
@@ -182,7 +201,8 @@ class _Plan:
             for b in range(0, size_b, step_b):
                 for g in range(0, size_g, step_g):
                     number = (n * size_b + b) * size_g + g
-                    out.append(Block(number, b, min(b + step_b, size_b), g, min(g + step_g, size_g), *r))
+                    live = self.doubtful is not None and n not in self.doubtful
+                    out.append(Block(number, b, min(b + step_b, size_b), g, min(g + step_g, size_g), *r, live))
             yield out
 
 
@@ -191,10 +211,10 @@ def all_sizes(spec: AttentionSpec, query: Tensor, key: Tensor, sizes: Sequence[i
     return named | dict(zip(spec.sizes, sizes))
 
 
-class _Run:
+class Run:
     """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
 
-    def __init__(self, spec, query, key, value, captures, sizes, seed, plan=None):
+    def __init__(self, spec, query, key, value, captures, sizes, seed):
         self.spec, self.program = spec, program_of(spec)
         self.compute = getattr(torch, spec.compute)
         self.captures, self.seed = captures, seed
@@ -203,12 +223,9 @@ class _Run:
         self.repeat = query.shape[1] // max(self.groups, 1)
         self.device = query.device
         self.query = query
-        self.key, self.value = self.prepare(key), self.prepare(value)
-        self.plan = plan or _Plan(spec, self.sizes, self.groups, query.device)
+        self.key, self.value = (x.to(self.compute).contiguous() for x in (key, value))
+        self.plan = Plan(spec, self.sizes, self.groups, query.device)
         self._first_seed: int | None = None
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return x.to(self.compute).contiguous()
 
     def keys(self, x: Tensor, at: Block) -> Tensor:
         """(B, G, S, E) to the block's (b * g, s, E)."""
@@ -296,20 +313,24 @@ def forward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
-    run = _Run(spec, query, key, value, captures, sizes, seed)
+    run = Run(spec, query, key, value, captures, sizes, seed)
     shape = query.shape[:3]
     out = query.new_empty((*shape, value.shape[-1]), dtype=getattr(torch, spec.out_dtype))
     logsumexp = query.new_zeros(shape, dtype=run.compute)
-    plan = run.plan
-    for blocks in plan.blocks():
-        _forward_rows(run, blocks, out, logsumexp)
-    if spec.normaliser == "softmax" and (wide := plan.widen(logsumexp)):
-        for blocks in plan.blocks(wide):
-            _forward_rows(run, blocks, out, logsumexp)
+    forward_rows(run, None, out, logsumexp)
     return out, logsumexp
 
 
-def _forward_rows(run: _Run, blocks: list[Block], out: Tensor, logsumexp: Tensor) -> None:
+def forward_rows(run: Run, which: set[int] | None, out: Tensor, logsumexp: Tensor) -> None:
+    """Computes the ranges of rows of those numbers (None: all) into `out` and `logsumexp`."""
+    for blocks in run.plan.blocks(which):
+        _forward_blocks(run, blocks, out, logsumexp)
+    if run.spec.normaliser == "softmax" and (wide := run.plan.widen(logsumexp)):
+        for blocks in run.plan.blocks(wide if which is None else wide & which):
+            _forward_blocks(run, blocks, out, logsumexp)
+
+
+def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tensor) -> None:
     spec = run.spec
     shared: dict = {}
     for at in blocks:
@@ -355,16 +376,13 @@ def backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = _Run(spec, query, key, value, captures, sizes, seed)
+    run = Run(spec, query, key, value, captures, sizes, seed)
     if spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
     grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    grads = _Gradients(run, grad_out, grad_query)
+    grads = Gradients(run, grad_out, grad_query)
     for blocks in run.plan.blocks():
-        shared: dict = {}
-        for at in blocks:
-            if at.j0 < at.j1 or spec.extra:
-                grads.add(at, shared)
+        grads.add_blocks(blocks)
     return (
         grad_query,
         grads.key.to(key.dtype),
@@ -373,10 +391,10 @@ def backward(
     )
 
 
-class _Gradients:
+class Gradients:
     """The sums that the blocks of a backward pass add to, in the compute type."""
 
-    def __init__(self, run: _Run, grad_out: Tensor, query: Tensor):
+    def __init__(self, run: Run, grad_out: Tensor, query: Tensor):
         self.run, self.grad_out, self.query = run, grad_out, query
         self.key, self.value = torch.zeros_like(run.key), torch.zeros_like(run.value)
         self.captures = {
@@ -385,12 +403,17 @@ class _Gradients:
             if c.grad
         }
 
-    def add(self, at: Block, shared: dict) -> None:
+    def add_blocks(self, blocks: list[Block]) -> None:
+        """Adds the blocks of one range of rows."""
+        shared: dict = {}
+        for at in blocks:
+            if at.j0 < at.j1:  # without a key, nothing depends on anything
+                self._add(at, shared)
+
+    def _add(self, at: Block, shared: dict) -> None:
         run, spec, program = self.run, self.run.spec, self.run.program
         h0, h1 = run.heads(at)
         where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
-        if at.j0 == at.j1:  # no key: nothing depends on anything
-            return
         values = run.evaluator(at, shared)
         query, grad = run.scaled(run.queries(run.query, at)), run.queries(self.grad_out, at)
         score = run.score(at, values, query)
@@ -423,7 +446,8 @@ class _Gradients:
                 for load, local in loads:
                     part = -share * (logit - m).exp() / total * rows(local)
                     rows.add_gradient(load, part, self.captures[load.value])
-        slope = self._through(program.slopes, slope, values)
+        bare = at.full or (program.tame and at.live)
+        slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
         flat = run.merged(slope, at)
         self.query[where] = run.tile(run.scaled(torch.bmm(flat, run.keys(run.key, at))), at)
         self._add_keys(self.key, at, torch.bmm(flat.mT, query))
@@ -437,8 +461,9 @@ class _Gradients:
     def _times(self, slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
         if local is A.const(1.0):
             return slope
-        if local.op == "where" and local.args[2] is A.const(0.0):  # zero even where the slope is not a number
-            return torch.where(values.tensor(local.args[0]), self._times(slope, local.args[1], values), 0.0)
+        if local.op == "where" and _ZERO in local.args[1:]:  # zero even where the slope is not a number
+            x, y = (0.0 if a is _ZERO else self._times(slope, a, values) for a in local.args[1:])
+            return torch.where(values.tensor(local.args[0]), x, y)
         return slope * values(local)
 
     def _add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from attnfx.kernels import chunked
+from attnfx.kernels import chunked, library
 from attnfx.spec import AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
@@ -34,7 +34,10 @@ class Tier(NamedTuple):
 
 
 # In the order in which "auto" tries them.
-TIERS: dict[str, Tier] = {"chunked": Tier(lambda *_: None, chunked.forward, chunked.backward)}
+TIERS: dict[str, Tier] = {
+    "library": Tier(library.supports, library.forward, library.backward),
+    "chunked": Tier(lambda *_: None, chunked.forward, chunked.backward),
+}
 
 
 def choose(tier: str, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tier:

@@ -1,0 +1,327 @@
+"""Runs a spec through ATen's fused CPU attention where the score is scale * dot + bias under a mask.
+
+The bias and the mask reach the operator as an additive mask of one block of queries on its live key range; where
+neither depends on the query beyond plain causality, as one row in a single call.
+
+Rows that the operator gets wrong, or would lose precision on, are computed by the chunked tier instead, with the block
+of rows around them: a row without a live key (the operator gives 0 and a meaningless logsumexp), and in the backward
+pass a row whose logsumexp is too large to subtract from a score. What is not a number, or so large that a product
+overflows, goes to the chunked tier as a whole: the operator gives 0 for a row of NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr, walk
+from attnfx.kernels import chunked
+from attnfx.kernels.chunked import Run, all_sizes
+from attnfx.kernels.evaluate import Axis, Evaluator
+from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
+from attnfx.spec import AttentionSpec, I, J, additive
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+MAX_HEAD_DIM = 512
+# Beyond this, float32 keeps a logsumexp to less than 1e-4, and exp(score - logsumexp) would show it.
+LARGEST_LOGSUMEXP = 1e3
+# Queries in a block whose mask is a tile. Measured on 2 cores of an AMD EPYC, 8 heads x 4096 x 64, float32.
+ROWS = 256
+
+
+@dataclass(frozen=True)
+class Form:
+    """score = scale * dot + bias where all of `keep` hold.
+
+    scale    a number, or an expression free of the indices
+    keep     the mask's conjuncts
+    fill     what a row without a live key is made of; None where nothing masks
+    """
+
+    scale: float | Expr
+    bias: Expr
+    keep: tuple[Expr, ...]
+    fill: float | None
+
+
+@lru_cache(maxsize=1024)
+def form_of(spec: AttentionSpec) -> Form | str:
+    """The spec as the operator can take it, or why it cannot."""
+    if spec.normaliser != "softmax":
+        return "it has no softmax"
+    if spec.weight is not A.PROB:
+        return "its weights are changed after the softmax"
+    if spec.random:
+        return "it has dropout"
+    mask = mask_of(spec.score)
+    score, keep = spec.score, A.TRUE
+    if mask is not None and score.op == "where" and mask.keep is score.args[0] and score.args[2].op == "const":
+        keep, score = score.args[0], score.args[1]
+    found = additive(score)
+    if found is None:
+        return "its score is not a multiple of the dot product plus a bias"
+    scale, bias, inner = found
+    if inner is not None:
+        keep = A.and_(keep, inner)
+    if any(e.op in ("dot", "prob") for e in walk(keep)):
+        return "its mask depends on the scores"
+    if mask is not None and keep is not mask.keep:
+        keep, bias = A.TRUE, A.where(keep, bias, A.const(mask.fill)) if keep is not A.TRUE else bias
+    conjuncts = keep.args if keep.op == "and" else () if keep is A.TRUE else (keep,)
+    return Form(scale, bias, conjuncts, None if mask is None else float(mask.fill))
+
+
+def supports(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """None, or why the operator cannot run this call."""
+    form = form_of(spec)
+    if isinstance(form, str):
+        return form
+    if query.device.type != "cpu":
+        return f"it runs on the CPU, not on {query.device.type}"
+    compute = "float64" if query.dtype == torch.float64 else "float32"
+    if spec.compute != compute:
+        return f"it computes {query.dtype} in {compute}, the spec asks for {spec.compute}"
+    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"its head_dim is at most {MAX_HEAD_DIM}"
+    if not query.numel() or not key.numel() or not value.numel():
+        return "it crashes on empty tensors"
+    return None
+
+
+class _Call:
+    """One call's tensors as the operator wants them, and the blocks that it is made in."""
+
+    def __init__(self, spec: AttentionSpec, query, key, value, captures, sizes):
+        form = form_of(spec)
+        assert isinstance(form, Form)
+        self.spec, self.form = spec, form
+        self.sizes = all_sizes(spec, query, key, sizes)
+        self.captures = captures
+        self.compute = getattr(torch, spec.compute)
+        values = self._evaluator(Axis(0, 1, -2), Axis(0, 1, -1))
+        self.scale = form.scale if isinstance(form.scale, float) else float(values(form.scale))
+        width = max(query.shape[3], value.shape[3])
+        self.query, self.key, self.value = (self.widened(x, width) for x in (query, key, value))
+        self.value_width = value.shape[3]
+        self.causal, self.keep = self._causal()
+        self.single = not any("i" in e.free for e in (*self.keep, form.bias))
+        if not self.single:
+            self.causal, self.keep = False, form.keep
+        self.safe_range = self._in_range()
+
+    @staticmethod
+    def widened(x: Tensor, width: int) -> Tensor:
+        """Zeros up to the width that query, key and value share; the last dim contiguous."""
+        if x.shape[-1] < width:
+            return pad(x, (0, width - x.shape[-1]))
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _in_range(self) -> bool:
+        """Whether every number is finite and no product of query and key can overflow."""
+        largest = 1.0
+        for x in (self.query, self.key):
+            low, high = x.aminmax()
+            largest *= max(-float(low), float(high), 1.0) if float(low) == float(low) else math.nan
+        limit = 1e300 if self.compute == torch.float64 else 1e36
+        return largest * self.query.shape[3] * max(abs(self.scale), 1.0) < limit and math.isfinite(self.scale)
+
+    def _causal(self) -> tuple[bool, tuple[Expr, ...]]:
+        """Whether a conjunct is j <= i for these sizes, and the other conjuncts."""
+        plain = A.sub(I, J)
+        for e in self.form.keep:
+            if e.op != "ge0":
+                continue
+            offset = A.sub(e.args[0], plain)
+            if not offset.free and not any(x.op == "load" for x in walk(offset)):
+                if self._evaluator(Axis(0, 1, -2), Axis(0, 1, -1))(offset) == 0:
+                    return True, tuple(x for x in self.form.keep if x is not e)
+        return False, self.form.keep
+
+    def _evaluator(self, i: Axis, j: Axis) -> Evaluator:
+        axes = {"b": Axis(0, self.sizes["B"], -4), "h": Axis(0, self.sizes["H"], -3), "i": i, "j": j}
+        return Evaluator(self.captures, self.sizes, axes, self.compute, torch.device("cpu"))
+
+    @property
+    def trivial(self) -> bool:
+        """Whether there is nothing to add to a score."""
+        return self.form.bias is A.const(0.0)
+
+    def blocks(self) -> list[KeyRange]:
+        """The calls to make. Neighbours that see the same keys and need no mask are made as one."""
+        sizes = self.sizes
+        if self.single:
+            return [KeyRange(0, sizes["T"], 0, sizes["S"], not self.keep)]
+        out: list[KeyRange] = []
+        for r in key_ranges(self.spec, sizes, ROWS):
+            last = out[-1] if out else None
+            if last and self.trivial and last.full and r.full and (last.j0, last.j1) == (r.j0, r.j1):
+                out[-1] = last._replace(i1=r.i1)
+            else:
+                out.append(r)
+        return out
+
+    def mask(self, r: KeyRange) -> Tensor | None:
+        """The additive mask of a block, of four dims that broadcast; None where there is nothing to add."""
+        keep = A.TRUE if r.full else A.and_(*self.keep)
+        if keep is A.TRUE and self.trivial:
+            return None
+        rows = Axis(0, 1, -2) if self.single else Axis(r.i0, r.i1, -2)
+        mask = self._evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(A.where(keep, self.form.bias, A.const(-math.inf)))
+        return mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
+
+    def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
+        """Which rows of a block have, for some batch and head, no live key or one that is not a number."""
+        if mask is None or self._surely_live():
+            return False
+        if self.causal:  # row i sees the keys up to i
+            best = mask.cummax(-1)[0]
+            best = best[..., torch.arange(r.i0, r.i1).clamp(max=best.shape[-1] - 1)].mT
+        else:
+            best = mask.amax(-1, keepdim=True)
+        return ~(best > -math.inf).all(dim=1).all(dim=0).squeeze(-1)
+
+    def _surely_live(self) -> bool:
+        bias_is_finite = not any(e.op == "load" for e in walk(self.form.bias))
+        return bias_is_finite and (not self.form.keep or rows_live(self.spec, self.sizes))
+
+
+def forward(
+    spec: AttentionSpec,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    captures: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `chunked.forward`."""
+    call = _Call(spec, query, key, value, captures, sizes)
+    if not call.safe_range:
+        return chunked.forward(spec, query, key, value, captures, sizes, seed)
+    shape = query.shape[:3]
+    out = query.new_empty((*shape, value.shape[-1]), dtype=getattr(torch, spec.out_dtype))
+    logsumexp = query.new_empty(shape, dtype=call.compute)
+    bad = torch.zeros(shape[2], dtype=torch.bool)
+    for r in call.blocks():
+        rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
+        if r.j0 >= r.j1:
+            bad[rows] = True
+            continue
+        mask = call.mask(r)
+        bad[rows] = call.dead(r, mask)
+        part, total = _forward(
+            call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], 0.0, call.causal,
+            attn_mask=mask, scale=call.scale,
+        )  # fmt: skip
+        part = part[..., : call.value_width]
+        if spec.extra:
+            part, total = _with_extra(call, r, part, total)
+        out[:, :, rows] = part
+        logsumexp[:, :, rows] = total
+    if bool(bad.any()):
+        run = Run(spec, query, key, value, captures, sizes, seed)
+        chunked.forward_rows(run, run.plan.holding(bad), out, logsumexp)
+    return out, logsumexp
+
+
+def _with_extra(call: _Call, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets the extra logits take their share of the softmax."""
+    values = call._evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
+    logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in call.spec.extra]
+    both = torch.stack([total, *logits]).logsumexp(0)
+    return part * (total - both).exp().unsqueeze(-1).to(part.dtype), both
+
+
+def backward(
+    spec: AttentionSpec,
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    captures: Sequence[Tensor] = (),
+    sizes: Sequence[int] = (),
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As `chunked.backward`, which computes it where a capture's gradient is asked for."""
+    call = None
+    if not any(c.grad for c in spec.captures):
+        call = _Call(spec, query, key, value, captures, sizes)
+    if call is None or not call.safe_range:
+        return chunked.backward(spec, grad_out, query, key, value, out, logsumexp, captures, sizes, seed)
+    bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
+    run, which = None, set()
+    if bool(bad.any()):
+        run = Run(spec, query, key, value, captures, sizes, seed)
+        run.plan.widen(logsumexp)
+        which = run.plan.holding(bad)
+        for n in which:  # out of the operator's reach: a weight of exp(-inf), times zero
+            rows = slice(run.plan.rows[n].i0, run.plan.rows[n].i1)
+            bad[rows] = True
+        at = bad.view(1, 1, -1, 1)
+        out, grad = out.masked_fill(at, 0.0), grad_out.masked_fill(at, 0.0)
+        logsumexp = logsumexp.masked_fill(at.squeeze(-1), math.inf)
+    else:
+        grad = grad_out
+    width = call.query.shape[-1]
+    grad, out = (call.widened(x.to(query.dtype), width) for x in (grad, out))
+    sums = _Sums(query, key, value)
+    for r in call.blocks():
+        if r.j0 >= r.j1:
+            sums.query[:, :, r.i0 : r.i1] = 0
+            continue
+        rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
+        parts = _backward(
+            grad[:, :, rows], call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], out[:, :, rows],
+            logsumexp[:, :, rows], 0.0, call.causal, attn_mask=call.mask(r), scale=call.scale,
+        )  # fmt: skip
+        sums.add(rows, keys, parts)
+    grads = sums.result()
+    if run is None:
+        return (*grads, [])
+    rest = chunked.Gradients(run, grad_out, grads[0])
+    for blocks in run.plan.blocks(which):
+        rest.add_blocks(blocks)
+    return grads[0], (grads[1] + rest.key).to(key.dtype), (grads[2] + rest.value).to(value.dtype), []
+
+
+class _Sums:
+    """Gradients of query, key and value, added up over calls in float32 or better."""
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor):
+        self.like = query, key, value
+        self.query = torch.empty(query.shape, dtype=query.dtype)
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def add(self, rows: slice, keys: slice, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+        query, key, value = self.like
+        dq, dk, dv = parts[0][..., : query.shape[3]], parts[1][..., : key.shape[3]], parts[2][..., : value.shape[3]]
+        self.query[:, :, rows] = dq
+        if dk.shape[2] == key.shape[2] and rows == slice(0, query.shape[2]):
+            self.key, self.value = dk.contiguous(), dv.contiguous()
+            return
+        if self.key is None or self.value is None:
+            compute = torch.promote_types(query.dtype, torch.float32)
+            self.key, self.value = torch.zeros(key.shape, dtype=compute), torch.zeros(value.shape, dtype=compute)
+        self.key[:, :, keys] += dk
+        self.value[:, :, keys] += dv
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        _, key, value = self.like
+        if self.key is None or self.value is None:
+            return self.query, torch.zeros(key.shape, dtype=key.dtype), torch.zeros(value.shape, dtype=value.dtype)
+        return self.query, self.key.to(key.dtype), self.value.to(value.dtype)
+
+
+__all__ = ["Form", "backward", "form_of", "forward", "supports"]
