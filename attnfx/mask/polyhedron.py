@@ -38,14 +38,21 @@ def solver(factor: int = 1) -> Iterator[isl.Context]:
     context.set_max_operations(factor * MAX_OPERATIONS)
     try:
         yield context
-        _probe(context)
-    except isl.Error as error:
-        raise TooHard(str(error)) from error
+    except Exception as error:
+        if isinstance(error, isl.Error) or _spent(context):
+            raise TooHard(str(error)) from error
+        raise
+    if _spent(context):
+        raise TooHard("maximal number of operations exceeded")
 
 
-def _probe(context: isl.Context) -> None:
-    """Raises if the bound was reached: some of isl's functions then give a partial answer and say nothing."""
-    isl.Set("{ : }", context)
+def _spent(context: isl.Context) -> bool:
+    """Whether the bound was reached: some of isl's functions then give a partial answer and say nothing."""
+    try:
+        isl.Set("{ : }", context)
+    except isl.Error:
+        return True
+    return False
 
 
 def count(points: isl.Set) -> int:
