@@ -165,8 +165,7 @@ def _decide(traced: GraphModule, finding: Finding, site: Site, options: Options)
     match = finding.match
     query = value(match.query.node)
     assert isinstance(query, torch.Tensor)
-    operands = [value(x.node) for x in (match.query, match.key, match.value)]
-    training = torch.is_grad_enabled() and any(x.requires_grad for x in operands)  # type: ignore[union-attr]
+    training = torch.is_grad_enabled() and match.training
     library = op_name(finding.final).startswith("scaled_dot_product")
     decision = cost.decide(match.spec, numeric_dims(finding), str(query.dtype).removeprefix("torch."), query.device.type, training, options, library)
     if decision.tier != "kept":

@@ -67,6 +67,7 @@ class Match:
     value_width: Expr
     out_index: Index
     anchors: list[Node] = field(default_factory=list)
+    training: bool = False  # some operand may take a gradient
 
     @property
     def axes(self) -> list[Expr]:
@@ -100,6 +101,7 @@ class Finder:
         self.scores = self._spread(n for n in gm.graph.nodes if op_name(n) in PRODUCTS)
         self.mutations = self._mutations()
         self.regions = _regions(gm)
+        self.differentiable = self._differentiable()
 
     def _spread(self, seeds: Iterable[Node]) -> dict[Node, list[Node]]:
         """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds."""
@@ -115,6 +117,21 @@ class Finder:
                 found = [s for a in n.all_input_nodes for s in out.get(a, ())]
                 if found:
                     out[n] = list(dict.fromkeys(found))[:8]
+        return out
+
+    def _differentiable(self) -> set[Node]:
+        """Nodes whose value may take a gradient: example values are snapshots that do not know."""
+        out: set[Node] = set()
+        for n in self.gm.graph.nodes:
+            held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
+            if n.op == "get_attr":
+                held = getattr(self.gm, str(n.target), None)
+            if n.op in ("placeholder", "get_attr"):
+                if isinstance(held, torch.Tensor) and held.requires_grad:
+                    out.add(n)
+            elif any(a in out for a in n.all_input_nodes) and self.regions[n][0] is not False and "detach" not in op_name(n):
+                if not isinstance(held, torch.Tensor) or held.dtype.is_floating_point:
+                    out.add(n)
         return out
 
     def _mutations(self) -> dict[int, list[int]]:
@@ -327,7 +344,8 @@ class Finder:
         programs = self._rename(found, score, splits, kv_axes, group_axes, row, j)
         spec, captures, sizes = self._spec(final, programs, found, query, self._after(dot))
         out_index = tuple(apply_splits(v, splits) for v in out)
-        return Match(final, spec, query, key, val, captures, sizes, kv_axes, group_axes, row, j, d, e, out_index)
+        training = any(x.node in self.differentiable for x in (query, key, val)) or any(c.grad for c in spec.captures)
+        return Match(final, spec, query, key, val, captures, sizes, kv_axes, group_axes, row, j, d, e, out_index, training=training)
 
     def _rename(self, found: N.Normalised, score: Expr, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
@@ -374,7 +392,7 @@ class Finder:
                     if held.dtype.is_complex:
                         raise Refused("dtype", f"{node.name} is complex", [node])
                     self._unchanged(node, None, final)
-                    grad = held.requires_grad and kind_of(held.dtype) == FLOAT
+                    grad = node in self.differentiable and kind_of(held.dtype) == FLOAT
                     slots[node] = Capture(kind_of(held.dtype), held.dim(), grad and _differentiable(node, programs))
                 else:
                     slots[node] = Capture("f", 0, False)

@@ -160,7 +160,7 @@ def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  #
     if len(set(dtypes)) > 1:
         wide = max(dtypes, key=lambda t: torch.finfo(t).bits)
         q, k, v = (x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True))
-    captures = [c if is_tensor(c) else emit.call(aten.scalar_tensor.default, c) for c in match.captures]
+    captures = [_tensor(emit, c) for c in match.captures]
     sizes = [emit.size(_named(emit, name)) for name in match.sizes]
     seed = emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64) if match.spec.random else None
     made = emit.call(operator_call, q, k, v, captures, sizes, seed, match.spec.to_json(), tier)
@@ -169,6 +169,15 @@ def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  #
     out.meta = {**final.meta, **out.meta}
     final.replace_all_uses_with(out, propagate_meta=False)
     return made
+
+
+def _tensor(emit: Emitter, capture: Node) -> Node:
+    """A capture as a tensor: a symbolic number is the tensor that it was read from."""
+    if is_tensor(capture):
+        return capture
+    if capture.op == "call_method" and capture.target == "item":
+        return capture.args[0]  # type: ignore[return-value]
+    return emit.call(aten.scalar_tensor.default, capture, dtype=torch.float64)
 
 
 def _named(emit: Emitter, name: str) -> Expr:

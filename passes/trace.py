@@ -48,7 +48,7 @@ def example(value: object, mode: FakeTensorMode) -> object:
 
 
 class _Retrace(Interpreter):
-    """Runs a Dynamo graph under make_fx, keeping each higher-order operator as the node that it was."""
+    """Runs a Dynamo graph under make_fx, keeping higher-order operators and reads of symbolic numbers as they were."""
 
     def __init__(self, gm: GraphModule, mode: FakeTensorMode):
         super().__init__(gm)
@@ -71,6 +71,15 @@ class _Retrace(Interpreter):
             return args[0].__exit__(None, None, None)
         if not isinstance(target, HigherOrderOperator):
             return super().call_function(target, args, kwargs)
+        return self.keep(target, args, kwargs)
+
+    def call_method(self, target, args, kwargs):
+        if target == "item" and isinstance(self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+            return self.keep(target, args, kwargs)
+        return super().call_method(target, args, kwargs)
+
+    def keep(self, target, args, kwargs):
+        """Record the current node as it is; its value is a stand-in like the one that Dynamo saw."""
         mode = get_proxy_mode()
         assert mode is not None
         tracer = mode.tracer
@@ -88,8 +97,8 @@ class _Retrace(Interpreter):
             return tracer.unwrap_proxy(leaf)
 
         inputs = tree_map(proxy, (args, kwargs), is_leaf=lambda x: isinstance(x, torch.nn.Module))
-        made = tracer.create_proxy("call_function", target, *inputs, name=node.name)
-        return track_tensor_tree(self.kept[node], made, constant=None, tracer=tracer)
+        made = tracer.create_proxy(node.op, target, *inputs, name=node.name)
+        return track_tensor_tree(self.kept.get(node, node.meta["example_value"]), made, constant=None, tracer=tracer)
 
     def run_node(self, n: Node):
         self.current = n
