@@ -146,6 +146,8 @@ class Evaluator:
         if e.op == "where":
             return self._where(e)
         args = [self(a) for a in e.args]
+        if e.op == "aten":
+            return self._exactly(e, args)
         if e.op in _PLAIN:
             if e.kind == FLOAT and not any(isinstance(a, Tensor) for a in args):
                 args[0] = self._tensor(args[0], FLOAT)
@@ -170,6 +172,13 @@ class Evaluator:
                 return _INTEGER[e.op](*args)
         tensors = [self._tensor(v, a.kind) for v, a in zip(args, e.args)]
         return reduce(_BINARY[e.op], tensors) if e.op in _BINARY else _UNARY[e.op](tensors[0])
+
+    def _exactly(self, e: Expr, args: list[Value]) -> Tensor:
+        """The operator that the user's graph had, on the dtypes that it had: its rounding decides an integer."""
+        name, dtype = str(e.value).split(":")
+        if name == "to":
+            return self._tensor(args[0], e.args[0].kind).to(getattr(torch, dtype))
+        return getattr(torch.ops.aten, name)(*args).to(getattr(torch, dtype))
 
     def _constant(self, e: Expr) -> bool | int | float:
         value = e.value

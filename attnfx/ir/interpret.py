@@ -51,6 +51,14 @@ UNARY: dict[str, Callable[[float], float]] = {
 }  # fmt: skip
 
 
+_ATEN: dict[str, Callable[..., Number]] = {
+    **UNARY, "to": float, "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "rsub": lambda x, y: y - x,
+    "mul": lambda x, y: x * y, "div": lambda x, y: x * _recip(y), "neg": lambda x: -x, "pow": lambda x, y: x**y,
+    "reciprocal": _recip, "rsqrt": lambda x: _recip(math.sqrt(x)), "relu": lambda x: max(x, 0.0), "square": lambda x: x * x,
+    "clamp_min": max, "clamp_max": min, "minimum": min, "maximum": max, "min": min, "max": max,
+}  # fmt: skip
+
+
 def evaluate(e: Expr, env: Mapping[str, Number], load: Loader | None = None) -> Number:
     """The value of `e`. `env` binds variables, sizes by name, and `dot` and `prob`; `load(slot, indices)`
     gives an element of a capture. Raises KeyError for an unbound name."""
@@ -68,6 +76,8 @@ def evaluate(e: Expr, env: Mapping[str, Number], load: Loader | None = None) -> 
         return sum(values) if e.op == "rsum" else max(values, default=-math.inf)
     x = [evaluate(a, env, load) for a in e.args]
     match e.op:
+        case "aten":
+            return _ATEN[str(e.value).split(":")[0]](*x)
         case "load":
             assert load is not None
             return load(e.value, tuple(int(v) for v in x))
