@@ -1,3 +1,41 @@
-"""attnfx: a torch.compile backend that lifts hand-written attention and runs it in linear memory."""
+"""attnfx: a torch.compile backend that lifts hand-written attention and runs it in linear memory.
+
+    torch.compile(model, backend="attnfx")                       rewrites what pays
+    attnfx.explain(model)(*inputs)                               says what would be done, and why not
+    attnfx.reports()                                             what was done in this process
+    attnfx.attention(query, key, value, spec, captures)          the operator itself
+"""
+
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from attnfx.errors import AttnfxError, OptionError
+    from attnfx.explain import explain
+    from attnfx.kernels.operator import attention
+    from attnfx.options import Options
+    from attnfx.report import Decision, Refusal, Report, Site, reports
+    from attnfx.spec import AttentionSpec
+
+_HOMES = {
+    "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors", "Options": "options",
+    "Refusal": "report", "Report": "report", "Site": "report", "attention": "kernels.operator", "explain": "explain",
+    "reports": "report",
+}  # fmt: skip
+
+__all__ = [
+    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "Report", "Site", "attention",
+    "explain", "reports",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The public names are imported when they are first used: an entry point that is never called costs nothing."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'attnfx' has no attribute {name!r}")
+    import importlib
+
+    found = getattr(importlib.import_module(f"attnfx.{_HOMES[name]}"), name)
+    globals()[name] = found
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+import os
 from collections.abc import Sequence
 
 import torch
@@ -73,7 +74,7 @@ def where_in_source(node: Node) -> str:
         if line.startswith("File "):
             parts = line.split('"')
             if len(parts) >= 3 and "line " in parts[2]:
-                found = f"{parts[1]}:{parts[2].split('line ')[1].split(',')[0]}"
-                if "/torch/nn/" not in found:
+                found = f"{os.path.basename(parts[1])}:{parts[2].split('line ')[1].split(',')[0]}"
+                if "/torch/nn/" not in parts[1]:
                     best = found
     return best

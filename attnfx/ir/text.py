@@ -44,7 +44,8 @@ def _show(e: Expr, done: dict[Expr, str], names: dict[object, str]) -> str:
         return f"not {inner(e.args[0])}"
     if e.op in ("rsum", "rmax"):
         return f"{e.op[1:]}_{e.value}({done[e.args[0]]})"
-    return f"{e.op}({', '.join(done[a] for a in e.args)})"
+    name = str(e.value).split(":")[0] if e.op == "aten" else e.op
+    return f"{name}({', '.join(done[a] for a in e.args)})"
 
 
 def dump(roots: list[Expr]) -> list:
