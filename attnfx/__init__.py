@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from attnfx.errors import AttnfxError, OptionError
-    from attnfx.explain import explain
+    from attnfx.explanation import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
     from attnfx.report import Decision, Refusal, Report, Site, reports
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors", "Options": "options",
-    "Refusal": "report", "Report": "report", "Site": "report", "attention": "kernels.operator", "explain": "explain",
+    "Refusal": "report", "Report": "report", "Site": "report", "attention": "kernels.operator", "explain": "explanation",
     "reports": "report",
 }  # fmt: skip
 

@@ -360,7 +360,7 @@ def _absolute(x: Expr) -> Expr:
             return x
         if high is not None and poly.nonnegative(poly.plus({}, high, -1)):
             return neg(x)
-        return node("abs", INT, (min((x, neg(x)), key=by_digest),))
+        return node("abs", INT, (_positive(x),))
     whole = as_integer(x)
     return to_float(_absolute(whole)) if whole is not None else node("abs", FLOAT, (x,))
 
@@ -454,7 +454,14 @@ def eq0(x: Expr) -> Expr:
         high is not None and poly.nonnegative(poly.plus(poly.plus({}, one, -1), high, -1))
     ):
         return FALSE
-    return node("eq0", BOOL, (min((x, from_poly(poly.plus({}, p, -1))), key=by_digest),))
+    return node("eq0", BOOL, (_positive(x),))
+
+
+def _positive(x: Expr) -> Expr:
+    """x or -x, whichever's first variable term has a positive coefficient: one of the two for |x| and x == 0."""
+    first = next((t for t in (x.args if x.op == "add" else (x,)) if t.op != "const"), x)
+    negative = first.op == "mul" and first.args[0].op == "const" and first.args[0].value < 0  # type: ignore[operator]
+    return neg(x) if negative else x
 
 
 def _compare(op: str, x: Expr, y: Expr) -> Expr:
