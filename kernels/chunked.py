@@ -223,7 +223,10 @@ class Run:
         self.repeat = query.shape[1] // max(self.groups, 1)
         self.device = query.device
         self.query = query
-        self.key, self.value = (x.to(self.compute).contiguous() for x in (key, value))
+        # tensor cores multiply halves exactly and add in float32; a CPU's would round the sums
+        halves = query.device.type == "cuda" and query.dtype.itemsize == 2
+        self.factor = query.dtype if halves else self.compute
+        self.key, self.value = (x.to(self.factor).contiguous() for x in (key, value))
         self.plan = Plan(spec, self.sizes, self.groups, query.device)
         self._first_seed: int | None = None
 
@@ -236,9 +239,9 @@ class Run:
         return at.g0 * self.repeat, at.g1 * self.repeat
 
     def queries(self, x: Tensor, at: Block) -> Tensor:
-        """(B, H, T, E) to the block's (b * g, r * t, E) in the compute type."""
+        """(B, H, T, E) to the block's (b * g, r * t, E), ready to multiply."""
         h0, h1 = self.heads(at)
-        part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.compute)
+        part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.factor)
         return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
 
     def tile(self, x: Tensor, at: Block) -> Tensor:
@@ -250,20 +253,28 @@ class Run:
         """The inverse of `tile`."""
         return x.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
 
+    def product(self, x: Tensor, y: Tensor) -> Tensor:
+        """The batched matrix product in the compute type."""
+        if self.factor == self.compute:
+            return torch.bmm(x, y)
+        return torch.bmm(x.to(self.factor), y, out_dtype=self.compute)
+
     def evaluator(self, at: Block, shared: dict) -> Evaluator:
         axes = block_axes((at.b0, at.b1), self.heads(at), (at.i0, at.i1), (at.j0, at.j1))
         return Evaluator(self.captures, self.sizes, axes, self.compute, self.device, shared=shared)
 
     def score(self, at: Block, values: Evaluator, query: Tensor) -> Tensor:
-        """The scores of the block, (b, h, t, s); `query` is the block's, scaled."""
-        dot = self.tile(torch.bmm(query, self.keys(self.key, at).mT), at)
-        values.bind(A.DOT, dot)
+        """The scores of the block, (b, h, t, s)."""
         program = self.program
+        exact = self.factor == self.compute  # else scaling a query would round it
+        dot = self.product(self.scaled(query) if exact else query, self.keys(self.key, at).mT)
+        dot = self.tile(dot if exact else self.scaled(dot), at)
+        values.bind(A.DOT, dot)
         score = values.tensor(program.kept if at.full else program.score)
         return score if score.shape == dot.shape else score.expand(dot.shape)
 
-    def scaled(self, query: Tensor) -> Tensor:
-        return query if self.program.scale == 1.0 else query * self.program.scale
+    def scaled(self, x: Tensor) -> Tensor:
+        return x if self.program.scale == 1.0 else x * self.program.scale
 
     def extra(self, values: Evaluator, shape: tuple[int, ...]) -> list[Tensor]:
         return [values.tensor(e).expand(shape) for e in self.spec.extra]
@@ -343,7 +354,7 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
                 extra = run.extra(values, (*logsumexp[where].shape, 1))
                 logsumexp[where] = torch.cat(extra, -1).logsumexp(-1) if extra else -math.inf
             continue
-        score = run.score(at, values, run.scaled(run.queries(run.query, at)))
+        score = run.score(at, values, run.queries(run.query, at))
         total = None
         if spec.normaliser == "softmax":
             weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
@@ -359,7 +370,7 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
             weight = values.tensor(spec.weight).expand(score.shape)
         if (kept := run.drop(at, score)) is not None:
             weight = weight * kept
-        part = run.tile(torch.bmm(run.merged(weight, at), run.keys(run.value, at)), at)
+        part = run.tile(run.product(run.merged(weight, at), run.keys(run.value, at)), at)
         out[where] = part if total is None else part.div_(total)
 
 
@@ -396,7 +407,7 @@ class Gradients:
 
     def __init__(self, run: Run, grad_out: Tensor, query: Tensor):
         self.run, self.grad_out, self.query = run, grad_out, query
-        self.key, self.value = torch.zeros_like(run.key), torch.zeros_like(run.value)
+        self.key, self.value = (torch.zeros_like(x, dtype=run.compute) for x in (run.key, run.value))
         self.captures = {
             n: torch.zeros(run.captures[n].shape, dtype=run.compute, device=run.device)
             for n, c in enumerate(run.spec.captures)
@@ -415,7 +426,7 @@ class Gradients:
         h0, h1 = run.heads(at)
         where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
         values = run.evaluator(at, shared)
-        query, grad = run.scaled(run.queries(run.query, at)), run.queries(self.grad_out, at)
+        query, grad = run.queries(run.query, at), run.queries(self.grad_out, at)
         score = run.score(at, values, query)
         extra = run.extra(values, (*score.shape[:3], 1))
         # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
@@ -432,8 +443,8 @@ class Gradients:
             weight = values.tensor(spec.weight).expand(score.shape)
         kept = run.drop(at, score)
         dropped = weight if kept is None else weight * kept
-        self._add_keys(self.value, at, torch.bmm(run.merged(dropped, at).mT, grad))
-        slope = run.tile(torch.bmm(grad, run.keys(run.value, at).mT), at)
+        self._add_keys(self.value, at, run.product(run.merged(dropped, at).mT, grad))
+        slope = run.tile(run.product(grad, run.keys(run.value, at).mT), at)
         if kept is not None:
             slope.mul_(kept)
         if spec.weight is not A.PROB:
@@ -449,8 +460,8 @@ class Gradients:
         bare = at.full or (program.tame and at.live)
         slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
         flat = run.merged(slope, at)
-        self.query[where] = run.tile(run.scaled(torch.bmm(flat, run.keys(run.key, at))), at)
-        self._add_keys(self.key, at, torch.bmm(flat.mT, query))
+        self.query[where] = run.tile(run.scaled(run.product(flat, run.keys(run.key, at))), at)
+        self._add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
 
     def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
         """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
