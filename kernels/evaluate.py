@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, substitute, walk
+from attnfx.ir.expr import FLOAT, INT, Expr, node, rebuild, substitute, walk
 
 Value = Tensor | bool | int | float
 
@@ -69,7 +69,14 @@ def toeplitz(e: Expr) -> Expr | None:
     i, j = variables["i"], variables["j"]
     last_row = A.sub(i.args[0], A.ONE)
     along = A.var(_SPAN, A.add(last_row, j.args[0]))
-    moved = substitute(e, {j: A.sub(A.add(i, along), last_row)})
+    by = {j: A.sub(A.add(i, along), last_row)}
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        # a sum of converted indices is converted as a whole: only among integers do terms cancel
+        whole = A.as_integer(old) if old.kind == FLOAT and old.op in ("add", "mul") else None
+        return by.get(old) if whole is None else node("float", FLOAT, (substitute(whole, by),))
+
+    moved = rebuild(e, change)
     return None if {"i", "j"} & moved.free else moved
 
 
@@ -334,4 +341,4 @@ def diagonal_sums(tile: Tensor) -> Tensor:
     return skewed.reshape(*tile.shape[:-2], t, t + s - 1).sum(-2, keepdim=True)
 
 
-__all__ = ["BOOL", "Axis", "Evaluator", "block_axes", "diagonal_sums", "opaque", "toeplitz"]
+__all__ = ["Axis", "Evaluator", "block_axes", "diagonal_sums", "opaque", "toeplitz"]
