@@ -36,9 +36,15 @@ class Opaque(Exception):
 
 
 class Lifter:
-    """Memoises the expressions of one graph. `opaque` are nodes that must be loaded (the score contractions)."""
+    """Memoises the expressions of one graph.
 
-    def __init__(self) -> None:
+    `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `reductions` says
+    which node, read where, each reduction came from.
+    """
+
+    def __init__(self, written: frozenset[Node] = frozenset()) -> None:
+        self.written = written
+        self.reductions: dict[Expr, tuple[Node, Index]] = {}
         self.memo: dict[tuple[Node, Index, bool], Expr] = {}
         self.exact = False  # inside a float computation that decides an integer: operators stay as they were
         self.depth = 0
@@ -57,7 +63,7 @@ class Lifter:
         return found
 
     def _lift(self, at: Node, index: Index) -> Expr:
-        if at.op == "call_function":
+        if at.op == "call_function" and at not in self.written:
             name = op_name(at)
             if name in VIEWS:
                 try:
@@ -73,6 +79,8 @@ class Lifter:
                         out = rule(self, at, index)
                     except Opaque:
                         break
+                    if out.op in ("rsum", "rmax", "softmax"):
+                        self.reductions.setdefault(out, (at, index))
                     return self._typed(out, at)
         if at.op == "get_attr":
             constant = value(at)

@@ -95,11 +95,11 @@ class Finder:
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
-        self.lifter = Lifter()
         self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
+        self.mutations = self._mutations()
+        self.lifter = Lifter(frozenset(n for n in gm.graph.nodes if storage(n) in self.mutations))
         self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
         self.scores = self._spread(n for n in gm.graph.nodes if op_name(n) in PRODUCTS)
-        self.mutations = self._mutations()
         self.regions = _regions(gm)
         self.differentiable = self._differentiable()
 
@@ -214,7 +214,7 @@ class Finder:
         right = (dot.right, dot.right_index)
         if j.value in _free(left[1]):
             left, right = right, left
-        if j.value in _free(left[1]) or j.value not in _free(right[1]):
+        if j.args[0] is not A.ONE and (j.value in _free(left[1]) or j.value not in _free(right[1])):
             raise Refused("score", "neither operand of the scores runs over the keys alone", [dot.node])
         in_values = _free(values_at)
         in_weights = _free(left[1]) | _free(right[1]) | found.score.free | found.weight.free
@@ -237,7 +237,7 @@ class Finder:
         if len(accessed) != 3:
             raise Refused("layout", "an operand is gathered in a way that views cannot express", [final])
         for access in accessed:
-            self._unchanged(access.node, access.reader, final)
+            self._unchanged(access.node, final)
         splits = _merge([c[1] for c in chosen if c is not None])
         factor = A.mul(accessed[0].factor, accessed[1].factor)
         if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
@@ -266,15 +266,15 @@ class Finder:
         """The score as a program over `dot`, the contraction that dot is, and the load that it was."""
         candidates: list[tuple[Expr, Contraction]] = []
         for e in walk(score):
-            if e.op == "load" and j.value in e.free:
+            if e.op == "load" and (j.value in e.free or j.args[0] is A.ONE):
                 node = slot_node(e.value)
-                if isinstance(node, Node) and op_name(node) in PRODUCTS and len(e.free) > 1:
+                if isinstance(node, Node) and op_name(node) in PRODUCTS:
                     c = contraction(node, e.args)
-                    if c is not None and (j.value in _free(c.left_index)) != (j.value in _free(c.right_index)):
+                    if c is not None and (j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index))):
                         candidates.append((e, c))
         if not candidates:
             raise Refused("no_product", "no product of queries with keys reaches the softmax through operators that are understood", [final])
-        candidates.sort(key=lambda pair: (not _plain(pair[1], j), -self.position[pair[1].node]))
+        candidates.sort(key=lambda pair: (not _plain(pair[1], j), -self.position[pair[1].node]))  # the nearest plain one
         load, dot = candidates[0]
         if not all(is_tensor(x) and value(x).dtype.is_floating_point for x in (dot.left, dot.right)):  # type: ignore[union-attr]
             raise Refused("dtype", "the scores are no floats", [dot.node])
@@ -323,7 +323,7 @@ class Finder:
             raise Refused("layout", "an operand is gathered in a way that views cannot express", [at])
         accessed = [c[0] for c in chosen if c is not None]
         for access in accessed:
-            self._unchanged(access.node, access.reader, at)
+            self._unchanged(access.node, at)
         splits = _merge([c[1] for c in chosen if c is not None])
         factor = A.mul(accessed[0].factor, accessed[1].factor)
         if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
@@ -359,10 +359,20 @@ class Finder:
         lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
         out = []
         for program in (score, found.weight, *found.extra):
+            program = self._load_reductions(program)
             for split in splits:
                 program = substitute(program, split)
             out.append(substitute(substitute(program, by), lengths))
         return out
+
+    def _load_reductions(self, program: Expr) -> Expr:
+        """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
+
+        def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            place = self.lifter.reductions.get(old)
+            return self.lifter.load(*place) if place is not None else None
+
+        return rebuild(program, change)
 
     def _spec(self, final: Node, programs: list[Expr], found: N.Normalised, query: Operand,
               tainted: set[Node]) -> tuple[AttentionSpec, list[Node], list[str]]:
@@ -391,7 +401,7 @@ class Finder:
                 if isinstance(held, torch.Tensor):
                     if held.dtype.is_complex:
                         raise Refused("dtype", f"{node.name} is complex", [node])
-                    self._unchanged(node, None, final)
+                    self._unchanged(node, final)
                     grad = node in self.differentiable and kind_of(held.dtype) == FLOAT
                     slots[node] = Capture(kind_of(held.dtype), held.dim(), grad and _differentiable(node, programs))
                 else:
@@ -416,13 +426,21 @@ class Finder:
                 out.add(n)
         return out
 
-    def _unchanged(self, base: Node, reader: Node | None, final: Node) -> None:
+    def _unchanged(self, base: Node, final: Node) -> None:
         """Refuses where a value is written in place between its first read and the attention."""
         key = storage(base)
         if key is None or key not in self.mutations:
             return
-        readers = [reader] if reader is not None else [u for u in base.users if u in self.position]
-        first = min((self.position[r] for r in readers), default=self.position[base])
+        cone, stack = {final}, [final]
+        while stack:
+            for a in stack.pop().all_input_nodes:
+                if a not in cone:
+                    cone.add(a)
+                    stack.append(a)
+        # what reads the memory, through any view of it, on the way to the attention
+        reads = [self.position[u] for n in cone if storage(n) == key for u in n.users
+                 if u in cone and storage(u) != key and not written_operands(u)]  # fmt: skip
+        first = min(reads, default=self.position[base])
         if any(first < at < self.position[final] for at in self.mutations[key]):
             raise Refused("mutated", f"{base.name} is changed in place between its use and the attention", [base])
 
@@ -437,8 +455,13 @@ def _free(index: Index) -> frozenset[str]:
 
 
 def _plain(c: Contraction, j: Expr) -> bool:
-    """Whether the keys are read at j itself, and the queries at indices alone."""
-    return all(radix(x) is not None for x in (*c.left_index, *c.right_index))
+    """Whether views can express both operands, and some row is the query's alone."""
+    if not all(radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x)) for x in (*c.left_index, *c.right_index)):
+        return False
+    left, right = _free(c.left_index), _free(c.right_index)
+    query, key = (right, left) if j.value in left else (left, right)
+    rows = [e for x in c.left_index + c.right_index for e in walk(x) if e.op == "var" and e.args[0] is not A.ONE]
+    return bool(query - key - {str(c.reduced.value)}) or not any(v.value in query for v in rows if v.value in key and v is not c.reduced)
 
 
 def _merge(lists: list[list[Split]]) -> list[Split]:
