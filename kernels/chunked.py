@@ -358,7 +358,7 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
         total = None
         if spec.normaliser == "softmax":
             weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
-            logsumexp[where] = (total.log() + m).squeeze(-1)
+            logsumexp[where] = torch.where(m == -math.inf, m, total.log() + m).squeeze(-1)
             if spec.safe:
                 total = torch.where(total == 0, 1.0, total)
         else:

@@ -1,0 +1,320 @@
+"""The chunked tier against the whole matrix of scores in float64, forward and backward."""
+
+import math
+
+import pytest
+import torch
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import node
+from attnfx.kernels import chunked
+from attnfx.kernels.evaluate import Evaluator, block_axes
+from attnfx.spec import AttentionSpec, B, Capture, H, I, J, additive
+
+DOUBLE = dict(compute="float64", out_dtype="float64")
+DOT = A.mul(A.const(0.3), A.DOT)
+INF = math.inf
+FINITE = torch.finfo(torch.float32).min
+CAUSAL = A.ge(I, J)
+WINDOW = A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(7)))
+
+
+def masked(keep, fill=-INF, score=DOT):
+    return A.where(keep, score, A.const(fill))
+
+
+@pytest.fixture(autouse=True)
+def small_blocks(monkeypatch):
+    """Several blocks of rows, of batches and of heads, whatever the size."""
+    monkeypatch.setitem(chunked.ROWS, "cpu", 16)
+    monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1500)
+
+
+def tensors(T=37, S=41, D=8, Dv=6, size_b=2, heads=4, groups=2, dtype=torch.float64):
+    torch.manual_seed(0)
+    shapes = (size_b, heads, T, D), (size_b, groups, S, D), (size_b, groups, S, Dv)
+    return [torch.randn(shape, dtype=dtype) for shape in shapes]
+
+
+def whole(spec, query, key, value, captures=(), sizes=(), kept=None):
+    """Eager's way: the whole matrix, with autograd through everything."""
+    per_group = query.shape[1] // key.shape[1]
+    key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
+    size_b, heads, T, S = *query.shape[:3], key.shape[2]
+    dot = query @ key.mT
+    axes = block_axes((0, size_b), (0, heads), (0, T), (0, S))
+    named = dict(B=size_b, H=heads, T=T, S=S) | dict(zip(spec.sizes, sizes))
+    values = Evaluator(captures, named, axes, dot.dtype, dot.device, {A.DOT: dot})
+    prob = values.tensor(spec.score).expand(dot.shape)
+    if spec.normaliser == "softmax":
+        extra = [values.tensor(e).expand(size_b, heads, T, 1) for e in spec.extra]
+        score = torch.cat([prob, *extra], -1)
+        prob = score.softmax(-1)[..., :S]
+        if spec.safe:
+            prob = prob.masked_fill((score == -INF).all(-1, keepdim=True), 0.0)
+    values.bind(A.PROB, prob)
+    weight = values.tensor(spec.weight).expand(dot.shape)
+    return (weight if kept is None else weight * kept) @ value
+
+
+def compare(spec, captures=(), sizes=(), tier=chunked, tolerance=1e-9, **shape):
+    inputs = tensors(**shape)
+    leaves = [x.clone().requires_grad_() for x in inputs]
+    floats = [c.clone().requires_grad_() if spec.captures[n].grad else c for n, c in enumerate(captures)]
+    want = whole(spec, *leaves, floats, sizes)
+    grad = torch.randn_like(want)
+    out, logsumexp = tier.forward(spec, *inputs, captures, sizes)
+    close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
+    torch.testing.assert_close(out, want.detach(), **close)
+    assert out.is_contiguous() and logsumexp.shape == inputs[0].shape[:3]
+    wanted = [*leaves, *(f for f, c in zip(floats, spec.captures) if c.grad)]
+    want_grads = torch.autograd.grad(want, wanted, grad)
+    *grads, of_captures = tier.backward(spec, grad, *inputs, out, logsumexp, captures, sizes)
+    for got, expected in zip([*grads, *of_captures], want_grads):
+        torch.testing.assert_close(got, expected, **close)
+    return out, logsumexp
+
+
+def f64(*shape):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+G1, G2, G3 = (Capture("f", n, True) for n in (1, 2, 3))
+slope = A.load(0, [H], "f")
+clipped = A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5))
+CASES = {
+    "plain": (dict(score=DOT), ()),
+    "unscaled": (dict(score=A.DOT), ()),
+    "causal": (dict(score=masked(CAUSAL)), ()),
+    "window": (dict(score=masked(WINDOW)), ()),
+    "softcap": (dict(score=masked(CAUSAL, score=A.mul(A.const(5.0), A.unary("tanh", A.mul(A.const(0.1), A.DOT))))), ()),
+    "cosine_temperature": (
+        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(slope, A.const(2.0)))), captures=(G1,)),
+        (f64(4),),
+    ),
+    "dense_bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (f64(4, 37, 41),)),
+    "gathered_table": (
+        dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)),
+        (f64(11, 4),),
+    ),
+    "gathered_by_position": (
+        dict(
+            score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f"))),
+            captures=(G2,),
+        ),
+        (f64(5, 4),),
+    ),
+    "alibi": (
+        dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
+        (f64(4).abs(),),
+    ),
+    "sinks": (dict(score=masked(WINDOW), extra=(slope,), captures=(G1,)), (f64(4),)),
+    "sink_by_row": (dict(score=DOT, extra=(A.load(0, [H, I], "f"),), captures=(G2,)), (f64(4, 37),)),
+    "off_by_one": (dict(score=DOT, extra=(A.const(0.0),)), ()),
+    "head_mask": (dict(score=DOT, weight=A.mul(slope, A.PROB), captures=(G1,)), (f64(4),)),
+    "mask_after_softmax": (dict(score=DOT, weight=A.where(CAUSAL, A.PROB, A.const(0.0))), ()),
+    "sigmoid": (dict(score=DOT, normaliser="none", weight=A.unary("sigmoid", A.PROB)), ()),
+    "sigmoid_with_bias": (
+        dict(score=A.add(DOT, slope), normaliser="none", captures=(G1,),
+             weight=A.where(CAUSAL, A.unary("sigmoid", A.PROB), A.const(0.0))),
+        (f64(4),),
+    ),
+    "relu_squared": (dict(score=DOT, normaliser="none", weight=A.mul(*[A.maximum(A.PROB, A.const(0.0))] * 2)), ()),
+    "linear_in_two_terms": (dict(score=A.add(DOT, A.mul(A.DOT, A.DOT, A.const(0.01)))), ()),
+    "named_size": (dict(score=masked(A.lt(A.sub(J, I), A.size("n0"))), sizes=("n0",)), ()),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_outputs_and_gradients_are_those_of_the_whole_matrix(name):
+    fields, captures = CASES[name]
+    compare(AttentionSpec(**fields, **DOUBLE), captures, sizes=(3,) if name == "named_size" else ())
+
+
+@pytest.mark.parametrize(
+    "shape", [dict(groups=1), dict(groups=4), dict(Dv=8), dict(T=1), dict(S=1), dict(size_b=1)], ids=str
+)
+def test_grouped_heads_value_widths_and_single_rows(shape):
+    compare(AttentionSpec(score=masked(CAUSAL), **DOUBLE), **shape)
+
+
+padding = torch.ones(2, 41, dtype=torch.bool)
+padding[0, :21] = False
+padding[1, 20:] = False
+PAD = A.load(0, [B, J], "b")
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("fill", [-INF, FINITE, -1e9])
+@pytest.mark.parametrize(
+    "keep", [PAD, A.and_(CAUSAL, PAD), A.and_(WINDOW, PAD), A.and_(WINDOW, A.ge(J, A.const(12)))], ids=str
+)
+def test_rows_without_a_live_key_give_what_eager_gives(keep, fill, safe):
+    """NaN for -inf, zeros where the spec is safe, the mean of the values for a finite fill; gradients likewise."""
+    captures = (padding,) if keep.op == "load" or "b" in keep.free else ()
+    spec = AttentionSpec(score=masked(keep, fill), safe=safe, captures=(Capture("b", 2),) * len(captures), **DOUBLE)
+    out, logsumexp = compare(spec, captures)
+    dead = logsumexp[0, 0] <= fill / 2
+    if keep is not PAD:
+        assert dead.any() and not dead.all()
+    if fill != -INF:
+        mean = tensors()[2][0, 0].mean(0)
+        assert all(torch.allclose(row, mean) for row in out[0, 0, dead])
+    else:
+        assert out[0, 0, dead].isnan().all() if not safe else not out[0, 0, dead].any()
+
+
+@pytest.mark.parametrize("shape", [dict(S=0), dict(T=0), dict(size_b=0)], ids=str)
+@pytest.mark.parametrize("name", ["plain", "causal", "off_by_one", "sigmoid"])
+def test_empty_sizes_work(shape, name):
+    out, _ = compare(AttentionSpec(**CASES[name][0], **DOUBLE), **shape)
+    assert not out.any()
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF, -INF])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_a_number_spreads_as_in_eager(bad, which):
+    inputs = tensors()
+    inputs[which][0, 1, 3, 2] = bad
+    spec = AttentionSpec(score=DOT, **DOUBLE)
+    out, _ = chunked.forward(spec, *inputs)
+    torch.testing.assert_close(out, whole(spec, *inputs), equal_nan=True)
+
+
+def test_huge_scores_keep_their_precision_in_the_backward_pass():
+    """exp(score - logsumexp) would lose them: at 1e6, float32 tells numbers 0.06 apart."""
+    query, key, value = tensors(dtype=torch.float32)
+    spec = AttentionSpec(score=A.add(DOT, A.const(1e6), A.mul(A.const(0.0), A.to_float(J))))
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    dot = (inputs[0] * 0.3) @ inputs[1].repeat_interleave(2, 1).mT
+    want = (dot + 1e6).softmax(-1) @ inputs[2].repeat_interleave(2, 1)
+    out, logsumexp = chunked.forward(spec, query, key, value)
+    grad = torch.randn_like(want)
+    grads = chunked.backward(spec, grad, query, key, value, out, logsumexp)
+    torch.testing.assert_close(out, want)
+    for got, expected in zip(grads, torch.autograd.grad(want, inputs, grad)):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_scores_rounded_to_half_precision_overflow_as_eagers_do():
+    score = A.half(A.mul(A.const(4000.0), A.half(A.DOT)))
+    query, key, value = (x.to(torch.float16) for x in tensors(dtype=torch.float32, D=64))
+    out, _ = chunked.forward(AttentionSpec(score=score, out_dtype="float16"), query, key, value)
+    dot = (query.float() @ key.float().repeat_interleave(2, 1).mT).half() * 4000.0
+    want = dot.float().softmax(-1) @ value.float().repeat_interleave(2, 1)
+    assert want.isnan().any() and not want.isnan().all()
+    assert torch.equal(out.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_halves_are_no_less_exact_than_eager(dtype):
+    query, key, value = (x.to(dtype) for x in tensors(T=64, S=64, D=32, Dv=32, dtype=torch.float32))
+    spec = AttentionSpec(score=masked(CAUSAL), out_dtype=str(dtype)[6:])
+
+    def grads(run, to):
+        inputs = [x.to(to).requires_grad_() for x in (query, key, value)]
+        out = run(*inputs)
+        torch.manual_seed(1)
+        grad = torch.randn(out.shape).to(dtype).to(to)
+        return [out.detach(), *torch.autograd.grad(out, inputs, grad)], grad
+
+    def eager(query, key, value):
+        keep = torch.ones(64, 64, dtype=torch.bool).tril()
+        dot = query @ key.repeat_interleave(2, 1).mT * 0.3
+        return dot.masked_fill(~keep, -INF).softmax(-1) @ value.repeat_interleave(2, 1)
+
+    exact, _ = grads(eager, torch.float64)
+    rough, grad = grads(eager, dtype)
+    out, logsumexp = chunked.forward(spec, query, key, value)
+    ours = [out, *chunked.backward(spec, grad, query, key, value, out, logsumexp)[:3]]
+    for x, y, z in zip(ours, rough, exact):
+        assert x.dtype == dtype
+        assert (x.double() - z).norm() <= (y.double() - z).norm()
+
+
+def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
+    inputs = tensors(T=200, S=300)
+    spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)
+    seed = torch.tensor([7])
+    out, logsumexp = chunked.forward(spec, *inputs, seed=seed)
+    grad = torch.randn_like(out)
+    grads = chunked.backward(spec, grad, *inputs, out, logsumexp, seed=seed)
+    # the output is linear in the values, for one draw
+    torch.testing.assert_close((out * grad).sum(), (inputs[2] * grads[2]).sum())
+    # and its derivative along the queries is that of the same draw
+    step = torch.randn_like(inputs[0])
+    ahead, behind = (chunked.forward(spec, inputs[0] + d * step, *inputs[1:], seed=seed)[0] for d in (1e-5, -1e-5))
+    torch.testing.assert_close(((ahead - behind) * grad).sum() / 2e-5, (grads[0] * step).sum(), rtol=1e-5, atol=1e-5)
+    flat = AttentionSpec(score=A.mul(A.const(0.0), A.DOT), dropout=0.2, **DOUBLE)
+    weights = chunked.forward(flat, *inputs[:2], torch.eye(300).double().expand(2, 2, 300, 300), seed=seed)[0] * 300
+    assert set(weights.mul(0.8).round(decimals=6).unique().tolist()) == {0.0, 1.0}
+    assert (weights != 0).double().mean().item() == pytest.approx(0.8, abs=0.003)
+    assert not torch.equal(weights[0], weights[1])
+    other = chunked.forward(spec, *inputs, seed=torch.tensor([8]))[0]
+    assert not torch.equal(out, other)
+
+
+def test_any_layout_of_the_inputs_gives_the_same():
+    query, key, value = tensors()
+    spec = AttentionSpec(score=masked(CAUSAL), **DOUBLE)
+    want = chunked.forward(spec, query, key, value)[0]
+    turned = (query.mT.contiguous().mT, key.transpose(1, 2).contiguous().transpose(1, 2), value.mT.contiguous().mT)
+    torch.testing.assert_close(chunked.forward(spec, *turned)[0], want)
+    zero_strides = [x[:1, :1].expand(2, *x.shape[1:]) for x in (query, key, value)]
+    same = [x.contiguous() for x in zero_strides]
+    assert torch.equal(chunked.forward(spec, *zero_strides)[0], chunked.forward(spec, *same)[0])
+
+
+def test_a_scale_is_only_moved_into_the_queries_where_it_multiplies_every_dot():
+    def scale(score):
+        return chunked.program_of(AttentionSpec(score=score)).scale
+
+    assert scale(masked(CAUSAL)) == 0.3
+    assert scale(A.add(DOT, A.mul(A.const(0.2), A.unary("tanh", A.DOT)))) == 1.0
+    assert scale(A.half(A.mul(A.const(0.3), A.half(A.DOT)))) == 1.0
+    assert additive(DOT)[0] == 0.3
+
+
+def test_a_reduction_over_a_capture_that_needs_a_gradient_is_refused():
+    m = A.var("m", A.const(4))
+    spec = AttentionSpec(score=A.add(A.DOT, A.reduction("rsum", "m", A.const(4), A.load(0, [m], "f"))), captures=(G1,))
+    with pytest.raises(ValueError, match="reduction over a capture"):
+        chunked.program_of(spec)
+
+
+def test_only_the_live_keys_are_read():
+    """A NaN outside the window reaches no row: the one documented difference."""
+    query, key, value = tensors(T=64, S=64)
+    value[:, :, 0] = math.nan
+    out, _ = chunked.forward(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value)
+    assert out[:, :, :7].isnan().all() and not out[:, :, 32:].isnan().any()
+
+
+def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
+    monkeypatch.setitem(chunked.ROWS, "cpu", 64)
+    monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1 << 16)
+    largest = 0
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for x in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(x, torch.Tensor):
+                    largest = max(largest, x.untyped_storage().nbytes())
+            return out
+
+    inputs = tensors(T=1024, S=1024, D=8, Dv=8, size_b=1, heads=2, groups=2, dtype=torch.float32)
+    bias = torch.randn(2, 32)
+    bucket = A.minimum(A.unary("abs", A.sub(I, J)), A.const(31))
+    score = masked(CAUSAL, score=A.add(DOT, A.load(0, [H, bucket], "f")))
+    spec = AttentionSpec(score=score, captures=(G2,))
+    with Watch():
+        out, logsumexp = chunked.forward(spec, *inputs, [bias])
+        chunked.backward(spec, out, *inputs, out, logsumexp, [bias])
+    assert largest <= 8 * (1 << 16)
+
+
+def test_an_unknown_operator_is_an_error():
+    with pytest.raises(KeyError):
+        chunked.forward(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32))
