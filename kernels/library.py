@@ -129,8 +129,8 @@ class _Call:
         """Whether every number is finite and no product of query and key can overflow."""
         largest = 1.0
         for x in (self.query, self.key):
-            low, high = x.aminmax()
-            largest *= max(-float(low), float(high), 1.0) if float(low) == float(low) else math.nan
+            low, high = (float(y) for y in x.aminmax())
+            largest *= math.nan if math.isnan(low) else max(-low, high, 1.0)
         limit = 1e300 if self.compute == torch.float64 else 1e36
         return largest * self.query.shape[3] * max(abs(self.scale), 1.0) < limit and math.isfinite(self.scale)
 
