@@ -187,11 +187,13 @@ class _Call:
             best = best[..., torch.arange(r.i0, r.i1).clamp(max=best.shape[-1] - 1)].mT
         else:
             best = mask.amax(-1, keepdim=True)
-        return ~(best > -math.inf).all(dim=1).all(dim=0).squeeze(-1)
+        # a fill that is part of the bias is no -inf: what lies below half of it is dead too
+        lowest = -math.inf if self.form.fill is None else self.form.fill / 2
+        return ~(best > lowest).all(dim=1).all(dim=0).squeeze(-1)
 
     def _surely_live(self) -> bool:
         bias_is_finite = not any(e.op == "load" for e in walk(self.form.bias))
-        return bias_is_finite and (not self.form.keep or rows_live(self.spec, self.sizes))
+        return bias_is_finite and (self.form.fill is None or rows_live(self.spec, self.sizes))
 
 
 def forward(

@@ -81,9 +81,14 @@ def _step(lifter: Lifter, last: Access) -> Access | None:
 
 def _number(lifter: Lifter, x: object) -> Expr | None:
     """A finite constant, or a symbolic float."""
+    rank = 0
+    if isinstance(x, Node) and isinstance(value(x), torch.Tensor):
+        if any(n is not A.ONE for n in dims(x)):
+            return None
+        rank = len(dims(x))
     try:
-        e = A.to_float(lifter.operand(x, ()))
-    except (Opaque, IndexError):
+        e = A.to_float(lifter.operand(x, (A.ZERO,) * rank))
+    except Opaque:
         return None
     if e.op == "const":
         return e if abs(float(e.value)) not in (0.0, float("inf")) and e.value == e.value else None  # type: ignore[arg-type]

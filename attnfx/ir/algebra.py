@@ -468,14 +468,14 @@ def _compare(op: str, x: Expr, y: Expr) -> Expr:
     """op in lt, le, eq."""
     if x.kind == BOOL and y.kind == BOOL and op == "eq":
         return or_(and_(x, y), and_(not_(x), not_(y)))
-    for a, b, flipped in ((x, y, False), (y, x, True)):  # push a comparison with a number into a choice of numbers
-        if a.op == "where" and b.op == "const" and all(_number(v) is not None or v.op == "where" for v in a.args[1:]):
-            results = [_compare(op, *((b, v) if flipped else (v, b))) for v in a.args[1:]]
-            return where(a.args[0], results[0], results[1])
     if x.kind == BOOL:
         x = to_int(x)
     if y.kind == BOOL:
         y = to_int(y)
+    for a, b, flipped in ((x, y, False), (y, x, True)):  # push a comparison with a number into a choice of numbers
+        if a.op == "where" and b.op == "const" and all(_number(v) is not None or v.op == "where" for v in a.args[1:]):
+            results = [_compare(op, *((b, v) if flipped else (v, b))) for v in a.args[1:]]
+            return where(a.args[0], results[0], results[1])
     if x.kind == FLOAT or y.kind == FLOAT:
         x, y = to_float(x), to_float(y)
         a, b = _number(x), _number(y)
