@@ -1,0 +1,37 @@
+"""Every test starts with an empty compiler, no reports, a fixed seed and no caches on disk."""
+
+import logging
+import os
+
+os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+import pytest
+import torch
+
+# pytest would record every line of PyTorch's structured trace
+logging.getLogger("torch.__trace").propagate = False
+
+
+@pytest.fixture(autouse=True)
+def fresh():
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def golden(request):
+    """Compares a text with the file golden/<name> beside the test; ATTNFX_ACCEPT=1 writes the file instead."""
+
+    def compare(name: str, text: str) -> None:
+        file = request.path.parent / "golden" / name
+        if os.environ.get("ATTNFX_ACCEPT") == "1":
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(text)
+        assert file.exists(), f"{file.name} is missing: run with ATTNFX_ACCEPT=1 and read what it writes"
+        assert text == file.read_text(), "the text has changed: if that is right, run with ATTNFX_ACCEPT=1"
+
+    return compare

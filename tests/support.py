@@ -1,0 +1,112 @@
+"""What the tests of the whole backend share: running a function compiled, in eager and in float64, and comparing."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from attnfx.report import Report, Site, reports
+
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+
+
+def rand(*shape: int, seed: int | None = None, dtype: torch.dtype = torch.float32) -> Tensor:
+    generator = None if seed is None else torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).to(dtype)
+
+
+def qkv(b: int = 2, h: int = 4, t: int = 40, s: int | None = None, d: int = 8, g: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """query (b, h, t, d), key and value (b, g, s, d)."""
+    s, g = t if s is None else s, h if g is None else g
+    return rand(b, h, t, d), rand(b, g, s, d), rand(b, g, s, d)
+
+
+def compiled(fn: Callable[..., Any], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
+    """`fn` through attnfx: every sound rewrite, and no code generation unless `inner` says so."""
+    options = {"rewrite": "always", "inner": "aot_eager", **options}
+    return torch.compile(fn, backend="attnfx", dynamic=dynamic, fullgraph=fullgraph, options=options)
+
+
+@contextmanager
+def new_reports() -> Iterator[list[Report]]:
+    """A list that holds, at the end of the block, the reports filed in it."""
+    before = reports()
+    found: list[Report] = []
+    yield found
+    found.extend(r for r in reports() if not any(r is b for b in before))
+
+
+def floats(values: Any) -> list[Tensor]:
+    return [v for v in tree_leaves(values) if isinstance(v, Tensor) and v.is_floating_point()]
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
+
+
+def run(fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.nn.Module | None = None, **kwargs: Any) -> list[Tensor]:
+    """The floating outputs of `fn`; in training also the gradients of a fixed projection of them, for the floating
+    inputs and the parameters of `owner`. All in float64."""
+    args, kwargs = tree_map(
+        lambda a: a.detach().clone(memory_format=torch.preserve_format).requires_grad_(train and a.is_floating_point()) if isinstance(a, Tensor) else a,
+        (tuple(args), kwargs),
+    )
+    parameters = [p for p in owner.parameters() if p.requires_grad] if owner is not None else []
+    for p in parameters:
+        p.grad = None
+    with torch.set_grad_enabled(train):
+        outs = floats(fn(*args, **kwargs))
+    results = [o.detach().double() for o in outs]
+    if train:
+        generator = torch.Generator().manual_seed(7)
+        seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
+        torch.autograd.backward([o for o in outs if o.requires_grad], [g for o, g in zip(outs, seeds) if o.requires_grad])
+        leaves = [*(a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.requires_grad), *parameters]
+        results += [(x.grad if x.grad is not None else torch.zeros_like(x)).double() for x in leaves]
+    return results
+
+
+def error(got: list[Tensor], want: list[Tensor]) -> float:
+    """The largest difference over the largest value, tensor by tensor; inf where shapes, counts or NaNs differ."""
+    if len(got) != len(want):
+        return float("inf")
+    worst = 0.0
+    for g, w in zip(got, want):
+        if g.shape != w.shape or not torch.equal(g.isnan(), w.isnan()):
+            return float("inf")
+        if g.numel():
+            worst = max(worst, ((g - w).nan_to_num().abs().max() / w.nan_to_num().abs().max().clamp_min(1e-3)).item())
+    return worst
+
+
+def check(
+    fn: Any, *args: Any, train: bool = True, sites: int | None = 1, dynamic: bool | None = None, tolerance: float | None = None,
+    exact: bool = True, fullgraph: bool = False, kwargs: dict[str, Any] | None = None, **options: Any,
+) -> list[Site]:  # fmt: skip
+    """Runs `fn` compiled and demands results (and gradients) as near to float64 as eager's, and `sites` rewritten sites
+    and none kept (None: any). `exact=False` compares with eager in its own precision. Gives the sites."""
+    kwargs = kwargs or {}
+    module = fn if isinstance(fn, torch.nn.Module) else None
+    dtype = next((a.dtype for a in floats((args, kwargs))), torch.float32)
+    with new_reports() as filed, warnings.catch_warnings():
+        warnings.filterwarnings("error", message="attnfx failed")
+        got = run(compiled(fn, dynamic=dynamic, fullgraph=fullgraph, **options), args, train, module, **kwargs)
+    own = run(fn, args, train, module, **kwargs)
+    if exact:
+        precise = copy.deepcopy(fn).double() if module is not None else fn
+        want = run(precise, cast(args, torch.float64), train, precise if module is not None else None, **cast(kwargs, torch.float64))
+    else:
+        want = own
+    limit = 4 * error(own, want) + (TOLERANCE[dtype] if tolerance is None else tolerance)
+    assert error(got, want) <= limit, f"error {error(got, want):.3g}, eager's {error(own, want):.3g}\n" + "\n".join(map(str, filed))
+    found = [site for report in filed for site in report.sites]
+    if sites is not None:
+        assert (len([s for s in found if s.rewritten]), len(found)) == (sites, sites), "\n".join(map(str, filed))
+    return found
