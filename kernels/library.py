@@ -37,6 +37,8 @@ LARGEST_LOGSUMEXP = 1e3
 # Queries in a block whose mask is a tile. Measured on 2 cores of an AMD EPYC, 8 heads x 4096 x 64, float32.
 ROWS = 256
 
+_ZERO = A.const(0.0)
+
 
 @dataclass(frozen=True)
 class Form:
@@ -97,6 +99,60 @@ def supports(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> 
     return None
 
 
+@dataclass(frozen=True)
+class Layout:
+    """How a call of these sizes is made.
+
+    causal    one of the mask's conjuncts is j <= i, and nothing else depends on i: the operator's own causality
+    single    one call for all queries
+    keep      the conjuncts that go into the mask
+    blocks    the calls; neighbours that see the same keys and need no mask are made as one
+    """
+
+    causal: bool
+    single: bool
+    keep: tuple[Expr, ...]
+    blocks: tuple[KeyRange, ...]
+
+
+def _layout(spec: AttentionSpec, sizes: dict[str, int]) -> Layout:
+    return _layout_of(spec, tuple(sizes.items()), ROWS)
+
+
+@lru_cache(maxsize=1024)
+def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: int) -> Layout:
+    sizes = dict(items)
+    form = form_of(spec)
+    assert isinstance(form, Form)
+    plain = A.sub(I, J)
+    causal = [e for e in form.keep if e.op == "ge0" and _is_zero(A.sub(e.args[0], plain), sizes)]
+    keep = tuple(e for e in form.keep if e not in causal)
+    if not any("i" in e.free for e in (*keep, form.bias)):
+        return Layout(bool(causal), True, keep, (KeyRange(0, sizes["T"], 0, sizes["S"], not keep),))
+    out: list[KeyRange] = []
+    for r in key_ranges(spec, sizes, rows):
+        last = out[-1] if out else None
+        if last and form.bias is _ZERO and last.full and r.full and (last.j0, last.j1) == (r.j0, r.j1):
+            out[-1] = last._replace(i1=r.i1)
+        else:
+            out.append(r)
+    return Layout(False, False, form.keep, tuple(out))
+
+
+def _is_zero(e: Expr, sizes: dict[str, int]) -> bool:
+    if any(x.op in ("var", "load") for x in walk(e)):
+        return False
+    return Evaluator((), sizes, {}, torch.float64, torch.device("cpu"))(e) == 0
+
+
+@lru_cache(maxsize=1024)
+def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> bool:
+    form = form_of(spec)
+    assert isinstance(form, Form)
+    bias_is_finite = not any(e.op == "load" for e in walk(form.bias))
+    return bias_is_finite and (form.fill is None or rows_live(spec, dict(items)))
+
+
 class _Call:
     """One call's tensors as the operator wants them, and the blocks that it is made in."""
 
@@ -105,17 +161,14 @@ class _Call:
         assert isinstance(form, Form)
         self.spec, self.form = spec, form
         self.sizes = all_sizes(spec, query, key, sizes)
+        self.layout = _layout(spec, self.sizes)
         self.captures = captures
         self.compute = getattr(torch, spec.compute)
-        values = self._evaluator(Axis(0, 1, -2), Axis(0, 1, -1))
-        self.scale = form.scale if isinstance(form.scale, float) else float(values(form.scale))
+        one = Axis(0, 1, -2), Axis(0, 1, -1)
+        self.scale = form.scale if isinstance(form.scale, float) else float(self.evaluator(*one)(form.scale))
         width = max(query.shape[3], value.shape[3])
         self.query, self.key, self.value = (self.widened(x, width) for x in (query, key, value))
         self.value_width = value.shape[3]
-        self.causal, self.keep = self._causal()
-        self.single = not any("i" in e.free for e in (*self.keep, form.bias))
-        if not self.single:
-            self.causal, self.keep = False, form.keep
         self.safe_range = self._in_range()
 
     @staticmethod
@@ -134,55 +187,24 @@ class _Call:
         limit = 1e300 if self.compute == torch.float64 else 1e36
         return largest * self.query.shape[3] * max(abs(self.scale), 1.0) < limit and math.isfinite(self.scale)
 
-    def _causal(self) -> tuple[bool, tuple[Expr, ...]]:
-        """Whether a conjunct is j <= i for these sizes, and the other conjuncts."""
-        plain = A.sub(I, J)
-        for e in self.form.keep:
-            if e.op != "ge0":
-                continue
-            offset = A.sub(e.args[0], plain)
-            if not offset.free and not any(x.op == "load" for x in walk(offset)):
-                if self._evaluator(Axis(0, 1, -2), Axis(0, 1, -1))(offset) == 0:
-                    return True, tuple(x for x in self.form.keep if x is not e)
-        return False, self.form.keep
-
-    def _evaluator(self, i: Axis, j: Axis) -> Evaluator:
+    def evaluator(self, i: Axis, j: Axis) -> Evaluator:
         axes = {"b": Axis(0, self.sizes["B"], -4), "h": Axis(0, self.sizes["H"], -3), "i": i, "j": j}
         return Evaluator(self.captures, self.sizes, axes, self.compute, torch.device("cpu"))
 
-    @property
-    def trivial(self) -> bool:
-        """Whether there is nothing to add to a score."""
-        return self.form.bias is A.const(0.0)
-
-    def blocks(self) -> list[KeyRange]:
-        """The calls to make. Neighbours that see the same keys and need no mask are made as one."""
-        sizes = self.sizes
-        if self.single:
-            return [KeyRange(0, sizes["T"], 0, sizes["S"], not self.keep)]
-        out: list[KeyRange] = []
-        for r in key_ranges(self.spec, sizes, ROWS):
-            last = out[-1] if out else None
-            if last and self.trivial and last.full and r.full and (last.j0, last.j1) == (r.j0, r.j1):
-                out[-1] = last._replace(i1=r.i1)
-            else:
-                out.append(r)
-        return out
-
     def mask(self, r: KeyRange) -> Tensor | None:
         """The additive mask of a block, of four dims that broadcast; None where there is nothing to add."""
-        keep = A.TRUE if r.full else A.and_(*self.keep)
-        if keep is A.TRUE and self.trivial:
+        keep = A.TRUE if r.full else A.and_(*self.layout.keep)
+        if keep is A.TRUE and self.form.bias is _ZERO:
             return None
-        rows = Axis(0, 1, -2) if self.single else Axis(r.i0, r.i1, -2)
-        mask = self._evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(A.where(keep, self.form.bias, A.const(-math.inf)))
+        rows = Axis(0, 1, -2) if self.layout.single else Axis(r.i0, r.i1, -2)
+        mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(A.where(keep, self.form.bias, A.const(-math.inf)))
         return mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
 
     def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
         """Which rows of a block have, for some batch and head, no live key or one that is not a number."""
-        if mask is None or self._surely_live():
+        if mask is None or _surely_live(self.spec, tuple(self.sizes.items())):
             return False
-        if self.causal:  # row i sees the keys up to i
+        if self.layout.causal:  # row i sees the keys up to i
             best = mask.cummax(-1)[0]
             best = best[..., torch.arange(r.i0, r.i1).clamp(max=best.shape[-1] - 1)].mT
         else:
@@ -190,10 +212,6 @@ class _Call:
         # a fill that is part of the bias is no -inf: what lies below half of it is dead too
         lowest = -math.inf if self.form.fill is None else self.form.fill / 2
         return ~(best > lowest).all(dim=1).all(dim=0).squeeze(-1)
-
-    def _surely_live(self) -> bool:
-        bias_is_finite = not any(e.op == "load" for e in walk(self.form.bias))
-        return bias_is_finite and (self.form.fill is None or rows_live(self.spec, self.sizes))
 
 
 def forward(
@@ -213,7 +231,7 @@ def forward(
     out = query.new_empty((*shape, value.shape[-1]), dtype=getattr(torch, spec.out_dtype))
     logsumexp = query.new_empty(shape, dtype=call.compute)
     bad = torch.zeros(shape[2], dtype=torch.bool)
-    for r in call.blocks():
+    for r in call.layout.blocks:
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
         if r.j0 >= r.j1:
             bad[rows] = True
@@ -221,7 +239,7 @@ def forward(
         mask = call.mask(r)
         bad[rows] = call.dead(r, mask)
         part, total = _forward(
-            call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], 0.0, call.causal,
+            call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], 0.0, call.layout.causal,
             attn_mask=mask, scale=call.scale,
         )  # fmt: skip
         part = part[..., : call.value_width]
@@ -237,7 +255,7 @@ def forward(
 
 def _with_extra(call: _Call, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Lets the extra logits take their share of the softmax."""
-    values = call._evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
+    values = call.evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
     logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in call.spec.extra]
     both = torch.stack([total, *logits]).logsumexp(0)
     return part * (total - both).exp().unsqueeze(-1).to(part.dtype), both
@@ -278,14 +296,14 @@ def backward(
     width = call.query.shape[-1]
     grad, out = (call.widened(x.to(query.dtype), width) for x in (grad, out))
     sums = _Sums(query, key, value)
-    for r in call.blocks():
+    for r in call.layout.blocks:
         if r.j0 >= r.j1:
             sums.query[:, :, r.i0 : r.i1] = 0
             continue
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
         parts = _backward(
             grad[:, :, rows], call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], out[:, :, rows],
-            logsumexp[:, :, rows], 0.0, call.causal, attn_mask=call.mask(r), scale=call.scale,
+            logsumexp[:, :, rows], 0.0, call.layout.causal, attn_mask=call.mask(r), scale=call.scale,
         )  # fmt: skip
         sums.add(rows, keys, parts)
     grads = sums.result()
