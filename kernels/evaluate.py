@@ -57,6 +57,18 @@ def opaque(e: Expr) -> bool:
     return any(x.op in _OPAQUE for x in walk(e))
 
 
+@lru_cache(maxsize=10_000)
+def _offset(index: Expr) -> tuple[str | None, Expr] | None:
+    """(variable, index - variable), or (None, index) of an index without one; None where it is neither."""
+    variables = [x for x in walk(index) if x.op == "var"]
+    if len(variables) > 1 or any(x.op == "load" or x.op in _OPAQUE for x in walk(index)):
+        return None
+    if not variables:
+        return None, index
+    offset = A.sub(index, variables[0])
+    return None if offset.free else (str(variables[0].value), offset)
+
+
 _SPAN = "w"  # the variable of a diagonal: w = j - i + T - 1, from 0 to T + S - 2
 
 
@@ -262,20 +274,20 @@ class Evaluator:
         at: dict[int, Axis] = {}
         dims: list[int] = []  # of the axis, for each dim that is kept
         for n, index in enumerate(e.args):
-            names = [x for x in walk(index) if x.op == "var"]
-            if any(x.op == "load" or opaque(x) for x in walk(index)) or len(names) > 1:
+            split = _offset(index)
+            if split is None:
                 return None
-            if not names:
-                offset = self(index)
-                if isinstance(offset, Tensor) or not 0 <= offset < tensor.shape[n]:
+            variable, offset_of = split
+            offset = self(offset_of)
+            if isinstance(offset, Tensor):
+                return None
+            if variable is None:
+                if not 0 <= offset < tensor.shape[n]:
                     return None
                 at[n] = Axis(int(offset), int(offset) + 1, 0)
                 continue
-            offset_of = A.sub(index, names[0])
-            if offset_of.free:
-                return None
-            offset, axis = self(offset_of), self.axes[str(names[0].value)]
-            if isinstance(offset, Tensor) or axis.dim in dims:
+            axis = self.axes[variable]
+            if axis.dim in dims:
                 return None
             low, high = axis.start + int(offset), axis.stop + int(offset)
             if low < 0 or high > tensor.shape[n]:

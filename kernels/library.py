@@ -105,13 +105,13 @@ class Layout:
 
     causal    one of the mask's conjuncts is j <= i, and nothing else depends on i: the operator's own causality
     single    one call for all queries
-    keep      the conjuncts that go into the mask
+    mask      what is added to the scores: the bias, -inf where a conjunct that is left does not hold
     blocks    the calls; neighbours that see the same keys and need no mask are made as one
     """
 
     causal: bool
     single: bool
-    keep: tuple[Expr, ...]
+    mask: Expr
     blocks: tuple[KeyRange, ...]
 
 
@@ -128,7 +128,7 @@ def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: in
     causal = [e for e in form.keep if e.op == "ge0" and _is_zero(A.sub(e.args[0], plain), sizes)]
     keep = tuple(e for e in form.keep if e not in causal)
     if not any("i" in e.free for e in (*keep, form.bias)):
-        return Layout(bool(causal), True, keep, (KeyRange(0, sizes["T"], 0, sizes["S"], not keep),))
+        return Layout(bool(causal), True, _mask(keep, form.bias), (KeyRange(0, sizes["T"], 0, sizes["S"], not keep),))
     out: list[KeyRange] = []
     for r in key_ranges(spec, sizes, rows):
         last = out[-1] if out else None
@@ -136,7 +136,11 @@ def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: in
             out[-1] = last._replace(i1=r.i1)
         else:
             out.append(r)
-    return Layout(False, False, form.keep, tuple(out))
+    return Layout(False, False, _mask(form.keep, form.bias), tuple(out))
+
+
+def _mask(keep: tuple[Expr, ...], bias: Expr) -> Expr:
+    return A.where(A.and_(*keep), bias, A.const(-math.inf))
 
 
 def _is_zero(e: Expr, sizes: dict[str, int]) -> bool:
@@ -193,11 +197,11 @@ class _Call:
 
     def mask(self, r: KeyRange) -> Tensor | None:
         """The additive mask of a block, of four dims that broadcast; None where there is nothing to add."""
-        keep = A.TRUE if r.full else A.and_(*self.layout.keep)
-        if keep is A.TRUE and self.form.bias is _ZERO:
+        program = self.form.bias if r.full else self.layout.mask
+        if program is _ZERO:
             return None
         rows = Axis(0, 1, -2) if self.layout.single else Axis(r.i0, r.i1, -2)
-        mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(A.where(keep, self.form.bias, A.const(-math.inf)))
+        mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(program)
         return mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
 
     def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
