@@ -1,9 +1,9 @@
 """attnfx: a torch.compile backend that lifts hand-written attention and runs it in linear memory.
 
-    torch.compile(model, backend="attnfx")                       rewrites what pays
-    attnfx.explain(model)(*inputs)                               says what would be done, and why not
-    attnfx.reports()                                             what was done in this process
-    attnfx.attention(query, key, value, spec, captures)          the operator itself
+torch.compile(model, backend="attnfx")                       rewrites what pays
+attnfx.explain(model)(*inputs)                               says what would be done, and why not
+attnfx.reports()                                             what was done in this process
+attnfx.attention(query, key, value, spec, captures)          the operator itself
 """
 
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnfx.errors import AttnfxError, OptionError
+    from attnfx.errors import AttnfxError, OptionError, RefusalError
     from attnfx.explanation import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from attnfx.spec import AttentionSpec
 
 _HOMES = {
-    "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors", "Options": "options",
-    "Refusal": "report", "Report": "report", "Site": "report", "attention": "kernels.operator", "explain": "explanation",
-    "reports": "report",
+    "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors",
+    "Options": "options", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
+    "attention": "kernels.operator", "explain": "explanation", "reports": "report",
 }  # fmt: skip
 
 __all__ = [
-    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "Report", "Site", "attention",
+    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report", "Site", "attention",
     "explain", "reports",
 ]  # fmt: skip
 

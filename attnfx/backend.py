@@ -11,7 +11,8 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from attnfx import pipeline, report
+from attnfx import dumping, pipeline, report
+from attnfx.errors import RefusalError
 from attnfx.options import Options
 
 
@@ -25,16 +26,26 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     chosen = Options.make(options or {})
     try:
         result = pipeline.run(gm, chosen)
+        dumping.dump(gm, result, chosen)
     except Exception as problem:
         if chosen.strict:
             raise
         warnings.warn(
             f"attnfx failed on a graph and compiles it without the rewrite ({type(problem).__name__}: {problem}); "
-            "please report this at https://github.com/attnfx/attnfx/issues",
+            "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker",
             stacklevel=2,
         )
         return inner(gm, example_inputs, chosen, mode)
     report.file(result.report)
+    if result.untraceable:
+        if chosen.strict:
+            raise RefusalError(f"a graph could not be traced: {result.untraceable}")
+        warnings.warn(
+            f"attnfx could not trace a graph and leaves it to {chosen.inner}: {result.untraceable}", stacklevel=2
+        )
+    refused = next((s for s in result.report.sites if s.refusal is not None), None)
+    if chosen.strict and refused is not None:
+        raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
     return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode)
 
 

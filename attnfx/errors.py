@@ -7,3 +7,7 @@ class AttnfxError(Exception):
 
 class OptionError(AttnfxError, ValueError):
     """An option of the backend, or the environment variable that sets its default, is unknown or has a bad value."""
+
+
+class RefusalError(AttnfxError):
+    """With `strict`, a site was refused: the message says what, where in the user's code, and what to do."""

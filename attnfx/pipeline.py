@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -22,7 +22,12 @@ from attnfx.spec import AXES
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
-BODIES = {"tag_activation_checkpoint": slice(0, 1), "cond": slice(1, 3), "autograd_function_apply": slice(0, 1), "wrap": slice(0, 1)}
+BODIES = {
+    "tag_activation_checkpoint": slice(0, 1),
+    "cond": slice(1, 3),
+    "autograd_function_apply": slice(0, 1),
+    "wrap": slice(0, 1),
+}
 
 
 @dataclass
@@ -31,7 +36,8 @@ class Result:
 
     gm: GraphModule | None
     report: Report
-    stages: dict[str, GraphModule]
+    stages: dict[str, str] = field(default_factory=dict)  # name -> readable graph, kept where they are dumped
+    untraceable: str = ""
 
 
 def run(gm: GraphModule, options: Options) -> Result:
@@ -39,18 +45,18 @@ def run(gm: GraphModule, options: Options) -> Result:
     report = Report()
     if options.rewrite == "never":
         report.notes.append('rewrite="never": nothing was looked for')
-        return Result(None, report, {})
+        return Result(None, report)
     if uses_functorch(gm):
         report.notes.append("the graph uses functorch transforms and passes through untouched")
-        return Result(None, report, {})
+        return Result(None, report)
     if not _worth_tracing(gm):
-        return Result(None, report, {})
-    stages: dict[str, GraphModule] = {}
+        return Result(None, report)
+    stages: dict[str, str] = {}
     try:
         traced, changed = _graph(gm, options, report, stages)
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
-        return Result(None, report, stages)
+        return Result(None, report, stages, str(problem))
     return Result(traced if changed else None, report, stages)
 
 
@@ -64,8 +70,10 @@ def _worth_tracing(gm: GraphModule) -> bool:
     return False
 
 
-def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, GraphModule]) -> tuple[GraphModule, bool]:
+def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, str]) -> tuple[GraphModule, bool]:
     traced = trace(gm)
+    if options.dump_dir is not None:
+        stages["traced"] = readable(traced)
     functionalise(traced)
     check(traced)
     changed = _bodies(traced, options, report)
@@ -77,7 +85,13 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     if changed:
         clean(traced)
         check(traced)
+        if options.dump_dir is not None:
+            stages["rewritten"] = readable(traced)
     return traced, changed
+
+
+def readable(gm: GraphModule) -> str:
+    return gm.print_readable(print_output=False)
 
 
 def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
@@ -147,7 +161,11 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
             if isinstance(size, torch.SymInt):
                 out.setdefault(str(size.node.expr), number(size))
                 for symbol in size.node.expr.free_symbols:
-                    known = size.node.shape_env.backed_var_to_val.get(symbol) if hasattr(size.node.shape_env, "backed_var_to_val") else None
+                    known = (
+                        size.node.shape_env.backed_var_to_val.get(symbol)
+                        if hasattr(size.node.shape_env, "backed_var_to_val")
+                        else None
+                    )
                     if known is None:
                         known = getattr(size.node.shape_env, "var_to_val", {}).get(symbol)
                     if known is not None:
@@ -167,7 +185,15 @@ def _decide(traced: GraphModule, finding: Finding, site: Site, options: Options)
     assert isinstance(query, torch.Tensor)
     training = torch.is_grad_enabled() and match.training
     library = op_name(finding.final).startswith("scaled_dot_product")
-    decision = cost.decide(match.spec, numeric_dims(finding), str(query.dtype).removeprefix("torch."), query.device.type, training, options, library)
+    decision = cost.decide(
+        match.spec,
+        numeric_dims(finding),
+        str(query.dtype).removeprefix("torch."),
+        query.device.type,
+        training,
+        options,
+        library,
+    )
     if decision.tier != "kept":
         import attnfx.kernels.operator  # noqa: F401  (registers the operator)
 

@@ -17,7 +17,9 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, INT, Expr, rebuild, walk
 from attnfx.ir.text import dump, parse, show
 
-VERSION = 1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
+VERSION = (
+    1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
+)
 
 AXES = {"b": "B", "h": "H", "i": "T", "j": "S"}  # the program's variables and the sizes that bound them
 B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
@@ -96,7 +98,7 @@ def from_json(text: str) -> AttentionSpec:
     """The inverse of `AttentionSpec.to_json`. Raises ValueError for another version's text."""
     data = json.loads(text)
     if data.pop("version") != VERSION:
-        raise ValueError(f"this attention spec was written by another version of attnfx (expected {VERSION}): compile the model again")
+        raise ValueError(f"this attention spec is of another version than {VERSION}: compile the model again")
     score, weight, *extra = parse(data.pop("programs"))
     data["captures"] = tuple(Capture(*c) for c in data["captures"])
     data["sizes"] = tuple(data["sizes"])
@@ -187,8 +189,23 @@ def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[st
 
     new = [rebuild(p, rename) for p in spec.programs]
     captures = tuple(by_slot[s] for s in slots)
-    result = replace(spec, score=new[0], weight=new[1], extra=tuple(new[2:]), captures=captures, sizes=tuple(sizes.values()))
+    result = replace(
+        spec, score=new[0], weight=new[1], extra=tuple(new[2:]), captures=captures, sizes=tuple(sizes.values())
+    )
     return result, list(slots), list(sizes)
 
 
-__all__ = ["FLOAT", "INT", "AttentionSpec", "B", "Capture", "H", "I", "J", "additive", "canonical", "fill_of", "from_json"]
+__all__ = [
+    "FLOAT",
+    "INT",
+    "AttentionSpec",
+    "B",
+    "Capture",
+    "H",
+    "I",
+    "J",
+    "additive",
+    "canonical",
+    "fill_of",
+    "from_json",
+]

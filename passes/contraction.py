@@ -11,7 +11,7 @@ from attnfx.ir.expr import Expr
 from attnfx.passes.graphs import dims, op_name, shape, value
 from attnfx.passes.lift import INDEXING, Index, Lifter, Opaque, argument, broadcast, rule
 
-PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addbmm", "einsum", "__matmul__", "linear")
+PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def contraction(at: Node, index: Index) -> Contraction | None:
     """The contraction that a node is at `index`, or None. For baddbmm, its product alone."""
     name = op_name(at)
     try:
-        if name in ("matmul", "bmm", "mm", "__matmul__"):
+        if name in ("matmul", "bmm", "__matmul__"):
             return _matmul(at, *at.args[:2], index)  # type: ignore[arg-type]
         if name == "baddbmm":
             return _matmul(at, *at.args[1:3], index)  # type: ignore[arg-type]
@@ -58,7 +58,10 @@ def _matmul(at: Node, left: Node, right: Node, index: Index) -> Contraction:
     if len(a) < 2 or len(b) < 2:
         raise Opaque
     batch, (row, column) = index[:-2], index[-2:]
-    pick = lambda x, extents: broadcast(x, (*batch, A.ZERO, A.ZERO))[: len(extents) - 2]
+
+    def pick(x: Node, extents: Index) -> Index:
+        return broadcast(x, (*batch, A.ZERO, A.ZERO))[: len(extents) - 2]
+
     return Contraction(at, left, (*pick(left, a), row, r), right, (*pick(right, b), r, column), r)
 
 

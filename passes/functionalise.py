@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.passes.graphs import value
-from attnfx.passes.match import storage, written_operands
+from attnfx.passes.facts import storage, written_operands
+from attnfx.passes.graphs import fake_mode, value
 
 aten = torch.ops.aten
 
@@ -50,7 +50,9 @@ def functionalise(gm: GraphModule) -> int:
             continue
         # every other alias that is read after the write: the written tensor itself, or what comes from the result
         aliases = [n for n in families[key] if n is not node and n is not target]
-        stale = [n for n in aliases if position[n] < position[node] and any(position[u] > position[node] for u in n.users)]
+        stale = [
+            n for n in aliases if position[n] < position[node] and any(position[u] > position[node] for u in n.users)
+        ]
         if stale:
             continue
         before, after = value(target), value(node)
@@ -58,9 +60,7 @@ def functionalise(gm: GraphModule) -> int:
             new = gm.graph.call_function(pure, node.args, node.kwargs)
         new.meta = dict(node.meta)
         plain = torch.fx.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        from attnfx.passes.rewrite import _mode_of
-
-        with _mode_of(plain, node):
+        with fake_mode(plain, node.meta.get("val")):
             new.meta["val"] = pure(*plain[0], **plain[1])  # type: ignore[operator,index]
         made = new
         if new.meta["val"].dtype != before.dtype:  # type: ignore[union-attr]

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 
 import torch
+from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import Node
 
@@ -18,7 +19,11 @@ def op_name(node: Node) -> str:
     """`aten` operators by the name of their packet ("softmax"), others by their Python name prefixed with a dot."""
     target = node.target
     if isinstance(target, OpOverload):
-        return target._overloadpacket.__name__ if target.namespace == "aten" else f"{target.namespace}::{target._overloadpacket.__name__}"
+        return (
+            target._overloadpacket.__name__
+            if target.namespace == "aten"
+            else f"{target.namespace}::{target._overloadpacket.__name__}"
+        )
     if target is operator.getitem:
         return "getitem"
     return "." + getattr(target, "__name__", str(target))
@@ -35,6 +40,13 @@ def shape(node: Node) -> Sequence[int | torch.SymInt]:
 
 def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def fake_mode(*held: object):  # type: ignore[no-untyped-def]
+    """The mode that the example values belong to."""
+    mode = detect_fake_mode(list(held))
+    assert mode is not None
+    return mode
 
 
 def kind_of(dtype: torch.dtype) -> str:

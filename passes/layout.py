@@ -23,13 +23,16 @@ EXPANSIONS = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_i
 Split = dict[Expr, Expr]  # a variable -> high * size(low) + low
 
 
+UNIT = A.const(1.0)
+
+
 @dataclass(frozen=True)
 class Access:
     """`factor` * node[index]. `reader` is the node through which the walk left it (for mutation checks)."""
 
     node: Node
     index: Index
-    factor: Expr = A.const(1.0)
+    factor: Expr = UNIT
     gain: int = 0
     upcast: bool = False
     reader: Node | None = None
@@ -56,7 +59,9 @@ def _step(lifter: Lifter, last: Access) -> Access | None:
             source, index = VIEWS[name](at, last.index)
         except Opaque:
             return None
-        grown = name in EXPANSIONS and any(a is not b for a, b in zip(reversed(dims(source)), reversed(dims(at)), strict=False))
+        grown = name in EXPANSIONS and any(
+            a is not b for a, b in zip(reversed(dims(source)), reversed(dims(at)), strict=False)
+        )
         return Access(source, index, last.factor, last.gain + grown, last.upcast, at)
     if name in ("mul", "div") and len(at.args) == 2 and not at.kwargs:
         for source, other in ((at.args[0], at.args[1]), (at.args[1], at.args[0])):
@@ -99,7 +104,7 @@ def best(candidates: list[Access], batch: frozenset[str], upcast: bool = True) -
     """The usable access with the most gain, the nearest of these; with the splits of batch variables that it needs."""
     chosen: tuple[Access, list[Split]] | None = None
     for access in candidates:
-        if access.upcast and not upcast or chosen is not None and access.gain <= chosen[0].gain:
+        if (access.upcast and not upcast) or (chosen is not None and access.gain <= chosen[0].gain):
             continue
         splits = needed_splits(access.index, batch)
         if splits is not None and all(radix(apply_splits(x, splits)) is not None for x in access.index):

@@ -84,7 +84,11 @@ class Lifter:
                     return self._typed(out, at)
         if at.op == "get_attr":
             constant = value(at)
-            if isinstance(constant, torch.Tensor) and constant.numel() == 1 and not isinstance(constant, torch._subclasses.FakeTensor):
+            if (
+                isinstance(constant, torch.Tensor)
+                and constant.numel() == 1
+                and not isinstance(constant, torch._subclasses.FakeTensor)
+            ):
                 return A.const(constant.item())
         return self.load(at, index)
 

@@ -98,7 +98,9 @@ def regroup(have: tuple[Expr, ...], index: Index, want: tuple[Expr, ...]) -> Ind
     return tuple(out)
 
 
-@rule(VIEWS, "permute", "transpose", "t", "mT", "numpy_T", "swapaxes", "swapdims", "movedim", "matrix_H", "adjoint", "mH")
+@rule(
+    VIEWS, "permute", "transpose", "t", "mT", "numpy_T", "swapaxes", "swapdims", "movedim", "matrix_H", "adjoint", "mH"
+)
 def _permute(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
     order = permutation(at, len(index))
@@ -185,7 +187,9 @@ def _repeat(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
     extents = dims(x)
     inner = index[len(index) - len(extents) :]
-    return x, tuple(i if n is m else A.mod(i, n) for i, n, m in zip(inner, extents, dims(at)[-len(extents) :], strict=True))
+    return x, tuple(
+        i if n is m else A.mod(i, n) for i, n, m in zip(inner, extents, dims(at)[-len(extents) :], strict=True)
+    )
 
 
 @rule(VIEWS, "repeat_interleave")
@@ -235,7 +239,16 @@ def _getitem(at: Node, index: Index) -> tuple[Node, Index]:
     name = op_name(parent)
     x = source(parent)
     results = value(parent)
-    if name not in ("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk", "hsplit"):
+    if name not in (
+        "split",
+        "split_with_sizes",
+        "chunk",
+        "unbind",
+        "tensor_split",
+        "unsafe_split",
+        "unsafe_chunk",
+        "hsplit",
+    ):
         raise Opaque
     number %= len(results)  # type: ignore[arg-type]
     if name == "unbind":

@@ -48,11 +48,13 @@ def _add(lifter: Lifter, at: Node, index: Index) -> Expr:
         if name == "add" and value(at).dtype == torch.bool:  # type: ignore[union-attr]
             return A.or_(x, y)
         raise Opaque
-    scaled = lambda e: e if alpha == 1 else A.mul(e if e.kind != BOOL else A.to_int(e), lifter.operand(alpha, ()))
-    number = lambda e: A.to_int(e) if e.kind == BOOL else e
-    if name == "rsub":
-        return A.sub(number(y), number(scaled(x)))
-    return A.add(number(x), number(scaled(y))) if name == "add" else A.sub(number(x), number(scaled(y)))
+    first, second = (y, x) if name == "rsub" else (x, y)
+    scaled = _number(second) if alpha == 1 else A.mul(_number(second), lifter.operand(alpha, ()))
+    return A.add(_number(first), scaled) if name == "add" else A.sub(_number(first), scaled)
+
+
+def _number(e: Expr) -> Expr:
+    return A.to_int(e) if e.kind == BOOL else e
 
 
 @rule(POINTWISE, "mul", "mul_", "__mul__")
@@ -63,8 +65,7 @@ def _mul(lifter: Lifter, at: Node, index: Index) -> Expr:
         return exact
     if x.kind == BOOL and y.kind == BOOL:
         return A.and_(x, y)
-    number = lambda e: A.to_int(e) if e.kind == BOOL else e
-    return A.mul(number(x), number(y))
+    return A.mul(_number(x), _number(y))
 
 
 @rule(POINTWISE, "div", "div_", "true_divide", "floor_divide")
@@ -162,7 +163,9 @@ def _clamp(lifter: Lifter, at: Node, index: Index) -> Expr:
     dtype = _arithmetic(at)
     x = lifter.operand(at.args[0], index)
     low = argument(at, 1, "min") if name != "clamp_max" else None
-    high = argument(at, 2, "max") if name in ("clamp", "clip") else argument(at, 1, "max") if name == "clamp_max" else None
+    high = (
+        argument(at, 2, "max") if name in ("clamp", "clip") else argument(at, 1, "max") if name == "clamp_max" else None
+    )
     for bound, op, aten in ((low, A.maximum, "clamp_min"), (high, A.minimum, "clamp_max")):
         if bound is None:
             continue

@@ -21,13 +21,13 @@ from torch.fx import GraphModule, Node
 
 from attnfx import spec as S
 from attnfx.ir import algebra as A
-from attnfx.ir import poly
 from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, Product, contraction, slot_node
+from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, value
-from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, radix, split_axes
-from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, argument, broadcast
+from attnfx.passes.layout import Split, accesses, apply_splits, best, radix, split_axes
+from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, Capture
 
@@ -95,13 +95,10 @@ class Finder:
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
-        self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
-        self.mutations = self._mutations()
-        self.lifter = Lifter(frozenset(n for n in gm.graph.nodes if storage(n) in self.mutations))
+        self.facts = Facts(gm)
+        self.lifter = Lifter(self.facts.written)
         self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
-        self.scores = self._spread(n for n in gm.graph.nodes if op_name(n) in PRODUCTS)
-        self.regions = _regions(gm)
-        self.differentiable = self._differentiable()
+        self.scores = self._spread(n for n in gm.graph.nodes if batched(n))
 
     def _spread(self, seeds: Iterable[Node]) -> dict[Node, list[Node]]:
         """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds."""
@@ -119,31 +116,6 @@ class Finder:
                     out[n] = list(dict.fromkeys(found))[:8]
         return out
 
-    def _differentiable(self) -> set[Node]:
-        """Nodes whose value may take a gradient: example values are snapshots that do not know."""
-        out: set[Node] = set()
-        for n in self.gm.graph.nodes:
-            held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
-            if n.op == "get_attr":
-                held = getattr(self.gm, str(n.target), None)
-            if n.op in ("placeholder", "get_attr"):
-                if isinstance(held, torch.Tensor) and held.requires_grad:
-                    out.add(n)
-            elif any(a in out for a in n.all_input_nodes) and self.regions[n][0] is not False and "detach" not in op_name(n):
-                if not isinstance(held, torch.Tensor) or held.dtype.is_floating_point:
-                    out.add(n)
-        return out
-
-    def _mutations(self) -> dict[int, list[int]]:
-        """Positions at which each storage is written in place."""
-        out: dict[int, list[int]] = {}
-        for n in self.gm.graph.nodes:
-            for written in written_operands(n):
-                key = storage(written)
-                if key is not None:
-                    out.setdefault(key, []).append(self.position[n])
-        return out
-
     def find(self) -> list[Finding]:
         findings: list[Finding] = []
         for n in self.gm.graph.nodes:
@@ -152,10 +124,13 @@ class Finder:
             name = op_name(n)
             if name in SDPA:
                 findings.append(self._attempt(n, self._library_call, [n]))
-            elif name in PRODUCTS and is_tensor(n):
+            elif batched(n):
                 seeds = [s for a in n.all_input_nodes for s in self.weights.get(a, ()) if self._from_scores(s)]
                 if seeds:
-                    findings.append(self._attempt(n, self._written_out, list(dict.fromkeys(seeds))))
+                    found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
+                    # a gate or an exponential between two products is no attention until it is proved to be one
+                    if found.match is not None or any("softmax" in op_name(s) for s in seeds):
+                        findings.append(found)
         return findings
 
     def _from_scores(self, anchor: Node) -> bool:
@@ -178,7 +153,11 @@ class Finder:
         out_vars = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
         c = contraction(final, out_vars)
         if c is None:
-            raise Refused("contraction", f"the product {op_name(final)} of the weights with the values is of a form that is not understood", [final])
+            raise Refused(
+                "contraction",
+                f"the product {op_name(final)} of the weights with the values is of a form that is not understood",
+                [final],
+            )
         sides = [(c.left, c.left_index, c.right, c.right_index), (c.right, c.right_index, c.left, c.left_index)]
         sides = [s for s in sides if any(self._from_scores(w) for w in self.weights.get(s[0], ()))]
         problem: Exception | None = None
@@ -186,11 +165,13 @@ class Finder:
             try:
                 weight = self.lifter.lift(weights, at)
                 last = final
-                if not any(e.op == "softmax" or e.op == "recip" and _sums(e) for e in N.outside(weight)):
+                if not any(e.op == "softmax" or (e.op == "recip" and _sums(e)) for e in N.outside(weight)):
                     weight, last = self._divided_later(final, out_vars, weight)
                 found = N.normalise(weight, c.reduced)
                 if last is not final and found.normaliser != "softmax":
-                    raise Refused("normaliser", "the values are divided by something else than the sum of the weights", [last])
+                    raise Refused(
+                        "normaliser", "the values are divided by something else than the sum of the weights", [last]
+                    )
                 return self._assemble(last, out_vars, c.reduced, found, values, values_at)
             except (Opaque, N.NotNormalised, Refused) as p:
                 # of two sides, the one that got further tells the reason
@@ -200,7 +181,12 @@ class Finder:
     def _divided_later(self, final: Node, index: Index, weight: Expr) -> tuple[Expr, Node]:
         """(exp(s) @ v) / sum(exp(s)): the division stands after the values."""
         for user in final.users:
-            if op_name(user) == "div" and user.args[0] is final and isinstance(user.args[1], Node) and len(user.args) == 2:
+            if (
+                op_name(user) == "div"
+                and user.args[0] is final
+                and isinstance(user.args[1], Node)
+                and len(user.args) == 2
+            ):
                 if tuple(dims(user)) != tuple(dims(final)):
                     continue
                 below = self.lifter.lift(user.args[1], broadcast(user.args[1], index))
@@ -241,7 +227,14 @@ class Finder:
         splits = _merge([c[1] for c in chosen if c is not None])
         factor = A.mul(accessed[0].factor, accessed[1].factor)
         if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
-            found = N.Normalised(found.score, A.mul(found.weight, accessed[2].factor), found.extra, found.dropout, found.safe, found.normaliser)
+            found = N.Normalised(
+                found.score,
+                A.mul(found.weight, accessed[2].factor),
+                found.extra,
+                found.dropout,
+                found.safe,
+                found.normaliser,
+            )
         score = substitute(score, {A.DOT: A.mul(factor, A.DOT)})
         query, key, val = (Operand(a.node, tuple(apply_splits(x, splits) for x in a.index)) for a in accessed)
         return self._finish(final, out, splits, batch, query, key, val, row, j, dot.reduced, e, score, found, dot.node)
@@ -249,7 +242,9 @@ class Finder:
     def _row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
              in_values: frozenset[str]) -> Expr:  # fmt: skip
         """The query's row: the last dimension of the scores that the query has alone."""
-        alone = [v for v in out if v.value in _free(left[1]) and v.value not in _free(right[1]) and v.value not in in_values]
+        alone = [
+            v for v in out if v.value in _free(left[1]) and v.value not in _free(right[1]) and v.value not in in_values
+        ]
         if not alone:  # a single query, or one per batch element
             ones = [v for v in out if v.args[0] is A.ONE]
             if ones:
@@ -270,18 +265,30 @@ class Finder:
                 node = slot_node(e.value)
                 if isinstance(node, Node) and op_name(node) in PRODUCTS:
                     c = contraction(node, e.args)
-                    if c is not None and (j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index))):
+                    if c is not None and (
+                        j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index))
+                    ):
                         candidates.append((e, c))
         if not candidates:
-            raise Refused("no_product", "no product of queries with keys reaches the softmax through operators that are understood", [final])
-        candidates.sort(key=lambda pair: (not _plain(pair[1], j), -self.position[pair[1].node]))  # the nearest plain one
+            raise Refused(
+                "no_product",
+                "no product of queries with keys reaches the softmax through operators that are understood",
+                [final],
+            )
+        candidates.sort(
+            key=lambda pair: (not _plain(pair[1], j), -self.facts.position[pair[1].node])
+        )  # the nearest plain one
         load, dot = candidates[0]
         if not all(is_tensor(x) and value(x).dtype.is_floating_point for x in (dot.left, dot.right)):  # type: ignore[union-attr]
             raise Refused("dtype", "the scores are no floats", [dot.node])
         if len(shape(dot.left)) < 3 and len(shape(dot.right)) < 3:
-            raise Refused("unbatched", "the scores are a product of two matrices, as in a router or a classifier", [dot.node])
-        if self.regions[dot.node] != self.regions[final]:
-            raise Refused("region", "the attention crosses the border of an autocast or a no_grad region", [dot.node, final])
+            raise Refused(
+                "unbatched", "the scores are a product of two matrices, as in a router or a classifier", [dot.node]
+            )
+        if self.facts.regions[dot.node] != self.facts.regions[final]:
+            raise Refused(
+                "region", "the attention crosses the border of an autocast or a no_grad region", [dot.node, final]
+            )
         return substitute(score, {load: A.DOT}), dot, load
 
     # -- the library's own operator -----------------------------------------------------------
@@ -305,9 +312,15 @@ class Finder:
                 if dims(x)[-3] is not dims(q)[-3]:
                     groups = A.floordiv(dims(q)[-3], dims(x)[-3])
                     inner[n] = (*heads[:-1], A.floordiv(heads[-1], groups))
-        at_q, at_k, at_v = (broadcast(x, (*i, r, c)) for x, i, r, c in zip((q, k, v), inner, (row, j, j), (d, d, e), strict=True))
+        at_q, at_k, at_v = (
+            broadcast(x, (*i, r, c)) for x, i, r, c in zip((q, k, v), inner, (row, j, j), (d, d, e), strict=True)
+        )
         scale = given.get("scale")
-        factor = A.to_float(self.lifter.operand(scale, ())) if scale is not None else A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
+        factor = (
+            A.to_float(self.lifter.operand(scale, ()))
+            if scale is not None
+            else A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
+        )
         score = A.mul(factor, A.DOT)
         if causal:
             score = A.where(A.le(j, row), score, A.const(float("-inf")))
@@ -342,10 +355,28 @@ class Finder:
         if not kv_axes and len(shape(key.node)) < 3:
             raise Refused("shared_keys", "the keys are one matrix, as a router's gate or a codebook is", [final])
         programs = self._rename(found, score, splits, kv_axes, group_axes, row, j)
-        spec, captures, sizes = self._spec(final, programs, found, query, self._after(dot))
+        spec, captures, sizes = self._spec(final, programs, found, query, dot)
         out_index = tuple(apply_splits(v, splits) for v in out)
-        training = any(x.node in self.differentiable for x in (query, key, val)) or any(c.grad for c in spec.captures)
-        return Match(final, spec, query, key, val, captures, sizes, kv_axes, group_axes, row, j, d, e, out_index, training=training)
+        training = any(x.node in self.facts.differentiable for x in (query, key, val)) or any(
+            c.grad for c in spec.captures
+        )
+        return Match(
+            final,
+            spec,
+            query,
+            key,
+            val,
+            captures,
+            sizes,
+            kv_axes,
+            group_axes,
+            row,
+            j,
+            d,
+            e,
+            out_index,
+            training=training,
+        )
 
     def _rename(self, found: N.Normalised, score: Expr, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
@@ -374,8 +405,9 @@ class Finder:
 
         return rebuild(program, change)
 
-    def _spec(self, final: Node, programs: list[Expr], found: N.Normalised, query: Operand,
-              tainted: set[Node]) -> tuple[AttentionSpec, list[Node], list[str]]:
+    def _spec(
+        self, final: Node, programs: list[Expr], found: N.Normalised, query: Operand, dot: Node | None
+    ) -> tuple[AttentionSpec, list[Node], list[str]]:
         score, weight, *extra = programs
         if found.normaliser == "none":
             weight = substitute(score, {A.DOT: A.PROB})
@@ -384,14 +416,22 @@ class Finder:
         for program in (score, weight, *extra):
             for e in walk(program):
                 if e.op in ("rsum", "rmax", "softmax", "dropout"):
-                    raise Refused("reduction", "a row of scores is reduced to change the scores", [final], "see the chunked tier")
+                    raise Refused(
+                        "reduction", "a row of scores is reduced to change the scores", [final], "see the chunked tier"
+                    )
                 stray = e.free - {"b", "h", "i", "j"}
                 if stray:
-                    raise Refused("axes", f"the program depends on an index that is no axis of the attention: {sorted(stray)[0]}", [final])
+                    raise Refused(
+                        "axes",
+                        f"the program depends on an index that is no axis of the attention: {sorted(stray)[0]}",
+                        [final],
+                    )
                 if e.op != "load":
                     continue
                 node = e.value
-                if isinstance(node, Product) or node in tainted:
+                if isinstance(node, Product) or (
+                    isinstance(node, Node) and dot is not None and self.facts.descends(node, dot)
+                ):
                     at = slot_node(node)
                     raise Refused("score_used", f"the scores pass through {op_name(at)}, which no score program expresses", [at],
                                   "the operator may need a whole row of scores")  # fmt: skip
@@ -402,7 +442,7 @@ class Finder:
                     if held.dtype.is_complex:
                         raise Refused("dtype", f"{node.name} is complex", [node])
                     self._unchanged(node, final)
-                    grad = node in self.differentiable and kind_of(held.dtype) == FLOAT
+                    grad = node in self.facts.differentiable and kind_of(held.dtype) == FLOAT
                     slots[node] = Capture(kind_of(held.dtype), held.dim(), grad and _differentiable(node, programs))
                 else:
                     slots[node] = Capture("f", 0, False)
@@ -418,32 +458,19 @@ class Finder:
         spec, order, sizes = S.canonical(spec)
         return spec, order, sizes  # type: ignore[return-value]
 
-    def _after(self, dot: Node | None) -> set[Node]:
-        """Nodes that descend from the scores: a program that loads one would need the scores first."""
-        out: set[Node] = {dot} if dot is not None else set()
-        for n in self.gm.graph.nodes if out else ():
-            if any(a in out for a in n.all_input_nodes):
-                out.add(n)
-        return out
-
     def _unchanged(self, base: Node, final: Node) -> None:
-        """Refuses where a value is written in place between its first read and the attention."""
-        key = storage(base)
-        if key is None or key not in self.mutations:
-            return
-        cone, stack = {final}, [final]
-        while stack:
-            for a in stack.pop().all_input_nodes:
-                if a not in cone:
-                    cone.add(a)
-                    stack.append(a)
-        # what reads the memory, through any view of it, on the way to the attention
-        reads = [self.position[u] for n in cone if storage(n) == key for u in n.users
-                 if u in cone and storage(u) != key and not written_operands(u)]  # fmt: skip
-        first = min(reads, default=self.position[base])
-        if any(first < at < self.position[final] for at in self.mutations[key]):
+        if self.facts.changed_before(base, final):
             raise Refused("mutated", f"{base.name} is changed in place between its use and the attention", [base])
 
+
+def batched(n: Node) -> bool:
+    """Whether a node is a product of two batches of matrices: what scores and weighted values are. A product with one
+    matrix (a linear layer, a router's gate) is not."""
+    if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
+        return False
+    operands = [x for x in n.all_input_nodes if is_tensor(x)]
+    operands = operands[-2:] if op_name(n) == "baddbmm" else operands
+    return all(len(shape(x)) > 2 for x in operands)
 
 
 def _sums(e: Expr) -> bool:
@@ -456,12 +483,17 @@ def _free(index: Index) -> frozenset[str]:
 
 def _plain(c: Contraction, j: Expr) -> bool:
     """Whether views can express both operands, and some row is the query's alone."""
-    if not all(radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x)) for x in (*c.left_index, *c.right_index)):
+    if not all(
+        radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x))
+        for x in (*c.left_index, *c.right_index)
+    ):
         return False
     left, right = _free(c.left_index), _free(c.right_index)
     query, key = (right, left) if j.value in left else (left, right)
     rows = [e for x in c.left_index + c.right_index for e in walk(x) if e.op == "var" and e.args[0] is not A.ONE]
-    return bool(query - key - {str(c.reduced.value)}) or not any(v.value in query for v in rows if v.value in key and v is not c.reduced)
+    return bool(query - key - {str(c.reduced.value)}) or not any(
+        v.value in query for v in rows if v.value in key and v is not c.reduced
+    )
 
 
 def _merge(lists: list[list[Split]]) -> list[Split]:
@@ -492,50 +524,13 @@ def _differentiable(node: Node, programs: list[Expr]) -> bool:
         seen: set[Expr] = set()
         while stack:
             e = stack.pop()
-            if e in seen or e.op == "detach" or e.kind != FLOAT and e.op != "where":
+            if e in seen or e.op == "detach" or (e.kind != FLOAT and e.op != "where"):
                 continue
             seen.add(e)
             if e.op == "load" and e.value is node:
                 return True
             stack.extend(e.args)
-    return found
+    return False
 
 
-def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, int]]:
-    """For each node: the grad mode set in the graph, and how deep in autocast regions it stands."""
-    grad: bool | None = None
-    depth = 0
-    out: dict[Node, tuple[bool | None, int]] = {}
-    for n in gm.graph.nodes:
-        if n.target is torch._C._set_grad_enabled:
-            grad = bool(n.args[0])
-        elif n.target is torch.amp.autocast_mode._enter_autocast:
-            depth += 1
-        elif n.target is torch.amp.autocast_mode._exit_autocast:
-            depth -= 1
-        out[n] = (grad, depth)
-    return out
-
-
-def written_operands(n: Node) -> list[Node]:
-    """The operands that an operator writes in place, by its schema."""
-    schema = getattr(n.target, "_schema", None)
-    if n.op != "call_function" or schema is None or not schema.is_mutable:
-        return []
-    out = []
-    for position, arg in enumerate(schema.arguments):
-        if arg.alias_info is not None and arg.alias_info.is_write:
-            given = n.args[position] if position < len(n.args) else n.kwargs.get(arg.name)
-            for x in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(x, Node):
-                    out.append(x)
-    return out
-
-
-def storage(n: Node) -> int | None:
-    """Which memory a node's value lives in: nodes that alias share it."""
-    held = value(n)
-    return held.untyped_storage()._cdata if isinstance(held, torch.Tensor) and held.layout == torch.strided else None
-
-
-__all__ = ["Access", "Finder", "Finding", "Match", "Operand", "argument", "poly", "rebuild"]
+__all__ = ["Finder", "Finding", "Match", "Operand"]

@@ -64,7 +64,9 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     found = [e for e in outside(weight) if e.op == "softmax"]
     if not found:
         if any(e.op in ("rsum", "rmax") for e in outside(weight)):
-            raise NotNormalised("normaliser", "the weights are divided by something that is no sum of their exponentials")
+            raise NotNormalised(
+                "normaliser", "the weights are divided by something that is no sum of their exponentials"
+            )
         if not any(e.op == "sigmoid" for e in outside(weight)):
             raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
         return _sigmoid(weight, dropout)
@@ -104,7 +106,7 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float]:
     at = weight
     while at is not drops[0]:
         inner = [a for a in at.args if any(e is drops[0] for e in walk(a))]
-        plain = at.op in ("mul", "half") or at.op == "where" and at.args[2] is A.const(0.0) and inner == [at.args[1]]
+        plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is A.const(0.0) and inner == [at.args[1]])
         if not plain or len(inner) != 1:
             raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a product")
         at = inner[0]
@@ -245,7 +247,11 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
     below = exponent(body)
     if below is None or substitute(top, {j: variable}) is not below:
         return None
-    maxima = [t for t in (top.args if top.op == "add" else (top,)) if any(e.op == "rmax" for e in outside(t)) and j.value not in t.free]
+    maxima = [
+        t
+        for t in (top.args if top.op == "add" else (top,))
+        if any(e.op == "rmax" for e in outside(t)) and j.value not in t.free
+    ]
     others = [t for t in sums if t is not main[0]]
     extra: list[Expr] = []
     for t in others:

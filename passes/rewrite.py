@@ -15,7 +15,8 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
-from attnfx.passes.graphs import dims, is_tensor, size_expr, value
+from attnfx.passes.facts import written_operands
+from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.match import Match, Operand
 
@@ -32,14 +33,15 @@ class Emitter:
     def __init__(self, gm: GraphModule, before: Node):
         self.gm, self.graph, self.before = gm, gm.graph, before
         self.sizes: dict[Expr, Node] = {}
-        self.stack = {k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
+        self.stack = {
+            k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
+        }
 
     def call(self, target, *args: object, **kwargs: object) -> Node:  # type: ignore[no-untyped-def]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         plain = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
-        mode = _mode_of(plain, self.before)
-        with mode:
+        with fake_mode(plain, self.before.meta.get("val")):
             node.meta = {**self.stack, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
         return node
 
@@ -122,14 +124,6 @@ def product(axes: Sequence[Expr]) -> Expr:
     return A.mul(A.ONE, *(a.args[0] for a in axes))
 
 
-def _mode_of(args: object, near: Node):  # type: ignore[no-untyped-def]
-    from torch._guards import detect_fake_mode
-
-    mode = detect_fake_mode([args, near.meta.get("val")])
-    assert mode is not None
-    return mode
-
-
 def dimensions(match: Match) -> dict[str, Expr]:
     """B, H, G, T, S, D, Dv of the operator call."""
     kv, group = match.kv_axes, match.group_axes
@@ -159,7 +153,9 @@ def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  #
     dtypes = [value(x).dtype for x in (q, k, v)]  # type: ignore[union-attr]
     if len(set(dtypes)) > 1:
         wide = max(dtypes, key=lambda t: torch.finfo(t).bits)
-        q, k, v = (x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True))
+        q, k, v = (
+            x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
+        )
     captures = [_tensor(emit, c) for c in match.captures]
     sizes = [emit.size(_named(emit, name)) for name in match.sizes]
     seed = emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64) if match.spec.random else None
@@ -215,13 +211,15 @@ def _like(emit: Emitter, out: Node, match: Match, n: dict[str, Expr]) -> Node:
 
 def clean(gm: GraphModule) -> None:
     """Drop what nothing reads. In-place operators, regions and random draws of the user stay."""
-    from attnfx.passes.match import written_operands
 
     def impure(node: Node) -> bool:
         if node.op in ("placeholder", "output") or written_operands(node):
             return True
         if node.op == "call_function":
-            return not isinstance(node.target, torch._ops.OpOverload) and getattr(node.target, "__module__", "") != "_operator"
+            return (
+                not isinstance(node.target, torch._ops.OpOverload)
+                and getattr(node.target, "__module__", "") != "_operator"
+            )
         return False
 
     gm.graph.eliminate_dead_code(is_impure_node=impure)

@@ -48,7 +48,7 @@ def _cone(finding: Finding) -> set[Node]:
     def leads(n: Node, depth: int = 0) -> bool:
         if n not in reaches:
             reaches[n] = False
-            reaches[n] = n in anchors or depth < 60 and any(leads(a, depth + 1) for a in n.all_input_nodes)
+            reaches[n] = n in anchors or (depth < 60 and any(leads(a, depth + 1) for a in n.all_input_nodes))
         return reaches[n]
 
     while stack:
@@ -72,7 +72,7 @@ def _cone(finding: Finding) -> set[Node]:
 
 def _risky(n: Node) -> bool:
     name = op_name(n)
-    if name in ("add", "sub", "rsub") and n.kwargs.get("alpha", 1) != 1 or name in ("baddbmm", "permute", "einsum"):
+    if (name in ("add", "sub", "rsub") and n.kwargs.get("alpha", 1) != 1) or name in ("baddbmm", "permute", "einsum"):
         return True
     if name in ("softmax", "_softmax"):
         return n.args[1] not in (-1, len(value(n).shape) - 1)  # type: ignore[union-attr]

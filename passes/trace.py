@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._dynamo.utils import detect_fake_mode
+from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -74,7 +74,9 @@ class _Retrace(Interpreter):
         return self.keep(target, args, kwargs)
 
     def call_method(self, target, args, kwargs):
-        if target == "item" and isinstance(self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool):
+        if target == "item" and isinstance(
+            self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool
+        ):
             return self.keep(target, args, kwargs)
         return super().call_method(target, args, kwargs)
 
@@ -133,7 +135,9 @@ def trace(gm: GraphModule, fakes: list[object] | None = None) -> GraphModule:
     except Exception as problem:
         for region in reversed(run.regions):
             region.__exit__(None, None, None)
-        raise Untraceable(f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}") from problem
+        raise Untraceable(
+            f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        ) from problem
     for old, new in zip(placeholders(gm), placeholders(traced), strict=True):
         for key, value in old.meta.items():
             new.meta.setdefault(key, value)

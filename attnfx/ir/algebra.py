@@ -88,7 +88,11 @@ def floordiv(x: Expr, y: Expr) -> Expr:
     inner = from_poly(rest)
     low, high = poly.bounds(inner)
     divisor = poly.of(y)
-    if poly.nonnegative(low) and high is not None and poly.nonnegative(poly.plus(divisor, poly.plus(high, {(): 1}), -1)):
+    if (
+        poly.nonnegative(low)
+        and high is not None
+        and poly.nonnegative(poly.plus(divisor, poly.plus(high, {(): 1}), -1))
+    ):
         return from_poly(whole)
     if inner.op == "floordiv" and inner.args[1].op == "const" and y.op == "const":
         nested = floordiv(inner.args[0], mul(inner.args[1], y))
@@ -326,7 +330,9 @@ def unary(op: str, x: Expr) -> Expr:
     if op == "abs":
         return _absolute(x)
     if op == "sign":
-        return where(gt(x, ZERO), ONE, where(lt(x, ZERO), const(-1), ZERO)) if x.kind == INT else node("sign", FLOAT, (x,))
+        return (
+            where(gt(x, ZERO), ONE, where(lt(x, ZERO), const(-1), ZERO)) if x.kind == INT else node("sign", FLOAT, (x,))
+        )
     assert op in FLOAT_UNARY, op
     if x.kind == INT and op in ("floor", "ceil", "round", "trunc"):
         return x
@@ -560,7 +566,9 @@ def where(c: Expr, x: Expr, y: Expr) -> Expr:
     if c is FALSE:
         return y
     if x.kind == BOOL:
-        return or_(and_(c, x), and_(not_(c), y)) if x.op == "const" or y.op == "const" else node("where", BOOL, (c, x, y))
+        return (
+            or_(and_(c, x), and_(not_(c), y)) if x.op == "const" or y.op == "const" else node("where", BOOL, (c, x, y))
+        )
     # one orientation: a constant stands last; between two of a kind, the condition decides
     swap = x.op == "const" and y.op != "const"
     if (x.op == "const") == (y.op == "const"):

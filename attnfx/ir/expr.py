@@ -129,5 +129,5 @@ def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None])
 
 
 def substitute(root: Expr, by: dict[Expr, Expr]) -> Expr:
-    """Replace each occurrence of a key (any expression) by its value; variables that are bound below are not special."""
+    """Replace each occurrence of a key (any expression) by its value; bound variables are not special."""
     return rebuild(root, lambda old, _: by.get(old)) if by else root

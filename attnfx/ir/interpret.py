@@ -54,7 +54,8 @@ UNARY: dict[str, Callable[[float], float]] = {
 _ATEN: dict[str, Callable[..., Number]] = {
     **UNARY, "to": float, "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "rsub": lambda x, y: y - x,
     "mul": lambda x, y: x * y, "div": lambda x, y: x * _recip(y), "neg": lambda x: -x, "pow": lambda x, y: x**y,
-    "reciprocal": _recip, "rsqrt": lambda x: _recip(math.sqrt(x)), "relu": lambda x: max(x, 0.0), "square": lambda x: x * x,
+    "reciprocal": _recip, "rsqrt": lambda x: _recip(math.sqrt(x)), "relu": lambda x: max(x, 0.0),
+    "square": lambda x: x * x,
     "clamp_min": max, "clamp_max": min, "minimum": min, "maximum": max, "min": min, "max": max,
 }  # fmt: skip
 

@@ -61,16 +61,19 @@ def times(a: Poly, b: Poly) -> Poly:
     return out
 
 
+def _rank(m: Monomial) -> tuple[int, tuple[bytes, ...]]:
+    return len(m), tuple(x.digest for x in m)
+
+
 def divide(a: Poly, b: Poly) -> Poly | None:
     """The exact quotient a / b, or None. Long division by the leading term."""
     if not b:
         return None
-    rank = lambda m: (len(m), tuple(x.digest for x in m))
-    lead = max(b, key=rank)
+    lead = max(b, key=_rank)
     out: Poly = {}
     rest = dict(a)
     while rest:
-        top = max(rest, key=rank)
+        top = max(rest, key=_rank)
         left = list(top)
         for atom in lead:
             if atom not in left:

@@ -1,0 +1,122 @@
+"""What a whole graph says about its nodes: memory, mutation, regions, gradients, order."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.graphs import op_name, value
+
+
+def written_operands(n: Node) -> list[Node]:
+    """The operands that an operator writes in place, by its schema."""
+    schema = getattr(n.target, "_schema", None)
+    if n.op != "call_function" or schema is None or not schema.is_mutable:
+        return []
+    out = []
+    for position, arg in enumerate(schema.arguments):
+        if arg.alias_info is not None and arg.alias_info.is_write:
+            given = n.args[position] if position < len(n.args) else n.kwargs.get(arg.name)
+            for x in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(x, Node):
+                    out.append(x)
+    return out
+
+
+def storage(n: Node) -> int | None:
+    """Which memory a node's value lives in: nodes that alias share it."""
+    held = value(n)
+    return held.untyped_storage()._cdata if isinstance(held, torch.Tensor) and held.layout == torch.strided else None
+
+
+class Facts:
+    """Facts of one graph, valid while it does not change.
+
+    position        where a node stands
+    mutations       positions at which each memory is written in place
+    regions         for each node the grad mode set in the graph (None: none), and how deep in autocast regions it is
+    differentiable  nodes whose value may take a gradient (example values are snapshots that do not know)
+    """
+
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
+        self.mutations: dict[int, list[int]] = {}
+        for n in gm.graph.nodes:
+            for at in written_operands(n):
+                key = storage(at)
+                if key is not None:
+                    self.mutations.setdefault(key, []).append(self.position[n])
+        self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
+        self.regions = _regions(gm)
+        self.differentiable = self._differentiable()
+
+    def _differentiable(self) -> set[Node]:
+        """Nodes whose value may take a gradient: example values are snapshots that do not know."""
+        out: set[Node] = set()
+        for n in self.gm.graph.nodes:
+            held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
+            if n.op == "get_attr":
+                held = getattr(self.gm, str(n.target), None)
+            if n.op in ("placeholder", "get_attr"):
+                if isinstance(held, torch.Tensor) and held.requires_grad:
+                    out.add(n)
+            elif (
+                any(a in out for a in n.all_input_nodes)
+                and self.regions[n][0] is not False
+                and "detach" not in op_name(n)
+            ):
+                if not isinstance(held, torch.Tensor) or held.dtype.is_floating_point:
+                    out.add(n)
+        return out
+
+    def descends(self, node: Node, origin: Node) -> bool:
+        """Whether `node` is computed from `origin`. Only what stands between the two is visited."""
+        first = self.position[origin]
+        stack, seen = [node], {node}
+        while stack:
+            at = stack.pop()
+            if at is origin:
+                return True
+            for a in at.all_input_nodes:
+                if a not in seen and self.position.get(a, -1) >= first:
+                    seen.add(a)
+                    stack.append(a)
+        return False
+
+    def changed_before(self, base: Node, final: Node) -> bool:
+        """Whether memory that the attention at `final` read through some view of `base` is written in between."""
+        key = storage(base)
+        if key is None or key not in self.mutations:
+            return False
+        cone, stack = {final}, [final]
+        while stack:
+            for a in stack.pop().all_input_nodes:
+                if a not in cone:
+                    cone.add(a)
+                    stack.append(a)
+        reads = [
+            self.position[u]
+            for n in cone
+            if storage(n) == key
+            for u in n.users
+            if u in cone and storage(u) != key and not written_operands(u)
+        ]
+        first = min(reads, default=self.position[base])
+        return any(first < at < self.position[final] for at in self.mutations[key])
+
+
+def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, int]]:
+    """For each node: the grad mode set in the graph, and how deep in autocast regions it stands."""
+    grad: bool | None = None
+    depth = 0
+    out: dict[Node, tuple[bool | None, int]] = {}
+    for n in gm.graph.nodes:
+        if n.target is torch._C._set_grad_enabled:
+            grad = bool(n.args[0])
+        elif n.target is torch.amp.autocast_mode._enter_autocast:
+            depth += 1
+        elif n.target is torch.amp.autocast_mode._exit_autocast:
+            depth -= 1
+        out[n] = (grad, depth)
+    return out
