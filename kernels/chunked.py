@@ -93,17 +93,18 @@ def _slopes(root: Expr, leaf: Expr | None, wanted: list[Expr]) -> tuple[tuple[Ex
     return tuple((x, slope) for x, slope in found if x is leaf or slope is not _ZERO)
 
 
+def _has_gradient(spec: AttentionSpec, load: Expr) -> bool:
+    return spec.captures[load.value].grad  # type: ignore[call-overload]
+
+
 @lru_cache(maxsize=512)
 def program_of(spec: AttentionSpec) -> Program:
     wanted: dict[Expr, None] = {}
     for root in spec.programs:
         for e in walk(root):
-            if e.op == "load" and spec.captures[e.value].grad:  # type: ignore[index]
+            if e.op == "load" and _has_gradient(spec, e):
                 wanted[e] = None
-            if e.op in ("rsum", "rmax") and any(
-                x.op == "load" and spec.captures[x.value].grad
-                for x in walk(e)  # type: ignore[index]
-            ):
+            if e.op in ("rsum", "rmax") and any(x.op == "load" and _has_gradient(spec, x) for x in walk(e)):
                 raise ValueError(f"a reduction over a capture that needs a gradient has no derivative here: {e}")
     scale = _scale(spec.score)
     score = _unscaled(spec.score, scale)
@@ -171,7 +172,7 @@ class Plan:
     def widen(self, logsumexp: Tensor) -> set[int]:
         """Finds the rows without a live key. Those that leave keys out take all keys instead: gives their numbers."""
         self.doubtful = set()
-        if self.exact or not logsumexp.numel() or rows_live(self.spec, self.sizes):
+        if self.exact or self.fill is None or not logsumexp.numel() or rows_live(self.spec, self.sizes):
             return set()
         dead = ~(logsumexp > self.fill / 2).all(dim=1).all(dim=0)  # NaN counts as dead
         if not bool(dead.any()):
@@ -436,7 +437,7 @@ class Gradients:
                 total = torch.where(total == 0, 1.0, total)
             prob.div_(total)
         else:
-            prob, total, m = score, None, None
+            prob, total, m = score, score, score
         weight = prob
         if spec.weight is not A.PROB:
             values.bind(A.PROB, prob)
@@ -456,7 +457,7 @@ class Gradients:
             for logit, loads in zip(extra, program.extras):
                 for load, local in loads:
                     part = -share * (logit - m).exp() / total * rows(local)
-                    rows.add_gradient(load, part, self.captures[load.value])
+                    rows.add_gradient(load, part, self.captures[load.value])  # type: ignore[index]
         bare = at.full or (program.tame and at.live)
         slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
         flat = run.merged(slope, at)

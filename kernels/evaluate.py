@@ -123,15 +123,12 @@ class Evaluator:
         found = self.memo.get(e)
         if found is not None:
             return found
-        sharing = self.shared is not None and not {"b", "h"} & e.free and not opaque(e)
-        if sharing and e in self.shared:
-            return self.shared[e]
-        made = self._evaluate(e)
-        if sharing:
-            self.shared[e] = made
-        else:
-            self.memo[e] = made
-        return made
+        memo = self.memo
+        if self.shared is not None and e not in memo and not {"b", "h"} & e.free and not opaque(e):
+            memo = self.shared
+        if e not in memo:
+            memo[e] = self._evaluate(e)
+        return memo[e]
 
     def tensor(self, e: Expr) -> Tensor:
         """The value as a tensor, of no more than the dims it needs."""
@@ -201,10 +198,10 @@ class Evaluator:
 
     def _constant(self, e: Expr) -> bool | int | float:
         value = e.value
-        if e.kind == FLOAT and self.compute == torch.float32 and math.isfinite(value):  # type: ignore[arg-type]
-            if abs(value) > 3.4028235677973366e38:  # rounds to infinity, which ATen's scalars refuse to do
-                return math.copysign(math.inf, value)  # type: ignore[arg-type]
-        return value  # type: ignore[return-value]
+        assert isinstance(value, (bool, int, float))
+        if e.kind == FLOAT and self.compute == torch.float32 and abs(value) > 3.4028235677973366e38:
+            return math.copysign(math.inf, value)  # rounds to infinity, which ATen's scalars refuse to do
+        return value
 
     def _index(self, axis: Axis) -> Tensor:
         return torch.arange(axis.start, axis.stop, device=self.device).view(-1, *[1] * (-axis.dim - 1))

@@ -24,7 +24,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels import chunked
 from attnfx.kernels.chunked import Run, all_sizes
-from attnfx.kernels.evaluate import Axis, Evaluator
+from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
 from attnfx.spec import AttentionSpec, I, J, additive
 
@@ -146,7 +146,7 @@ def _mask(keep: tuple[Expr, ...], bias: Expr) -> Expr:
 def _is_zero(e: Expr, sizes: dict[str, int]) -> bool:
     if any(x.op in ("var", "load") for x in walk(e)):
         return False
-    return Evaluator((), sizes, {}, torch.float64, torch.device("cpu"))(e) == 0
+    return bool(Evaluator((), sizes, {}, torch.float64, torch.device("cpu"))(e) == 0)
 
 
 @lru_cache(maxsize=1024)
@@ -167,9 +167,10 @@ class _Call:
         self.sizes = all_sizes(spec, query, key, sizes)
         self.layout = _layout(spec, self.sizes)
         self.captures = captures
+        self._tiles: dict[tuple, Tensor] = {}
         self.compute = getattr(torch, spec.compute)
         one = Axis(0, 1, -2), Axis(0, 1, -1)
-        self.scale = form.scale if isinstance(form.scale, float) else float(self.evaluator(*one)(form.scale))
+        self.scale = float(self.evaluator(*one)(form.scale) if isinstance(form.scale, Expr) else form.scale)
         width = max(query.shape[3], value.shape[3])
         self.query, self.key, self.value = (self.widened(x, width) for x in (query, key, value))
         self.value_width = value.shape[3]
@@ -200,9 +201,16 @@ class _Call:
         program = self.form.bias if r.full else self.layout.mask
         if program is _ZERO:
             return None
+        # what follows from j - i is the same in blocks of one shape at one distance from the diagonal
+        place = (program, r.i1 - r.i0, r.j1 - r.j0, r.j0 - r.i0) if toeplitz(program) is not None else None
+        if place is not None and place in self._tiles:
+            return self._tiles[place]
         rows = Axis(0, 1, -2) if self.layout.single else Axis(r.i0, r.i1, -2)
         mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(program)
-        return mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
+        if place is not None:
+            self._tiles = {place: mask}  # the last one: neighbours are alike
+        return mask
 
     def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
         """Which rows of a block have, for some batch and head, no live key or one that is not a number."""
