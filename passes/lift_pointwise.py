@@ -10,6 +10,7 @@ from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
 from attnfx.passes.graphs import kind_of, value
 from attnfx.passes.lift import POINTWISE, Index, Lifter, Opaque, argument, exact_node, rule
 
+ROUNDING_ONLY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float16's range is kept by `half`
 NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic on these may wrap around: not lifted
 
 
@@ -230,7 +231,7 @@ def _not(lifter: Lifter, at: Node, index: Index) -> Expr:
 @rule(POINTWISE, "to", "_to_copy", "type_as", "float", "half", "bool", "long", "int", "convert_element_type", "to_copy")
 def _cast(lifter: Lifter, at: Node, index: Index) -> Expr:
     before, after = value(at.args[0]).dtype, value(at).dtype  # type: ignore[union-attr]
-    if after.is_complex or before.is_complex:
+    if after.is_floating_point and after not in ROUNDING_ONLY or before.is_complex or after.is_complex:
         raise Opaque
     if not after.is_floating_point and before.is_floating_point:
         x = lifter.integer_source(at.args[0], index)

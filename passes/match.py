@@ -32,6 +32,7 @@ from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, Capture
 
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", "sigmoid")
+NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
@@ -98,10 +99,11 @@ class Finder:
         self.facts = Facts(gm)
         self.lifter = Lifter(self.facts.written)
         self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
-        self.scores = self._spread(n for n in gm.graph.nodes if batched(n))
+        self.scores = self._spread((n for n in gm.graph.nodes if batched(n)), unknown=True)
 
-    def _spread(self, seeds: Iterable[Node]) -> dict[Node, list[Node]]:
-        """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds."""
+    def _spread(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
+        """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds. `unknown` passes
+        operators that are not understood too, where they keep the shape, so that the refusal can name them."""
         out: dict[Node, list[Node]] = {}
         seeds = set(seeds)
         for n in self.gm.graph.nodes:
@@ -112,6 +114,10 @@ class Finder:
                 out[n] = [n]
             elif name in POINTWISE or name in VIEWS or name in INDEXING or name in REDUCING:
                 found = [s for a in n.all_input_nodes for s in out.get(a, ())]
+                if found:
+                    out[n] = list(dict.fromkeys(found))[:8]
+            elif unknown and is_tensor(n) and name not in NORMS:
+                found = [s for a in n.all_input_nodes if is_tensor(a) and dims(a) == dims(n) for s in out.get(a, ())]
                 if found:
                     out[n] = list(dict.fromkeys(found))[:8]
         return out

@@ -158,7 +158,11 @@ def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  #
         )
     captures = [_tensor(emit, c) for c in match.captures]
     sizes = [emit.size(_named(emit, name)) for name in match.sizes]
-    seed = emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64) if match.spec.random else None
+    seed = (
+        emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=value(q).device)
+        if match.spec.random
+        else None
+    )
     made = emit.call(operator_call, q, k, v, captures, sizes, seed, match.spec.to_json(), tier)
     out = emit.call(operator.getitem, made, 0)
     out = _like(emit, out, match, n)

@@ -16,6 +16,7 @@ from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Expr, node
 from attnfx.ir.poly import Poly, by_digest
 
+LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: what cancels would take digits with it
 DROWNS = 1e38  # a fill this large swallows every finite score that fits float32 or bfloat16 arithmetic
 
 
@@ -174,13 +175,18 @@ def add(*xs: Expr) -> Expr:
 
 
 def _sum_terms(x: Expr) -> list[tuple[float, tuple[Expr, ...]]]:
-    if x.op == "add":
+    if x.op == "add" and not _cancels(x):
         return [t for a in x.args for t in _sum_terms(a)]
     if x.op == "const":
         return [(float(x.value), ())]  # type: ignore[arg-type]
     if x.op == "mul" and x.args[0].op == "const":
         return [(float(x.args[0].value), x.args[1:])]  # type: ignore[arg-type]
     return [(1.0, x.args if x.op == "mul" else (x,))]
+
+
+def _cancels(x: Expr) -> bool:
+    """Whether a sum may be small though its terms are large, as in 1e9 * keep - 1e9: it is left as it was written."""
+    return any(abs(c) > LARGE for t in x.args for c, _ in _sum_terms(t))
 
 
 def _product(c: float, atoms: tuple[Expr, ...]) -> Expr:
@@ -211,7 +217,7 @@ def mul(*xs: Expr) -> Expr:
         return const(coefficient)
     if coefficient != 1.0 and len(atoms) == 1:
         only = atoms[0]
-        if only.op == "add" and math.isfinite(coefficient):
+        if only.op == "add" and abs(coefficient) <= LARGE and not _cancels(only):
             return add(*(mul(const(coefficient), a) for a in only.args))
         if only.op == "where" and any(_number(a) is not None for a in only.args[1:]):
             return where(only.args[0], *(mul(const(coefficient), a) for a in only.args[1:]))
