@@ -19,13 +19,12 @@ class Block(nn.Module):
         self.before, self.after = nn.LayerNorm(WIDTH), nn.LayerNorm(WIDTH)
         self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
         self.mlp = nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH), nn.GELU(), nn.Linear(4 * WIDTH, WIDTH))
-        self.register_buffer("past", torch.ones(LENGTH, LENGTH).tril().view(1, 1, LENGTH, LENGTH))
 
     def attend(self, x: Tensor) -> Tensor:
         b, t, _ = x.shape
         q, k, v = (y.view(b, t, HEADS, -1).transpose(1, 2) for y in self.qkv(x).split(WIDTH, dim=2))
         weight = (q @ k.transpose(-2, -1)) / math.sqrt(k.size(-1))
-        weight = weight.masked_fill(self.past[:, :, :t, :t] == 0, float("-inf"))
+        weight = weight.masked_fill(torch.tril(torch.ones(t, t)) == 0, float("-inf"))
         weight = F.softmax(weight, dim=-1)
         return self.out((weight @ v).transpose(1, 2).reshape(b, t, WIDTH))
 

@@ -1,0 +1,58 @@
+"""Models of the transformers library, of random weights, at the widths of their base sizes. Nothing is downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+Built = tuple[nn.Module, dict[str, Tensor]]
+
+
+def tokens(batch: int, length: int, vocabulary: int = 8192) -> Tensor:
+    return torch.randint(vocabulary, (batch, length))
+
+
+def padded(batch: int, length: int) -> dict[str, Tensor]:
+    """Token ids, and a mask in which the last text of the batch is three quarters long."""
+    mask = torch.ones(batch, length, dtype=torch.int64)
+    mask[-1, length * 3 // 4 :] = 0
+    return {"input_ids": tokens(batch, length), "attention_mask": mask}
+
+
+def decoder(kind: str, layers: int, length: int, how: dict[str, Any], **more: Any) -> Built:
+    """Llama or Mistral of hidden size 512, 8 heads of 64."""
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, vocab_size=8192,
+        max_position_embeddings=2 * length, use_cache=False, **more, **how,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}Model")(config), {"input_ids": tokens(1, length)}
+
+
+def build(name: str, layers: int, size: int, batch: int = 1, implementation: str = "eager") -> Built:
+    """A model and its inputs. `size` is the number of tokens, or the side of an image in pixels."""
+    import transformers as hf
+
+    how = {"attn_implementation": implementation}
+    if name == "llama":
+        return decoder("Llama", layers, size, how, intermediate_size=1376, num_key_value_heads=8)
+    if name == "mistral":
+        return decoder("Mistral", layers, size, how, intermediate_size=1792, num_key_value_heads=2, sliding_window=512)
+    if name == "bert":
+        return hf.BertModel(hf.BertConfig(num_hidden_layers=layers, **how)), padded(batch, size)
+    if name == "gpt2":
+        return hf.GPT2Model(hf.GPT2Config(n_layer=layers, use_cache=False, **how)), padded(batch, size)
+    if name == "t5":
+        config = hf.T5Config(d_model=768, d_ff=3072, num_heads=12, num_layers=layers, use_cache=False, **how)
+        return hf.T5Model(config), padded(batch, size) | {"decoder_input_ids": tokens(batch, size // 4)}
+    if name == "swin":
+        config = hf.SwinConfig(image_size=size, depths=[2] * layers, num_heads=[3, 6, 12, 24][:layers], **how)
+        return hf.SwinModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(batch, 3, size, size)}
+    if name == "vit":
+        side = (768, 816) if size == 2448 else (size, size)  # 48 x 51 patches, and the class token
+        config = hf.ViTConfig(num_hidden_layers=layers, image_size=side, **how)
+        return hf.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(batch, 3, *side)}
+    raise ValueError(f"no model is named {name!r}")

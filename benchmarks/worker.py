@@ -1,0 +1,147 @@
+"""One measurement, in a process of its own: reads a job as JSON from its argument, prints the result as JSON."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from measure import give_back_freed_memory, interleaved, peak_over_base
+from models import build
+from programs import make
+from torch import Tensor, nn
+
+
+def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
+    return function if backend == "eager" else torch.compile(function, backend=backend, dynamic=False)
+
+
+def clock(threads: int) -> Callable[[], float]:
+    """With one thread, its own time: other programs on the machine do not touch it."""
+    return time.thread_time if threads == 1 else time.perf_counter
+
+
+def difference(found: Tensor, expected: Tensor) -> float:
+    return ((found.float() - expected.float()).abs().max() / expected.float().abs().max()).item()
+
+
+def attention(job: dict[str, Any]) -> dict[str, Any]:
+    """Attention alone: one function, operands (1, H, T, D)."""
+    torch.manual_seed(0)
+    program = make(job["program"], job["T"])
+    shape = (1, job["H"], job["T"], job["D"])
+    operands = [torch.randn(shape, requires_grad=job["train"]) for _ in range(3)]
+    pad, grad = torch.ones(1, job["T"]), torch.randn(shape)
+
+    def call(run: Callable[..., Tensor]) -> Tensor:
+        with torch.set_grad_enabled(job["train"]):
+            out = run(*operands, pad)
+            if job["train"]:
+                for x in operands:
+                    x.grad = None
+                out.backward(grad)
+        return out.detach()
+
+    runs = {name: compiled(program, name) for name in job["contenders"]}
+    outputs = {name: call(run) for name, run in runs.items()}
+    gap = max(difference(out, outputs["inductor"]) for out in outputs.values())
+    times = interleaved(
+        {name: partial(call, run) for name, run in runs.items()}, job["seconds"], clock=clock(job["threads"])
+    )
+    return {"times": times, "difference": gap}
+
+
+def step(model: nn.Module, run: Callable[..., Any], batch: dict[str, Tensor], train: bool) -> Tensor:
+    """The model's last hidden state; where `train`, after a backward pass through its mean square."""
+    model.zero_grad(set_to_none=True)
+    with torch.set_grad_enabled(train):
+        out = run(**batch).last_hidden_state
+        if train:
+            out.square().mean().backward()
+    return out.detach()
+
+
+def model(job: dict[str, Any]) -> dict[str, Any]:
+    """A whole model. The contender "sdpa" is Inductor on the library's own fused attention, with the same weights."""
+    import attnfx
+
+    runs: dict[str, Callable[[], Tensor]] = {}
+    torch.manual_seed(0)
+    eager, batch = build(*job["model"])
+    eager.train(job["train"])
+    for name in job["contenders"]:
+        own, backend = eager, name
+        if name == "sdpa":
+            own, backend = build(*job["model"], "sdpa")[0], "inductor"
+            own.load_state_dict(eager.state_dict())
+            own.train(job["train"])
+        runs[name] = partial(step, own, compiled(own, backend), batch, job["train"])
+    outputs = {name: run() for name, run in runs.items()}
+    gap = max(difference(out, outputs["inductor"]) for out in outputs.values())
+    sites = [site for report in attnfx.reports() for site in report.sites]
+    return {
+        "times": interleaved(runs, job["seconds"], clock=clock(job["threads"])),
+        "difference": None if job["train"] else gap,  # the models' own dropout is on in training
+        "sites": len(sites),
+        "rewritten": sum(site.rewritten for site in sites),
+    }
+
+
+def memory(job: dict[str, Any]) -> dict[str, Any]:
+    """The peak of a training step after the first, over what was in use before it."""
+    torch.manual_seed(0)
+    eager, batch = build(*job["model"])
+    run = compiled(eager, job["backend"])
+    step(eager, run, batch, True)
+    eager.zero_grad(set_to_none=True)
+    give_back_freed_memory()
+    start = time.perf_counter()
+    peak, _ = peak_over_base(lambda: step(eager, run, batch, True))
+    return {"peak_bytes": peak, "seconds": round(time.perf_counter() - start, 2)}
+
+
+def compile_time(job: dict[str, Any]) -> dict[str, Any]:
+    """A cold first call: all of it, and attnfx's part from trace to rewrite. `inner` compiles the rest."""
+    from attnfx import pipeline
+
+    torch.manual_seed(0)
+    eager, batch = build(*job["model"])
+    spent = {"wall": 0.0, "cpu": 0.0}
+    original = pipeline.run
+
+    def timed(*args: Any) -> Any:
+        wall, cpu = time.perf_counter(), time.thread_time()
+        try:
+            return original(*args)
+        finally:
+            spent["wall"] += time.perf_counter() - wall
+            spent["cpu"] += time.thread_time() - cpu
+
+    pipeline.run = timed
+    run = torch.compile(eager, backend="attnfx", options={"inner": job["inner"]}, dynamic=False)
+    start = time.perf_counter()
+    step(eager, run, batch, job["train"])
+    whole = time.perf_counter() - start
+    return {
+        "whole_s": round(whole, 3),
+        "attnfx_s": round(spent["wall"], 3),
+        "attnfx_cpu_s": round(spent["cpu"], 3),
+        "share": round(spent["wall"] / whole, 4),
+    }
+
+
+def main() -> None:
+    job = json.loads(sys.argv[1])
+    logging.disable(logging.WARNING)
+    torch.set_num_threads(job["threads"])
+    kinds = {"attention": attention, "model": model, "memory": memory, "compile": compile_time}
+    print(json.dumps(kinds[job["kind"]](job)))
+
+
+if __name__ == "__main__":
+    main()
