@@ -25,8 +25,8 @@ _HOMES = {
 }  # fmt: skip
 
 __all__ = [
-    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report", "Site", "attention",
-    "explain", "reports",
+    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report",
+    "Site", "attention", "explain", "reports",
 ]  # fmt: skip
 
 

@@ -61,4 +61,5 @@ def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode
     from torch._inductor import list_mode_options
 
     patches = list_mode_options(mode) if mode and mode != "default" else None
-    return inductor.compile_fx(gm, list(example_inputs), config_patches=patches)
+    compiled: Any = inductor.compile_fx(gm, list(example_inputs), config_patches=patches)
+    return compiled

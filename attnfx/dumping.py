@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from pathlib import Path
 
@@ -19,13 +20,7 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
     if options.dump_dir is None:
         return None
     options.dump_dir.mkdir(parents=True, exist_ok=True)
-    for n in itertools.count():
-        folder = options.dump_dir / f"graph_{n}"
-        try:
-            folder.mkdir()
-            break
-        except FileExistsError:
-            continue
+    folder = _new_folder(options.dump_dir)
     stages = {"dynamo": readable(gm), **result.stages}
     for n, (name, text) in enumerate(stages.items()):
         (folder / f"{n}_{name}.py").write_text(text)
@@ -35,3 +30,12 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
             (folder / f"{site.name}.json").write_text(site.spec.to_json())
             (folder / f"{site.name}.txt").write_text(f"{site.where}\n{site.mask}\n{site.spec}\n")
     return folder
+
+
+def _new_folder(parent: Path) -> Path:
+    """The first free `graph_N`; another process may take one at the same time."""
+    for n in itertools.count():
+        with contextlib.suppress(FileExistsError):
+            (parent / f"graph_{n}").mkdir()
+            return parent / f"graph_{n}"
+    raise AssertionError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
@@ -117,7 +118,7 @@ def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
     return changed
 
 
-def number(n: object) -> int:
+def number(n: Any) -> int:
     """A size, or the example's size of a symbolic one."""
     if isinstance(n, int):
         return n

@@ -7,6 +7,8 @@ exactly as it was. Needs `meta["val"]`; changes the graph in place; promises the
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -16,7 +18,7 @@ from attnfx.passes.graphs import fake_mode, value
 aten = torch.ops.aten
 
 
-def _pure(node: Node) -> object | None:
+def _pure(node: Node) -> Any:
     """The out-of-place overload with the same arguments, or None."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":

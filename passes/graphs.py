@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 import os
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch._guards import detect_fake_mode
@@ -29,7 +30,7 @@ def op_name(node: Node) -> str:
     return "." + getattr(target, "__name__", str(target))
 
 
-def value(x: object) -> object:
+def value(x: object) -> Any:
     """A node's example value, or the constant itself."""
     return x.meta.get("val") if isinstance(x, Node) else x
 

@@ -231,7 +231,7 @@ def _not(lifter: Lifter, at: Node, index: Index) -> Expr:
 @rule(POINTWISE, "to", "_to_copy", "type_as", "float", "half", "bool", "long", "int", "convert_element_type", "to_copy")
 def _cast(lifter: Lifter, at: Node, index: Index) -> Expr:
     before, after = value(at.args[0]).dtype, value(at).dtype  # type: ignore[union-attr]
-    if after.is_floating_point and after not in ROUNDING_ONLY or before.is_complex or after.is_complex:
+    if (after.is_floating_point and after not in ROUNDING_ONLY) or before.is_complex or after.is_complex:
         raise Opaque
     if not after.is_floating_point and before.is_floating_point:
         x = lifter.integer_source(at.args[0], index)

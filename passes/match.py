@@ -13,8 +13,9 @@ grouped heads. Grouped heads are never expanded: the walk through key and value 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -26,7 +27,7 @@ from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, Product, contraction, slot_node
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, value
-from attnfx.passes.layout import Split, accesses, apply_splits, best, radix, split_axes
+from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, radix, split_axes
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, Capture
@@ -73,6 +74,25 @@ class Match:
     @property
     def axes(self) -> list[Expr]:
         return [*self.kv_axes, *self.group_axes]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An attention as it was read off the graph: indices over the dimensions of `final`, nothing chosen yet.
+
+    `pairs` are the operands (node, index) for query, key and value; `found.score` is a program over `dot`; `product` is
+    the node of the scores, None where the graph has none.
+    """
+
+    final: Node
+    out: Index
+    row: Expr
+    column: Expr
+    width: Expr
+    value_width: Expr
+    pairs: tuple[tuple[Node, Index], ...]
+    found: N.Normalised
+    product: Node | None = None
 
 
 class Refused(Exception):
@@ -142,7 +162,7 @@ class Finder:
     def _from_scores(self, anchor: Node) -> bool:
         return any(a in self.scores for a in anchor.all_input_nodes)
 
-    def _attempt(self, n: Node, how, anchors: list[Node]) -> Finding:  # type: ignore[no-untyped-def]
+    def _attempt(self, n: Node, how: Callable[[Node], Match], anchors: list[Node]) -> Finding:
         try:
             match = how(n)
             match.anchors = anchors
@@ -215,35 +235,8 @@ class Finder:
             raise Refused("values", "the values have no width of their own", [values])
         e = width[0]
         row = self._row(dot, load, left, right, out, in_values)
-        batch = [v for v in out if v is not e and v is not row and v.args[0] is not A.ONE]
-        names = frozenset(str(v.value) for v in batch)
-        lists = [accesses(self.lifter, *pair) for pair in (left, right, (values, values_at))]
-        chosen = [best(candidates, names) for candidates in lists]
-        if any(c is None for c in chosen):
-            at = next(p for p, c in zip((left, right, (values, values_at)), chosen, strict=True) if c is None)
-            raise Refused("layout", "an operand is gathered in a way that views cannot express", [at[0]])
-        types = {value(c[0].node).dtype for c in chosen if c is not None}  # type: ignore[union-attr]
-        if len(types) > 1:
-            chosen = [best(candidates, names, upcast=False) for candidates in lists]
-        accessed = [c[0] for c in chosen if c is not None]
-        if len(accessed) != 3:
-            raise Refused("layout", "an operand is gathered in a way that views cannot express", [final])
-        for access in accessed:
-            self._unchanged(access.node, final)
-        splits = _merge([c[1] for c in chosen if c is not None])
-        factor = A.mul(accessed[0].factor, accessed[1].factor)
-        if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
-            found = N.Normalised(
-                found.score,
-                A.mul(found.weight, accessed[2].factor),
-                found.extra,
-                found.dropout,
-                found.safe,
-                found.normaliser,
-            )
-        score = substitute(score, {A.DOT: A.mul(factor, A.DOT)})
-        query, key, val = (Operand(a.node, tuple(apply_splits(x, splits) for x in a.index)) for a in accessed)
-        return self._finish(final, out, splits, batch, query, key, val, row, j, dot.reduced, e, score, found, dot.node)
+        pairs = (left, right, (values, values_at))
+        return self._build(Parts(final, out, row, j, dot.reduced, e, pairs, replace(found, score=score), dot.node))
 
     def _row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
              in_values: frozenset[str]) -> Expr:  # fmt: skip
@@ -295,96 +288,81 @@ class Finder:
             raise Refused(
                 "region", "the attention crosses the border of an autocast or a no_grad region", [dot.node, final]
             )
-        return substitute(score, {load: A.DOT}), dot, load
+        rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
+        return substitute(score, {load: rounded}), dot, load
 
     # -- the library's own operator -----------------------------------------------------------
     def _library_call(self, at: Node) -> Match:
         names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-        given = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
-        q, k, v = (given[n] for n in names[:3])
-        mask, p, causal = given.get("attn_mask"), given.get("dropout_p", 0.0), given.get("is_causal", False)
+        given: dict[str, Any] = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
+        nodes = [given[n] for n in names[:3]]
+        p, mask, scale = given.get("dropout_p", 0.0), given.get("attn_mask"), given.get("scale")
         if not isinstance(p, int | float) or not 0 <= p < 1:
             raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
         out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
         if len(out) < 3:
             raise Refused("unbatched", "an attention without a batch dimension", [at])
-        row, e = out[-2], out[-1]
-        j = A.var("k_j", dims(k)[-2])
-        d = A.var("k_d", dims(k)[-1])
-        heads = out[:-2]
-        inner = [heads, heads, heads]
-        if given.get("enable_gqa", False):
-            for n, x in enumerate((q, k, v)):
-                if dims(x)[-3] is not dims(q)[-3]:
-                    groups = A.floordiv(dims(q)[-3], dims(x)[-3])
-                    inner[n] = (*heads[:-1], A.floordiv(heads[-1], groups))
-        at_q, at_k, at_v = (
-            broadcast(x, (*i, r, c)) for x, i, r, c in zip((q, k, v), inner, (row, j, j), (d, d, e), strict=True)
-        )
-        scale = given.get("scale")
-        factor = (
-            A.to_float(self.lifter.operand(scale, ()))
-            if scale is not None
-            else A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
-        )
+        *heads, row, e = out
+        j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))
+        pairs = []
+        for x, last in zip(nodes, ((row, d), (j, d), (j, e)), strict=True):
+            inner = list(heads)
+            if given.get("enable_gqa", False) and dims(x)[-3] is not dims(nodes[0])[-3]:
+                inner[-1] = A.floordiv(heads[-1], A.floordiv(dims(nodes[0])[-3], dims(x)[-3]))
+            pairs.append((x, broadcast(x, (*inner, *last))))
+        if scale is None:
+            factor = A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
+        else:
+            factor = A.to_float(self.lifter.operand(scale, ()))
         score = A.mul(factor, A.DOT)
-        if causal:
+        if given.get("is_causal", False):
             score = A.where(A.le(j, row), score, A.const(float("-inf")))
         if mask is not None:
             m = self.lifter.lift(mask, broadcast(mask, (*heads, row, j)))
             score = A.where(m, score, A.const(float("-inf"))) if m.kind == "b" else A.add(score, m)
         found = N.Normalised(score, A.PROB, (), float(p), True)
-        batch = [v for v in heads if v.args[0] is not A.ONE]
-        names_ = frozenset(str(v.value) for v in batch)
-        chosen = [best(accesses(self.lifter, x, i)[:1] if n == 0 else accesses(self.lifter, x, i), names_, upcast=False)
-                  for n, (x, i) in enumerate(((q, at_q), (k, at_k), (v, at_v)))]  # fmt: skip
-        if any(c is None for c in chosen):
-            raise Refused("layout", "an operand is gathered in a way that views cannot express", [at])
-        accessed = [c[0] for c in chosen if c is not None]
-        for access in accessed:
-            self._unchanged(access.node, at)
-        splits = _merge([c[1] for c in chosen if c is not None])
-        factor = A.mul(accessed[0].factor, accessed[1].factor)
-        if not (accessed[2].factor.op == "const" and accessed[2].factor.value == 1.0):
-            raise Refused("layout", "the values are scaled", [at])
-        score = substitute(score, {A.DOT: A.mul(factor, A.DOT)})
-        operands = [Operand(a.node, tuple(apply_splits(x, splits) for x in a.index)) for a in accessed]
-        return self._finish(at, out, splits, batch, *operands, row, j, d, e, score, found)
+        return self._build(Parts(at, out, row, j, d, e, tuple(pairs), found))
 
     # -- both ---------------------------------------------------------------------------------
-    def _finish(self, final: Node, out: Index, splits: list[Split], batch: list[Expr], query: Operand, key: Operand, val: Operand,
-                row: Expr, j: Expr, d: Expr, e: Expr, score: Expr, found: N.Normalised, dot: Node | None = None) -> Match:  # fmt: skip
+    def _build(self, parts: Parts) -> Match:
+        """Choose where the operands are read, split the batch axes as they need it, and write the spec."""
+        batch = [v for v in parts.out if v not in (parts.value_width, parts.row) and v.args[0] is not A.ONE]
+        query, key, val, splits = self._operands(parts, frozenset(str(v.value) for v in batch))
+        found = parts.found
+        score = substitute(found.score, {A.DOT: A.mul(query.factor, key.factor, A.DOT)})
+        found = replace(found, score=score, weight=A.mul(val.factor, found.weight))
+        operands = [Operand(x.node, tuple(apply_splits(i, splits) for i in x.index)) for x in (query, key, val)]
         axes = split_axes(batch, splits)
-        in_kv = _free(key.index) | _free(val.index)
+        in_kv = _free(operands[1].index) | _free(operands[2].index)
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
         if not kv_axes and len(shape(key.node)) < 3:
-            raise Refused("shared_keys", "the keys are one matrix, as a router's gate or a codebook is", [final])
-        programs = self._rename(found, score, splits, kv_axes, group_axes, row, j)
-        spec, captures, sizes = self._spec(final, programs, found, query, dot)
-        out_index = tuple(apply_splits(v, splits) for v in out)
-        training = any(x.node in self.facts.differentiable for x in (query, key, val)) or any(
-            c.grad for c in spec.captures
-        )
+            message = "the keys are one matrix, as a router's gate or a codebook is"
+            raise Refused("shared_keys", message, [parts.final])
+        programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
+        spec, captures, sizes = self._spec(parts, programs, found, query.node)
+        taught = any(x.node in self.facts.differentiable for x in operands) or any(c.grad for c in spec.captures)
         return Match(
-            final,
-            spec,
-            query,
-            key,
-            val,
-            captures,
-            sizes,
-            kv_axes,
-            group_axes,
-            row,
-            j,
-            d,
-            e,
-            out_index,
-            training=training,
-        )
+            parts.final, spec, operands[0], operands[1], operands[2], captures, sizes, kv_axes, group_axes, parts.row, parts.column, parts.width,
+            parts.value_width, tuple(apply_splits(v, splits) for v in parts.out), training=taught,
+        )  # fmt: skip
 
-    def _rename(self, found: N.Normalised, score: Expr, splits: list[Split], kv: list[Expr], group: list[Expr],
+    def _operands(self, parts: Parts, batch: frozenset[str]) -> tuple[Access, Access, Access, list[Split]]:
+        """The best readings of query, key and value; upcasts are undone only where all three agree on a dtype."""
+        lists = [accesses(self.lifter, *pair) for pair in parts.pairs]
+        for upcast in (True, False):
+            chosen = [best(candidates, batch, upcast) for candidates in lists]
+            for c, (node, _) in zip(chosen, parts.pairs, strict=True):
+                if c is None:
+                    raise Refused("layout", "an operand is gathered in a way that views cannot express", [node])
+            found = [c for c in chosen if c is not None]
+            if len({value(a.node).dtype for a, _ in found}) == 1:
+                break
+        for access, _ in found:
+            self._unchanged(access.node, parts.final)
+        return found[0][0], found[1][0], found[2][0], _merge([splits for _, splits in found])
+
+    def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
         """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
         by: dict[Expr, Expr] = {row: S.I, j: S.J}
@@ -395,7 +373,7 @@ class Finder:
         _unflatten(by, heads, S.H)
         lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
         out = []
-        for program in (score, found.weight, *found.extra):
+        for program in (found.score, found.weight, *found.extra):
             program = self._load_reductions(program)
             for split in splits:
                 program = substitute(program, split)
@@ -412,57 +390,56 @@ class Finder:
         return rebuild(program, change)
 
     def _spec(
-        self, final: Node, programs: list[Expr], found: N.Normalised, query: Operand, dot: Node | None
+        self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
     ) -> tuple[AttentionSpec, list[Node], list[str]]:
+        """The canonical spec, the nodes behind its captures and the names of its symbolic sizes, in order."""
         score, weight, *extra = programs
         if found.normaliser == "none":
-            weight = substitute(score, {A.DOT: A.PROB})
-            score = A.DOT
+            score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
         slots: dict[object, Capture] = {}
-        for program in (score, weight, *extra):
-            for e in walk(program):
-                if e.op in ("rsum", "rmax", "softmax", "dropout"):
-                    raise Refused(
-                        "reduction", "a row of scores is reduced to change the scores", [final], "see the chunked tier"
-                    )
-                stray = e.free - {"b", "h", "i", "j"}
-                if stray:
-                    raise Refused(
-                        "axes",
-                        f"the program depends on an index that is no axis of the attention: {sorted(stray)[0]}",
-                        [final],
-                    )
-                if e.op != "load":
-                    continue
-                node = e.value
-                if isinstance(node, Product) or (
-                    isinstance(node, Node) and dot is not None and self.facts.descends(node, dot)
-                ):
-                    at = slot_node(node)
-                    raise Refused("score_used", f"the scores pass through {op_name(at)}, which no score program expresses", [at],
-                                  "the operator may need a whole row of scores")  # fmt: skip
-                if not isinstance(node, Node):
-                    raise Refused("capture", "a value of the program has no place in the graph", [final])
-                held = value(node)
-                if isinstance(held, torch.Tensor):
-                    if held.dtype.is_complex:
-                        raise Refused("dtype", f"{node.name} is complex", [node])
-                    self._unchanged(node, final)
-                    grad = node in self.facts.differentiable and kind_of(held.dtype) == FLOAT
-                    slots[node] = Capture(kind_of(held.dtype), held.dim(), grad and _differentiable(node, programs))
-                else:
-                    slots[node] = Capture("f", 0, False)
+        for e in (e for program in (score, weight, *extra) for e in walk(program)):
+            if e.op in ("rsum", "rmax", "softmax", "dropout"):
+                hint = "Only the chunked tier over whole rows could run it."
+                raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final], hint)
+            stray = sorted(e.free - set(S.AXES))
+            if stray:
+                message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
+                raise Refused("axes", message, [parts.final])
+            if e.op == "load":
+                slots[e.value] = self._capture(e.value, parts, programs)
         for program in extra:
-            if {"j"} & program.free or any(e.op == "dot" for e in walk(program)):
-                raise Refused("extra", "an added column of the softmax depends on the keys", [final])
-        out_dtype = str(value(final).dtype).removeprefix("torch.")  # type: ignore[union-attr]
-        wide = value(query.node).dtype == torch.float64  # type: ignore[union-attr]
-        spec = AttentionSpec(
-            score=score, normaliser=found.normaliser, extra=tuple(extra), weight=weight, dropout=found.dropout, safe=found.safe,
-            compute="float64" if wide else "float32", out_dtype=out_dtype, captures=tuple(slots.items()),  # type: ignore[arg-type]
-        )  # fmt: skip
-        spec, order, sizes = S.canonical(spec)
-        return spec, order, sizes  # type: ignore[return-value]
+            if "j" in program.free or any(e.op == "dot" for e in walk(program)):
+                raise Refused("extra", "an added column of the softmax depends on the keys", [parts.final])
+        dtype = str(value(parts.final).dtype).removeprefix("torch.")
+        compute = "float64" if value(query).dtype == torch.float64 else "float32"
+        draft = AttentionSpec(
+            score,
+            found.normaliser,
+            tuple(extra),
+            weight,
+            found.dropout,
+            found.safe,
+            compute,
+            dtype,
+            tuple(slots.items()),  # type: ignore[arg-type]
+        )
+        return S.canonical(draft)  # type: ignore[return-value]
+
+    def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
+        """What the program loads, where loading it is sound."""
+        at = slot_node(slot)
+        if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
+            message = f"the scores pass through {op_name(at)}, which no score program expresses"
+            raise Refused("score_used", message, [at], "It may need a whole row of scores.")
+        held = value(at)
+        if not isinstance(held, torch.Tensor):
+            return Capture(FLOAT, 0, False)  # a symbolic number
+        if held.dtype.is_complex:
+            raise Refused("dtype", f"{at.name} is complex", [at])
+        self._unchanged(at, parts.final)
+        kind = kind_of(held.dtype)
+        taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
+        return Capture(kind, held.dim(), taught)
 
     def _unchanged(self, base: Node, final: Node) -> None:
         if self.facts.changed_before(base, final):

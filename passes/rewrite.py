@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -37,10 +38,10 @@ class Emitter:
             k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
         }
 
-    def call(self, target, *args: object, **kwargs: object) -> Node:  # type: ignore[no-untyped-def]
+    def call(self, target, *args: Any, **kwargs: Any) -> Node:  # type: ignore[no-untyped-def]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
-        plain = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        plain: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with fake_mode(plain, self.before.meta.get("val")):
             node.meta = {**self.stack, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
         return node

@@ -7,6 +7,8 @@ is not changed. Higher-order operators are kept as one node, with their submodul
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.fx.traceback as fx_traceback
 from torch._guards import detect_fake_mode
@@ -34,7 +36,7 @@ def uses_functorch(gm: GraphModule) -> bool:
     return False
 
 
-def example(value: object, mode: FakeTensorMode) -> object:
+def example(value: Any, mode: FakeTensorMode) -> Any:
     """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
     if not isinstance(value, torch.Tensor):
         return value
@@ -60,7 +62,7 @@ class _Retrace(Interpreter):
             if n.op == "call_function" and isinstance(n.target, HigherOrderOperator)
         }
 
-    def call_function(self, target, args, kwargs):
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target is torch.amp.autocast_mode._enter_autocast:  # the context manager records the node and takes effect
             region = torch.autocast(*args)
             region.__enter__()
@@ -73,14 +75,14 @@ class _Retrace(Interpreter):
             return super().call_function(target, args, kwargs)
         return self.keep(target, args, kwargs)
 
-    def call_method(self, target, args, kwargs):
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         if target == "item" and isinstance(
             self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool
         ):
             return self.keep(target, args, kwargs)
         return super().call_method(target, args, kwargs)
 
-    def keep(self, target, args, kwargs):
+    def keep(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Record the current node as it is; its value is a stand-in like the one that Dynamo saw."""
         mode = get_proxy_mode()
         assert mode is not None
@@ -117,11 +119,11 @@ def placeholders(gm: GraphModule) -> list[Node]:
     return [n for n in gm.graph.nodes if n.op == "placeholder"]
 
 
-def example_values(gm: GraphModule) -> list[object]:
+def example_values(gm: GraphModule) -> list[Any]:
     return [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(gm)]
 
 
-def trace(gm: GraphModule, fakes: list[object] | None = None) -> GraphModule:
+def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
     """The graph in pre-dispatch ATen. `fakes` are the placeholder values where `meta` does not hold them."""
     fakes = example_values(gm) if fakes is None else fakes
     if any(v is None for v in fakes):

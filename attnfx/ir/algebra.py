@@ -221,8 +221,10 @@ def mul(*xs: Expr) -> Expr:
             return add(*(mul(const(coefficient), a) for a in only.args))
         if only.op == "where" and any(_number(a) is not None for a in only.args[1:]):
             return where(only.args[0], *(mul(const(coefficient), a) for a in only.args[1:]))
-    if len(atoms) == 2 and coefficient == 1.0:  # recip(sqrt(x)) ** 2 and the like are left alone: only order is fixed
-        pass
+    if len(atoms) > 1:  # a sum among several factors has one sign
+        for at, factor in enumerate(atoms):
+            if factor.op == "add" and _leading(factor) < 0 and not _cancels(factor):
+                atoms[at], coefficient = neg(factor), -coefficient
     return _product(coefficient, tuple(sorted(atoms, key=by_digest)))
 
 
@@ -471,9 +473,13 @@ def eq0(x: Expr) -> Expr:
 
 def _positive(x: Expr) -> Expr:
     """x or -x, whichever's first variable term has a positive coefficient: one of the two for |x| and x == 0."""
+    return neg(x) if _leading(x) < 0 else x
+
+
+def _leading(x: Expr) -> float:
+    """The coefficient of the first term of a sum that is no constant."""
     first = next((t for t in (x.args if x.op == "add" else (x,)) if t.op != "const"), x)
-    negative = first.op == "mul" and first.args[0].op == "const" and first.args[0].value < 0  # type: ignore[operator]
-    return neg(x) if negative else x
+    return float(first.args[0].value) if first.op == "mul" and first.args[0].op == "const" else 1.0  # type: ignore[arg-type]
 
 
 def _compare(op: str, x: Expr, y: Expr) -> Expr:
@@ -493,13 +499,13 @@ def _compare(op: str, x: Expr, y: Expr) -> Expr:
         a, b = _number(x), _number(y)
         if a is not None and b is not None:
             return const(a < b if op == "lt" else a <= b if op == "le" else a == b)
-        whole = as_integer(x), as_integer(y)
-        if whole[0] is not None and whole[1] is not None:
-            x, y = whole
-        elif whole[0] is not None and b is not None and math.isfinite(b) and op != "eq":
-            return _compare("le", whole[0], const(math.floor(b) if op == "le" else math.ceil(b) - 1))
-        elif whole[1] is not None and a is not None and math.isfinite(a) and op != "eq":
-            return _compare("le", const(math.ceil(a) if op == "le" else math.floor(a) + 1), whole[1])
+        left, right = as_integer(x), as_integer(y)
+        if left is not None and right is not None:
+            x, y = left, right
+        elif left is not None and b is not None and math.isfinite(b) and op != "eq":
+            return _compare("le", left, const(math.floor(b) if op == "le" else math.ceil(b) - 1))
+        elif right is not None and a is not None and math.isfinite(a) and op != "eq":
+            return _compare("le", const(math.ceil(a) if op == "le" else math.floor(a) + 1), right)
         else:
             return node(op, BOOL, tuple(sorted((x, y), key=by_digest)) if op == "eq" else (x, y))
     gap = sub(y, x)
@@ -581,19 +587,14 @@ def where(c: Expr, x: Expr, y: Expr) -> Expr:
         swap = not_(c).digest < c.digest
     if swap:
         c, x, y = not_(c), y, x
-    for _ in range(8):
-        if x.op == "where" and x.args[0] is c:
-            x = x.args[1]
-        elif y.op == "where" and y.args[0] is c:
-            y = y.args[2]
-        elif x.op == "where" and x.args[2] is y:
-            c, x = and_(c, x.args[0]), x.args[1]
-        elif y.op == "where" and y.args[1] is x:
-            return where(or_(c, y.args[0]), x, y.args[2])
-        else:
-            break
-        if x is y:
-            return x
+    if x.op == "where" and x.args[0] is c:
+        return where(c, x.args[1], y)
+    if y.op == "where" and y.args[0] is c:
+        return where(c, x, y.args[2])
+    if x.op == "where" and x.args[2] is y:
+        return where(and_(c, x.args[0]), x.args[1], y)
+    if y.op == "where" and y.args[1] is x:
+        return where(or_(c, y.args[0]), x, y.args[2])
     return node("where", x.kind, (c, x, y))
 
 
