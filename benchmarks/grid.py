@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -35,6 +35,9 @@ class Point:
     D: int
     dtype: str
     train: bool
+
+
+KEY = tuple(field.name for field in fields(Point))
 
 
 def points() -> Iterator[Point]:
@@ -113,13 +116,12 @@ def work(threads: int) -> None:
         print(json.dumps(measure(Point(**json.loads(line)), threads)), flush=True)
 
 
-def groups(programs: Sequence[str]) -> dict[tuple[str, str, bool], list[Point]]:
-    """The points that share a process: of one program, dtype and direction."""
+def groups(some: Sequence[Point]) -> list[list[Point]]:
+    """Points that share a process: those of one program, dtype and direction."""
     out: dict[tuple[str, str, bool], list[Point]] = {}
-    for p in points():
-        if p.program in programs:
-            out.setdefault((p.program, p.dtype, p.train), []).append(p)
-    return out
+    for p in some:
+        out.setdefault((p.program, p.dtype, p.train), []).append(p)
+    return list(out.values())
 
 
 def main() -> None:
@@ -129,22 +131,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "grid.json")
     parser.add_argument("--program", action="append", choices=PROGRAMS, help="only this one (repeatable)")
+    parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.threads)
+    done: dict[str, dict[str, object]] = {}
+    if options.out.exists() and not options.fresh:
+        for got in json.loads(options.out.read_text())["points"]:
+            done[json.dumps([got[name] for name in KEY])] = got
+    missing = [p for p in points() if json.dumps([getattr(p, name) for name in KEY]) not in done]
+    missing = [p for p in missing if p.program in (options.program or PROGRAMS)]
     record: dict[str, object] = {"what": __doc__, "machine": machine(), "threads": options.threads}
-    results: list[dict[str, object]] = []
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"OMP_NUM_THREADS": str(options.threads)}
+    command = [sys.executable, str(HERE / "grid.py"), "--work", f"--threads={options.threads}"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
-        chosen = groups(options.program or PROGRAMS)
-        task = progress.add_task("grid", total=sum(map(len, chosen.values())))
-        for some in chosen.values():
+        task = progress.add_task("grid", total=len(missing))
+        for some in groups(missing):
             lines = "".join(json.dumps(asdict(p)) + "\n" for p in some)
-            command = [sys.executable, str(HERE / "grid.py"), "--work", f"--threads={options.threads}"]
             with subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
             ) as worker:
@@ -153,13 +160,13 @@ def main() -> None:
                 worker.stdin.close()
                 for line in worker.stdout:
                     got = json.loads(line)
-                    results.append(got)
+                    done[json.dumps([got[name] for name in KEY])] = got
                     way = "step" if got["train"] else "forward"
                     shape = f"{got['B']}x{got['H']}x{got['T']}x{got['S']}x{got['D']}"
-                    progress.console.print(f"{got['program']:8} {shape:18} {got['dtype']:9}{way:8} {got['ratio']:.2f}")
+                    progress.console.print(f"{got['program']:15}{shape:19}{got['dtype']:9}{way:8}{got['ratio']:.2f}")
                     progress.advance(task)
-            options.out.parent.mkdir(parents=True, exist_ok=True)
-            options.out.write_text(json.dumps(record | {"points": results}, indent=1) + "\n")
+                    options.out.parent.mkdir(parents=True, exist_ok=True)
+                    options.out.write_text(json.dumps(record | {"points": list(done.values())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
