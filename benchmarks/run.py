@@ -169,16 +169,16 @@ def main(groups: tuple[str, ...], threads: int | None, out: Path) -> None:
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
         whole = progress.add_task("all", total=sum(map(len, chosen.values())))
         for group, rows in chosen.items():
-            record: dict[str, Any] = {"group": group, "machine": machine(), "threads": threads}
+            path = out / (f"{group}.json" if threads > 1 else f"{group}-one-thread.json")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            record: dict[str, Any] = {"group": group, "machine": machine(), "threads": threads, "rows": []}
             for row in rows:
                 progress.update(whole, description=row.name)
                 measure(row, threads)
                 progress.advance(whole)
+                record["rows"].append({"name": row.name, "job": row.job, "limits": row.limits, **row.result})
+                path.write_text(json.dumps(record, indent=1) + "\n")
             console.print(table(group, rows))
-            record["rows"] = [{"name": r.name, "job": r.job, "limits": r.limits, **r.result} for r in rows]
-            out.mkdir(parents=True, exist_ok=True)
-            suffix = "" if threads > 1 else "-one-thread"
-            (out / f"{group}{suffix}.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

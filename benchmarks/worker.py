@@ -85,7 +85,7 @@ def model(job: dict[str, Any]) -> dict[str, Any]:
     gap = max(difference(out, outputs["inductor"]) for out in outputs.values())
     sites = [site for report in attnfx.reports() for site in report.sites]
     return {
-        "times": interleaved(runs, job["seconds"], clock=clock(job["threads"])),
+        "times": interleaved(runs, job["seconds"], least=3, clock=clock(job["threads"])),
         "difference": None if job["train"] else gap,  # the models' own dropout is on in training
         "sites": len(sites),
         "rewritten": sum(site.rewritten for site in sites),
