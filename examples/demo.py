@@ -3,9 +3,10 @@
 Each model is used as its authors wrote it (attn_implementation="eager"). Every measurement is a process of its own, so
 that one's memory is not another's. What is shown:
 
-time         the shortest of a few steps after the first, which compiles
-peak         the most memory in use during a step, over what was in use before it
-difference   from eager: the largest in the outputs or in the gradients, as a part of the largest output or gradient
+time         the shortest of a few steps after the first, which compiles; and its ratio to eager's
+peak         the most memory in use during a step, over what was in use before it; and its ratio to eager's
+difference   from eager: the largest in the outputs or the gradients, as a part of the largest of these
+first        what the first step took
 """
 
 from __future__ import annotations
@@ -225,8 +226,8 @@ def sites_table(sites: list[list[str]]) -> Table:
 def results_table(name: str, by_backend: dict[str, dict[str, Any]]) -> Table:
     table = Table(title=CASES[name].title, title_justify="left", title_style="bold")
     table.add_column("", min_width=9)
-    for column in ("time", "of eager's", "peak", "of eager's", "difference", "first step"):
-        table.add_column(column, justify="right", min_width=10)
+    for column, width in zip(("time", "ratio", "peak", "ratio", "difference", "first"), (10, 6, 10, 6, 10, 5)):
+        table.add_column(column, justify="right", min_width=width)
     eager = by_backend["eager"]
     for backend, r in by_backend.items():
         if "error" in r:
