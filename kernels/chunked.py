@@ -315,6 +315,13 @@ def _mix(seed: int, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
+def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    """An empty output (B, H, T, width) whose memory is (B, T, H, width): models merge the heads next, and then need no
+    copy."""
+    batch, heads, rows, _ = query.shape
+    return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
+
+
 def forward(
     spec: AttentionSpec,
     query: Tensor,
@@ -327,7 +334,7 @@ def forward(
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
     run = Run(spec, query, key, value, captures, sizes, seed)
     shape = query.shape[:3]
-    out = query.new_empty((*shape, value.shape[-1]), dtype=getattr(torch, spec.out_dtype))
+    out = output_like(query, value.shape[-1], getattr(torch, spec.out_dtype))
     logsumexp = query.new_zeros(shape, dtype=run.compute)
     forward_rows(run, None, out, logsumexp)
     return out, logsumexp

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels import chunked, library
+from attnfx.kernels.chunked import output_like
 from attnfx.spec import AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
@@ -126,7 +127,7 @@ def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, s
 def _fake_attention(query, key, value, captures, sizes, seed, spec, tier):
     _check(from_json(spec), query, key, value, captures, sizes, seed)
     out_dtype, compute = _dtypes(spec)
-    out = query.new_empty((*query.shape[:3], value.shape[3]), dtype=out_dtype)
+    out = output_like(query, value.shape[3], out_dtype)
     return out, query.new_empty(query.shape[:3], dtype=compute)
 
 

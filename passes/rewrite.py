@@ -17,7 +17,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
 from attnfx.passes.facts import written_operands
-from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
+from attnfx.passes.graphs import dims, fake_mode, is_tensor, op_name, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.match import Match, Operand
 
@@ -209,9 +209,24 @@ def _like(emit: Emitter, out: Node, match: Match, n: dict[str, Expr]) -> Node:
     have, want = value(out), value(final)
     if have.dtype != want.dtype:  # type: ignore[union-attr]
         out = emit.call(aten.to.dtype, out, want.dtype)  # type: ignore[union-attr]
-    if want.is_contiguous() and not have.is_contiguous():  # type: ignore[union-attr]
+    if want.is_contiguous() and not have.is_contiguous() and _layout_matters(final):
         out = emit.call(aten.contiguous.default, out)
     return out
+
+
+# Readers that ask nothing of their input's strides, and those that only pass them on.
+FREE = frozenset(
+    "matmul bmm linear addmm mm add sub mul div reshape contiguous clone to dropout einsum cat layer_norm".split()
+)
+PASSING = frozenset("transpose permute unsqueeze select mT movedim swapaxes squeeze".split())
+
+
+def _layout_matters(node: Node) -> bool:
+    """Whether some reader may depend on the strides: a view of merged dimensions, the caller of the graph, a write."""
+    return any(
+        not (op_name(u) in FREE or (op_name(u) in PASSING and not _layout_matters(u))) or u.op != "call_function"
+        for u in node.users
+    )
 
 
 def clean(gm: GraphModule) -> None:
