@@ -267,6 +267,65 @@ def test_an_added_finite_minimum_averages_uniformly_where_all_keys_are_masked():
     check(fn, *qkv(), keep, train=False)
 
 
+def test_two_added_finite_minima_overflow_to_minus_infinity_as_in_eager():
+    """Left padding as old models write it: where both masks are added the sum is -inf, where one is it is finite."""
+
+    def fn(q, k, v, keep):
+        i = torch.arange(40)
+        scores = torch.where(i[None, :] <= i[:, None], (q @ k.mT) * SCALE, LOW)
+        return (scores + (1.0 - keep[:, None, None, :].float()) * LOW).softmax(-1) @ v
+
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1, :15] = False
+    check(fn, *qkv(), keep, train=False, sites=None)
+
+
+def test_a_softmax_by_hand_without_the_maximum_is_nan_where_all_keys_are_masked():
+    """exp(finfo.min) is zero: 0 / 0, where the operator would average."""
+
+    def fn(q, k, v, keep):
+        weights = torch.exp(((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW))
+        return (weights / weights.sum(-1, keepdim=True)) @ v
+
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1] = False
+    check(fn, *qkv(), keep, train=False, sites=None)
+
+
+def test_a_softmax_by_hand_with_the_maximum_averages_where_all_keys_are_masked():
+    def fn(q, k, v, keep):
+        scores = ((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW)
+        weights = torch.exp(scores - scores.amax(-1, keepdim=True))
+        return (weights / weights.sum(-1, keepdim=True)) @ v
+
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1] = False
+    check(fn, *qkv(), keep, train=False, sites=None)
+
+
+def test_a_constant_in_the_denominator_counts():
+    def fn(q, k, v):
+        scores = (q @ k.mT) * SCALE
+        m = scores.amax(-1, keepdim=True)
+        weights = torch.exp(scores - m)
+        return (weights / (weights.sum(-1, keepdim=True) + torch.exp(-m))) @ v
+
+    check(fn, *qkv(), sites=None)
+
+
+def test_weights_masked_after_the_softmax_are_not_renormalised():
+    def fn(q, k, v):
+        i = torch.arange(40)
+        return ((q @ k.mT) * SCALE).softmax(-1).masked_fill(i[None, :] > i[:, None], 0.0) @ v
+
+    check(fn, *qkv(), sites=None)
+
+
+def test_a_mask_that_depends_on_the_scores_is_evaluated_on_the_scores():
+    check(lambda q, k, v: (s := (q @ k.mT) * SCALE).masked_fill(s < 0, INF).softmax(-1) @ v, *qkv(t=64), sites=None)
+    check(lambda q, k, v: torch.where((s := (q @ k.mT) * SCALE) < 0, LOW, s).softmax(-1) @ v, *qkv(t=64), sites=None)
+
+
 def test_a_fill_of_minus_1e9_masks_only_under_an_assumption_that_the_report_states():
     def fn(q, k, v):
         i = torch.arange(40)
