@@ -49,6 +49,7 @@ class Facts:
                     self.mutations.setdefault(key, []).append(self.position[n])
         self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
         self.regions = _regions(gm)
+        self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False)
         self.differentiable = self._differentiable()
 
     def _differentiable(self) -> set[Node]:

@@ -51,7 +51,7 @@ def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:
 
 def _step(lifter: Lifter, last: Access) -> Access | None:
     at = last.node
-    if at.op != "call_function":
+    if at.op != "call_function" or at in lifter.frozen:
         return None
     name = op_name(at)
     if name in VIEWS:

@@ -38,12 +38,14 @@ class Opaque(Exception):
 class Lifter:
     """Memoises the expressions of one graph.
 
-    `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `reductions` says
-    which node, read where, each reduction came from.
+    `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `frozen` are those
+    computed under no_grad: no gradient flows through them. `reductions` says which node, read where, each reduction
+    came from.
     """
 
-    def __init__(self, written: frozenset[Node] = frozenset()) -> None:
+    def __init__(self, written: frozenset[Node] = frozenset(), frozen: frozenset[Node] = frozenset()) -> None:
         self.written = written
+        self.frozen = frozen
         self.reductions: dict[Expr, tuple[Node, Index]] = {}
         self.memo: dict[tuple[Node, Index, bool], Expr] = {}
         self.exact = False  # inside a float computation that decides an integer: operators stay as they were
@@ -57,6 +59,8 @@ class Lifter:
             self.depth += 1
             try:
                 found = self.load(at, index) if self.depth > MAX_DEPTH else self._lift(at, index)
+                if at in self.frozen:
+                    found = A.detach(found)
             finally:
                 self.depth -= 1
             self.memo[key] = found
@@ -124,12 +128,12 @@ class Lifter:
         raise Opaque
 
     def integer_source(self, x: object, index: Index) -> Expr:
-        """An operand that decides an integer: a computed float without loads is kept operator by operator, because
-        another library's logarithm, or a merged constant, may round to the other side."""
+        """An operand that decides an integer: a computed float is kept operator by operator, because another library's
+        logarithm, or a merged constant, may round to the other side. (What follows from scores is compared as it is.)"""
         e = self.operand(x, index)
         if e.kind != FLOAT or A.as_integer(e) is not None or e.op in ("const", "load") or not isinstance(x, Node):
             return e
-        if any(n.op in ("load", "rsum", "rmax", "softmax") for n in walk(e)):
+        if any(n.op in ("rsum", "rmax", "softmax") or (n.op == "load" and _product(n.value)) for n in walk(e)):
             return e
         if e.op == "where" and all(a.op == "const" for a in e.args[1:]):
             return e
@@ -138,6 +142,13 @@ class Lifter:
             return self.operand(x, index)
         finally:
             self.exact = before
+
+
+def _product(slot: object) -> bool:
+    """Whether a load reads a contraction, which may be the scores."""
+    from attnfx.passes.contraction import PRODUCTS, slot_node
+
+    return op_name(slot_node(slot)) in PRODUCTS
 
 
 def broadcast(x: Node, index: Index) -> Index:

@@ -117,7 +117,7 @@ class Finder:
     def __init__(self, gm: GraphModule):
         self.gm = gm
         self.facts = Facts(gm)
-        self.lifter = Lifter(self.facts.written)
+        self.lifter = Lifter(self.facts.written, self.facts.frozen)
         self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
         self.scores = self._spread((n for n in gm.graph.nodes if batched(n)), unknown=True)
 

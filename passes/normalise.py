@@ -132,6 +132,9 @@ def strip_maximum(score: Expr, variable: Expr) -> Expr:
     """Drop the addends that hold a row maximum: they cancel in the softmax, also under a mask that drowns."""
     if score.op == "where" and A.drowning(score.args[2]):
         return A.where(score.args[0], strip_maximum(score.args[1], variable), score.args[2])
+    if score.op == "half" and score.args[0].op == "add":
+        inner = strip_maximum(score.args[0], variable)
+        return score if inner is score.args[0] else inner
     terms = score.args if score.op == "add" else (score,)
     kept = [t for t in terms if variable.value in t.free or not any(e.op == "rmax" for e in walk(t))]
     return A.add(*kept) if len(kept) != len(terms) and kept else score
