@@ -10,11 +10,12 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx import cost
+from attnfx.kernels import library, operator  # noqa: F401  (the operator is registered by its import)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import op_name, value, where_in_source
-from attnfx.passes.match import Finder, Finding
+from attnfx.passes.match import SDPA, Finder, Finding
 from attnfx.passes.rewrite import CannotEmit, check, clean, dimensions, rewrite
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, placeholders, trace, uses_functorch
@@ -78,11 +79,12 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     functionalise(traced)
     check(traced)
     changed = _bodies(traced, options, report)
-    findings = Finder(traced).find()
-    for finding in findings:
-        site = describe_site(finding, len(report.sites))
+    hints = _hints(traced.graph)
+    for finding in Finder(traced).find():
+        sizes = numeric_dims(finding, hints)
+        site = describe_site(finding, len(report.sites), sizes)
         report.sites.append(site)
-        changed |= _decide(traced, finding, site, options)
+        changed |= _decide(traced, finding, site, sizes, options)
     if changed:
         clean(traced)
         check(traced)
@@ -126,27 +128,25 @@ def number(n: Any) -> int:
     return int(hint) if hint is not None else 1024
 
 
-def describe_site(finding: Finding, count: int) -> Site:
+def describe_site(finding: Finding, count: int, sizes: dict[str, int]) -> Site:
     final = finding.final
     place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
     site = Site(f"attention_{count}", place, refusal=finding.refusal)
     if finding.match is not None:
-        match = finding.match
-        site.spec = match.spec
-        symbolic = dimensions(match)
+        site.spec = finding.match.spec
+        symbolic = dimensions(finding.match)
         site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
-        sizes = numeric_dims(finding)
-        site.mask = describe(match.spec, sizes)
-        mask = mask_of(match.spec.score)
+        site.mask = describe(site.spec, sizes)
+        mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
     return site
 
 
-def numeric_dims(finding: Finding) -> dict[str, int]:
+def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
     """B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs."""
-    assert finding.match is not None
-    hints = _hints(finding.final.graph)
+    if finding.match is None:
+        return {}
     out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
     for canonical, name in zip(finding.match.spec.sizes, finding.match.sizes, strict=True):
         out[canonical] = hints.get(name, 1)
@@ -174,43 +174,36 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
     return out
 
 
-def _decide(traced: GraphModule, finding: Finding, site: Site, options: Options) -> bool:
+def _decide(traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, int], options: Options) -> bool:
     """Choose for one site and carry it out. True where the graph changed."""
-    if finding.match is None:
-        shielded = shield(traced, finding)
-        if shielded:
-            site.notes = (*site.notes, "shielded from other rewriters")
-        return shielded
     match = finding.match
+    if match is None:
+        return _shielded(traced, finding, site)
     query = value(match.query.node)
-    assert isinstance(query, torch.Tensor)
-    training = torch.is_grad_enabled() and match.training
-    library = op_name(finding.final).startswith("scaled_dot_product")
-    decision = cost.decide(
-        match.spec,
-        numeric_dims(finding),
-        str(query.dtype).removeprefix("torch."),
-        query.device.type,
-        training,
-        options,
-        library,
-    )
-    if decision.tier != "kept":
-        import attnfx.kernels.operator  # noqa: F401  (registers the operator)
+    native = op_name(finding.final) in SDPA
+    why = form if isinstance(form := library.form_of(match.spec), str) else None
+    if why is None and query.device.type != "cpu":
+        why = "it runs on the CPU"
+    site.decision = cost.decide(
+        match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
+        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(), "library" if native else "naive",
+    )  # fmt: skip
+    if site.decision.tier == "kept":
+        return not native and _shielded(traced, finding, site, only_risky=True)
+    try:
+        # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
+        rewrite(traced, match, torch.ops.attnfx.attention.default, "auto" if "library" in options.tiers else "chunked")
+    except CannotEmit as problem:
+        site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
+        return _shielded(traced, finding, site)
+    return True
 
-        try:
-            rewrite(traced, match, torch.ops.attnfx.attention.default, "auto")
-        except CannotEmit as problem:
-            site.refusal = Refusal("layout", str(problem), (finding.final.name,))
-            site.decision = None
-            return shield(traced, finding)
-        site.decision = decision
-        return True
-    site.decision = decision
-    if not library and shield(traced, finding, only_risky=True):
-        site.notes = (*site.notes, "shielded from other rewriters")
-        return True
-    return False
+
+def _shielded(traced: GraphModule, finding: Finding, site: Site, only_risky: bool = False) -> bool:
+    if not shield(traced, finding, only_risky):
+        return False
+    site.notes = (*site.notes, "shielded from other rewriters")
+    return True
 
 
 __all__ = ["AXES", "Decision", "Result", "placeholders", "run"]
