@@ -141,6 +141,24 @@ def needed_splits(index: Index, batch: frozenset[str]) -> list[Split] | None:
     return None
 
 
+def program_splits(programs: list[Expr], batch: frozenset[str]) -> list[Split]:
+    """Splits of the batch variables that the programs divide evenly: a flattened (batch, head) axis becomes two."""
+    splits: list[Split] = []
+    for _ in range(6):
+        atoms = (e for p in programs for e in walk(p) if e.op in ("floordiv", "mod") and e.args[0].op == "var")
+        split = None
+        for atom in atoms:
+            if atom.args[0].value in batch:
+                split = needed_splits((atom,), batch)
+                if split:
+                    break
+        if not split:
+            break
+        splits.append(split[0])
+        programs = [substitute(p, split[0]) for p in programs]
+    return splits
+
+
 def radix(e: Expr) -> tuple[Expr, list[tuple[Expr, Expr]]] | None:
     """(offset, [(variable, step)] from slow to fast) of an index that is a sum of distinct variables, or None."""
     offset: poly.Poly = {}

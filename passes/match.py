@@ -27,7 +27,7 @@ from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, Product, contraction, slot_node
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, value
-from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, radix, split_axes
+from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, program_splits, radix, split_axes
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, Capture
@@ -331,6 +331,8 @@ class Finder:
         found = parts.found
         score = substitute(found.score, {A.DOT: A.mul(query.factor, key.factor, A.DOT)})
         found = replace(found, score=score, weight=A.mul(val.factor, found.weight))
+        programs = [apply_splits(p, splits) for p in (found.score, found.weight, *found.extra)]
+        splits = [*splits, *program_splits(programs, frozenset(str(v.value) for v in split_axes(batch, splits)))]
         operands = [Operand(x.node, tuple(apply_splits(i, splits) for i in x.index)) for x in (query, key, val)]
         axes = split_axes(batch, splits)
         in_kv = _free(operands[1].index) | _free(operands[2].index)

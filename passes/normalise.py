@@ -217,6 +217,12 @@ def _rebuild_outside(root: Expr, change) -> Expr:  # type: ignore[no-untyped-def
 
 def _unlog(e: Expr) -> Expr:
     """exp(a - log(d)) = exp(a) / d, for a sum d."""
+    if e.op == "exp" and e.args[0].op == "where" and A.drowning(e.args[0].args[2]):
+        keep, inner, fill = e.args[0].args  # the subtraction has moved under the mask
+        split = _unlog(A.unary("exp", inner))
+        if split.op == "mul" and len(split.args) == 2 and {f.op for f in split.args} == {"exp", "recip"}:
+            over, top = sorted(split.args, key=lambda f: f.op == "exp")
+            return A.mul(A.unary("exp", A.where(keep, top.args[0], fill)), over)
     if e.op != "exp" or e.args[0].op != "add":
         return e
     logs = [t for t in e.args[0].args if _negated_log(t) is not None]
@@ -230,6 +236,18 @@ def _negated_log(t: Expr) -> Expr | None:
     if t.op == "mul" and len(t.args) == 2 and t.args[0] is A.const(-1.0) and t.args[1].op == "log":
         inner = t.args[1].args[0]
         return inner if any(e.op == "rsum" for e in outside(inner)) else None
+    return None
+
+
+def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+    if (
+        old.op == "where"
+        and len(args) == 3
+        and args[2].op == "const"
+        and args[2].kind == FLOAT
+        and float(args[2].value) < -1e4
+    ):  # type: ignore[arg-type]
+        return A.where(args[0], args[1], A.const(-math.inf))
     return None
 
 
@@ -248,7 +266,7 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
     name = str(main[0].value)
     variable = A.var(name, extent)
     below = exponent(body)
-    if below is None or substitute(top, {j: variable}) is not below:
+    if below is None or substitute(below, {variable: j}) is not top:
         return None
     maxima = [
         t
@@ -261,12 +279,15 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
         logit = exponent(t) if t.op != "const" else A.const(math.log(float(t.value))) if float(t.value) > 0 else None  # type: ignore[arg-type]
         if logit is None:
             return None
+        terms = list(logit.args if logit.op == "add" else (logit,))
         for m in maxima:
-            logit = A.sub(logit, m)
-        if any(e.op == "rmax" for e in walk(logit)):
-            return None
-        extra.append(logit)
+            if m not in terms:
+                return None
+            terms.remove(m)
+        extra.append(A.add(*terms) if terms else A.const(0.0))
     score = strip_maximum(below, variable)
+    if not maxima:  # exp(fill) is zero, and a row of zeros is divided by zero
+        score = rebuild(score, _vanishing)
     whole = extent
     for n, logit in enumerate(extra):  # extras become columns after the keys
         whole = A.add(extent, A.const(n + 1))

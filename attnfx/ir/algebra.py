@@ -10,10 +10,11 @@ What is normalised, and why it is sound:
 from __future__ import annotations
 
 import math
+import struct
 from collections.abc import Sequence
 
 from attnfx.ir import poly
-from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Expr, node
+from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Expr, node, walk
 from attnfx.ir.poly import Poly, by_digest
 
 LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: what cancels would take digits with it
@@ -155,6 +156,9 @@ def add(*xs: Expr) -> Expr:
                 if any(_number(a) is not None for a in x.args[1:]):
                     return where(x.args[0], add(*rest, x.args[1]), add(*rest, x.args[2]))
                 continue
+            # two finite fills may add up to -inf: then both stay
+            if any(_finite_fill(r) for r in rest):
+                continue
             for branch, other in ((2, 1), (1, 2)):
                 if drowning(x.args[branch]):
                     moved = add(*rest, x.args[other])
@@ -245,6 +249,11 @@ def _number(x: Expr) -> float | None:
     return float(x.value) if x.op == "const" and x.kind != BOOL else None  # type: ignore[arg-type]
 
 
+def _finite_fill(x: Expr) -> bool:
+    """Whether an addend is, at some index, a finite number that swallows a score."""
+    return any(drowning(e) and math.isfinite(float(e.value)) for e in walk(x))  # type: ignore[arg-type]
+
+
 def drowning(x: Expr) -> bool:
     """A constant that swallows whatever finite score is added to it."""
     value = _number(x)
@@ -313,7 +322,9 @@ def half(x: Expr) -> Expr:
         return x
     value = _number(x)
     if value is not None:
-        return const(math.copysign(math.inf, value)) if abs(value) >= 65520 else const(value)
+        if not math.isfinite(value) or abs(value) >= 65520:
+            return const(math.copysign(math.inf, value) if value == value else value)
+        return const(struct.unpack("e", struct.pack("e", value))[0])
     if x.op == "where":
         return where(x.args[0], half(x.args[1]), half(x.args[2]))
     return node("half", FLOAT, (x,))
