@@ -186,7 +186,8 @@ def _decide(traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, 
         why = "it runs on the CPU"
     site.decision = cost.decide(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(), "library" if native else "naive",
+        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(),
+        "library" if native else "naive",
     )  # fmt: skip
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)

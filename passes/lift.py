@@ -129,7 +129,7 @@ class Lifter:
 
     def integer_source(self, x: object, index: Index) -> Expr:
         """An operand that decides an integer: a computed float is kept operator by operator, because another library's
-        logarithm, or a merged constant, may round to the other side. (What follows from scores is compared as it is.)"""
+        logarithm, or a merged constant, may round to the other side. What follows from scores is as it is."""
         e = self.operand(x, index)
         if e.kind != FLOAT or A.as_integer(e) is not None or e.op in ("const", "load") or not isinstance(x, Node):
             return e

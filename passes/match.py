@@ -344,9 +344,10 @@ class Finder:
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
         spec, captures, sizes = self._spec(parts, programs, found, query.node)
         taught = any(x.node in self.facts.differentiable for x in operands) or any(c.grad for c in spec.captures)
+        out = tuple(apply_splits(v, splits) for v in parts.out)
         return Match(
-            parts.final, spec, operands[0], operands[1], operands[2], captures, sizes, kv_axes, group_axes, parts.row, parts.column, parts.width,
-            parts.value_width, tuple(apply_splits(v, splits) for v in parts.out), training=taught,
+            parts.final, spec, operands[0], operands[1], operands[2], captures, sizes, kv_axes, group_axes, parts.row,
+            parts.column, parts.width, parts.value_width, out, training=taught,
         )  # fmt: skip
 
     def _operands(self, parts: Parts, batch: frozenset[str]) -> tuple[Access, Access, Access, list[Split]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
@@ -240,15 +241,11 @@ def _negated_log(t: Expr) -> Expr | None:
 
 
 def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-    if (
-        old.op == "where"
-        and len(args) == 3
-        and args[2].op == "const"
-        and args[2].kind == FLOAT
-        and float(args[2].value) < -1e4
-    ):  # type: ignore[arg-type]
-        return A.where(args[0], args[1], A.const(-math.inf))
-    return None
+    """A fill whose exponential is zero in float32, as -inf."""
+    if old.op != "where" or old.kind != FLOAT or args[2].op != "const":
+        return None
+    fill: Any = args[2].value
+    return A.where(args[0], args[1], A.const(-math.inf)) if fill < -1e4 else None
 
 
 def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:

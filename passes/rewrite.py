@@ -17,7 +17,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
 from attnfx.passes.facts import written_operands
-from attnfx.passes.graphs import dims, fake_mode, is_tensor, op_name, size_expr, value
+from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.match import Match, Operand
 
@@ -209,24 +209,44 @@ def _like(emit: Emitter, out: Node, match: Match, n: dict[str, Expr]) -> Node:
     have, want = value(out), value(final)
     if have.dtype != want.dtype:  # type: ignore[union-attr]
         out = emit.call(aten.to.dtype, out, want.dtype)  # type: ignore[union-attr]
-    if want.is_contiguous() and not have.is_contiguous() and _layout_matters(final):
+    if want.is_contiguous() and not have.is_contiguous() and _layout_matters(final, have):
         out = emit.call(aten.contiguous.default, out)
     return out
 
 
-# Readers that ask nothing of their input's strides, and those that only pass them on.
-FREE = frozenset(
-    "matmul bmm linear addmm mm add sub mul div reshape contiguous clone to dropout einsum cat layer_norm".split()
-)
-PASSING = frozenset("transpose permute unsqueeze select mT movedim swapaxes squeeze".split())
+LOOKAHEAD = 40  # nodes after a site in which its output's layout must have been absorbed
 
 
-def _layout_matters(node: Node) -> bool:
-    """Whether some reader may depend on the strides: a view of merged dimensions, the caller of the graph, a write."""
-    return any(
-        not (op_name(u) in FREE or (op_name(u) in PASSING and not _layout_matters(u))) or u.op != "call_function"
-        for u in node.users
-    )
+def _layout_matters(final: Node, out: torch.Tensor) -> bool:
+    """Whether other strides than the original's show anywhere: in a view that they forbid, in what the graph returns.
+
+    Runs the readers on example values with the strides that they would see, until each gives the original's again.
+    """
+    changed: dict[Node, torch.Tensor] = {final: out}
+    waiting = set(final.users)
+    n = final
+    for _ in range(LOOKAHEAD):
+        if not waiting:
+            return False
+        n = n.next
+        if n not in waiting:
+            continue
+        waiting.discard(n)
+        held = value(n)
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload) or n.target._schema.is_mutable:
+            return True
+        if not isinstance(held, torch.Tensor):
+            return True
+        args: Any = torch.fx.map_arg((n.args, n.kwargs), lambda x: changed.get(x, x.meta["val"]))
+        try:
+            with fake_mode(args, held):
+                made = n.target(*args[0], **args[1])
+        except RuntimeError:
+            return True
+        if made.stride() != held.stride():
+            changed[n] = made
+            waiting.update(n.users)
+    return True
 
 
 def clean(gm: GraphModule) -> None:
