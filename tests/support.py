@@ -22,7 +22,9 @@ def rand(*shape: int, seed: int | None = None, dtype: torch.dtype = torch.float3
     return torch.randn(*shape, generator=generator).to(dtype)
 
 
-def qkv(b: int = 2, h: int = 4, t: int = 40, s: int | None = None, d: int = 8, g: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+def qkv(
+    b: int = 2, h: int = 4, t: int = 40, s: int | None = None, d: int = 8, g: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """query (b, h, t, d), key and value (b, g, s, d)."""
     s, g = t if s is None else s, h if g is None else g
     return rand(b, h, t, d), rand(b, g, s, d), rand(b, g, s, d)
@@ -51,11 +53,17 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
     return tree_map(lambda v: v.to(dtype) if isinstance(v, Tensor) and v.is_floating_point() else v, values)
 
 
-def run(fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.nn.Module | None = None, **kwargs: Any) -> list[Tensor]:
+def run(
+    fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.nn.Module | None = None, **kwargs: Any
+) -> list[Tensor]:
     """The floating outputs of `fn`; in training also the gradients of a fixed projection of them, for the floating
     inputs and the parameters of `owner`. All in float64."""
     args, kwargs = tree_map(
-        lambda a: a.detach().clone(memory_format=torch.preserve_format).requires_grad_(train and a.is_floating_point()) if isinstance(a, Tensor) else a,
+        lambda a: (
+            a.detach().clone(memory_format=torch.preserve_format).requires_grad_(train and a.is_floating_point())
+            if isinstance(a, Tensor)
+            else a
+        ),
         (tuple(args), kwargs),
     )
     parameters = [p for p in owner.parameters() if p.requires_grad] if owner is not None else []
@@ -67,7 +75,9 @@ def run(fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.n
     if train:
         generator = torch.Generator().manual_seed(7)
         seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in outs]
-        torch.autograd.backward([o for o in outs if o.requires_grad], [g for o, g in zip(outs, seeds) if o.requires_grad])
+        torch.autograd.backward(
+            [o for o in outs if o.requires_grad], [g for o, g in zip(outs, seeds) if o.requires_grad]
+        )
         leaves = [*(a for a in tree_leaves((args, kwargs)) if isinstance(a, Tensor) and a.requires_grad), *parameters]
         results += [(x.grad if x.grad is not None else torch.zeros_like(x)).double() for x in leaves]
     return results
@@ -87,9 +97,17 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
 
 
 def check(
-    fn: Any, *args: Any, train: bool = True, sites: int | None = 1, dynamic: bool | None = None, tolerance: float | None = None,
-    exact: bool = True, fullgraph: bool = False, kwargs: dict[str, Any] | None = None, **options: Any,
-) -> list[Site]:  # fmt: skip
+    fn: Any,
+    *args: Any,
+    train: bool = True,
+    sites: int | None = 1,
+    dynamic: bool | None = None,
+    tolerance: float | None = None,
+    exact: bool = True,
+    fullgraph: bool = False,
+    kwargs: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[Site]:
     """Runs `fn` compiled and demands results (and gradients) as near to float64 as eager's, and `sites` rewritten sites
     and none kept (None: any). `exact=False` compares with eager in its own precision. Gives the sites."""
     kwargs = kwargs or {}
@@ -101,11 +119,19 @@ def check(
     own = run(fn, args, train, module, **kwargs)
     if exact:
         precise = copy.deepcopy(fn).double() if module is not None else fn
-        want = run(precise, cast(args, torch.float64), train, precise if module is not None else None, **cast(kwargs, torch.float64))
+        want = run(
+            precise,
+            cast(args, torch.float64),
+            train,
+            precise if module is not None else None,
+            **cast(kwargs, torch.float64),
+        )
     else:
         want = own
     limit = 4 * error(own, want) + (TOLERANCE[dtype] if tolerance is None else tolerance)
-    assert error(got, want) <= limit, f"error {error(got, want):.3g}, eager's {error(own, want):.3g}\n" + "\n".join(map(str, filed))
+    assert error(got, want) <= limit, f"error {error(got, want):.3g}, eager's {error(own, want):.3g}\n" + "\n".join(
+        map(str, filed)
+    )
     found = [site for report in filed for site in report.sites]
     if sites is not None:
         assert (len([s for s in found if s.rewritten]), len(found)) == (sites, sites), "\n".join(map(str, filed))

@@ -7,9 +7,9 @@ import warnings
 
 import pytest
 import torch
-from tests.support import check, compiled, error, new_reports, qkv, rand, run
 
 from attnfx.errors import OptionError
+from tests.support import check, compiled, error, new_reports, qkv, rand, run
 
 SCALE = 0.3
 INF = float("-inf")
@@ -46,7 +46,7 @@ def test_a_bad_option_names_the_nearest_valid_one_before_anything_is_compiled(mo
 
 def test_an_environment_variable_sets_a_default_and_is_named_where_it_is_bad(monkeypatch):
     monkeypatch.setenv("ATTNFX_REWRITE", "nver")
-    with pytest.raises(Exception, match="ATTNFX_REWRITE.*'never'"):
+    with pytest.raises(Exception, match=r"ATTNFX_REWRITE.*'never'"):
         torch.compile(attend, backend="attnfx")(*qkv())
 
 
@@ -143,7 +143,9 @@ SHAPES = {
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("fn", [attend, causal])
 def test_sizes_at_the_edge_give_what_eager_gives(fn, sizes):
-    check(fn, *qkv(**sizes), sites=None, tolerance=1e-3)  # a gradient that is zero is compared with the rounding of others
+    check(
+        fn, *qkv(**sizes), sites=None, tolerance=1e-3
+    )  # a gradient that is zero is compared with the rounding of others
 
 
 @pytest.mark.parametrize("fn", [attend, causal])
@@ -181,9 +183,13 @@ def strided(x: torch.Tensor, how: str) -> torch.Tensor:
 
 
 LAYOUTS = [
-    "transposed", "last dimension not contiguous", "every second element", "zero stride over the batch", "zero stride over heads and rows",
+    "transposed",
+    "last dimension not contiguous",
+    "every second element",
+    "zero stride over the batch",
+    "zero stride over heads and rows",
     "an offset into a larger tensor",
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("how", LAYOUTS)

@@ -3,6 +3,7 @@ training, and outputs and gradients are eager's."""
 
 import pytest
 import torch
+
 from tests.support import check
 
 transformers = pytest.importorskip("transformers")
@@ -28,7 +29,17 @@ def image(size: int = 24) -> dict:
 
 
 def gpt2(t):
-    config = t.GPT2Config(vocab_size=67, n_embd=32, n_layer=2, n_head=4, n_positions=64, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0, **QUIET)
+    config = t.GPT2Config(
+        vocab_size=67,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=64,
+        resid_pdrop=0,
+        embd_pdrop=0,
+        attn_pdrop=0,
+        **QUIET,
+    )
     return t.GPT2Model(config), padded(), 2
 
 
@@ -55,49 +66,97 @@ def gpt_neox(t):
 
 
 def bloom(t):
-    config = t.BloomConfig(vocab_size=67, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **QUIET)
+    config = t.BloomConfig(
+        vocab_size=67, hidden_size=32, n_layer=2, n_head=4, hidden_dropout=0.0, attention_dropout=0.0, **QUIET
+    )
     return t.BloomModel(config), padded(), 2
 
 
 def bert(t):
-    config = t.BertConfig(**SMALL, max_position_embeddings=64, hidden_dropout_prob=0, attention_probs_dropout_prob=0, attn_implementation="eager")
+    config = t.BertConfig(
+        **SMALL,
+        max_position_embeddings=64,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        attn_implementation="eager",
+    )
     return t.BertModel(config, add_pooling_layer=False), padded(), 2
 
 
 def t5(t):
-    config = t.T5Config(vocab_size=67, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, **QUIET)
+    config = t.T5Config(
+        vocab_size=67, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, dropout_rate=0.0, **QUIET
+    )
     return t.T5Model(config), {**padded(), "decoder_input_ids": tokens(2, 11)}, 6
 
 
 def vit(t):
     config = t.ViTConfig(
-        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, image_size=24, patch_size=4,
-        hidden_dropout_prob=0, attention_probs_dropout_prob=0, attn_implementation="eager",
-    )  # fmt: skip
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        image_size=24,
+        patch_size=4,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        attn_implementation="eager",
+    )
     return t.ViTModel(config, add_pooling_layer=False), image(), 2
 
 
 def swin(t):
     config = t.SwinConfig(
-        image_size=32, patch_size=2, embed_dim=16, depths=[2, 1], num_heads=[2, 4], window_size=4, drop_path_rate=0.0,
-        hidden_dropout_prob=0, attention_probs_dropout_prob=0, attn_implementation="eager",
-    )  # fmt: skip
+        image_size=32,
+        patch_size=2,
+        embed_dim=16,
+        depths=[2, 1],
+        num_heads=[2, 4],
+        window_size=4,
+        drop_path_rate=0.0,
+        hidden_dropout_prob=0,
+        attention_probs_dropout_prob=0,
+        attn_implementation="eager",
+    )
     return t.SwinModel(config, add_pooling_layer=False), image(32), 3
 
 
 def whisper(t):
     config = t.WhisperConfig(
-        vocab_size=67, num_mel_bins=8, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=4, decoder_attention_heads=4,
-        encoder_ffn_dim=48, decoder_ffn_dim=48, max_source_positions=20, max_target_positions=24, dropout=0.0, pad_token_id=0, bos_token_id=1,
-        eos_token_id=2, decoder_start_token_id=1, **QUIET,
-    )  # fmt: skip
+        vocab_size=67,
+        num_mel_bins=8,
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=48,
+        decoder_ffn_dim=48,
+        max_source_positions=20,
+        max_target_positions=24,
+        dropout=0.0,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        **QUIET,
+    )
     features = torch.randn(2, 8, 40, generator=torch.Generator().manual_seed(3))
     return t.WhisperModel(config), dict(input_features=features, decoder_input_ids=tokens(2, 11)), 3
 
 
 def clip(t):
-    text = dict(vocab_size=67, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, max_position_embeddings=32)
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=24, patch_size=4)
+    text = dict(
+        vocab_size=67,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=32,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4, image_size=24, patch_size=4
+    )
     config = t.CLIPConfig(text_config=text, vision_config=vision, projection_dim=16, attn_implementation="eager")
     return t.CLIPModel(config), {**padded(), **image()}, 2
 

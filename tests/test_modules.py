@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support import check, compiled, error, new_reports, rand, run
 from torch import nn
+
+from tests.support import check, compiled, error, new_reports, rand, run
 
 
 class ChunkedSelfAttention(nn.Module):
@@ -186,7 +187,9 @@ def test_a_loop_over_chunks_of_queries_survives_inductor():
 @pytest.mark.parametrize("train", [False, True])
 def test_grouped_heads_with_normed_queries_and_lora_are_rewritten_without_expanding_the_heads(train, dtype):
     module = GroupedLoRAAttention(48, 6, 2).to(dtype)
-    (site,) = check(module, rand(2, 37, 48, dtype=dtype), train=train, tolerance=None if dtype == torch.float32 else 5e-2)
+    (site,) = check(
+        module, rand(2, 37, 48, dtype=dtype), train=train, tolerance=None if dtype == torch.float32 else 5e-2
+    )
     assert (site.dims["H"], site.dims["G"]) == (6, 2)
 
 
@@ -258,7 +261,9 @@ def test_dropout_is_absent_in_inference():
 # -- RoPE, grouped heads, cache -------------------------------------------------------------------------
 @pytest.mark.parametrize("dynamic", [None, True])
 def test_rotary_grouped_attention_trains(dynamic):
-    *_, site = check(CachedAttention(32, 4, 2, 64), rand(2, 23, 32), dynamic=dynamic, sites=None)  # Dynamo may start twice
+    *_, site = check(
+        CachedAttention(32, 4, 2, 64), rand(2, 23, 32), dynamic=dynamic, sites=None
+    )  # Dynamo may start twice
     assert site.rewritten
     assert (str(site.dims["H"]), str(site.dims["G"])) == ("4", "2")
 

@@ -8,8 +8,9 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support import check, compiled, error, new_reports, qkv, rand, run
 from torch.utils.checkpoint import checkpoint
+
+from tests.support import check, compiled, error, new_reports, qkv, rand, run
 
 SCALE = 0.3
 LOW = torch.finfo(torch.float32).min
@@ -292,6 +293,19 @@ def test_a_softmax_by_hand_without_the_maximum_is_nan_where_all_keys_are_masked(
     check(fn, *qkv(), keep, train=False, sites=None)
 
 
+@pytest.mark.xfail(strict=True, reason="the lifted fill is -inf, which gives NaN there")
+def test_a_softmax_by_logsumexp_is_eagers_where_all_keys_are_masked():
+    """finfo.min - logsumexp is zero in float32: every weight is one."""
+
+    def fn(q, k, v, keep):
+        scores = ((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW)
+        return torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True)) @ v
+
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1] = False
+    check(fn, *qkv(), keep, train=False, sites=None, exact=False)
+
+
 def test_a_softmax_by_hand_with_the_maximum_averages_where_all_keys_are_masked():
     def fn(q, k, v, keep):
         scores = ((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW)
@@ -405,7 +419,7 @@ def test_a_refused_attention_is_right(fn, inner):
 @pytest.mark.parametrize(
     "fn",
     [
-        lambda x, gate, w: ((x @ gate).softmax(-1) @ w),  # a router
+        lambda x, gate, w: (x @ gate).softmax(-1) @ w,  # a router
         lambda x, gate, w: torch.sigmoid(x @ gate) @ w,  # a gate
         lambda x, gate, w: (x @ gate * torch.sigmoid(x @ gate)) @ w,  # a gated layer
     ],
@@ -417,7 +431,13 @@ def test_a_layer_without_keys_is_no_attention(fn):
 
 
 def test_linear_attention_is_left_alone():
-    found = check(lambda q, k, v: q.softmax(-1) @ (k.softmax(1).mT @ v), rand(2, 30, 16), rand(2, 30, 16), rand(2, 30, 16), sites=None)
+    found = check(
+        lambda q, k, v: q.softmax(-1) @ (k.softmax(1).mT @ v),
+        rand(2, 30, 16),
+        rand(2, 30, 16),
+        rand(2, 30, 16),
+        sites=None,
+    )
     assert not any(site.rewritten for site in found)
 
 
@@ -431,7 +451,7 @@ def test_weights_that_the_caller_asked_for_exist():
 
 @refused
 def test_strict_raises_where_a_site_is_refused(fn):
-    with pytest.raises(Exception, match="strict|refused|softmax|attention"):
+    with pytest.raises(Exception, match=r"strict|refused|softmax|attention"):
         compiled(fn, strict=True)(*qkv())
 
 
@@ -446,7 +466,9 @@ def break_inside(monkeypatch, place):
     monkeypatch.setattr(place, fail)
 
 
-@pytest.mark.parametrize("place", ["attnfx.pipeline.run", "attnfx.pipeline.trace", "attnfx.pipeline._decide", "attnfx.pipeline.rewrite"])
+@pytest.mark.parametrize(
+    "place", ["attnfx.pipeline.run", "attnfx.pipeline.trace", "attnfx.pipeline._decide", "attnfx.pipeline.rewrite"]
+)
 def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, place):
     break_inside(monkeypatch, place)
     args = qkv()
@@ -608,7 +630,8 @@ def state():
     out = {}
     for m in (torch._inductor.config, torch._dynamo.config, torch._functorch.config):
         out[m.__name__] = m.save_config_portable()
-    for m in (torch, F, torch.Tensor, torch._inductor.compile_fx, torch._inductor.fx_passes.fuse_attention, joint_graph, torch.fx.GraphModule, torch.fx.Graph):
+    patterns = torch._inductor.fx_passes.fuse_attention
+    for m in (torch, F, torch.Tensor, torch._inductor.compile_fx, patterns, joint_graph, torch.fx.Graph):
         out[repr(m)] = {k: id(v) for k, v in vars(m).items() if callable(v) and not k.startswith("__")}
     out["default dtype"] = torch.get_default_dtype()
     out["deterministic"] = torch.are_deterministic_algorithms_enabled()
@@ -651,7 +674,9 @@ def t5_bucket(distance, buckets, longest, both):
 
 
 @pytest.mark.parametrize("both", [True, False])
-@pytest.mark.parametrize(("buckets", "longest"), [(32, 128), (20, 77)])
+@pytest.mark.parametrize(
+    ("buckets", "longest"), [(32, 128), (32, 81)]
+)  # 81: at distance 36 a merged constant rounds over
 def test_the_buckets_of_a_relative_bias_are_exact_for_all_lengths(both, buckets, longest):
     """With q = 0 and unit values the output is the softmax of the bias: one bucket off is a visible difference."""
 
@@ -686,5 +711,3 @@ def test_a_comparison_of_computed_floats_decides_as_in_eager():
         return ((q @ k.mT) * SCALE).masked_fill(~(keep & near), INF).softmax(-1) @ v
 
     check(fn, *qkv())
-
-

@@ -44,9 +44,15 @@ def truths(depth: int = 3):
         return leaf
     c = truths(depth - 1)
     return st.one_of(
-        leaf, c.map(A.not_), st.builds(A.and_, c, c), st.builds(A.or_, c, c), st.builds(A.eq, c, c),
-        st.builds(lambda op, a, b: op(a, b), compare, floats(0), st.sampled_from([A.const(0.5), A.const(-1.5), A.const(2.0)])),
-    )  # fmt: skip
+        leaf,
+        c.map(A.not_),
+        st.builds(A.and_, c, c),
+        st.builds(A.or_, c, c),
+        st.builds(A.eq, c, c),
+        st.builds(
+            lambda op, a, b: op(a, b), compare, floats(0), st.sampled_from([A.const(0.5), A.const(-1.5), A.const(2.0)])
+        ),
+    )
 
 
 def floats(depth: int = 3, smooth: bool = False):
@@ -56,7 +62,9 @@ def floats(depth: int = 3, smooth: bool = False):
     if not depth:
         return leaf
     x = floats(depth - 1, smooth)
-    functions = ["tanh", "sigmoid", "sin", "cos", "erf", "softplus", "atan"] + ([] if smooth else ["abs", "floor", "round"])
+    functions = ["tanh", "sigmoid", "sin", "cos", "erf", "softplus", "atan"] + (
+        [] if smooth else ["abs", "floor", "round"]
+    )
     options = [
         leaf,
         st.builds(A.add, x, x),
@@ -93,7 +101,7 @@ def load(slot, index):
 
 def close(a: object, b: object) -> bool:
     if isinstance(a, float) or isinstance(b, float):
-        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) or a == b or a != a and b != b
+        return math.isclose(a, b, rel_tol=1e-9, abs_tol=1e-9) or a == b or (a != a and b != b)
     return a == b
 
 

@@ -5,12 +5,12 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ir.strategies import ROW, TABLE, environment, floats, load
 
 from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.interpret import evaluate
 from attnfx.spec import I, J
+from tests.ir.strategies import ROW, TABLE, environment, floats, load
 
 STEP = 1e-5
 
@@ -18,7 +18,9 @@ STEP = 1e-5
 def value(e, env, leaf, shift):
     """e where one leaf (dot or a load) is moved by `shift`."""
     moved = {**env, "dot": env["dot"] + shift} if leaf is A.DOT else env
-    return evaluate(e, moved, lambda slot, index: load(slot, index) + (shift if leaf.op == "load" and slot == leaf.value else 0))
+    return evaluate(
+        e, moved, lambda slot, index: load(slot, index) + (shift if leaf.op == "load" and slot == leaf.value else 0)
+    )
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -30,7 +32,9 @@ def test_the_derivative_is_the_limit_of_differences(e, leaf, seed):
     assert math.isclose(slope, numeric, rel_tol=1e-4, abs_tol=1e-4)
 
 
-@pytest.mark.parametrize("op", "recip exp exp2 expm1 log log2 log1p tanh sigmoid sqrt sin cos erf atan softplus".split())
+@pytest.mark.parametrize(
+    "op", "recip exp exp2 expm1 log log2 log1p tanh sigmoid sqrt sin cos erf atan softplus".split()
+)
 @pytest.mark.parametrize("at", [0.3, 1.7])
 def test_each_function_has_its_derivative(op, at):
     env = environment(0, dot=at)

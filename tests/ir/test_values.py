@@ -8,7 +8,6 @@ import math
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.ir.strategies import SIZES, anything, close, environment, floats, integers, load, truths
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
@@ -16,6 +15,7 @@ from attnfx.ir.expr import node, rebuild, substitute, walk
 from attnfx.ir.interpret import evaluate
 from attnfx.ir.text import dump, parse, show
 from attnfx.spec import B, H, I, J
+from tests.ir.strategies import SIZES, anything, close, environment, floats, integers, load, truths
 
 FEW = settings(max_examples=150, deadline=None, derandomize=True)
 
@@ -46,16 +46,45 @@ def conditions(depth: int):
 
 
 NAIVE = {
-    "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "mul": lambda x, y: x * y, "min": min, "max": max,
-    "floordiv": lambda x, y: x // y, "mod": lambda x, y: x % y, "abs": abs, "neg": lambda x: -x, "where": lambda c, x, y: x if c else y,
-    "lt": lambda x, y: x < y, "le": lambda x, y: x <= y, "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y,
-    "eq": lambda x, y: x == y, "and": lambda x, y: x and y, "or": lambda x, y: x or y, "not": lambda x: not x,
-}  # fmt: skip
+    "add": lambda x, y: x + y,
+    "sub": lambda x, y: x - y,
+    "mul": lambda x, y: x * y,
+    "min": min,
+    "max": max,
+    "floordiv": lambda x, y: x // y,
+    "mod": lambda x, y: x % y,
+    "abs": abs,
+    "neg": lambda x: -x,
+    "where": lambda c, x, y: x if c else y,
+    "lt": lambda x, y: x < y,
+    "le": lambda x, y: x <= y,
+    "gt": lambda x, y: x > y,
+    "ge": lambda x, y: x >= y,
+    "eq": lambda x, y: x == y,
+    "and": lambda x, y: x and y,
+    "or": lambda x, y: x or y,
+    "not": lambda x: not x,
+}
 BUILD = {
-    "add": A.add, "sub": A.sub, "mul": A.mul, "min": A.minimum, "max": A.maximum, "floordiv": A.floordiv, "mod": A.mod,
-    "abs": lambda x: A.unary("abs", x), "neg": A.neg, "where": A.where, "lt": A.lt, "le": A.le, "gt": A.gt, "ge": A.ge, "eq": A.eq,
-    "and": A.and_, "or": A.or_, "not": A.not_,
-}  # fmt: skip
+    "add": A.add,
+    "sub": A.sub,
+    "mul": A.mul,
+    "min": A.minimum,
+    "max": A.maximum,
+    "floordiv": A.floordiv,
+    "mod": A.mod,
+    "abs": lambda x: A.unary("abs", x),
+    "neg": A.neg,
+    "where": A.where,
+    "lt": A.lt,
+    "le": A.le,
+    "gt": A.gt,
+    "ge": A.ge,
+    "eq": A.eq,
+    "and": A.and_,
+    "or": A.or_,
+    "not": A.not_,
+}
 LEAVES = {"b": B, "h": H, "i": I, "j": J, **{name: A.size(name) for name in ("T", "S", "n0")}}
 
 
@@ -196,7 +225,9 @@ def test_a_choice_takes_the_side_that_its_condition_says(c, x, y, seed):
 def test_sums_and_products_keep_their_values_in_any_order(x, y, z, seed):
     env = environment(seed)
     a, b, c = (evaluate(e, env, load) for e in (x, y, z))
-    assert A.add(x, y, z) is A.add(z, A.add(y, x)) or close(evaluate(A.add(x, y, z), env, load), evaluate(A.add(z, A.add(y, x)), env, load))
+    assert A.add(x, y, z) is A.add(z, A.add(y, x)) or close(
+        evaluate(A.add(x, y, z), env, load), evaluate(A.add(z, A.add(y, x)), env, load)
+    )
     assert close(evaluate(A.add(x, y, z), env, load), a + b + c)
     assert close(evaluate(A.mul(x, y, z), env, load), a * b * c)
     assert close(evaluate(A.sub(x, y), env, load), a - b)
@@ -213,7 +244,14 @@ def test_json_gives_back_the_very_same_objects(roots):
 
 
 def test_json_keeps_infinities_and_the_kind_of_numbers():
-    roots = [A.const(-math.inf), A.const(math.inf), A.const(1.0), A.const(1), A.const(True), A.const(3.4028234663852886e38)]
+    roots = [
+        A.const(-math.inf),
+        A.const(math.inf),
+        A.const(1.0),
+        A.const(1),
+        A.const(True),
+        A.const(3.4028234663852886e38),
+    ]
     text = json.dumps(dump(roots), allow_nan=False)
     assert [e.kind for e in parse(json.loads(text))] == ["f", "f", "f", "i", "b", "f"]
     assert all(a is b for a, b in zip(parse(json.loads(text)), roots))

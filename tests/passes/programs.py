@@ -63,7 +63,10 @@ CHOICES: dict[str, tuple] = {
 def tensors(p: Program, seed: int = 0) -> dict[str, Tensor]:
     """Every tensor of the program, in (b, h, t, d) order."""
     g = torch.Generator().manual_seed(seed)
-    r = lambda *shape: torch.randn(*shape, generator=g)
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=g)
+
     out = dict(q=r(B, H, T, D), k=r(B, p.groups, T, D), v=r(B, p.groups, T, D))
     shapes = dict(row=(B, T), pair=(H, T, T), full=(B, H, T, T), alibi=(H,))
     out |= {name: r(*shapes[name]) for name in p.bias}
@@ -94,7 +97,9 @@ def write(p: Program, s: Spelling) -> Callable[..., Tensor]:
         scores = product(q * left if left is not None else q, k * right if right is not None else k, p, s)
         scores = scaled(scores, p, s, left, right)
         if p.cap is not None:
-            scores = p.cap * torch.tanh(scores / p.cap) if s.cap == "divide" else torch.tanh(scores * (1 / p.cap)).mul(p.cap)
+            scores = (
+                p.cap * torch.tanh(scores / p.cap) if s.cap == "divide" else torch.tanh(scores * (1 / p.cap)).mul(p.cap)
+            )
         scores = biased(scores, x, p, s)
         scores = masked(scores, x, p, s)
         if s.upcast == "float":
@@ -149,8 +154,11 @@ def scaled(scores, p, s, left, right):
 
 def product(q, k, p, s):
     if grouped(p, s):
-        return (q.view(B, p.groups, -1, T, D) @ k.unsqueeze(2).mT).view(B, H, T, T) if s.layout == "bhtd" else (
-            q.unflatten(1, (p.groups, -1)) @ k.unsqueeze(2).mT).flatten(1, 2)  # fmt: skip
+        return (
+            (q.view(B, p.groups, -1, T, D) @ k.unsqueeze(2).mT).view(B, H, T, T)
+            if s.layout == "bhtd"
+            else (q.unflatten(1, (p.groups, -1)) @ k.unsqueeze(2).mT).flatten(1, 2)
+        )
     if s.layout == "einsum":
         return torch.einsum("bhqd,bhkd->bhqk", q, k)
     if s.layout == "einsum_bthd":
@@ -194,20 +202,26 @@ def conditions(x, p, s) -> list[Tensor]:
     found = []
     for name in p.masks:
         if name == "causal":
-            found.append({
-                "arange": lambda: j <= i,
-                "reversed": lambda: ~(i < j),
-                "tril": lambda: torch.tril(torch.ones(T, T)) == 1,
-                "triu": lambda: ~torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1),
-                "buffer": lambda: torch.ones(2 * T, 2 * T, dtype=torch.bool).tril()[:T, :T],
-            }[s.causal]())  # fmt: skip
+            found.append(
+                {
+                    "arange": lambda: j <= i,
+                    "reversed": lambda: ~(i < j),
+                    "tril": lambda: torch.tril(torch.ones(T, T)) == 1,
+                    "triu": lambda: ~torch.triu(torch.ones(T, T, dtype=torch.bool), diagonal=1),
+                    "buffer": lambda: torch.ones(2 * T, 2 * T, dtype=torch.bool).tril()[:T, :T],
+                }[s.causal]()
+            )
         elif name == "window":
             found.append(i - j < WINDOW if s.causal == "arange" else ~(j <= i - WINDOW))
         elif name == "padding":
             found.append(x["keep"][:, None, None, :])
         else:
             doc = x["doc"]
-            found.append((doc[:, None, :, None] == doc[:, None, None, :]) if s.causal == "arange" else (doc.unsqueeze(-1) - doc.unsqueeze(-2) == 0)[:, None])
+            found.append(
+                (doc[:, None, :, None] == doc[:, None, None, :])
+                if s.causal == "arange"
+                else (doc.unsqueeze(-1) - doc.unsqueeze(-2) == 0)[:, None]
+            )
     return found
 
 
@@ -223,7 +237,7 @@ def masked(scores, x, p, s):
     for keep in keeps:
         if s.masking == "where":
             scores = torch.where(keep, scores, p.fill)
-        elif s.masking == "add" or s.masking == "product" and p.fill == INF:
+        elif s.masking == "add" or (s.masking == "product" and p.fill == INF):
             scores = scores + torch.zeros(keep.shape).masked_fill(~keep, p.fill)
         elif s.masking == "product":
             scores = scores + (1.0 - keep.to(scores.dtype)) * p.fill
@@ -250,7 +264,7 @@ def weighted(scores, v, x, p, s):
         weights = e / e.sum(-1, keepdim=True)
     elif style == "shifted_operator":
         weights = (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1)
-    elif style == "logsumexp":
+    elif style == "logsumexp" and not (p.masks and p.fill == LOW):  # another function where a row has no live key
         weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
     elif style == "log_softmax":
         weights = torch.log_softmax(scores, -1).exp()

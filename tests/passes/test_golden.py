@@ -1,13 +1,13 @@
-"""The main forms as text: the graph before, the site's program, the graph after. Accept changes with ATTNFX_ACCEPT=1."""
+"""The main forms as text: the graph before, the program, the graph after. ATTNFX_ACCEPT=1 accepts changes."""
 
 import re
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.support import compiled, new_reports, rand
 
 from attnfx import pipeline
+from tests.support import compiled, new_reports, rand
 
 INF = float("-inf")
 
@@ -51,12 +51,19 @@ def library_call(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-HEADS = lambda g=4: (rand(2, 4, 24, 16), rand(2, g, 24, 16), rand(2, g, 24, 16))
+def heads(g=4):
+    return rand(2, 4, 24, 16), rand(2, g, 24, 16), rand(2, g, 24, 16)
+
+
 FORMS = [
-    (plain, HEADS), (causal_masked_fill, HEADS), (grouped_repeat_kv, lambda: HEADS(2)), (dropout_training, HEADS), (library_call, HEADS),
+    (plain, heads),
+    (causal_masked_fill, heads),
+    (grouped_repeat_kv, lambda: heads(2)),
+    (dropout_training, heads),
+    (library_call, heads),
     (packed_projection_with_padding, lambda: (rand(2, 24, 64), rand(64, 192), torch.ones(2, 24, dtype=torch.bool))),
-    (sink, lambda: (*HEADS(), rand(4))),
-]  # fmt: skip
+    (sink, lambda: (*heads(), rand(4))),
+]
 
 
 def text(gm: torch.fx.GraphModule) -> str:
@@ -67,7 +74,9 @@ def text(gm: torch.fx.GraphModule) -> str:
             lines.append(f"return {n.args[0]}")
             continue
         held = n.meta.get("val", n.meta.get("example_value"))
-        shape = f": {str(held.dtype).removeprefix('torch.')}{list(held.shape)}" if isinstance(held, torch.Tensor) else ""
+        shape = (
+            f": {str(held.dtype).removeprefix('torch.')}{list(held.shape)}" if isinstance(held, torch.Tensor) else ""
+        )
         target = str(n.target).removeprefix("aten.") if n.op == "call_function" else n.op
         target = re.sub(r"<built-in function (\w+)>", r"\1", target)
         given = [*map(str, n.args), *(f"{k}={v}" for k, v in n.kwargs.items())] if n.op.startswith("call") else []
@@ -95,5 +104,9 @@ def test_the_graph_before_and_after(fn, args, golden, monkeypatch):
     with new_reports() as filed, torch.no_grad():
         compiled(fn, inner="eager")(*args())
     (site,) = filed[0].rewritten
-    parts = {"before": traced[0], "site": f"{site.summary()}\nmask: {site.mask}\n{site.spec}", "after": text(results[0].gm)}
+    parts = {
+        "before": traced[0],
+        "site": f"{site.summary()}\nmask: {site.mask}\n{site.spec}",
+        "after": text(results[0].gm),
+    }
     golden(f"{fn.__name__}.txt", "".join(f"== {name}\n{body}\n\n" for name, body in parts.items()).rstrip() + "\n")
