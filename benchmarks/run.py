@@ -137,7 +137,7 @@ def detail(result: dict[str, Any]) -> str:
             ", ".join(f"{name} {part['peak_bytes'] / 2**20:.0f}" for name, part in result["by_backend"].items())
             + " MiB"
         )
-    return f"attnfx {result['attnfx_s']:.2f} s (cpu {result['attnfx_cpu_s']:.2f} s) of {result['whole_s']:.1f} s"
+    return f"attnfx {result['attnfx_s']:.2f} s of {result['whole_s']:.1f} s; processor {result['cpu_share']:.1%}"
 
 
 def table(group: str, rows: list[Row]) -> Table:

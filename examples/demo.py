@@ -217,7 +217,7 @@ def sites_table(sites: list[list[str]]) -> Table:
     """Sites that read the same, such as those of a model's layers, are counted in one row."""
     table = Table(title="attention found by attnfx", title_justify="left", title_style="")
     for column in ("sites", "where", "what", "mask", "decision"):
-        table.add_column(column, overflow="fold")
+        table.add_column(column, overflow="fold", no_wrap=column == "where")
     for site, count in Counter(map(tuple, sites)).items():
         table.add_row(str(count), *map(Text, site))
     return table
