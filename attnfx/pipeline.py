@@ -16,7 +16,7 @@ from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import op_name, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding
-from attnfx.passes.rewrite import CannotEmit, check, clean, dimensions, rewrite
+from attnfx.passes.rewrite import CannotEmit, Carriers, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, placeholders, trace, uses_functorch
 from attnfx.report import Decision, Refusal, Report, Site
@@ -79,12 +79,12 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     functionalise(traced)
     check(traced)
     changed = _bodies(traced, options, report)
-    hints = _hints(traced.graph)
+    hints, carriers = _hints(traced.graph), size_carriers(traced)
     for finding in Finder(traced).find():
         sizes = numeric_dims(finding, hints)
         site = describe_site(finding, len(report.sites), sizes)
         report.sites.append(site)
-        changed |= _decide(traced, finding, site, sizes, options)
+        changed |= _decide(traced, finding, site, sizes, options, carriers)
     if changed:
         clean(traced)
         check(traced)
@@ -174,7 +174,9 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
     return out
 
 
-def _decide(traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, int], options: Options) -> bool:
+def _decide(
+    traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, int], options: Options, carriers: Carriers
+) -> bool:
     """Choose for one site and carry it out. True where the graph changed."""
     match = finding.match
     if match is None:
@@ -193,7 +195,8 @@ def _decide(traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, 
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
         # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
-        rewrite(traced, match, torch.ops.attnfx.attention.default, "auto" if "library" in options.tiers else "chunked")
+        tier = "auto" if "library" in options.tiers else "chunked"
+        rewrite(traced, match, torch.ops.attnfx.attention.default, tier, carriers)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)

@@ -265,9 +265,12 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
     below = exponent(body)
     if below is None or substitute(below, {variable: j}) is not top:
         return None
+    base = top
+    while base.op == "where" and A.drowning(base.args[2]):  # what was subtracted has moved under the mask
+        base = base.args[1]
     maxima = [
         t
-        for t in (top.args if top.op == "add" else (top,))
+        for t in (base.args if base.op == "add" else (base,))
         if any(e.op == "rmax" for e in outside(t)) and j.value not in t.free
     ]
     others = [t for t in sums if t is not main[0]]

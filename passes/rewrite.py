@@ -28,11 +28,31 @@ class CannotEmit(Exception):
     """The views that an operand needs cannot be written; the site is kept."""
 
 
+Carriers = dict[Expr, tuple[Node, int | None]]
+
+
+def size_carriers(gm: GraphModule) -> Carriers:
+    """Where each symbolic size can be read: an input that is the size itself, or the first tensor that has it as a
+    dimension. A size is bound before what it sizes, so the first carrier stands before every site that needs it."""
+    found: Carriers = {}
+    for n in gm.graph.nodes:
+        held = value(n)
+        if n.op == "placeholder" and isinstance(held, torch.SymInt):
+            found.setdefault(size_expr(held), (n, None))
+    for n in gm.graph.nodes:
+        if is_tensor(n):
+            for d, extent in enumerate(dims(n)):
+                if extent.op != "const":
+                    found.setdefault(extent, (n, d))
+    return found
+
+
 class Emitter:
     """Inserts nodes before one node, with example values; sizes are expressions."""
 
-    def __init__(self, gm: GraphModule, before: Node):
+    def __init__(self, gm: GraphModule, before: Node, carriers: Carriers | None = None):
         self.gm, self.graph, self.before = gm, gm.graph, before
+        self.carriers = carriers or {}
         self.sizes: dict[Expr, Node] = {}
         self.stack = {
             k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
@@ -55,19 +75,9 @@ class Emitter:
         return self.sizes[e]
 
     def _size(self, e: Expr) -> Node:
-        for n in self.graph.nodes:
-            if n is self.before:
-                break
-            held = value(n)
-            if n.op == "placeholder" and isinstance(held, torch.SymInt) and size_expr(held) is e:
-                return n
-        for n in self.graph.nodes:
-            if n is self.before:
-                break
-            if is_tensor(n):
-                for d, extent in enumerate(dims(n)):
-                    if extent is e:
-                        return self.call(aten.sym_size.int, n, d)
+        if e in self.carriers:
+            node, dim = self.carriers[e]
+            return node if dim is None else self.call(aten.sym_size.int, node, dim)
         if e.op in ("add", "mul"):
             parts = [self.size(a) for a in e.args]
             out = parts[0]
@@ -136,13 +146,13 @@ def dimensions(match: Match) -> dict[str, Expr]:
     }  # fmt: skip
 
 
-def rewrite(gm: GraphModule, match: Match, operator_call, tier: str) -> Node:  # type: ignore[no-untyped-def]
+def rewrite(gm: GraphModule, match: Match, operator_call: Any, tier: str, carriers: Carriers) -> Node:
     """Insert the operator before `match.final` and let all users read it. Raises CannotEmit before changing users.
 
     `operator_call` is torch.ops.attnfx.attention.default, given by the caller: passes know no kernels.
     """
     final = match.final
-    emit = Emitter(gm, final)
+    emit = Emitter(gm, final, carriers)
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
     q = emit.operand(match.query, [*axes, match.row, match.width])
