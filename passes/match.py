@@ -221,22 +221,35 @@ class Finder:
         return weight, final
 
     def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
-        score, dot, load = self._score(final, found.score, j)
-        left = (dot.left, dot.left_index)
-        right = (dot.right, dot.right_index)
+        """Try the products that the score loads, the likeliest first: the others may be biases (relative positions)."""
+        problem: Refused | None = None
+        for load, dot in self._products(final, found.score, j):
+            try:
+                return self._with_product(final, out, j, found, values, values_at, load, dot)
+            except Refused as p:
+                problem = problem or p
+        assert problem is not None
+        raise problem
+
+    def _with_product(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index,
+                      load: Expr, dot: Contraction) -> Match:  # fmt: skip
+        """The match in which `load` is the product of queries and keys."""
+        if self.facts.regions[dot.node] != self.facts.regions[final]:
+            message = "the attention crosses the border of an autocast or a no_grad region"
+            raise Refused("region", message, [dot.node, final])
+        left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
         if j.value in _free(left[1]):
             left, right = right, left
-        if j.args[0] is not A.ONE and (j.value in _free(left[1]) or j.value not in _free(right[1])):
-            raise Refused("score", "neither operand of the scores runs over the keys alone", [dot.node])
         in_values = _free(values_at)
         in_weights = _free(left[1]) | _free(right[1]) | found.score.free | found.weight.free
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
         if len(width) != 1:
             raise Refused("values", "the values have no width of their own", [values])
-        e = width[0]
         row = self._row(dot, load, left, right, out, in_values)
+        rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
+        found = replace(found, score=substitute(found.score, {load: rounded}))
         pairs = (left, right, (values, values_at))
-        return self._build(Parts(final, out, row, j, dot.reduced, e, pairs, replace(found, score=score), dot.node))
+        return self._build(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
 
     def _row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
              in_values: frozenset[str]) -> Expr:  # fmt: skip
@@ -256,40 +269,22 @@ class Finder:
                 return max(inside, key=lambda v: order[v])
         return alone[-1]
 
-    def _score(self, final: Node, score: Expr, j: Expr) -> tuple[Expr, Contraction, Expr]:
-        """The score as a program over `dot`, the contraction that dot is, and the load that it was."""
-        candidates: list[tuple[Expr, Contraction]] = []
+    def _products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
+        """The loads of contractions in which one operand alone runs over the keys: nearest plain ones first."""
+        found: list[tuple[Expr, Contraction]] = []
         for e in walk(score):
-            if e.op == "load" and (j.value in e.free or j.args[0] is A.ONE):
-                node = slot_node(e.value)
-                if isinstance(node, Node) and op_name(node) in PRODUCTS:
-                    c = contraction(node, e.args)
-                    if c is not None and (
-                        j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index))
-                    ):
-                        candidates.append((e, c))
-        if not candidates:
-            raise Refused(
-                "no_product",
-                "no product of queries with keys reaches the softmax through operators that are understood",
-                [final],
-            )
-        candidates.sort(
-            key=lambda pair: (not _plain(pair[1], j), -self.facts.position[pair[1].node])
-        )  # the nearest plain one
-        load, dot = candidates[0]
-        if not all(is_tensor(x) and value(x).dtype.is_floating_point for x in (dot.left, dot.right)):  # type: ignore[union-attr]
-            raise Refused("dtype", "the scores are no floats", [dot.node])
-        if len(shape(dot.left)) < 3 and len(shape(dot.right)) < 3:
-            raise Refused(
-                "unbatched", "the scores are a product of two matrices, as in a router or a classifier", [dot.node]
-            )
-        if self.facts.regions[dot.node] != self.facts.regions[final]:
-            raise Refused(
-                "region", "the attention crosses the border of an autocast or a no_grad region", [dot.node, final]
-            )
-        rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
-        return substitute(score, {load: rounded}), dot, load
+            if e.op != "load" or not (j.value in e.free or j.args[0] is A.ONE):
+                continue
+            node = slot_node(e.value)
+            c = contraction(node, e.args) if batched(node) else None
+            if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
+                continue
+            if j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index)):
+                found.append((e, c))
+        if not found:
+            message = "no product of queries with keys reaches the softmax through operators that are understood"
+            raise Refused("no_product", message, [final])
+        return sorted(found, key=lambda pair: (not _plain(pair[1]), -self.facts.position[pair[1].node]))
 
     # -- the library's own operator -----------------------------------------------------------
     def _library_call(self, at: Node) -> Match:
@@ -467,18 +462,11 @@ def _free(index: Index) -> frozenset[str]:
     return frozenset().union(*(x.free for x in index))
 
 
-def _plain(c: Contraction, j: Expr) -> bool:
-    """Whether views can express both operands, and some row is the query's alone."""
-    if not all(
+def _plain(c: Contraction) -> bool:
+    """Whether plain indices, split or merged, read both operands: no gathers."""
+    return all(
         radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x))
         for x in (*c.left_index, *c.right_index)
-    ):
-        return False
-    left, right = _free(c.left_index), _free(c.right_index)
-    query, key = (right, left) if j.value in left else (left, right)
-    rows = [e for x in c.left_index + c.right_index for e in walk(x) if e.op == "var" and e.args[0] is not A.ONE]
-    return bool(query - key - {str(c.reduced.value)}) or not any(
-        v.value in query for v in rows if v.value in key and v is not c.reduced
     )
 
 
