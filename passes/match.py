@@ -176,49 +176,55 @@ class Finder:
 
     # -- attention written out ----------------------------------------------------------------
     def _written_out(self, final: Node) -> Match:
-        out_vars = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
-        c = contraction(final, out_vars)
-        if c is None:
-            raise Refused(
-                "contraction",
-                f"the product {op_name(final)} of the weights with the values is of a form that is not understood",
-                [final],
-            )
-        sides = [(c.left, c.left_index, c.right, c.right_index), (c.right, c.right_index, c.left, c.left_index)]
-        sides = [s for s in sides if any(self._from_scores(w) for w in self.weights.get(s[0], ()))]
         problem: Exception | None = None
-        for weights, at, values, values_at in sides:
-            try:
-                weight = self.lifter.lift(weights, at)
-                last = final
-                if not any(e.op == "softmax" or (e.op == "recip" and _sums(e)) for e in N.outside(weight)):
-                    weight, last = self._divided_later(final, out_vars, weight)
-                found = N.normalise(weight, c.reduced)
-                if last is not final and found.normaliser != "softmax":
-                    raise Refused(
-                        "normaliser", "the values are divided by something else than the sum of the weights", [last]
-                    )
-                return self._assemble(last, out_vars, c.reduced, found, values, values_at)
-            except (Opaque, N.NotNormalised, Refused) as p:
-                # of two sides, the one that got further tells the reason
-                problem = p if problem is None or isinstance(p, Refused) else problem
+        for last, path, divisor in self._endings(final):
+            out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(last)))
+            index: Index = out
+            for view in reversed(path):
+                _, index = VIEWS[op_name(view)](view, index)
+            c = contraction(final, index)
+            if c is None:
+                message = (
+                    f"the product {op_name(final)} of the weights with the values is of a form that is not understood"
+                )
+                raise Refused("contraction", message, [final])
+            for weights, at, values, values_at in (
+                (c.left, c.left_index, c.right, c.right_index),
+                (c.right, c.right_index, c.left, c.left_index),
+            ):
+                if not any(self._from_scores(w) for w in self.weights.get(weights, ())):
+                    continue
+                try:
+                    weight = self.lifter.lift(weights, at)
+                    if divisor is not None:
+                        below = self.lifter.lift(divisor, broadcast(divisor, out))
+                        weight = A.mul(weight, A.unary("recip", below))
+                    found = N.normalise(weight, c.reduced)
+                    if divisor is not None and found.normaliser != "softmax":
+                        message = "the values are divided by something else than the sum of the weights"
+                        raise Refused("normaliser", message, [last])
+                    return self._assemble(last, out, c.reduced, found, values, values_at)
+                except (Opaque, N.NotNormalised, Refused) as p:
+                    # of several readings, the one that got further tells the reason
+                    problem = p if problem is None or not isinstance(problem, Refused) else problem
         raise problem or Refused("contraction", "the weights reach the values through an unknown operator", [final])
 
-    def _divided_later(self, final: Node, index: Index, weight: Expr) -> tuple[Expr, Node]:
-        """(exp(s) @ v) / sum(exp(s)): the division stands after the values."""
-        for user in final.users:
-            if (
-                op_name(user) == "div"
-                and user.args[0] is final
-                and isinstance(user.args[1], Node)
-                and len(user.args) == 2
-            ):
-                if tuple(dims(user)) != tuple(dims(final)):
-                    continue
-                below = self.lifter.lift(user.args[1], broadcast(user.args[1], index))
-                if _sums(below) and len(final.users) == 1:
-                    return A.mul(weight, A.unary("recip", below)), user
-        return weight, final
+    def _endings(self, final: Node) -> list[tuple[Node, list[Node], Node | None]]:
+        """Where the attention may end: at the product itself, or, (exp(s) @ v) / sum(exp(s)), at a division of it or of
+        a view of it. Each as (last node, views up to it, divisor)."""
+        out: list[tuple[Node, list[Node], Node | None]] = [(final, [], None)]
+        at, path = final, []
+        while len(at.users) == 1 and len(path) < 8:
+            user = next(iter(at.users))
+            if op_name(user) in VIEWS and user.args[0] is at:
+                path.append(user)
+                at = user
+                continue
+            if op_name(user) == "div" and len(user.args) == 2 and user.args[0] is at and is_tensor(user.args[1]):
+                if dims(user) == dims(at):
+                    out.append((user, path, user.args[1]))  # type: ignore[arg-type]
+            break
+        return out
 
     def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
         """Try the products that the score loads, the likeliest first: the others may be biases (relative positions)."""
@@ -452,10 +458,6 @@ def batched(n: Node) -> bool:
     operands = [x for x in n.all_input_nodes if is_tensor(x)]
     operands = operands[-2:] if op_name(n) == "baddbmm" else operands
     return all(len(shape(x)) > 2 for x in operands)
-
-
-def _sums(e: Expr) -> bool:
-    return any(x.op == "rsum" for x in N.outside(e))
 
 
 def _free(index: Index) -> frozenset[str]:
