@@ -18,9 +18,8 @@ from attnfx.passes.graphs import op_name, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding
 from attnfx.passes.rewrite import CannotEmit, Carriers, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
-from attnfx.passes.trace import Untraceable, placeholders, trace, uses_functorch
-from attnfx.report import Decision, Refusal, Report, Site
-from attnfx.spec import AXES
+from attnfx.passes.trace import Untraceable, trace, uses_functorch
+from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
@@ -208,6 +207,3 @@ def _shielded(traced: GraphModule, finding: Finding, site: Site, only_risky: boo
         return False
     site.notes = (*site.notes, "shielded from other rewriters")
     return True
-
-
-__all__ = ["AXES", "Decision", "Result", "placeholders", "run"]

@@ -8,7 +8,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.graphs import dims, op_name, shape, value
+from attnfx.passes.graphs import dims, op_name, shape
 from attnfx.passes.lift import INDEXING, Index, Lifter, Opaque, argument, broadcast, rule
 
 PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")
@@ -121,10 +121,3 @@ def _baddbmm(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 def slot_node(slot: object) -> Node:
     return slot.node if isinstance(slot, Product) else slot  # type: ignore[return-value]
-
-
-def is_batched(c: Contraction) -> bool:
-    return len(shape(c.left)) > 2 and len(shape(c.right)) > 2
-
-
-__all__ = ["Contraction", "Product", "contraction", "is_batched", "value"]

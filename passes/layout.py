@@ -28,14 +28,13 @@ UNIT = A.const(1.0)
 
 @dataclass(frozen=True)
 class Access:
-    """`factor` * node[index]. `reader` is the node through which the walk left it (for mutation checks)."""
+    """`factor` * node[index]."""
 
     node: Node
     index: Index
     factor: Expr = UNIT
     gain: int = 0
     upcast: bool = False
-    reader: Node | None = None
 
 
 def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:
@@ -62,7 +61,7 @@ def _step(lifter: Lifter, last: Access) -> Access | None:
         grown = name in EXPANSIONS and any(
             a is not b for a, b in zip(reversed(dims(source)), reversed(dims(at)), strict=False)
         )
-        return Access(source, index, last.factor, last.gain + grown, last.upcast, at)
+        return Access(source, index, last.factor, last.gain + grown, last.upcast)
     if name in ("mul", "div") and len(at.args) == 2 and not at.kwargs:
         for source, other in ((at.args[0], at.args[1]), (at.args[1], at.args[0])):
             if name == "div" and source is at.args[1]:
@@ -72,15 +71,15 @@ def _step(lifter: Lifter, last: Access) -> Access | None:
                 if len(dims(source)) != len(dims(at)):
                     continue
                 factor = number if name == "mul" else A.unary("recip", number)
-                return Access(source, last.index, A.mul(last.factor, factor), last.gain + 1, last.upcast, at)
+                return Access(source, last.index, A.mul(last.factor, factor), last.gain + 1, last.upcast)
     if name in ("to", "_to_copy", "type_as", "float"):
         source = at.args[0]
         if isinstance(source, Node):
             before, after = value(source).dtype, value(at).dtype  # type: ignore[union-attr]
             if before in (torch.float16, torch.bfloat16) and after == torch.float32:
-                return Access(source, last.index, last.factor, last.gain + 1, True, at)
+                return Access(source, last.index, last.factor, last.gain + 1, True)
             if before == after:
-                return Access(source, last.index, last.factor, last.gain, last.upcast, at)
+                return Access(source, last.index, last.factor, last.gain, last.upcast)
     return None
 
 

@@ -379,9 +379,7 @@ class Finder:
         out = []
         for program in (found.score, found.weight, *found.extra):
             program = self._load_reductions(program)
-            for split in splits:
-                program = substitute(program, split)
-            out.append(substitute(substitute(program, by), lengths))
+            out.append(substitute(substitute(apply_splits(program, splits), by), lengths))
         return out
 
     def _load_reductions(self, program: Expr) -> Expr:

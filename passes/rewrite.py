@@ -14,7 +14,6 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir import poly
 from attnfx.ir.expr import Expr
 from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
@@ -168,7 +167,7 @@ def rewrite(gm: GraphModule, match: Match, operator_call: Any, tier: str, carrie
             x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
         )
     captures = [_tensor(emit, c) for c in match.captures]
-    sizes = [emit.size(_named(emit, name)) for name in match.sizes]
+    sizes = [emit.size(A.size(name)) for name in match.sizes]
     seed = (
         emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=value(q).device)
         if match.spec.random
@@ -176,7 +175,7 @@ def rewrite(gm: GraphModule, match: Match, operator_call: Any, tier: str, carrie
     )
     made = emit.call(operator_call, q, k, v, captures, sizes, seed, match.spec.to_json(), tier)
     out = emit.call(operator.getitem, made, 0)
-    out = _like(emit, out, match, n)
+    out = _like(emit, out, match)
     out.meta = {**final.meta, **out.meta}
     final.replace_all_uses_with(out, propagate_meta=False)
     return made
@@ -191,11 +190,7 @@ def _tensor(emit: Emitter, capture: Node) -> Node:
     return emit.call(aten.scalar_tensor.default, capture, dtype=torch.float64)
 
 
-def _named(emit: Emitter, name: str) -> Expr:
-    return A.size(name)
-
-
-def _like(emit: Emitter, out: Node, match: Match, n: dict[str, Expr]) -> Node:
+def _like(emit: Emitter, out: Node, match: Match) -> Node:
     """From (B, H, T, Dv) to the shape, order of dimensions and memory layout of the node that is replaced."""
     kv, group = match.kv_axes, match.group_axes
     full = [*kv, *group, match.row, match.value_width]
@@ -284,4 +279,4 @@ def check(gm: GraphModule) -> None:
             assert "val" in n.meta, f"{n.name} has no example value"
 
 
-__all__ = ["CannotEmit", "check", "clean", "dimensions", "poly", "rewrite"]
+__all__ = ["CannotEmit", "check", "clean", "dimensions", "rewrite"]

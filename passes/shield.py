@@ -13,6 +13,7 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.graphs import op_name, value
 from attnfx.passes.match import Finding
 from attnfx.passes.rewrite import Emitter
@@ -63,7 +64,7 @@ def _cone(finding: Finding) -> set[Node]:
         for a in n.all_input_nodes:
             if a not in below and a.op == "call_function" and len(below) < 200:
                 below.add(a)
-                if op_name(a) not in ("matmul", "bmm", "baddbmm", "einsum"):
+                if op_name(a) not in PRODUCTS:
                     above.append(a)
                 else:
                     below.update(x for x in a.all_input_nodes if op_name(x) == "permute")
