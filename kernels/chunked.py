@@ -12,7 +12,7 @@ computed over all keys (`Plan.widen`), by the forward pass and the backward pass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, rebuild, walk
+from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
 from attnfx.spec import AttentionSpec, fill_of
@@ -207,19 +208,15 @@ class Plan:
             yield out
 
 
-def all_sizes(spec: AttentionSpec, query: Tensor, key: Tensor, sizes: Sequence[int]) -> dict[str, int]:
-    named = dict(B=query.shape[0], H=query.shape[1], T=query.shape[2], S=key.shape[2])
-    return named | dict(zip(spec.sizes, sizes))
-
-
 class Run:
     """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
 
-    def __init__(self, spec, query, key, value, captures, sizes, seed):
-        self.spec, self.program = spec, program_of(spec)
-        self.compute = getattr(torch, spec.compute)
-        self.captures, self.seed = captures, seed
-        self.sizes = all_sizes(spec, query, key, sizes)
+    def __init__(self, call: Call):
+        self.call = call
+        self.spec, self.program = call.spec, program_of(call.spec)
+        self.compute = call.compute
+        self.captures, self.sizes = call.captures, call.sizes
+        query, key = call.query, call.key
         self.groups = key.shape[1]
         self.repeat = query.shape[1] // max(self.groups, 1)
         self.device = query.device
@@ -227,8 +224,8 @@ class Run:
         # tensor cores multiply halves exactly and add in float32; a CPU's would round the sums
         halves = query.device.type == "cuda" and query.dtype.itemsize == 2
         self.factor = query.dtype if halves else self.compute
-        self.key, self.value = (x.to(self.factor).contiguous() for x in (key, value))
-        self.plan = Plan(spec, self.sizes, self.groups, query.device)
+        self.key, self.value = (x.to(self.factor).contiguous() for x in (key, call.value))
+        self.plan = Plan(self.spec, self.sizes, self.groups, query.device)
         self._first_seed: int | None = None
 
     def keys(self, x: Tensor, at: Block) -> Tensor:
@@ -299,7 +296,8 @@ class Run:
         if p <= 0.0:
             return None
         if self._first_seed is None:
-            self._first_seed = int(self.seed.item())
+            assert self.call.seed is not None
+            self._first_seed = int(self.call.seed.item())
         generator = torch.Generator(device=self.device)
         generator.manual_seed(_mix(self._first_seed, at.number))
         if p >= 1.0:
@@ -315,28 +313,11 @@ def _mix(seed: int, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """An empty output (B, H, T, width) whose memory is (B, T, H, width): models merge the heads next, and then need no
-    copy."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
-
-
-def forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
-    run = Run(spec, query, key, value, captures, sizes, seed)
-    shape = query.shape[:3]
-    out = output_like(query, value.shape[-1], getattr(torch, spec.out_dtype))
-    logsumexp = query.new_zeros(shape, dtype=run.compute)
-    forward_rows(run, None, out, logsumexp)
+    out = output_like(call.query, call.value.shape[-1], call.out_dtype)
+    logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
+    forward_rows(Run(call), None, out, logsumexp)
     return out, logsumexp
 
 
@@ -383,31 +364,18 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 
 
 def backward(
-    spec: AttentionSpec,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = Run(spec, query, key, value, captures, sizes, seed)
-    if spec.normaliser == "softmax":
+    run = Run(call)
+    if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
-    grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    grads = Gradients(run, grad_out, grad_query)
+    query = torch.zeros(call.query.shape, dtype=call.query.dtype, device=call.query.device)
+    grads = Gradients(run, grad_out, query)
     for blocks in run.plan.blocks():
         grads.add_blocks(blocks)
-    return (
-        grad_query,
-        grads.key.to(key.dtype),
-        grads.value.to(value.dtype),
-        [grads.captures[n].to(captures[n].dtype) for n, c in enumerate(spec.captures) if c.grad],
-    )
+    found = [grads.captures[n].to(call.captures[n].dtype) for n, c in enumerate(call.spec.captures) if c.grad]
+    return query, grads.key.to(call.key.dtype), grads.value.to(call.value.dtype), found
 
 
 class Gradients:

@@ -7,6 +7,7 @@ its own, so that AOTAutograd can trace it. Which code runs is decided by the tie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels import chunked, library
-from attnfx.kernels.chunked import output_like
+from attnfx.kernels.call import Call, output_like
 from attnfx.spec import AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
@@ -27,27 +28,32 @@ _BACKWARD = (
 
 
 class Tier(NamedTuple):
-    """One way to run a spec. `supports(spec, query, key, value)` is None, or says in words why this way cannot."""
+    """One way to run a call.
 
-    supports: Callable[[AttentionSpec, Tensor, Tensor, Tensor], str | None]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    supports(call) is None, or says in words why this way cannot.
+    forward(call) -> (out, logsumexp), as the operator gives them.
+    backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
+    """
+
+    supports: Callable[[Call], str | None]
+    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
 # In the order in which "auto" tries them.
 TIERS: dict[str, Tier] = {
     "library": Tier(library.supports, library.forward, library.backward),
-    "chunked": Tier(lambda *_: None, chunked.forward, chunked.backward),
+    "chunked": Tier(lambda _: None, chunked.forward, chunked.backward),
 }
 
 
-def choose(tier: str, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tier:
+def choose(tier: str, call: Call) -> Tier:
     """The tier of that name, or the first that supports the call for "auto". Raises ValueError where it does not."""
     if tier == "auto":
-        return next(t for t in TIERS.values() if t.supports(spec, query, key, value) is None)
+        return next(t for t in TIERS.values() if t.supports(call) is None)
     if tier not in TIERS:
         raise ValueError(f"attnfx.attention: tier {tier!r} is none of {', '.join(['auto', *TIERS])}")
-    if (why := TIERS[tier].supports(spec, query, key, value)) is not None:
+    if (why := TIERS[tier].supports(call)) is not None:
         raise ValueError(f"attnfx.attention: the {tier} tier cannot run this call: {why}")
     return TIERS[tier]
 
@@ -58,15 +64,8 @@ def _require(good: bool, message: str) -> None:
         raise ValueError(f"attnfx.attention: {message}")
 
 
-def _check(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    sizes: Sequence[int],
-    seed: Tensor | None,
-) -> None:
+def _check(call: Call) -> None:
+    spec, query, key, value, captures, sizes, seed = (getattr(call, f.name) for f in fields(call))
     for name, x in (("query", query), ("key", key), ("value", value)):
         _require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
         _require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
@@ -103,32 +102,25 @@ def _check(
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
-@lru_cache(maxsize=1024)
-def _dtypes(spec: str) -> tuple[torch.dtype, torch.dtype]:
-    made = from_json(spec)
-    return getattr(torch, made.out_dtype), getattr(torch, made.compute)
-
-
 # -- implementations ----------------------------------------------------------------------------
 def _attention(query, key, value, captures, sizes, seed, spec, tier):
-    made = from_json(spec)
-    _check(made, query, key, value, captures, sizes, seed)
-    return choose(tier, made, query, key, value).forward(made, query, key, value, captures, sizes, seed)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    _check(call)
+    return choose(tier, call).forward(call)
 
 
 def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
-    made = from_json(spec)
-    _check(made, query, key, value, captures, sizes, seed)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    _check(call)
     _require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
-    run = choose(tier, made, query, key, value).backward
-    return run(made, grad_out, query, key, value, out, logsumexp, captures, sizes, seed)
+    return choose(tier, call).backward(call, grad_out, out, logsumexp)
 
 
 def _fake_attention(query, key, value, captures, sizes, seed, spec, tier):
-    _check(from_json(spec), query, key, value, captures, sizes, seed)
-    out_dtype, compute = _dtypes(spec)
-    out = output_like(query, value.shape[3], out_dtype)
-    return out, query.new_empty(query.shape[:3], dtype=compute)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    _check(call)
+    out = output_like(query, value.shape[3], call.out_dtype)
+    return out, query.new_empty(query.shape[:3], dtype=call.compute)
 
 
 def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):

@@ -8,6 +8,7 @@ import torch
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
+from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J, additive
 
@@ -63,13 +64,13 @@ def compare(spec, captures=(), sizes=(), tier=chunked, tolerance=1e-9, **shape):
     floats = [c.clone().requires_grad_() if spec.captures[n].grad else c for n, c in enumerate(captures)]
     want = whole(spec, *leaves, floats, sizes)
     grad = torch.randn_like(want)
-    out, logsumexp = tier.forward(spec, *inputs, captures, sizes)
+    out, logsumexp = tier.forward(Call(spec, *inputs, captures, sizes))
     close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(out, want.detach(), **close)
     assert out.transpose(1, 2).is_contiguous() and logsumexp.shape == inputs[0].shape[:3]
     wanted = [*leaves, *(f for f, c in zip(floats, spec.captures) if c.grad)]
     want_grads = torch.autograd.grad(want, wanted, grad)
-    *grads, of_captures = tier.backward(spec, grad, *inputs, out, logsumexp, captures, sizes)
+    *grads, of_captures = tier.backward(Call(spec, *inputs, captures, sizes), grad, out, logsumexp)
     for got, expected in zip([*grads, *of_captures], want_grads):
         torch.testing.assert_close(got, expected, **close)
     return out, logsumexp
@@ -177,7 +178,7 @@ def test_what_is_not_a_number_spreads_as_in_eager(bad, which):
     inputs = tensors()
     inputs[which][0, 1, 3, 2] = bad
     spec = AttentionSpec(score=DOT, **DOUBLE)
-    out, _ = chunked.forward(spec, *inputs)
+    out, _ = chunked.forward(Call(spec, *inputs))
     torch.testing.assert_close(out, whole(spec, *inputs), equal_nan=True)
 
 
@@ -188,9 +189,9 @@ def test_huge_scores_keep_their_precision_in_the_backward_pass():
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
     dot = (inputs[0] * 0.3) @ inputs[1].repeat_interleave(2, 1).mT
     want = (dot + 1e6).softmax(-1) @ inputs[2].repeat_interleave(2, 1)
-    out, logsumexp = chunked.forward(spec, query, key, value)
+    out, logsumexp = chunked.forward(Call(spec, query, key, value))
     grad = torch.randn_like(want)
-    grads = chunked.backward(spec, grad, query, key, value, out, logsumexp)
+    grads = chunked.backward(Call(spec, query, key, value), grad, out, logsumexp)
     torch.testing.assert_close(out, want)
     for got, expected in zip(grads, torch.autograd.grad(want, inputs, grad)):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
@@ -199,7 +200,7 @@ def test_huge_scores_keep_their_precision_in_the_backward_pass():
 def test_scores_rounded_to_half_precision_overflow_as_eagers_do():
     score = A.half(A.mul(A.const(4000.0), A.half(A.DOT)))
     query, key, value = (x.to(torch.float16) for x in tensors(dtype=torch.float32, D=64))
-    out, _ = chunked.forward(AttentionSpec(score=score, out_dtype="float16"), query, key, value)
+    out, _ = chunked.forward(Call(AttentionSpec(score=score, out_dtype="float16"), query, key, value))
     dot = (query.float() @ key.float().repeat_interleave(2, 1).mT).half() * 4000.0
     want = dot.float().softmax(-1) @ value.float().repeat_interleave(2, 1)
     assert want.isnan().any() and not want.isnan().all()
@@ -225,8 +226,8 @@ def test_halves_are_no_less_exact_than_eager(dtype):
 
     exact, _ = grads(eager, torch.float64)
     rough, grad = grads(eager, dtype)
-    out, logsumexp = chunked.forward(spec, query, key, value)
-    ours = [out, *chunked.backward(spec, grad, query, key, value, out, logsumexp)[:3]]
+    out, logsumexp = chunked.forward(Call(spec, query, key, value))
+    ours = [out, *chunked.backward(Call(spec, query, key, value), grad, out, logsumexp)[:3]]
     for x, y, z in zip(ours, rough, exact):
         assert x.dtype == dtype
         assert (x.double() - z).norm() <= (y.double() - z).norm()
@@ -236,33 +237,37 @@ def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
     inputs = tensors(T=200, S=300)
     spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)
     seed = torch.tensor([7])
-    out, logsumexp = chunked.forward(spec, *inputs, seed=seed)
+    out, logsumexp = chunked.forward(Call(spec, *inputs, seed=seed))
     grad = torch.randn_like(out)
-    grads = chunked.backward(spec, grad, *inputs, out, logsumexp, seed=seed)
+    grads = chunked.backward(Call(spec, *inputs, seed=seed), grad, out, logsumexp)
     # the output is linear in the values, for one draw
     torch.testing.assert_close((out * grad).sum(), (inputs[2] * grads[2]).sum())
     # and its derivative along the queries is that of the same draw
     step = torch.randn_like(inputs[0])
-    ahead, behind = (chunked.forward(spec, inputs[0] + d * step, *inputs[1:], seed=seed)[0] for d in (1e-5, -1e-5))
+    ahead, behind = (
+        chunked.forward(Call(spec, inputs[0] + d * step, *inputs[1:], seed=seed))[0] for d in (1e-5, -1e-5)
+    )
     torch.testing.assert_close(((ahead - behind) * grad).sum() / 2e-5, (grads[0] * step).sum(), rtol=1e-5, atol=1e-5)
     flat = AttentionSpec(score=A.mul(A.const(0.0), A.DOT), dropout=0.2, **DOUBLE)
-    weights = chunked.forward(flat, *inputs[:2], torch.eye(300).double().expand(2, 2, 300, 300), seed=seed)[0] * 300
+    weights = (
+        chunked.forward(Call(flat, *inputs[:2], torch.eye(300).double().expand(2, 2, 300, 300), seed=seed))[0] * 300
+    )
     assert set(weights.mul(0.8).round(decimals=6).unique().tolist()) == {0.0, 1.0}
     assert (weights != 0).double().mean().item() == pytest.approx(0.8, abs=0.003)
     assert not torch.equal(weights[0], weights[1])
-    other = chunked.forward(spec, *inputs, seed=torch.tensor([8]))[0]
+    other = chunked.forward(Call(spec, *inputs, seed=torch.tensor([8])))[0]
     assert not torch.equal(out, other)
 
 
 def test_any_layout_of_the_inputs_gives_the_same():
     query, key, value = tensors()
     spec = AttentionSpec(score=masked(CAUSAL), **DOUBLE)
-    want = chunked.forward(spec, query, key, value)[0]
+    want = chunked.forward(Call(spec, query, key, value))[0]
     turned = (query.mT.contiguous().mT, key.transpose(1, 2).contiguous().transpose(1, 2), value.mT.contiguous().mT)
-    torch.testing.assert_close(chunked.forward(spec, *turned)[0], want)
+    torch.testing.assert_close(chunked.forward(Call(spec, *turned))[0], want)
     zero_strides = [x[:1, :1].expand(2, *x.shape[1:]) for x in (query, key, value)]
     same = [x.contiguous() for x in zero_strides]
-    assert torch.equal(chunked.forward(spec, *zero_strides)[0], chunked.forward(spec, *same)[0])
+    assert torch.equal(chunked.forward(Call(spec, *zero_strides))[0], chunked.forward(Call(spec, *same))[0])
 
 
 def test_a_scale_is_only_moved_into_the_queries_where_it_multiplies_every_dot():
@@ -286,7 +291,7 @@ def test_only_the_live_keys_are_read():
     """A NaN outside the window reaches no row: the one documented difference."""
     query, key, value = tensors(T=64, S=64)
     value[:, :, 0] = math.nan
-    out, _ = chunked.forward(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value)
+    out, _ = chunked.forward(Call(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value))
     assert out[:, :, :7].isnan().all() and not out[:, :, 32:].isnan().any()
 
 
@@ -310,11 +315,11 @@ def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
     score = masked(CAUSAL, score=A.add(DOT, A.load(0, [H, bucket], "f")))
     spec = AttentionSpec(score=score, captures=(G2,))
     with Watch():
-        out, logsumexp = chunked.forward(spec, *inputs, [bias])
-        chunked.backward(spec, out, *inputs, out, logsumexp, [bias])
+        out, logsumexp = chunked.forward(Call(spec, *inputs, [bias]))
+        chunked.backward(Call(spec, *inputs, [bias]), out, out, logsumexp)
     assert largest <= 8 * (1 << 16)
 
 
 def test_an_unknown_operator_is_an_error():
     with pytest.raises(KeyError):
-        chunked.forward(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32))
+        chunked.forward(Call(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32)))
