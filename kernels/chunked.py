@@ -12,7 +12,7 @@ computed over all keys (`Plan.widen`), by the forward pass and the backward pass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -224,7 +224,8 @@ class Run:
         # tensor cores multiply halves exactly and add in float32; a CPU's would round the sums
         halves = query.device.type == "cuda" and query.dtype.itemsize == 2
         self.factor = query.dtype if halves else self.compute
-        self.key, self.value = (x.to(self.factor).contiguous() for x in (key, call.value))
+        self.key = key.to(self.factor).contiguous()
+        self.value = self.key if call.value is key else call.value.to(self.factor).contiguous()
         self.plan = Plan(self.spec, self.sizes, self.groups, query.device)
         self._first_seed: int | None = None
 
@@ -232,6 +233,11 @@ class Run:
         """(B, G, S, E) to the block's (b * g, s, E)."""
         part = x[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1]
         return part.reshape(-1, *part.shape[2:])
+
+    def add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
+        """Adds the block's (b * g, s, E) to (B, G, S, E)."""
+        b, g = at.b1 - at.b0, at.g1 - at.g0
+        total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])
 
     def heads(self, at: Block) -> tuple[int, int]:
         return at.g0 * self.repeat, at.g1 * self.repeat
@@ -289,6 +295,17 @@ class Run:
         for x in extra:
             total = total + (x - m).exp()
         return e, total, m
+
+    def divisor(self, total: Tensor) -> Tensor:
+        """What the exponentials are divided by."""
+        return torch.where(total == 0, 1.0, total) if self.spec.safe else total
+
+    def weights(self, values: Evaluator, prob: Tensor) -> Tensor:
+        """The weights before dropout, of the probabilities."""
+        if self.spec.weight is A.PROB:
+            return prob
+        values.bind(A.PROB, prob)
+        return values.tensor(self.spec.weight).expand(prob.shape)
 
     def drop(self, at: Block, like: Tensor) -> Tensor | None:
         """The factor of each weight under dropout: 0, or 1 / (1 - p)."""
@@ -348,15 +365,13 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
         if spec.normaliser == "softmax":
             weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
             logsumexp[where] = torch.where(m == -math.inf, m, total.log() + m).squeeze(-1)
-            if spec.safe:
-                total = torch.where(total == 0, 1.0, total)
+            total = run.divisor(total)
         else:
             weight = score
         if spec.weight is not A.PROB:
             if total is not None:
                 weight, total = weight / total, None
-            values.bind(A.PROB, weight)
-            weight = values.tensor(spec.weight).expand(score.shape)
+            weight = run.weights(values, weight)
         if (kept := run.drop(at, score)) is not None:
             weight = weight * kept
         part = run.tile(run.product(run.merged(weight, at), run.keys(run.value, at)), at)
@@ -370,59 +385,72 @@ def backward(
     run = Run(call)
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
-    query = torch.zeros(call.query.shape, dtype=call.query.dtype, device=call.query.device)
-    grads = Gradients(run, grad_out, query)
+    grads = Gradients(run)
+    through = ThroughValues(run, grad_out)
     for blocks in run.plan.blocks():
-        grads.add_blocks(blocks)
-    found = [grads.captures[n].to(call.captures[n].dtype) for n, c in enumerate(call.spec.captures) if c.grad]
-    return query, grads.key.to(call.key.dtype), grads.value.to(call.value.dtype), found
+        grads.add_blocks(blocks, through)
+    return grads.query, grads.key.to(call.key.dtype), through.value.to(call.value.dtype), grads.of_captures()
+
+
+class ThroughValues:
+    """The gradient of the weights of a block from that of the output; adds up the gradient of the values."""
+
+    def __init__(self, run: Run, grad_out: Tensor):
+        self.run, self.grad_out = run, grad_out
+        self.value = torch.zeros_like(run.value, dtype=run.compute)
+
+    def __call__(self, at: Block, weight: Tensor) -> Tensor:
+        run = self.run
+        grad = run.queries(self.grad_out, at)
+        run.add_keys(self.value, at, run.product(run.merged(weight, at).mT, grad))
+        return run.tile(run.product(grad, run.keys(run.value, at).mT), at)
 
 
 class Gradients:
-    """The sums that the blocks of a backward pass add to, in the compute type."""
+    """The sums that the blocks of a backward pass add to, in the compute type: of query, key and the captures."""
 
-    def __init__(self, run: Run, grad_out: Tensor, query: Tensor):
-        self.run, self.grad_out, self.query = run, grad_out, query
-        self.key, self.value = (torch.zeros_like(x, dtype=run.compute) for x in (run.key, run.value))
+    def __init__(self, run: Run, query: Tensor | None = None):
+        """`query` is filled block by block; without it, zeros are made."""
+        self.run = run
+        like = run.call.query
+        self.query = torch.zeros(like.shape, dtype=like.dtype, device=like.device) if query is None else query
+        self.key = torch.zeros_like(run.key, dtype=run.compute)
         self.captures = {
             n: torch.zeros(run.captures[n].shape, dtype=run.compute, device=run.device)
             for n, c in enumerate(run.spec.captures)
             if c.grad
         }
 
-    def add_blocks(self, blocks: list[Block]) -> None:
-        """Adds the blocks of one range of rows."""
+    def of_captures(self) -> list[Tensor]:
+        return [x.to(self.run.captures[n].dtype) for n, x in self.captures.items()]
+
+    def add_blocks(self, blocks: list[Block], of_weights: Callable[[Block, Tensor], Tensor]) -> None:
+        """Adds the blocks of one range of rows; `of_weights(block, weights)` gives the gradient of the weights."""
         shared: dict = {}
         for at in blocks:
             if at.j0 < at.j1:  # without a key, nothing depends on anything
-                self._add(at, shared)
+                self._add(at, shared, of_weights)
 
-    def _add(self, at: Block, shared: dict) -> None:
+    def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
         run, spec, program = self.run, self.run.spec, self.run.program
         h0, h1 = run.heads(at)
         where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
         values = run.evaluator(at, shared)
-        query, grad = run.queries(run.query, at), run.queries(self.grad_out, at)
+        query = run.queries(run.query, at)
         score = run.score(at, values, query)
         extra = run.extra(values, (*score.shape[:3], 1))
         # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
         if spec.normaliser == "softmax":
             prob, total, m = run.normalise(score, extra)
-            if spec.safe:
-                total = torch.where(total == 0, 1.0, total)
+            total = run.divisor(total)
             prob.div_(total)
         else:
             prob, total, m = score, score, score
-        weight = prob
-        if spec.weight is not A.PROB:
-            values.bind(A.PROB, prob)
-            weight = values.tensor(spec.weight).expand(score.shape)
+        weight = run.weights(values, prob)
         kept = run.drop(at, score)
-        dropped = weight if kept is None else weight * kept
-        self._add_keys(self.value, at, run.product(run.merged(dropped, at).mT, grad))
-        slope = run.tile(run.product(grad, run.keys(run.value, at).mT), at)
+        slope = of_weights(at, weight if kept is None else weight * kept)
         if kept is not None:
-            slope.mul_(kept)
+            slope = slope * kept
         if spec.weight is not A.PROB:
             slope = self._through(program.weights, slope, values)
         if spec.normaliser == "softmax":
@@ -437,7 +465,7 @@ class Gradients:
         slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
         flat = run.merged(slope, at)
         self.query[where] = run.tile(run.scaled(run.product(flat, run.keys(run.key, at))), at)
-        self._add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
+        run.add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
 
     def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
         """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
@@ -452,7 +480,3 @@ class Gradients:
             x, y = (0.0 if a is _ZERO else self._times(slope, a, values) for a in local.args[1:])
             return torch.where(values.tensor(local.args[0]), x, y)
         return slope * values(local)
-
-    def _add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
-        b, g = at.b1 - at.b0, at.g1 - at.g0
-        total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])

@@ -307,10 +307,10 @@ def backward(
     query, key, value = sums.result()
     if rest is None:
         return query, key, value, []
-    more = chunked.Gradients(rest, grad_out, query)
+    more, through = chunked.Gradients(rest, query), chunked.ThroughValues(rest, grad_out)
     for blocks in rest.plan.blocks(which):
-        more.add_blocks(blocks)
-    return query, (key + more.key).to(key.dtype), (value + more.value).to(value.dtype), []
+        more.add_blocks(blocks, through)
+    return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []
 
 
 class _Sums:

@@ -9,32 +9,15 @@ from attnfx.ir import algebra as A
 from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+from tests.kernels.cases import CAUSAL, DOT, DOUBLE, FINITE, INF, PAD, WINDOW, masked, slope, tensors
 
-DOUBLE = dict(compute="float64", out_dtype="float64")
-DOT = A.mul(A.const(0.3), A.DOT)
-INF = math.inf
-FINITE = torch.finfo(torch.float32).min
-CAUSAL = A.ge(I, J)
-WINDOW = A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(7)))
-PAD = A.load(0, [B, J], "b")
 pad_capture = (Capture("b", 2),)
-slope = A.load(0, [H], "f")
-
-
-def masked(keep, fill=-INF, score=DOT):
-    return A.where(keep, score, A.const(fill))
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(library, "ROWS", 16)
     monkeypatch.setitem(chunked.ROWS, "cpu", 8)
-
-
-def tensors(T=37, S=41, D=8, Dv=8, size_b=2, heads=4, groups=2, dtype=torch.float64):
-    torch.manual_seed(0)
-    shapes = (size_b, heads, T, D), (size_b, groups, S, D), (size_b, groups, S, Dv)
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
 @pytest.fixture
