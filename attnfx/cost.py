@@ -8,7 +8,7 @@ processors differ in the numbers, less in the ratios that decide.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
@@ -36,6 +36,7 @@ ORIGINAL = (
 )
 LIBRARY = Line(0.5, 0.0415, 2.5e5, 3.4)  # a score that is computed at all; blocks with a mask pay MASKED more
 CHUNKED = Line(5.2, 0.040, 4e5, 3.4)
+SUMS = Line(5.2, 0.020, 4e5, 3.0)  # a sum of the weights: the chunked computation without the values
 MASKED = 1.0
 BLOCK = 256  # queries in a block, as kernels/library.py cuts them
 BLOCK_CALL = 6e4  # ns for each block beyond the first
@@ -54,7 +55,7 @@ def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
 
 def decide(
     spec: AttentionSpec, dims: Mapping[str, int], dtype: str, device: str, training: bool, options: Options,
-    library: str | None, threads: int = 1, original: str = "naive",
+    library: str | None, threads: int = 1, original: str = "naive", sums: int = 0, weights_read: str = "",
 ) -> Decision:  # fmt: skip
     """A decision for one site.
 
@@ -62,9 +63,11 @@ def decide(
     dtype      of query, key and value, the name without "torch."
     library    why the library tier cannot run it, or None
     threads    that share the work on a CPU
-    original   "library" where the graph calls PyTorch's fused operator itself
+    original      "library" where the graph calls PyTorch's fused operator itself
+    sums          how many sums of the weights are computed again
+    weights_read  where the weights themselves are read, so that they exist whatever is decided
     """
-    kept, others = candidates(spec, dims, dtype, training, library, threads, original)
+    kept, others = candidates(spec, dims, dtype, training, library, threads, original, sums)
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         return _of(kept, "no allowed tier can run it" + (f" (library: {library})" if library else ""), others)
@@ -74,6 +77,8 @@ def decide(
         return _of(best, "", alternatives)
     if device != "cpu":
         return _of(kept, f"this version has no kernel that is faster on {device}", others)
+    if weights_read:
+        return _of(kept, f"the weights themselves are read at {weights_read}", others)
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     if ratio <= GAIN:
         return _of(best, f"predicted {ratio:.2f} x the original's time", alternatives)
@@ -88,7 +93,7 @@ def _of(chosen: Candidate, reason: str, alternatives: list[Candidate]) -> Decisi
 
 def candidates(
     spec: AttentionSpec, dims: Mapping[str, int], dtype: str, training: bool, library: str | None, threads: int,
-    original: str,
+    original: str, sums: int,
 ) -> tuple[Candidate, list[Candidate]]:  # fmt: skip
     """(the original, the rewrites that can run) with their predicted times (ms) and bytes beyond inputs and output."""
     scores = dims["B"] * dims["H"] * dims["T"] * dims["S"]
@@ -118,7 +123,8 @@ def candidates(
         )
     block = min(scores, 1 << 20) * 4 * 3
     out.append(Candidate("chunked", "blocks", time(CHUNKED, scores * live, 0.0, (blocks - 1) * BLOCK_CALL), block))
-    return kept, out
+    again = sums * time(SUMS, scores * live, 0.0, (blocks - 1) * BLOCK_CALL)
+    return kept, [replace(c, predicted_ms=c.predicted_ms + again) for c in out]
 
 
 def _live(spec: AttentionSpec, dims: Mapping[str, int]) -> tuple[float, bool, int]:

@@ -10,19 +10,21 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx import cost
-from attnfx.kernels import library, operator  # noqa: F401  (the operator is registered by its import)
+from attnfx.kernels import library, operator_weights  # noqa: F401  (the operators are registered by its import)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import op_name, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding
-from attnfx.passes.rewrite import CannotEmit, Carriers, check, clean, dimensions, rewrite, size_carriers
+from attnfx.passes.reductions import find_reductions, needed
+from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
 from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
+OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -79,11 +81,16 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     check(traced)
     changed = _bodies(traced, options, report)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
-    for finding in Finder(traced).find():
+    finder = Finder(traced)
+    findings = finder.find()
+    matches = [f.match for f in findings if f.match is not None]
+    find_reductions(finder, matches)
+    readers = needed(matches)
+    for finding in findings:
         sizes = numeric_dims(finding, hints)
         site = describe_site(finding, len(report.sites), sizes)
         report.sites.append(site)
-        changed |= _decide(traced, finding, site, sizes, options, carriers)
+        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
     if changed:
         clean(traced)
         check(traced)
@@ -174,9 +181,15 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
 
 
 def _decide(
-    traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, int], options: Options, carriers: Carriers
+    traced: GraphModule,
+    finding: Finding,
+    site: Site,
+    sizes: dict[str, int],
+    options: Options,
+    carriers: Carriers,
+    reader: Node | None,
 ) -> bool:
-    """Choose for one site and carry it out. True where the graph changed."""
+    """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
     if match is None:
         return _shielded(traced, finding, site)
@@ -185,20 +198,25 @@ def _decide(
     why = form if isinstance(form := library.form_of(match.spec), str) else None
     if why is None and query.device.type != "cpu":
         why = "it runs on the CPU"
+    reductions = [] if reader is not None else match.reductions
+    read_at = "" if reader is None else where_in_source(reader) or reader.name
     site.decision = cost.decide(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
         torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(),
-        "library" if native else "naive",
+        "library" if native else "naive", len(reductions), read_at,
     )  # fmt: skip
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
         # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
         tier = "auto" if "library" in options.tiers else "chunked"
-        rewrite(traced, match, torch.ops.attnfx.attention.default, tier, carriers)
+        rewrite(traced, match, OPERATORS, tier, carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
+    if reductions:
+        places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
+        site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
 
 

@@ -27,6 +27,7 @@ class Normalised:
     weight: Expr
     extra: tuple[Expr, ...] = ()
     dropout: float = 0.0
+    draw: object = None  # which draw the dropout is
     safe: bool = False
     normaliser: str = "softmax"
 
@@ -58,7 +59,7 @@ def outside(root: Expr) -> list[Expr]:
 
 def normalise(weight: Expr, j: Expr) -> Normalised:
     """Raises NotNormalised."""
-    weight, dropout = _take_dropout(weight)
+    weight, dropout, draw = _take_dropout(weight)
     if not any(e.op == "softmax" for e in outside(weight)):
         weight = _by_hand(weight, j)
     weight = _zero_filled(weight)
@@ -70,7 +71,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
             )
         if not any(e.op == "sigmoid" for e in outside(weight)):
             raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
-        return _sigmoid(weight, dropout)
+        return _sigmoid(weight, dropout, draw)
     if len(found) > 1:
         raise NotNormalised("several_softmaxes", "the weights combine several softmaxes")
     made = found[0]
@@ -88,19 +89,19 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
         raise NotNormalised("softmax_dim", "the softmax is read at a computed key")
     body = strip_maximum(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
-    return Normalised(substitute(body, {variable: at}), program, extra, dropout, bool(safe))
+    return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe))
 
 
-def _sigmoid(weight: Expr, dropout: float) -> Normalised:
+def _sigmoid(weight: Expr, dropout: float, draw: object) -> Normalised:
     """No normaliser: the whole weight is a function of the score, which the matcher finds in it."""
     weight = rebuild(weight, lambda old, args: args[0] if old.op == "half" and old.args[0].op == "sigmoid" else None)
-    return Normalised(weight, A.PROB, (), dropout, False, "none")
+    return Normalised(weight, A.PROB, (), dropout, draw, False, "none")
 
 
-def _take_dropout(weight: Expr) -> tuple[Expr, float]:
+def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     drops = [e for e in outside(weight) if e.op == "dropout"]
     if not drops:
-        return weight, 0.0
+        return weight, 0.0, None
     if len(drops) > 1:
         raise NotNormalised("several_dropouts", "the weights are dropped out more than once")
     # only products and zero fills commute with dropping
@@ -111,8 +112,8 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float]:
         if not plain or len(inner) != 1:
             raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a product")
         at = inner[0]
-    p = drops[0].value[0]  # type: ignore[index]
-    return substitute(weight, {drops[0]: drops[0].args[0]}), float(p)
+    p, draw = drops[0].value  # type: ignore[misc]
+    return substitute(weight, {drops[0]: drops[0].args[0]}), float(p), draw
 
 
 def _zero_filled(weight: Expr) -> Expr:
