@@ -13,6 +13,7 @@ grouped heads. Grouped heads are never expanded: the walk through key and value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -22,19 +23,21 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.mask import rows_live
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, contraction, slot_node
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, shape, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
-from attnfx.passes.reading import Operand, Parts, Reader, Refused, free
+from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, extent, free
 from attnfx.report import Refusal
-from attnfx.spec import AttentionSpec
+from attnfx.spec import AttentionSpec, fill_of
 
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", "sigmoid")
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
+PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
 
@@ -148,7 +151,8 @@ class Finder:
                 if seeds:
                     found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
                     # a gate or an exponential between two products is no attention until it is proved to be one
-                    if found.match is not None or any("softmax" in op_name(s) for s in seeds):
+                    proved = found.match is not None or (found.refusal and found.refusal.code in PROVED)
+                    if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
         return findings
 
@@ -319,6 +323,10 @@ class Finder:
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
         query, key, val = read.operands
+        if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
+            message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"
+            hint = "Write softmax, or fill with -inf."
+            raise Refused("masked_rows", message, [parts.final], hint)
         taught = any(x.node in self.facts.differentiable for x in read.operands)
         assert parts.value_width is not None
         return Match(
@@ -326,6 +334,15 @@ class Finder:
             parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
             training=taught or any(c.grad for c in read.spec.captures),
         )  # fmt: skip
+
+
+def _rows_live(read: Reading, parts: Parts) -> bool:
+    """Whether every row provably has a live key; only said where the sizes are numbers."""
+    sizes = {"B": read.kv_axes, "H": read.group_axes, "T": [parts.row], "S": [parts.column]}
+    extents = {name: extent(axes) for name, axes in sizes.items()}
+    if read.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & read.spec.score.free:
+        return False
+    return rows_live(read.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
 
 
 def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:

@@ -30,6 +30,7 @@ class Normalised:
     draw: object = None  # which draw the dropout is
     safe: bool = False
     normaliser: str = "softmax"
+    by_log: bool = False  # exp(score - log(sum)): where a fill swallows the logarithm, its weights are 1
 
 
 class NotNormalised(Exception):
@@ -60,8 +61,9 @@ def outside(root: Expr) -> list[Expr]:
 def normalise(weight: Expr, j: Expr) -> Normalised:
     """Raises NotNormalised."""
     weight, dropout, draw = _take_dropout(weight)
+    by_log = any(e.op == "log" and any(x.op == "rsum" for x in outside(e)) for e in outside(weight))
     if not any(e.op == "softmax" for e in outside(weight)):
-        weight = _by_hand(weight, j)
+        weight = _by_hand(weight, j, by_log)
     weight = _zero_filled(weight)
     found = [e for e in outside(weight) if e.op == "softmax"]
     if not found:
@@ -89,7 +91,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
         raise NotNormalised("softmax_dim", "the softmax is read at a computed key")
     body = strip_maximum(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
-    return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe))
+    return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
 
 
 def _sigmoid(weight: Expr, dropout: float, draw: object) -> Normalised:
@@ -185,7 +187,7 @@ def exponent(e: Expr) -> Expr | None:
     return None
 
 
-def _by_hand(weight: Expr, j: Expr) -> Expr:
+def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
     """Replace each product of an exponential and the reciprocal of its sum by a softmax node."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
@@ -198,7 +200,7 @@ def _by_hand(weight: Expr, j: Expr) -> Expr:
             return new
         inside = [f for f in new.args if f is not over[0] and j.value in f.free]
         rest = [f for f in new.args if f is not over[0] and f not in inside]
-        made = _ratio(inside, over[0].args[0], j)
+        made = _ratio(inside, over[0].args[0], j, by_log)
         return A.mul(made, *rest) if made is not None and rest else made or new
 
     return _rebuild_outside(weight, change)
@@ -249,7 +251,7 @@ def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
     return A.where(args[0], args[1], A.const(-math.inf)) if fill < -1e4 else None
 
 
-def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
+def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Expr | None:
     """softmax(a) where the factors multiply to exp(a - m) and the denominator is the sum of exp(a - m), plus extras."""
     if not factors:
         return None
@@ -287,7 +289,7 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
             terms.remove(m)
         extra.append(A.add(*terms) if terms else A.const(0.0))
     score = strip_maximum(below, variable)
-    if not maxima:  # exp(fill) is zero, and a row of zeros is divided by zero
+    if not maxima and not by_log:  # exp(fill) is zero, and a row of zeros is divided by zero
         score = rebuild(score, _vanishing)
     whole = extent
     for n, logit in enumerate(extra):  # extras become columns after the keys
