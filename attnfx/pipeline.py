@@ -10,12 +10,13 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx import cost
+from attnfx.ir import algebra as A
 from attnfx.kernels import library, operator_weights  # noqa: F401  (the operators are registered by its import)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import op_name, value, where_in_source
-from attnfx.passes.match import SDPA, Finder, Finding
+from attnfx.passes.graphs import dims, op_name, value, where_in_source
+from attnfx.passes.match import SDPA, Finder, Finding, Match
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
@@ -141,12 +142,25 @@ def describe_site(finding: Finding, count: int, sizes: dict[str, int]) -> Site:
     if finding.match is not None:
         site.spec = finding.match.spec
         symbolic = dimensions(finding.match)
+        if _heads_alone(finding.match):
+            batch = symbolic["B"]
+            symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
         site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
         site.mask = describe(site.spec, sizes)
         mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
     return site
+
+
+def _heads_alone(match: Match) -> bool:
+    """Whether the one batch axis of the keys stands where heads do, behind a batch of one. The spec calls it b."""
+    if len(match.kv_axes) != 1:
+        return False
+    inner = {match.row.value, match.value_width.value}
+    outer = [(n, x.free) for n, x in zip(dims(match.final), match.out_index) if not inner & x.free]
+    first = next((d for d, (_, names) in enumerate(outer) if match.kv_axes[0].value in names), 0)
+    return first > 0 and all(n is A.ONE for n, _ in outer[:first])
 
 
 def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
