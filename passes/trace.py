@@ -115,7 +115,7 @@ class _Retrace(Interpreter):
             return tracer.unwrap_proxy(leaf)
 
         inputs = tree_map(proxy, (args, kwargs), is_leaf=lambda x: isinstance(x, torch.nn.Module))
-        name = node.name if target is node.target else None
+        name = node.name if target is node.target else target.overloadpacket.__name__
         made = tracer.create_proxy(node.op, target, *inputs, name=name)
         return track_tensor_tree(self.kept.get(node, node.meta["example_value"]), made, constant=None, tracer=tracer)
 
