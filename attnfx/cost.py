@@ -36,7 +36,7 @@ ORIGINAL = (
 )
 LIBRARY = Line(0.5, 0.0415, 2.5e5, 3.4)  # a score that is computed at all; blocks with a mask pay MASKED more
 CHUNKED = Line(5.2, 0.040, 4e5, 3.4)
-SUMS = Line(2.5, 0.020, 4e5, 3.1)  # a sum of the weights: the blocks without the values (12 heads x 2048 x 64, measured)
+SUMS = Line(2.5, 0.020, 4e5, 3.1)  # a sum of the weights: blocks without the values (12 heads x 2048 x 64, measured)
 MASKED = 1.0
 BLOCK = 256  # queries in a block, as kernels/library.py cuts them
 BLOCK_CALL = 6e4  # ns for each block beyond the first

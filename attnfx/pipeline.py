@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -11,21 +11,24 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import library, operator_weights  # noqa: F401  (the operators are registered by its import)
+from attnfx.kernels import library, operator_rows, operator_weights  # noqa: F401  (the operators are registered)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
+from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match
 from attnfx.passes.reductions import find_reductions, needed
+from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Refusal, Report, Site
+from attnfx.report import Decision, Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
-HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
+HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
 OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
+ROWS = torch.ops.attnfx.attention_rows.default
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -90,8 +93,9 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     for finding in findings:
         sizes = numeric_dims(finding, hints)
         site = describe_site(finding, len(report.sites), sizes)
-        report.sites.append(site)
         changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
+        if not finding.loose or site.decision is not None:
+            report.sites.append(site)
     if changed:
         clean(traced)
         check(traced)
@@ -206,7 +210,9 @@ def _decide(
     """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
     if match is None:
-        return _shielded(traced, finding, site)
+        return _whole_rows(traced, finding, site, options, carriers) or (
+            not finding.loose and _shielded(traced, finding, site)
+        )
     query = value(match.query.node)
     native = op_name(finding.final) in SDPA
     why = form if isinstance(form := library.form_of(match.spec), str) else None
@@ -231,6 +237,25 @@ def _decide(
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
+    return True
+
+
+def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
+    """What no score program describes may still be computed row by row. True where the graph changed."""
+    if "chunked" not in options.tiers or op_name(finding.final) in SDPA:
+        return False
+    facts = Facts(traced)
+    found = find_region(facts, finding)
+    if not isinstance(found, Region):
+        if site.refusal is not None and found.message != site.refusal.message:
+            hint = f"{site.refusal.hint} {found.message[0].upper()}{found.message[1:]}.".strip()
+            site.refusal = replace(site.refusal, hint=hint)
+        return False
+    try:
+        replace_region(traced, facts, found, ROWS, carriers)
+    except CannotEmit:
+        return False
+    site.refusal, site.decision = None, Decision("chunked", "rows", reason="whole rows")
     return True
 
 

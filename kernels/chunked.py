@@ -316,13 +316,13 @@ class Run:
             assert self.call.seed is not None
             self._first_seed = int(self.call.seed.item())
         generator = torch.Generator(device=self.device)
-        generator.manual_seed(_mix(self._first_seed, at.number))
+        generator.manual_seed(mix(self._first_seed, at.number))
         if p >= 1.0:
             return torch.zeros_like(like)
         return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
 
 
-def _mix(seed: int, number: int) -> int:
+def mix(seed: int, number: int) -> int:
     """One 63-bit seed of two numbers (splitmix64's finaliser)."""
     x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF

@@ -69,7 +69,7 @@ def _einsum(at: Node, index: Index) -> Contraction:
     equation, operands = at.args[:2]
     if not isinstance(equation, str) or len(operands) != 2 or argument(at, 2, "path") not in (None, [0, 1]):  # type: ignore[arg-type]
         raise Opaque
-    left_term, right_term, out_term = _terms(equation, [len(shape(x)) for x in operands])  # type: ignore[union-attr,arg-type]
+    left_term, right_term, out_term = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[union-attr,arg-type]
     if any(len(set(t)) != len(t) for t in (left_term, right_term, out_term)):
         raise Opaque
     extents: dict[str, Expr] = {}
@@ -89,7 +89,7 @@ def _einsum(at: Node, index: Index) -> Contraction:
     return Contraction(at, operands[0], maps[0], operands[1], maps[1], r)  # type: ignore[index]
 
 
-def _terms(equation: str, ranks: list[int]) -> tuple[str, str, str]:
+def terms(equation: str, ranks: list[int]) -> tuple[str, str, str]:
     """The three index strings of a two-operand einsum, ellipses spelt out with capital stand-ins."""
     equation = equation.replace(" ", "")
     inputs, _, output = equation.partition("->")

@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
@@ -76,6 +77,10 @@ def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
         return A.mul(*(_from_sympy(a) for a in e.args))
     if e.is_Pow and e.exp.is_Integer and 0 < int(e.exp) <= 4:
         return A.mul(*([_from_sympy(e.base)] * int(e.exp)))
+    if type(e).__name__ == "FloorDiv":  # einsum names a product of sizes over one of them
+        whole = sympy.cancel(e.args[0] / e.args[1])
+        if whole.as_numer_denom()[1] == 1:
+            return _from_sympy(whole)
     return A.size(str(e))
 
 

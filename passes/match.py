@@ -14,6 +14,7 @@ grouped heads. Grouped heads are never expanded: the walk through key and value 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -38,6 +39,8 @@ ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2",
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
 PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
+SORTING = ("sort", "topk", "argsort")
+NEAR = 5  # nodes in which a number for each row must meet the scores again
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
 
@@ -98,12 +101,14 @@ class Reduction:
 
 @dataclass
 class Finding:
-    """One attention-like place: a match, or why not."""
+    """One attention-like place: a match, or why not. One that is `loose` is an attention only where its rows prove to
+    be apart: operators that are not understood stand between its weights and the values."""
 
     final: Node
     match: Match | None = None
     refusal: Refusal | None = None
     anchors: list[Node] = field(default_factory=list)
+    loose: bool = False
 
 
 class Finder:
@@ -138,8 +143,40 @@ class Finder:
                     out[n] = list(dict.fromkeys(found))[:8]
         return out
 
+    def _loosely(self, seeds: Iterable[Node]) -> dict[Node, dict[Node, int]]:
+        """Nodes that descend from a seed through any operators but products, where its last two dimensions are kept or
+        soon come back (a threshold for each row): node -> seeds, and how many nodes ago these were kept."""
+        out: dict[Node, dict[Node, int]] = {n: {n: 0} for n in seeds}
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function" or n in out or batched(n) or op_name(n) == "sym_size":
+                continue
+            found: dict[Node, int] = {}
+            for a in n.all_input_nodes:
+                for s, far in out.get(a, {}).items():
+                    kept = not is_tensor(n) or not _plane(s) - Counter(dims(n))
+                    found[s] = min(found.get(s, NEAR), 0 if kept else far + 1)
+            found = {s: far for s, far in found.items() if far < NEAR}
+            if found:
+                out[n] = dict(list(found.items())[:8])
+        return out
+
+    def loose(self) -> dict[Node, list[Node]]:
+        """Products that weights reach in whatever way: node -> the operators that may have normalised these."""
+        scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
+        seeds = [
+            n
+            for n in self.gm.graph.nodes
+            if ("softmax" in op_name(n) or op_name(n) in SORTING) and any(a in scores for a in n.all_input_nodes)
+        ]
+        weights = self._loosely(seeds)
+        found = {
+            n: [s for a in n.all_input_nodes for s in weights.get(a, ())] for n in self.gm.graph.nodes if batched(n)
+        }
+        return {n: list(dict.fromkeys(s)) for n, s in found.items() if s}
+
     def find(self) -> list[Finding]:
         findings: list[Finding] = []
+        loose = self.loose()
         for n in self.gm.graph.nodes:
             if n.op != "call_function":
                 continue
@@ -154,6 +191,11 @@ class Finder:
                     proved = found.match is not None or (found.refusal and found.refusal.code in PROVED)
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
+                        continue
+                if n in loose:
+                    message = "operators that no score program expresses stand between the weights and the values"
+                    refusal = Refusal("not_lifted", message, (n.name,))
+                    findings.append(Finding(n, refusal=refusal, anchors=loose[n], loose=True))
         return findings
 
     def from_scores(self, anchor: Node) -> bool:
@@ -359,6 +401,11 @@ def batched(n: Node) -> bool:
     operands = [x for x in n.all_input_nodes if is_tensor(x)]
     operands = operands[-2:] if op_name(n) == "baddbmm" else operands
     return all(len(shape(x)) > 2 for x in operands)
+
+
+def _plane(n: Node) -> Counter[Expr]:
+    """The last two dimensions, of a tuple's source where it is one."""
+    return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])
 
 
 def _plain(c: Contraction) -> bool:

@@ -1,0 +1,385 @@
+"""The region of a graph between the products of queries with keys and an attention's output, as a row program.
+
+Asked for an attention that no score program describes. From the product with the values the walk goes back through
+what depends on its rows, and stops at operands that are no larger than the queries and at those that every row reads
+whole. The region is taken only where each of its operators keeps rows apart (`passes/separable.py`) and nothing of
+the size of the scores enters it that was made of scores.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
+from attnfx.passes.contraction import contraction
+from attnfx.passes.facts import Facts, written_operands
+from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.match import Finding, batched
+from attnfx.passes.reading import free
+from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, _like
+from attnfx.passes.separable import Along, Made, NotSeparable, split
+from attnfx.report import Refusal
+from attnfx.rowprogram import Call, Ref, Result, RowProgram
+
+aten = torch.ops.aten
+NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
+LARGEST = 400  # nodes of one region
+NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
+
+
+@dataclass
+class Region:
+    """final     the node that the attention ends with; its rows lie along `rows[final]`, `extent` of them
+    rows      the nodes inside, and where the rows of each lie
+    calls     how each of them is computed for some rows
+    inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
+    results   the nodes that leave: `final`, and what else is read outside
+    scores    the products of queries with keys
+    """
+
+    final: Node
+    extent: Expr
+    rows: dict[Node, int] = field(default_factory=dict)
+    calls: dict[Node, Made] = field(default_factory=dict)
+    inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
+    results: list[Node] = field(default_factory=list)
+    scores: list[Node] = field(default_factory=list)
+
+    @property
+    def random(self) -> bool:
+        return any(c.op == "dropout" for c in self.calls.values())
+
+
+def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
+    """The region of a refused finding, or why there is none."""
+    final = finding.final
+    if finding.refusal is not None and finding.refusal.code in NEVER:
+        return finding.refusal
+    problem: NotSeparable | None = None
+    for row, columns in _candidates(final, finding):
+        try:
+            return _Walk(facts, final, row, columns).region()
+        except NotSeparable as p:
+            problem = problem or p
+    reason = str(problem) if problem else "the output has no rows that the weights have alone"
+    return Refusal("rows_mixed", f"it cannot be computed row by row: {reason}", (final.name,))
+
+
+def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
+    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first."""
+    out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
+    c = contraction(final, out)
+    if c is None:
+        return []
+    weights = _below(final, finding)
+    found = []
+    for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
+        if w in weights:
+            alone = [d for d, v in enumerate(out) if v.value in free(at) and v.value not in free(other)]
+            found += [(d, c.reduced.args[0]) for d in alone if dims(final)[d] is not A.ONE]
+
+    def size(candidate: tuple[int, Expr]) -> tuple[int, int]:
+        n = value(final).shape[candidate[0]]
+        hint = n if isinstance(n, int) else n.node.hint
+        return -int(hint if hint is not None else 1024), -candidate[0]
+
+    return sorted(found, key=size)
+
+
+def _below(final: Node, finding: Finding) -> set[Node]:
+    """The operands of the product that descend from the normalisers."""
+    out = set()
+    for x in final.all_input_nodes:
+        stack, seen = [x], {x}
+        while stack and len(seen) < 10 * LARGEST:
+            n = stack.pop()
+            if n in finding.anchors:
+                out.add(x)
+                break
+            for a in n.all_input_nodes:
+                if a not in seen:
+                    seen.add(a)
+                    stack.append(a)
+    return out
+
+
+class _Walk:
+    def __init__(self, facts: Facts, final: Node, row: int, columns: Expr):
+        self.facts, self.final, self.columns = facts, final, columns
+        self.found = Region(final, dims(final)[row], {final: row})
+        self.descendants: set[Node] = set()  # of the scores
+        self.problem: NotSeparable | None = None
+
+    def region(self) -> Region:
+        found = self.found
+        found.scores = self._scores()
+        if not found.scores:
+            raise self.problem or NotSeparable("no product of queries with keys is reached")
+        self._descend()
+        self._collect()
+        self._check()
+        return found
+
+    def large(self, n: Node, row: int) -> bool:
+        """Whether a node has a number for each row and each key."""
+        return is_tensor(n) and any(d != row and x is self.columns for d, x in enumerate(dims(n)))
+
+    def _scores(self) -> list[Node]:
+        """The products that the weights come from: of one factor that has the rows with one that has none."""
+        seen = {self.final}
+        stack, out = [(self.final, self.found.rows[self.final], 0)], []
+        while stack:
+            n, row, far = stack.pop()
+            for x in self._rows_of(n, row):
+                small = 0 if self.large(x.node, x.dim) else far + 1
+                if x.node in seen or small > NEAR:
+                    continue
+                seen.add(x.node)
+                if batched(x.node) and not small and not any(
+                    self.large(a.node, a.dim) for a in self._rows_of(x.node, x.dim)
+                ):  # fmt: skip
+                    out.append(x.node)
+                else:
+                    stack.append((x.node, x.dim, small))
+        return out
+
+    def _rows_of(self, n: Node, row: int) -> list[Along]:
+        """The operands that have the rows; none where the walk ends."""
+        if n.op != "call_function":
+            return []
+        try:
+            return [x for x in _operands(split(n, row, self.found.extent)) if isinstance(x, Along)]
+        except NotSeparable as problem:
+            self.problem = self.problem or problem
+            return []
+
+    def _descend(self) -> None:
+        out, last = self.descendants, self.facts.position[self.final]
+        out.update(self.found.scores)
+        for n in self.final.graph.nodes:
+            if self.facts.position[n] > last:
+                break
+            if op_name(n) != "sym_size" and any(a in out for a in n.all_input_nodes):
+                out.add(n)
+
+    def _collect(self) -> None:
+        """All nodes of the region, and what it reads."""
+        found, stack = self.found, [self.final]
+        while stack:
+            n = stack.pop()
+            row = found.rows[n]
+            try:
+                made = split(n, row, found.extent)
+            except NotSeparable:
+                if n in self.descendants:
+                    raise
+                del found.rows[n]
+                self._read(n, row)
+                continue
+            found.calls[n] = made
+            if op_name(n) == "getitem":  # what else the same operator gives
+                for other in n.args[0].users:  # type: ignore[union-attr]
+                    if other.users and other not in found.rows:
+                        found.rows[other] = row
+                        stack.append(other)
+            if len(found.calls) > LARGEST:
+                raise NotSeparable("the region is too large")
+            for x in _operands(made):
+                if isinstance(x, Node):
+                    if x in self.descendants:
+                        raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
+                    if is_tensor(x):
+                        self._read(x, None)
+                elif self._inside(x):
+                    if x.node not in found.rows:
+                        found.rows[x.node] = x.dim
+                        stack.append(x.node)
+                else:
+                    self._read(x.node, x.dim)
+
+    def _inside(self, x: Along) -> bool:
+        """Whether an operand belongs to the region: made of scores, or as large as they are."""
+        other = self.found.rows.get(x.node, x.dim) != x.dim
+        if x.node in self.descendants:
+            if other:
+                raise NotSeparable(f"{op_name(x.node)} is read along two dimensions")
+            return True
+        return x.node.op == "call_function" and not other and self.large(x.node, x.dim)
+
+    def _read(self, n: Node, dim: int | None) -> None:
+        self.found.inputs[(n, dim)] = None
+
+    def _check(self) -> None:
+        found, facts = self.found, self.facts
+        order = sorted(found.calls, key=facts.position.__getitem__)
+        found.calls = {n: found.calls[n] for n in order}
+        region = facts.regions[self.final]
+        for n in order:
+            if facts.regions[n] != region:
+                raise NotSeparable("it crosses the border of an autocast or a no_grad region")
+        for n in [*order, *(n for n, _ in found.inputs)]:
+            if n in facts.written:
+                raise NotSeparable(f"{n.name} is changed in place")
+            held = value(n)
+            if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):
+                raise NotSeparable(f"{n.name} is complex or sparse")
+            if isinstance(held, torch.Tensor) and held.device != value(self.final).device and held.ndim:
+                raise NotSeparable(f"{n.name} is on another device")
+        for n in order:
+            outside = [u for u in n.users if u not in found.calls and op_name(u) != "sym_size" and _read_by(u)]
+            # what was not made of scores is computed for others as it was
+            if n is self.final or (outside and n in self.descendants):
+                if not is_tensor(n):
+                    raise NotSeparable(f"{n.name} is read outside")
+                found.results.append(n)
+        for n, d in found.inputs:
+            if d is not None and self.large(n, d) and self._made_of_a_product(n):
+                raise self.problem or NotSeparable(f"{n.name} is made of another product")
+        if not any(d is not None for _, d in found.inputs):
+            raise NotSeparable("nothing that has rows is read")
+
+    def _made_of_a_product(self, n: Node) -> bool:
+        """Whether a large operand comes from a product through other large ones: it would stay as large as it is."""
+        stack, seen = [n], {n}
+        while stack:
+            at = stack.pop()
+            if batched(at):
+                return True
+            for a in at.all_input_nodes:
+                if a not in seen and is_tensor(a) and {self.columns, self.found.extent} <= set(dims(a)):
+                    seen.add(a)
+                    stack.append(a)
+        return False
+
+
+def _read_by(n: Node) -> bool:
+    return bool(n.users) or n.op == "output" or bool(written_operands(n))
+
+
+def _operands(made: Made) -> list[Along | Node]:
+    out: list[Along | Node] = []
+
+    def visit(x: Any) -> Any:
+        if isinstance(x, Along | Node):
+            out.append(x)
+        return x
+
+    map_aggregate((made.args, dict(made.kwargs)), visit)
+    return out
+
+
+# -- rewriting ---------------------------------------------------------------------------------------
+def replace_region(gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers) -> Node:
+    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Raises
+    CannotEmit before changing users."""
+    position = facts.position
+    users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
+    before = min([found.final, *users], key=position.__getitem__)
+    if any(position[n] >= position[before] for n, _ in found.inputs):
+        raise CannotEmit("an operand is computed after a result is read")
+    emit = Emitter(gm, before, carriers)
+    program, inputs, sizes = _program(emit, found, facts)
+    device = value(found.final).device
+    seed = (
+        emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
+        if found.random
+        else None
+    )
+    made = emit.call(target, inputs, sizes, seed, program.to_json())
+    replaced = []
+    for at, old in enumerate(found.results):
+        replaced.append((old, _like(emit, emit.call(operator.getitem, made, at), old)))
+    sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
+    for user, d in sizes_of.items():
+        source: Any = user.args[0]
+        if source not in found.results and user not in emit.sizes.values():
+            at = Emitter(gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
+            if at is not user:
+                user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
+    inside = set(found.calls)
+    for old, new in replaced:
+        new.meta = {**old.meta, **new.meta}
+        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside, propagate_meta=False)
+    return made
+
+
+def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, list[Node], list[int | Node]]:
+    numbers: dict[Any, int] = {key: n for n, key in enumerate(found.inputs)}
+    inputs = [n for n, _ in found.inputs]
+    along = [d for _, d in found.inputs]
+    sizes: dict[Expr, int] = {}
+    scalars: dict[Node, Node] = {}
+    for made in found.calls.values():  # a computed float is the tensor that it was read from
+        for x in _operands(made):
+            if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
+                if x.op != "call_method" or x.target != "item":
+                    raise CannotEmit(f"the number {x.name} is carried by no tensor")
+                scalars[x] = x.args[0]  # type: ignore[assignment]
+                numbers[x] = len(inputs)
+                inputs.append(scalars[x])
+                along.append(None)
+    first = len(inputs)
+    numbers |= {n: first + at for at, n in enumerate(found.calls)}
+
+    def size(n: Any) -> int | Ref:
+        e = size_expr(n)
+        return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
+
+    def text(x: Any) -> Any:
+        if isinstance(x, Along):
+            key = x.node if found.rows.get(x.node) == x.dim and x.node in found.calls else (x.node, x.dim)
+            return Ref("value", numbers[key])
+        if isinstance(x, Node):
+            held = value(x)
+            if isinstance(held, int | torch.SymInt):
+                return size(held)
+            return Ref("value", numbers[(x, None)]) if is_tensor(x) else Ref("number", numbers[x])
+        if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
+            kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
+            return Ref(kind, str(x).removeprefix("torch."))
+        if isinstance(x, torch.device):
+            return Ref("device", str(x))
+        if isinstance(x, list | tuple):
+            return tuple(text(a) for a in x)
+        if x is None or isinstance(x, bool | int | float | str | Ref):
+            return x
+        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be written down")
+
+    calls = [
+        Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
+        for made in found.calls.values()
+    ]
+    results = []
+    for n in found.results:
+        row = found.rows[n]
+        shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
+        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
+    weight = size(_weight(found))
+    grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
+    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results))
+    return program, inputs, [emit.size(e) for e in sizes]
+
+
+def _weight(found: Region) -> Any:
+    """Elements of the largest value, for one row."""
+    most, weight = -1, 1
+    for n, row in found.rows.items():
+        if n in found.calls and is_tensor(n):
+            elements: Any = 1
+            for d, x in enumerate(value(n).shape):
+                elements = elements * (x if d != row else 1)
+            hint = elements if isinstance(elements, int) else elements.node.hint or 0
+            if hint > most:
+                most, weight = hint, elements
+    return weight
+
+
+__all__ = ["Region", "find_region", "replace_region"]
