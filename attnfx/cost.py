@@ -40,6 +40,7 @@ SUMS = Line(2.5, 0.020, 4e5, 3.1)  # a sum of the weights: blocks without the va
 MASKED = 1.0
 BLOCK = 256  # queries in a block, as kernels/library.py cuts them
 BLOCK_CALL = 6e4  # ns for each block beyond the first
+ROWS_BYTES = 64 << 20  # of scores, from which on whole rows are computed in chunks
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
 
 
@@ -83,6 +84,25 @@ def decide(
     if ratio <= GAIN:
         return _of(best, f"predicted {ratio:.2f} x the original's time", alternatives)
     return _of(kept, f"a rewrite is predicted to take {ratio:.2f} x the original's time", others)
+
+
+def decide_rows(values: int, element: int, device: str, options: Options, weights_read: bool) -> Decision:
+    """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes.
+
+    Chunks of rows took 0.6 to 0.9 of eager's time in training (benchmarks/rows.py, one thread); where the scores fit
+    into the caches there is nothing to gain. `weights_read` says that a value of their size leaves the region.
+    """
+    chunked = Candidate("chunked", "rows", 0.0, min(values * element, ROWS_BYTES))
+    kept = Candidate("kept", "inductor", 0.0, 2 * values * element)
+    if options.rewrite == "always":
+        return _of(chunked, "whole rows", [kept])
+    if device != "cpu":
+        return _of(kept, f"this version has no kernel that is faster on {device}", [chunked])
+    if weights_read:
+        return _of(kept, "values as large as the scores are read outside", [chunked])
+    if values * element < ROWS_BYTES:
+        return _of(kept, f"the scores are smaller than {ROWS_BYTES >> 20} MiB", [chunked])
+    return _of(chunked, f"whole rows, whose scores would take {values * element >> 20} MiB", [kept])
 
 
 def _of(chosen: Candidate, reason: str, alternatives: list[Candidate]) -> Decision:

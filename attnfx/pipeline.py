@@ -23,7 +23,7 @@ from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Decision, Refusal, Report, Site
+from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
@@ -251,12 +251,16 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
             hint = f"{site.refusal.hint} {found.message[0].upper()}{found.message[1:]}.".strip()
             site.refusal = replace(site.refusal, hint=hint)
         return False
+    held = value(finding.final)
+    values = number(found.weight) * number(held.shape[found.rows[finding.final]])
+    decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, options, found.gives_scores)
     try:
-        replace_region(traced, facts, found, ROWS, carriers)
+        if decision.tier != "kept":
+            replace_region(traced, facts, found, ROWS, carriers)
     except CannotEmit:
         return False
-    site.refusal, site.decision = None, Decision("chunked", "rows", reason="whole rows")
-    return True
+    site.refusal, site.decision = None, decision
+    return decision.tier != "kept" or _shielded(traced, finding, site)
 
 
 def _shielded(traced: GraphModule, finding: Finding, site: Site, only_risky: bool = False) -> bool:

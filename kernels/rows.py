@@ -22,7 +22,7 @@ from attnfx.rowprogram import Ref, RowProgram, from_json
 
 # Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
-TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 ROWS = 16
 
 

@@ -38,6 +38,7 @@ NEAR = 3  # small nodes in a row on the way to the scores (the indices of the be
 @dataclass
 class Region:
     """final     the node that the attention ends with; its rows lie along `rows[final]`, `extent` of them
+    columns   the number of keys
     rows      the nodes inside, and where the rows of each lie
     calls     how each of them is computed for some rows
     inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
@@ -47,6 +48,7 @@ class Region:
 
     final: Node
     extent: Expr
+    columns: Expr
     rows: dict[Node, int] = field(default_factory=dict)
     calls: dict[Node, Made] = field(default_factory=dict)
     inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
@@ -56,6 +58,25 @@ class Region:
     @property
     def random(self) -> bool:
         return any(c.op == "dropout" for c in self.calls.values())
+
+    @property
+    def weight(self) -> Any:
+        """Elements of the largest value, for one row; maybe symbolic."""
+        most, weight = -1, 1
+        for n, row in self.rows.items():
+            if n in self.calls and is_tensor(n):
+                elements: Any = 1
+                for d, x in enumerate(value(n).shape):
+                    elements = elements * (x if d != row else 1)
+                hint = elements if isinstance(elements, int) else elements.node.hint or 0
+                if hint > most:
+                    most, weight = hint, elements
+        return weight
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether something with a number for each row and key leaves."""
+        return any(n is not self.final and self.columns in dims(n) for n in self.results)
 
 
 def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
@@ -114,7 +135,7 @@ def _below(final: Node, finding: Finding) -> set[Node]:
 class _Walk:
     def __init__(self, facts: Facts, final: Node, row: int, columns: Expr):
         self.facts, self.final, self.columns = facts, final, columns
-        self.found = Region(final, dims(final)[row], {final: row})
+        self.found = Region(final, dims(final)[row], columns, {final: row})
         self.descendants: set[Node] = set()  # of the scores
         self.problem: NotSeparable | None = None
 
@@ -362,24 +383,10 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
         row = found.rows[n]
         shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
-    weight = size(_weight(found))
+    weight = size(found.weight)
     grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
     program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results))
     return program, inputs, [emit.size(e) for e in sizes]
-
-
-def _weight(found: Region) -> Any:
-    """Elements of the largest value, for one row."""
-    most, weight = -1, 1
-    for n, row in found.rows.items():
-        if n in found.calls and is_tensor(n):
-            elements: Any = 1
-            for d, x in enumerate(value(n).shape):
-                elements = elements * (x if d != row else 1)
-            hint = elements if isinstance(elements, int) else elements.node.hint or 0
-            if hint > most:
-                most, weight = hint, elements
-    return weight
 
 
 __all__ = ["Region", "find_region", "replace_region"]

@@ -193,6 +193,18 @@ def test_low_precision_is_no_worse_than_eager(dtype):
     check(best_keys, *(x.to(dtype) for x in inputs()), exact=False)
 
 
+def test_the_cost_rule_leaves_small_scores_and_weights_that_are_returned():
+    def weights_too(q, k, v):
+        w = talking_heads(q, k, torch.eye(k.shape[2]))
+        return w @ v, w
+
+    for fn, size, word in ((talking_heads, T, "smaller than"), (talking_heads, 2048, "MiB"), (weights_too, T, "")):
+        with new_reports() as filed:
+            compiled(fn, rewrite="cost")(*qkv(b=1, t=size, s=size))
+        (site,) = filed[0].sites[-1:]
+        assert site.rewritten == (size == 2048) and word in site.decision.reason
+
+
 # -- rows that mix -----------------------------------------------------------------------------------
 def reversed_rows(s):
     return s.flip(-2).softmax(-1)
