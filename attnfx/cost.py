@@ -90,7 +90,8 @@ def decide_rows(values: int, element: int, device: str, options: Options, weight
     """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes.
 
     Chunks of rows took 0.63 (talking heads) and 1.03 (the best keys) of eager's time in training, 12 heads x 4096 x 64
-    (benchmarks/rows.py, one thread of an AMD EPYC); where the scores fit into the caches there is nothing to gain. `weights_read` says that a value of their size leaves the region.
+    (benchmarks/rows.py, one thread of an AMD EPYC); where the scores fit into the caches there is nothing to gain.
+    `weights_read` says that a value of their size leaves the region.
     """
     chunked = Candidate("chunked", "rows", 0.0, min(values * element, ROWS_BYTES))
     kept = Candidate("kept", "inductor", 0.0, 2 * values * element)
