@@ -1,0 +1,177 @@
+"""A call becomes a kernel's arguments: tiles from a table, pointers with strides, the generated functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attnfx.ir.expr import walk
+from attnfx.kernels.chunked import output_like
+from attnfx.kernels.evaluate import Axis, Evaluator
+from attnfx.kernels.flash import module
+from attnfx.kernels.flash._call import Call
+from attnfx.kernels.flash.emit import emit
+from attnfx.kernels.flash.forward import forward_kernel
+from attnfx.kernels.flash.launcher import Launch
+from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
+from attnfx.kernels.flash.ranges import along_keys, on_device
+from attnfx.kernels.flash.source import NotEmitted
+from attnfx.kernels.flash.tiles import Tile, forward_tile
+from attnfx.mask import rows_live
+from attnfx.spec import AttentionSpec
+
+FUNCTIONS = (
+    "heads", "rows", "columns", "score", "keep", "whole", "weight", "extras", "slope", "leaf_scores", "leaf_weights",
+)  # fmt: skip
+LARGEST_HEAD_DIM = 256
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds a head dim: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+def all_sizes(call: Call) -> dict[str, int]:
+    query, key = call.query, call.key
+    named = dict(B=query.shape[0], H=query.shape[1], T=query.shape[2], S=key.shape[2])
+    return named | dict(zip(call.spec.sizes, call.sizes))
+
+
+@lru_cache(maxsize=512)
+def functions(spec: AttentionSpec, wide: frozenset[int] = frozenset()) -> Mapping[str, object]:
+    """The generated functions of a spec by name, None for what it does not need. Raises as `program` and `emit` do."""
+    made = _module(spec, wide)
+    return {name: getattr(made[0], name) if name in made[1] else None for name in FUNCTIONS}
+
+
+def _module(spec: AttentionSpec, wide: frozenset[int]) -> tuple[ModuleType, frozenset[str]]:
+    source = emit(spec, program(spec), wide)
+    return module.load(source.text), source.names
+
+
+def program(spec: AttentionSpec) -> Program:
+    """The program of a spec. Raises Unsupported."""
+    made = program_of(spec)
+    if isinstance(made, str):
+        raise Unsupported(made)
+    return made
+
+
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot run the call, one sentence, or None."""
+    spec, query = call.spec, call.query
+    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the inputs are {query.dtype}, the kernels take float16, bfloat16 and float32"
+    for name, width in (("head_dim", query.shape[3]), ("value width", call.value.shape[3])):
+        if not 0 < width <= LARGEST_HEAD_DIM:
+            return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
+    if 0 in query.shape or 0 in call.key.shape:
+        return "a dim of the inputs has size 0"
+    if any(x.numel() == 0 for x in call.captures):
+        return "a capture is empty"
+    try:
+        functions(spec, wide_captures(call.captures))
+    except (Unsupported, NotEmitted) as why:
+        return str(why)
+    except PermissionError as why:
+        return f"generated code cannot be kept: {why}"
+    return None
+
+
+def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
+    """Slots of captures whose elements lie further apart than 32 bits can say."""
+    spans = [sum((n - 1) * s for n, s in zip(x.shape, x.stride())) for x in captures]
+    return frozenset(slot for slot, span in enumerate(spans) if span >= 2**31)
+
+
+class Arguments:
+    """What every kernel of a call is given."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, self.spec, self.program = call, call.spec, program(call.spec)
+        self.sizes = all_sizes(call)
+        self.functions = functions(call.spec, wide_captures(call.captures))
+        captures = [*call.captures, *(self.table(t) for t in self.program.tables)]
+        self.captures = tuple((_bytes(x), *x.stride()) for x in captures)
+        lengths = [n for x in captures for n in x.shape]
+        self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
+
+    def table(self, table: Table) -> Tensor:
+        """The table's values, one dim for each of its axes."""
+        lengths = dict(b="B", h="H", i="T", j="S")
+        sizes, count = self.sizes, len(table.axes)
+        axes = {
+            name: Axis(0, sizes[lengths[name]] if name in lengths else sizes["T"] + sizes["S"] - 1, n - count)
+            for n, name in enumerate(table.axes)
+        }
+        values = Evaluator(self.call.captures, sizes, axes, torch.float32, self.call.query.device)
+        made = values.tensor(table.expr)
+        full = made.expand([a.stop for a in axes.values()])
+        if full.dtype == torch.int64 and full.numel() and not self._needs_64(table):
+            full = full.to(torch.int32)
+        return full
+
+    def _needs_64(self, table: Table) -> bool:
+        return any(e.op == "load" for e in walk(table.expr))
+
+    def constants(self) -> dict[str, object]:
+        """The constants that every kernel shares."""
+        spec, call = self.spec, self.call
+        d, dv = call.query.shape[3], call.value.shape[3]
+        tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        some = {name.upper(): self.functions[name] for name in ("heads", "rows", "columns", "score", "keep", "weight")}
+        return some | dict(
+            D=d, DV=dv, BD=padded(d), BDV=padded(dv),
+            PER_GROUP=call.query.shape[1] // call.key.shape[1],
+            SCALE=self.program.scale,
+            THRESHOLD=round(spec.dropout * 2**32) if spec.random else None,
+            RESCALE=1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 1.0,
+            PRECISION="tf32" if tf32 else "ieee",
+        )  # fmt: skip
+
+    def dead_rows_average(self) -> bool:
+        """Whether a row may be left without a live key by a finite fill."""
+        return self.program.whole is not None and not rows_live(self.spec, self.sizes)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    query = call.query
+    out = output_like(query, call.value.shape[3], getattr(torch, call.spec.out_dtype))
+    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    forward_launch(call, out, logsumexp, tile).run(query.device)
+    return out, logsumexp
+
+
+def forward_launch(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None) -> Launch:
+    """The forward kernel with its arguments."""
+    some, query, key, value = Arguments(call), call.query, call.key, call.value
+    constants = some.constants()
+    tile = tile or forward_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))
+    walks = None
+    if some.program.keep is not None:
+        walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)
+    return Launch(
+        forward_kernel,
+        (-(-some.sizes["T"] // tile.rows), some.sizes["H"], some.sizes["B"]),
+        dict(
+            q=query, k=key, v=value, out=out, logsumexp=logsumexp, q_strides=query.stride(), k_strides=key.stride(),
+            v_strides=value.stride(), out_strides=out.stride(), captures=some.captures, sizes=some.encoded,
+            seed=call.seed, walks=walks,
+        ),
+        constants
+        | dict(
+            BM=tile.rows, BN=tile.keys, SAFE=call.spec.safe, EXTRAS=some.functions["extras"],
+            EXTRAS_COUNT=len(some.program.extras),
+            WHOLE=some.functions["whole"] if some.dead_rows_average() else None,
+        ),
+        tile,
+    )  # fmt: skip

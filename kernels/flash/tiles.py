@@ -1,0 +1,52 @@
+"""Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
+
+"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py): no spill in the steady loop and the
+fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Rows and keys of one tile, warps of a program, and stages of its loads' pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# (compute capability, head dim padded to a power of two): the first row whose capability is not above the device's
+FORWARD = {
+    (90, 32): Tile(128, 64, 4, 3),  # as 64
+    (90, 64): Tile(128, 64, 4, 3),  # probe
+    (90, 128): Tile(128, 128, 8, 2),  # probe
+    (90, 256): Tile(128, 64, 8, 2),  # probe
+    (80, 32): Tile(128, 64, 4, 3),  # as 64
+    (80, 64): Tile(128, 64, 4, 3),  # probe
+    (80, 128): Tile(128, 64, 8, 3),  # probe
+    (80, 256): Tile(64, 32, 4, 2),  # shared memory of 99 KiB on sm_86 and sm_89
+}
+SINGLE = Tile(64, 32, 4, 2)  # float32 inputs: twice the bytes, and no matrix instructions of that width
+INTERPRETED = Tile(32, 32, 1, 1)
+
+
+def pick(table: dict[tuple[int, int], Tile], capability: int, width: int) -> Tile:
+    fitting = [key for key in table if key[0] <= capability] or [key for key in table if key[0] == 80]
+    arch = max(key[0] for key in fitting)
+    dims = sorted(key[1] for key in table if key[0] == arch)
+    return table[arch, next((d for d in dims if d >= width), dims[-1])]
+
+
+def forward_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
+    """The tile of the forward kernel for a head dim padded to `width`."""
+    if device.type != "cuda":
+        return INTERPRETED
+    if dtype == torch.float32:
+        return SINGLE
+    major, minor = torch.cuda.get_device_capability(device)
+    return pick(FORWARD, 10 * major + minor, width)
