@@ -18,6 +18,7 @@ import torch
 from attnfx.ir import algebra as A
 from attnfx.kernels.flash import launch, tiles
 from attnfx.kernels.flash._call import Call
+from attnfx.kernels.flash.gradients import Backward
 from attnfx.spec import AttentionSpec
 
 ARCHITECTURES, HEAD_DIMS = (80, 90, 100), (64, 128, 256)
@@ -40,6 +41,11 @@ def launches(head_dim: int, capability: int, tile: tiles.Tile | None = None) -> 
     logsumexp = torch.empty(call.query.shape[:3], device="meta")
     at = tile or tiles.pick(tiles.FORWARD, capability, head_dim)
     found = {"forward": (launch.forward_launch(call, call.query, logsumexp, at), 2 * at.rows * at.keys * head_dim)}
+    pair = (tile, tile) if tile else tiles.pick(tiles.BACKWARD, capability, head_dim)
+    run = Backward(call, call.query, call.query, logsumexp, pair)
+    keys, rows = (t.rows * t.keys * head_dim for t in pair)
+    found["backward"] = (run.keys_launch(call.key, call.value), 4 * keys)
+    found["backward-rows"] = (run.rows_launch(call.query), 3 * rows)
     return found
 
 
@@ -57,7 +63,9 @@ def main() -> None:
     rows = []
     for capability in ARCHITECTURES:
         for head_dim in HEAD_DIMS:
-            names = [f"{kernel}-{capability}-{head_dim}" for kernel in ("forward", "backward", "decode")]
+            names = [
+                f"{kernel}-{capability}-{head_dim}" for kernel in ("forward", "backward", "backward-rows", "decode")
+            ]
             if not any(re.search(options.only, name) for name in names):
                 continue
             tile = tiles.Tile(*map(int, options.tile.split(","))) if options.tile else None

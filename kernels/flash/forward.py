@@ -34,7 +34,7 @@ def _step(
     first = tl.cast(j0, tl.int64)
     kt = load_tile(k + first * k_strides[2], n[None, :], tl.arange(0, BD)[:, None], k_strides[2], k_strides[3],
                    size_s - j0, D, BD, CHECK)  # fmt: skip
-    dot = tl.dot(q, kt, input_precision=PRECISION)
+    dot = f.dot(q, kt, None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
     if SCORE is None:  # no softmax: the weight of each score is its own
         p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
@@ -61,7 +61,7 @@ def _step(
         p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
     vt = load_tile(v + first * v_strides[2], n[:, None], tl.arange(0, BDV)[None, :], v_strides[2], v_strides[3],
                    size_s - j0, DV, BDV, CHECK)  # fmt: skip
-    acc = tl.dot(p.to(vt.dtype), vt, acc, input_precision=PRECISION)
+    acc = f.dot(p.to(vt.dtype), vt, acc, PRECISION)
     return acc, m_i, l_i
 
 
@@ -83,7 +83,7 @@ def _whole(
         first = tl.cast(j0, tl.int64)
         kt = load_tile(k + first * k_strides[2], n[None, :], tl.arange(0, BD)[:, None], k_strides[2], k_strides[3],
                        size_s - j0, D, BD, True)  # fmt: skip
-        dot = tl.dot(q, kt, input_precision=PRECISION)
+        dot = f.dot(q, kt, None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
         s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         s = tl.where(j < size_s, s, float("-inf"))
@@ -100,7 +100,7 @@ def _whole(
             p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
         vt = load_tile(v + first * v_strides[2], n[:, None], tl.arange(0, BDV)[None, :], v_strides[2], v_strides[3],
                        size_s - j0, DV, BDV, True)  # fmt: skip
-        acc_w = tl.dot(p.to(vt.dtype), vt, acc_w, input_precision=PRECISION)
+        acc_w = f.dot(p.to(vt.dtype), vt, acc_w, PRECISION)
     lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
     return tl.where(dead[:, None], acc_w, acc), tl.where(dead, l_w, l_i), lse
 

@@ -14,6 +14,15 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y in float32; acc may be None. "widened" is "ieee" in Triton's interpreter, whose product of bfloat16
+    multiplies their bits."""
+    if PRECISION == "widened":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def floordiv(x, y):
     """Rounds to minus infinity; the hardware's division truncates."""
     q = x // y

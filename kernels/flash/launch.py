@@ -123,6 +123,7 @@ class Arguments:
         spec, call = self.spec, self.call
         d, dv = call.query.shape[3], call.value.shape[3]
         tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        interpreted = call.query.device.type == "cpu"
         some = {name.upper(): self.functions[name] for name in ("heads", "rows", "columns", "score", "keep", "weight")}
         return some | dict(
             D=d, DV=dv, BD=padded(d), BDV=padded(dv),
@@ -130,7 +131,7 @@ class Arguments:
             SCALE=self.program.scale,
             THRESHOLD=round(spec.dropout * 2**32) if spec.random else None,
             RESCALE=1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 1.0,
-            PRECISION="tf32" if tf32 else "ieee",
+            PRECISION="widened" if interpreted else "tf32" if tf32 else "ieee",
         )  # fmt: skip
 
     def dead_rows_average(self) -> bool:

@@ -1,4 +1,4 @@
-"""A kernel with its arguments: run on the device that holds them, or compiled ahead for a GPU that need not be there."""
+"""A kernel with its arguments: run where they are, or compiled ahead for a GPU that need not be there."""
 
 from __future__ import annotations
 

@@ -6,9 +6,12 @@ fewest instructions per FLOP among the shapes that were tried. None of these was
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
+
+
+Row = TypeVar("Row")
 
 
 class Tile(NamedTuple):
@@ -35,7 +38,7 @@ SINGLE = Tile(64, 32, 4, 2)  # float32 inputs: twice the bytes, and no matrix in
 INTERPRETED = Tile(32, 32, 1, 1)
 
 
-def pick(table: dict[tuple[int, int], Tile], capability: int, width: int) -> Tile:
+def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
     fitting = [key for key in table if key[0] <= capability] or [key for key in table if key[0] == 80]
     arch = max(key[0] for key in fitting)
     dims = sorted(key[1] for key in table if key[0] == arch)
@@ -50,3 +53,26 @@ def forward_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
         return SINGLE
     major, minor = torch.cuda.get_device_capability(device)
     return pick(FORWARD, 10 * major + minor, width)
+
+
+# of the pass over keys, then of the pass over rows
+BACKWARD = {
+    (90, 32): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (90, 64): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (90, 128): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (90, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
+    (80, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (80, 128): (Tile(32, 128, 8, 2), Tile(128, 32, 8, 2)),  # probe
+    (80, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
+}
+
+
+def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tile, Tile]:
+    """The tiles of the pass over keys and of the pass over rows, for a head dim padded to `width`."""
+    if device.type != "cuda":
+        return INTERPRETED, INTERPRETED
+    if dtype == torch.float32:
+        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+    major, minor = torch.cuda.get_device_capability(device)
+    return pick(BACKWARD, 10 * major + minor, width)

@@ -1,0 +1,188 @@
+"""The backward pass of a call: its kernels one after the other, and what is small by PyTorch's own operators."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from attnfx.ir import algebra as A
+from attnfx.ir.derive import gradient
+from attnfx.ir.expr import Expr, walk
+from attnfx.kernels.chunked import output_like
+from attnfx.kernels.evaluate import Evaluator, block_axes
+from attnfx.kernels.flash import dead
+from attnfx.kernels.flash._call import Call
+from attnfx.kernels.flash.backward import delta_kernel, keys_kernel, rows_kernel
+from attnfx.kernels.flash.launch import Arguments, padded
+from attnfx.kernels.flash.launcher import Launch
+from attnfx.kernels.flash.program import LOG2E, Leaf
+from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
+from attnfx.kernels.flash.tiles import Tile, backward_tiles
+from attnfx.mask import rows_live
+
+
+def backward(
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True.
+
+    The same numbers on every run: nothing is added by atomics. `tiles` are those of the pass over keys and over rows.
+    """
+    run = Backward(call, grad_out, out, logsumexp, tiles)
+    return run.gradients()
+
+
+class Backward:
+    """The kernels of one backward pass, and the tensors between them."""
+
+    def __init__(
+        self, call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
+    ) -> None:
+        self.call, self.some = call, Arguments(call)
+        self.program, self.sizes = self.some.program, self.some.sizes
+        self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp
+        width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)
+        self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
+        exact = self.program.softmax and call.query.dtype == torch.float32
+        self.correction = torch.empty_like(self.delta) if exact else None
+        self.average = self.some.dead_rows_average()
+        self.below = None
+        if self.average:
+            assert self.program.fill is not None
+            self.below = self.program.fill / 2
+        elif call.spec.safe:
+            self.below = -math.inf
+
+    # -- kernels --------------------------------------------------------------------------------
+    def delta_launch(self) -> Launch:
+        tile = Tile(64 if self.grad_out.device.type != "cpu" else 16, 0, 4, 1)
+        sizes = self.sizes
+        width = self.call.value.shape[3]
+        return Launch(
+            delta_kernel,
+            (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
+            dict(
+                grad_out=self.grad_out, out=self.out, delta=self.delta, grad_strides=self.grad_out.stride(),
+                out_strides=self.out.stride(), sizes=self.some.encoded,
+            ),
+            dict(BM=tile.rows, DV=width, BDV=padded(width)),
+            tile,
+        )  # fmt: skip
+
+    def _arguments(self) -> dict[str, object]:
+        call = self.call
+        return dict(
+            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, logsumexp=self.logsumexp, delta=self.delta,
+            correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(), v_strides=call.value.stride(),
+            grad_strides=self.grad_out.stride(), captures=self.some.captures, sizes=self.some.encoded, seed=call.seed,
+        )  # fmt: skip
+
+    def _constants(self, tile: Tile, leaf: int | None) -> dict[str, object]:
+        slope = self.program.slope
+        number = leaf is None and slope.op == "const"
+        names = ("leaf_scores", "leaf_weights")
+        some = {n.upper(): None if leaf is None else self.some.functions[n] for n in names}
+        return self.some.constants() | some | dict(
+            BM=tile.rows, BN=tile.keys, DEAD=self.below, LEAF=leaf,
+            FACTOR=float(slope.value) if number else 1.0,  # type: ignore[arg-type]
+            SLOPE=None if number or leaf is not None else self.some.functions["slope"],
+        )  # fmt: skip
+
+    def keys_launch(self, dk: Tensor, dv: Tensor, leaf: int | None = None) -> Launch:
+        """The gradients of keys and values; with `leaf`, that of a load by key, in dk (B, H, S)."""
+        tile, sizes = self.tiles[0], self.sizes
+        heads = self.call.key.shape[1] if leaf is None else sizes["H"]
+        walks = along_rows(self.program.keep, sizes, tile.keys, tile.rows) if self.program.keep is not None else None
+        return Launch(
+            keys_kernel,
+            (-(-sizes["S"] // tile.keys), heads, sizes["B"]),
+            self._arguments() | dict(
+                dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
+                walks=None if walks is None else on_device(walks, dk.device),
+            ),
+            self._constants(tile, leaf),
+            tile,
+        )  # fmt: skip
+
+    def rows_launch(self, result: Tensor, leaf: int | None = None) -> Launch:
+        """The gradient of the queries; with `leaf`, that of a load by row, (B, H, T)."""
+        tile, sizes = self.tiles[1], self.sizes
+        walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
+        return Launch(
+            rows_kernel,
+            (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
+            self._arguments() | dict(
+                result=result, result_strides=result.stride(),
+                walks=None if walks is None else on_device(walks, result.device),
+            ),
+            self._constants(tile, leaf)
+            | dict(EXTRAS=self.some.functions["extras"], EXTRAS_COUNT=len(self.program.extras)),
+            tile,
+        )  # fmt: skip
+
+    # -- the whole ------------------------------------------------------------------------------
+    def gradients(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        call, device = self.call, self.call.query.device
+        softmax = self.program.softmax
+        if softmax:
+            self.delta_launch().run(device)
+        dq, dk, dv = (output_like(x, x.shape[3], x.dtype) for x in (call.query, call.key, call.value))
+        self.rows_launch(dq).run(device)
+        self.keys_launch(dk, dv).run(device)
+        captures = {
+            n: torch.zeros(call.captures[n].shape, dtype=torch.float32, device=device)
+            for n, c in enumerate(call.spec.captures)
+            if c.grad
+        }
+        for number, leaf in enumerate(self.program.leaves):
+            self._add_leaf(number, leaf, captures)
+        if softmax:
+            self._add_extras(captures)
+            if self.average:
+                assert self.below is not None
+                dead.add_gradients(call, self.grad_out, self.logsumexp, self.below, [dq, dk, dv], captures)
+            elif self.program.keep is not None and not call.spec.safe and not rows_live(call.spec, self.sizes):
+                # a row of NaN weights reaches every value of its head
+                lost = (self.logsumexp == -math.inf).unflatten(1, (call.key.shape[1], -1)).flatten(2).any(2)
+                dv.masked_fill_(lost[..., None, None], math.nan)
+        grads = [captures[n].to(call.captures[n].dtype) for n, c in enumerate(call.spec.captures) if c.grad]
+        return dq, dk, dv, grads
+
+    # -- captures -------------------------------------------------------------------------------
+    def _values(self) -> Evaluator:
+        sizes = self.sizes
+        axes = block_axes((0, sizes["B"]), (0, sizes["H"]), (0, sizes["T"]), (0, sizes["S"]))
+        return Evaluator(self.call.captures, sizes, axes, torch.float32, self.call.query.device)
+
+    def _add_leaf(self, number: int, leaf: Leaf, captures: dict[int, Tensor]) -> None:
+        shape, device = self.logsumexp.shape, self.call.query.device
+        if leaf.space == "column":
+            found = torch.empty((*shape[:2], self.sizes["S"]), dtype=torch.float32, device=device)
+            self.keys_launch(found, found, number).run(device)
+            values, found = self._values().without("i"), found[:, :, None]
+        else:
+            found = torch.empty(shape, dtype=torch.float32, device=device)
+            self.rows_launch(found, number).run(device)
+            values, found = self._values().without("j"), found[..., None]
+        values.add_gradient(leaf.load, found, captures[leaf.load.value])  # type: ignore[index]
+
+    def _add_extras(self, captures: dict[int, Tensor]) -> None:
+        """A logit without a value takes its weight from every row's others: d logit = -weight * delta."""
+        values = self._values().without("j")
+        for logit in self.call.spec.extra:
+            wanted = [e for e in walk(logit) if e.op == "load" and self.call.spec.captures[e.value].grad]  # type: ignore[index]
+            if not wanted:
+                continue
+            weight = (values.tensor(logit) * LOG2E - self.logsumexp[..., None] * LOG2E).exp2()
+            if self.correction is not None:
+                weight = weight / self.correction[..., None].exp2()
+            slope = -weight * self.delta[..., None]
+            for load, local in zip(wanted, gradient(logit, wanted)):
+                values.add_gradient(load, _times(slope, local, values), captures[load.value])  # type: ignore[index]
+
+
+def _times(slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
+    return slope if local is A.const(1.0) else slope * values.tensor(local)
