@@ -1,18 +1,17 @@
 """The backward kernels: weights are computed again from logsumexp; nothing is added up by atomics.
 
-`delta_kernel` gives sum(grad_out * out) of each row, `keys_kernel` the gradients of a block of keys and values (it walks
-along the rows of every head that shares them), `rows_kernel` that of a block of queries. With LEAF they give that of one
-load of the program instead, by key or by row.
+`delta_kernel` gives sum(grad_out * out) of each row, `keys_kernel` the gradients of a block of keys and values (it
+walks along the rows of every head that shares them), `rows_kernel` that of a block of queries. With LEAF they give
+that of one load of the program instead, by key or by row.
 
-A logsumexp of float32 is coarse where scores are huge: at 1e5, weights would be wrong by some 0.4%. For inputs of float32
-`rows_kernel` therefore runs first, adds up the weights it computed, and leaves the logarithm of the sum in `correction`.
-"""
+A logsumexp of float32 is coarse where scores are huge: at 1e5, weights would be wrong by some 0.4%. For inputs of
+float32 `rows_kernel` therefore runs first, adds up the weights it computed, and leaves the logarithm of the sum in
+`correction`."""
 
 import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.kernels.flash.forward import load_tile
 
 
 @triton.jit
@@ -22,19 +21,17 @@ def delta_kernel(
     """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
-    m, d = tl.arange(0, BM), tl.arange(0, BDV)[None, :]
-    grad_out += b * grad_strides[0] + h.to(tl.int64) * grad_strides[1] + i0.to(tl.int64) * grad_strides[2]
-    out += b * out_strides[0] + h.to(tl.int64) * out_strides[1] + i0.to(tl.int64) * out_strides[2]
-    x = load_tile(grad_out, m[:, None], d, grad_strides[2], grad_strides[3], size_t - i0, DV, BDV, True)
-    y = load_tile(out, m[:, None], d, out_strides[2], out_strides[3], size_t - i0, DV, BDV, True)
+    x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
+    y = f.load_tile(out, out_strides, b, h, i0, size_t, BM, DV, BDV, True)
     total = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
-    tl.store(delta + (b * size_h + h) * size_t + i0 + m, total, mask=i0 + m < size_t)
+    i = i0 + tl.arange(0, BM)
+    tl.store(delta + (b * size_h + h) * size_t + i, total, mask=i < size_t)
 
 
 @triton.jit
 def row_statistics(logsumexp, delta, correction, at, i, size_t, DEAD: tl.constexpr, SCORE: tl.constexpr):
-    """logsumexp and its correction in units of log 2, and delta. Rows whose logsumexp is not above DEAD (None: every row
-    counts) get infinity, which makes their weights zero: they are no business of these kernels."""
+    """logsumexp and its correction in units of log 2, and delta. Rows whose logsumexp is not above DEAD (None: every
+    row counts) get infinity, which makes their weights zero: they are no business of these kernels."""
     if SCORE is None:
         return i * 0.0, i * 0.0, i * 0.0
     lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
@@ -109,8 +106,8 @@ def tile_gradients(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k_tile, v_tile, q, grad_out, logsumexp, delta, correction, q_strides, grad_strides, captures, sizes, seed, H, C,
-    b, h, i0, j, j0,
+    dk, dv, k_tile, v_tile, q, grad_out, logsumexp, delta, correction, q_strides, grad_strides, captures, sizes, seed,
+    H, C, b, h, i0, j, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr,
     LEAF: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
@@ -118,17 +115,13 @@ def _keys_step(
 ):  # fmt: skip
     """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,)."""
     size_t = sizes[2] >> 1
-    m = tl.arange(0, BM)
-    i = i0 + m[None, :]
-    first = tl.cast(i0, tl.int64)
-    qt = load_tile(q + first * q_strides[2], m[None, :], tl.arange(0, BD)[:, None], q_strides[2], q_strides[3],
-                   size_t - i0, D, BD, CHECK)  # fmt: skip
+    i = i0 + tl.arange(0, BM)[None, :]
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
     l2, c2, delta_i = row_statistics(logsumexp, delta, correction, i, i, size_t, DEAD, SCORE)
-    do = load_tile(grad_out + first * grad_strides[2], m[:, None], tl.arange(0, BDV)[None, :], grad_strides[2],
-                   grad_strides[3], size_t - i0, DV, BDV, CHECK)  # fmt: skip
+    do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
-    dot = f.dot(k_tile, qt, None, PRECISION)
+    dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
     w, ds, dw, prob, live = tile_gradients(
         dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE, THRESHOLD,
@@ -136,7 +129,7 @@ def _keys_step(
     )  # fmt: skip
     if LEAF is None:
         dv = f.dot(w.to(do.dtype), do, dv, PRECISION)
-        dk = f.dot(ds.to(qt.dtype), tl.trans(qt), dk, PRECISION)
+        dk = f.dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
     else:
         part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
                          LEAF_WEIGHTS)  # fmt: skip
@@ -146,8 +139,8 @@ def _keys_step(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, logsumexp, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides, dk_strides, dv_strides,
-    captures, sizes, seed, walks,
+    q, k, v, grad_out, logsumexp, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
+    dk_strides, dv_strides, captures, sizes, seed, walks,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
@@ -157,23 +150,18 @@ def keys_kernel(
     """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks (key blocks, 4) along the
     rows, or None. FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
 
-    With LEAF, the number of a load, the grid is (key blocks, H, B), and dk is that load's gradient summed over the rows,
-    (B, H, S) of float32; dv is not touched."""
+    With LEAF, the number of a load, the grid is (key blocks, H, B),
+    and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, lead, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if LEAF is None:
         g, first_h = lead, lead * PER_GROUP
     else:
         g, first_h = lead // PER_GROUP, lead
-    long_b, long_g = b.to(tl.int64), g.to(tl.int64)
     j0 = block * BN
-    n, d, e = tl.arange(0, BN)[:, None], tl.arange(0, BD)[None, :], tl.arange(0, BDV)[None, :]
-    j = j0 + n
-    long_j = j0.to(tl.int64)
-    k += long_b * k_strides[0] + long_g * k_strides[1] + long_j * k_strides[2]
-    v += long_b * v_strides[0] + long_g * v_strides[1] + long_j * v_strides[2]
-    k_tile = load_tile(k, n, d, k_strides[2], k_strides[3], size_s - j0, D, BD, True)
-    v_tile = load_tile(v, n, e, v_strides[2], v_strides[3], size_s - j0, DV, BDV, True)
+    j = j0 + tl.arange(0, BN)[:, None]
+    k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
+    v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
     if THRESHOLD is not None:
         seed = tl.load(seed)
     if walks is None:  # the last block of keys may reach beyond the end: all its tiles are checked
@@ -192,12 +180,9 @@ def keys_kernel(
     dv_acc = tl.zeros([BN, BDV], tl.float32)
     for r in range(0, PER_GROUP if LEAF is None else 1):
         h = first_h + r
-        long_h = tl.cast(h, tl.int64)
         H = HEADS(captures, sizes, b, h)
         C = COLUMNS(captures, sizes, H, b, h, j)
-        q_h = q + long_b * q_strides[0] + long_h * q_strides[1]
-        do_h = grad_out + long_b * grad_strides[0] + long_h * grad_strides[1]
-        row = (long_b * size_h + h) * size_t
+        row = (b.to(tl.int64) * size_h + h) * size_t
         lse_h, delta_h = logsumexp + row, delta + row
         if correction is None:
             correction_h = None
@@ -206,52 +191,45 @@ def keys_kernel(
         for i0 in range(full_start, full_end, BM):
             i0 = tl.multiple_of(i0, BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q_h, do_h, lse_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD, PRECISION, LEAF,
-                False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, lse_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD,
+                PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
             )  # fmt: skip
         for t in range(0, before + tl.cdiv(end - full_end, BM)):
             i0 = tl.multiple_of(tl.where(t < before, start + t * BM, full_end + (t - before) * BM), BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q_h, do_h, lse_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD, PRECISION, LEAF,
-                True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, lse_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD,
+                PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
             )  # fmt: skip
     if LEAF is None:
-        dk += long_b * dk_strides[0] + long_g * dk_strides[1] + long_j * dk_strides[2]
-        dv += long_b * dv_strides[0] + long_g * dv_strides[1] + long_j * dv_strides[2]
-        tl.store(dk + n * dk_strides[2] + d * dk_strides[3], (dk_acc * FACTOR).to(dk.dtype.element_ty),
-                 mask=(j < size_s) & (d < D))  # fmt: skip
-        tl.store(dv + n * dv_strides[2] + e * dv_strides[3], dv_acc.to(dv.dtype.element_ty),
-                 mask=(j < size_s) & (e < DV))  # fmt: skip
+        f.store_tile(dk, dk_strides, b, g, j0, size_s, dk_acc * FACTOR, BN, D, BD)
+        f.store_tile(dv, dv_strides, b, g, j0, size_s, dv_acc, BN, DV, BDV)
     else:
         column = j0 + tl.arange(0, BN)
-        tl.store(dk + (long_b * size_h + first_h) * size_s + column, dk_acc, mask=column < size_s)
+        tl.store(dk + (b.to(tl.int64) * size_h + first_h) * size_s + column, dk_acc, mask=column < size_s)
 
 
 @triton.jit
 def _rows_step(
     total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr,
-    CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
-    SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
+    SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the gradient of the queries (BM, BD); with LEAF, to that of a load by row (BM,)."""
     size_s = sizes[3] >> 1
-    n = tl.arange(0, BN)
-    j = j0 + n[None, :]
-    first = tl.cast(j0, tl.int64)
-    k_tile = load_tile(k + first * k_strides[2], n[:, None], tl.arange(0, BD)[None, :], k_strides[2], k_strides[3],
-                       size_s - j0, D, BD, CHECK)  # fmt: skip
-    vt = load_tile(v + first * v_strides[2], n[None, :], tl.arange(0, BDV)[:, None], v_strides[2], v_strides[3],
-                   size_s - j0, DV, BDV, CHECK)  # fmt: skip
+    j = j0 + tl.arange(0, BN)[None, :]
+    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
+    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
     C = COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
-    dp = f.dot(do, vt, None, PRECISION)
+    dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, CHECK, SCALE, THRESHOLD,
-        RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, CHECK, SCALE,
+        THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
     )  # fmt: skip
     if LEAF is None:
         total = f.dot(ds.to(k_tile.dtype), k_tile, total, PRECISION)
@@ -280,8 +258,8 @@ def leaf_part(
 
 @triton.jit
 def rows_kernel(
-    q, k, v, grad_out, logsumexp, delta, correction, result, q_strides, k_strides, v_strides, grad_strides, result_strides,
-    captures, sizes, seed, walks,
+    q, k, v, grad_out, logsumexp, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
+    result_strides, captures, sizes, seed, walks,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
@@ -290,24 +268,18 @@ def rows_kernel(
     EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, H, B). LEAF None: result is the queries' gradient (B, H, T, D); else that of the load of this
-    number, summed over the keys, (B, H, T) of float32. Walks as in the forward kernel. Writes `correction` (B, H, T) unless
-    it is None, and reads it with LEAF."""
+    number, summed over the keys, (B, H, T) of float32. Walks as in the forward kernel. Writes `correction` (B, H, T)
+    unless it is None, and reads it with LEAF."""
     CORRECT: tl.constexpr = correction is not None
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    long_b, long_h, g = b.to(tl.int64), h.to(tl.int64), (h // PER_GROUP).to(tl.int64)
-    k += long_b * k_strides[0] + g * k_strides[1]
-    v += long_b * v_strides[0] + g * v_strides[1]
     i0 = block * BM
-    m, d, e = tl.arange(0, BM)[:, None], tl.arange(0, BD)[None, :], tl.arange(0, BDV)[None, :]
-    i = i0 + m
-    long_i = i0.to(tl.int64)
-    q += long_b * q_strides[0] + long_h * q_strides[1] + long_i * q_strides[2]
-    grad_out += long_b * grad_strides[0] + long_h * grad_strides[1] + long_i * grad_strides[2]
-    q_tile = load_tile(q, m, d, q_strides[2], q_strides[3], size_t - i0, D, BD, True)
-    do = load_tile(grad_out, m, e, grad_strides[2], grad_strides[3], size_t - i0, DV, BDV, True)
+    i = i0 + tl.arange(0, BM)[:, None]
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
+    do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
     do = do.to(q_tile.dtype)
-    at = (long_b * size_h + h) * size_t + i
+    first_row = (b.to(tl.int64) * size_h + h) * size_t
+    at = first_row + i
     if LEAF is None:
         l2, c2, delta_i = row_statistics(logsumexp, delta, None, at, i, size_t, DEAD, SCORE)
     else:
@@ -334,16 +306,16 @@ def rows_kernel(
     for j0 in range(full_start, full_end, BN):
         j0 = tl.multiple_of(j0, BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
+            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
         )  # fmt: skip
     before = (full_start - start) // BN
     for n in range(0, before + tl.cdiv(end - full_end, BN)):
         j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
+            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
         )  # fmt: skip
     if LEAF is None:
@@ -352,10 +324,8 @@ def rows_kernel(
             total = total / tl.where(known, sums, 1.0)[:, None]
             c2 = tl.where(known, tl.log2(sums), 0.0)
             row = i0 + tl.arange(0, BM)
-            tl.store(correction + (long_b * size_h + h) * size_t + row, c2, mask=row < size_t)
-        result += long_b * result_strides[0] + long_h * result_strides[1] + long_i * result_strides[2]
-        tl.store(result + m * result_strides[2] + d * result_strides[3], (total * FACTOR).to(result.dtype.element_ty),
-                 mask=(i < size_t) & (d < D))  # fmt: skip
+            tl.store(correction + first_row + row, c2, mask=row < size_t)
+        f.store_tile(result, result_strides, b, h, i0, size_t, total * FACTOR, BM, D, BD)
     else:
         row = i0 + tl.arange(0, BM)
-        tl.store(result + (long_b * size_h + h) * size_t + row, total, mask=row < size_t)
+        tl.store(result + first_row + row, total, mask=row < size_t)

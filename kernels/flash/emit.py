@@ -8,9 +8,9 @@
     extras(captures, sizes, H, R, b, h, i)      extra logits, a tuple
 
 `captures` is a tuple of (pointer, stride, stride, ...), tables after the spec's own, strides 0 where broadcast. `sizes`
-is (B, H, T, S, the spec's own, then the lengths of every capture's dims), each number n as 2 n + 1: Triton would compile
-a kernel again for a 1 and for a multiple of 16 in a tuple, and no length is worth that. What the functions compute is
-said by `attnfx.kernels.flash.program.Program`.
+is (B, H, T, S, the spec's own, then the lengths of every capture's dims), each number n as 2 n + 1: Triton would
+compile a kernel again for a 1 and for a multiple of 16 in a tuple, and no length is worth that. What the functions
+compute is said by `attnfx.kernels.flash.program.Program`.
 """
 
 from __future__ import annotations

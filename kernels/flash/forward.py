@@ -7,34 +7,17 @@ import attnfx.kernels.flash.functions as f
 
 
 @triton.jit
-def load_tile(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-              CHECK: tl.constexpr):  # fmt: skip
-    """base[rows, dims], zero outside; `rows` and `dims` broadcast, and are not checked unless they must be."""
-    at = base + rows * stride_row + dims * stride_dim
-    if CHECK:
-        if WIDTH == PADDED:
-            return tl.load(at, mask=rows < length, other=0.0)
-        return tl.load(at, mask=(rows < length) & (dims < WIDTH), other=0.0)
-    if WIDTH == PADDED:
-        return tl.load(at)
-    return tl.load(at, mask=dims < WIDTH, other=0.0)
-
-
-@triton.jit
 def _step(
     acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """One tile: BM rows, keys j0 .. j0 + BN. KEEP None: no key of it is masked. CHECK: it may reach beyond the last."""
     size_s = sizes[3] >> 1
-    n = tl.arange(0, BN)
-    j = j0 + n[None, :]
-    first = tl.cast(j0, tl.int64)
-    kt = load_tile(k + first * k_strides[2], n[None, :], tl.arange(0, BD)[:, None], k_strides[2], k_strides[3],
-                   size_s - j0, D, BD, CHECK)  # fmt: skip
-    dot = f.dot(q, kt, None, PRECISION)
+    j = j0 + tl.arange(0, BN)[None, :]
+    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
+    dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
     if SCORE is None:  # no softmax: the weight of each score is its own
         p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
@@ -59,9 +42,8 @@ def _step(
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     if THRESHOLD is not None:
         p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
-    vt = load_tile(v + first * v_strides[2], n[:, None], tl.arange(0, BDV)[None, :], v_strides[2], v_strides[3],
-                   size_s - j0, DV, BDV, CHECK)  # fmt: skip
-    acc = f.dot(p.to(vt.dtype), vt, acc, PRECISION)
+    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
+    acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, m_i, l_i
 
 
@@ -69,7 +51,7 @@ def _step(
 def _whole(
     acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
     """Rows without a live key again, over every key and with their fill: in natural units, which float32's lowest
@@ -78,12 +60,9 @@ def _whole(
     dead = m_i == float("-inf")
     m_w, l_w, acc_w = m_i, l_i, acc
     for j0 in range(0, size_s, BN):
-        n = tl.arange(0, BN)
-        j = j0 + n[None, :]
-        first = tl.cast(j0, tl.int64)
-        kt = load_tile(k + first * k_strides[2], n[None, :], tl.arange(0, BD)[:, None], k_strides[2], k_strides[3],
-                       size_s - j0, D, BD, True)  # fmt: skip
-        dot = f.dot(q, kt, None, PRECISION)
+        j = j0 + tl.arange(0, BN)[None, :]
+        k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
+        dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
         s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         s = tl.where(j < size_s, s, float("-inf"))
@@ -98,9 +77,8 @@ def _whole(
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if THRESHOLD is not None:
             p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
-        vt = load_tile(v + first * v_strides[2], n[:, None], tl.arange(0, BDV)[None, :], v_strides[2], v_strides[3],
-                       size_s - j0, DV, BDV, True)  # fmt: skip
-        acc_w = f.dot(p.to(vt.dtype), vt, acc_w, PRECISION)
+        v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
+        acc_w = f.dot(p.to(v_tile.dtype), v_tile, acc_w, PRECISION)
     lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
     return tl.where(dead[:, None], acc_w, acc), tl.where(dead, l_w, l_i), lse
 
@@ -115,20 +93,17 @@ def forward_kernel(
     WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
-    logsumexp (B, H, T) contiguous, walks (row blocks, 4) or None where nothing masks.
+    logsumexp (B, H, T) contiguous, walks (row blocks, 4) or None where nothing masks. k and v may be descriptors: their
+    strides are then None.
 
     THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
     """
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    long_b, g = b.to(tl.int64), (h // PER_GROUP).to(tl.int64)
-    k += long_b * k_strides[0] + g * k_strides[1]
-    v += long_b * v_strides[0] + g * v_strides[1]
     i0 = block * BM
     m = tl.arange(0, BM)
     i = i0 + m[:, None]
-    q += long_b * q_strides[0] + h.to(tl.int64) * q_strides[1] + i0.to(tl.int64) * q_strides[2]
-    q_tile = load_tile(q, m[:, None], tl.arange(0, BD)[None, :], q_strides[2], q_strides[3], size_t - i0, D, BD, True)
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     if THRESHOLD is not None:
@@ -154,16 +129,16 @@ def forward_kernel(
         j0 = tl.multiple_of(j0, BN)
         acc, m_i, l_i = _step(
             acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
         )  # fmt: skip
     before = (full_start - start) // BN
     for n in range(0, before + tl.cdiv(end - full_end, BN)):
         j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
         acc, m_i, l_i = _step(
             acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
         )  # fmt: skip
-    at = (long_b * size_h + h) * size_t + i0 + m
+    at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
     if SCORE is None:
         tl.store(logsumexp + at, tl.zeros([BM], tl.float32), mask=i0 + m < size_t)
     else:
@@ -172,7 +147,7 @@ def forward_kernel(
         elif tl.max(tl.where((m_i == float("-inf")) & (i0 + m < size_t), 1, 0)) > 0:
             acc, l_i, lse = _whole(
                 acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
-                D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
+                D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
             )  # fmt: skip
         else:
             lse = (m_i + tl.log2(l_i)) * f.LN2
@@ -181,7 +156,4 @@ def forward_kernel(
             l_i = tl.where(l_i == 0.0, 1.0, l_i)
         acc = acc / l_i[:, None]
     acc = acc * RESCALE
-    out += long_b * out_strides[0] + h.to(tl.int64) * out_strides[1] + i0.to(tl.int64) * out_strides[2]
-    d = tl.arange(0, BDV)[None, :]
-    tl.store(out + m[:, None] * out_strides[2] + d * out_strides[3], acc.to(out.dtype.element_ty),
-             mask=(i < size_t) & (d < DV))  # fmt: skip
+    f.store_tile(out, out_strides, b, h, i0, size_t, acc, BM, DV, BDV)

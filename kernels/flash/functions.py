@@ -14,6 +14,44 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                 CHECK: tl.constexpr):  # fmt: skip
+    """base[rows, dims], zero outside. `dims` is checked where the tile is wider than WIDTH, `rows` with CHECK."""
+    at = base + rows * stride_row + dims * stride_dim
+    if CHECK:
+        if WIDTH == PADDED:
+            return tl.load(at, mask=rows < length, other=0.0)
+        return tl.load(at, mask=(rows < length) & (dims < WIDTH), other=0.0)
+    if WIDTH == PADDED:
+        return tl.load(at)
+    return tl.load(at, mask=dims < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+              CHECK: tl.constexpr):  # fmt: skip
+    """(ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor of
+    blocks (1, 1, ROWS, PADDED)."""
+    if strides is None:
+        return tl.reshape(x.load([b, h, first, 0]), [ROWS, PADDED])
+    base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    base += tl.cast(first, tl.int64) * strides[2]
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    return load_checked(base, n, d, strides[2], strides[3], length - first, WIDTH, PADDED, CHECK)
+
+
+@triton.jit
+def store_tile(x, strides, b, h, first, length, values, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+               PADDED: tl.constexpr):  # fmt: skip
+    """The inverse of `load_tile`, by pointer."""
+    base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    base += tl.cast(first, tl.int64) * strides[2]
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    tl.store(base + n * strides[2] + d * strides[3], values.to(x.dtype.element_ty),
+             mask=(n < length - first) & (d < WIDTH))  # fmt: skip
+
+
+@triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
     """acc + x @ y in float32; acc may be None. "widened" is "ieee" in Triton's interpreter, whose product of bfloat16
     multiplies their bits."""

@@ -17,7 +17,7 @@ from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.backward import delta_kernel, keys_kernel, rows_kernel
 from attnfx.kernels.flash.launch import Arguments, padded
 from attnfx.kernels.flash.launcher import Launch
-from attnfx.kernels.flash.program import LOG2E, Leaf
+from attnfx.kernels.flash.program import LOG2E, Leaf, has_gradient
 from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
 from attnfx.kernels.flash.tiles import Tile, backward_tiles
 from attnfx.mask import rows_live
@@ -76,8 +76,9 @@ class Backward:
         call = self.call
         return dict(
             q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, logsumexp=self.logsumexp, delta=self.delta,
-            correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(), v_strides=call.value.stride(),
-            grad_strides=self.grad_out.stride(), captures=self.some.captures, sizes=self.some.encoded, seed=call.seed,
+            correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(),
+            v_strides=call.value.stride(), grad_strides=self.grad_out.stride(), captures=self.some.captures,
+            sizes=self.some.encoded, seed=call.seed,
         )  # fmt: skip
 
     def _constants(self, tile: Tile, leaf: int | None) -> dict[str, object]:
@@ -173,7 +174,7 @@ class Backward:
         """A logit without a value takes its weight from every row's others: d logit = -weight * delta."""
         values = self._values().without("j")
         for logit in self.call.spec.extra:
-            wanted = [e for e in walk(logit) if e.op == "load" and self.call.spec.captures[e.value].grad]  # type: ignore[index]
+            wanted = [e for e in walk(logit) if has_gradient(self.call.spec, e)]
             if not wanted:
                 continue
             weight = (values.tensor(logit) * LOG2E - self.logsumexp[..., None] * LOG2E).exp2()

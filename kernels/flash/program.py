@@ -96,7 +96,7 @@ def _program(spec: AttentionSpec) -> Program:
     tables = _Tables(len(spec.captures))
     score, weight = tables.out_of(spec.score), tables.out_of(spec.weight)
     extras = tuple(tables.out_of(e) for e in spec.extra)
-    wanted = [x for x in _loads(score, weight) if _grad(spec, x)]
+    wanted = [x for x in _loads(score, weight) if has_gradient(spec, x)]
     if spec.normaliser == "softmax":
         mask = mask_of(score)
         keep = mask.keep if mask is not None else None
@@ -193,22 +193,17 @@ def _loads(*roots: Expr) -> list[Expr]:
     return list(dict.fromkeys(e for root in roots for e in walk(root) if e.op == "load"))
 
 
-def _grad(spec: AttentionSpec, load: Expr) -> bool:
-    slot = load.value
-    return isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
+def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
+    """Whether an expression is a load of a capture that needs a gradient."""
+    slot = e.value
+    return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
 
 
 def _space(load: Expr) -> str:
     at = load.free & {"i", "j"}
     if at == {"i", "j"}:
         raise Unsupported(f"the gradient of a capture that is read at both indices has no kernel yet: {load}")
-    if any(_grad_inside(a) for a in load.args):
-        raise Unsupported(f"a capture is read at an index that was loaded, and needs a gradient: {load}")
     return "row" if "i" in at else "column" if "j" in at else "head"
-
-
-def _grad_inside(index: Expr) -> bool:
-    return any(opaque(x) for x in walk(index))
 
 
 class _Tables:
@@ -259,4 +254,4 @@ def _index(name: str, e: Expr) -> Expr:
     return A.add(A.sub(by["j"], by["i"]), A.sub(by["i"].args[0], A.ONE))
 
 
-__all__ = ["Leaf", "Program", "Table", "Unsupported", "assume", "program_of"]
+__all__ = ["Leaf", "Program", "Table", "Unsupported", "assume", "has_gradient", "program_of"]

@@ -10,7 +10,6 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-
 Row = TypeVar("Row")
 
 
