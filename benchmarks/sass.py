@@ -40,9 +40,14 @@ def launches(head_dim: int, capability: int, tile: tiles.Tile | None = None) -> 
     call = plain(head_dim)
     logsumexp = torch.empty(call.query.shape[:3], device="meta")
     at = tile or tiles.pick(tiles.FORWARD, capability, head_dim)
-    found = {"forward": (launch.forward_launch(call, call.query, logsumexp, at), 2 * at.rows * at.keys * head_dim)}
+    found = {
+        "forward": (
+            launch.forward_launch(call, call.query, logsumexp, at, capability),
+            2 * at.rows * at.keys * head_dim,
+        )
+    }
     pair = (tile, tile) if tile else tiles.pick(tiles.BACKWARD, capability, head_dim)
-    run = Backward(call, call.query, call.query, logsumexp, pair)
+    run = Backward(call, call.query, call.query, logsumexp, pair, capability)
     keys, rows = (t.rows * t.keys * head_dim for t in pair)
     found["backward"] = (run.keys_launch(call.key, call.value), 4 * keys)
     found["backward-rows"] = (run.rows_launch(call.query), 3 * rows)

@@ -1,6 +1,6 @@
 """The backward kernels: weights are computed again from logsumexp; nothing is added up by atomics.
 
-`delta_kernel` gives sum(grad_out * out) of each row, `keys_kernel` the gradients of a block of keys and values (it
+`delta_kernel` prepares sum(grad_out * out) of each row, `keys_kernel` the gradients of a block of keys and values (it
 walks along the rows of every head that shares them), `rows_kernel` that of a block of queries. With LEAF they give
 that of one load of the program instead, by key or by row.
 
@@ -16,33 +16,44 @@ import attnfx.kernels.flash.functions as f
 
 @triton.jit
 def delta_kernel(
-    grad_out, out, delta, grad_strides, out_strides, sizes, BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr
-):
-    """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out."""
+    grad_out, out, logsumexp, delta, l2, grad_strides, out_strides, sizes,
+    BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, DEAD: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out; l2 is logsumexp in
+    units of log 2. Rows whose logsumexp is not above DEAD (None: every row counts) get infinity, which makes their
+    weights zero: they are no business of these kernels."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
     x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
     y = f.load_tile(out, out_strides, b, h, i0, size_t, BM, DV, BDV, True)
     total = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
     i = i0 + tl.arange(0, BM)
-    tl.store(delta + (b * size_h + h) * size_t + i, total, mask=i < size_t)
+    at = (b * size_h + h) * size_t + i
+    tl.store(delta + at, total, mask=i < size_t)
+    lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
+    if DEAD is None:
+        scaled = lse * f.LOG2E
+    else:
+        scaled = tl.where(lse <= DEAD, float("inf"), lse * f.LOG2E)
+    tl.store(l2 + at, scaled, mask=i < size_t)
 
 
 @triton.jit
-def row_statistics(logsumexp, delta, correction, at, i, size_t, DEAD: tl.constexpr, SCORE: tl.constexpr):
-    """logsumexp and its correction in units of log 2, and delta. Rows whose logsumexp is not above DEAD (None: every
-    row counts) get infinity, which makes their weights zero: they are no business of these kernels."""
+def row_statistics(l2, delta, correction, at, i, size_t, CHECK: tl.constexpr, SCORE: tl.constexpr):
+    """logsumexp and its correction in units of log 2, and delta, of the rows i."""
     if SCORE is None:
         return i * 0.0, i * 0.0, i * 0.0
-    lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
-    l2 = lse * f.LOG2E
-    if DEAD is not None:
-        l2 = tl.where(lse <= DEAD, float("inf"), l2)
+    if CHECK:
+        l2_i = tl.load(l2 + at, mask=i < size_t, other=0.0)
+        delta_i = tl.load(delta + at, mask=i < size_t, other=0.0)
+    else:
+        l2_i = tl.load(l2 + at)
+        delta_i = tl.load(delta + at)
     if correction is None:
-        c2 = i * 0.0
+        c2 = delta_i
     else:
         c2 = tl.load(correction + at, mask=i < size_t, other=0.0)
-    return l2, c2, tl.load(delta + at, mask=i < size_t, other=0.0)
+    return l2_i, c2, delta_i
 
 
 @triton.jit
@@ -106,10 +117,10 @@ def tile_gradients(
 
 @triton.jit
 def _keys_step(
-    dk, dv, k_tile, v_tile, q, grad_out, logsumexp, delta, correction, q_strides, grad_strides, captures, sizes, seed,
+    dk, dv, k_tile, v_tile, q, grad_out, l2, delta, correction, q_strides, grad_strides, captures, sizes, seed,
     H, C, b, h, i0, j, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr,
+    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
     LEAF: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
     WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -117,15 +128,15 @@ def _keys_step(
     size_t = sizes[2] >> 1
     i = i0 + tl.arange(0, BM)[None, :]
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
-    l2, c2, delta_i = row_statistics(logsumexp, delta, correction, i, i, size_t, DEAD, SCORE)
+    l2_i, c2, delta_i = row_statistics(l2, delta, correction, i, i, size_t, CHECK, SCORE)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
     w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE, THRESHOLD,
-        RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE,
+        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
     )  # fmt: skip
     if LEAF is None:
         dv = f.dot(w.to(do.dtype), do, dv, PRECISION)
@@ -139,11 +150,11 @@ def _keys_step(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, logsumexp, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad_out, l2, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
     dk_strides, dv_strides, captures, sizes, seed, walks,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
-    RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
+    RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
 ):  # fmt: skip
@@ -183,7 +194,7 @@ def keys_kernel(
         H = HEADS(captures, sizes, b, h)
         C = COLUMNS(captures, sizes, H, b, h, j)
         row = (b.to(tl.int64) * size_h + h) * size_t
-        lse_h, delta_h = logsumexp + row, delta + row
+        l2_h, delta_h = l2 + row, delta + row
         if correction is None:
             correction_h = None
         else:
@@ -191,15 +202,15 @@ def keys_kernel(
         for i0 in range(full_start, full_end, BM):
             i0 = tl.multiple_of(i0, BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, lse_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
                 PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
             )  # fmt: skip
         for t in range(0, before + tl.cdiv(end - full_end, BM)):
             i0 = tl.multiple_of(tl.where(t < before, start + t * BM, full_end + (t - before) * BM), BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, lse_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE, DEAD,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
                 PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
             )  # fmt: skip
     if LEAF is None:
@@ -258,11 +269,11 @@ def leaf_part(
 
 @triton.jit
 def rows_kernel(
-    q, k, v, grad_out, logsumexp, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
     result_strides, captures, sizes, seed, walks,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
-    RESCALE: tl.constexpr, DEAD: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
+    RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
     EXTRAS: tl.constexpr,
@@ -281,16 +292,16 @@ def rows_kernel(
     first_row = (b.to(tl.int64) * size_h + h) * size_t
     at = first_row + i
     if LEAF is None:
-        l2, c2, delta_i = row_statistics(logsumexp, delta, None, at, i, size_t, DEAD, SCORE)
+        l2_i, c2, delta_i = row_statistics(l2, delta, None, at, i, size_t, True, SCORE)
     else:
-        l2, c2, delta_i = row_statistics(logsumexp, delta, correction, at, i, size_t, DEAD, SCORE)
+        l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     sums = tl.zeros([BM], tl.float32)
     if CORRECT and EXTRAS_COUNT > 0:
         logits = EXTRAS(captures, sizes, H, R, b, h, i)
         for x in tl.static_range(EXTRAS_COUNT):
-            sums += tl.reshape(tl.exp2(f.full(logits[x], BM, 1) - l2), [BM])
+            sums += tl.reshape(tl.exp2(f.full(logits[x], BM, 1) - l2_i), [BM])
     if THRESHOLD is not None:
         seed = tl.load(seed)
     if walks is None:
@@ -306,7 +317,7 @@ def rows_kernel(
     for j0 in range(full_start, full_end, BN):
         j0 = tl.multiple_of(j0, BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
         )  # fmt: skip
@@ -314,7 +325,7 @@ def rows_kernel(
     for n in range(0, before + tl.cdiv(end - full_end, BN)):
         j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
         )  # fmt: skip

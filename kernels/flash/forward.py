@@ -5,6 +5,9 @@ import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
 
+# Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
+LOWEST = tl.constexpr(-3.0e38)
+
 
 @triton.jit
 def _step(
@@ -32,9 +35,8 @@ def _step(
         if CHECK:
             s = tl.where(j < size_s, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s * SCALE - safe[:, None])
-        alpha = tl.exp2(m_i - safe)
+        p = tl.exp2(s * SCALE - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         m_i = m_new
@@ -57,8 +59,9 @@ def _whole(
     """Rows without a live key again, over every key and with their fill: in natural units, which float32's lowest
     number survives. Gives m_i in units of log 2, as all else has it."""
     size_s = sizes[3] >> 1
-    dead = m_i == float("-inf")
-    m_w, l_w, acc_w = m_i, l_i, acc
+    dead = l_i == 0.0
+    m_w = tl.full([BM], float("-inf"), tl.float32)
+    l_w, acc_w = tl.zeros([BM], tl.float32), tl.zeros([BM, BDV], tl.float32)
     for j0 in range(0, size_s, BN):
         j = j0 + tl.arange(0, BN)[None, :]
         k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
@@ -108,7 +111,7 @@ def forward_kernel(
     R = ROWS(captures, sizes, H, b, h, i)
     if THRESHOLD is not None:
         seed = tl.load(seed)
-    m_i = tl.full([BM], float("-inf"), tl.float32)
+    m_i = tl.full([BM], LOWEST, tl.float32)
     l_i = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if EXTRAS_COUNT > 0:
@@ -116,8 +119,7 @@ def forward_kernel(
         for e in tl.static_range(EXTRAS_COUNT):
             logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
             m_new = tl.maximum(m_i, logit)
-            safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-            l_i = l_i * tl.exp2(m_i - safe) + tl.exp2(logit - safe)
+            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
             m_i = m_new
     if walks is None:
         start, full_start, end = size_s * 0, size_s * 0, size_s
@@ -144,7 +146,7 @@ def forward_kernel(
     else:
         if WHOLE is None:
             lse = (m_i + tl.log2(l_i)) * f.LN2
-        elif tl.max(tl.where((m_i == float("-inf")) & (i0 + m < size_t), 1, 0)) > 0:
+        elif tl.max(tl.where((l_i == 0.0) & (i0 + m < size_t), 1, 0)) > 0:
             acc, l_i, lse = _whole(
                 acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
                 D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,

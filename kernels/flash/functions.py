@@ -33,11 +33,13 @@ def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.con
     """(ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor of
     blocks (1, 1, ROWS, PADDED)."""
     if strides is None:
-        return tl.reshape(x.load([b, h, first, 0]), [ROWS, PADDED])
-    base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
-    base += tl.cast(first, tl.int64) * strides[2]
-    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
-    return load_checked(base, n, d, strides[2], strides[3], length - first, WIDTH, PADDED, CHECK)
+        tile = tl.reshape(x.load([b, h, tl.cast(first, tl.int32), 0]), [ROWS, PADDED])
+    else:
+        base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+        base += tl.cast(first, tl.int64) * strides[2]
+        n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+        tile = load_checked(base, n, d, strides[2], strides[3], length - first, WIDTH, PADDED, CHECK)
+    return tile
 
 
 @triton.jit

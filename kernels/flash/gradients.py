@@ -15,7 +15,7 @@ from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.kernels.flash import dead
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.backward import delta_kernel, keys_kernel, rows_kernel
-from attnfx.kernels.flash.launch import Arguments, padded
+from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.program import LOG2E, Leaf, has_gradient
 from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
@@ -38,14 +38,22 @@ class Backward:
     """The kernels of one backward pass, and the tensors between them."""
 
     def __init__(
-        self, call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
+        self,
+        call: Call,
+        grad_out: Tensor,
+        out: Tensor,
+        logsumexp: Tensor,
+        tiles: tuple[Tile, Tile] | None = None,
+        target: int | None = None,
     ) -> None:
+        self.target = capability(call.query.device) if target is None else target
         self.call, self.some = call, Arguments(call)
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
         self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)
         self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
+        self.l2 = torch.empty_like(self.delta)
         exact = self.program.softmax and call.query.dtype == torch.float32
         self.correction = torch.empty_like(self.delta) if exact else None
         self.average = self.some.dead_rows_average()
@@ -65,17 +73,17 @@ class Backward:
             delta_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
             dict(
-                grad_out=self.grad_out, out=self.out, delta=self.delta, grad_strides=self.grad_out.stride(),
-                out_strides=self.out.stride(), sizes=self.some.encoded,
+                grad_out=self.grad_out, out=self.out, logsumexp=self.logsumexp, delta=self.delta, l2=self.l2,
+                grad_strides=self.grad_out.stride(), out_strides=self.out.stride(), sizes=self.some.encoded,
             ),
-            dict(BM=tile.rows, DV=width, BDV=padded(width)),
+            dict(BM=tile.rows, DV=width, BDV=padded(width), DEAD=self.below),
             tile,
         )  # fmt: skip
 
     def _arguments(self) -> dict[str, object]:
         call = self.call
         return dict(
-            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, logsumexp=self.logsumexp, delta=self.delta,
+            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, l2=self.l2, delta=self.delta,
             correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(),
             v_strides=call.value.stride(), grad_strides=self.grad_out.stride(), captures=self.some.captures,
             sizes=self.some.encoded, seed=call.seed,
@@ -87,7 +95,7 @@ class Backward:
         names = ("leaf_scores", "leaf_weights")
         some = {n.upper(): None if leaf is None else self.some.functions[n] for n in names}
         return self.some.constants() | some | dict(
-            BM=tile.rows, BN=tile.keys, DEAD=self.below, LEAF=leaf,
+            BM=tile.rows, BN=tile.keys, LEAF=leaf,
             FACTOR=float(slope.value) if number else 1.0,  # type: ignore[arg-type]
             SLOPE=None if number or leaf is not None else self.some.functions["slope"],
         )  # fmt: skip
@@ -100,7 +108,9 @@ class Backward:
         return Launch(
             keys_kernel,
             (-(-sizes["S"] // tile.keys), heads, sizes["B"]),
-            self._arguments() | dict(
+            self._arguments()
+            | tiled("q:q grad_out:grad", (self.call.query, self.grad_out), tile.rows, self.target)
+            | dict(
                 dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
                 walks=None if walks is None else on_device(walks, dk.device),
             ),
@@ -115,7 +125,9 @@ class Backward:
         return Launch(
             rows_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
-            self._arguments() | dict(
+            self._arguments()
+            | tiled("k:k v:v", (self.call.key, self.call.value), tile.keys, self.target)
+            | dict(
                 result=result, result_strides=result.stride(),
                 walks=None if walks is None else on_device(walks, result.device),
             ),

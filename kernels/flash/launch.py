@@ -16,7 +16,7 @@ from attnfx.kernels.flash import module
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.emit import emit
 from attnfx.kernels.flash.forward import forward_kernel
-from attnfx.kernels.flash.launcher import Launch
+from attnfx.kernels.flash.launcher import Launch, descriptor
 from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.ranges import along_keys, on_device
 from attnfx.kernels.flash.source import NotEmitted
@@ -143,6 +143,24 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
+def capability(device: torch.device) -> int:
+    """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> dict[str, object]:
+    """Two operands of a kernel that it walks along, as descriptors where both can be, else as pointers with strides."""
+    made = [descriptor(x, rows, padded(x.shape[3]), capability) for x in xs]
+    by_pointer = None in made
+    some: dict[str, object] = {}
+    for (name, prefix), x, d in zip((n.split(":") for n in names.split()), xs, made):
+        some |= {name: x if by_pointer else d, f"{prefix}_strides": x.stride() if by_pointer else None}
+    return some
+
+
 def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
     query = call.query
@@ -152,8 +170,11 @@ def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     return out, logsumexp
 
 
-def forward_launch(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None) -> Launch:
-    """The forward kernel with its arguments."""
+def forward_launch(
+    call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None, target: int | None = None
+) -> Launch:
+    """The forward kernel with its arguments, for a GPU of compute capability `target` (None: the one they are on)."""
+    target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
     tile = tile or forward_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))
@@ -164,9 +185,9 @@ def forward_launch(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None
         forward_kernel,
         (-(-some.sizes["T"] // tile.rows), some.sizes["H"], some.sizes["B"]),
         dict(
-            q=query, k=key, v=value, out=out, logsumexp=logsumexp, q_strides=query.stride(), k_strides=key.stride(),
-            v_strides=value.stride(), out_strides=out.stride(), captures=some.captures, sizes=some.encoded,
-            seed=call.seed, walks=walks,
+            q=query, out=out, logsumexp=logsumexp, q_strides=query.stride(), out_strides=out.stride(),
+            captures=some.captures, sizes=some.encoded, seed=call.seed, walks=walks, **tiled("k:k v:v", (key, value),
+            tile.keys, target),
         ),
         constants
         | dict(

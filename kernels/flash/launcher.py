@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from attnfx.kernels.flash.tiles import Tile
 
@@ -63,7 +64,23 @@ class Launch:
         return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
+def descriptor(x: Tensor, rows: int, width: int, capability: int) -> TensorDescriptor | None:
+    """A descriptor of x (B, H, rows, width) in blocks (1, 1, rows, width), which the tensor memory accelerator copies
+    with no address arithmetic; None where the GPU has none or the layout does not allow it.
+
+    It needs elements that lie together in the last dim, and strides and an address divisible by 16 bytes.
+    """
+    strides = [s * x.dtype.itemsize for s in x.stride()[:-1]]
+    if capability < 90 or x.dtype.itemsize != 2 or x.stride(-1) != 1 or any(s % 16 != 0 or s == 0 for s in strides):
+        return None
+    if x.device.type != "meta" and x.data_ptr() % 16 != 0:
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
+
+
 def _type(value: object) -> object:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
     if isinstance(value, Tensor):
         return "*" + _TYPES[value.dtype]
     if isinstance(value, tuple):
