@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels.flash import launch, tiles
+from attnfx.kernels.flash import launch, split, tiles
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.spec import AttentionSpec
@@ -29,10 +29,11 @@ GOALS = {
 }  # fmt: skip
 
 
-def plain(head_dim: int, rows: int = 4096) -> Call:
-    x = torch.empty(2, 8, rows, head_dim, dtype=torch.bfloat16, device="meta")
+def plain(head_dim: int, queries: int = 4096) -> Call:
+    x = torch.empty(2, 8, 4096, head_dim, dtype=torch.bfloat16, device="meta")
+    q = x[:, :, :queries]
     score = A.mul(A.const(head_dim**-0.5), A.DOT)
-    return Call(AttentionSpec(score=score, out_dtype="bfloat16"), x, x, x, (), (), None)
+    return Call(AttentionSpec(score=score, out_dtype="bfloat16"), q, x, x, (), (), None)
 
 
 def launches(head_dim: int, capability: int, tile: tiles.Tile | None = None) -> dict[str, tuple]:
@@ -51,6 +52,10 @@ def launches(head_dim: int, capability: int, tile: tiles.Tile | None = None) -> 
     keys, rows = (t.rows * t.keys * head_dim for t in pair)
     found["backward"] = (run.keys_launch(call.key, call.value), 4 * keys)
     found["backward-rows"] = (run.rows_launch(call.query), 3 * rows)
+    one = plain(head_dim, queries=1)
+    out = one.query
+    found["decode"] = (split.launches(one, out, logsumexp[:, :, :1], processors=132, target=capability,
+                                      tile=tiles.pick(tiles.DECODE, capability, head_dim))[0], 0)  # fmt: skip
     return found
 
 

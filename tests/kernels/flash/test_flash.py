@@ -9,7 +9,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
 from attnfx.kernels.evaluate import Evaluator, block_axes
-from attnfx.kernels.flash import launch
+from attnfx.kernels.flash import launch, split
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
@@ -310,3 +310,45 @@ def test_what_the_kernels_cannot_run_is_said_in_a_sentence():
     )
     gathered = A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f")
     assert "both indices" in why(tensors(), (rand(5, 2),), score=A.add(DOT, gathered), captures=(G2,))
+
+
+DECODED = ["plain", "window", "bias by key", "alibi", "sinks", "sink by row", "sigmoid with bias", "mask after softmax",
+           "buckets of a logarithm"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DECODED)
+@pytest.mark.parametrize("processors", [1, 8])
+def test_split_keys_give_what_the_whole_matrix_gives(name, processors):
+    fields, captures = CASES[name]
+    spec = AttentionSpec(**fields)
+    inputs = tensors(heads=2, groups=1)
+    call = Call(spec, *inputs, captures, (), None)
+    assert split.supports(call) == "37 queries of 2 heads a group are more than 64 rows"
+    inputs[0] = inputs[0][:, :, :5]
+    if name == "sink by row":
+        captures = (captures[0][:, :5],)
+    call = Call(spec, *inputs, captures, (), None)
+    assert split.supports(call) is None
+    out, logsumexp = split.forward(call, TILE, processors)
+    want = whole(spec, *(x.double() for x in inputs), [c.double() for c in captures])
+    torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
+    torch.testing.assert_close(logsumexp, launch.forward(call, TILE)[1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("safe", [False, True])
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+def test_a_static_cache_is_masked_by_position_and_dead_rows_are_eagers(fill, safe):
+    """One query whose position is captured; the second batch sees no key."""
+    position = torch.tensor([17, -1])
+    keep = A.le(J, A.load(0, [B], "i"))
+    spec = AttentionSpec(score=masked(keep, fill), safe=safe, captures=(Capture("i", 1),))
+    inputs = tensors(T=1, heads=4, groups=2)
+    out, _ = split.forward(Call(spec, *inputs, (position,), (), None), TILE, 8)
+    want = whole(spec, *(x.double() for x in inputs), (position,))
+    torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
+
+
+def test_split_keys_draw_the_same_dropout():
+    inputs, seed = tensors(T=3), torch.tensor([11])
+    call = Call(AttentionSpec(score=DOT, dropout=0.3), *inputs, (), (), seed)
+    torch.testing.assert_close(split.forward(call, TILE, 8)[0], launch.forward(call, TILE)[0], rtol=1e-5, atol=1e-5)
