@@ -11,13 +11,14 @@ from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.chunked import output_like
-from attnfx.kernels.evaluate import Evaluator, block_axes
+from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash import dead
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.backward import delta_kernel, keys_kernel, rows_kernel
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
-from attnfx.kernels.flash.program import LOG2E, Leaf, has_gradient
+from attnfx.kernels.flash.pairs import pairs_kernel
+from attnfx.kernels.flash.program import DIAGONAL, LOG2E, Leaf, has_gradient
 from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
 from attnfx.kernels.flash.tiles import Tile, backward_tiles
 from attnfx.mask import rows_live
@@ -168,19 +169,65 @@ class Backward:
     def _values(self) -> Evaluator:
         sizes = self.sizes
         axes = block_axes((0, sizes["B"]), (0, sizes["H"]), (0, sizes["T"]), (0, sizes["S"]))
-        return Evaluator(self.call.captures, sizes, axes, torch.float32, self.call.query.device)
+        return Evaluator(self.some.tensors, sizes, axes, torch.float32, self.call.query.device)
 
     def _add_leaf(self, number: int, leaf: Leaf, captures: dict[int, Tensor]) -> None:
         shape, device = self.logsumexp.shape, self.call.query.device
-        if leaf.space == "column":
+        total = captures[leaf.load.value]  # type: ignore[index]
+        if leaf.space in ("diagonal", "pair"):
+            self._add_pairs(number, leaf, total)
+        elif leaf.space == "column":
             found = torch.empty((*shape[:2], self.sizes["S"]), dtype=torch.float32, device=device)
             self.keys_launch(found, found, number).run(device)
-            values, found = self._values().without("i"), found[:, :, None]
+            self._values().without("i").add_gradient(leaf.load, found[:, :, None], total)
         else:
             found = torch.empty(shape, dtype=torch.float32, device=device)
             self.rows_launch(found, number).run(device)
-            values, found = self._values().without("j"), found[..., None]
-        values.add_gradient(leaf.load, found, captures[leaf.load.value])  # type: ignore[index]
+            self._values().without("j").add_gradient(leaf.load, found[..., None], total)
+
+    def _add_pairs(self, number: int, leaf: Leaf, total: Tensor) -> None:
+        sizes, size_t, size_s = self.sizes, self.sizes["T"], self.sizes["S"]
+        by = {name: name in leaf.load.free for name in "bh"}
+        shared = [sizes[n] if by[v] else 1 for v, n in (("b", "B"), ("h", "H"))]
+        axes = block_axes((0, shared[0]), (0, shared[1]), (0, size_t), (0, size_s))
+        if leaf.space == "pair":
+            found = total.new_empty((*shared, size_t, size_s))
+            self.pairs_launch(found, number, leaf).run(total.device)
+            values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
+            values.add_gradient(leaf.load, found, total)
+            return
+        step = self.tiles[1].rows
+        before = -(-size_t // step) * step
+        found = total.new_zeros((*shared, 2, before + -(-size_s // step) * step))
+        self.pairs_launch(found, number, leaf).run(total.device)
+        first = before - (size_t - 1)  # where j - i = 1 - T
+        line = found.sum(2, keepdim=True)[..., first : first + size_t + size_s - 1]
+        form = toeplitz(leaf.load)
+        assert form is not None
+        along = {"b": axes["b"], "h": axes["h"], DIAGONAL: Axis(0, size_t + size_s - 1, -1)}
+        values = Evaluator(self.some.tensors, sizes, along, torch.float32, total.device)
+        values.add_gradient(form, line, total)
+
+    def pairs_launch(self, result: Tensor, number: int, leaf: Leaf) -> Launch:
+        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it."""
+        tile = self.tiles[1]._replace(keys=self.tiles[1].rows)
+        sizes, diagonal = self.sizes, leaf.space == "diagonal"
+        walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
+        blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)
+        constants = self._constants(tile, number)
+        del constants["FACTOR"], constants["SLOPE"]
+        by_batch, by_head = "b" in leaf.load.free, "h" in leaf.load.free
+        return Launch(
+            pairs_kernel,
+            (
+                blocks_i + blocks_j - 1 if diagonal else blocks_i * blocks_j,
+                sizes["H"] if by_head else 1,
+                sizes["B"] if by_batch else 1,
+            ),
+            self._arguments() | dict(result=result, walks=None if walks is None else on_device(walks, result.device)),
+            constants | dict(BY_BATCH=by_batch, BY_HEAD=by_head, DIAGONAL=diagonal),
+            tile,
+        )
 
     def _add_extras(self, captures: dict[int, Tensor]) -> None:
         """A logit without a value takes its weight from every row's others: d logit = -weight * delta."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from types import ModuleType
@@ -17,7 +18,7 @@ from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.emit import emit
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
-from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
+from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.ranges import along_keys, on_device
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.kernels.flash.tiles import Tile, forward_tile
@@ -28,6 +29,7 @@ FUNCTIONS = (
     "heads", "rows", "columns", "score", "keep", "whole", "weight", "extras", "slope", "leaf_scores", "leaf_weights",
 )  # fmt: skip
 LARGEST_HEAD_DIM = 256
+PAIR_BYTES = 64 << 20  # of a gradient by row and key of a capture that is itself smaller
 
 
 def padded(width: int) -> int:
@@ -75,11 +77,25 @@ def supports(call: Call) -> str | None:
         return "a capture is empty"
     try:
         functions(spec, wide_captures(call.captures))
+        for leaf in program(spec).leaves:
+            if leaf.space == "pair" and pair_bytes(leaf, call) > max(PAIR_BYTES, 4 * _capture(leaf, call).numel()):
+                return f"the gradient of a capture takes {pair_bytes(leaf, call) >> 20} MiB: {leaf.load}"
     except (Unsupported, NotEmitted) as why:
         return str(why)
     except PermissionError as why:
         return f"generated code cannot be kept: {why}"
     return None
+
+
+def pair_bytes(leaf: Leaf, call: Call) -> int:
+    """Bytes of the gradient of a load at every row and key, before it is added up in the capture."""
+    sizes = all_sizes(call)
+    shared = [sizes[n] for v, n in (("b", "B"), ("h", "H")) if v in leaf.load.free]
+    return 4 * math.prod([*shared, sizes["T"], sizes["S"]])
+
+
+def _capture(leaf: Leaf, call: Call) -> Tensor:
+    return call.captures[leaf.load.value]  # type: ignore[call-overload]
 
 
 def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
@@ -95,9 +111,9 @@ class Arguments:
         self.call, self.spec, self.program = call, call.spec, program(call.spec)
         self.sizes = all_sizes(call)
         self.functions = functions(call.spec, wide_captures(call.captures))
-        captures = [*call.captures, *(self.table(t) for t in self.program.tables)]
-        self.captures = tuple((_bytes(x), *x.stride()) for x in captures)
-        lengths = [n for x in captures for n in x.shape]
+        self.tensors = [*call.captures, *(self.table(t) for t in self.program.tables)]
+        self.captures = tuple((_bytes(x), *x.stride()) for x in self.tensors)
+        lengths = [n for x in self.tensors for n in x.shape]
         self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
 
     def table(self, table: Table) -> Tensor:

@@ -32,7 +32,8 @@ class Table:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A load that needs a gradient. `space` says where it is read: "head", "row" or "column".
+    """A load that needs a gradient. `space` says where it is read: "head", "row", "column", "diagonal" (by j - i) or
+    "pair".
 
     score   d score / d load where the mask keeps
     weight  d weight / d load, over prob (without a softmax: over dot, and score is zero)
@@ -202,7 +203,7 @@ def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
 def _space(load: Expr) -> str:
     at = load.free & {"i", "j"}
     if at == {"i", "j"}:
-        raise Unsupported(f"the gradient of a capture that is read at both indices has no kernel yet: {load}")
+        return "pair" if toeplitz(load) is None else "diagonal"
     return "row" if "i" in at else "column" if "j" in at else "head"
 
 

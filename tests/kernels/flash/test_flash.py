@@ -112,6 +112,26 @@ CASES = {
         dict(score=A.add(DOT, A.load(0, [A.to_int(log_of_distance), H], "f")), captures=(Capture("f", 2),)),
         (rand(5, 2),),
     ),
+    "learned bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (rand(2, 37, 41),)),
+    "learned bias for all": (
+        dict(score=masked(WINDOW, score=A.add(DOT, A.load(0, [I, J], "f"))), captures=(G2,)), (rand(37, 41),),
+    ),
+    "learned table": (
+        dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)), (rand(11, 2),),
+    ),
+    "learned table, causal": (
+        dict(score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.minimum(A.sub(I, J), A.const(8))], "f"))),
+             captures=(G1,)),
+        (rand(9),),
+    ),
+    "learned buckets": (
+        dict(score=A.add(DOT, A.load(0, [A.to_int(log_of_distance), H], "f")), captures=(G2,)), (rand(5, 2),),
+    ),
+    "gathered by position": (
+        dict(score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f"))),
+             captures=(G2,)),
+        (rand(5, 2),),
+    ),
     "alibi": (
         dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
         (rand(2).abs(),),
@@ -309,7 +329,8 @@ def test_what_the_kernels_cannot_run_is_said_in_a_sentence():
         tensors(), (torch.empty(0),), score=A.add(DOT, A.load(0, [H], "f")), captures=(Capture("f", 1),)
     )
     gathered = A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f")
-    assert "both indices" in why(tensors(), (rand(5, 2),), score=A.add(DOT, gathered), captures=(G2,))
+    long = [x.expand(2, 2, 4096, 16) for x in tensors(T=1, S=1, groups=2)]
+    assert "MiB" in why(long, (rand(5, 2),), score=A.add(DOT, gathered), captures=(G2,))
 
 
 DECODED = ["plain", "window", "bias by key", "alibi", "sinks", "sink by row", "sigmoid with bias", "mask after softmax",
