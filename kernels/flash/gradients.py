@@ -14,7 +14,9 @@ from attnfx.kernels.chunked import output_like
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash import dead
 from attnfx.kernels.flash._call import Call
-from attnfx.kernels.flash.backward import delta_kernel, keys_kernel, rows_kernel
+from attnfx.kernels.flash.backward import delta_kernel
+from attnfx.kernels.flash.backward_keys import keys_kernel
+from attnfx.kernels.flash.backward_rows import rows_kernel
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.pairs import pairs_kernel

@@ -69,7 +69,7 @@ def launches(
     if natural:
         constants |= dict(SCORE=some.functions["whole"], KEEP=None, SCALE=1.0)
     shape = (batch, groups, splits, tile.rows)
-    acc = query.new_empty((*shape, constants["BDV"]), dtype=torch.float32)
+    acc = query.new_empty((*shape, padded(call.value.shape[3])), dtype=torch.float32)
     m, total = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
     over_splits = Launch(
         decode_kernel,

@@ -22,7 +22,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# (compute capability, head dim padded to a power of two): the first row whose capability is not above the device's
+# Chips with sm_80's instructions and 99 KiB of shared memory for a program (CUDA programming guide, technical
+# specifications by compute capability) have rows of their own.
+SMALL = 86
+OF_SMALL = (86, 89, 120, 121)
+
+# (compute capability, head dim padded to a power of two): the largest capability that is not above the device's
 FORWARD = {
     (90, 32): Tile(128, 64, 4, 3),  # as 64
     (90, 64): Tile(128, 64, 4, 3),  # probe
@@ -31,15 +36,26 @@ FORWARD = {
     (80, 32): Tile(128, 64, 4, 3),  # as 64
     (80, 64): Tile(128, 64, 4, 3),  # probe
     (80, 128): Tile(128, 64, 8, 3),  # probe
-    (80, 256): Tile(64, 32, 4, 2),  # shared memory of 99 KiB on sm_86 and sm_89
+    (80, 256): Tile(64, 32, 4, 2),  # probe
+    (100, 32): Tile(128, 64, 8, 2),  # as 64
+    (100, 64): Tile(128, 64, 8, 2),  # probe
+    (100, 128): Tile(128, 64, 8, 2),  # probe
+    (100, 256): Tile(128, 64, 8, 2),  # probe
+    (SMALL, 32): Tile(128, 64, 4, 2),  # as 64
+    (SMALL, 64): Tile(128, 64, 4, 2),  # probe
+    (SMALL, 128): Tile(128, 32, 8, 2),  # probe
+    (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
 SINGLE = Tile(64, 32, 4, 2)  # float32 inputs: twice the bytes, and no matrix instructions of that width
 INTERPRETED = Tile(32, 32, 1, 1)
 
 
 def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
-    fitting = [key for key in table if key[0] <= capability] or [key for key in table if key[0] == 80]
-    arch = max(key[0] for key in fitting)
+    """The row for a GPU of this compute capability (90 for 9.0) and a head dim padded to `width`."""
+    if capability in OF_SMALL:
+        arch = SMALL
+    else:
+        arch = max((key[0] for key in table if key[0] <= capability and key[0] != SMALL), default=80)
     dims = sorted(key[1] for key in table if key[0] == arch)
     return table[arch, next((d for d in dims if d >= width), dims[-1])]
 
@@ -63,7 +79,15 @@ BACKWARD = {
     (80, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (80, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (80, 128): (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),  # probe
-    (80, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe; more than the 99 KiB of sm_86 and sm_89
+    (80, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (100, 32): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (100, 64): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 128): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
+    (SMALL, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (SMALL, 128): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),  # probe
+    (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
 }
 
 
@@ -82,6 +106,9 @@ DECODE = {
     (80, 64): Tile(16, 128, 4, 3),  # probe
     (80, 128): Tile(16, 64, 4, 3),  # probe
     (80, 256): Tile(16, 32, 4, 2),  # probe
+    (SMALL, 64): Tile(16, 128, 4, 2),  # probe
+    (SMALL, 128): Tile(16, 64, 4, 2),  # probe
+    (SMALL, 256): Tile(16, 32, 4, 2),  # probe
     (90, 64): Tile(16, 128, 4, 3),  # probe
     (90, 128): Tile(16, 128, 4, 3),  # probe
     (90, 256): Tile(16, 64, 4, 3),  # probe

@@ -8,10 +8,13 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import triton
+from triton.backends.compiler import GPUTarget
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.flash import launch, split, tiles
@@ -37,7 +40,7 @@ def specs(head_dim):
 
 def calls(head_dim, queries=2048):
     for name, (spec, captures) in specs(head_dim).items():
-        if name == "masked" and head_dim == 256:  # takes long, and shows nothing new
+        if name == "masked" and head_dim != 64:  # takes long, and shows nothing new
             continue
         x = torch.empty(2, 8, 2048, head_dim, dtype=torch.bfloat16, device="meta")
         key = x[:, :2] if name == "masked" else x
@@ -55,8 +58,11 @@ def launches(capability, head_dim):
         back = Backward(call, call.query, call.query, logsumexp, pair, capability)
         yield f"backward keys {name}", back.keys_launch(call.key, call.value)
         yield f"backward rows {name}", back.rows_launch(call.query)
-        if call.spec.captures and head_dim == 64:
+        if call.spec.captures:
             yield f"backward slopes {name}", back.rows_launch(logsumexp, 0)
+            for space in ("diagonal", "pair"):
+                leaf = replace(back.program.leaves[0], space=space)
+                yield f"backward {space} {name}", back.pairs_launch(logsumexp, 0, leaf)
     for name, call in calls(head_dim, 1):
         logsumexp = torch.empty(call.query.shape[:3], device="meta")
         tile = tiles.pick(tiles.DECODE, capability, head_dim)
@@ -106,5 +112,27 @@ def main():
     print(json.dumps(found))
 
 
+def compilations():
+    """How many forward kernels are compiled for one program at several lengths, on a driver that is not there."""
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(driver)
+    spec, _ = specs(64)["plain"]
+    counts = []
+    for length in (1024, 1000, 1001, 1):
+        x = torch.empty(2, length, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        logsumexp = torch.empty(2, 8, length, device="meta")
+        tile = tiles.pick(tiles.FORWARD, 90, 64)
+        made = launch.forward_launch(Call(spec, x, x, x, (), (), None), x, logsumexp, tile, 90)
+        options = dict(num_warps=tile.warps, num_stages=tile.stages)
+        made.kernel.warmup(**made.arguments, **made.constants, **options, grid=(1,))
+        counts.append(len(made.kernel.device_caches[0][0]))
+    print(json.dumps(counts))
+
+
 if __name__ == "__main__":
-    main()
+    compilations() if sys.argv[1] == "lengths" else main()
