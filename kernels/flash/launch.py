@@ -68,6 +68,8 @@ def supports(call: Call) -> str | None:
     spec, query = call.spec, call.query
     if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the inputs are {query.dtype}, the kernels take float16, bfloat16 and float32"
+    if getattr(torch, spec.out_dtype).itemsize > query.dtype.itemsize:
+        return f"the result is {spec.out_dtype}, finer than the {query.dtype} that the kernels would multiply"
     for name, width in (("head_dim", query.shape[3]), ("value width", call.value.shape[3])):
         if not 0 < width <= LARGEST_HEAD_DIM:
             return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"

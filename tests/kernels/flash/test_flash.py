@@ -1,6 +1,8 @@
 """The flash kernels, in Triton's interpreter, against the whole matrix of scores in float64."""
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
 from attnfx.kernels.evaluate import Evaluator, block_axes
-from attnfx.kernels.flash import launch, split
+from attnfx.kernels.flash import launch, split, tier
 from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
@@ -323,6 +325,7 @@ def test_what_the_kernels_cannot_run_is_said_in_a_sentence():
         return launch.supports(Call(AttentionSpec(**fields), *inputs, given, (), None))
 
     assert "float64" in why(tensors(dtype=torch.float64))
+    assert "finer than" in why(tensors(dtype=torch.bfloat16))
     assert "head_dim is 320" in why(tensors(D=320, T=2, S=2))
     assert "size 0" in why(tensors(S=0))
     assert "a capture is empty" in why(
@@ -373,3 +376,42 @@ def test_split_keys_draw_the_same_dropout():
     inputs, seed = tensors(T=3), torch.tensor([11])
     call = Call(AttentionSpec(score=DOT, dropout=0.3), *inputs, (), (), seed)
     torch.testing.assert_close(split.forward(call, TILE, 8)[0], launch.forward(call, TILE)[0], rtol=1e-5, atol=1e-5)
+
+
+def test_everything_dropped_is_zero():
+    call = Call(AttentionSpec(score=DOT, dropout=1.0), *tensors(), (), (), torch.tensor([1]))
+    out, logsumexp = launch.forward(call, TILE)
+    assert not out.any()
+    dq, dk, dv, _ = backward(call, torch.randn_like(out), out, logsumexp, (TILE, TILE))
+    assert not dq.any() and not dk.any() and not dv.any()
+
+
+def test_the_tiers_answer_as_the_operator_asks():
+    call = Call(AttentionSpec(score=masked(CAUSAL)), *tensors(T=5, S=9), (), (), None)
+    assert tier.supports(call) is None and tier.supports_decode(call) is None
+    out, logsumexp = tier.forward(call)
+    torch.testing.assert_close(tier.forward_decode(call), (out, logsumexp))
+    grads = tier.backward(call, torch.ones_like(out), out, logsumexp)
+    assert [x.shape for x in grads[:3]] == [x.shape for x in (call.query, call.key, call.value)] and grads[3] == []
+    elsewhere = Call(call.spec, *(x.to("meta") for x in tensors()), (), (), None)
+    assert "NVIDIA" in str(tier.supports(elsewhere))
+
+
+def test_without_triton_the_package_imports_and_says_so():
+    code = """
+import sys, importlib.util as u
+find = u.find_spec
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "triton":
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hidden())
+u.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
+import torch
+import attnfx.kernels.flash.tier as tier
+from attnfx.kernels.flash._call import Call
+from attnfx.spec import AttentionSpec
+x = torch.zeros(1, 1, 2, 16)
+assert tier.supports(Call(AttentionSpec(), x, x, x, (), (), None)) == "Triton is not installed"
+"""
+    subprocess.run([sys.executable, "-c", code], cwd="/", check=True)
