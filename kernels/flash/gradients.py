@@ -10,7 +10,6 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, walk
-from attnfx.kernels.chunked import output_like
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash import dead
 from attnfx.kernels.flash._call import Call
@@ -29,7 +28,7 @@ from attnfx.mask import rows_live
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True.
+    """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
 
     The same numbers on every run: nothing is added by atomics. `tiles` are those of the pass over keys and over rows.
     """
@@ -52,7 +51,7 @@ class Backward:
         self.target = capability(call.query.device) if target is None else target
         self.call, self.some = call, Arguments(call)
         self.program, self.sizes = self.some.program, self.some.sizes
-        self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp
+        self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
         self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)
         self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
@@ -145,7 +144,7 @@ class Backward:
         softmax = self.program.softmax
         if softmax:
             self.delta_launch().run(device)
-        dq, dk, dv = (output_like(x, x.shape[3], x.dtype) for x in (call.query, call.key, call.value))
+        dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.query, call.key, call.value))
         self.rows_launch(dq).run(device)
         self.keys_launch(dk, dv).run(device)
         captures = {

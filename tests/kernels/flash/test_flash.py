@@ -77,6 +77,7 @@ def compare(spec, captures=(), sizes=(), tolerance=2e-5, inputs=None, tile=TILE,
     *grads, of_captures = backward(call, grad, out, logsumexp, (tile, tile))
     for got, expected in zip([*grads, *of_captures], want_grads):
         torch.testing.assert_close(got.double(), expected, **close)
+        assert got.is_contiguous()
     return out, logsumexp
 
 
