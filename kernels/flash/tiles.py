@@ -46,7 +46,9 @@ FORWARD = {
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
-SINGLE = Tile(64, 32, 4, 2)  # float32 inputs: twice the bytes, and no matrix instructions of that width
+# float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
+SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
+SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
 INTERPRETED = Tile(32, 32, 1, 1)
 
 
@@ -65,7 +67,7 @@ def forward_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
     if device.type != "cuda":
         return INTERPRETED
     if dtype == torch.float32:
-        return SINGLE
+        return pick(SINGLE, 80, width)
     major, minor = torch.cuda.get_device_capability(device)
     return pick(FORWARD, 10 * major + minor, width)
 
@@ -96,7 +98,8 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> tupl
     if device.type != "cuda":
         return INTERPRETED, INTERPRETED
     if dtype == torch.float32:
-        return Tile(32, 32, 4, 1), Tile(32, 32, 4, 1)
+        tile = pick(SINGLE_BACKWARD, 80, width)
+        return tile, tile
     major, minor = torch.cuda.get_device_capability(device)
     return pick(BACKWARD, 10 * major + minor, width)
 
@@ -120,6 +123,6 @@ def decode_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
     if device.type != "cuda":
         return INTERPRETED
     if dtype == torch.float32:
-        return Tile(16, 32, 4, 2)
+        return Tile(16, 32 if width <= 128 else 16, 4, 2)
     major, minor = torch.cuda.get_device_capability(device)
     return pick(DECODE, 10 * major + minor, width)
