@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import library, operator_weights  # noqa: F401  (the operators are registered by its import)
+from attnfx.kernels import operator, operator_weights  # noqa: F401  (the operators are registered by their imports)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
@@ -209,16 +209,14 @@ def _decide(
         return _shielded(traced, finding, site)
     query = value(match.query.node)
     native = op_name(finding.final) in SDPA
-    why = form if isinstance(form := library.form_of(match.spec), str) else None
-    if why is None and query.device.type != "cpu":
-        why = "it runs on the CPU"
     reductions = [] if reader is not None else match.reductions
-    read_at = "" if reader is None else where_in_source(reader) or reader.name
-    site.decision = cost.decide(
+    question = cost.Question(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(),
-        "library" if native else "naive", len(reductions), read_at,
+        training=torch.is_grad_enabled() and match.training, native=native, sums=len(reductions),
+        weights_read="" if reader is None else where_in_source(reader) or reader.name,
+        refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
+    site.decision = cost.decide(question, options, torch.get_num_threads())
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:

@@ -32,11 +32,13 @@ _BACKWARD = (
 class Tier(NamedTuple):
     """One way to run a call.
 
-    supports(call) is None, or says in words why this way cannot.
+    expresses(spec, dtype, device, head_dim, value_width) is None, or says in words why this way runs no such call.
+    supports(call) is the same for one call.
     forward(call) -> (out, logsumexp), as the operator gives them.
     backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
     """
 
+    expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int], str | None]
     supports: Callable[[Call], str | None]
     forward: Callable[[Call], tuple[Tensor, Tensor]]
     backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
@@ -44,8 +46,8 @@ class Tier(NamedTuple):
 
 # In the order in which "auto" tries them.
 TIERS: dict[str, Tier] = {
-    "library": Tier(library.supports, library.forward, library.backward),
-    "chunked": Tier(lambda _: None, chunked.forward, chunked.backward),
+    "library": Tier(library.expresses, library.supports, library.forward, library.backward),
+    "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
 }
 
 
@@ -58,6 +60,14 @@ def choose(tier: str, call: Call) -> Tier:
     if (why := TIERS[tier].supports(call)) is not None:
         raise ValueError(f"attnfx.attention: the {tier} tier cannot run this call: {why}")
     return TIERS[tier]
+
+
+def refusals(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> dict[str, str]:
+    """Why each tier that cannot run a spec, whatever the other sizes, cannot."""
+    reasons = {name: tier.expresses(spec, dtype, device, head_dim, value_width) for name, tier in TIERS.items()}
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
 # -- what fits ----------------------------------------------------------------------------------
@@ -242,4 +252,4 @@ def _cached_text(spec: AttentionSpec) -> str:
     return spec.to_json()
 
 
-__all__ = ["TIERS", "Tier", "attention", "check", "choose", "register", "require", "twice"]
+__all__ = ["TIERS", "Tier", "attention", "check", "choose", "refusals", "register", "require", "twice"]
