@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attnfx.cost import cpu
+from attnfx.cost import cpu, gpu
+from attnfx.cost.gpu import Gpu
 from attnfx.cost.question import Question
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
@@ -24,9 +25,9 @@ def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
     return int(_evaluate(e, Known(sizes)))
 
 
-def decide(ask: Question, options: Options, threads: int = 1) -> Decision:
-    """A decision for one site. `threads` share the work on a CPU."""
-    kept, others = cpu.candidates(ask, threads)
+def decide(ask: Question, options: Options, threads: int = 1, device: Gpu | None = None) -> Decision:
+    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work."""
+    kept, others = cpu.candidates(ask, threads) if device is None else gpu.candidates(ask, device)
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
@@ -35,8 +36,8 @@ def decide(ask: Question, options: Options, threads: int = 1) -> Decision:
     alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":
         return _of(best, "", alternatives)
-    if ask.device != "cpu":
-        return _of(kept, f"this version has no kernel that is faster on {ask.device}", others)
+    if ask.device != "cpu" and device is None:
+        return _of(kept, f"this version knows no rates of {ask.device}", others)
     if ask.weights_read:
         return _of(kept, f"the weights themselves are read at {ask.weights_read}", others)
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
