@@ -63,6 +63,9 @@ def candidates(ask: Question, gpu: Gpu) -> tuple[Candidate, list[Candidate]]:
     ranges = key_ranges(ask.spec, dims, ROWS)
     live = sum((r.i1 - r.i0) * (r.j1 - r.j0) for r in ranges) / max(dims["T"] * dims["S"], 1)
 
+    tiles = dims["B"] * dims["H"] * -(-dims["T"] // ROWS)
+    filled = min(1.0, max(tiles, 1) / gpu.multiprocessors)  # of the device, by a program for each block of rows
+
     def original() -> Candidate:
         passes = PASSES + (BACKWARD_PASSES if ask.training else 0)
         products = max(flops * (3 if ask.training else 1) / (PRODUCTS * matrix), operands * element / gpu.copy)
@@ -71,7 +74,7 @@ def candidates(ask: Question, gpu: Gpu) -> tuple[Candidate, list[Candidate]]:
 
     def fused(share: float) -> float:
         exponentials = share * scores / gpu.exponentials
-        forward = max(share * flops / (FORWARD * matrix), exponentials, operands * element / gpu.copy)
+        forward = max(share * flops / (FORWARD * matrix), exponentials, operands * element / gpu.copy) / filled
         if not ask.training:
             return forward + LAUNCH_MS
         return forward + max(share * flops * 2.5 / (BACKWARD * matrix), exponentials) + 4 * LAUNCH_MS
