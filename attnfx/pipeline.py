@@ -87,10 +87,13 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     matches = [f.match for f in findings if f.match is not None]
     find_reductions(finder, matches)
     readers = needed(matches)
+    todo = []
     for finding in findings:
         sizes = numeric_dims(finding, hints)
-        site = describe_site(finding, len(report.sites), sizes)
-        report.sites.append(site)
+        report.sites.append(describe_site(finding, len(report.sites), sizes))
+        todo.append((finding, report.sites[-1], sizes))
+    # from the last: an operand may be the output of an attention before it, which is replaced then
+    for finding, site, sizes in reversed(todo):
         changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
     if changed:
         clean(traced)
