@@ -10,19 +10,22 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx import cost
-from attnfx.kernels import library, operator  # noqa: F401  (the operator is registered by its import)
+from attnfx.ir import algebra as A
+from attnfx.kernels import operator, operator_weights  # noqa: F401  (the operators are registered by their imports)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import op_name, value, where_in_source
-from attnfx.passes.match import SDPA, Finder, Finding
-from attnfx.passes.rewrite import CannotEmit, Carriers, check, clean, dimensions, rewrite, size_carriers
+from attnfx.passes.graphs import dims, op_name, value, where_in_source
+from attnfx.passes.match import SDPA, Finder, Finding, Match
+from attnfx.passes.reductions import find_reductions, needed
+from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
 from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "scaled_dot_product", "multi_head")
+OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -79,11 +82,19 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     check(traced)
     changed = _bodies(traced, options, report)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
-    for finding in Finder(traced).find():
+    finder = Finder(traced)
+    findings = finder.find()
+    matches = [f.match for f in findings if f.match is not None]
+    find_reductions(finder, matches)
+    readers = needed(matches)
+    todo = []
+    for finding in findings:
         sizes = numeric_dims(finding, hints)
-        site = describe_site(finding, len(report.sites), sizes)
-        report.sites.append(site)
-        changed |= _decide(traced, finding, site, sizes, options, carriers)
+        report.sites.append(describe_site(finding, len(report.sites), sizes))
+        todo.append((finding, report.sites[-1], sizes))
+    # from the last: an operand may be the output of an attention before it, which is replaced then
+    for finding, site, sizes in reversed(todo):
+        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
     if changed:
         clean(traced)
         check(traced)
@@ -134,12 +145,25 @@ def describe_site(finding: Finding, count: int, sizes: dict[str, int]) -> Site:
     if finding.match is not None:
         site.spec = finding.match.spec
         symbolic = dimensions(finding.match)
+        if _heads_alone(finding.match):
+            batch = symbolic["B"]
+            symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
         site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
         site.mask = describe(site.spec, sizes)
         mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
     return site
+
+
+def _heads_alone(match: Match) -> bool:
+    """Whether the one batch axis of the keys stands where heads do, behind a batch of one. The spec calls it b."""
+    if len(match.kv_axes) != 1:
+        return False
+    inner = {match.row.value, match.value_width.value}
+    outer = [(n, x.free) for n, x in zip(dims(match.final), match.out_index) if not inner & x.free]
+    first = next((d for d, (_, names) in enumerate(outer) if match.kv_axes[0].value in names), 0)
+    return first > 0 and all(n is A.ONE for n, _ in outer[:first])
 
 
 def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
@@ -174,31 +198,40 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
 
 
 def _decide(
-    traced: GraphModule, finding: Finding, site: Site, sizes: dict[str, int], options: Options, carriers: Carriers
+    traced: GraphModule,
+    finding: Finding,
+    site: Site,
+    sizes: dict[str, int],
+    options: Options,
+    carriers: Carriers,
+    reader: Node | None,
 ) -> bool:
-    """Choose for one site and carry it out. True where the graph changed."""
+    """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
     if match is None:
         return _shielded(traced, finding, site)
     query = value(match.query.node)
     native = op_name(finding.final) in SDPA
-    why = form if isinstance(form := library.form_of(match.spec), str) else None
-    if why is None and query.device.type != "cpu":
-        why = "it runs on the CPU"
-    site.decision = cost.decide(
+    reductions = [] if reader is not None else match.reductions
+    question = cost.Question(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(),
-        "library" if native else "naive",
+        training=torch.is_grad_enabled() and match.training, native=native, sums=len(reductions),
+        weights_read="" if reader is None else where_in_source(reader) or reader.name,
+        refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
+    site.decision = cost.decide(question, options, torch.get_num_threads())
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
         # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
         tier = "auto" if "library" in options.tiers else "chunked"
-        rewrite(traced, match, torch.ops.attnfx.attention.default, tier, carriers)
+        rewrite(traced, match, OPERATORS, tier, carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
+    if reductions:
+        places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
+        site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
 
 

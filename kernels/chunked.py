@@ -12,7 +12,7 @@ computed over all keys (`Plan.widen`), by the forward pass and the backward pass
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -23,6 +23,7 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, rebuild, walk
+from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
 from attnfx.spec import AttentionSpec, fill_of
@@ -207,19 +208,15 @@ class Plan:
             yield out
 
 
-def all_sizes(spec: AttentionSpec, query: Tensor, key: Tensor, sizes: Sequence[int]) -> dict[str, int]:
-    named = dict(B=query.shape[0], H=query.shape[1], T=query.shape[2], S=key.shape[2])
-    return named | dict(zip(spec.sizes, sizes))
-
-
 class Run:
     """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
 
-    def __init__(self, spec, query, key, value, captures, sizes, seed):
-        self.spec, self.program = spec, program_of(spec)
-        self.compute = getattr(torch, spec.compute)
-        self.captures, self.seed = captures, seed
-        self.sizes = all_sizes(spec, query, key, sizes)
+    def __init__(self, call: Call):
+        self.call = call
+        self.spec, self.program = call.spec, program_of(call.spec)
+        self.compute = call.compute
+        self.captures, self.sizes = call.captures, call.sizes
+        query, key = call.query, call.key
         self.groups = key.shape[1]
         self.repeat = query.shape[1] // max(self.groups, 1)
         self.device = query.device
@@ -227,14 +224,20 @@ class Run:
         # tensor cores multiply halves exactly and add in float32; a CPU's would round the sums
         halves = query.device.type == "cuda" and query.dtype.itemsize == 2
         self.factor = query.dtype if halves else self.compute
-        self.key, self.value = (x.to(self.factor).contiguous() for x in (key, value))
-        self.plan = Plan(spec, self.sizes, self.groups, query.device)
+        self.key = key.to(self.factor).contiguous()
+        self.value = self.key if call.value is key else call.value.to(self.factor).contiguous()
+        self.plan = Plan(self.spec, self.sizes, self.groups, query.device)
         self._first_seed: int | None = None
 
     def keys(self, x: Tensor, at: Block) -> Tensor:
         """(B, G, S, E) to the block's (b * g, s, E)."""
         part = x[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1]
         return part.reshape(-1, *part.shape[2:])
+
+    def add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
+        """Adds the block's (b * g, s, E) to (B, G, S, E)."""
+        b, g = at.b1 - at.b0, at.g1 - at.g0
+        total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])
 
     def heads(self, at: Block) -> tuple[int, int]:
         return at.g0 * self.repeat, at.g1 * self.repeat
@@ -293,13 +296,25 @@ class Run:
             total = total + (x - m).exp()
         return e, total, m
 
+    def divisor(self, total: Tensor) -> Tensor:
+        """What the exponentials are divided by."""
+        return torch.where(total == 0, 1.0, total) if self.spec.safe else total
+
+    def weights(self, values: Evaluator, prob: Tensor) -> Tensor:
+        """The weights before dropout, of the probabilities."""
+        if self.spec.weight is A.PROB:
+            return prob
+        values.bind(A.PROB, prob)
+        return values.tensor(self.spec.weight).expand(prob.shape)
+
     def drop(self, at: Block, like: Tensor) -> Tensor | None:
         """The factor of each weight under dropout: 0, or 1 / (1 - p)."""
         p = self.spec.dropout
         if p <= 0.0:
             return None
         if self._first_seed is None:
-            self._first_seed = int(self.seed.item())
+            assert self.call.seed is not None
+            self._first_seed = int(self.call.seed.item())
         generator = torch.Generator(device=self.device)
         generator.manual_seed(_mix(self._first_seed, at.number))
         if p >= 1.0:
@@ -315,28 +330,11 @@ def _mix(seed: int, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """An empty output (B, H, T, width) whose memory is (B, T, H, width): models merge the heads next, and then need no
-    copy."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
-
-
-def forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
-    run = Run(spec, query, key, value, captures, sizes, seed)
-    shape = query.shape[:3]
-    out = output_like(query, value.shape[-1], getattr(torch, spec.out_dtype))
-    logsumexp = query.new_zeros(shape, dtype=run.compute)
-    forward_rows(run, None, out, logsumexp)
+    out = output_like(call.query, call.value.shape[-1], call.out_dtype)
+    logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
+    forward_rows(Run(call), None, out, logsumexp)
     return out, logsumexp
 
 
@@ -367,15 +365,13 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
         if spec.normaliser == "softmax":
             weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
             logsumexp[where] = torch.where(m == -math.inf, m, total.log() + m).squeeze(-1)
-            if spec.safe:
-                total = torch.where(total == 0, 1.0, total)
+            total = run.divisor(total)
         else:
             weight = score
         if spec.weight is not A.PROB:
             if total is not None:
                 weight, total = weight / total, None
-            values.bind(A.PROB, weight)
-            weight = values.tensor(spec.weight).expand(score.shape)
+            weight = run.weights(values, weight)
         if (kept := run.drop(at, score)) is not None:
             weight = weight * kept
         part = run.tile(run.product(run.merged(weight, at), run.keys(run.value, at)), at)
@@ -383,78 +379,78 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 
 
 def backward(
-    spec: AttentionSpec,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = Run(spec, query, key, value, captures, sizes, seed)
-    if spec.normaliser == "softmax":
+    run = Run(call)
+    if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
-    grad_query = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
-    grads = Gradients(run, grad_out, grad_query)
+    grads = Gradients(run)
+    through = ThroughValues(run, grad_out)
     for blocks in run.plan.blocks():
-        grads.add_blocks(blocks)
-    return (
-        grad_query,
-        grads.key.to(key.dtype),
-        grads.value.to(value.dtype),
-        [grads.captures[n].to(captures[n].dtype) for n, c in enumerate(spec.captures) if c.grad],
-    )
+        grads.add_blocks(blocks, through)
+    return grads.query, grads.key.to(call.key.dtype), through.value.to(call.value.dtype), grads.of_captures()
+
+
+class ThroughValues:
+    """The gradient of the weights of a block from that of the output; adds up the gradient of the values."""
+
+    def __init__(self, run: Run, grad_out: Tensor):
+        self.run, self.grad_out = run, grad_out
+        self.value = torch.zeros_like(run.value, dtype=run.compute)
+
+    def __call__(self, at: Block, weight: Tensor) -> Tensor:
+        run = self.run
+        grad = run.queries(self.grad_out, at)
+        run.add_keys(self.value, at, run.product(run.merged(weight, at).mT, grad))
+        return run.tile(run.product(grad, run.keys(run.value, at).mT), at)
 
 
 class Gradients:
-    """The sums that the blocks of a backward pass add to, in the compute type."""
+    """The sums that the blocks of a backward pass add to, in the compute type: of query, key and the captures."""
 
-    def __init__(self, run: Run, grad_out: Tensor, query: Tensor):
-        self.run, self.grad_out, self.query = run, grad_out, query
-        self.key, self.value = (torch.zeros_like(x, dtype=run.compute) for x in (run.key, run.value))
+    def __init__(self, run: Run, query: Tensor | None = None):
+        """`query` is filled block by block; without it, zeros are made."""
+        self.run = run
+        like = run.call.query
+        self.query = torch.zeros(like.shape, dtype=like.dtype, device=like.device) if query is None else query
+        self.key = torch.zeros_like(run.key, dtype=run.compute)
         self.captures = {
             n: torch.zeros(run.captures[n].shape, dtype=run.compute, device=run.device)
             for n, c in enumerate(run.spec.captures)
             if c.grad
         }
 
-    def add_blocks(self, blocks: list[Block]) -> None:
-        """Adds the blocks of one range of rows."""
+    def of_captures(self) -> list[Tensor]:
+        return [x.to(self.run.captures[n].dtype) for n, x in self.captures.items()]
+
+    def add_blocks(self, blocks: list[Block], of_weights: Callable[[Block, Tensor], Tensor]) -> None:
+        """Adds the blocks of one range of rows; `of_weights(block, weights)` gives the gradient of the weights."""
         shared: dict = {}
         for at in blocks:
             if at.j0 < at.j1:  # without a key, nothing depends on anything
-                self._add(at, shared)
+                self._add(at, shared, of_weights)
 
-    def _add(self, at: Block, shared: dict) -> None:
+    def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
         run, spec, program = self.run, self.run.spec, self.run.program
         h0, h1 = run.heads(at)
         where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
         values = run.evaluator(at, shared)
-        query, grad = run.queries(run.query, at), run.queries(self.grad_out, at)
+        query = run.queries(run.query, at)
         score = run.score(at, values, query)
         extra = run.extra(values, (*score.shape[:3], 1))
         # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
         if spec.normaliser == "softmax":
             prob, total, m = run.normalise(score, extra)
-            if spec.safe:
-                total = torch.where(total == 0, 1.0, total)
+            total = run.divisor(total)
             prob.div_(total)
         else:
             prob, total, m = score, score, score
-        weight = prob
-        if spec.weight is not A.PROB:
-            values.bind(A.PROB, prob)
-            weight = values.tensor(spec.weight).expand(score.shape)
+        weight = run.weights(values, prob)
         kept = run.drop(at, score)
-        dropped = weight if kept is None else weight * kept
-        self._add_keys(self.value, at, run.product(run.merged(dropped, at).mT, grad))
-        slope = run.tile(run.product(grad, run.keys(run.value, at).mT), at)
+        slope = of_weights(at, weight if kept is None else weight * kept)
         if kept is not None:
-            slope.mul_(kept)
+            slope = slope * kept
         if spec.weight is not A.PROB:
             slope = self._through(program.weights, slope, values)
         if spec.normaliser == "softmax":
@@ -469,7 +465,7 @@ class Gradients:
         slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
         flat = run.merged(slope, at)
         self.query[where] = run.tile(run.scaled(run.product(flat, run.keys(run.key, at))), at)
-        self._add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
+        run.add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
 
     def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
         """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
@@ -484,7 +480,3 @@ class Gradients:
             x, y = (0.0 if a is _ZERO else self._times(slope, a, values) for a in local.args[1:])
             return torch.where(values.tensor(local.args[0]), x, y)
         return slope * values(local)
-
-    def _add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
-        b, g = at.b1 - at.b0, at.g1 - at.g0
-        total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])

@@ -12,7 +12,6 @@ overflows, goes to the chunked tier as a whole: the operator gives 0 for a row o
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -23,7 +22,8 @@ from torch.nn.functional import pad
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels import chunked
-from attnfx.kernels.chunked import Run, all_sizes, output_like
+from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.chunked import Run
 from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
 from attnfx.spec import AttentionSpec, I, J, additive
@@ -82,21 +82,30 @@ def form_of(spec: AttentionSpec) -> Form | str:
     return Form(scale, bias, conjuncts, None if mask is None else float(mask.fill))
 
 
-def supports(spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """None, or why the operator cannot run this call."""
+def expresses(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> str | None:
+    """None, or why the operator cannot run such calls."""
     form = form_of(spec)
     if isinstance(form, str):
         return form
-    if query.device.type != "cpu":
-        return f"it runs on the CPU, not on {query.device.type}"
-    compute = "float64" if query.dtype == torch.float64 else "float32"
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    compute = "float64" if dtype == torch.float64 else "float32"
     if spec.compute != compute:
-        return f"it computes {query.dtype} in {compute}, the spec asks for {spec.compute}"
-    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"it computes {dtype} in {compute}, the spec asks for {spec.compute}"
+    if max(head_dim, value_width) > MAX_HEAD_DIM:
         return f"its head_dim is at most {MAX_HEAD_DIM}"
-    if not query.numel() or not key.numel() or not value.numel():
-        return "it crashes on empty tensors"
     return None
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the operator cannot run this call."""
+    query, key, value = call.query, call.key, call.value
+    why = expresses(call.spec, query.dtype, query.device, query.shape[3], value.shape[3])
+    if why is None and not (query.numel() and key.numel() and value.numel()):
+        return "it crashes on empty tensors"
+    return why
 
 
 @dataclass(frozen=True)
@@ -157,23 +166,22 @@ def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> boo
     return bias_is_finite and (form.fill is None or rows_live(spec, dict(items)))
 
 
-class _Call:
+class _Run:
     """One call's tensors as the operator wants them, and the blocks that it is made in."""
 
-    def __init__(self, spec: AttentionSpec, query, key, value, captures, sizes):
-        form = form_of(spec)
+    def __init__(self, call: Call):
+        form = form_of(call.spec)
         assert isinstance(form, Form)
-        self.spec, self.form = spec, form
-        self.sizes = all_sizes(spec, query, key, sizes)
-        self.layout = _layout(spec, self.sizes)
-        self.captures = captures
+        self.spec, self.form = call.spec, form
+        self.sizes, self.captures = call.sizes, call.captures
+        self.layout = _layout(call.spec, self.sizes)
         self._tiles: dict[tuple, Tensor] = {}
-        self.compute = getattr(torch, spec.compute)
+        self.compute = call.compute
         one = Axis(0, 1, -2), Axis(0, 1, -1)
         self.scale = float(self.evaluator(*one)(form.scale) if isinstance(form.scale, Expr) else form.scale)
-        width = max(query.shape[3], value.shape[3])
-        self.query, self.key, self.value = (self.widened(x, width) for x in (query, key, value))
-        self.value_width = value.shape[3]
+        width = max(call.query.shape[3], call.value.shape[3])
+        self.query, self.key, self.value = (self.widened(x, width) for x in (call.query, call.key, call.value))
+        self.value_width = call.value.shape[3]
         self.safe_range = self._in_range()
 
     @staticmethod
@@ -231,116 +239,94 @@ def _norm(x: Tensor) -> float:
     return float(torch.linalg.vector_norm(x))
 
 
-def forward(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+def forward(call: Call) -> tuple[Tensor, Tensor]:
     """As `chunked.forward`."""
-    call = _Call(spec, query, key, value, captures, sizes)
-    if not call.safe_range:
-        return chunked.forward(spec, query, key, value, captures, sizes, seed)
-    shape = query.shape[:3]
-    out = output_like(query, value.shape[-1], getattr(torch, spec.out_dtype))
-    logsumexp = query.new_empty(shape, dtype=call.compute)
+    run = _Run(call)
+    if not run.safe_range:
+        return chunked.forward(call)
+    shape = call.query.shape[:3]
+    out = output_like(call.query, run.value_width, call.out_dtype)
+    logsumexp = call.query.new_empty(shape, dtype=call.compute)
     bad = torch.zeros(shape[2], dtype=torch.bool)
-    for r in call.layout.blocks:
+    for r in run.layout.blocks:
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
         if r.j0 >= r.j1:
             bad[rows] = True
             continue
-        mask = call.mask(r)
-        bad[rows] = call.dead(r, mask)
+        mask = run.mask(r)
+        bad[rows] = run.dead(r, mask)
         part, total = _forward(
-            call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], 0.0, call.layout.causal,
-            attn_mask=mask, scale=call.scale,
+            run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], 0.0, run.layout.causal,
+            attn_mask=mask, scale=run.scale,
         )  # fmt: skip
-        part = part[..., : call.value_width]
-        if spec.extra:
-            part, total = _with_extra(call, r, part, total)
+        part = part[..., : run.value_width]
+        if call.spec.extra:
+            part, total = _with_extra(run, r, part, total)
         if part.shape == out.shape and part.stride() == out.stride() and part.dtype == out.dtype:
             out = part  # one call made it all, in the layout that is promised
         else:
             out[:, :, rows] = part
         logsumexp[:, :, rows] = total
     if bool(bad.any()):
-        run = Run(spec, query, key, value, captures, sizes, seed)
-        chunked.forward_rows(run, run.plan.holding(bad), out, logsumexp)
+        rest = Run(call)
+        chunked.forward_rows(rest, rest.plan.holding(bad), out, logsumexp)
     return out, logsumexp
 
 
-def _with_extra(call: _Call, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
     """Lets the extra logits take their share of the softmax."""
-    values = call.evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
-    logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in call.spec.extra]
+    values = run.evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
+    logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in run.spec.extra]
     both = torch.stack([total, *logits]).logsumexp(0)
     return part * (total - both).exp().unsqueeze(-1).to(part.dtype), both
 
 
 def backward(
-    spec: AttentionSpec,
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    captures: Sequence[Tensor] = (),
-    sizes: Sequence[int] = (),
-    seed: Tensor | None = None,
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As `chunked.backward`, which computes it where a capture's gradient is asked for."""
-    call = None
-    if not any(c.grad for c in spec.captures):
-        call = _Call(spec, query, key, value, captures, sizes)
-    if call is None or not call.safe_range:
-        return chunked.backward(spec, grad_out, query, key, value, out, logsumexp, captures, sizes, seed)
+    run = None if any(c.grad for c in call.spec.captures) else _Run(call)
+    if run is None or not run.safe_range:
+        return chunked.backward(call, grad_out, out, logsumexp)
     bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
-    run, which = None, set()
+    rest, which = None, set()
+    grad = grad_out
     if bool(bad.any()):
-        run = Run(spec, query, key, value, captures, sizes, seed)
-        run.plan.widen(logsumexp)
-        which = run.plan.holding(bad)
+        rest = Run(call)
+        rest.plan.widen(logsumexp)
+        which = rest.plan.holding(bad)
         for n in which:  # out of the operator's reach: a weight of exp(-inf), times zero
-            rows = slice(run.plan.rows[n].i0, run.plan.rows[n].i1)
-            bad[rows] = True
+            bad[rest.plan.rows[n].i0 : rest.plan.rows[n].i1] = True
         at = bad.view(1, 1, -1, 1)
         out, grad = out.masked_fill(at, 0.0), grad_out.masked_fill(at, 0.0)
         logsumexp = logsumexp.masked_fill(at.squeeze(-1), math.inf)
-    else:
-        grad = grad_out
-    width = call.query.shape[-1]
-    grad, out = (call.widened(x.to(query.dtype), width) for x in (grad, out))
-    sums = _Sums(query, key, value)
-    for r in call.layout.blocks:
+    grad, out = (run.widened(x.to(call.query.dtype), run.query.shape[-1]) for x in (grad, out))
+    sums = _Sums(call)
+    for r in run.layout.blocks:
         if r.j0 >= r.j1:
             sums.query[:, :, r.i0 : r.i1] = 0
             continue
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
         parts = _backward(
-            grad[:, :, rows], call.query[:, :, rows], call.key[:, :, keys], call.value[:, :, keys], out[:, :, rows],
-            logsumexp[:, :, rows], 0.0, call.layout.causal, attn_mask=call.mask(r), scale=call.scale,
+            grad[:, :, rows], run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], out[:, :, rows],
+            logsumexp[:, :, rows], 0.0, run.layout.causal, attn_mask=run.mask(r), scale=run.scale,
         )  # fmt: skip
         sums.add(rows, keys, parts)
-    grads = sums.result()
-    if run is None:
-        return (*grads, [])
-    rest = chunked.Gradients(run, grad_out, grads[0])
-    for blocks in run.plan.blocks(which):
-        rest.add_blocks(blocks)
-    return grads[0], (grads[1] + rest.key).to(key.dtype), (grads[2] + rest.value).to(value.dtype), []
+    query, key, value = sums.result()
+    if rest is None:
+        return query, key, value, []
+    more, through = chunked.Gradients(rest, query), chunked.ThroughValues(rest, grad_out)
+    for blocks in rest.plan.blocks(which):
+        more.add_blocks(blocks, through)
+    return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []
 
 
 class _Sums:
     """Gradients of query, key and value, added up over calls in float32 or better."""
 
-    def __init__(self, query: Tensor, key: Tensor, value: Tensor):
-        self.like = query, key, value
-        self.query = torch.empty(query.shape, dtype=query.dtype)
+    def __init__(self, call: Call):
+        self.like = call.query, call.key, call.value
+        self.query = torch.empty(call.query.shape, dtype=call.query.dtype)
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
@@ -364,4 +350,4 @@ class _Sums:
         return self.query, self.key.to(key.dtype), self.value.to(value.dtype)
 
 
-__all__ = ["Form", "backward", "form_of", "forward", "supports"]
+__all__ = ["Form", "backward", "expresses", "form_of", "forward", "supports"]

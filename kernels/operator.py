@@ -1,5 +1,7 @@
 """The operators `attnfx::attention` and `attnfx::attention_backward`: what a rewritten graph calls.
 
+`attnfx::attention_weights`, with a backward operator of its own, stands in `kernels/operator_weights.py`.
+
 A spec travels as its JSON text, so a graph that holds the operator can be cached. The backward pass is an operator of
 its own, so that AOTAutograd can trace it. Which code runs is decided by the tier's name when the operator is called.
 """
@@ -7,6 +9,7 @@ its own, so that AOTAutograd can trace it. Which code runs is decided by the tie
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -15,7 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels import chunked, library
-from attnfx.kernels.chunked import output_like
+from attnfx.kernels.call import Call, output_like
 from attnfx.spec import AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
@@ -27,74 +30,82 @@ _BACKWARD = (
 
 
 class Tier(NamedTuple):
-    """One way to run a spec. `supports(spec, query, key, value)` is None, or says in words why this way cannot."""
+    """One way to run a call.
 
-    supports: Callable[[AttentionSpec, Tensor, Tensor, Tensor], str | None]
-    forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    expresses(spec, dtype, device, head_dim, value_width) is None, or says in words why this way runs no such call.
+    supports(call) is the same for one call.
+    forward(call) -> (out, logsumexp), as the operator gives them.
+    backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
+    """
+
+    expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int], str | None]
+    supports: Callable[[Call], str | None]
+    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
 # In the order in which "auto" tries them.
 TIERS: dict[str, Tier] = {
-    "library": Tier(library.supports, library.forward, library.backward),
-    "chunked": Tier(lambda *_: None, chunked.forward, chunked.backward),
+    "library": Tier(library.expresses, library.supports, library.forward, library.backward),
+    "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
 }
 
 
-def choose(tier: str, spec: AttentionSpec, query: Tensor, key: Tensor, value: Tensor) -> Tier:
+def choose(tier: str, call: Call) -> Tier:
     """The tier of that name, or the first that supports the call for "auto". Raises ValueError where it does not."""
     if tier == "auto":
-        return next(t for t in TIERS.values() if t.supports(spec, query, key, value) is None)
+        return next(t for t in TIERS.values() if t.supports(call) is None)
     if tier not in TIERS:
         raise ValueError(f"attnfx.attention: tier {tier!r} is none of {', '.join(['auto', *TIERS])}")
-    if (why := TIERS[tier].supports(spec, query, key, value)) is not None:
+    if (why := TIERS[tier].supports(call)) is not None:
         raise ValueError(f"attnfx.attention: the {tier} tier cannot run this call: {why}")
     return TIERS[tier]
 
 
+def refusals(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> dict[str, str]:
+    """Why each tier that cannot run a spec, whatever the other sizes, cannot."""
+    reasons = {name: tier.expresses(spec, dtype, device, head_dim, value_width) for name, tier in TIERS.items()}
+    return {name: why for name, why in reasons.items() if why is not None}
+
+
 # -- what fits ----------------------------------------------------------------------------------
-def _require(good: bool, message: str) -> None:
+def require(good: bool, message: str) -> None:
     if not good:
         raise ValueError(f"attnfx.attention: {message}")
 
 
-def _check(
-    spec: AttentionSpec,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    captures: Sequence[Tensor],
-    sizes: Sequence[int],
-    seed: Tensor | None,
-) -> None:
+def check(call: Call) -> None:
+    spec, query, key, value, captures, sizes, seed = (getattr(call, f.name) for f in fields(call))
     for name, x in (("query", query), ("key", key), ("value", value)):
-        _require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
-        _require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
-        _require(x.dtype == query.dtype, f"{name} is {x.dtype}, but query is {query.dtype}")
-        _require(x.device == query.device, f"{name} is on {x.device}, but query is on {query.device}")
-    _require(key.shape[0] == query.shape[0], f"key has batch {key.shape[0]}, but query has {query.shape[0]}")
-    _require(key.shape[3] == query.shape[3], f"key has head_dim {key.shape[3]}, but query has {query.shape[3]}")
-    _require(
+        require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
+        require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
+        require(x.dtype == query.dtype, f"{name} is {x.dtype}, but query is {query.dtype}")
+        require(x.device == query.device, f"{name} is on {x.device}, but query is on {query.device}")
+    require(key.shape[0] == query.shape[0], f"key has batch {key.shape[0]}, but query has {query.shape[0]}")
+    require(key.shape[3] == query.shape[3], f"key has head_dim {key.shape[3]}, but query has {query.shape[3]}")
+    require(
         value.shape[:3] == key.shape[:3],
         f"value has batch, heads and length {tuple(value.shape[:3])}, but key has {tuple(key.shape[:3])}",
     )
     heads, groups = query.shape[1], key.shape[1]
-    _require(
+    require(
         heads == groups == 0 or (groups > 0 and heads % groups == 0),
         f"query has {heads} heads, not a multiple of key's {groups}",
     )
-    _require(
+    require(
         len(captures) == len(spec.captures),
         f"captures holds {len(captures)} tensors, the spec needs {len(spec.captures)}",
     )
     for n, (x, c) in enumerate(zip(captures, spec.captures)):
-        _require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, the spec needs {c.ndim}")
-        _require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
-        _require(not c.grad or x.dtype in _FLOATS, f"captures[{n}] is {x.dtype}: only a floating type has a gradient")
-    _require(len(sizes) == len(spec.sizes), f"sizes holds {len(sizes)} numbers, the spec needs {len(spec.sizes)}")
+        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, the spec needs {c.ndim}")
+        require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
+        require(not c.grad or x.dtype in _FLOATS, f"captures[{n}] is {x.dtype}: only a floating type has a gradient")
+    require(len(sizes) == len(spec.sizes), f"sizes holds {len(sizes)} numbers, the spec needs {len(spec.sizes)}")
     if spec.random:
-        _require(seed is not None, "seed is None, but the spec has dropout")
-        _require(
+        require(seed is not None, "seed is None, but the spec has dropout")
+        require(
             seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
             f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one",  # type: ignore[union-attr]
         )
@@ -103,32 +114,25 @@ def _check(
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
-@lru_cache(maxsize=1024)
-def _dtypes(spec: str) -> tuple[torch.dtype, torch.dtype]:
-    made = from_json(spec)
-    return getattr(torch, made.out_dtype), getattr(torch, made.compute)
-
-
 # -- implementations ----------------------------------------------------------------------------
 def _attention(query, key, value, captures, sizes, seed, spec, tier):
-    made = from_json(spec)
-    _check(made, query, key, value, captures, sizes, seed)
-    return choose(tier, made, query, key, value).forward(made, query, key, value, captures, sizes, seed)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    check(call)
+    return choose(tier, call).forward(call)
 
 
 def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
-    made = from_json(spec)
-    _check(made, query, key, value, captures, sizes, seed)
-    _require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
-    run = choose(tier, made, query, key, value).backward
-    return run(made, grad_out, query, key, value, out, logsumexp, captures, sizes, seed)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    check(call)
+    require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
+    return choose(tier, call).backward(call, grad_out, out, logsumexp)
 
 
 def _fake_attention(query, key, value, captures, sizes, seed, spec, tier):
-    _check(from_json(spec), query, key, value, captures, sizes, seed)
-    out_dtype, compute = _dtypes(spec)
-    out = output_like(query, value.shape[3], out_dtype)
-    return out, query.new_empty(query.shape[:3], dtype=compute)
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+    check(call)
+    out = output_like(query, value.shape[3], call.out_dtype)
+    return out, query.new_empty(query.shape[:3], dtype=call.compute)
 
 
 def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
@@ -158,20 +162,21 @@ def _differentiate(ctx, grad_out, _):
     return (*grads, of_captures, [] if not ctx.sizes else None, None, None, None)
 
 
-def _twice(ctx, *grads):
+def twice(ctx, *grads):
     raise RuntimeError("attnfx.attention cannot be differentiated twice: its backward pass has no derivative")
 
 
 # -- autocast -----------------------------------------------------------------------------------
-def _autocast(device: str, key_name: str):
+def _autocast(device: str, key_name: str, operator, tensors: int):
+    """The operator with its first `tensors` operands cast as a matrix product's are."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
-    def run(query, key, value, *rest):
+    def run(*args):
         with torch._C._ExcludeDispatchKeyGuard(excluded):
-            if all(x.dtype == torch.float32 for x in (query, key, value)):
+            if all(x.dtype == torch.float32 for x in args[:tensors]):
                 to = torch.get_autocast_dtype(device)
-                query, key, value = query.to(to), key.to(to), value.to(to)
-            return torch.ops.attnfx.attention(query, key, value, *rest)
+                args = (*(x.to(to) for x in args[:tensors]), *args[tensors:])
+            return operator(*args)
 
     return run
 
@@ -192,24 +197,23 @@ def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_sha
 _library = torch.library.Library("attnfx", "DEF")
 
 
-def _register() -> None:
-    for schema, real, fake, derivative, setup in (
-        (_FORWARD, _attention, _fake_attention, _differentiate, _setup),
-        (_BACKWARD, _attention_backward, _fake_attention_backward, _twice, None),
-    ):
-        name = schema[: schema.index("(")]
-        _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-        _library.impl(name, real, "CompositeExplicitAutograd")
-        torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
-        torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
-    for device in ("cpu", "cuda"):
+def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0) -> None:
+    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
+    torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
+    for device in ("cpu", "cuda") if autocast else ():
         key_name = f"Autocast{device.upper()}"
-        _library.impl("attention", _autocast(device, key_name), key_name)
-    register_flop_formula(torch.ops.attnfx.attention)(_flops)
-    register_flop_formula(torch.ops.attnfx.attention_backward)(_flops_backward)
+        call = getattr(torch.ops.attnfx, name)
+        _library.impl(name, _autocast(device, key_name, call, autocast), key_name)
 
 
-_register()
+register(_FORWARD, _attention, _fake_attention, _differentiate, _setup, autocast=3)
+register(_BACKWARD, _attention_backward, _fake_attention_backward, twice)
+register_flop_formula(torch.ops.attnfx.attention)(_flops)
+register_flop_formula(torch.ops.attnfx.attention_backward)(_flops_backward)
 
 
 def attention(
@@ -248,4 +252,4 @@ def _cached_text(spec: AttentionSpec) -> str:
     return spec.to_json()
 
 
-__all__ = ["TIERS", "Tier", "attention", "choose"]
+__all__ = ["TIERS", "Tier", "attention", "check", "choose", "refusals", "register", "require", "twice"]

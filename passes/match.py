@@ -13,6 +13,7 @@ grouped heads. Grouped heads are never expanded: the walk through key and value 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,33 +21,27 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx import spec as S
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
+from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.mask import rows_live
 from attnfx.passes import normalise as N
-from attnfx.passes.contraction import PRODUCTS, Contraction, Product, contraction, slot_node
+from attnfx.passes.contraction import PRODUCTS, Contraction, contraction, slot_node
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, value
-from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, program_splits, radix, split_axes
+from attnfx.passes.graphs import dims, is_tensor, op_name, shape, value
+from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
+from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, extent, free
 from attnfx.report import Refusal
-from attnfx.spec import AttentionSpec, Capture
+from attnfx.spec import AttentionSpec, fill_of
 
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", "sigmoid")
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
+PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A node, read through `index` over the axes; what `layout` turns into (B, heads, rows, width)."""
-
-    node: Node
-    index: Index
-
-
-@dataclass
+@dataclass(eq=False)
 class Match:
     """A site found: everything that the rewriter needs. `final` is the node that the operator replaces.
 
@@ -68,6 +63,8 @@ class Match:
     width: Expr
     value_width: Expr
     out_index: Index
+    draw: object = None  # which of the graph's random draws the dropout is
+    reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
 
@@ -75,30 +72,28 @@ class Match:
     def axes(self) -> list[Expr]:
         return [*self.kv_axes, *self.group_axes]
 
+    @property
+    def letters(self) -> dict[str, list[Expr]]:
+        """What the operator's b, h, i and j are made of: h is the last key axis and the grouped ones."""
+        batch, head = (self.kv_axes[:-1], self.kv_axes[-1:]) if len(self.kv_axes) > 1 else (self.kv_axes, [])
+        return {"b": batch, "h": [*head, *self.group_axes], "i": [self.row], "j": [self.column]}
+
 
 @dataclass(frozen=True)
-class Parts:
-    """An attention as it was read off the graph: indices over the dimensions of `final`, nothing chosen yet.
+class Reduction:
+    """A sum (`count` None) or a mean over `count` of the weights of a match, which the operator of sums replaces.
 
-    `pairs` are the operands (node, index) for query, key and value; `found.score` is a program over `dot`; `product` is
-    the node of the scores, None where the graph has none.
+    `spec`, `captures` and `sizes` describe the weights that are added up, over b, h, i, j of the match; `axes` what
+    these are made of; `kept` gives, for each dimension that is left, its index over the axes.
     """
 
     final: Node
-    out: Index
-    row: Expr
-    column: Expr
-    width: Expr
-    value_width: Expr
-    pairs: tuple[tuple[Node, Index], ...]
-    found: N.Normalised
-    product: Node | None = None
-
-
-class Refused(Exception):
-    def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
-        super().__init__(message)
-        self.refusal = Refusal(code, message, tuple(n.name for n in nodes), hint)
+    spec: AttentionSpec
+    captures: list[Node]
+    sizes: list[str]
+    axes: dict[str, list[Expr]]
+    kept: Index
+    count: Expr | None
 
 
 @dataclass
@@ -118,6 +113,7 @@ class Finder:
         self.gm = gm
         self.facts = Facts(gm)
         self.lifter = Lifter(self.facts.written, self.facts.frozen)
+        self.reader = Reader(self.facts, self.lifter)
         self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
         self.scores = self._spread((n for n in gm.graph.nodes if batched(n)), unknown=True)
 
@@ -151,15 +147,16 @@ class Finder:
             if name in SDPA:
                 findings.append(self._attempt(n, self._library_call, [n]))
             elif batched(n):
-                seeds = [s for a in n.all_input_nodes for s in self.weights.get(a, ()) if self._from_scores(s)]
+                seeds = [s for a in n.all_input_nodes for s in self.weights.get(a, ()) if self.from_scores(s)]
                 if seeds:
                     found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
                     # a gate or an exponential between two products is no attention until it is proved to be one
-                    if found.match is not None or any("softmax" in op_name(s) for s in seeds):
+                    proved = found.match is not None or (found.refusal and found.refusal.code in PROVED)
+                    if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
         return findings
 
-    def _from_scores(self, anchor: Node) -> bool:
+    def from_scores(self, anchor: Node) -> bool:
         return any(a in self.scores for a in anchor.all_input_nodes)
 
     def _attempt(self, n: Node, how: Callable[[Node], Match], anchors: list[Node]) -> Finding:
@@ -192,7 +189,7 @@ class Finder:
                 (c.left, c.left_index, c.right, c.right_index),
                 (c.right, c.right_index, c.left, c.left_index),
             ):
-                if not any(self._from_scores(w) for w in self.weights.get(weights, ())):
+                if not any(self.from_scores(w) for w in self.weights.get(weights, ())):
                     continue
                 try:
                     weight = self.lifter.lift(weights, at)
@@ -229,7 +226,7 @@ class Finder:
     def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
         """Try the products that the score loads, the likeliest first: the others may be biases (relative positions)."""
         problem: Refused | None = None
-        for load, dot in self._products(final, found.score, j):
+        for load, dot in self.products(final, found.score, j):
             try:
                 return self._with_product(final, out, j, found, values, values_at, load, dot)
             except Refused as p:
@@ -244,24 +241,23 @@ class Finder:
             message = "the attention crosses the border of an autocast or a no_grad region"
             raise Refused("region", message, [dot.node, final])
         left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
-        if j.value in _free(left[1]):
+        if j.value in free(left[1]):
             left, right = right, left
-        in_values = _free(values_at)
-        in_weights = _free(left[1]) | _free(right[1]) | found.score.free | found.weight.free
+        in_values = free(values_at)
+        in_weights = free(left[1]) | free(right[1]) | found.score.free | found.weight.free
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
         if len(width) != 1:
             raise Refused("values", "the values have no width of their own", [values])
-        row = self._row(dot, load, left, right, out, in_values)
-        rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
-        found = replace(found, score=substitute(found.score, {load: rounded}))
+        row = self.row(dot, load, left, right, out, in_values)
         pairs = (left, right, (values, values_at))
-        return self._build(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
+        found = over_dot(found, load, dot)
+        return self._match(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
 
-    def _row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
+    def row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
              in_values: frozenset[str]) -> Expr:  # fmt: skip
         """The query's row: the last dimension of the scores that the query has alone."""
         alone = [
-            v for v in out if v.value in _free(left[1]) and v.value not in _free(right[1]) and v.value not in in_values
+            v for v in out if v.value in free(left[1]) and v.value not in free(right[1]) and v.value not in in_values
         ]
         if not alone:  # a single query, or one per batch element
             ones = [v for v in out if v.args[0] is A.ONE]
@@ -275,7 +271,7 @@ class Finder:
                 return max(inside, key=lambda v: order[v])
         return alone[-1]
 
-    def _products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
+    def products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
         """The loads of contractions in which one operand alone runs over the keys: nearest plain ones first."""
         found: list[tuple[Expr, Contraction]] = []
         for e in walk(score):
@@ -285,7 +281,7 @@ class Finder:
             c = contraction(node, e.args) if batched(node) else None
             if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
                 continue
-            if j.args[0] is A.ONE or (j.value in _free(c.left_index)) != (j.value in _free(c.right_index)):
+            if j.args[0] is A.ONE or (j.value in free(c.left_index)) != (j.value in free(c.right_index)):
                 found.append((e, c))
         if not found:
             message = "no product of queries with keys reaches the softmax through operators that are understood"
@@ -321,131 +317,38 @@ class Finder:
         if mask is not None:
             m = self.lifter.lift(mask, broadcast(mask, (*heads, row, j)))
             score = A.where(m, score, A.const(float("-inf"))) if m.kind == "b" else A.add(score, m)
-        found = N.Normalised(score, A.PROB, (), float(p), True)
-        return self._build(Parts(at, out, row, j, d, e, tuple(pairs), found))
+        found = N.Normalised(score, A.PROB, dropout=float(p), safe=True)
+        return self._match(Parts(at, out, row, j, d, e, tuple(pairs), found))
 
-    # -- both ---------------------------------------------------------------------------------
-    def _build(self, parts: Parts) -> Match:
-        """Choose where the operands are read, split the batch axes as they need it, and write the spec."""
-        batch = [v for v in parts.out if v not in (parts.value_width, parts.row) and v.args[0] is not A.ONE]
-        query, key, val, splits = self._operands(parts, frozenset(str(v.value) for v in batch))
-        found = parts.found
-        score = substitute(found.score, {A.DOT: A.mul(query.factor, key.factor, A.DOT)})
-        found = replace(found, score=score, weight=A.mul(val.factor, found.weight))
-        programs = [apply_splits(p, splits) for p in (found.score, found.weight, *found.extra)]
-        splits = [*splits, *program_splits(programs, frozenset(str(v.value) for v in split_axes(batch, splits)))]
-        operands = [Operand(x.node, tuple(apply_splits(i, splits) for i in x.index)) for x in (query, key, val)]
-        axes = split_axes(batch, splits)
-        in_kv = _free(operands[1].index) | _free(operands[2].index)
-        kv_axes = [a for a in axes if a.value in in_kv]
-        group_axes = [a for a in axes if a.value not in in_kv]
-        if not kv_axes and len(shape(key.node)) < 3:
-            message = "the keys are one matrix, as a router's gate or a codebook is"
-            raise Refused("shared_keys", message, [parts.final])
-        programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
-        spec, captures, sizes = self._spec(parts, programs, found, query.node)
-        taught = any(x.node in self.facts.differentiable for x in operands) or any(c.grad for c in spec.captures)
-        out = tuple(apply_splits(v, splits) for v in parts.out)
+    def _match(self, parts: Parts) -> Match:
+        read = self.reader.read(parts)
+        query, key, val = read.operands
+        if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
+            message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"
+            hint = "Write softmax, or fill with -inf."
+            raise Refused("masked_rows", message, [parts.final], hint)
+        taught = any(x.node in self.facts.differentiable for x in read.operands)
+        assert parts.value_width is not None
         return Match(
-            parts.final, spec, operands[0], operands[1], operands[2], captures, sizes, kv_axes, group_axes, parts.row,
-            parts.column, parts.width, parts.value_width, out, training=taught,
+            parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
+            parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
+            training=taught or any(c.grad for c in read.spec.captures),
         )  # fmt: skip
 
-    def _operands(self, parts: Parts, batch: frozenset[str]) -> tuple[Access, Access, Access, list[Split]]:
-        """The best readings of query, key and value; upcasts are undone only where all three agree on a dtype."""
-        lists = [accesses(self.lifter, *pair) for pair in parts.pairs]
-        for upcast in (True, False):
-            chosen = [best(candidates, batch, upcast) for candidates in lists]
-            for c, (node, _) in zip(chosen, parts.pairs, strict=True):
-                if c is None:
-                    raise Refused("layout", "an operand is gathered in a way that views cannot express", [node])
-            found = [c for c in chosen if c is not None]
-            if len({value(a.node).dtype for a, _ in found}) == 1:
-                break
-        for access, _ in found:
-            self._unchanged(access.node, parts.final)
-        return found[0][0], found[1][0], found[2][0], _merge([splits for _, splits in found])
 
-    def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
-                row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
-        """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
-        by: dict[Expr, Expr] = {row: S.I, j: S.J}
-        if row.args[0] is A.ONE:
-            by[row] = A.ZERO
-        _unflatten(by, kv[:-1] if len(kv) > 1 else kv, S.B)
-        heads = [*(kv[-1:] if len(kv) > 1 else []), *group]
-        _unflatten(by, heads, S.H)
-        lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
-        out = []
-        for program in (found.score, found.weight, *found.extra):
-            program = self._load_reductions(program)
-            out.append(substitute(substitute(apply_splits(program, splits), by), lengths))
-        return out
+def _rows_live(read: Reading, parts: Parts) -> bool:
+    """Whether every row provably has a live key; only said where the sizes are numbers."""
+    sizes = {"B": read.kv_axes, "H": read.group_axes, "T": [parts.row], "S": [parts.column]}
+    extents = {name: extent(axes) for name, axes in sizes.items()}
+    if read.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & read.spec.score.free:
+        return False
+    return rows_live(read.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
 
-    def _load_reductions(self, program: Expr) -> Expr:
-        """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
 
-        def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-            place = self.lifter.reductions.get(old)
-            return self.lifter.load(*place) if place is not None else None
-
-        return rebuild(program, change)
-
-    def _spec(
-        self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
-    ) -> tuple[AttentionSpec, list[Node], list[str]]:
-        """The canonical spec, the nodes behind its captures and the names of its symbolic sizes, in order."""
-        score, weight, *extra = programs
-        if found.normaliser == "none":
-            score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
-        slots: dict[object, Capture] = {}
-        for e in (e for program in (score, weight, *extra) for e in walk(program)):
-            if e.op in ("rsum", "rmax", "softmax", "dropout"):
-                hint = "Only the chunked tier over whole rows could run it."
-                raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final], hint)
-            stray = sorted(e.free - set(S.AXES))
-            if stray:
-                message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
-                raise Refused("axes", message, [parts.final])
-            if e.op == "load":
-                slots[e.value] = self._capture(e.value, parts, programs)
-        for program in extra:
-            if "j" in program.free or any(e.op == "dot" for e in walk(program)):
-                raise Refused("extra", "an added column of the softmax depends on the keys", [parts.final])
-        dtype = str(value(parts.final).dtype).removeprefix("torch.")
-        compute = "float64" if value(query).dtype == torch.float64 else "float32"
-        draft = AttentionSpec(
-            score,
-            found.normaliser,
-            tuple(extra),
-            weight,
-            found.dropout,
-            found.safe,
-            compute,
-            dtype,
-            tuple(slots.items()),  # type: ignore[arg-type]
-        )
-        return S.canonical(draft)  # type: ignore[return-value]
-
-    def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
-        """What the program loads, where loading it is sound."""
-        at = slot_node(slot)
-        if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
-            message = f"the scores pass through {op_name(at)}, which no score program expresses"
-            raise Refused("score_used", message, [at], "It may need a whole row of scores.")
-        held = value(at)
-        if not isinstance(held, torch.Tensor):
-            return Capture(FLOAT, 0, False)  # a symbolic number
-        if held.dtype.is_complex:
-            raise Refused("dtype", f"{at.name} is complex", [at])
-        self._unchanged(at, parts.final)
-        kind = kind_of(held.dtype)
-        taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
-        return Capture(kind, held.dim(), taught)
-
-    def _unchanged(self, base: Node, final: Node) -> None:
-        if self.facts.changed_before(base, final):
-            raise Refused("mutated", f"{base.name} is changed in place between its use and the attention", [base])
+def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
+    """With `dot` for the product that the score loads, which float16 rounds."""
+    rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
+    return replace(found, score=substitute(found.score, {load: rounded}))
 
 
 def batched(n: Node) -> bool:
@@ -458,10 +361,6 @@ def batched(n: Node) -> bool:
     return all(len(shape(x)) > 2 for x in operands)
 
 
-def _free(index: Index) -> frozenset[str]:
-    return frozenset().union(*(x.free for x in index))
-
-
 def _plain(c: Contraction) -> bool:
     """Whether plain indices, split or merged, read both operands: no gathers."""
     return all(
@@ -470,41 +369,4 @@ def _plain(c: Contraction) -> bool:
     )
 
 
-def _merge(lists: list[list[Split]]) -> list[Split]:
-    out: list[Split] = []
-    for splits in lists:
-        for split in splits:
-            if split in out:
-                continue
-            if any(set(split) & set(s) for s in out):
-                raise Refused("layout", "query, key and value split a batch dimension in different ways")
-            out.append(split)
-    return out
-
-
-def _unflatten(by: dict[Expr, Expr], axes: list[Expr], flat: Expr) -> None:
-    """Express the axes through one variable that flattens them, the last fastest."""
-    rest = flat
-    for n, a in enumerate(reversed(axes)):
-        extent = a.args[0]
-        by[a] = rest if n == len(axes) - 1 else A.mod(rest, extent)
-        rest = A.floordiv(rest, extent)
-
-
-def _differentiable(node: Node, programs: list[Expr]) -> bool:
-    """Whether some load of the node is reached without passing a detach."""
-    for program in programs:
-        stack = [program]
-        seen: set[Expr] = set()
-        while stack:
-            e = stack.pop()
-            if e in seen or e.op == "detach" or (e.kind != FLOAT and e.op != "where"):
-                continue
-            seen.add(e)
-            if e.op == "load" and e.value is node:
-                return True
-            stack.extend(e.args)
-    return False
-
-
-__all__ = ["Finder", "Finding", "Match", "Operand"]
+__all__ = ["Finder", "Finding", "Match", "Reduction", "batched", "over_dot"]

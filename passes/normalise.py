@@ -27,8 +27,10 @@ class Normalised:
     weight: Expr
     extra: tuple[Expr, ...] = ()
     dropout: float = 0.0
+    draw: object = None  # which draw the dropout is
     safe: bool = False
     normaliser: str = "softmax"
+    by_log: bool = False  # exp(score - log(sum)): where a fill swallows the logarithm, its weights are 1
 
 
 class NotNormalised(Exception):
@@ -58,9 +60,10 @@ def outside(root: Expr) -> list[Expr]:
 
 def normalise(weight: Expr, j: Expr) -> Normalised:
     """Raises NotNormalised."""
-    weight, dropout = _take_dropout(weight)
+    weight, dropout, draw = _take_dropout(weight)
+    by_log = any(e.op == "log" and any(x.op == "rsum" for x in outside(e)) for e in outside(weight))
     if not any(e.op == "softmax" for e in outside(weight)):
-        weight = _by_hand(weight, j)
+        weight = _by_hand(weight, j, by_log)
     weight = _zero_filled(weight)
     found = [e for e in outside(weight) if e.op == "softmax"]
     if not found:
@@ -70,7 +73,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
             )
         if not any(e.op == "sigmoid" for e in outside(weight)):
             raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
-        return _sigmoid(weight, dropout)
+        return _sigmoid(weight, dropout, draw)
     if len(found) > 1:
         raise NotNormalised("several_softmaxes", "the weights combine several softmaxes")
     made = found[0]
@@ -88,19 +91,19 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
         raise NotNormalised("softmax_dim", "the softmax is read at a computed key")
     body = strip_maximum(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
-    return Normalised(substitute(body, {variable: at}), program, extra, dropout, bool(safe))
+    return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
 
 
-def _sigmoid(weight: Expr, dropout: float) -> Normalised:
+def _sigmoid(weight: Expr, dropout: float, draw: object) -> Normalised:
     """No normaliser: the whole weight is a function of the score, which the matcher finds in it."""
     weight = rebuild(weight, lambda old, args: args[0] if old.op == "half" and old.args[0].op == "sigmoid" else None)
-    return Normalised(weight, A.PROB, (), dropout, False, "none")
+    return Normalised(weight, A.PROB, (), dropout, draw, False, "none")
 
 
-def _take_dropout(weight: Expr) -> tuple[Expr, float]:
+def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     drops = [e for e in outside(weight) if e.op == "dropout"]
     if not drops:
-        return weight, 0.0
+        return weight, 0.0, None
     if len(drops) > 1:
         raise NotNormalised("several_dropouts", "the weights are dropped out more than once")
     # only products and zero fills commute with dropping
@@ -111,8 +114,8 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float]:
         if not plain or len(inner) != 1:
             raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a product")
         at = inner[0]
-    p = drops[0].value[0]  # type: ignore[index]
-    return substitute(weight, {drops[0]: drops[0].args[0]}), float(p)
+    p, draw = drops[0].value  # type: ignore[misc]
+    return substitute(weight, {drops[0]: drops[0].args[0]}), float(p), draw
 
 
 def _zero_filled(weight: Expr) -> Expr:
@@ -184,7 +187,7 @@ def exponent(e: Expr) -> Expr | None:
     return None
 
 
-def _by_hand(weight: Expr, j: Expr) -> Expr:
+def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
     """Replace each product of an exponential and the reciprocal of its sum by a softmax node."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
@@ -197,7 +200,7 @@ def _by_hand(weight: Expr, j: Expr) -> Expr:
             return new
         inside = [f for f in new.args if f is not over[0] and j.value in f.free]
         rest = [f for f in new.args if f is not over[0] and f not in inside]
-        made = _ratio(inside, over[0].args[0], j)
+        made = _ratio(inside, over[0].args[0], j, by_log)
         return A.mul(made, *rest) if made is not None and rest else made or new
 
     return _rebuild_outside(weight, change)
@@ -248,7 +251,7 @@ def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
     return A.where(args[0], args[1], A.const(-math.inf)) if fill < -1e4 else None
 
 
-def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
+def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Expr | None:
     """softmax(a) where the factors multiply to exp(a - m) and the denominator is the sum of exp(a - m), plus extras."""
     if not factors:
         return None
@@ -286,7 +289,7 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr) -> Expr | None:
             terms.remove(m)
         extra.append(A.add(*terms) if terms else A.const(0.0))
     score = strip_maximum(below, variable)
-    if not maxima:  # exp(fill) is zero, and a row of zeros is divided by zero
+    if not maxima and not by_log:  # exp(fill) is zero, and a row of zeros is divided by zero
         score = rebuild(score, _vanishing)
     whole = extent
     for n, logit in enumerate(extra):  # extras become columns after the keys

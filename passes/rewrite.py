@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
@@ -18,13 +18,22 @@ from attnfx.ir.expr import Expr
 from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
-from attnfx.passes.match import Match, Operand
+from attnfx.passes.lift import Index
+from attnfx.passes.match import Match, Reduction
+from attnfx.passes.reading import Operand, extent
 
 aten = torch.ops.aten
 
 
 class CannotEmit(Exception):
     """The views that an operand needs cannot be written; the site is kept."""
+
+
+class Operators(NamedTuple):
+    """torch.ops.attnfx.attention.default and torch.ops.attnfx.attention_weights.default."""
+
+    attention: Any
+    weights: Any
 
 
 Carriers = dict[Expr, tuple[Node, int | None]]
@@ -130,28 +139,25 @@ class Emitter:
         return node
 
 
-def product(axes: Sequence[Expr]) -> Expr:
-    return A.mul(A.ONE, *(a.args[0] for a in axes))
-
-
 def dimensions(match: Match) -> dict[str, Expr]:
     """B, H, G, T, S, D, Dv of the operator call."""
-    kv, group = match.kv_axes, match.group_axes
-    batch = kv[:-1] if len(kv) > 1 else kv
-    head = kv[-1:] if len(kv) > 1 else []
+    sizes = {letter: extent(axes) for letter, axes in match.letters.items()}
     return {
-        "B": product(batch), "G": product(head), "H": product([*head, *group]), "T": match.row.args[0],
-        "S": match.column.args[0], "D": match.width.args[0], "Dv": match.value_width.args[0],
+        "B": sizes["b"], "G": extent(match.kv_axes[-1:] if len(match.kv_axes) > 1 else []), "H": sizes["h"],
+        "T": sizes["i"], "S": sizes["j"], "D": match.width.args[0], "Dv": match.value_width.args[0],
     }  # fmt: skip
 
 
-def rewrite(gm: GraphModule, match: Match, operator_call: Any, tier: str, carriers: Carriers) -> Node:
-    """Insert the operator before `match.final` and let all users read it. Raises CannotEmit before changing users.
+def rewrite(
+    gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers, reductions: Sequence[Reduction]
+) -> Node:
+    """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
+    weights. Raises CannotEmit before changing users.
 
-    `operator_call` is torch.ops.attnfx.attention.default, given by the caller: passes know no kernels.
+    `operators` are given by the caller: passes know no kernels.
     """
     final = match.final
-    emit = Emitter(gm, final, carriers)
+    emit = Emitter(gm, min([final, *(r.final for r in reductions)]), carriers)
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
     q = emit.operand(match.query, [*axes, match.row, match.width])
@@ -166,19 +172,46 @@ def rewrite(gm: GraphModule, match: Match, operator_call: Any, tier: str, carrie
         q, k, v = (
             x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
         )
-    captures = [_tensor(emit, c) for c in match.captures]
-    sizes = [emit.size(A.size(name)) for name in match.sizes]
     seed = (
         emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=value(q).device)
         if match.spec.random
         else None
     )
-    made = emit.call(operator_call, q, k, v, captures, sizes, seed, match.spec.to_json(), tier)
+    made = emit.call(operators.attention, q, k, v, *_arguments(emit, match), seed, match.spec.to_json(), tier)
     out = emit.call(operator.getitem, made, 0)
-    out = _like(emit, out, match)
-    out.meta = {**final.meta, **out.meta}
-    final.replace_all_uses_with(out, propagate_meta=False)
+    full = [*kv, *match.group_axes, match.row, match.value_width]
+    replaced = [(final, _like(emit, _ordered(emit, out, full, match.out_index), final))]
+    for r in reductions:
+        logsumexp = emit.call(operator.getitem, made, 1)
+        drawn = seed if r.spec.random else None
+        named = frozenset().union(*(x.free for x in r.kept))
+        keep = [letter for letter, axes in r.axes.items() if any(a.value in named for a in axes)]
+        weights = emit.call(
+            operators.weights, q, k, logsumexp, *_arguments(emit, r), drawn, r.spec.to_json(), "".join(keep)
+        )
+        left = [a for letter in keep for a in r.axes[letter]]
+        replaced.append((r.final, _like(emit, _total(emit, weights, left, r), r.final)))
+    for old, new in replaced:
+        new.meta = {**old.meta, **new.meta}
+        old.replace_all_uses_with(new, propagate_meta=False)
     return made
+
+
+def _arguments(emit: Emitter, source: Match | Reduction) -> tuple[list[Node], list[int | Node]]:
+    return [_tensor(emit, c) for c in source.captures], [emit.size(A.size(name)) for name in source.sizes]
+
+
+def _total(emit: Emitter, made: Node, axes: list[Expr], r: Reduction) -> Node:
+    """From a sum over whole axes of (b, h, i, j) to the sum or the mean that is asked for, over `axes`."""
+    named = frozenset().union(*(x.free for x in r.kept))
+    if [a.args[0] for a in axes] != list(dims(made)):
+        made = emit.call(aten.reshape.default, made, [emit.size(a.args[0]) for a in axes])
+    if gone := [d for d, a in enumerate(axes) if a.value not in named]:
+        made = emit.call(aten.sum.dim_IntList, made, gone)
+        axes = [a for a in axes if a.value in named]
+    if r.count is not None:
+        made = emit.call(aten.div.Scalar, made, emit.size(r.count))
+    return _ordered(emit, made, axes, r.kept)
 
 
 def _tensor(emit: Emitter, capture: Node) -> Node:
@@ -190,25 +223,25 @@ def _tensor(emit: Emitter, capture: Node) -> Node:
     return emit.call(aten.scalar_tensor.default, capture, dtype=torch.float64)
 
 
-def _like(emit: Emitter, out: Node, match: Match) -> Node:
-    """From (B, H, T, Dv) to the shape, order of dimensions and memory layout of the node that is replaced."""
-    kv, group = match.kv_axes, match.group_axes
-    full = [*kv, *group, match.row, match.value_width]
-    if [a.args[0] for a in full] != list(dims(out)):
-        out = emit.call(aten.reshape.default, out, [emit.size(a.args[0]) for a in full])
-    wanted: list[Expr] = []
-    for x in match.out_index:
+def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
+    """With one dimension for each of the axes, in the order in which the index `wanted` names them."""
+    if [a.args[0] for a in axes] != list(dims(out)):
+        out = emit.call(aten.reshape.default, out, [emit.size(a.args[0]) for a in axes])
+    named: list[Expr] = []
+    for x in wanted:
         found = radix(x)
         if found is None:
             raise CannotEmit("the output is gathered")
-        wanted.extend(v for v, _ in found[1] if v in full)
-    missing = [a for a in full if a not in wanted]
+        named.extend(v for v, _ in found[1] if v in axes)
+    missing = [a for a in axes if a not in named]
     if any(a.args[0] is not A.ONE for a in missing):
         raise CannotEmit("an axis is missing from the output")
-    order = [full.index(a) for a in (*wanted, *missing)]
-    if order != sorted(order):
-        out = emit.call(aten.permute.default, out, order)
-    final = match.final
+    order = [axes.index(a) for a in (*named, *missing)]
+    return emit.call(aten.permute.default, out, order) if order != sorted(order) else out
+
+
+def _like(emit: Emitter, out: Node, final: Node) -> Node:
+    """To the shape, dtype and memory layout of the node that is replaced."""
     if list(dims(out)) != list(dims(final)):
         out = emit.call(aten.reshape.default, out, [emit.size(x) for x in dims(final)])
     have, want = value(out), value(final)
@@ -279,4 +312,4 @@ def check(gm: GraphModule) -> None:
             assert "val" in n.meta, f"{n.name} has no example value"
 
 
-__all__ = ["CannotEmit", "check", "clean", "dimensions", "rewrite"]
+__all__ = ["CannotEmit", "Operators", "check", "clean", "dimensions", "rewrite"]

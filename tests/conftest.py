@@ -37,3 +37,21 @@ def golden(request):
         assert text == file.read_text(), "the text has changed: if that is right, run with ATTNFX_ACCEPT=1"
 
     return compare
+
+
+@pytest.fixture
+def shapes_left(monkeypatch):
+    """The shapes of what the rewritten graphs hold, as the graphs come."""
+    from attnfx import pipeline
+
+    found, original = [], pipeline.run
+
+    def run(gm, *rest):
+        result = original(gm, *rest)
+        made = result.gm if result.gm is not None else gm
+        held = (n.meta.get("val") for n in made.graph.nodes)
+        found.extend(tuple(map(pipeline.number, x.shape)) for x in held if isinstance(x, torch.Tensor))
+        return result
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return found

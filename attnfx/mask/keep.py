@@ -98,17 +98,26 @@ def _rounded(e: Expr) -> bool:
     return e.op == "half" or (e.op == "detach" and _rounded(e.args[0]))
 
 
-@lru_cache(maxsize=4096)
-def live(spec: AttentionSpec | Expr) -> Expr:
-    """True where (b, h, i, j) may add anything to the output of a spec (or of a softmax over a score program).
-
-    After a softmax that is where the score is live, whatever the weight program does: a dead key still counts in the
-    sum. Without a normaliser it is where the weight is not zero.
-    """
+def kept(spec: AttentionSpec | Expr) -> Expr:
+    """True where the mask keeps (b, h, i, j): where a score takes part in its row's softmax. Without a normaliser, it
+    is where the weight may differ from zero."""
     if isinstance(spec, AttentionSpec) and spec.normaliser != "softmax":
         return _nonzero(substitute(spec.weight, {A.PROB: spec.score}))
     mask = mask_of(spec.score if isinstance(spec, AttentionSpec) else spec)
     return A.TRUE if mask is None else mask.keep
+
+
+@lru_cache(maxsize=4096)
+def live(spec: AttentionSpec | Expr) -> Expr:
+    """True where (b, h, i, j) may add anything to the output of a spec (or of a softmax over a score program).
+
+    That is where the mask keeps it (a weight of zero there still counts in the sum), and where the weight program makes
+    something of a probability of zero.
+    """
+    keep = kept(spec)
+    if not isinstance(spec, AttentionSpec) or spec.normaliser != "softmax" or spec.weight is A.PROB:
+        return keep
+    return A.or_(keep, _nonzero(substitute(spec.weight, {A.PROB: A.const(0.0)})))
 
 
 def _nonzero(e: Expr) -> Expr:

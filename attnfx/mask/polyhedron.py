@@ -83,6 +83,11 @@ def hidden(e: Expr, *shown: str) -> str:
     return "".join(n for n in AXES if n not in shown and (n in e.free or n in "ij"))
 
 
+def either(x: Expr, y: Expr, *shown: str) -> str:
+    """`hidden` for two predicates at once."""
+    return "".join(dict.fromkeys(hidden(x, *shown) + hidden(y, *shown)))
+
+
 class _Text:
     def __init__(self) -> None:
         self.done: dict[tuple[Expr, bool, int], str] = {}

@@ -12,12 +12,12 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import live
+from attnfx.mask.keep import kept, live
 from attnfx.spec import AttentionSpec
 
 
 class KeyRange(NamedTuple):
-    """Queries [i0, i1) see no key outside [j0, j1); `full` where they see every key inside."""
+    """Queries [i0, i1) see no key outside [j0, j1); `full` where the mask keeps every key inside."""
 
     i0: int
     i1: int
@@ -32,21 +32,21 @@ def key_ranges(spec: AttentionSpec | Expr, sizes: Mapping[str, int], block: int)
     `sizes` has numbers for B, H, T, S and the spec's own sizes. A row without a live key gets no key at all from
     this: where the fill is finite, such a row averages over every key, and `rows_live` says whether there is one.
     """
-    return _key_ranges(live(spec), tuple(sorted(sizes.items())), block)
+    return _key_ranges(live(spec), kept(spec), tuple(sorted(sizes.items())), block)
 
 
 @lru_cache(maxsize=1024)
-def _key_ranges(keep: Expr, items: tuple[tuple[str, int], ...], block: int) -> tuple[KeyRange, ...]:
+def _key_ranges(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], block: int) -> tuple[KeyRange, ...]:
     sizes = dict(items)
     T, S = sizes["T"], sizes["S"]
     spans = [(i0, min(i0 + block, T)) for i0 in range(0, T, block)]
-    keep = P.numeric(keep, sizes)
+    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
         return tuple(KeyRange(*span, 0, S, True) for span in spans)
-    hidden = P.hidden(keep, "j")
+    hidden = P.either(seen, keep, "j")
     within = f"{P.domain(sizes, hidden + 'j')} and {block} t <= i < {block} t + {block}"
     head = f"{{ [t] -> [j] : exists {', '.join(hidden)} : {within} and "
-    some = f"{head} ({P.text(keep, True)}) }}"
+    some = f"{head} ({P.text(seen, True)}) }}"
     try:
         bounds = _parametric(some, len(spans))
     except P.TooHard:
@@ -118,7 +118,7 @@ def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
 
 def rows_live(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> bool:
     """Whether every row (b, h, i) provably keeps a live key: then no row is decided by a fill."""
-    return _rows_live(live(spec), tuple(sorted(sizes.items())))
+    return _rows_live(kept(spec), tuple(sorted(sizes.items())))
 
 
 @lru_cache(maxsize=1024)

@@ -12,7 +12,7 @@ import islpy as isl
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import live
+from attnfx.mask.keep import kept, live
 from attnfx.spec import AXES, AttentionSpec
 
 
@@ -60,22 +60,22 @@ def tiles(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, til
 
     `sizes` has numbers for T, S, the other sizes that the program names, and B and H where it depends on b and h.
     """
-    return _tiles(live(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
+    return _tiles(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
 @lru_cache(maxsize=1024)
-def _tiles(keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Tiles:
+def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Tiles:
     sizes = dict(items)
     T, S = sizes["T"], sizes["S"]
     rows, columns = -(-T // tile_q), -(-S // tile_k)
-    keep = P.numeric(keep, sizes)
+    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
         return Tiles(rows, columns, 0, rows * columns, 0, 1.0)
-    hidden = P.hidden(keep)
+    hidden = P.either(seen, keep)
     inside = P.domain(sizes, hidden)
     bounds = f"{tile_q} q <= i < {tile_q} q + {tile_q} and {tile_k} k <= j < {tile_k} k + {tile_k}"
     head = f"{{ [q, k] : exists {', '.join(hidden)} : {inside} and {bounds} and "
-    may, sure = P.text(keep, True), P.text(keep, False)
+    may, sure = P.text(seen, True), P.text(keep, False)
     is_live, some = _tiles_with(f"{head} ({may}) }}", rows * columns)
     is_dead, holes = _tiles_with(f"{head} not ({sure}) }}", rows * columns)
     empty, full = rows * columns - some, rows * columns - holes

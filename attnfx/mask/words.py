@@ -17,7 +17,7 @@ import islpy as isl
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import live
+from attnfx.mask.keep import kept
 from attnfx.spec import AttentionSpec, I, J
 
 OPAQUE = "learned/opaque"
@@ -30,7 +30,7 @@ def describe(score: AttentionSpec | Expr, sizes: Mapping[str, int]) -> str:
     A window of W keys is as wide as the predicate makes it: `i - j <= 511` keeps 512. A bidirectional window of W sees
     W keys to each side. Sizes are numbers: what masks nothing at these sizes is not named.
     """
-    return _describe(live(score), tuple(sorted(sizes.items())))
+    return _describe(kept(score), tuple(sorted(sizes.items())))
 
 
 @lru_cache(maxsize=1024)

@@ -8,19 +8,24 @@ import torch
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
-from attnfx.kernels.evaluate import Evaluator, block_axes
-from attnfx.spec import AttentionSpec, B, Capture, H, I, J, additive
-
-DOUBLE = dict(compute="float64", out_dtype="float64")
-DOT = A.mul(A.const(0.3), A.DOT)
-INF = math.inf
-FINITE = torch.finfo(torch.float32).min
-CAUSAL = A.ge(I, J)
-WINDOW = A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(7)))
-
-
-def masked(keep, fill=-INF, score=DOT):
-    return A.where(keep, score, A.const(fill))
+from attnfx.kernels.call import Call
+from attnfx.spec import AttentionSpec, Capture, H, I, J, additive
+from tests.kernels.cases import (
+    CASES,
+    CAUSAL,
+    DOT,
+    DOUBLE,
+    FINITE,
+    G1,
+    G2,
+    INF,
+    PAD,
+    WINDOW,
+    masked,
+    padding,
+    tensors,
+    whole,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -30,99 +35,22 @@ def small_blocks(monkeypatch):
     monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1500)
 
 
-def tensors(T=37, S=41, D=8, Dv=6, size_b=2, heads=4, groups=2, dtype=torch.float64):
-    torch.manual_seed(0)
-    shapes = (size_b, heads, T, D), (size_b, groups, S, D), (size_b, groups, S, Dv)
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
-
-
-def whole(spec, query, key, value, captures=(), sizes=(), kept=None):
-    """Eager's way: the whole matrix, with autograd through everything."""
-    per_group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
-    size_b, heads, T, S = *query.shape[:3], key.shape[2]
-    dot = query @ key.mT
-    axes = block_axes((0, size_b), (0, heads), (0, T), (0, S))
-    named = dict(B=size_b, H=heads, T=T, S=S) | dict(zip(spec.sizes, sizes))
-    values = Evaluator(captures, named, axes, dot.dtype, dot.device, {A.DOT: dot})
-    prob = values.tensor(spec.score).expand(dot.shape)
-    if spec.normaliser == "softmax":
-        extra = [values.tensor(e).expand(size_b, heads, T, 1) for e in spec.extra]
-        score = torch.cat([prob, *extra], -1)
-        prob = score.softmax(-1)[..., :S]
-        if spec.safe:
-            prob = prob.masked_fill((score == -INF).all(-1, keepdim=True), 0.0)
-    values.bind(A.PROB, prob)
-    weight = values.tensor(spec.weight).expand(dot.shape)
-    return (weight if kept is None else weight * kept) @ value
-
-
 def compare(spec, captures=(), sizes=(), tier=chunked, tolerance=1e-9, **shape):
     inputs = tensors(**shape)
     leaves = [x.clone().requires_grad_() for x in inputs]
     floats = [c.clone().requires_grad_() if spec.captures[n].grad else c for n, c in enumerate(captures)]
     want = whole(spec, *leaves, floats, sizes)
     grad = torch.randn_like(want)
-    out, logsumexp = tier.forward(spec, *inputs, captures, sizes)
+    out, logsumexp = tier.forward(Call(spec, *inputs, captures, sizes))
     close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
     torch.testing.assert_close(out, want.detach(), **close)
     assert out.transpose(1, 2).is_contiguous() and logsumexp.shape == inputs[0].shape[:3]
     wanted = [*leaves, *(f for f, c in zip(floats, spec.captures) if c.grad)]
     want_grads = torch.autograd.grad(want, wanted, grad)
-    *grads, of_captures = tier.backward(spec, grad, *inputs, out, logsumexp, captures, sizes)
+    *grads, of_captures = tier.backward(Call(spec, *inputs, captures, sizes), grad, out, logsumexp)
     for got, expected in zip([*grads, *of_captures], want_grads):
         torch.testing.assert_close(got, expected, **close)
     return out, logsumexp
-
-
-def f64(*shape):
-    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-
-
-G1, G2, G3 = (Capture("f", n, True) for n in (1, 2, 3))
-slope = A.load(0, [H], "f")
-clipped = A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5))
-CASES = {
-    "plain": (dict(score=DOT), ()),
-    "unscaled": (dict(score=A.DOT), ()),
-    "causal": (dict(score=masked(CAUSAL)), ()),
-    "window": (dict(score=masked(WINDOW)), ()),
-    "softcap": (dict(score=masked(CAUSAL, score=A.mul(A.const(5.0), A.unary("tanh", A.mul(A.const(0.1), A.DOT))))), ()),
-    "cosine_temperature": (
-        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(slope, A.const(2.0)))), captures=(G1,)),
-        (f64(4),),
-    ),
-    "dense_bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (f64(4, 37, 41),)),
-    "gathered_table": (
-        dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)),
-        (f64(11, 4),),
-    ),
-    "gathered_by_position": (
-        dict(
-            score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f"))),
-            captures=(G2,),
-        ),
-        (f64(5, 4),),
-    ),
-    "alibi": (
-        dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
-        (f64(4).abs(),),
-    ),
-    "sinks": (dict(score=masked(WINDOW), extra=(slope,), captures=(G1,)), (f64(4),)),
-    "sink_by_row": (dict(score=DOT, extra=(A.load(0, [H, I], "f"),), captures=(G2,)), (f64(4, 37),)),
-    "off_by_one": (dict(score=DOT, extra=(A.const(0.0),)), ()),
-    "head_mask": (dict(score=DOT, weight=A.mul(slope, A.PROB), captures=(G1,)), (f64(4),)),
-    "mask_after_softmax": (dict(score=DOT, weight=A.where(CAUSAL, A.PROB, A.const(0.0))), ()),
-    "sigmoid": (dict(score=DOT, normaliser="none", weight=A.unary("sigmoid", A.PROB)), ()),
-    "sigmoid_with_bias": (
-        dict(score=A.add(DOT, slope), normaliser="none", captures=(G1,),
-             weight=A.where(CAUSAL, A.unary("sigmoid", A.PROB), A.const(0.0))),
-        (f64(4),),
-    ),
-    "relu_squared": (dict(score=DOT, normaliser="none", weight=A.mul(*[A.maximum(A.PROB, A.const(0.0))] * 2)), ()),
-    "linear_in_two_terms": (dict(score=A.add(DOT, A.mul(A.DOT, A.DOT, A.const(0.01)))), ()),
-    "named_size": (dict(score=masked(A.lt(A.sub(J, I), A.size("n0"))), sizes=("n0",)), ()),
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -136,12 +64,6 @@ def test_outputs_and_gradients_are_those_of_the_whole_matrix(name):
 )
 def test_grouped_heads_value_widths_and_single_rows(shape):
     compare(AttentionSpec(score=masked(CAUSAL), **DOUBLE), **shape)
-
-
-padding = torch.ones(2, 41, dtype=torch.bool)
-padding[0, :21] = False
-padding[1, 20:] = False
-PAD = A.load(0, [B, J], "b")
 
 
 @pytest.mark.parametrize("safe", [False, True])
@@ -177,7 +99,7 @@ def test_what_is_not_a_number_spreads_as_in_eager(bad, which):
     inputs = tensors()
     inputs[which][0, 1, 3, 2] = bad
     spec = AttentionSpec(score=DOT, **DOUBLE)
-    out, _ = chunked.forward(spec, *inputs)
+    out, _ = chunked.forward(Call(spec, *inputs))
     torch.testing.assert_close(out, whole(spec, *inputs), equal_nan=True)
 
 
@@ -188,9 +110,9 @@ def test_huge_scores_keep_their_precision_in_the_backward_pass():
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
     dot = (inputs[0] * 0.3) @ inputs[1].repeat_interleave(2, 1).mT
     want = (dot + 1e6).softmax(-1) @ inputs[2].repeat_interleave(2, 1)
-    out, logsumexp = chunked.forward(spec, query, key, value)
+    out, logsumexp = chunked.forward(Call(spec, query, key, value))
     grad = torch.randn_like(want)
-    grads = chunked.backward(spec, grad, query, key, value, out, logsumexp)
+    grads = chunked.backward(Call(spec, query, key, value), grad, out, logsumexp)
     torch.testing.assert_close(out, want)
     for got, expected in zip(grads, torch.autograd.grad(want, inputs, grad)):
         torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-4)
@@ -199,7 +121,7 @@ def test_huge_scores_keep_their_precision_in_the_backward_pass():
 def test_scores_rounded_to_half_precision_overflow_as_eagers_do():
     score = A.half(A.mul(A.const(4000.0), A.half(A.DOT)))
     query, key, value = (x.to(torch.float16) for x in tensors(dtype=torch.float32, D=64))
-    out, _ = chunked.forward(AttentionSpec(score=score, out_dtype="float16"), query, key, value)
+    out, _ = chunked.forward(Call(AttentionSpec(score=score, out_dtype="float16"), query, key, value))
     dot = (query.float() @ key.float().repeat_interleave(2, 1).mT).half() * 4000.0
     want = dot.float().softmax(-1) @ value.float().repeat_interleave(2, 1)
     assert want.isnan().any() and not want.isnan().all()
@@ -225,8 +147,8 @@ def test_halves_are_no_less_exact_than_eager(dtype):
 
     exact, _ = grads(eager, torch.float64)
     rough, grad = grads(eager, dtype)
-    out, logsumexp = chunked.forward(spec, query, key, value)
-    ours = [out, *chunked.backward(spec, grad, query, key, value, out, logsumexp)[:3]]
+    out, logsumexp = chunked.forward(Call(spec, query, key, value))
+    ours = [out, *chunked.backward(Call(spec, query, key, value), grad, out, logsumexp)[:3]]
     for x, y, z in zip(ours, rough, exact):
         assert x.dtype == dtype
         assert (x.double() - z).norm() <= (y.double() - z).norm()
@@ -236,33 +158,37 @@ def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
     inputs = tensors(T=200, S=300)
     spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)
     seed = torch.tensor([7])
-    out, logsumexp = chunked.forward(spec, *inputs, seed=seed)
+    out, logsumexp = chunked.forward(Call(spec, *inputs, seed=seed))
     grad = torch.randn_like(out)
-    grads = chunked.backward(spec, grad, *inputs, out, logsumexp, seed=seed)
+    grads = chunked.backward(Call(spec, *inputs, seed=seed), grad, out, logsumexp)
     # the output is linear in the values, for one draw
     torch.testing.assert_close((out * grad).sum(), (inputs[2] * grads[2]).sum())
     # and its derivative along the queries is that of the same draw
     step = torch.randn_like(inputs[0])
-    ahead, behind = (chunked.forward(spec, inputs[0] + d * step, *inputs[1:], seed=seed)[0] for d in (1e-5, -1e-5))
+    ahead, behind = (
+        chunked.forward(Call(spec, inputs[0] + d * step, *inputs[1:], seed=seed))[0] for d in (1e-5, -1e-5)
+    )
     torch.testing.assert_close(((ahead - behind) * grad).sum() / 2e-5, (grads[0] * step).sum(), rtol=1e-5, atol=1e-5)
     flat = AttentionSpec(score=A.mul(A.const(0.0), A.DOT), dropout=0.2, **DOUBLE)
-    weights = chunked.forward(flat, *inputs[:2], torch.eye(300).double().expand(2, 2, 300, 300), seed=seed)[0] * 300
+    weights = (
+        chunked.forward(Call(flat, *inputs[:2], torch.eye(300).double().expand(2, 2, 300, 300), seed=seed))[0] * 300
+    )
     assert set(weights.mul(0.8).round(decimals=6).unique().tolist()) == {0.0, 1.0}
     assert (weights != 0).double().mean().item() == pytest.approx(0.8, abs=0.003)
     assert not torch.equal(weights[0], weights[1])
-    other = chunked.forward(spec, *inputs, seed=torch.tensor([8]))[0]
+    other = chunked.forward(Call(spec, *inputs, seed=torch.tensor([8])))[0]
     assert not torch.equal(out, other)
 
 
 def test_any_layout_of_the_inputs_gives_the_same():
     query, key, value = tensors()
     spec = AttentionSpec(score=masked(CAUSAL), **DOUBLE)
-    want = chunked.forward(spec, query, key, value)[0]
+    want = chunked.forward(Call(spec, query, key, value))[0]
     turned = (query.mT.contiguous().mT, key.transpose(1, 2).contiguous().transpose(1, 2), value.mT.contiguous().mT)
-    torch.testing.assert_close(chunked.forward(spec, *turned)[0], want)
+    torch.testing.assert_close(chunked.forward(Call(spec, *turned))[0], want)
     zero_strides = [x[:1, :1].expand(2, *x.shape[1:]) for x in (query, key, value)]
     same = [x.contiguous() for x in zero_strides]
-    assert torch.equal(chunked.forward(spec, *zero_strides)[0], chunked.forward(spec, *same)[0])
+    assert torch.equal(chunked.forward(Call(spec, *zero_strides))[0], chunked.forward(Call(spec, *same))[0])
 
 
 def test_a_scale_is_only_moved_into_the_queries_where_it_multiplies_every_dot():
@@ -286,7 +212,7 @@ def test_only_the_live_keys_are_read():
     """A NaN outside the window reaches no row: the one documented difference."""
     query, key, value = tensors(T=64, S=64)
     value[:, :, 0] = math.nan
-    out, _ = chunked.forward(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value)
+    out, _ = chunked.forward(Call(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value))
     assert out[:, :, :7].isnan().all() and not out[:, :, 32:].isnan().any()
 
 
@@ -310,11 +236,11 @@ def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
     score = masked(CAUSAL, score=A.add(DOT, A.load(0, [H, bucket], "f")))
     spec = AttentionSpec(score=score, captures=(G2,))
     with Watch():
-        out, logsumexp = chunked.forward(spec, *inputs, [bias])
-        chunked.backward(spec, out, *inputs, out, logsumexp, [bias])
+        out, logsumexp = chunked.forward(Call(spec, *inputs, [bias]))
+        chunked.backward(Call(spec, *inputs, [bias]), out, out, logsumexp)
     assert largest <= 8 * (1 << 16)
 
 
 def test_an_unknown_operator_is_an_error():
     with pytest.raises(KeyError):
-        chunked.forward(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32))
+        chunked.forward(Call(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32)))

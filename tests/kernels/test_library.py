@@ -7,33 +7,17 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels import chunked, library
+from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+from tests.kernels.cases import CAUSAL, DOT, DOUBLE, FINITE, INF, PAD, WINDOW, masked, slope, tensors
 
-DOUBLE = dict(compute="float64", out_dtype="float64")
-DOT = A.mul(A.const(0.3), A.DOT)
-INF = math.inf
-FINITE = torch.finfo(torch.float32).min
-CAUSAL = A.ge(I, J)
-WINDOW = A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(7)))
-PAD = A.load(0, [B, J], "b")
 pad_capture = (Capture("b", 2),)
-slope = A.load(0, [H], "f")
-
-
-def masked(keep, fill=-INF, score=DOT):
-    return A.where(keep, score, A.const(fill))
 
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(library, "ROWS", 16)
     monkeypatch.setitem(chunked.ROWS, "cpu", 8)
-
-
-def tensors(T=37, S=41, D=8, Dv=8, size_b=2, heads=4, groups=2, dtype=torch.float64):
-    torch.manual_seed(0)
-    shapes = (size_b, heads, T, D), (size_b, groups, S, D), (size_b, groups, S, Dv)
-    return [torch.randn(shape, dtype=dtype) for shape in shapes]
 
 
 @pytest.fixture
@@ -52,16 +36,16 @@ def calls(monkeypatch):
 
 def compare(spec, inputs, captures=(), sizes=(), tolerance=1e-9):
     """Outputs, logsumexp and gradients are the chunked tier's."""
-    assert library.supports(spec, *inputs) is None
+    assert library.supports(Call(spec, *inputs)) is None
     close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
-    out, logsumexp = library.forward(spec, *inputs, captures, sizes)
-    want = chunked.forward(spec, *inputs, captures, sizes)
+    out, logsumexp = library.forward(Call(spec, *inputs, captures, sizes))
+    want = chunked.forward(Call(spec, *inputs, captures, sizes))
     torch.testing.assert_close(out, want[0], **close)
     torch.testing.assert_close(logsumexp, want[1], **close)
     assert out.transpose(1, 2).is_contiguous()
     grad = torch.randn_like(out)
-    *grads, of_captures = library.backward(spec, grad, *inputs, out, logsumexp, captures, sizes)
-    *wanted, of_wanted = chunked.backward(spec, grad, *inputs, *want, captures, sizes)
+    *grads, of_captures = library.backward(Call(spec, *inputs, captures, sizes), grad, out, logsumexp)
+    *wanted, of_wanted = chunked.backward(Call(spec, *inputs, captures, sizes), grad, *want)
     for got, expected in zip([*grads, *of_captures], [*wanted, *of_wanted]):
         torch.testing.assert_close(got, expected, **close)
         assert got.is_contiguous()
@@ -150,14 +134,14 @@ def test_widths_lengths_and_grouped_heads(shape, keep):
 
 
 def test_plain_and_causal_attention_are_one_call_without_a_mask(calls):
-    library.forward(AttentionSpec(score=DOT, **DOUBLE), *tensors())
-    library.forward(AttentionSpec(score=masked(CAUSAL), **DOUBLE), *tensors(S=37))
+    library.forward(Call(AttentionSpec(score=DOT, **DOUBLE), *tensors()))
+    library.forward(Call(AttentionSpec(score=masked(CAUSAL), **DOUBLE), *tensors(S=37)))
     assert calls == [(37, 41, False, None), (37, 37, True, None)]
 
 
 def test_causal_attention_with_padding_is_one_call_with_a_row(calls):
     spec = AttentionSpec(score=masked(A.and_(CAUSAL, PAD)), captures=pad_capture, **DOUBLE)
-    library.forward(spec, *tensors(), (torch.ones(2, 41, dtype=torch.bool),))
+    library.forward(Call(spec, *tensors(), (torch.ones(2, 41, dtype=torch.bool),)))
     assert calls == [(37, 41, True, (2, 1, 1, 41))]
 
 
@@ -172,11 +156,11 @@ def test_causality_is_a_question_of_the_sizes(calls):
 
 
 def test_a_window_reads_only_its_keys_and_full_blocks_have_no_mask(calls):
-    library.forward(AttentionSpec(score=masked(WINDOW), **DOUBLE), *tensors(T=48, S=48))
+    library.forward(Call(AttentionSpec(score=masked(WINDOW), **DOUBLE), *tensors(T=48, S=48)))
     assert calls == [(16, 16, False, (1, 1, 16, 16)), (16, 22, False, (1, 1, 16, 22)), (16, 22, False, (1, 1, 16, 22))]
     calls.clear()
     blocks = masked(A.eq(A.floordiv(I, A.const(16)), A.floordiv(J, A.const(16))))
-    library.forward(AttentionSpec(score=blocks, **DOUBLE), *tensors(T=48, S=48))
+    library.forward(Call(AttentionSpec(score=blocks, **DOUBLE), *tensors(T=48, S=48)))
     assert calls == [(16, 16, False, None)] * 3
 
 
@@ -193,8 +177,8 @@ def test_any_layout_of_the_inputs_gives_the_same(which, layout):
         inputs[which] = torch.stack([x, -x], -1)[..., 0]
     assert not inputs[which].is_contiguous()
     spec = AttentionSpec(score=masked(CAUSAL), **DOUBLE)
-    want = chunked.forward(spec, *(x.contiguous() for x in inputs))
-    torch.testing.assert_close(library.forward(spec, *inputs), want)
+    want = chunked.forward(Call(spec, *(x.contiguous() for x in inputs)))
+    torch.testing.assert_close(library.forward(Call(spec, *inputs)), want)
     compare(spec, inputs)
 
 
@@ -239,8 +223,8 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
 
     exact, _ = grads(torch.float64)
     rough, grad = grads(dtype)
-    out, logsumexp = library.forward(spec, query, key, value)
-    ours = [out, *library.backward(spec, grad, query, key, value, out, logsumexp)[:3]]
+    out, logsumexp = library.forward(Call(spec, query, key, value))
+    ours = [out, *library.backward(Call(spec, query, key, value), grad, out, logsumexp)[:3]]
     for x, y, z in zip(ours, rough, exact):
         assert x.dtype == dtype
         assert (x.double() - z).norm() <= (y.double() - z).norm()
@@ -262,9 +246,9 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
     ],
 )
 def test_what_it_cannot_run_is_said(fields, why):
-    assert why in library.supports(AttentionSpec(**{**DOUBLE, **fields}), *tensors())
+    assert why in library.supports(Call(AttentionSpec(**{**DOUBLE, **fields}), *tensors()))
 
 
 def test_empty_tensors_which_crash_the_operator_are_refused():
     for shape in (dict(S=0), dict(T=0), dict(size_b=0), dict(D=0, Dv=0)):
-        assert "empty" in library.supports(AttentionSpec(score=DOT, **DOUBLE), *tensors(**shape))
+        assert "empty" in library.supports(Call(AttentionSpec(score=DOT, **DOUBLE), *tensors(**shape)))

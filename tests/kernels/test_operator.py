@@ -7,6 +7,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from attnfx.ir import algebra as A
+from attnfx.kernels.call import Call
 from attnfx.kernels.operator import TIERS, attention, choose
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 
@@ -207,10 +208,10 @@ def test_dropout_needs_a_seed_where_the_operator_is_called_itself():
 
 def test_auto_takes_the_library_where_it_can():
     inputs = tensors(grad=False)
-    assert choose("auto", AttentionSpec(score=masked()), *inputs) is TIERS["library"]
-    assert choose("auto", AttentionSpec(score=A.unary("tanh", A.DOT)), *inputs) is TIERS["chunked"]
+    assert choose("auto", Call(AttentionSpec(score=masked()), *inputs)) is TIERS["library"]
+    assert choose("auto", Call(AttentionSpec(score=A.unary("tanh", A.DOT)), *inputs)) is TIERS["chunked"]
     empty = tensors(S=0, grad=False)
-    assert choose("auto", AttentionSpec(score=masked()), *empty) is TIERS["chunked"]
+    assert choose("auto", Call(AttentionSpec(score=masked()), *empty)) is TIERS["chunked"]
     assert not attention(*empty, AttentionSpec(score=masked())).any()
 
 

@@ -509,3 +509,58 @@ def test_a_model_in_which_random_numbers_are_drawn_draws_as_many():
     got = compiled(fn)(q, k, v)[1]
     torch.manual_seed(5)
     assert torch.equal(got, fn(q, k, v)[1])
+
+
+# -- what is recorded without being run -----------------------------------------------------------
+def everything_direct(x, y, w, b, n, h):
+    linear = F.linear(F.linear(x, w, b), w)
+    mixed = linear * 2 + n - 0.5 * y / n
+    mixed += x
+    return torch.matmul(-mixed, y.mT), torch.tanh(mixed).mT.contiguous() * torch.rsqrt(y * y + 1).mT, h * n + h, n / 3
+
+
+def recorded(monkeypatch, direct, autocast):
+    """(operator, shape, dtype, strides) of each node of the trace."""
+    from attnfx import pipeline
+    from attnfx.passes import trace
+
+    if not direct:
+        monkeypatch.setattr(trace, "DIRECT", {})
+    seen, original = [], pipeline.trace
+
+    def spy(gm, *rest):
+        made = original(gm, *rest)
+        for n in made.graph.nodes:
+            held = n.meta.get("val")
+            facts = (held.shape, held.dtype, held.stride()) if isinstance(held, torch.Tensor) else ()
+            seen.append((str(n.target), *facts, "test_trace.py" in n.meta.get("stack_trace", "")))
+        return made
+
+    monkeypatch.setattr(pipeline, "trace", spy)
+    args = (rand(2, 4, 6), rand(2, 4, 6), rand(6, 6), rand(6), torch.arange(6), rand(6, dtype=torch.float16))
+
+    def fn(*args):
+        q = args[0]
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            return attend(q, q, q), *everything_direct(*args)
+
+    with new_reports() as filed:
+        compiled(fn)(*args)
+    torch._dynamo.reset()
+    monkeypatch.undo()
+    assert filed[0].sites
+    return seen
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_is_recorded_without_being_run_is_what_running_it_records(monkeypatch, autocast):
+    assert recorded(monkeypatch, True, autocast) == recorded(monkeypatch, False, autocast)
+
+
+def test_what_was_not_run_can_be_changed_in_place():
+    def fn(q, k, v, w):
+        q = q * w
+        q += 1
+        return attend(q, k, v)
+
+    check(fn, *qkv(), rand(8))

@@ -1,0 +1,250 @@
+"""Sums and means of the weights of an attention that was found, and whether its weights are needed beside it.
+
+A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
+the same weights, which an operator computes again. `find_reductions` reads them off the graph; `needed` says whether
+something else still reads the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from attnfx import spec as S
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr, rebuild, substitute, walk
+from attnfx.passes import normalise as N
+from attnfx.passes.facts import written_operands
+from attnfx.passes.graphs import dims, is_tensor, op_name, value
+from attnfx.passes.lift import Index, Opaque, argument
+from attnfx.passes.match import Finder, Match, Reduction, over_dot
+from attnfx.passes.reading import Parts, Reading, Refused, extent, flat, free, unflatten
+from attnfx.spec import AttentionSpec
+
+SUMS = ("sum", "mean")
+
+
+def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
+    """Fills in `reductions` of each match; splits its batch axes where a sum has a part of one."""
+    of_anchor: dict[Node, list[Match]] = {}
+    for match in matches:
+        for anchor in match.anchors:
+            of_anchor.setdefault(anchor, []).append(match)
+    sums: dict[Match, list[Node]] = {}
+    for n in finder.gm.graph.nodes if of_anchor else ():
+        if n.op == "call_function" and op_name(n) in SUMS and is_tensor(n.args[0]):
+            for match in {m: None for s in finder.weights.get(n.args[0], ()) for m in of_anchor.get(s, ())}:
+                sums.setdefault(match, []).append(n)
+    for match, nodes in sums.items():
+        for n in nodes:
+            if found := _same_weights(finder, match, n):
+                _split(match, found[1])
+        read = [(n, found) for n in nodes if (found := _same_weights(finder, match, n))]
+        match.reductions = [_reduction(match, n, *found) for n, found in read]
+
+
+def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, Common] | None:
+    """What is added up by the node, where that is a function of the weights of the match."""
+    weights, facts = final.args[0], finder.facts
+    assert isinstance(weights, Node)
+    if torch.finfo(value(final).dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
+        return None  # asked for in a wider type than the weights have
+    if facts.regions[final] != facts.regions[match.final]:
+        return None
+    dimensions = _dimensions(weights)
+    try:
+        lifted = finder.lifter.lift(weights, dimensions)
+    except Opaque:
+        return None
+    for j in reversed(dimensions):
+        if found := _same_scores(finder, match, final, dimensions, lifted, j):
+            sources = [match.query.node, match.key.node, match.value.node, *match.captures, *found[0].captures]
+            # none that stands before something that the attention needs
+            return found if all(facts.position[x] < facts.position[final] for x in sources) else None
+    return None
+
+
+def _dimensions(weights: Node) -> Index:
+    return tuple(A.var(f"w{d}", n) for d, n in enumerate(dims(weights)))
+
+
+def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction:
+    dimensions, over = _dimensions(final.args[0]), argument(final, 1, "dim")  # type: ignore[arg-type]
+    over = [over] if isinstance(over, int) else over
+    gone = {d % len(dimensions) for d in over} if over else set(range(len(dimensions)))  # type: ignore[union-attr]
+    kept = tuple(substitute(x, common.ours) for d, x in enumerate(reading.out) if d not in gone)
+    count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone))) if op_name(final) == "mean" else None
+    axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
+    named = [*(_named(p, match) for p in (match.spec.score, *match.spec.extra))]
+    weight = substitute(_over(reading.spec.weight, reading, common.ours), _canonical(axes))
+    draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
+    return Reduction(final, *_renumbered(draft, named, match, reading), axes, kept, count)
+
+
+def _split(match: Match, common: Common) -> None:
+    """Where a sum has a batch axis in parts, so has the match from now on."""
+    if all(len(of) == 1 for of in common.made_of.values()):
+        return
+    theirs = common.theirs
+    score, weight, *extra = (_over(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra))
+    for name in ("query", "key", "value"):
+        operand = getattr(match, name)
+        setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
+    match.out_index = tuple(substitute(x, theirs) for x in match.out_index)
+    match.kv_axes = [v for a in match.kv_axes for v in common.made_of[a]]
+    match.group_axes = [v for a in match.group_axes for v in common.made_of[a]]
+    by = _canonical(match.letters)
+    draft = replace(match.spec, weight=substitute(weight, by))
+    named = [substitute(p, by) for p in (score, *extra)]
+    match.spec, match.captures, match.sizes = _renumbered(draft, named, match)
+
+
+def _canonical(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
+    """The batch axes over b and h."""
+    by: dict[Expr, Expr] = {}
+    unflatten(by, axes["b"], S.B)
+    unflatten(by, axes["h"], S.H)
+    return by
+
+
+def _renumbered(
+    draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
+) -> tuple[AttentionSpec, list[Node], list[str]]:
+    """The spec with another score and extra logits; all its programs load nodes of the graph, which `sources` hold."""
+    captures = {n: c for x in sources for n, c in zip(x.captures, x.spec.captures, strict=True)}
+    used = {e.value for p in (*named, draft.weight) for e in walk(p) if e.op == "load"}
+    held = tuple((n, c) for n, c in captures.items() if n in used)
+    return S.canonical(replace(draft, score=named[0], extra=tuple(named[1:]), captures=held, sizes=()))  # type: ignore[return-value,arg-type]
+
+
+def _same_scores(
+    finder: Finder, match: Match, final: Node, dimensions: Index, lifted: Expr, j: Expr
+) -> tuple[Reading, Common] | None:
+    """The weights as read with j as the key, where their softmax is that of the match."""
+    if j.args[0] is not match.column.args[0]:
+        return None
+    try:
+        found = N.normalise(lifted, j)
+        if found.dropout and found.draw != match.draw:
+            return None
+        out = tuple(x for x in dimensions if x is not j)
+        for load, dot in finder.products(final, found.score, j):
+            left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
+            if j.value in free(left[1]):
+                left, right = right, left
+            row = finder.row(dot, load, left, right, out, frozenset())
+            whole = over_dot(found, load, dot)
+            parts = Parts(final, dimensions, row, j, dot.reduced, None, (left, right), whole, dot.node)
+            reading = finder.reader.read(parts, (match.query.node, match.key.node))
+            common = _common(match, reading, parts)
+            if common is not None and _agrees(match, reading, common):
+                return reading, common
+    except (Opaque, N.NotNormalised, Refused):
+        pass
+    return None
+
+
+@dataclass(frozen=True)
+class Common:
+    """The axes that the match and the reading of a sum have in common, where one splits what the other has whole.
+
+    ours      each axis of the reading, over them
+    made_of   those that each axis of the match is made of
+    """
+
+    ours: dict[Expr, Expr]
+    made_of: dict[Expr, list[Expr]]
+
+    @property
+    def theirs(self) -> dict[Expr, Expr]:
+        """Each axis of the match, over them."""
+        return {a: flat(of) for a, of in self.made_of.items()}
+
+
+def _common(match: Match, reading: Reading, parts: Parts) -> Common | None:
+    ours, theirs = [*reading.kv_axes, *reading.group_axes], match.axes
+    inner = list(zip((parts.row, parts.column, parts.width), (match.row, match.column, match.width), strict=True))
+    if any(x.args[0] is not y.args[0] for x, y in inner):
+        return None
+    by_ours, made_of = dict(inner), {y: [y] for _, y in inner}
+    while ours and theirs:
+        x, y = _least(ours, theirs)
+        if not x:
+            return None
+        if len(x) == 1:
+            by_ours[x[0]] = flat(y)
+            made_of.update({a: [a] for a in y})
+        else:
+            by_ours.update({a: a for a in x})
+            made_of[y[0]] = x
+        ours, theirs = ours[len(x) :], theirs[len(y) :]
+    return None if ours or theirs else Common(by_ours, made_of)
+
+
+def _least(ours: list[Expr], theirs: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+    """The shortest beginnings of both that have one extent, one of them a single axis."""
+    for n in range(1, max(len(ours), len(theirs)) + 1):
+        for x, y in ((ours[:n], theirs[:1]), (ours[:1], theirs[:n])):
+            if extent(x) is extent(y):
+                return x, y
+    return [], []
+
+
+def _agrees(match: Match, reading: Reading, common: Common) -> bool:
+    """Whether the two are one softmax of one score of the same operands."""
+    for mine, other in zip(reading.operands, (match.query, match.key), strict=True):
+        if [substitute(x, common.ours) for x in mine.index] != [substitute(x, common.theirs) for x in other.index]:
+            return False
+    ours, theirs = reading.spec, match.spec
+    if (ours.normaliser, ours.safe, ours.compute) != (theirs.normaliser, theirs.safe, theirs.compute):
+        return False
+    if ours.dropout and ours.dropout != theirs.dropout:
+        return False
+    mine = [_over(x, reading, common.ours) for x in (ours.score, *ours.extra)]
+    return mine == [_over(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+
+
+def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+    """A program over the common axes, whose captures and sizes are those of the graph again."""
+    kv, group = source.kv_axes, source.group_axes
+    by = {S.B: flat(kv[:-1] if len(kv) > 1 else kv), S.H: flat([*(kv[-1:] if len(kv) > 1 else []), *group])}
+    return substitute(substitute(_named(program, source), by), to_common)
+
+
+def _named(program: Expr, source: Reading | Match) -> Expr:
+    names = dict(zip(source.spec.sizes, source.sizes, strict=True))
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if old.op == "load":
+            return A.load(source.captures[old.value], args, old.kind)  # type: ignore[call-overload]
+        if old.op == "size" and old.value in names:
+            return A.size(names[str(old.value)])
+        return None
+
+    return rebuild(program, change)
+
+
+def needed(matches: Iterable[Match]) -> dict[Node, Node]:
+    """For the `final` of each match whose weights are read by more than attentions and sums of them: what is read."""
+    matches = list(matches)
+    ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
+    out: dict[Node, Node] = {}
+    for match in matches:
+        if match.final in match.anchors:  # the library's own operator: it makes no weights
+            continue
+        stack, seen = list(match.anchors), set(match.anchors)
+        while stack:
+            n = stack.pop()
+            if any(u.op == "output" or written_operands(u) for u in n.users):
+                out[match.final] = n
+                break
+            fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
+            seen.update(fresh)
+            stack.extend(fresh)
+    return out
+
+
+__all__ = ["find_reductions", "needed"]

@@ -1,0 +1,175 @@
+"""Sums and means of the weights beside the attention: the weights never exist, and nothing else is taken for them."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import check, compiled, new_reports, qkv, rand
+
+T, S = 40, 56
+
+
+def inputs(**sizes):
+    return qkv(**{"t": T, "s": S, **sizes})
+
+
+def weights_of(q, k):
+    return ((q @ k.mT) * 0.25).softmax(-1)
+
+
+def mean_over_heads(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.mean(dim=1).sum(1)
+
+
+def received(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.sum(dim=(1, 2))
+
+
+def before_the_product(q, k, v):
+    w = weights_of(q, k)
+    seen = w.sum(2, keepdim=True)
+    return w @ v, seen * 2.0
+
+
+def by_batches_of_heads(q, k, v):
+    b, h, t, d = q.shape
+    q, k, v = (x.reshape(b * h, -1, d) for x in (q, k, v))
+    w = torch.bmm(q * 0.25, k.mT).softmax(-1)
+    return torch.bmm(w, v).view(b, h, t, d), w.view(b, h, t, -1).mean(1).mean(1)
+
+
+def by_hand(q, k, v):
+    s = torch.einsum("bhid,bhjd->bhij", q, k) * 0.25
+    e = (s - s.amax(-1, keepdim=True)).exp()
+    w = e / e.sum(-1, keepdim=True)
+    return torch.einsum("bhij,bhjd->bihd", w, v), w.sum((0, 2))
+
+
+def entropy(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, -(w * (w + 1e-6).log()).sum(-1)
+
+
+def concentration(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.square().sum(dim=-1).mean(-1), w[..., :].sum((2, 3))
+
+
+def masked(q, k, v):
+    keep = torch.arange(q.shape[2])[:, None] + (k.shape[2] - q.shape[2]) >= torch.arange(k.shape[2])
+    w = ((q @ k.mT) * 0.25).masked_fill(~keep, float("-inf")).softmax(-1)
+    return w @ v, w.sum((1, 2))
+
+
+def everything(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.square().sum()
+
+
+FORMS = [mean_over_heads, received, before_the_product, by_batches_of_heads, by_hand, entropy, concentration, masked,
+         everything]  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("fn", FORMS, ids=[fn.__name__ for fn in FORMS])
+def test_a_sum_of_the_weights_is_computed_without_them(fn, dynamic, shapes_left):
+    (site,) = check(fn, *inputs(), dynamic=dynamic)
+    assert "sums of its weights are computed without them (test_reductions.py:" in site.notes[-1]
+    large = {s for s in shapes_left if s[-2:] == (T, S)}
+    if fn in (mean_over_heads, by_batches_of_heads):  # what is asked for has a number for each pair itself
+        large.remove((2, T, S))
+    assert not large
+
+
+def test_pytorchs_own_module_with_weights_averaged_over_heads():
+    module = torch.nn.MultiheadAttention(32, 4, batch_first=True)
+    x = rand(2, T, 32)
+    (site,) = check(module, x, x, x, kwargs=dict(need_weights=True))
+    assert "sums of its weights" in site.notes[-1]
+
+
+def test_grouped_heads():
+    def fn(q, k, v):
+        b, h, t, d = q.shape
+        w = torch.einsum("bgrid,bgjd->bgrij", q.view(b, 2, h // 2, t, d), k).mul(0.25).softmax(-1)
+        return torch.einsum("bgrij,bgjd->bgrid", w, v), w.mean((1, 2)).amax(1)
+
+    (site,) = check(fn, *inputs(g=2))
+    assert "sums of its weights" in site.notes[-1]
+
+
+def test_dropped_weights_are_of_the_same_draw_as_the_output():
+    def fn(q, k, v):
+        w = F.dropout(weights_of(q, k), 0.4, True)
+        return w @ v, w.sum(2)
+
+    q, k, v = inputs()
+    out, sums = compiled(fn)(q, k, v)
+    torch.testing.assert_close(sums.unsqueeze(2) @ v, out.sum(2, keepdim=True), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(sums.sum(-1), torch.full_like(sums.sum(-1), T))
+
+
+def test_weights_before_dropout_are_added_up_whole():
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return F.dropout(w, 0.4, True) @ v, w.sum((1, 3))
+
+    _, sums = compiled(fn)(*inputs())
+    torch.testing.assert_close(sums, torch.full_like(sums, 4.0))
+
+
+def test_two_draws_are_not_taken_for_one():
+    """The sum is of another draw than the output's: it is left as it was."""
+
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return F.dropout(w, 0.4, True) @ v, F.dropout(w, 0.4, True).sum(2)
+
+    with new_reports() as filed:
+        compiled(fn)(*inputs())
+    assert not any("sums" in note for site in filed[0].sites for note in site.notes)
+
+
+def test_no_gradient_flows_through_detached_weights():
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return w @ v, w.detach().square().sum((1, 2)) * v.sum()
+
+    check(fn, *inputs())
+
+
+def test_sums_of_other_weights_than_the_attentions_are_left_alone():
+    def fn(q, k, v):
+        w, other = weights_of(q, k), ((q @ k.mT) * (0.5)).softmax(-1)
+        over_queries = ((q @ k.mT) * 0.25).softmax(-2)
+        return w @ v, other.square().sum((1, 2)), over_queries.square().sum((1, 2))
+
+    with new_reports() as filed:
+        check(fn, *inputs(), sites=None)
+    assert not any("sums" in note for site in filed[0].sites for note in site.notes)
+
+
+def test_a_sum_that_the_values_need_is_left_as_it_was():
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return w @ (v * w.sum(2).unsqueeze(-1))
+
+    check(fn, *inputs(), sites=None)
+
+
+def weights_too(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.mean(1), w
+
+
+def test_weights_that_are_returned_are_kept_as_they_are_by_the_cost_rule():
+    """They exist whatever is done: to compute the attention beside them would be work for nothing."""
+    q, k, v = inputs(t=512, s=512)
+    with new_reports() as filed:
+        compiled(weights_too, rewrite="cost")(q, k, v)
+    (site,) = filed[0].sites
+    assert not site.rewritten and "the weights themselves are read at test_reductions.py:" in site.decision.reason
+    (site,) = check(weights_too, q, k, v)
+    assert not site.notes
