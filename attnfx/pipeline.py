@@ -12,6 +12,7 @@ from torch.fx import GraphModule, Node
 from attnfx import cost
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator, operator_weights  # noqa: F401  (the operators are registered by their imports)
+from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.functionalise import functionalise
@@ -219,13 +220,15 @@ def _decide(
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
         refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
-    site.decision = cost.decide(question, options, torch.get_num_threads())
+    site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device))
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
-        # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
-        tier = "auto" if "library" in options.tiers else "chunked"
-        rewrite(traced, match, OPERATORS, tier, carriers, reductions)
+        # The second is for what only the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped
+        # weights are computed in blocks, and other tiers drop others.
+        shared = any(r.spec.random for r in reductions)
+        tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
+        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)

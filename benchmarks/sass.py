@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from attnfx.ir import algebra as A
+from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.spec import AttentionSpec
 

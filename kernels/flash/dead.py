@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels import chunked
-from attnfx.kernels.flash._call import Call
+from attnfx.kernels.call import Call
 
 _ROUNDS = 10
 _M0, _M1, _K0, _K1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Philox4x32, Salmon et al. 2011
@@ -33,7 +33,7 @@ class _Run(chunked.Run):
 
     def drop(self, at: chunked.Block, like: Tensor) -> Tensor | None:
         p = self.spec.dropout
-        if p <= 0.0:
+        if p <= 0.0 or self.call.seed is None:
             return None
         h0, h1 = self.heads(at)
 
@@ -41,7 +41,7 @@ class _Run(chunked.Run):
             return torch.arange(low, high, device=self.device).view(-1, *[1] * (3 - dim))
 
         head = index(at.b0, at.b1, 0) * self.sizes["H"] + index(h0, h1, 1)
-        words = philox(int(self.seed.item()), index(at.j0 // 4, -(-at.j1 // 4), 3), index(at.i0, at.i1, 2), head)
+        words = philox(int(self.call.seed.item()), index(at.j0 // 4, -(-at.j1 // 4), 3), index(at.i0, at.i1, 2), head)
         first = at.j0 // 4 * 4
         bits = torch.stack(words, -1).flatten(-2)[..., at.j0 - first : at.j1 - first]
         return (bits >= round(p * 2**32)).to(like.dtype) / (1.0 - p if p < 1.0 else 1.0)
@@ -55,13 +55,14 @@ def add_gradients(
     dead = logsumexp <= below
     if not bool(dead.any()):
         return
-    run = _Run(call.spec, call.query, call.key, call.value, call.captures, call.sizes, call.seed)
+    run = _Run(call)
     run.plan.widen(logsumexp)
     query = torch.zeros_like(call.query, dtype=run.compute)
-    found = chunked.Gradients(run, torch.where(dead[..., None], grad_out, 0.0), query)
+    found = chunked.Gradients(run, query)
+    through = chunked.ThroughValues(run, torch.where(dead[..., None], grad_out, 0.0))
     for blocks in run.plan.blocks(run.plan.doubtful):
-        found.add_blocks(blocks)
-    for total, part in zip(grads, (query, found.key, found.value)):
+        found.add_blocks(blocks, through)
+    for total, part in zip(grads, (query, found.key, through.value)):
         total += part.to(total.dtype)
     for slot, part in found.captures.items():
         captures[slot] += part

@@ -10,9 +10,9 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, walk
+from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash import dead
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.backward import delta_kernel
 from attnfx.kernels.flash.backward_keys import keys_kernel
 from attnfx.kernels.flash.backward_rows import rows_kernel

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 
 from attnfx.ir.expr import walk
-from attnfx.kernels.chunked import output_like
+from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flash import module
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.emit import emit
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
@@ -37,12 +36,6 @@ def padded(width: int) -> int:
     return max(16, 1 << (width - 1).bit_length())
 
 
-def all_sizes(call: Call) -> dict[str, int]:
-    query, key = call.query, call.key
-    named = dict(B=query.shape[0], H=query.shape[1], T=query.shape[2], S=key.shape[2])
-    return named | dict(zip(call.spec.sizes, call.sizes))
-
-
 @lru_cache(maxsize=512)
 def functions(spec: AttentionSpec, wide: frozenset[int] = frozenset()) -> Mapping[str, object]:
     """The generated functions of a spec by name, None for what it does not need. Raises as `program` and `emit` do."""
@@ -63,25 +56,15 @@ def program(spec: AttentionSpec) -> Program:
     return made
 
 
-def supports(call: Call) -> str | None:
-    """Why these kernels cannot run the call, one sentence, or None."""
-    spec, query = call.spec, call.query
-    if query.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the inputs are {query.dtype}, the kernels take float16, bfloat16 and float32"
-    if getattr(torch, spec.out_dtype).itemsize > query.dtype.itemsize:
-        return f"the result is {spec.out_dtype}, finer than the {query.dtype} that the kernels would multiply"
-    for name, width in (("head_dim", query.shape[3]), ("value width", call.value.shape[3])):
+def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_width: int) -> str | None:
+    """Why these kernels run no such calls, one sentence, or None."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+    for name, width in (("head_dim", head_dim), ("value width", value_width)):
         if not 0 < width <= LARGEST_HEAD_DIM:
             return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
-    if 0 in query.shape or 0 in call.key.shape:
-        return "a dim of the inputs has size 0"
-    if any(x.numel() == 0 for x in call.captures):
-        return "a capture is empty"
     try:
-        functions(spec, wide_captures(call.captures))
-        for leaf in program(spec).leaves:
-            if leaf.space == "pair" and pair_bytes(leaf, call) > max(PAIR_BYTES, 4 * _capture(leaf, call).numel()):
-                return f"the gradient of a capture takes {pair_bytes(leaf, call) >> 20} MiB: {leaf.load}"
+        functions(spec)
     except (Unsupported, NotEmitted) as why:
         return str(why)
     except PermissionError as why:
@@ -89,9 +72,28 @@ def supports(call: Call) -> str | None:
     return None
 
 
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot run the call, one sentence, or None."""
+    query = call.query
+    if (why := expresses(call.spec, query.dtype, query.shape[3], call.value.shape[3])) is not None:
+        return why
+    if 0 in query.shape or 0 in call.key.shape:
+        return "a dim of the inputs has size 0"
+    if any(x.numel() == 0 for x in call.captures):
+        return "a capture is empty"
+    try:
+        functions(call.spec, wide_captures(call.captures))
+    except NotEmitted as why:
+        return str(why)
+    for leaf in program(call.spec).leaves:
+        if leaf.space == "pair" and pair_bytes(leaf, call) > max(PAIR_BYTES, 4 * _capture(leaf, call).numel()):
+            return f"the gradient of a capture takes {pair_bytes(leaf, call) >> 20} MiB: {leaf.load}"
+    return None
+
+
 def pair_bytes(leaf: Leaf, call: Call) -> int:
     """Bytes of the gradient of a load at every row and key, before it is added up in the capture."""
-    sizes = all_sizes(call)
+    sizes = call.sizes
     shared = [sizes[n] for v, n in (("b", "B"), ("h", "H")) if v in leaf.load.free]
     return 4 * math.prod([*shared, sizes["T"], sizes["S"]])
 
@@ -111,7 +113,7 @@ class Arguments:
 
     def __init__(self, call: Call) -> None:
         self.call, self.spec, self.program = call, call.spec, program(call.spec)
-        self.sizes = all_sizes(call)
+        self.sizes = call.sizes
         self.functions = functions(call.spec, wide_captures(call.captures))
         self.tensors = [*call.captures, *(self.table(t) for t in self.program.tables)]
         self.captures = tuple((_bytes(x), *x.stride()) for x in self.tensors)
@@ -182,7 +184,7 @@ def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> 
 def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
     query = call.query
-    out = output_like(query, call.value.shape[3], getattr(torch, call.spec.out_dtype))
+    out = output_like(query, call.value.shape[3], call.out_dtype)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     forward_launch(call, out, logsumexp, tile).run(query.device)
     return out, logsumexp

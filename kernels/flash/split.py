@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnfx.kernels.chunked import output_like
+from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.flash import launch
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.decode import combine_kernel, decode_kernel
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
@@ -37,7 +36,7 @@ def splits_of(keys: int, heads: int, tile: Tile, processors: int) -> tuple[int, 
 def forward(call: Call, tile: Tile | None = None, processors: int | None = None) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
     query = call.query
-    out = output_like(query, call.value.shape[3], getattr(torch, call.spec.out_dtype))
+    out = output_like(query, call.value.shape[3], call.out_dtype)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
     for made in launches(call, out, logsumexp, tile, processors):
         made.run(query.device)

@@ -7,16 +7,16 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from attnfx.kernels.flash._call import Call
+from attnfx.kernels.call import Call
+from attnfx.spec import AttentionSpec
 
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
 
 
-def _missing(call: Call) -> str | None:
+def _missing(device: torch.device) -> str | None:
     """What the machine lacks."""
     if find_spec("triton") is None:
         return "Triton is not installed"
-    device = call.query.device
     if device.type == "cpu":
         from triton import knobs
 
@@ -30,9 +30,20 @@ def _missing(call: Call) -> str | None:
     return None
 
 
+def expresses(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> str | None:
+    """Why the flash and decode tiers run no such calls, one sentence, or None."""
+    if (why := _missing(device)) is not None:
+        return why
+    from attnfx.kernels.flash import launch
+
+    return launch.expresses(spec, dtype, head_dim, value_width)
+
+
 def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call)) is not None:
+    if (why := _missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -58,7 +69,7 @@ def backward(
 
 def supports_decode(call: Call) -> str | None:
     """Why the decode tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call)) is not None:
+    if (why := _missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import split
 

@@ -17,8 +17,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from attnfx.ir import algebra as A
+from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 

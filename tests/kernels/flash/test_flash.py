@@ -10,9 +10,9 @@ import torch
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
+from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.kernels.flash import launch, split, tier
-from attnfx.kernels.flash._call import Call
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
@@ -410,7 +410,7 @@ sys.meta_path.insert(0, Hidden())
 u.find_spec = lambda name, *rest: None if name == "triton" else find(name, *rest)
 import torch
 import attnfx.kernels.flash.tier as tier
-from attnfx.kernels.flash._call import Call
+from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec
 x = torch.zeros(1, 1, 2, 16)
 assert tier.supports(Call(AttentionSpec(), x, x, x, (), (), None)) == "Triton is not installed"
