@@ -75,7 +75,12 @@ def refusals(
     spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
 ) -> dict[str, str]:
     """Why each tier that cannot run a spec, whatever the other sizes, cannot."""
-    reasons = {name: tier.expresses(spec, dtype, device, head_dim, value_width) for name, tier in TIERS.items()}
+    reasons = {}
+    for name, tier in TIERS.items():
+        if name in AUTO.get(device.type, ("chunked",)):
+            reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width)
+        else:
+            reasons[name] = f"it is no tier of {device.type}"
     return {name: why for name, why in reasons.items() if why is not None}
 
 

@@ -24,7 +24,7 @@ def _rates(index: int) -> Gpu:
     from triton.runtime import driver
 
     major, minor = torch.cuda.get_device_capability(index)
-    found = driver.active.utils.get_device_properties(index)
+    found = driver.active.utils.get_device_properties(index)  # type: ignore[attr-defined]
     return Gpu(
         capability=10 * major + minor,
         multiprocessors=found["multiprocessor_count"],
