@@ -41,6 +41,14 @@ def expresses(
     return launch.expresses(spec, dtype, head_dim, value_width)
 
 
+def source(spec: AttentionSpec) -> str:
+    """The Triton functions that are generated for a spec. Raises as `launch.functions` does."""
+    from attnfx.kernels.flash import launch
+    from attnfx.kernels.flash.emit import emit
+
+    return emit(spec, launch.program(spec)).text
+
+
 def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
     if (why := _missing(call.query.device)) is not None:
