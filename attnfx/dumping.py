@@ -8,12 +8,14 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from attnfx.kernels.flash import tier
 from attnfx.options import Options
 from attnfx.pipeline import Result, readable
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
-    """Write the graph as Dynamo made it, the traced and the rewritten one, the report, and each site's spec.
+    """Write the graph as Dynamo made it, the traced and the rewritten one, the report, each site's spec, and what
+    was generated for its kernel.
 
     Gives the folder, a new `graph_N` under `dump_dir`; nothing that is there is overwritten.
     """
@@ -29,6 +31,8 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
         if site.spec is not None:
             (folder / f"{site.name}.json").write_text(site.spec.to_json())
             (folder / f"{site.name}.txt").write_text(f"{site.where}\n{site.mask}\n{site.spec}\n")
+            if site.decision is not None and site.decision.tier in ("flash", "decode"):
+                (folder / f"{site.name}.triton.py").write_text(tier.source(site.spec))
     return folder
 
 

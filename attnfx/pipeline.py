@@ -11,7 +11,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import library, operator_rows, operator_weights  # noqa: F401  (the operators are registered)
+from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
+from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.facts import Facts
@@ -90,11 +91,16 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     matches = [f.match for f in findings if f.match is not None]
     find_reductions(finder, matches)
     readers = needed(matches)
+    todo = []
     for finding in findings:
         sizes = numeric_dims(finding, hints)
-        site = describe_site(finding, len(report.sites), sizes)
+        todo.append((finding, describe_site(finding, sizes), sizes))
+    # from the last: an operand may be the output of an attention before it, which is replaced then
+    for finding, site, sizes in reversed(todo):
         changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
+    for finding, site, _ in todo:
         if not finding.loose or site.decision is not None:
+            site.name = f"attention_{len(report.sites)}"
             report.sites.append(site)
     if changed:
         clean(traced)
@@ -139,10 +145,10 @@ def number(n: Any) -> int:
     return int(hint) if hint is not None else 1024
 
 
-def describe_site(finding: Finding, count: int, sizes: dict[str, int]) -> Site:
+def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
     final = finding.final
     place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
-    site = Site(f"attention_{count}", place, refusal=finding.refusal)
+    site = Site("", place, refusal=finding.refusal)
     if finding.match is not None:
         site.spec = finding.match.spec
         symbolic = dimensions(finding.match)
@@ -215,22 +221,22 @@ def _decide(
         )
     query = value(match.query.node)
     native = op_name(finding.final) in SDPA
-    why = form if isinstance(form := library.form_of(match.spec), str) else None
-    if why is None and query.device.type != "cpu":
-        why = "it runs on the CPU"
     reductions = [] if reader is not None else match.reductions
-    read_at = "" if reader is None else where_in_source(reader) or reader.name
-    site.decision = cost.decide(
+    question = cost.Question(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        torch.is_grad_enabled() and match.training, options, why, torch.get_num_threads(),
-        "library" if native else "naive", len(reductions), read_at,
+        training=torch.is_grad_enabled() and match.training, native=native, sums=len(reductions),
+        weights_read="" if reader is None else where_in_source(reader) or reader.name,
+        refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
+    site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device))
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
-        # "auto" asks the library tier again at run time: an empty tensor, say, is beyond it
-        tier = "auto" if "library" in options.tiers else "chunked"
-        rewrite(traced, match, OPERATORS, tier, carriers, reductions)
+        # The second is for what only the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped
+        # weights are computed in blocks, and other tiers drop others.
+        shared = any(r.spec.random for r in reductions)
+        tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
+        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)

@@ -82,22 +82,30 @@ def form_of(spec: AttentionSpec) -> Form | str:
     return Form(scale, bias, conjuncts, None if mask is None else float(mask.fill))
 
 
-def supports(call: Call) -> str | None:
-    """None, or why the operator cannot run this call."""
-    spec, query, key, value = call.spec, call.query, call.key, call.value
+def expresses(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> str | None:
+    """None, or why the operator cannot run such calls."""
     form = form_of(spec)
     if isinstance(form, str):
         return form
-    if query.device.type != "cpu":
-        return f"it runs on the CPU, not on {query.device.type}"
-    compute = "float64" if query.dtype == torch.float64 else "float32"
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    compute = "float64" if dtype == torch.float64 else "float32"
     if spec.compute != compute:
-        return f"it computes {query.dtype} in {compute}, the spec asks for {spec.compute}"
-    if max(query.shape[3], value.shape[3]) > MAX_HEAD_DIM:
+        return f"it computes {dtype} in {compute}, the spec asks for {spec.compute}"
+    if max(head_dim, value_width) > MAX_HEAD_DIM:
         return f"its head_dim is at most {MAX_HEAD_DIM}"
-    if not query.numel() or not key.numel() or not value.numel():
-        return "it crashes on empty tensors"
     return None
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the operator cannot run this call."""
+    query, key, value = call.query, call.key, call.value
+    why = expresses(call.spec, query.dtype, query.device, query.shape[3], value.shape[3])
+    if why is None and not (query.numel() and key.numel() and value.numel()):
+        return "it crashes on empty tensors"
+    return why
 
 
 @dataclass(frozen=True)
@@ -342,4 +350,4 @@ class _Sums:
         return self.query, self.key.to(key.dtype), self.value.to(value.dtype)
 
 
-__all__ = ["Form", "backward", "form_of", "forward", "supports"]
+__all__ = ["Form", "backward", "expresses", "form_of", "forward", "supports"]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.flash import tier as flash
 from attnfx.spec import AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
@@ -32,32 +33,55 @@ _BACKWARD = (
 class Tier(NamedTuple):
     """One way to run a call.
 
-    supports(call) is None, or says in words why this way cannot.
+    expresses(spec, dtype, device, head_dim, value_width) is None, or says in words why this way runs no such call.
+    supports(call) is the same for one call.
     forward(call) -> (out, logsumexp), as the operator gives them.
     backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
     """
 
+    expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int], str | None]
     supports: Callable[[Call], str | None]
     forward: Callable[[Call], tuple[Tensor, Tensor]]
     backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
-# In the order in which "auto" tries them.
 TIERS: dict[str, Tier] = {
-    "library": Tier(library.supports, library.forward, library.backward),
-    "chunked": Tier(lambda _: None, chunked.forward, chunked.backward),
+    "library": Tier(library.expresses, library.supports, library.forward, library.backward),
+    "decode": Tier(flash.expresses, flash.supports_decode, flash.forward_decode, flash.backward),
+    "flash": Tier(flash.expresses, flash.supports, flash.forward, flash.backward),
+    "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
 }
+AUTO = {"cpu": ("library", "chunked"), "cuda": ("decode", "flash", "chunked")}  # by device, the likeliest first
 
 
-def choose(tier: str, call: Call) -> Tier:
-    """The tier of that name, or the first that supports the call for "auto". Raises ValueError where it does not."""
-    if tier == "auto":
-        return next(t for t in TIERS.values() if t.supports(call) is None)
-    if tier not in TIERS:
-        raise ValueError(f"attnfx.attention: tier {tier!r} is none of {', '.join(['auto', *TIERS])}")
-    if (why := TIERS[tier].supports(call)) is not None:
-        raise ValueError(f"attnfx.attention: the {tier} tier cannot run this call: {why}")
-    return TIERS[tier]
+def choose(tiers: str, call: Call) -> Tier:
+    """The first of the tiers, named with commas between them, that supports the call; "auto" is those of its device.
+
+    Raises ValueError where none does.
+    """
+    names = AUTO.get(call.query.device.type, ("chunked",)) if tiers == "auto" else tiers.split(",")
+    reasons = []
+    for name in names:
+        if name not in TIERS:
+            raise ValueError(f"attnfx.attention: tier {name!r} is none of {', '.join(['auto', *TIERS])}")
+        why = TIERS[name].supports(call)
+        if why is None:
+            return TIERS[name]
+        reasons.append(f"the {name} tier cannot run this call: {why}")
+    raise ValueError(f"attnfx.attention: {'; '.join(reasons)}")
+
+
+def refusals(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> dict[str, str]:
+    """Why each tier that cannot run a spec, whatever the other sizes, cannot."""
+    reasons = {}
+    for name, tier in TIERS.items():
+        if name in AUTO.get(device.type, ("chunked",)):
+            reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width)
+        else:
+            reasons[name] = f"it is no tier of {device.type}"
+    return {name: why for name, why in reasons.items() if why is not None}
 
 
 # -- what fits ----------------------------------------------------------------------------------
@@ -242,4 +266,4 @@ def _cached_text(spec: AttentionSpec) -> str:
     return spec.to_json()
 
 
-__all__ = ["TIERS", "Tier", "attention", "check", "choose", "register", "require", "twice"]
+__all__ = ["TIERS", "Tier", "attention", "check", "choose", "refusals", "register", "require", "twice"]

@@ -73,8 +73,13 @@ def _cone(finding: Finding) -> set[Node]:
 
 def _risky(n: Node) -> bool:
     name = op_name(n)
-    if (name in ("add", "sub", "rsub") and n.kwargs.get("alpha", 1) != 1) or name in ("baddbmm", "permute", "einsum"):
+    if (name in ("add", "sub", "rsub") and n.kwargs.get("alpha", 1) != 1) or name in ("baddbmm", "einsum"):
         return True
+    if name == "permute":
+        return any(op_name(u) in PRODUCTS for u in n.users)
     if name in ("softmax", "_softmax"):
         return n.args[1] not in (-1, len(value(n).shape) - 1)  # type: ignore[union-attr]
-    return name in ("to", "_to_copy", "type_as") and value(n).dtype.is_floating_point  # type: ignore[union-attr]
+    if name not in ("to", "_to_copy", "type_as"):
+        return False
+    before, after = value(n.args[0]).dtype, value(n).dtype
+    return before != after and before.is_floating_point and after.is_floating_point

@@ -6,6 +6,8 @@ import os
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+# Triton's kernels run in its interpreter, which needs no GPU; Triton reads this when it is imported.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
@@ -35,3 +37,21 @@ def golden(request):
         assert text == file.read_text(), "the text has changed: if that is right, run with ATTNFX_ACCEPT=1"
 
     return compare
+
+
+@pytest.fixture
+def shapes_left(monkeypatch):
+    """The shapes of what the rewritten graphs hold, as the graphs come."""
+    from attnfx import pipeline
+
+    found, original = [], pipeline.run
+
+    def run(gm, *rest):
+        result = original(gm, *rest)
+        made = result.gm if result.gm is not None else gm
+        held = (n.meta.get("val") for n in made.graph.nodes)
+        found.extend(tuple(map(pipeline.number, x.shape)) for x in held if isinstance(x, torch.Tensor))
+        return result
+
+    monkeypatch.setattr(pipeline, "run", run)
+    return found

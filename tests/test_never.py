@@ -723,3 +723,14 @@ def test_a_comparison_of_computed_floats_decides_as_in_eager():
         return ((q @ k.mT) * SCALE).masked_fill(~(keep & near), INF).softmax(-1) @ v
 
     check(fn, *qkv())
+
+
+def test_an_attention_that_reads_anothers_output_leaves_neither(shapes_left):
+    def attend(q, k, v):
+        return ((q @ k.mT) * SCALE).softmax(-1) @ v
+
+    def fn(q, k, v):
+        return attend(attend(q, k, v), k, attend(v, k, q))
+
+    check(fn, *qkv(), sites=3)
+    assert shapes_left and not any(shape[-2:] == (40, 40) for shape in shapes_left)

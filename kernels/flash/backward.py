@@ -1,0 +1,129 @@
+"""What the backward kernels share: weights are computed again from logsumexp, and nothing is added up by atomics.
+
+`delta_kernel` prepares a row's numbers. Of the kernels in `backward_keys`, `backward_rows` and `pairs`, each gives the
+gradient of one tensor of the call, or with LEAF that of one load of the program.
+
+A logsumexp of float32 is coarse where scores are huge: at 1e5, weights would be wrong by some 0.4%. For inputs of
+float32 `rows_kernel` therefore runs first, adds up the weights it computed, and leaves the logarithm of the sum in
+`correction`.
+"""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.functions as f
+
+
+@triton.jit
+def delta_kernel(
+    grad_out, out, logsumexp, delta, l2, grad_strides, out_strides, sizes,
+    BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, DEAD: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out; l2 is logsumexp in
+    units of log 2. Rows whose logsumexp is not above DEAD (None: every row counts) get infinity, which makes their
+    weights zero: they are no business of these kernels."""
+    size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
+    i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
+    x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
+    y = f.load_tile(out, out_strides, b, h, i0, size_t, BM, DV, BDV, True)
+    total = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
+    i = i0 + tl.arange(0, BM)
+    at = (b * size_h + h) * size_t + i
+    tl.store(delta + at, total, mask=i < size_t)
+    lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
+    if DEAD is None:
+        scaled = lse * f.LOG2E
+    else:
+        scaled = tl.where(lse <= DEAD, float("inf"), lse * f.LOG2E)
+    tl.store(l2 + at, scaled, mask=i < size_t)
+
+
+@triton.jit
+def row_statistics(l2, delta, correction, at, i, size_t, CHECK: tl.constexpr, SCORE: tl.constexpr):
+    """logsumexp and its correction in units of log 2, and delta, of the rows i."""
+    if SCORE is None:
+        return i * 0.0, i * 0.0, i * 0.0
+    if CHECK:
+        l2_i = tl.load(l2 + at, mask=i < size_t, other=0.0)
+        delta_i = tl.load(delta + at, mask=i < size_t, other=0.0)
+    else:
+        l2_i = tl.load(l2 + at)
+        delta_i = tl.load(delta + at)
+    if correction is None:
+        c2 = delta_i
+    else:
+        c2 = tl.load(correction + at, mask=i < size_t, other=0.0)
+    return l2_i, c2, delta_i
+
+
+@triton.jit
+def tile_gradients(
+    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i, j, j0,
+    BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
+    THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
+):  # fmt: skip
+    """From the scores' dot products and dp = grad_out . v of a tile, (BM, BN) or TURNED (BN, BM):
+
+    w     the weights that multiply the values
+    ds    the derivative by the score, times SLOPE, zero where masked (without a softmax: dw times SLOPE)
+    dw    the derivative by the weight before dropout
+    prob  the normalised weight
+    live  where neither the mask nor an end masks; of no meaning without CHECK
+    """
+    X: tl.constexpr = BN if TURNED else BM
+    Y: tl.constexpr = BM if TURNED else BN
+    live = dp
+    if CHECK:
+        live = tl.broadcast_to((i < (sizes[2] >> 1)) & (j < (sizes[3] >> 1)), [X, Y])
+        if KEEP is not None:
+            live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+    dw = dp
+    if THRESHOLD is not None:
+        if TURNED:
+            rows = tl.reshape(tl.broadcast_to(i, [1, BM]), [BM, 1])
+            kept = tl.trans(f.survives(seed, b, h, rows, j0, sizes[1] >> 1, THRESHOLD, BM, BN))
+        else:
+            kept = f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN)
+        dw = tl.where(kept, dp * RESCALE, 0.0)
+    prob = dot
+    if SCORE is None:
+        w = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), X, Y)
+        ds = dw
+    else:
+        s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), X, Y)
+        if CHECK:
+            s = tl.where(live, s, float("-inf"))
+        if CORRECT:
+            prob = tl.exp2((s * SCALE - l2) - c2)
+        else:
+            prob = tl.exp2(s * SCALE - l2)
+        w = prob
+        if WEIGHT is None:
+            ds = prob * (dw - delta)
+        else:
+            factor = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), X, Y)
+            w = prob * factor
+            ds = prob * (dw * factor - delta)
+    if SLOPE is not None:
+        ds = ds * SLOPE(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+    if CHECK:
+        ds = tl.where(live, ds, 0.0)
+        w = tl.where(live, w, 0.0)
+    if THRESHOLD is not None:
+        w = tl.where(kept, w * RESCALE, 0.0)
+    return w, ds, dw, prob, live
+
+
+@triton.jit
+def leaf_part(
+    ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF: tl.constexpr, CHECK: tl.constexpr,
+    LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The derivative by one load, of each element of a tile."""
+    by_score = LEAF_SCORES(captures, sizes, H, R, C, dot, prob, b, h, i, j)
+    by_weight = LEAF_WEIGHTS(captures, sizes, H, R, C, dot, prob, b, h, i, j)
+    part = ds * by_score[LEAF] + dw * by_weight[LEAF]
+    if CHECK:
+        part = tl.where(live, part, 0.0)
+    return part

@@ -1,0 +1,113 @@
+"""The gradients of a block of keys and values: a program walks along the rows of every head that shares them."""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.functions as f
+from attnfx.kernels.flash.backward import leaf_part, row_statistics, tile_gradients
+
+
+@triton.jit
+def _keys_step(
+    dk, dv, k_tile, v_tile, q, grad_out, l2, delta, correction, q_strides, grad_strides, captures, sizes, seed,
+    H, C, b, h, i0, j, j0,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
+    LEAF: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
+    WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,)."""
+    size_t = sizes[2] >> 1
+    i = i0 + tl.arange(0, BM)[None, :]
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
+    l2_i, c2, delta_i = row_statistics(l2, delta, correction, i, i, size_t, CHECK, SCORE)
+    do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
+    do = do.to(v_tile.dtype)
+    R = ROWS(captures, sizes, H, b, h, i)
+    dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
+    dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
+    w, ds, dw, prob, live = tile_gradients(
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE,
+        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
+    )  # fmt: skip
+    if LEAF is None:
+        dv = f.dot(w.to(do.dtype), do, dv, PRECISION)
+        dk = f.dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
+    else:
+        part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
+                         LEAF_WEIGHTS)  # fmt: skip
+        dk += tl.sum(part, 1)
+    return dk, dv
+
+
+@triton.jit
+def keys_kernel(
+    q, k, v, grad_out, l2, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
+    dk_strides, dv_strides, captures, sizes, seed, walks,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
+    RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
+    SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks (key blocks, 4) along the
+    rows, or None. FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
+
+    With LEAF, the number of a load, the grid is (key blocks, H, B),
+    and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""
+    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    block, lead, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    if LEAF is None:
+        g, first_h = lead, lead * PER_GROUP
+    else:
+        g, first_h = lead // PER_GROUP, lead
+    j0 = block * BN
+    j = j0 + tl.arange(0, BN)[:, None]
+    k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
+    v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
+    if THRESHOLD is not None:
+        seed = tl.load(seed)
+    if walks is None:  # the last block of keys may reach beyond the end: all its tiles are checked
+        start, full_start, end = size_t * 0, size_t * 0, size_t
+        full_end = tl.where(j0 + BN <= size_s, size_t // BM * BM, 0)
+    else:
+        start, full_start = tl.load(walks + 4 * block), tl.load(walks + 4 * block + 1)
+        full_end, end = tl.load(walks + 4 * block + 2), tl.load(walks + 4 * block + 3)
+        inside = j0 + BN <= size_s
+        full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
+    before = (full_start - start) // BM
+    if LEAF is None:
+        dk_acc = tl.zeros([BN, BD], tl.float32)
+    else:
+        dk_acc = tl.zeros([BN], tl.float32)
+    dv_acc = tl.zeros([BN, BDV], tl.float32)
+    for r in range(0, PER_GROUP if LEAF is None else 1):
+        h = first_h + r
+        H = HEADS(captures, sizes, b, h)
+        C = COLUMNS(captures, sizes, H, b, h, j)
+        row = (b.to(tl.int64) * size_h + h) * size_t
+        l2_h, delta_h = l2 + row, delta + row
+        if correction is None:
+            correction_h = None
+        else:
+            correction_h = correction + row
+        for i0 in range(full_start, full_end, BM):
+            i0 = tl.multiple_of(i0, BM)
+            dk_acc, dv_acc = _keys_step(
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
+                PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+            )  # fmt: skip
+        for t in range(0, before + tl.cdiv(end - full_end, BM)):
+            i0 = tl.multiple_of(tl.where(t < before, start + t * BM, full_end + (t - before) * BM), BM)
+            dk_acc, dv_acc = _keys_step(
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
+                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
+                PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+            )  # fmt: skip
+    if LEAF is None:
+        f.store_tile(dk, dk_strides, b, g, j0, size_s, dk_acc * FACTOR, BN, D, BD)
+        f.store_tile(dv, dv_strides, b, g, j0, size_s, dv_acc, BN, DV, BDV)
+    else:
+        column = j0 + tl.arange(0, BN)
+        tl.store(dk + (b.to(tl.int64) * size_h + first_h) * size_s + column, dk_acc, mask=column < size_s)

@@ -1,0 +1,161 @@
+"""The forward kernel: online softmax in units of log 2, one program for each block of rows of one head."""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.functions as f
+
+# Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
+LOWEST = tl.constexpr(-3.0e38)
+
+
+@triton.jit
+def _step(
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+    COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """One tile: BM rows, keys j0 .. j0 + BN. KEEP None: no key of it is masked. CHECK: it may reach beyond the last."""
+    size_s = sizes[3] >> 1
+    j = j0 + tl.arange(0, BN)[None, :]
+    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
+    dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
+    C = COLUMNS(captures, sizes, H, b, h, j)
+    if SCORE is None:  # no softmax: the weight of each score is its own
+        p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        if KEEP is not None:
+            p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
+        if CHECK:
+            p = tl.where(j < size_s, p, 0.0)
+    else:
+        s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        if KEEP is not None:
+            s = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), s, float("-inf"))
+        if CHECK:
+            s = tl.where(j < size_s, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        m_i = m_new
+        if WEIGHT is not None:
+            p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+    if THRESHOLD is not None:
+        p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
+    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
+    acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _whole(
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Rows without a live key again, over every key and with their fill: in natural units, which float32's lowest
+    number survives. Gives m_i in units of log 2, as all else has it."""
+    size_s = sizes[3] >> 1
+    dead = l_i == 0.0
+    m_w = tl.full([BM], float("-inf"), tl.float32)
+    l_w, acc_w = tl.zeros([BM], tl.float32), tl.zeros([BM, BDV], tl.float32)
+    for j0 in range(0, size_s, BN):
+        j = j0 + tl.arange(0, BN)[None, :]
+        k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
+        dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
+        C = COLUMNS(captures, sizes, H, b, h, j)
+        s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        s = tl.where(j < size_s, s, float("-inf"))
+        m_new = tl.maximum(m_w, tl.max(s, 1))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2((s - safe[:, None]) * f.LOG2E)
+        alpha = tl.exp2((m_w - safe) * f.LOG2E)
+        l_w = l_w * alpha + tl.sum(p, 1)
+        acc_w = acc_w * alpha[:, None]
+        m_w = m_new
+        if WEIGHT is not None:
+            p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        if THRESHOLD is not None:
+            p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
+        v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
+        acc_w = f.dot(p.to(v_tile.dtype), v_tile, acc_w, PRECISION)
+    lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
+    return tl.where(dead[:, None], acc_w, acc), tl.where(dead, l_w, l_i), lse
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, logsumexp, q_strides, k_strides, v_strides, out_strides, captures, sizes, seed, walks,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, SAFE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
+    logsumexp (B, H, T) contiguous, walks (row blocks, 4) or None where nothing masks. k and v may be descriptors: their
+    strides are then None.
+
+    THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
+    """
+    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i0 = block * BM
+    m = tl.arange(0, BM)
+    i = i0 + m[:, None]
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
+    H = HEADS(captures, sizes, b, h)
+    R = ROWS(captures, sizes, H, b, h, i)
+    if THRESHOLD is not None:
+        seed = tl.load(seed)
+    m_i = tl.full([BM], LOWEST, tl.float32)
+    l_i = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    if EXTRAS_COUNT > 0:
+        logits = EXTRAS(captures, sizes, H, R, b, h, i)
+        for e in tl.static_range(EXTRAS_COUNT):
+            logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
+            m_new = tl.maximum(m_i, logit)
+            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
+            m_i = m_new
+    if walks is None:
+        start, full_start, end = size_s * 0, size_s * 0, size_s
+        full_end = size_s // BN * BN
+    else:
+        start, full_start = tl.load(walks + 4 * block), tl.load(walks + 4 * block + 1)
+        full_end, end = tl.load(walks + 4 * block + 2), tl.load(walks + 4 * block + 3)
+    for j0 in range(full_start, full_end, BN):
+        j0 = tl.multiple_of(j0, BN)
+        acc, m_i, l_i = _step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
+        )  # fmt: skip
+    before = (full_start - start) // BN
+    for n in range(0, before + tl.cdiv(end - full_end, BN)):
+        j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
+        acc, m_i, l_i = _step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
+        )  # fmt: skip
+    at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
+    if SCORE is None:
+        tl.store(logsumexp + at, tl.zeros([BM], tl.float32), mask=i0 + m < size_t)
+    else:
+        if WHOLE is None:
+            lse = (m_i + tl.log2(l_i)) * f.LN2
+        elif tl.max(tl.where((l_i == 0.0) & (i0 + m < size_t), 1, 0)) > 0:
+            acc, l_i, lse = _whole(
+                acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
+                D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
+            )  # fmt: skip
+        else:
+            lse = (m_i + tl.log2(l_i)) * f.LN2
+        tl.store(logsumexp + at, lse, mask=i0 + m < size_t)
+        if SAFE:
+            l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        acc = acc / l_i[:, None]
+    acc = acc * RESCALE
+    f.store_tile(out, out_strides, b, h, i0, size_t, acc, BM, DV, BDV)

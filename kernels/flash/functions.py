@@ -1,0 +1,164 @@
+"""Functions that generated programs call and Triton's core lacks, from operations that its interpreter has as well."""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def full(x, BM: tl.constexpr, BN: tl.constexpr):
+    """A float value of a program as a whole tile."""
+    return tl.broadcast_to(tl.cast(x, tl.float32), [BM, BN])
+
+
+@triton.jit
+def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+                 CHECK: tl.constexpr):  # fmt: skip
+    """base[rows, dims], zero outside. `dims` is checked where the tile is wider than WIDTH, `rows` with CHECK."""
+    at = base + rows * stride_row + dims * stride_dim
+    if CHECK:
+        if WIDTH == PADDED:
+            return tl.load(at, mask=rows < length, other=0.0)
+        return tl.load(at, mask=(rows < length) & (dims < WIDTH), other=0.0)
+    if WIDTH == PADDED:
+        return tl.load(at)
+    return tl.load(at, mask=dims < WIDTH, other=0.0)
+
+
+@triton.jit
+def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
+              CHECK: tl.constexpr):  # fmt: skip
+    """(ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor of
+    blocks (1, 1, ROWS, PADDED)."""
+    if strides is None:
+        tile = tl.reshape(x.load([b, h, tl.cast(first, tl.int32), 0]), [ROWS, PADDED])
+    else:
+        base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+        base += tl.cast(first, tl.int64) * strides[2]
+        n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+        tile = load_checked(base, n, d, strides[2], strides[3], length - first, WIDTH, PADDED, CHECK)
+    return tile
+
+
+@triton.jit
+def store_tile(x, strides, b, h, first, length, values, ROWS: tl.constexpr, WIDTH: tl.constexpr,
+               PADDED: tl.constexpr):  # fmt: skip
+    """The inverse of `load_tile`, by pointer."""
+    base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
+    base += tl.cast(first, tl.int64) * strides[2]
+    n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+    tl.store(base + n * strides[2] + d * strides[3], values.to(x.dtype.element_ty),
+             mask=(n < length - first) & (d < WIDTH))  # fmt: skip
+
+
+@triton.jit
+def dot(x, y, acc, PRECISION: tl.constexpr):
+    """acc + x @ y in float32; acc may be None. "widened" is "ieee" in Triton's interpreter, whose product of bfloat16
+    multiplies their bits."""
+    if PRECISION == "widened":
+        return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def floordiv(x, y):
+    """Rounds to minus infinity; the hardware's division truncates."""
+    q = x // y
+    r = x - q * y
+    return q - ((r != 0) & ((r < 0) != (y < 0))).to(tl.int32)
+
+
+@triton.jit
+def floormod(x, y):
+    return x - floordiv(x, y) * y
+
+
+@triton.jit
+def sigmoid(x):
+    return 1.0 / (1.0 + tl.exp2(-x * LOG2E))
+
+
+@triton.jit
+def tanh(x):
+    """Within some 1e-7 of its value: near zero, where 1 - 2 / (e^2x + 1) would cancel, a polynomial of degree 9."""
+    far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
+    s = x * x
+    near = x + x * s * (-0.33333333 + s * (0.13333333 + s * (-0.05396825 + s * 0.02186949)))
+    return tl.where(s < 0.04, near, far)
+
+
+@triton.jit
+def expm1(x):
+    near = x * (1.0 + x * (0.5 + x * (0.16666667 + x * (0.041666668 + x * 0.0083333333))))
+    return tl.where(tl.abs(x) < 0.05, near, tl.exp2(x * LOG2E) - 1.0)
+
+
+@triton.jit
+def log1p(x):
+    s = x / (2.0 + x)  # log1p(x) = 2 artanh(x / (2 + x))
+    t = s * s
+    near = 2.0 * s * (1.0 + t * (0.33333333 + t * (0.2 + t * 0.14285714)))
+    return tl.where(tl.abs(x) < 0.3, near, tl.log(1.0 + x))
+
+
+@triton.jit
+def softplus(x):
+    return tl.where(x > 20.0, x, log1p(tl.exp2(x * LOG2E)))
+
+
+@triton.jit
+def atan(x):
+    """The arguments above tan(pi / 8) are turned to smaller ones (Cephes' atanf)."""
+    a = tl.abs(x)
+    big, middle = a > 2.414213562373095, a > 0.4142135623730950
+    turned = tl.where(big, -1.0 / a, tl.where(middle, (a - 1.0) / (a + 1.0), a))
+    start = tl.where(big, 1.5707963267948966, tl.where(middle, 0.7853981633974483, 0.0))
+    s = turned * turned
+    series = ((8.05374449538e-2 * s - 1.38776856032e-1) * s + 1.99777106478e-1) * s - 3.33329491539e-1
+    found = start + (series * s * turned + turned)
+    return tl.where(x < 0.0, -found, found)
+
+
+@triton.jit
+def trunc(x):
+    return tl.where(x < 0.0, tl.ceil(x), tl.floor(x))
+
+
+@triton.jit
+def nearest(x):
+    """Rounds to the nearest integer, ties to even."""
+    low = tl.floor(x)
+    rest = x - low
+    odd = low - 2.0 * tl.floor(low * 0.5) == 1.0
+    return tl.where((rest > 0.5) | ((rest == 0.5) & odd), low + 1.0, low)
+
+
+@triton.jit
+def sign(x):
+    return (x > 0.0).to(tl.float32) - (x < 0.0).to(tl.float32)
+
+
+@triton.jit
+def power(x, y):
+    """x ** y as eager has it: negative bases have powers of integers alone."""
+    size = tl.exp2(y * tl.log2(tl.abs(x)))
+    whole = tl.floor(y) == y
+    odd = whole & (y - 2.0 * tl.floor(y * 0.5) == 1.0)
+    signed = tl.where(odd, -size, size)
+    found = tl.where(x < 0.0, tl.where(whole, signed, float("nan")), size)
+    return tl.where(y == 0.0, 1.0, found)
+
+
+@triton.jit
+def survives(seed, b, h, i, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """Which weights of rows i (BM, 1) and keys j0 .. j0 + BN dropout keeps, (BM, BN) of bool; j0 divisible by 4.
+
+    One draw of four 32-bit numbers at the counter (j // 4, i, b * H + h) decides four keys, whatever the tile.
+    """
+    zero = tl.zeros([BM, BN // 4], tl.int32)
+    c0 = zero + (j0 // 4 + tl.arange(0, BN // 4)[None, :])
+    r0, r1, r2, r3 = tl.philox(seed, c0, zero + i, zero + (b * size_h + h), zero)
+    bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [BM, BN])
+    return bits.to(tl.uint32, bitcast=True) >= THRESHOLD

@@ -1,0 +1,219 @@
+"""A call becomes a kernel's arguments: tiles from a table, pointers with strides, the generated functions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from attnfx.ir.expr import walk
+from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.evaluate import Axis, Evaluator
+from attnfx.kernels.flash import module
+from attnfx.kernels.flash.emit import emit
+from attnfx.kernels.flash.forward import forward_kernel
+from attnfx.kernels.flash.launcher import Launch, descriptor
+from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
+from attnfx.kernels.flash.ranges import along_keys, on_device
+from attnfx.kernels.flash.source import NotEmitted
+from attnfx.kernels.flash.tiles import Tile, forward_tile
+from attnfx.mask import rows_live
+from attnfx.spec import AttentionSpec
+
+FUNCTIONS = (
+    "heads", "rows", "columns", "score", "keep", "whole", "weight", "extras", "slope", "leaf_scores", "leaf_weights",
+)  # fmt: skip
+LARGEST_HEAD_DIM = 256
+PAIR_BYTES = 64 << 20  # of a gradient by row and key of a capture that is itself smaller
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds a head dim: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+@lru_cache(maxsize=512)
+def functions(spec: AttentionSpec, wide: frozenset[int] = frozenset()) -> Mapping[str, object]:
+    """The generated functions of a spec by name, None for what it does not need. Raises as `program` and `emit` do."""
+    made = _module(spec, wide)
+    return {name: getattr(made[0], name) if name in made[1] else None for name in FUNCTIONS}
+
+
+def _module(spec: AttentionSpec, wide: frozenset[int]) -> tuple[ModuleType, frozenset[str]]:
+    source = emit(spec, program(spec), wide)
+    return module.load(source.text), source.names
+
+
+def program(spec: AttentionSpec) -> Program:
+    """The program of a spec. Raises Unsupported."""
+    made = program_of(spec)
+    if isinstance(made, str):
+        raise Unsupported(made)
+    return made
+
+
+def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_width: int) -> str | None:
+    """Why these kernels run no such calls, one sentence, or None."""
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+    for name, width in (("head_dim", head_dim), ("value width", value_width)):
+        if not 0 < width <= LARGEST_HEAD_DIM:
+            return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
+    try:
+        functions(spec)
+    except (Unsupported, NotEmitted) as why:
+        return str(why)
+    except PermissionError as why:
+        return f"generated code cannot be kept: {why}"
+    return None
+
+
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot run the call, one sentence, or None."""
+    query = call.query
+    if (why := expresses(call.spec, query.dtype, query.shape[3], call.value.shape[3])) is not None:
+        return why
+    if 0 in query.shape or 0 in call.key.shape:
+        return "a dim of the inputs has size 0"
+    if any(x.numel() == 0 for x in call.captures):
+        return "a capture is empty"
+    try:
+        functions(call.spec, wide_captures(call.captures))
+    except NotEmitted as why:
+        return str(why)
+    for leaf in program(call.spec).leaves:
+        if leaf.space == "pair" and pair_bytes(leaf, call) > max(PAIR_BYTES, 4 * _capture(leaf, call).numel()):
+            return f"the gradient of a capture takes {pair_bytes(leaf, call) >> 20} MiB: {leaf.load}"
+    return None
+
+
+def pair_bytes(leaf: Leaf, call: Call) -> int:
+    """Bytes of the gradient of a load at every row and key, before it is added up in the capture."""
+    sizes = call.sizes
+    shared = [sizes[n] for v, n in (("b", "B"), ("h", "H")) if v in leaf.load.free]
+    return 4 * math.prod([*shared, sizes["T"], sizes["S"]])
+
+
+def _capture(leaf: Leaf, call: Call) -> Tensor:
+    return call.captures[leaf.load.value]  # type: ignore[call-overload]
+
+
+def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
+    """Slots of captures whose elements lie further apart than 32 bits can say."""
+    spans = [sum((n - 1) * s for n, s in zip(x.shape, x.stride())) for x in captures]
+    return frozenset(slot for slot, span in enumerate(spans) if span >= 2**31)
+
+
+class Arguments:
+    """What every kernel of a call is given."""
+
+    def __init__(self, call: Call) -> None:
+        self.call, self.spec, self.program = call, call.spec, program(call.spec)
+        self.sizes = call.sizes
+        self.functions = functions(call.spec, wide_captures(call.captures))
+        self.tensors = [*call.captures, *(self.table(t) for t in self.program.tables)]
+        self.captures = tuple((_bytes(x), *x.stride()) for x in self.tensors)
+        lengths = [n for x in self.tensors for n in x.shape]
+        self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
+
+    def table(self, table: Table) -> Tensor:
+        """The table's values, one dim for each of its axes."""
+        lengths = dict(b="B", h="H", i="T", j="S")
+        sizes, count = self.sizes, len(table.axes)
+        axes = {
+            name: Axis(0, sizes[lengths[name]] if name in lengths else sizes["T"] + sizes["S"] - 1, n - count)
+            for n, name in enumerate(table.axes)
+        }
+        values = Evaluator(self.call.captures, sizes, axes, torch.float32, self.call.query.device)
+        made = values.tensor(table.expr)
+        full = made.expand([a.stop for a in axes.values()])
+        if full.dtype == torch.int64 and full.numel() and not self._needs_64(table):
+            full = full.to(torch.int32)
+        return full
+
+    def _needs_64(self, table: Table) -> bool:
+        return any(e.op == "load" for e in walk(table.expr))
+
+    def constants(self) -> dict[str, object]:
+        """The constants that every kernel shares."""
+        spec, call = self.spec, self.call
+        d, dv = call.query.shape[3], call.value.shape[3]
+        tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+        interpreted = call.query.device.type == "cpu"
+        some = {name.upper(): self.functions[name] for name in ("heads", "rows", "columns", "score", "keep", "weight")}
+        return some | dict(
+            D=d, DV=dv, BD=padded(d), BDV=padded(dv),
+            PER_GROUP=call.query.shape[1] // call.key.shape[1],
+            SCALE=self.program.scale,
+            THRESHOLD=round(spec.dropout * 2**32) if spec.random else None,
+            RESCALE=1.0 / (1.0 - spec.dropout) if spec.dropout < 1.0 else 1.0,
+            PRECISION="widened" if interpreted else "tf32" if tf32 else "ieee",
+        )  # fmt: skip
+
+    def dead_rows_average(self) -> bool:
+        """Whether a row may be left without a live key by a finite fill."""
+        return self.program.whole is not None and not rows_live(self.spec, self.sizes)
+
+
+def _bytes(x: Tensor) -> Tensor:
+    return x.view(torch.uint8) if x.dtype == torch.bool else x
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> dict[str, object]:
+    """Two operands of a kernel that it walks along, as descriptors where both can be, else as pointers with strides."""
+    made = [descriptor(x, rows, padded(x.shape[3]), capability) for x in xs]
+    by_pointer = None in made
+    some: dict[str, object] = {}
+    for (name, prefix), x, d in zip((n.split(":") for n in names.split()), xs, made):
+        some |= {name: x if by_pointer else d, f"{prefix}_strides": x.stride() if by_pointer else None}
+    return some
+
+
+def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    query = call.query
+    out = output_like(query, call.value.shape[3], call.out_dtype)
+    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    forward_launch(call, out, logsumexp, tile).run(query.device)
+    return out, logsumexp
+
+
+def forward_launch(
+    call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None, target: int | None = None
+) -> Launch:
+    """The forward kernel with its arguments, for a GPU of compute capability `target` (None: the one they are on)."""
+    target = capability(call.query.device) if target is None else target
+    some, query, key, value = Arguments(call), call.query, call.key, call.value
+    constants = some.constants()
+    tile = tile or forward_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))
+    walks = None
+    if some.program.keep is not None:
+        walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)
+    return Launch(
+        forward_kernel,
+        (-(-some.sizes["T"] // tile.rows), some.sizes["H"], some.sizes["B"]),
+        dict(
+            q=query, out=out, logsumexp=logsumexp, q_strides=query.stride(), out_strides=out.stride(),
+            captures=some.captures, sizes=some.encoded, seed=call.seed, walks=walks, **tiled("k:k v:v", (key, value),
+            tile.keys, target),
+        ),
+        constants
+        | dict(
+            BM=tile.rows, BN=tile.keys, SAFE=call.spec.safe, EXTRAS=some.functions["extras"],
+            EXTRAS_COUNT=len(some.program.extras),
+            WHOLE=some.functions["whole"] if some.dead_rows_average() else None,
+        ),
+        tile,
+    )  # fmt: skip

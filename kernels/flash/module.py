@@ -1,0 +1,86 @@
+"""Generated source becomes an imported module, by way of a file in a directory that only the user can write.
+
+Triton compiles functions from their source files, so there has to be one. The source is always made from the spec; a
+file that is there already is used only where its content is the same, byte for byte.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import os
+import stat
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from types import ModuleType
+
+from platformdirs import user_cache_dir
+
+_lock = threading.Lock()
+
+
+def directory() -> Path:
+    """Where modules are written: ATTNFX_CACHE_DIR, or the user's cache directory. Made with mode 0700.
+
+    Raises PermissionError where another user owns it or may write to it.
+    """
+    root = Path(os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx")) / "triton"
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    _check(root)
+    return root
+
+
+def _check(path: Path) -> None:
+    found = path.lstat()
+    owner = getattr(os, "getuid", lambda: found.st_uid)()
+    if stat.S_ISLNK(found.st_mode):
+        raise PermissionError(f"{path} is a link: generated code is not kept there")
+    if found.st_uid != owner:
+        raise PermissionError(f"{path} belongs to another user: generated code is not kept there")
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written by other users: generated code is not kept there")
+
+
+def load(text: str, where: Path | None = None) -> ModuleType:
+    """The module with this source. Raises PermissionError as `directory` does."""
+    digest = hashlib.sha256(text.encode()).hexdigest()[:20]
+    name = f"attnfx_program_{digest}"
+    with _lock:
+        if name not in sys.modules:
+            folder = directory() if where is None else where
+            _check(folder)
+            file = folder / f"{name}.py"
+            if not _holds(file, text):
+                _write(file, text)
+            spec = importlib.util.spec_from_file_location(name, file)
+            assert spec is not None
+            module = importlib.util.module_from_spec(spec)
+            # not by the loader: it might run byte code that another process has put beside the file
+            sys.modules[name] = module
+            try:
+                exec(compile(text, str(file), "exec"), module.__dict__)
+            except BaseException:
+                del sys.modules[name]
+                raise
+        return sys.modules[name]
+
+
+def _holds(file: Path, text: str) -> bool:
+    try:
+        _check(file)
+        return file.read_bytes() == text.encode()
+    except (OSError, PermissionError):
+        return False
+
+
+def _write(file: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=file.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(text.encode())
+        os.replace(temporary, file)
+    except BaseException:
+        os.unlink(temporary)
+        raise

@@ -1,0 +1,102 @@
+"""Gradients of loads that depend on both a row and a key: bias tables by distance, and whole biases.
+
+Nothing is added by atomics. Where the load depends on j - i alone, a program walks along one diagonal of tiles and adds
+up each diagonal of elements; elsewhere it adds the tile up over the batches and heads that share the load.
+"""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.functions as f
+from attnfx.kernels.flash.backward import leaf_part, row_statistics, tile_gradients
+
+
+@triton.jit
+def _part(
+    q, k, v, grad_out, l2, delta, correction, q_strides, k_strides, v_strides, grad_strides, captures, sizes, seed,
+    b, h, i0, j0,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """The derivative by the load of each element of one tile, (BM, BN), zero outside."""
+    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    i, j = i0 + tl.arange(0, BM)[:, None], j0 + tl.arange(0, BN)[None, :]
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
+    do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True).to(q_tile.dtype)
+    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
+    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
+    at = (tl.cast(b, tl.int64) * size_h + h) * size_t + i
+    l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+    H = HEADS(captures, sizes, b, h)
+    R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
+    dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
+    dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
+    _w, ds, dw, prob, live = tile_gradients(
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, True, SCALE,
+        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
+    )  # fmt: skip
+    return leaf_part(
+        ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, True, LEAF_SCORES, LEAF_WEIGHTS
+    )
+
+
+@triton.jit
+def pairs_kernel(
+    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    seed, walks,
+    BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, DIAGONAL: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr,
+):  # fmt: skip
+    """Grid (tiles, or diagonals of tiles, H or 1 without BY_HEAD, B or 1 without BY_BATCH).
+
+    Without DIAGONAL result is (B or 1, H or 1, T, S). With it BM = BN, and result is (B or 1, H or 1, 2, L) with L =
+    BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
+    [1, n] together. walks (row blocks, 4) or None says which tiles are empty.
+    """
+    size_t, size_s = sizes[2] >> 1, sizes[3] >> 1
+    batches, heads = 1 if BY_BATCH else sizes[0] >> 1, 1 if BY_HEAD else sizes[1] >> 1
+    blocks_i, blocks_j = tl.cdiv(size_t, BM), tl.cdiv(size_s, BN)
+    place = tl.program_id(0)
+    if DIAGONAL:
+        apart = place - (blocks_i - 1)
+        first, last = tl.maximum(0, -apart), tl.minimum(blocks_i, blocks_j - apart)
+    else:
+        first, apart = place // blocks_j, place % blocks_j - place // blocks_j
+        last = first + 1
+    if THRESHOLD is not None:
+        seed = tl.load(seed)
+    total = tl.zeros([BM, BN], tl.float32)
+    n, c = tl.arange(0, BM)[:, None], tl.arange(0, BN)[None, :]
+    for n_b in range(0, batches):
+        for n_h in range(0, heads):
+            b, h = tl.program_id(2) + n_b, tl.program_id(1) + n_h
+            for block in range(first, last):
+                i0, j0 = block * BM, (block + apart) * BN
+                visit = j0 < size_s
+                if walks is not None:
+                    visit = (j0 + BN > tl.load(walks + 4 * block)) & (j0 < tl.load(walks + 4 * block + 3))
+                if visit:
+                    total += _part(
+                        q, k, v, grad_out, l2, delta, correction, q_strides, k_strides, v_strides, grad_strides,
+                        captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD,
+                        RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES, LEAF_WEIGHTS,
+                    )  # fmt: skip
+    row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
+    if DIAGONAL:
+        # column c of row n moves to c - n: a diagonal stands in one column, its lower part a tile further down
+        turned = tl.gather(total, (c + n) % BN, 1)
+        above, below = tl.sum(tl.where(c + n < BN, turned, 0.0), 0), tl.sum(tl.where(c + n < BN, 0.0, turned), 0)
+        length = BM * (blocks_i + blocks_j)
+        at = (apart + blocks_i) * BN + tl.arange(0, BN)
+        tl.store(result + row * 2 * length + at, above)
+        tl.store(result + (row * 2 + 1) * length + at - BN, below)
+    else:
+        i, j = first * BM + n, (first + apart) * BN + c
+        tl.store(result + (row * size_t + i) * size_s + j, total, mask=(i < size_t) & (j < size_s))

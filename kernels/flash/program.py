@@ -1,0 +1,258 @@
+"""A spec made ready for a kernel: what is evaluated on full tiles, on partial tiles, and on the way back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.derive import gradient
+from attnfx.ir.expr import BOOL, INT, Expr, rebuild, substitute, walk
+from attnfx.kernels.evaluate import opaque, toeplitz
+from attnfx.mask import live, mask_of
+from attnfx.spec import AttentionSpec
+
+LOG2E = math.log2(math.e)
+_ZERO, _ONE = A.const(0.0), A.const(1.0)
+DIAGONAL = "w"  # w = j - i + T - 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values that the original operators compute outside of the kernel; the program loads them from a capture.
+
+    expr   over b and h, and one of i, j and the diagonal w
+    axes   the names among b, h, i, j, w that it depends on: the dims of the table
+    """
+
+    expr: Expr
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A load that needs a gradient. `space` says where it is read: "head", "row", "column", "diagonal" (by j - i) or
+    "pair".
+
+    score   d score / d load where the mask keeps
+    weight  d weight / d load, over prob (without a softmax: over dot, and score is zero)
+    """
+
+    load: Expr
+    space: str
+    score: Expr
+    weight: Expr
+
+
+@dataclass(frozen=True)
+class Program:
+    """softmax  whether the scores are normalised
+    scale    a positive number; scale * score is the score in units of log 2
+    score    the score where the mask keeps, over dot
+    keep     the mask, or None
+    whole    the score everywhere, in natural units: for rows that the mask leaves no key; None if never needed
+    fill     the largest fill of the mask, or None
+    slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
+    weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
+    extras   the extra logits, in units of log 2
+    leaves   the loads that need a gradient from the scores' side
+    tables   behind the captures, in the order of their slots
+    """
+
+    softmax: bool
+    scale: float
+    score: Expr
+    keep: Expr | None
+    whole: Expr | None
+    fill: float | None
+    slope: Expr
+    weight: Expr | None
+    extras: tuple[Expr, ...]
+    leaves: tuple[Leaf, ...]
+    tables: tuple[Table, ...]
+
+    @property
+    def roots(self) -> tuple[Expr, ...]:
+        some = (self.score, self.keep, self.whole, self.slope, self.weight, *self.extras)
+        return (*(e for e in some if e is not None), *(e for x in self.leaves for e in (x.score, x.weight)))
+
+
+class Unsupported(Exception):
+    """The message is the sentence that says why."""
+
+
+@lru_cache(maxsize=512)
+def program_of(spec: AttentionSpec) -> Program | str:
+    """The program, or one sentence that says why there is none."""
+    try:
+        return _program(spec)
+    except Unsupported as why:
+        return str(why)
+
+
+def _program(spec: AttentionSpec) -> Program:
+    if spec.compute != "float32":
+        raise Unsupported(f"it computes in {spec.compute}, the kernels in float32")
+    tables = _Tables(len(spec.captures))
+    score, weight = tables.out_of(spec.score), tables.out_of(spec.weight)
+    extras = tuple(tables.out_of(e) for e in spec.extra)
+    wanted = [x for x in _loads(score, weight) if has_gradient(spec, x)]
+    if spec.normaliser == "softmax":
+        mask = mask_of(score)
+        keep = mask.keep if mask is not None else None
+        kept = score if keep is None else assume(score, keep)
+        factor = None if weight is A.PROB else _linear(weight)
+        slope, *slopes = gradient(kept, [A.DOT, *wanted])
+        by_weight = gradient(weight, wanted)
+        scale, inner = _scaled(kept)
+        finite = mask is not None and mask.fill != -math.inf and not extras
+        whole = score if finite else None
+    elif spec.normaliser == "none":
+        keep = _live_weight(score, weight)
+        mask, whole, scale, inner = None, None, 1.0, score
+        factor = substitute(weight, {A.PROB: score})
+        if keep is not None:
+            factor = assume(factor, keep)
+        slope, *by_weight = gradient(factor, [A.DOT, *wanted])
+        slopes = [_ZERO] * len(wanted)
+    else:
+        raise Unsupported(f"its normaliser is {spec.normaliser!r}")
+    leaves = tuple(Leaf(x, _space(x), s, w) for x, s, w in zip(wanted, slopes, by_weight))
+    made = Program(
+        softmax=spec.normaliser == "softmax",
+        scale=scale,
+        score=inner,
+        keep=keep,
+        whole=whole,
+        fill=None if mask is None else float(mask.fill),
+        slope=slope,
+        weight=factor,
+        extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
+        leaves=tuple(x for x in leaves if x.score is not _ZERO or x.weight is not _ZERO),
+        tables=tuple(tables.found),
+    )
+    for e in (x for root in made.roots for x in walk(root)):
+        if e.op in ("rsum", "rmax"):
+            raise Unsupported(f"a reduction over a capture that depends on more than one index has no kernel: {e}")
+        if e.op in ("aten", "softmax", "dropout"):
+            raise Unsupported(f"{e.op} depends on more than one index, or on the scores: {e}")
+    return made
+
+
+def _live_weight(score: Expr, weight: Expr) -> Expr | None:
+    found = live(AttentionSpec(score=score, weight=weight, normaliser="none"))
+    return None if found is A.TRUE else found
+
+
+def assume(e: Expr, fact: Expr) -> Expr:
+    """The expression where `fact` is known to hold."""
+    by: dict[Expr, Expr] = {}
+    for part in fact.args if fact.op == "and" else (fact,):
+        by |= {part: A.TRUE, A.not_(part): A.FALSE}
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        return by.get(old)
+
+    return rebuild(e, change)
+
+
+def _scaled(kept: Expr) -> tuple[float, Expr]:
+    """(c, x) with kept * log2(e) = c * x and c > 0: what is constant is multiplied in the exponent's own FMA."""
+    moved = A.mul(A.const(LOG2E), kept)
+    if moved.op == "mul" and moved.args[0].op == "const":
+        c = float(moved.args[0].value)  # type: ignore[arg-type]
+        if c > 0.0 and math.isfinite(c):
+            return c, A.mul(*moved.args[1:])
+    return 1.0, moved
+
+
+def _linear(weight: Expr) -> Expr:
+    """The factor a with weight = a * prob."""
+    if weight is A.PROB:
+        return _ONE
+    if weight.op == "mul":
+        inside = [x for x in weight.args if _has_prob(x)]
+        rest = [x for x in weight.args if not _has_prob(x)]
+        if len(inside) == 1:
+            return A.mul(*rest, _linear(inside[0]))
+    if weight.op == "add" and all(_has_prob(x) for x in weight.args):
+        return A.add(*(_linear(x) for x in weight.args))
+    if weight.op == "where" and not _has_prob(weight.args[0]):
+        branches = [_ZERO if x is _ZERO else _linear(x) for x in weight.args[1:]]
+        return A.where(weight.args[0], *branches)
+    if weight.op == "detach":
+        raise Unsupported("its weights are detached from the graph")
+    raise Unsupported(f"its weight program is not a multiple of the probability: {weight}")
+
+
+def _has_prob(e: Expr) -> bool:
+    return any(x is A.PROB for x in walk(e))
+
+
+def _loads(*roots: Expr) -> list[Expr]:
+    return list(dict.fromkeys(e for root in roots for e in walk(root) if e.op == "load"))
+
+
+def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
+    """Whether an expression is a load of a capture that needs a gradient."""
+    slot = e.value
+    return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
+
+
+def _space(load: Expr) -> str:
+    at = load.free & {"i", "j"}
+    if at == {"i", "j"}:
+        return "pair" if toeplitz(load) is None else "diagonal"
+    return "row" if "i" in at else "column" if "j" in at else "head"
+
+
+class _Tables:
+    """Takes out of a program what must be computed by the original operators, or is a reduction."""
+
+    def __init__(self, slots: int) -> None:
+        self.first, self.found = slots, []
+        self.done: dict[Expr, Expr] = {}
+
+    def out_of(self, root: Expr) -> Expr:
+        marked: set[Expr] = set()
+        for e in walk(root):
+            if e.op in ("aten", "rsum", "rmax") or any(a in marked for a in e.args):
+                marked.add(e)
+        if not marked:
+            return root
+        return self._visit(root, marked)
+
+    def _visit(self, e: Expr, marked: set[Expr]) -> Expr:
+        if e not in marked:
+            return e
+        if e not in self.done:
+            table = self._table(e) if e.kind in (BOOL, INT) or e.op in ("rsum", "rmax") else None
+            if table is None and e.op in ("aten", "rsum", "rmax"):
+                raise Unsupported(f"a table of this would depend on more than one index: {e}")
+            if table is None:
+                args = tuple(self._visit(a, marked) for a in e.args)
+                self.done[e] = A.make(e.op, e.kind, args, e.value)
+            else:
+                self.done[e] = table
+        return self.done[e]
+
+    def _table(self, e: Expr) -> Expr | None:
+        if opaque(e):
+            return None
+        moved = toeplitz(e) if {"i", "j"} <= e.free else e
+        if moved is None:
+            return None
+        axes = tuple(n for n in ("b", "h", "i", "j", DIAGONAL) if n in moved.free)
+        self.found.append(Table(moved, axes))
+        return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
+
+
+def _index(name: str, e: Expr) -> Expr:
+    by = {str(x.value): x for x in walk(e) if x.op == "var"}
+    if name != DIAGONAL:
+        return by[name]
+    return A.add(A.sub(by["j"], by["i"]), A.sub(by["i"].args[0], A.ONE))
+
+
+__all__ = ["Leaf", "Program", "Table", "Unsupported", "assume", "has_gradient", "program_of"]

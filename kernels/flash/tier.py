@@ -1,0 +1,91 @@
+"""The flash and the decode tier as the operator calls them. Triton is imported when one is asked, not before."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from attnfx.kernels.call import Call
+from attnfx.spec import AttentionSpec
+
+LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
+
+
+def _missing(device: torch.device) -> str | None:
+    """What the machine lacks."""
+    if find_spec("triton") is None:
+        return "Triton is not installed"
+    if device.type == "cpu":
+        from triton import knobs
+
+        return None if knobs.runtime.interpret else "the tensors are on the CPU, where Triton has no compiler"
+    if device.type != "cuda" or torch.version.hip is not None:
+        return f"the kernels are for NVIDIA GPUs, the tensors are on {device}"
+    if torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability(device)
+        if 10 * major + minor < LEAST_CAPABILITY:
+            return f"the GPU is of compute capability {major}.{minor}, the kernels need 8.0"
+    return None
+
+
+def expresses(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> str | None:
+    """Why the flash and decode tiers run no such calls, one sentence, or None."""
+    if (why := _missing(device)) is not None:
+        return why
+    from attnfx.kernels.flash import launch
+
+    return launch.expresses(spec, dtype, head_dim, value_width)
+
+
+def source(spec: AttentionSpec) -> str:
+    """The Triton functions that are generated for a spec. Raises as `launch.functions` does."""
+    from attnfx.kernels.flash import launch
+    from attnfx.kernels.flash.emit import emit
+
+    return emit(spec, launch.program(spec)).text
+
+
+def supports(call: Call) -> str | None:
+    """Why the flash tier cannot run the call, one sentence, or None."""
+    if (why := _missing(call.query.device)) is not None:
+        return why
+    from attnfx.kernels.flash import launch
+
+    return launch.supports(call)
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    from attnfx.kernels.flash import launch
+
+    return launch.forward(call)
+
+
+def backward(
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, and of the captures whose `grad` is True, each of its tensor's dtype. What
+    either tier's forward pass gave is taken."""
+    from attnfx.kernels.flash import gradients
+
+    return gradients.backward(call, grad_out, out, logsumexp)
+
+
+def supports_decode(call: Call) -> str | None:
+    """Why the decode tier cannot run the call, one sentence, or None."""
+    if (why := _missing(call.query.device)) is not None:
+        return why
+    from attnfx.kernels.flash import split
+
+    return split.supports(call)
+
+
+def forward_decode(call: Call) -> tuple[Tensor, Tensor]:
+    """As `forward`, with the keys split among programs."""
+    from attnfx.kernels.flash import split
+
+    return split.forward(call)

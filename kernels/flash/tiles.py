@@ -1,0 +1,128 @@
+"""Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
+
+"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py): no spill in the steady loop and the
+fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeVar
+
+import torch
+
+Row = TypeVar("Row")
+
+
+class Tile(NamedTuple):
+    """Rows and keys of one tile, warps of a program, and stages of its loads' pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Chips with sm_80's instructions and 99 KiB of shared memory for a program (CUDA programming guide, technical
+# specifications by compute capability) have rows of their own.
+SMALL = 86
+OF_SMALL = (86, 89, 120, 121)
+
+# (compute capability, head dim padded to a power of two): the largest capability that is not above the device's
+FORWARD = {
+    (90, 32): Tile(128, 64, 4, 3),  # as 64
+    (90, 64): Tile(128, 64, 4, 3),  # probe
+    (90, 128): Tile(128, 128, 8, 2),  # probe
+    (90, 256): Tile(128, 64, 8, 2),  # probe
+    (80, 32): Tile(128, 64, 4, 3),  # as 64
+    (80, 64): Tile(128, 64, 4, 3),  # probe
+    (80, 128): Tile(128, 64, 8, 3),  # probe
+    (80, 256): Tile(64, 32, 4, 2),  # probe
+    (100, 32): Tile(128, 64, 8, 2),  # as 64
+    (100, 64): Tile(128, 64, 8, 2),  # probe
+    (100, 128): Tile(128, 64, 8, 2),  # probe
+    (100, 256): Tile(128, 64, 8, 2),  # probe
+    (SMALL, 32): Tile(128, 64, 4, 2),  # as 64
+    (SMALL, 64): Tile(128, 64, 4, 2),  # probe
+    (SMALL, 128): Tile(128, 32, 8, 2),  # probe
+    (SMALL, 256): Tile(64, 32, 4, 2),  # probe
+}
+# float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
+SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
+SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
+INTERPRETED = Tile(32, 32, 1, 1)
+
+
+def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
+    """The row for a GPU of this compute capability (90 for 9.0) and a head dim padded to `width`."""
+    if capability in OF_SMALL:
+        arch = SMALL
+    else:
+        arch = max((key[0] for key in table if key[0] <= capability and key[0] != SMALL), default=80)
+    dims = sorted(key[1] for key in table if key[0] == arch)
+    return table[arch, next((d for d in dims if d >= width), dims[-1])]
+
+
+def forward_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
+    """The tile of the forward kernel for a head dim padded to `width`."""
+    if device.type != "cuda":
+        return INTERPRETED
+    if dtype == torch.float32:
+        return pick(SINGLE, 80, width)
+    major, minor = torch.cuda.get_device_capability(device)
+    return pick(FORWARD, 10 * major + minor, width)
+
+
+# of the pass over keys, then of the pass over rows
+BACKWARD = {
+    (90, 32): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # as 64
+    (90, 64): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # probe
+    (90, 128): (Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)),  # probe
+    (90, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (80, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (80, 128): (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),  # probe
+    (80, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (100, 32): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (100, 64): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 128): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
+    (SMALL, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (SMALL, 128): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),  # probe
+    (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
+}
+
+
+def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tile, Tile]:
+    """The tiles of the pass over keys and of the pass over rows, for a head dim padded to `width`."""
+    if device.type != "cuda":
+        return INTERPRETED, INTERPRETED
+    if dtype == torch.float32:
+        tile = pick(SINGLE_BACKWARD, 80, width)
+        return tile, tile
+    major, minor = torch.cuda.get_device_capability(device)
+    return pick(BACKWARD, 10 * major + minor, width)
+
+
+# `rows` is not of the table: it is the queries of one group of heads
+DECODE = {
+    (80, 64): Tile(16, 128, 4, 3),  # probe
+    (80, 128): Tile(16, 64, 4, 3),  # probe
+    (80, 256): Tile(16, 32, 4, 2),  # probe
+    (SMALL, 64): Tile(16, 128, 4, 2),  # probe
+    (SMALL, 128): Tile(16, 64, 4, 2),  # probe
+    (SMALL, 256): Tile(16, 32, 4, 2),  # probe
+    (90, 64): Tile(16, 128, 4, 3),  # probe
+    (90, 128): Tile(16, 128, 4, 3),  # probe
+    (90, 256): Tile(16, 64, 4, 3),  # probe
+}
+
+
+def decode_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
+    """The tile of the decode kernel for a head dim padded to `width`."""
+    if device.type != "cuda":
+        return INTERPRETED
+    if dtype == torch.float32:
+        return Tile(16, 32 if width <= 128 else 16, 4, 2)
+    major, minor = torch.cuda.get_device_capability(device)
+    return pick(DECODE, 10 * major + minor, width)

@@ -1,0 +1,138 @@
+"""Compiles the kernels for GPUs that are not there and prints a JSON list of what their machine code holds.
+
+A script of its own: a process in which Triton interprets cannot compile.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+
+from attnfx.ir import algebra as A
+from attnfx.kernels.call import Call
+from attnfx.kernels.flash import launch, split, tiles
+from attnfx.kernels.flash.gradients import Backward
+from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+SLOPES, PADDING = A.load(0, [H], "f"), A.load(1, [B, J], "b")
+
+
+def specs(head_dim):
+    scaled = A.mul(A.const(head_dim**-0.5), A.DOT)
+    plain = AttentionSpec(score=scaled, out_dtype="bfloat16")
+    biased = A.add(scaled, A.mul(SLOPES, A.to_float(A.sub(J, I))))
+    keep = A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(1024)), PADDING)
+    captures = (Capture("f", 1, True), Capture("b", 2))
+    masked = AttentionSpec(
+        score=A.where(keep, biased, A.const(-3e38)), out_dtype="bfloat16", dropout=0.1, captures=captures
+    )
+    return {"plain": (plain, ()), "masked": (masked, captures)}
+
+
+def calls(head_dim, queries=2048):
+    for name, (spec, captures) in specs(head_dim).items():
+        if name == "masked" and head_dim != 64:  # takes long, and shows nothing new
+            continue
+        x = torch.empty(2, 8, 2048, head_dim, dtype=torch.bfloat16, device="meta")
+        key = x[:, :2] if name == "masked" else x
+        given = (torch.empty(8, device="meta"), torch.empty(2, 2048, dtype=torch.bool, device="meta"))
+        seed = torch.empty(1, dtype=torch.int64, device="meta")
+        yield name, Call(spec, x[:, :, :queries], key, key, given[: len(captures)], (), seed if spec.random else None)
+
+
+def launches(capability, head_dim):
+    for name, call in calls(head_dim):
+        logsumexp = torch.empty(call.query.shape[:3], device="meta")
+        tile = tiles.pick(tiles.FORWARD, capability, head_dim)
+        yield f"forward {name}", launch.forward_launch(call, call.query, logsumexp, tile, capability)
+        pair = tiles.pick(tiles.BACKWARD, capability, head_dim)
+        back = Backward(call, call.query, call.query, logsumexp, pair, capability)
+        yield f"backward keys {name}", back.keys_launch(call.key, call.value)
+        yield f"backward rows {name}", back.rows_launch(call.query)
+        if call.spec.captures:
+            yield f"backward slopes {name}", back.rows_launch(logsumexp, 0)
+            for space in ("diagonal", "pair"):
+                leaf = replace(back.program.leaves[0], space=space)
+                yield f"backward {space} {name}", back.pairs_launch(logsumexp, 0, leaf)
+    for name, call in calls(head_dim, 1):
+        logsumexp = torch.empty(call.query.shape[:3], device="meta")
+        tile = tiles.pick(tiles.DECODE, capability, head_dim)
+        yield f"decode {name}", split.launches(call, call.query, logsumexp, tile, 132, capability)[0]
+
+
+def loops(listing):
+    """The instructions of each innermost backward jump that holds a matrix instruction."""
+    code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+)([^;]*);", listing)
+    at = {int(address, 16): n for n, (address, _, _) in enumerate(code)}
+    spans = []
+    for n, (_, op, rest) in enumerate(code):
+        jump = re.search(r"0x([0-9a-f]+)", rest) if op.startswith("BRA") else None
+        if jump and int(jump[1], 16) in at and at[int(jump[1], 16)] < n:
+            spans.append((at[int(jump[1], 16)], n))
+    bodies = []
+    for a, b in spans:
+        if not any((a, b) != s and a <= s[0] and s[1] <= b for s in spans):
+            ops = [op for _, op, _ in code[a : b + 1]]
+            if any(re.match(r"HGMMA|HMMA|UTC\wMMA", op) for op in ops):
+                bodies.append(ops)
+    return bodies
+
+
+def main():
+    found = []
+    for capability in map(int, sys.argv[1].split(",")):
+        for head_dim in map(int, sys.argv[2].split(",")):
+            for name, made in launches(capability, head_dim):
+                built = made.compile(capability)
+                with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+                    file.write(built.asm["cubin"])
+                    file.flush()
+                    run = [str(CUOBJDUMP), "-sass", file.name]
+                    listing = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+                bodies = loops(listing)
+                steady = min(bodies, key=len, default=[])
+                ptx = built.asm["ptx"]
+                matrix = [op for op in ("wgmma.mma_async", "tcgen05.mma", "mma.sync") if op in ptx]
+                found.append(
+                    dict(
+                        name=name, capability=capability, head_dim=head_dim, shared=built.metadata.shared,
+                        matrix=matrix, loops=len(bodies),
+                        spills=sum(op.startswith(("STL", "LDL")) for op in steady),
+                    )
+                )  # fmt: skip
+    print(json.dumps(found))
+
+
+def compilations():
+    """How many forward kernels are compiled for one program at several lengths, on a driver that is not there."""
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_active_torch_device=lambda: torch.device("cpu"),
+    )
+    triton.runtime.driver.set_active(driver)
+    spec, _ = specs(64)["plain"]
+    counts = []
+    for length in (1024, 1000, 1001, 1):
+        x = torch.empty(2, length, 8, 64, dtype=torch.bfloat16, device="meta").transpose(1, 2)
+        logsumexp = torch.empty(2, 8, length, device="meta")
+        tile = tiles.pick(tiles.FORWARD, 90, 64)
+        made = launch.forward_launch(Call(spec, x, x, x, (), (), None), x, logsumexp, tile, 90)
+        options = dict(num_warps=tile.warps, num_stages=tile.stages)
+        made.kernel.warmup(**made.arguments, **made.constants, **options, grid=(1,))
+        counts.append(len(made.kernel.device_caches[0][0]))
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    compilations() if sys.argv[1] == "lengths" else main()

@@ -1,0 +1,45 @@
+"""Machine code for GPUs that are not there: it compiles, uses the matrix unit, fits, and spills nothing that counts."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+# bytes of shared memory that a block may use: CUDA programming guide, technical specifications by compute capability
+SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
+MATRIX = {80: {"mma.sync"}, 86: {"mma.sync"}, 90: {"wgmma.mma_async", "mma.sync"}, 100: {"tcgen05.mma", "mma.sync"}}
+
+
+@lru_cache
+def compiled(*arguments):
+    """What ahead.py prints: for a compute capability and head dims, or for "lengths"."""
+    script = Path(__file__).with_name("ahead.py")
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run = subprocess.run([sys.executable, str(script), *arguments], env=env, cwd="/", text=True, capture_output=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
+    for row in compiled(str(capability), "64,128,256"):
+        assert row["matrix"] and set(row["matrix"]) <= MATRIX[capability], row
+        if row["name"].startswith("forward"):
+            assert MATRIX[capability] - {"mma.sync"} <= set(row["matrix"]), row
+        assert row["shared"] <= SHARED[capability], row
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_steady_loop_of_the_plain_program_does_not_spill(capability):
+    allowed = {"backward keys plain": 45}
+    for row in compiled(str(capability), "64,128,256"):
+        if row["name"].endswith("plain") and row["head_dim"] <= 128:
+            assert row["spills"] <= allowed.get(row["name"], 0), row
+
+
+def test_a_new_length_compiles_nothing():
+    assert compiled("lengths") == [1, 1, 1, 1]
