@@ -16,6 +16,7 @@ from attnfx.kernels.flash import dead
 from attnfx.kernels.flash.backward import delta_kernel
 from attnfx.kernels.flash.backward_keys import keys_kernel
 from attnfx.kernels.flash.backward_rows import rows_kernel
+from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.pairs import pairs_kernel
@@ -31,9 +32,13 @@ def backward(
     """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
 
     The same numbers on every run: nothing is added by atomics. `tiles` are those of the pass over keys and over rows.
+    Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
-    run = Backward(call, grad_out, out, logsumexp, tiles)
-    return run.gradients()
+    width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
+    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width)
+    return first_that_runs(
+        "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
+    )
 
 
 class Backward:
@@ -53,7 +58,7 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)[0]
         self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
         self.l2 = torch.empty_like(self.delta)
         exact = self.program.softmax and call.query.dtype == torch.float32

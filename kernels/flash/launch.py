@@ -15,12 +15,13 @@ from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flash import module
 from attnfx.kernels.flash.emit import emit
+from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
 from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.ranges import along_keys, on_device
 from attnfx.kernels.flash.source import NotEmitted
-from attnfx.kernels.flash.tiles import Tile, forward_tile
+from attnfx.kernels.flash.tiles import Tile, forward_tiles
 from attnfx.mask import rows_live
 from attnfx.spec import AttentionSpec
 
@@ -182,11 +183,16 @@ def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> 
 
 
 def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
+    """
     query = call.query
     out = output_like(query, call.value.shape[3], call.out_dtype)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    forward_launch(call, out, logsumexp, tile).run(query.device)
+    width = max(padded(query.shape[3]), padded(call.value.shape[3]))
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width)
+    first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))
     return out, logsumexp
 
 
@@ -197,7 +203,7 @@ def forward_launch(
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
-    tile = tile or forward_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))
+    tile = tile or forward_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))[0]
     walks = None
     if some.program.keep is not None:
         walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)
