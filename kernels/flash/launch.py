@@ -27,6 +27,7 @@ from attnfx.spec import AttentionSpec
 
 FUNCTIONS = (
     "heads", "rows", "columns", "score", "keep", "whole", "weight", "extras", "slope", "leaf_scores", "leaf_weights",
+    "whole_slope", "leaf_wholes",
 )  # fmt: skip
 LARGEST_HEAD_DIM = 256
 PAIR_BYTES = 64 << 20  # of a gradient by row and key of a capture that is itself smaller
