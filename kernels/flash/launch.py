@@ -62,6 +62,8 @@ def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_widt
     """Why these kernels run no such calls, one sentence, or None."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+    if getattr(torch, spec.out_dtype).itemsize > dtype.itemsize:
+        return f"the result is {spec.out_dtype}, finer than the {dtype} that the kernels would multiply"
     for name, width in (("head_dim", head_dim), ("value width", value_width)):
         if not 0 < width <= LARGEST_HEAD_DIM:
             return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
