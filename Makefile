@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -28,6 +28,10 @@ lint: $(READY)
 
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
+
+# The Triton kernels on a GPU against PyTorch's own, in ten minutes; writes benchmarks/results/gpu.json.
+bench-gpu: $(READY)
+	$(BIN)/python benchmarks/gpu.py
 
 # Keeps .venv, which costs a download to make again.
 clean:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -68,6 +69,12 @@ class Site:
     def rewritten(self) -> bool:
         return self.decision is not None and self.decision.tier != "kept"
 
+    @property
+    def fallbacks(self) -> tuple[str, ...]:
+        """What had to run otherwise than decided in this process so far, a sentence each: for the site's spec."""
+        with _lock:
+            return () if self.spec is None else tuple(_fallbacks.get(self.spec, ()))
+
     def summary(self) -> str:
         """Heads, sizes, scale and dropout in words."""
         d = self.dims
@@ -127,11 +134,22 @@ class Report:
             text = f"{site.decision.tier}: {site.decision.reason}" if site.decision.reason else site.decision.tier
         else:
             text = ""
-        return "; ".join((text, *site.notes))
+        return "; ".join((text, *site.notes, *site.fallbacks))
 
 
 _filed: deque[Report] = deque(maxlen=1000)
+_fallbacks: dict[AttentionSpec, list[str]] = {}  # by spec: kernels know no sites
 _lock = threading.Lock()
+
+
+def fell_back(spec: AttentionSpec, sentence: str) -> None:
+    """Say, in the reports of every site of this spec and in one warning, that a kernel could not run as decided."""
+    with _lock:
+        told = _fallbacks.setdefault(spec, [])
+        if sentence in told:
+            return
+        told.append(sentence)
+    warnings.warn(f"attnfx: {sentence}", RuntimeWarning, stacklevel=2)
 
 
 def file(report: Report) -> None:

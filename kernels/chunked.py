@@ -330,11 +330,12 @@ def mix(seed: int, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax)."""
+def forward(call: Call, run: Run | None = None) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
+    `run` is one of this call, where its dropout is another."""
     out = output_like(call.query, call.value.shape[-1], call.out_dtype)
     logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
-    forward_rows(Run(call), None, out, logsumexp)
+    forward_rows(Run(call) if run is None else run, None, out, logsumexp)
     return out, logsumexp
 
 
@@ -379,10 +380,10 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, run: Run | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = Run(call)
+    run = Run(call) if run is None else run
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
     grads = Gradients(run)

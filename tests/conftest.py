@@ -6,11 +6,13 @@ import os
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-# Triton's kernels run in its interpreter, which needs no GPU; Triton reads this when it is imported.
-os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
 import torch
+
+# Without a GPU, Triton's kernels run in its interpreter; Triton reads this when it is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 # pytest would record every line of PyTorch's structured trace
 logging.getLogger("torch.__trace").propagate = False

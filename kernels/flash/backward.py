@@ -21,7 +21,7 @@ def delta_kernel(
 ):  # fmt: skip
     """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out; l2 is logsumexp in
     units of log 2. Rows whose logsumexp is not above DEAD (None: every row counts) get infinity, which makes their
-    weights zero: they are no business of these kernels."""
+    weights zero and marks them as without a live key."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
     x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
@@ -57,11 +57,27 @@ def row_statistics(l2, delta, correction, at, i, size_t, CHECK: tl.constexpr, SC
 
 
 @triton.jit
+def dead_statistics(dead, l2, at, i, size_t, SUMMED: tl.constexpr):
+    """Of the rows i without a live key, logsumexp in natural units, which their fill survives, and the logarithm of
+    the sum of exp(score - logsumexp), zero unless SUMMED; infinity for all other rows.
+
+    dead is (whether a head of a batch has such rows (B, H), logsumexp (B, H, T), that logarithm (B, H, T))."""
+    lost = tl.load(l2 + at, mask=i < size_t, other=0.0) == float("inf")
+    lse = tl.load(dead[1] + at, mask=lost, other=float("inf"))
+    if SUMMED:
+        c2 = tl.load(dead[2] + at, mask=lost, other=0.0)
+    else:
+        c2 = i * 0.0
+    return lost, lse, c2
+
+
+@triton.jit
 def tile_gradients(
     dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i, j, j0,
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
     """From the scores' dot products and dp = grad_out . v of a tile, (BM, BN) or TURNED (BN, BM):
 
@@ -70,6 +86,8 @@ def tile_gradients(
     dw    the derivative by the weight before dropout
     prob  the normalised weight
     live  where neither the mask nor an end masks; of no meaning without CHECK
+
+    With NATURAL, SCORE and l2 are in natural units.
     """
     X: tl.constexpr = BN if TURNED else BM
     Y: tl.constexpr = BM if TURNED else BN
@@ -94,7 +112,9 @@ def tile_gradients(
         s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), X, Y)
         if CHECK:
             s = tl.where(live, s, float("-inf"))
-        if CORRECT:
+        if NATURAL:
+            prob = tl.exp2((s - l2) * f.LOG2E - c2)
+        elif CORRECT:
             prob = tl.exp2((s * SCALE - l2) - c2)
         else:
             prob = tl.exp2(s * SCALE - l2)

@@ -4,23 +4,27 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.kernels.flash.backward import leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
 
 
 @triton.jit
 def _keys_step(
-    dk, dv, k_tile, v_tile, q, grad_out, l2, delta, correction, q_strides, grad_strides, captures, sizes, seed,
+    dk, dv, k_tile, v_tile, q, grad_out, l2, delta, correction, dead, q_strides, grad_strides, captures, sizes, seed,
     H, C, b, h, i0, j, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
     LEAF: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
     WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+    NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,)."""
+    """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,).
+    With NATURAL, what the rows without a live key give."""
     size_t = sizes[2] >> 1
     i = i0 + tl.arange(0, BM)[None, :]
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
     l2_i, c2, delta_i = row_statistics(l2, delta, correction, i, i, size_t, CHECK, SCORE)
+    if NATURAL:
+        _lost, l2_i, c2 = dead_statistics(dead, l2, i, i, size_t, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
@@ -29,6 +33,7 @@ def _keys_step(
     w, ds, dw, prob, live = tile_gradients(
         dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        NATURAL,
     )  # fmt: skip
     if LEAF is None:
         dv = f.dot(w.to(do.dtype), do, dv, PRECISION)
@@ -43,15 +48,17 @@ def _keys_step(
 @triton.jit
 def keys_kernel(
     q, k, v, grad_out, l2, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
-    dk_strides, dv_strides, captures, sizes, seed, walks,
+    dk_strides, dv_strides, captures, sizes, seed, walks, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
-    SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+    SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr,
+    WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
     """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks (key blocks, 4) along the
-    rows, or None. FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
+    rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key. FACTOR is what of
+    d score / d dot is a number: SLOPE is the rest, or None.
 
     With LEAF, the number of a load, the grid is (key blocks, H, B),
     and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""
@@ -91,20 +98,36 @@ def keys_kernel(
             correction_h = None
         else:
             correction_h = correction + row
+        if dead is None:
+            dead_h = None
+        else:
+            dead_h = (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
         for i0 in range(full_start, full_end, BM):
             i0 = tl.multiple_of(i0, BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
-                PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
+                grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
+                RESCALE, PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
         for t in range(0, before + tl.cdiv(end - full_end, BM)):
             i0 = tl.multiple_of(tl.where(t < before, start + t * BM, full_end + (t - before) * BM), BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, q_strides, grad_strides,
-                captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, RESCALE,
-                PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
+                grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
+                RESCALE, PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
+        if dead is not None:
+            if tl.load(dead_h[0]) != 0:
+                for i0 in range(0, size_t, BM):
+                    rows = i0 + tl.arange(0, BM)
+                    marked = tl.load(l2_h + rows, mask=rows < size_t, other=0.0) == float("inf")
+                    if tl.max(marked.to(tl.int32), 0) > 0:
+                        dk_acc, dv_acc = _keys_step(
+                            dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
+                            grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE,
+                            THRESHOLD, RESCALE, PRECISION, LEAF, True, ROWS, WHOLE, None, WEIGHT, WHOLE_SLOPE,
+                            LEAF_WHOLES, LEAF_WEIGHTS, True,
+                        )  # fmt: skip
     if LEAF is None:
         f.store_tile(dk, dk_strides, b, g, j0, size_s, dk_acc * FACTOR, BN, D, BD)
         f.store_tile(dv, dv_strides, b, g, j0, size_s, dv_acc, BN, DV, BDV)

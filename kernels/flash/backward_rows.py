@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.kernels.flash.backward import leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
 
 
 @triton.jit
@@ -14,7 +14,7 @@ def _rows_step(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr,
-    LEAF_WEIGHTS: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the gradient of the queries (BM, BD); with LEAF, to that of a load by row (BM,)."""
     size_s = sizes[3] >> 1
@@ -27,6 +27,7 @@ def _rows_step(
     _w, ds, dw, prob, live = tile_gradients(
         dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, CHECK, SCALE,
         THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        NATURAL,
     )  # fmt: skip
     if LEAF is None:
         total = f.dot(ds.to(k_tile.dtype), k_tile, total, PRECISION)
@@ -42,17 +43,20 @@ def _rows_step(
 @triton.jit
 def rows_kernel(
     q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
-    result_strides, captures, sizes, seed, walks,
+    result_strides, captures, sizes, seed, walks, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
-    EXTRAS: tl.constexpr,
+    EXTRAS: tl.constexpr, WHOLE: tl.constexpr, WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, H, B). LEAF None: result is the queries' gradient (B, H, T, D); else that of the load of this
     number, summed over the keys, (B, H, T) of float32. Walks as in the forward kernel. Writes `correction` (B, H, T)
-    unless it is None, and reads it with LEAF."""
+    unless it is None, and reads it with LEAF.
+
+    Rows without a live key, where `dead` is not None, walk over every key by the program with its fill, WHOLE; with
+    LEAF None this writes dead[2]."""
     CORRECT: tl.constexpr = tl.constexpr(correction is not None)
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -91,7 +95,7 @@ def rows_kernel(
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
-            COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+            COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
     before = (full_start - start) // BN
     for n in range(0, before + tl.cdiv(end - full_end, BN)):
@@ -99,16 +103,39 @@ def rows_kernel(
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
-            COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS,
+            COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
+    if LEAF is None:
+        again = tl.zeros([BM, BD], tl.float32)
+    else:
+        again = tl.zeros([BM], tl.float32)
+    row = i0 + tl.arange(0, BM)
+    lost_row = row < 0
+    if dead is not None:
+        lost, lse, share = dead_statistics(dead, l2, at, i, size_t, LEAF is not None)
+        lost_row = tl.reshape(lost, [BM])
+        if tl.max(lost_row.to(tl.int32), 0) > 0:
+            parts = tl.zeros([BM], tl.float32)
+            for j0 in range(0, size_s, BN):
+                again, parts = _rows_step(
+                    again, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
+                    R, b, h, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, True,
+                    True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
+                )  # fmt: skip
+            if LEAF is None:
+                parts = tl.where(lost_row, parts, 1.0)
+                again = again / parts[:, None]
+                tl.store(dead[2] + first_row + row, tl.log2(parts), mask=lost_row)
     if LEAF is None:
         if CORRECT:
             known = sums > 0.0
             total = total / tl.where(known, sums, 1.0)[:, None]
             c2 = tl.where(known, tl.log2(sums), 0.0)
-            row = i0 + tl.arange(0, BM)
             tl.store(correction + first_row + row, c2, mask=row < size_t)
+        if dead is not None:
+            total = tl.where(lost_row[:, None], again, total)
         f.store_tile(result, result_strides, b, h, i0, size_t, total * FACTOR, BM, D, BD)
     else:
-        row = i0 + tl.arange(0, BM)
+        if dead is not None:
+            total = tl.where(lost_row, again, total)
         tl.store(result + first_row + row, total, mask=row < size_t)

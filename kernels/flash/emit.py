@@ -3,7 +3,7 @@
     heads(captures, sizes, b, h)                values that depend on b and h alone, a tuple
     rows(captures, sizes, H, b, h, i)           on i, b and h; H is what `heads` gave
     columns(captures, sizes, H, b, h, j)        on j, b and h
-    score, keep, whole, slope, weight, leaf_scores, leaf_weights
+    score, keep, whole, whole_slope, slope, weight, leaf_scores, leaf_wholes, leaf_weights
         (captures, sizes, H, R, C, dot, prob, b, h, i, j)     of each element of a tile; R and C are from the two above
     extras(captures, sizes, H, R, b, h, i)      extra logits, a tuple
 
@@ -57,7 +57,8 @@ class _Emitter:
         self.lengths = {at: f"(sizes[{n}] >> 1)" for n, at in enumerate(every, len(self.sizes))}
         one = program.softmax
         self.tile: dict[str, list[Expr]] = {}
-        for name, e in (("score", program.score), ("keep", program.keep), ("whole", program.whole)):
+        some = dict(score=program.score, keep=program.keep, whole=program.whole, whole_slope=program.whole_slope)
+        for name, e in some.items():
             if e is not None and (one or name == "keep"):
                 self.tile[name] = [e]
         self.tile["slope"] = [program.slope]
@@ -65,6 +66,8 @@ class _Emitter:
             self.tile["weight"] = [program.weight]
         if program.leaves:
             self.tile["leaf_scores"] = [x.score for x in program.leaves]
+            if program.whole is not None:
+                self.tile["leaf_wholes"] = [x.whole for x in program.leaves]
             self.tile["leaf_weights"] = [x.weight for x in program.leaves]
         self.tile = {name: [separate(regroup(e)) for e in roots] for name, roots in self.tile.items()}
         self.extras = list(program.extras)

@@ -12,10 +12,10 @@ from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
-from attnfx.kernels.flash import dead
 from attnfx.kernels.flash.backward import delta_kernel
 from attnfx.kernels.flash.backward_keys import keys_kernel
 from attnfx.kernels.flash.backward_rows import rows_kernel
+from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.pairs import pairs_kernel
@@ -31,9 +31,13 @@ def backward(
     """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
 
     The same numbers on every run: nothing is added by atomics. `tiles` are those of the pass over keys and over rows.
+    Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
-    run = Backward(call, grad_out, out, logsumexp, tiles)
-    return run.gradients()
+    width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
+    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width)
+    return first_that_runs(
+        "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
+    )
 
 
 class Backward:
@@ -53,16 +57,18 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)[0]
         self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
         self.l2 = torch.empty_like(self.delta)
         exact = self.program.softmax and call.query.dtype == torch.float32
         self.correction = torch.empty_like(self.delta) if exact else None
         self.average = self.some.dead_rows_average()
-        self.below = None
+        self.below, self.dead = None, None
         if self.average:
             assert self.program.fill is not None
             self.below = self.program.fill / 2
+            some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
+            self.dead = (some, self.logsumexp, torch.empty_like(self.delta))
         elif call.spec.safe:
             self.below = -math.inf
 
@@ -88,18 +94,19 @@ class Backward:
             q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, l2=self.l2, delta=self.delta,
             correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(),
             v_strides=call.value.stride(), grad_strides=self.grad_out.stride(), captures=self.some.captures,
-            sizes=self.some.encoded, seed=call.seed,
+            sizes=self.some.encoded, seed=call.seed, dead=self.dead,
         )  # fmt: skip
 
     def _constants(self, tile: Tile, leaf: int | None) -> dict[str, object]:
-        slope = self.program.slope
-        number = leaf is None and slope.op == "const"
-        names = ("leaf_scores", "leaf_weights")
+        factor = self.program.factor if leaf is None else None
+        names = ("leaf_scores", "leaf_weights", "leaf_wholes")
         some = {n.upper(): None if leaf is None else self.some.functions[n] for n in names}
         return self.some.constants() | some | dict(
             BM=tile.rows, BN=tile.keys, LEAF=leaf,
-            FACTOR=float(slope.value) if number else 1.0,  # type: ignore[arg-type]
-            SLOPE=None if number or leaf is not None else self.some.functions["slope"],
+            FACTOR=1.0 if factor is None else factor,
+            SLOPE=None if factor is not None or leaf is not None else self.some.functions["slope"],
+            WHOLE=self.some.functions["whole"] if self.average else None,
+            WHOLE_SLOPE=self.some.functions["whole_slope"] if self.average and leaf is None else None,
         )  # fmt: skip
 
     def keys_launch(self, dk: Tensor, dv: Tensor, leaf: int | None = None) -> Launch:
@@ -156,10 +163,8 @@ class Backward:
             self._add_leaf(number, leaf, captures)
         if softmax:
             self._add_extras(captures)
-            if self.average:
-                assert self.below is not None
-                dead.add_gradients(call, self.grad_out, self.logsumexp, self.below, [dq, dk, dv], captures)
-            elif self.program.keep is not None and not call.spec.safe and not rows_live(call.spec, self.sizes):
+            may_be_nan = self.program.keep is not None and not self.average and not call.spec.safe
+            if may_be_nan and not rows_live(call.spec, self.sizes):
                 # a row of NaN weights reaches every value of its head
                 lost = (self.logsumexp == -math.inf).unflatten(1, (call.key.shape[1], -1)).flatten(2).any(2)
                 dv.masked_fill_(lost[..., None, None], math.nan)
@@ -216,7 +221,8 @@ class Backward:
         walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
         blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)
         constants = self._constants(tile, number)
-        del constants["FACTOR"], constants["SLOPE"]
+        for name in ("FACTOR", "SLOPE", "WHOLE_SLOPE"):
+            del constants[name]
         by_batch, by_head = "b" in leaf.load.free, "h" in leaf.load.free
         return Launch(
             pairs_kernel,

@@ -15,17 +15,19 @@ from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flash import module
 from attnfx.kernels.flash.emit import emit
+from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
 from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.ranges import along_keys, on_device
 from attnfx.kernels.flash.source import NotEmitted
-from attnfx.kernels.flash.tiles import Tile, forward_tile
+from attnfx.kernels.flash.tiles import Tile, forward_tiles
 from attnfx.mask import rows_live
 from attnfx.spec import AttentionSpec
 
 FUNCTIONS = (
     "heads", "rows", "columns", "score", "keep", "whole", "weight", "extras", "slope", "leaf_scores", "leaf_weights",
+    "whole_slope", "leaf_wholes",
 )  # fmt: skip
 LARGEST_HEAD_DIM = 256
 PAIR_BYTES = 64 << 20  # of a gradient by row and key of a capture that is itself smaller
@@ -60,6 +62,8 @@ def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_widt
     """Why these kernels run no such calls, one sentence, or None."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
         return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+    if getattr(torch, spec.out_dtype).itemsize > dtype.itemsize:
+        return f"the result is {spec.out_dtype}, finer than the {dtype} that the kernels would multiply"
     for name, width in (("head_dim", head_dim), ("value width", value_width)):
         if not 0 < width <= LARGEST_HEAD_DIM:
             return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
@@ -182,11 +186,16 @@ def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> 
 
 
 def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
+    """
     query = call.query
     out = output_like(query, call.value.shape[3], call.out_dtype)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    forward_launch(call, out, logsumexp, tile).run(query.device)
+    width = max(padded(query.shape[3]), padded(call.value.shape[3]))
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width)
+    first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))
     return out, logsumexp
 
 
@@ -197,7 +206,7 @@ def forward_launch(
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
-    tile = tile or forward_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))
+    tile = tile or forward_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))[0]
     walks = None
     if some.program.keep is not None:
         walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)

@@ -8,20 +8,21 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.kernels.flash.backward import leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
 
 
 @triton.jit
 def _part(
-    q, k, v, grad_out, l2, delta, correction, q_strides, k_strides, v_strides, grad_strides, captures, sizes, seed,
-    b, h, i0, j0,
+    q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    seed, b, h, i0, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
-    LEAF_WEIGHTS: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """The derivative by the load of each element of one tile, (BM, BN), zero outside."""
+    """The derivative by the load of each element of one tile, (BM, BN), zero outside. With NATURAL, what the rows
+    without a live key give."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     i, j = i0 + tl.arange(0, BM)[:, None], j0 + tl.arange(0, BN)[None, :]
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
@@ -30,6 +31,8 @@ def _part(
     v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
     at = (tl.cast(b, tl.int64) * size_h + h) * size_t + i
     l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+    if NATURAL:
+        _lost, l2_i, c2 = dead_statistics(dead, l2, at, i, size_t, True)
     H = HEADS(captures, sizes, b, h)
     R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
@@ -37,6 +40,7 @@ def _part(
     _w, ds, dw, prob, live = tile_gradients(
         dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, True, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
+        NATURAL,
     )  # fmt: skip
     return leaf_part(
         ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, True, LEAF_SCORES, LEAF_WEIGHTS
@@ -46,19 +50,20 @@ def _part(
 @triton.jit
 def pairs_kernel(
     q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
-    seed, walks,
+    seed, walks, dead,
     BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, DIAGONAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
-    LEAF_WEIGHTS: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
     """Grid (tiles, or diagonals of tiles, H or 1 without BY_HEAD, B or 1 without BY_BATCH).
 
     Without DIAGONAL result is (B or 1, H or 1, T, S). With it BM = BN, and result is (B or 1, H or 1, 2, L) with L =
     BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
-    [1, n] together. walks (row blocks, 4) or None says which tiles are empty.
+    [1, n] together. walks (row blocks, 4) or None says which tiles are empty;
+    `dead` is as `dead_statistics` has it, or None.
     """
     size_t, size_s = sizes[2] >> 1, sizes[3] >> 1
     batches, heads = 1 if BY_BATCH else sizes[0] >> 1, 1 if BY_HEAD else sizes[1] >> 1
@@ -84,10 +89,19 @@ def pairs_kernel(
                     visit = (j0 + BN > tl.load(walks + 4 * block)) & (j0 < tl.load(walks + 4 * block + 3))
                 if visit:
                     total += _part(
-                        q, k, v, grad_out, l2, delta, correction, q_strides, k_strides, v_strides, grad_strides,
+                        q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides,
                         captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD,
                         RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES, LEAF_WEIGHTS,
+                        False,
                     )  # fmt: skip
+                if dead is not None:
+                    if (j0 < size_s) & (tl.load(dead[0] + b * (sizes[1] >> 1) + h) != 0):
+                        total += _part(
+                            q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides,
+                            grad_strides, captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE,
+                            THRESHOLD, RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, WHOLE, None, WEIGHT, LEAF_WHOLES,
+                            LEAF_WEIGHTS, True,
+                        )  # fmt: skip
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if DIAGONAL:
         # column c of row n moves to c - n: a diagonal stands in one column, its lower part a tile further down

@@ -36,12 +36,14 @@ class Leaf:
     "pair".
 
     score   d score / d load where the mask keeps
+    whole   the same everywhere
     weight  d weight / d load, over prob (without a softmax: over dot, and score is zero)
     """
 
     load: Expr
     space: str
     score: Expr
+    whole: Expr
     weight: Expr
 
 
@@ -54,6 +56,7 @@ class Program:
     whole    the score everywhere, in natural units: for rows that the mask leaves no key; None if never needed
     fill     the largest fill of the mask, or None
     slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
+    whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
     weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
     extras   the extra logits, in units of log 2
     leaves   the loads that need a gradient from the scores' side
@@ -67,6 +70,7 @@ class Program:
     whole: Expr | None
     fill: float | None
     slope: Expr
+    whole_slope: Expr | None
     weight: Expr | None
     extras: tuple[Expr, ...]
     leaves: tuple[Leaf, ...]
@@ -74,8 +78,15 @@ class Program:
 
     @property
     def roots(self) -> tuple[Expr, ...]:
-        some = (self.score, self.keep, self.whole, self.slope, self.weight, *self.extras)
-        return (*(e for e in some if e is not None), *(e for x in self.leaves for e in (x.score, x.weight)))
+        some = (self.score, self.keep, self.whole, self.slope, self.whole_slope, self.weight, *self.extras)
+        return (*(e for e in some if e is not None), *(e for x in self.leaves for e in (x.score, x.whole, x.weight)))
+
+    @property
+    def factor(self) -> float | None:
+        """What a gradient of dot is multiplied by at the end; None where the slope differs from score to score."""
+        if self.slope.op != "const" or not self.slope.value:
+            return None
+        return float(self.slope.value)  # type: ignore[arg-type]
 
 
 class Unsupported(Exception):
@@ -108,6 +119,9 @@ def _program(spec: AttentionSpec) -> Program:
         scale, inner = _scaled(kept)
         finite = mask is not None and mask.fill != -math.inf and not extras
         whole = score if finite else None
+        whole_slope, *whole_slopes = gradient(score, [A.DOT, *wanted])
+        if slope.op == "const" and slope.value:
+            whole_slope = A.mul(A.const(1.0 / float(slope.value)), whole_slope)  # type: ignore[arg-type]
     elif spec.normaliser == "none":
         keep = _live_weight(score, weight)
         mask, whole, scale, inner = None, None, 1.0, score
@@ -115,10 +129,14 @@ def _program(spec: AttentionSpec) -> Program:
         if keep is not None:
             factor = assume(factor, keep)
         slope, *by_weight = gradient(factor, [A.DOT, *wanted])
-        slopes = [_ZERO] * len(wanted)
+        slopes = whole_slopes = [_ZERO] * len(wanted)
+        whole_slope = None
     else:
         raise Unsupported(f"its normaliser is {spec.normaliser!r}")
-    leaves = tuple(Leaf(x, _space(x), s, w) for x, s, w in zip(wanted, slopes, by_weight))
+    leaves = tuple(
+        Leaf(x, _space(x), s, e if whole is not None else _ZERO, w)
+        for x, s, e, w in zip(wanted, slopes, whole_slopes, by_weight)
+    )
     made = Program(
         softmax=spec.normaliser == "softmax",
         scale=scale,
@@ -127,9 +145,10 @@ def _program(spec: AttentionSpec) -> Program:
         whole=whole,
         fill=None if mask is None else float(mask.fill),
         slope=slope,
+        whole_slope=None if whole is None else whole_slope,
         weight=factor,
         extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
-        leaves=tuple(x for x in leaves if x.score is not _ZERO or x.weight is not _ZERO),
+        leaves=tuple(x for x in leaves if not x.score is x.whole is x.weight is _ZERO),
         tables=tuple(tables.found),
     )
     for e in (x for root in made.roots for x in walk(root)):

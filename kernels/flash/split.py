@@ -8,9 +8,10 @@ from torch import Tensor
 from attnfx.kernels.call import Call, output_like
 from attnfx.kernels.flash import launch
 from attnfx.kernels.flash.decode import combine_kernel, decode_kernel
+from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
-from attnfx.kernels.flash.tiles import Tile, decode_tile
+from attnfx.kernels.flash.tiles import Tile, decode_tiles
 
 MOST_ROWS = 64  # queries times heads of a group: beyond, the forward kernel fills the GPU
 MOST_SPLITS = 64
@@ -34,12 +35,21 @@ def splits_of(keys: int, heads: int, tile: Tile, processors: int) -> tuple[int, 
 
 
 def forward(call: Call, tile: Tile | None = None, processors: int | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
+    """
     query = call.query
     out = output_like(query, call.value.shape[3], call.out_dtype)
     logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
-    for made in launches(call, out, logsumexp, tile, processors):
-        made.run(query.device)
+    width = max(padded(query.shape[3]), padded(call.value.shape[3]))
+    tiles = [tile] if tile is not None else decode_tiles(query.device, query.dtype, width)
+
+    def run(tile: Tile) -> None:
+        for made in launches(call, out, logsumexp, tile, processors):
+            made.run(query.device)
+
+    first_that_runs("decode", call, tiles, run)
     return out, logsumexp
 
 
@@ -57,7 +67,7 @@ def launches(
     batch, heads, rows, _ = query.shape
     groups, keys = call.key.shape[1], call.key.shape[2]
     packed = rows * (heads // groups)
-    tile = tile or decode_tile(query.device, query.dtype, max(padded(query.shape[3]), padded(call.value.shape[3])))
+    tile = tile or decode_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(call.value.shape[3])))[0]
     tile = tile._replace(rows=max(16, 1 << (packed - 1).bit_length()))
     if processors is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if target else 4

@@ -1,4 +1,7 @@
-"""The flash and the decode tier as the operator calls them. Triton is imported when one is asked, not before."""
+"""The flash and the decode tier as the operator calls them. Triton is imported when one is asked, not before.
+
+Where no kernel compiles or fits the device, the call runs in blocks of PyTorch's operators; reports say so.
+"""
 
 from __future__ import annotations
 
@@ -60,9 +63,13 @@ def supports(call: Call) -> str | None:
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
-    from attnfx.kernels.flash import launch
+    from attnfx.kernels.flash import blocks, launch
+    from attnfx.kernels.flash.fallback import CannotLaunch
 
-    return launch.forward(call)
+    try:
+        return launch.forward(call)
+    except CannotLaunch:
+        return blocks.forward(call)
 
 
 def backward(
@@ -70,9 +77,13 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each of its tensor's dtype. What
     either tier's forward pass gave is taken."""
-    from attnfx.kernels.flash import gradients
+    from attnfx.kernels.flash import blocks, gradients
+    from attnfx.kernels.flash.fallback import CannotLaunch
 
-    return gradients.backward(call, grad_out, out, logsumexp)
+    try:
+        return gradients.backward(call, grad_out, out, logsumexp)
+    except CannotLaunch:
+        return blocks.backward(call, grad_out, out, logsumexp)
 
 
 def supports_decode(call: Call) -> str | None:
@@ -87,5 +98,9 @@ def supports_decode(call: Call) -> str | None:
 def forward_decode(call: Call) -> tuple[Tensor, Tensor]:
     """As `forward`, with the keys split among programs."""
     from attnfx.kernels.flash import split
+    from attnfx.kernels.flash.fallback import CannotLaunch
 
-    return split.forward(call)
+    try:
+        return split.forward(call)
+    except CannotLaunch:
+        return forward(call)

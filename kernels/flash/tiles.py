@@ -6,6 +6,7 @@ fewest instructions per FLOP among the shapes that were tried. None of these was
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -50,6 +51,7 @@ FORWARD = {
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
 INTERPRETED = Tile(32, 32, 1, 1)
+LEAST = Tile(16, 16, 1, 1)
 
 
 def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
@@ -62,14 +64,32 @@ def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
     return table[arch, next((d for d in dims if d >= width), dims[-1])]
 
 
-def forward_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
-    """The tile of the forward kernel for a head dim padded to `width`."""
+def _and_smaller(first: Row, others: Iterable[Row], size: Callable[[Row], int]) -> list[Row]:
+    """A row of a table, then those of others that are smaller, each less than the one before."""
+    out = [first]
+    for row in sorted(others, key=size, reverse=True):
+        if size(row) < size(out[-1]):
+            out.append(row)
+    return out
+
+
+def _size(tile: Tile) -> int:
+    return tile.rows + tile.keys * tile.stages
+
+
+def _sizes(tiles: tuple[Tile, Tile]) -> int:
+    return max(_size(tiles[0]), _size(tiles[1]))
+
+
+def forward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
+    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit."""
     if device.type != "cuda":
-        return INTERPRETED
+        return [INTERPRETED, LEAST]
     if dtype == torch.float32:
-        return pick(SINGLE, 80, width)
+        return _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size)
     major, minor = torch.cuda.get_device_capability(device)
-    return pick(FORWARD, 10 * major + minor, width)
+    first = pick(FORWARD, 10 * major + minor, width)
+    return _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size)
 
 
 # of the pass over keys, then of the pass over rows
@@ -93,15 +113,17 @@ BACKWARD = {
 }
 
 
-def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> tuple[Tile, Tile]:
-    """The tiles of the pass over keys and of the pass over rows, for a head dim padded to `width`."""
+def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[tuple[Tile, Tile]]:
+    """The tiles of the pass over keys and of the pass over rows for a head dim padded to `width`, then smaller ones."""
     if device.type != "cuda":
-        return INTERPRETED, INTERPRETED
+        return [(INTERPRETED, INTERPRETED), (LEAST, LEAST)]
+    single = [(tile, tile) for tile in SINGLE_BACKWARD.values()]
     if dtype == torch.float32:
         tile = pick(SINGLE_BACKWARD, 80, width)
-        return tile, tile
+        return _and_smaller((tile, tile), single, _sizes)
     major, minor = torch.cuda.get_device_capability(device)
-    return pick(BACKWARD, 10 * major + minor, width)
+    first = pick(BACKWARD, 10 * major + minor, width)
+    return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
 
 
 # `rows` is not of the table: it is the queries of one group of heads
@@ -118,11 +140,13 @@ DECODE = {
 }
 
 
-def decode_tile(device: torch.device, dtype: torch.dtype, width: int) -> Tile:
-    """The tile of the decode kernel for a head dim padded to `width`."""
+def decode_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
+    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones."""
     if device.type != "cuda":
-        return INTERPRETED
+        return [INTERPRETED, LEAST]
     if dtype == torch.float32:
-        return Tile(16, 32 if width <= 128 else 16, 4, 2)
-    major, minor = torch.cuda.get_device_capability(device)
-    return pick(DECODE, 10 * major + minor, width)
+        first = Tile(16, 32 if width <= 128 else 16, 4, 2)
+    else:
+        major, minor = torch.cuda.get_device_capability(device)
+        first = pick(DECODE, 10 * major + minor, width)
+    return _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size)

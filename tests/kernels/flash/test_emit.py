@@ -54,7 +54,7 @@ def emitted(e: Expr, b=1, h=2, wide=frozenset()):
     """The values of a float or truth value over (i, j), from the generated functions."""
     name = "keep" if e.kind == BOOL else "score"
     score, keep = (A.DOT, e) if e.kind == BOOL else (A.to_float(e), None)
-    made = Program(True, 1.0, score, keep, None, None, A.const(1.0), None, (), (), ())
+    made = Program(True, 1.0, score, keep, None, None, A.const(1.0), None, None, (), (), ())
     functions = module.load(emit(SPEC, made, wide).text)
     dots = torch.tensor([[dot_at(i, j) for j in range(8)] for i in range(8)])
     out, captures = torch.empty(8, 8), tensors()
@@ -164,7 +164,7 @@ def test_floats_are_the_interpreters(name):
 
 def test_captures_beyond_32_bits_are_addressed_with_64():
     check(FLOATS["sum"], wide=frozenset((0, 1)))
-    text = emit(SPEC, Program(True, 1.0, ROW, None, None, None, ROW, None, (), (), ()), frozenset((0,))).text
+    text = emit(SPEC, Program(True, 1.0, ROW, None, None, None, ROW, None, None, (), (), ()), frozenset((0,))).text
     assert "tl.int64" in text
 
 

@@ -12,7 +12,7 @@ from attnfx.ir.expr import node
 from attnfx.kernels import chunked
 from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Evaluator, block_axes
-from attnfx.kernels.flash import launch, split, tier
+from attnfx.kernels.flash import gradients, launch, split, tier
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
@@ -204,6 +204,41 @@ def test_rows_without_a_live_key_give_what_eager_gives(keep, fill, safe):
         assert out[0, 0, dead].isnan().all() if not safe else not out[0, 0, dead].any()
 
 
+def outside(load):
+    """A load that is added behind the mask, so that rows without a live key depend on it as well."""
+    return A.add(masked(A.and_(CAUSAL, PAD), FINITE), load)
+
+
+BEHIND = {
+    "by head, row and key": (outside(A.load(1, [H, I, J], "f")), rand(2, 37, 41)),
+    "by distance": (outside(A.load(1, [A.add(clipped, A.const(5)), H], "f")), rand(11, 2)),
+    "by key": (outside(A.load(1, [B, J], "f")), rand(2, 41)),
+    "by row": (outside(A.mul(A.load(1, [H, I], "f"), A.to_float(J))), rand(2, 37)),
+    "head mask": (masked(A.and_(CAUSAL, PAD), FINITE), rand(2)),
+}
+
+
+@pytest.mark.parametrize("name", BEHIND)
+def test_captures_have_their_gradient_from_rows_without_a_live_key(name):
+    score, capture = BEHIND[name]
+    weight = A.mul(A.load(1, [H], "f"), A.PROB) if name == "head mask" else A.PROB
+    captures = Capture("b", 2), Capture("f", capture.ndim, True)
+    _, logsumexp = compare(AttentionSpec(score=score, weight=weight, captures=captures), (padding, capture))
+    assert (logsumexp <= FINITE / 2).any()
+
+
+def test_the_backward_pass_asks_the_device_nothing(monkeypatch):
+    def asked(*args):
+        raise AssertionError("a number is read from the device")
+
+    call = Call(AttentionSpec(score=masked(PAD, FINITE), captures=(Capture("b", 2),)), *tensors(), (padding,), (), None)
+    out, logsumexp = launch.forward(call, TILE)
+    monkeypatch.setattr(gradients.Launch, "run", lambda self, device: None)
+    for name in ("item", "tolist", "cpu", "__bool__", "__int__", "__float__"):
+        monkeypatch.setattr(torch.Tensor, name, asked)
+    backward(call, out, out, logsumexp, (TILE, TILE))
+
+
 def test_a_fill_that_is_added_leaves_a_row_its_own_softmax():
     keep = A.ge(J, A.const(12))
     spec = AttentionSpec(score=masked(A.and_(CAUSAL, keep), -100000.0))  # no mask: a bias like any other
@@ -317,7 +352,7 @@ def test_the_two_tiers_agree_on_logsumexp():
     inputs = tensors()
     spec = AttentionSpec(score=masked(CAUSAL), extra=(A.const(0.0),))
     ours = launch.forward(Call(spec, *inputs, (), (), None), TILE)[1]
-    theirs = chunked.forward(spec, *inputs)[1]
+    theirs = chunked.forward(Call(spec, *inputs, (), (), None))[1]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 

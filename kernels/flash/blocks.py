@@ -1,6 +1,6 @@
-"""Rows that a finite fill leaves without a live key average over every key: their backward pass.
+"""A call of these tiers without its kernels: the chunked algorithm, with the kernels' own draw of dropout.
 
-They are few, and the kernels leave them out; the chunked tier computes them, with the kernels' own draw of dropout.
+One pass may run in blocks and the other on a kernel, so both must drop the same weights.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tenso
     return c0, c1, c2, c3
 
 
-class _Run(chunked.Run):
+class Run(chunked.Run):
     """A chunked run whose dropout is that of the kernels."""
 
     def drop(self, at: chunked.Block, like: Tensor) -> Tensor | None:
@@ -47,22 +47,13 @@ class _Run(chunked.Run):
         return (bits >= round(p * 2**32)).to(like.dtype) / (1.0 - p if p < 1.0 else 1.0)
 
 
-def add_gradients(
-    call: Call, grad_out: Tensor, logsumexp: Tensor, below: float, grads: list[Tensor], captures: dict[int, Tensor]
-) -> None:
-    """Adds what the rows whose logsumexp is at most `below` give to the gradients of query, key and value in `grads`,
-    and to those of the captures by slot. Asks the device whether there are any."""
-    dead = logsumexp <= below
-    if not bool(dead.any()):
-        return
-    run = _Run(call)
-    run.plan.widen(logsumexp)
-    query = torch.zeros_like(call.query, dtype=run.compute)
-    found = chunked.Gradients(run, query)
-    through = chunked.ThroughValues(run, torch.where(dead[..., None], grad_out, 0.0))
-    for blocks in run.plan.blocks(run.plan.doubtful):
-        found.add_blocks(blocks, through)
-    for total, part in zip(grads, (query, found.key, through.value)):
-        total += part.to(total.dtype)
-    for slot, part in found.captures.items():
-        captures[slot] += part
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """As the tier's forward pass."""
+    return chunked.forward(call, Run(call))
+
+
+def backward(
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As the tier's backward pass."""
+    return chunked.backward(call, grad_out, out, logsumexp, Run(call))

@@ -1,0 +1,256 @@
+"""Measures the Triton kernels on a GPU and writes results/gpu.json, within the minutes that it is given.
+
+Every attention is run in turn by attnfx (on the model's own code), Inductor on the same code, flex_attention, and
+PyTorch's fused operator with its flash and its cuDNN kernels where these can express it. A row holds the time of a call
+in ms, TFLOP/s of the scores that are not masked, the share of a matrix product's measured rate, and the largest error
+against float64 over the largest value, on some rows of one head.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from gpu_programs import DECODE, PROGRAMS, Program, Tensors, live_share, reference
+from measure import machine
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+TOKENS, WIDTH = 16384, 2048  # of a batch, and of all heads together
+Run = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    program: str
+    length: int
+    head_dim: int
+    train: bool
+
+
+def cases() -> Iterator[Case]:
+    """The most telling first: what the time does not suffice for is left out from the end."""
+    for train in (False, True):
+        for name in ("full", "causal"):
+            yield Case(name, 16384, 128, train)
+    yield Case("decode", 32768, 128, False)
+    for length, dims in ((4096, (128, 64)), (16384, (64,)), (512, (128, 64)), (2048, (128, 64)), (8192, (128,))):
+        for head_dim in dims:
+            for program in PROGRAMS:
+                for train in (False, True):
+                    yield Case(program.name, length, head_dim, train)
+    for program in PROGRAMS[2:]:
+        for train in (False, True):
+            yield Case(program.name, 16384, 128, train)
+    yield Case("decode", 32768, 64, False)
+
+
+def program_of(case: Case) -> Program:
+    return next(p for p in [*PROGRAMS, DECODE] if p.name == case.program)
+
+
+def operands(case: Case, program: Program) -> tuple[list[Tensor], Tensors]:
+    """query, key and value (B, H, T, D) of bfloat16, stored as (B, T, H, D), and the program's tensors."""
+    torch.manual_seed(0)
+    heads = WIDTH // case.head_dim
+    decode = program is DECODE
+    batch = 1 if decode else max(1, TOKENS // case.length)
+
+    def make(h: int, rows: int) -> Tensor:
+        x = torch.randn(batch, rows, h, case.head_dim, device="cuda", dtype=torch.bfloat16)
+        return x.transpose(1, 2).requires_grad_(case.train)
+
+    groups = heads // program.groups
+    some = [make(heads, 1 if decode else case.length), make(groups, case.length), make(groups, case.length)]
+    return some, {n: t.cuda() for n, t in program.make(batch, heads, case.length).items()}
+
+
+# -- contenders -----------------------------------------------------------------------------------
+def by_hand(program: Program, x: Tensors, backend: str, **options: Any) -> Run:
+    fast = torch.compile(program.by_hand, backend=backend, dynamic=False, **options)
+    return lambda q, k, v: fast(q, k, v, x)
+
+
+def flex(program: Program, x: Tensors, q: Tensor, k: Tensor) -> Run:
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    score, keep = program.score, program.keep
+    score_mod = None if score is None else lambda s, b, h, i, j: score(s, h, i, j, x)
+    mask = None
+    if keep is not None:
+        batch = q.shape[0] if program.make in (PROGRAMS[5].make, PROGRAMS[6].make) else None
+        made = torch.compile(create_block_mask, dynamic=False)
+        mask = made(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], device="cuda")
+    fast = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: fast(q, k, v, score_mod, mask, enable_gqa=program.groups > 1)  # type: ignore[return-value]
+
+
+def fused(program: Program, kernel: str) -> Run:
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    assert program.fused is not None
+    backend = SDPBackend[kernel]
+
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            return torch.nn.functional.scaled_dot_product_attention(q, k, v, **program.fused)  # type: ignore[arg-type]
+
+    return run
+
+
+def contenders(program: Program, x: Tensors, q: Tensor, k: Tensor) -> dict[str, Callable[[], Run]]:
+    some: dict[str, Callable[[], Run]] = {
+        "attnfx": partial(by_hand, program, x, "attnfx", options={"rewrite": "always", "tiers": ["decode", "flash"]}),
+        "flex": partial(flex, program, x, q, k),
+        "inductor": partial(by_hand, program, x, "inductor"),
+    }
+    if program.fused is not None:
+        some |= {"sdpa flash": partial(fused, program, "FLASH_ATTENTION")}
+        some |= {"sdpa cudnn": partial(fused, program, "CUDNN_ATTENTION")}
+    return some
+
+
+# -- measuring ------------------------------------------------------------------------------------
+def call(run: Run, some: list[Tensor], grad: Tensor | None) -> Tensor:
+    with torch.set_grad_enabled(grad is not None):
+        out = run(*some)
+        if grad is not None:
+            for x in some:
+                x.grad = None
+            out.backward(grad)
+    return out.detach()
+
+
+def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
+    """Of each in turn, round after round, with a cold second-level cache: least and median ms by the GPU's clock."""
+    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    found: dict[str, list[float]] = {name: [] for name in runs}
+    end, rounds = time.perf_counter() + seconds, 0
+    while rounds < 100 and (rounds < 5 or time.perf_counter() < end):
+        rounds += 1
+        for name, run in runs.items():
+            flush.zero_()
+            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            run()
+            stop.record()
+            torch.cuda.synchronize()
+            found[name].append(start.elapsed_time(stop))
+    return {n: {"min_ms": min(t), "median_ms": statistics.median(t), "rounds": len(t)} for n, t in found.items()}
+
+
+def errors(program: Program, case: Case, run: Run, some: list[Tensor], x: Tensors) -> dict[str, float]:
+    """Of the output and, in training, of the queries' gradient, at the first and last rows of the last head."""
+    rows = torch.arange(some[0].shape[2], device="cuda")
+    rows = torch.cat([rows[:64], rows[64:][-64:]])
+    torch.manual_seed(1)
+    grad = torch.randn_like(some[0]) if case.train else None
+    out = call(run, some, grad)
+    with torch.enable_grad():
+        query = some[0].detach().clone().requires_grad_()
+        want = reference(program, query, some[1].detach(), some[2].detach(), x, rows)
+        pairs = {"out": (out[-1, -1, rows], want.detach())}
+        if grad is not None:
+            want.backward(grad[-1, -1, rows].double())
+            assert some[0].grad is not None and query.grad is not None
+            pairs["dq"] = some[0].grad[-1, -1, rows], query.grad[-1, -1, rows].double()
+    return {n: ((got.double() - w).abs().max() / w.abs().max()).item() for n, (got, w) in pairs.items()}
+
+
+def measure(case: Case, seconds: float, peak: float, copy: float) -> dict[str, Any]:
+    """A row of the results; a contender that fails has an "error"."""
+    torch._dynamo.reset()
+    program = program_of(case)
+    some, x = operands(case, program)
+    q, k, v = some
+    grad = torch.randn_like(q) if case.train else None
+    live = live_share(program, x, case.length, q.device) if program is not DECODE else 1.0
+    flops = 4.0 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * case.head_dim * live * (3.5 if case.train else 1)
+    row: dict[str, Any] = {**asdict(case), "batch": q.shape[0], "heads": q.shape[1], "live": round(live, 4), "by": {}}
+    ready: dict[str, Callable[[], object]] = {}
+    for name, make in contenders(program, x, q, k).items():
+        row["by"][name] = {}
+        try:
+            run = make()
+            row["by"][name]["errors"] = errors(program, case, run, some, x)
+            call(run, some, grad)
+            ready[name] = partial(call, run, some, grad)
+        except Exception as problem:
+            words = str(problem).strip().splitlines()
+            row["by"][name] = {"error": f"{type(problem).__name__}: {words[0] if words else ''}"[:300]}
+        torch.cuda.empty_cache()
+    for name, found in times(ready, seconds).items() if ready else ():
+        rate = flops / found["min_ms"] / 1e9
+        row["by"][name] |= found | {"tflops": round(rate, 1), "share_of_matmul": round(rate / peak, 3)}
+        if program is DECODE:
+            share = 2 * (k.numel() + v.numel()) / found["min_ms"] / 1e6 / copy
+            row["by"][name]["share_of_copy"] = round(share, 3)
+    ours = row["by"]["attnfx"].get("min_ms")
+    if ours is not None:
+        row["ratios"] = {n: round(b["min_ms"] / ours, 3) for n, b in row["by"].items() if "min_ms" in b}
+    return row
+
+
+def rates() -> tuple[float, float]:
+    """Measured here: TFLOP/s of a matrix product in bfloat16, and GB/s of a copy, read and written bytes together."""
+    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    big = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    to = torch.empty_like(big)
+    found = times({"matmul": lambda: x @ y, "copy": lambda: to.copy_(big)}, 2.0)
+    return 2 * 8192**3 / found["matmul"]["min_ms"] / 1e9, 2 * big.numel() / found["copy"]["min_ms"] / 1e6
+
+
+def line(row: dict[str, Any]) -> str:
+    what = f"{row['program']:12} {row['length']:6} D{row['head_dim']:<4}{'step' if row['train'] else 'forward':8}"
+    parts = [f"{n} {b['tflops']:.0f}" if "tflops" in b else f"[red]{n} failed[/]" for n, b in row["by"].items()]
+    return what + ", ".join(parts) + " TFLOP/s"
+
+
+@click.command(help=__doc__)
+@click.option("--minutes", default=9.0, help="No measurement starts later.")
+@click.option("--seconds", default=0.4, help="Of each measurement, beside compiling.")
+@click.option("--only", default="", help="Programs with this in their name.")
+@click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "gpu.json")
+def main(minutes: float, seconds: float, only: str, out: Path) -> None:
+    if not torch.cuda.is_available():
+        raise click.ClickException("no GPU that PyTorch can use: torch.cuda.is_available() is False")
+    console, end = Console(), time.monotonic() + 60 * minutes
+    peak, copy = rates()
+    properties = torch.cuda.get_device_properties(0)
+    record: dict[str, Any] = {
+        "machine": machine(), "gpu": properties.name, "capability": [properties.major, properties.minor],
+        "cuda": torch.version.cuda, "matmul_tflops": round(peak, 1), "copy_GBps": round(copy), "rows": [], "left": [],
+    }  # fmt: skip
+    console.print(f"{properties.name}: matmul {peak:.0f} TFLOP/s, copy {copy:.0f} GB/s")
+    chosen = [case for case in cases() if only in case.program]
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
+        task = progress.add_task("", total=len(chosen))
+        for case in chosen:
+            progress.update(task, description=f"{case.program} {case.length} D{case.head_dim}")
+            if time.monotonic() < end:
+                record["rows"].append(measure(case, seconds, peak, copy))
+                console.print(line(record["rows"][-1]))
+            else:
+                record["left"].append(asdict(case))
+            progress.advance(task)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(record, indent=1) + "\n")
+    if record["left"]:
+        console.print(
+            f"[yellow]{len(record['left'])} of {len(chosen)} were not measured: the {minutes:g} minutes were up"
+        )
+
+
+if __name__ == "__main__":
+    main()
