@@ -365,16 +365,19 @@ class Finder:
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
         query, key, val = read.operands
+        taught = any(x.node in self.facts.differentiable for x in read.operands)
+        taught = taught or any(c.grad for c in read.spec.captures)
+        if not taught or _rows_live(read, parts):  # where a fill was added or put in its place is the same
+            read = replace(read, spec=replace(read.spec, score=A.in_place(read.spec.score)))
         if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
             message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"
             hint = "Write softmax, or fill with -inf."
             raise Refused("masked_rows", message, [parts.final], hint)
-        taught = any(x.node in self.facts.differentiable for x in read.operands)
         assert parts.value_width is not None
         return Match(
             parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
             parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
-            training=taught or any(c.grad for c in read.spec.captures),
+            training=taught,
         )  # fmt: skip
 
 

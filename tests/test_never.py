@@ -734,3 +734,31 @@ def test_an_attention_that_reads_anothers_output_leaves_neither(shapes_left):
 
     check(fn, *qkv(), sites=3)
     assert shapes_left and not any(shape[-2:] == (40, 40) for shape in shapes_left)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_an_added_fill_leaves_the_scores_their_gradient_where_all_keys_are_masked(dynamic):
+    """The weights of such a row are one over the keys; a fill in the place of the scores has no gradient, an added one
+    lets it through."""
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[0, :7] = False
+    keep[1] = False
+
+    def allowed(keep, t):
+        return keep[:, None, None, :] & torch.ones(t, t, dtype=torch.bool).tril()
+
+    def put(q, k, v, keep):
+        scores = ((q @ k.mT) * 0.25).masked_fill(~allowed(keep, q.shape[2]), LOW)
+        return scores.softmax(-1) @ v
+
+    def added(q, k, v, keep):
+        return ((q @ k.mT) * 0.25 + torch.where(allowed(keep, q.shape[2]), 0.0, LOW)).softmax(-1) @ v
+
+    def multiplied(q, k, v, keep):
+        return ((q @ k.mT) * 0.25 + (1.0 - keep[:, None, None, :].to(q.dtype)) * LOW).softmax(-1) @ v
+
+    args = (*qkv(), keep)
+    for fn in (put, added, multiplied):
+        check(fn, *args, dynamic=dynamic, sites=None if dynamic else 1)
+    eager = [run(fn, args, True)[1] for fn in (put, added)]
+    assert error(*[[g] for g in eager]) > 0.1  # the two do differ there

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Sequence
 
 from attnfx.ir import poly
-from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Expr, node, walk
+from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Added, Expr, node, rebuild, walk
 from attnfx.ir.poly import Poly, by_digest
 
 LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: what cancels would take digits with it
@@ -161,8 +161,10 @@ def add(*xs: Expr) -> Expr:
                 continue
             for branch, other in ((2, 1), (1, 2)):
                 if drowning(x.args[branch]):
-                    moved = add(*rest, x.args[other])
-                    return where(x.args[0], *((moved, x.args[2]) if branch == 2 else (x.args[1], moved)))
+                    moved, fill = add(*rest, x.args[other]), x.args[branch]
+                    if _number(x.args[other]) is not None:  # else the fill stands in the place of something
+                        fill = added(fill)
+                    return where(x.args[0], *((moved, fill) if branch == 2 else (fill, moved)))
     constant = 0.0
     terms: dict[tuple[Expr, ...], float] = {}
     seen_constant = False
@@ -258,6 +260,19 @@ def drowning(x: Expr) -> bool:
     """A constant that swallows whatever finite score is added to it."""
     value = _number(x)
     return value is not None and value <= -DROWNS
+
+
+def added(fill: Expr) -> Expr:
+    """The fill as one that was added; -inf leaves no gradient that is a number."""
+    value = float(fill.value)  # type: ignore[arg-type]
+    return node("const", FLOAT, (), Added(value)) if math.isfinite(value) else fill
+
+
+def in_place(e: Expr) -> Expr:
+    """The expression with its added fills put in the place of what they swallow."""
+    if not any(type(x.value) is Added for x in walk(e)):
+        return e
+    return rebuild(e, lambda old, args: const(float(old.value)) if type(old.value) is Added else None)  # type: ignore[arg-type]
 
 
 # -- conversions ------------------------------------------------------------------------------
@@ -602,11 +617,15 @@ def where(c: Expr, x: Expr, y: Expr) -> Expr:
         return where(c, x.args[1], y)
     if y.op == "where" and y.args[0] is c:
         return where(c, x, y.args[2])
-    if x.op == "where" and x.args[2] is y:
-        return where(and_(c, x.args[0]), x.args[1], y)
+    if x.op == "where" and _one_fill(x.args[2], y):
+        return where(and_(c, x.args[0]), x.args[1], y if x.args[2] is y else in_place(y))
     if y.op == "where" and y.args[1] is x:
         return where(or_(c, y.args[0]), x, y.args[2])
     return node("where", x.kind, (c, x, y))
+
+
+def _one_fill(x: Expr, y: Expr) -> bool:
+    return x is y or (drowning(x) and _number(x) == _number(y))
 
 
 # -- reductions -------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from attnfx.ir.algebra import add, const, div, ge, le, lt, mul, neg, power, sub, unary, where
-from attnfx.ir.expr import FLOAT, Expr, walk
+from attnfx.ir.expr import FLOAT, Added, Expr, walk
 
 _ZERO, _ONE = const(0.0), const(1.0)
 
@@ -44,6 +44,8 @@ def _local(e: Expr) -> list[tuple[Expr, Expr]]:
             return [(t, _ONE) for t in a]
         case "mul":
             return [(t, mul(*(a[:n] + a[n + 1 :]))) for n, t in enumerate(a)]
+        case "where" if type(a[2].value) is Added:
+            return [(a[1], _ONE)]
         case "where":
             return [(a[1], where(a[0], _ONE, _ZERO)), (a[2], where(a[0], _ZERO, _ONE))]
         case "half":

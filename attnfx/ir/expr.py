@@ -43,6 +43,13 @@ FLOAT_UNARY = frozenset(
 )
 
 
+class Added(float):
+    """The value of a fill that was added to the scores, and not put in their place: it swallows them, but what they are
+    made of keeps its gradient. That shows in rows without a live key alone, where a masked weight is not zero."""
+
+    __slots__ = ()
+
+
 class Expr:
     """One interned node. `free` holds the names of the variables that occur in it and are not bound by a reduction."""
 
@@ -77,7 +84,7 @@ _NONE: frozenset[str] = frozenset()
 def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) -> Expr:
     """The one expression with these fields. Does not simplify."""
     # 0.0 and -0.0, 1 and True are equal as keys, and must not be merged
-    key = (op, kind, args, repr(value) if isinstance(value, (float, bool)) else value)
+    key = (op, kind, args, (type(value), repr(value)) if isinstance(value, (float, bool)) else value)
     found = _interned.get(key)
     if found is not None:
         return found

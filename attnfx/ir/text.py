@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 
-from attnfx.ir.expr import Expr, node, walk
+from attnfx.ir.expr import Added, Expr, node, walk
 
 _INFIX = {"add": " + ", "mul": " * ", "and": " and ", "or": " or ", "floordiv": " // ", "mod": " % ",
           "lt": " < ", "le": " <= ", "eq": " == "}  # fmt: skip
@@ -57,7 +57,9 @@ def dump(roots: list[Expr]) -> list:
             if at not in number:
                 number[at] = len(nodes)
                 value = at.value
-                if isinstance(value, float) and not math.isfinite(value):
+                if type(value) is Added:
+                    value = {"added": repr(value)}
+                elif isinstance(value, float) and not math.isfinite(value):
                     value = {"float": repr(value)}
                 nodes.append([at.op, at.kind, value, [number[a] for a in at.args]])
     return [nodes, [number[r] for r in roots]]
@@ -69,7 +71,7 @@ def parse(data: list) -> list[Expr]:
     made: list[Expr] = []
     for op, kind, value, operands in nodes:
         if isinstance(value, dict):
-            value = float(value["float"])
+            value = Added(value["added"]) if "added" in value else float(value["float"])
         elif op == "const" and kind == "f":
             value = float(value)
         made.append(node(op, kind, tuple(made[a] for a in operands), value))
