@@ -122,6 +122,12 @@ def padding_on_the_left(q, k, v, keep):
     return torch.where(allowed, scores(q, k), torch.finfo(torch.float32).min).softmax(-1) @ v
 
 
+def padding_on_the_left_added(q, k, v, keep):
+    i, j = places()
+    allowed = (j <= i)[None, None] & keep.flip(1)[:, None, None, :]
+    return (scores(q, k) + torch.where(allowed, 0.0, torch.finfo(torch.float32).min)).softmax(-1) @ v
+
+
 def documents(q, k, v, doc):
     i, j = places()
     same = doc[:, None, :, None] == doc[:, None, None, :]
@@ -218,6 +224,7 @@ BY_HAND = {
     dilated: heads,
     padding_as_bert: lambda: (*heads(), padded()),
     padding_on_the_left: lambda: (*heads(), padded()),
+    padding_on_the_left_added: lambda: (*heads(), padded()),
     documents: lambda: (*heads(), torch.arange(T).div(11, rounding_mode="floor").expand(B, T)),
     row_without_a_key: heads,
     batch_without_a_key: lambda: (*heads(), padded()),
