@@ -304,13 +304,13 @@ def backward(
     sums = _Sums(call)
     for r in run.layout.blocks:
         if r.j0 >= r.j1:
-            sums.query[:, :, r.i0 : r.i1] = 0
+            sums.rows(slice(r.i0, r.i1), 0.0)
             continue
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
-        parts = _backward(
+        parts = list(_backward(
             grad[:, :, rows], run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], out[:, :, rows],
             logsumexp[:, :, rows], 0.0, run.layout.causal, attn_mask=run.mask(r), scale=run.scale,
-        )  # fmt: skip
+        ))  # fmt: skip
         sums.add(rows, keys, parts)
     query, key, value = sums.result()
     if rest is None:
@@ -326,28 +326,37 @@ class _Sums:
 
     def __init__(self, call: Call):
         self.like = call.query, call.key, call.value
-        self.query = torch.empty(call.query.shape, dtype=call.query.dtype)
+        self.query: Tensor | None = None
         self.key: Tensor | None = None
         self.value: Tensor | None = None
 
-    def add(self, rows: slice, keys: slice, parts: tuple[Tensor, Tensor, Tensor]) -> None:
+    def add(self, rows: slice, keys: slice, parts: list[Tensor]) -> None:
+        """Takes the gradients of one call out of `parts`, so that each is freed when it has been copied."""
         query, key, value = self.like
-        dq, dk, dv = parts[0][..., : query.shape[3]], parts[1][..., : key.shape[3]], parts[2][..., : value.shape[3]]
-        self.query[:, :, rows] = dq
-        if dk.shape[2] == key.shape[2] and rows == slice(0, query.shape[2]):
-            self.key, self.value = dk.contiguous(), dv.contiguous()
+        dv = parts.pop()[..., : value.shape[3]]
+        if rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2]):  # one call made it all
+            self.value = dv.contiguous()
+            del dv
+            self.key = parts.pop()[..., : key.shape[3]].contiguous()
+            self.query = parts.pop()[..., : query.shape[3]].contiguous()
             return
         if self.key is None or self.value is None:
             compute = torch.promote_types(query.dtype, torch.float32)
             self.key, self.value = torch.zeros(key.shape, dtype=compute), torch.zeros(value.shape, dtype=compute)
-        self.key[:, :, keys] += dk
         self.value[:, :, keys] += dv
+        self.key[:, :, keys] += parts.pop()[..., : key.shape[3]]
+        self.rows(rows, parts.pop()[..., : query.shape[3]])
+
+    def rows(self, rows: slice, part: Tensor | float) -> None:
+        """The gradient of some queries."""
+        if self.query is None:
+            self.query = torch.empty(self.like[0].shape, dtype=self.like[0].dtype)
+        self.query[:, :, rows] = part
 
     def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        _, key, value = self.like
-        if self.key is None or self.value is None:
-            return self.query, torch.zeros(key.shape, dtype=key.dtype), torch.zeros(value.shape, dtype=value.dtype)
-        return self.query, self.key.to(key.dtype), self.value.to(value.dtype)
+        made = zip((self.query, self.key, self.value), self.like)
+        query, key, value = (torch.zeros(x.shape, dtype=x.dtype) if g is None else g.to(x.dtype) for g, x in made)
+        return query, key, value
 
 
 __all__ = ["Form", "backward", "expresses", "form_of", "forward", "supports"]
