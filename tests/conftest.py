@@ -1,11 +1,19 @@
 """Every test starts with an empty compiler, no reports, a fixed seed and no caches on disk."""
 
+import atexit
 import logging
 import os
+import shutil
+import tempfile
 
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# Generated modules are kept for this run alone.
+if "ATTNFX_CACHE_DIR" not in os.environ:
+    os.environ["ATTNFX_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnfx-tests-")
+    atexit.register(shutil.rmtree, os.environ["ATTNFX_CACHE_DIR"], ignore_errors=True)
 
 import pytest
 import torch
