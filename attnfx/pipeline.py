@@ -259,7 +259,8 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
         return False
     held = value(finding.final)
     values = number(found.weight) * number(held.shape[found.rows[finding.final]])
-    decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, options, found.gives_scores)
+    training = torch.is_grad_enabled() and finding.final in facts.differentiable
+    decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, training, options, found.gives_scores)
     try:
         if decision.tier != "kept":
             replace_region(traced, facts, found, ROWS, carriers)

@@ -47,12 +47,15 @@ def decide(ask: Question, options: Options, threads: int = 1, device: Gpu | None
     return _of(kept, f"a rewrite is predicted to take {ratio:.2f} x the original's time", others)
 
 
-def decide_rows(values: int, element: int, device: str, options: Options, weights_read: bool) -> Decision:
+def decide_rows(
+    values: int, element: int, device: str, training: bool, options: Options, weights_read: bool
+) -> Decision:
     """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes.
 
-    Chunks of rows took 0.63 (talking heads) and 1.03 (the best keys) of eager's time in training, 12 heads x 4096 x 64
-    (benchmarks/rows.py, one thread of an AMD EPYC); where the scores fit into the caches there is nothing to gain.
-    `weights_read` says that a value of their size leaves the region.
+    Against Inductor on the same function (12 heads x 2048 x 64, one thread of an AMD EPYC), chunks of rows took 0.82
+    (talking heads) and 0.90 (the best keys) of the time forward, 1.05 and 1.24 in training, where only their memory is
+    less; where the scores fit into the caches there is nothing to gain. `weights_read` says that a value of their size
+    leaves the region.
     """
     chunked = Candidate("chunked", "rows", 0.0, min(values * element, ROWS_BYTES))
     kept = Candidate("kept", "inductor", 0.0, 2 * values * element)
@@ -62,6 +65,10 @@ def decide_rows(values: int, element: int, device: str, options: Options, weight
         return _of(kept, f"this version has no kernel that is faster on {device}", [chunked])
     if weights_read:
         return _of(kept, "values as large as the scores are read outside", [chunked])
+    if training:
+        return _of(
+            kept, 'in training, chunks of rows take less memory but more time: rewrite="always" does it', [chunked]
+        )
     if values * element < ROWS_BYTES:
         return _of(kept, f"the scores are smaller than {ROWS_BYTES >> 20} MiB", [chunked])
     return _of(chunked, f"whole rows, whose scores would take {values * element >> 20} MiB", [kept])

@@ -203,6 +203,11 @@ def test_the_cost_rule_leaves_small_scores_and_weights_that_are_returned():
             compiled(fn, rewrite="cost")(*qkv(b=1, t=size, s=size))
         (site,) = filed[0].sites[-1:]
         assert site.rewritten == (size == 2048) and word in site.decision.reason
+    torch._dynamo.reset()
+    with new_reports() as filed:
+        compiled(talking_heads, rewrite="cost")(*(x.requires_grad_() for x in qkv(b=1, t=2048, s=2048)))
+    (site,) = filed[0].sites
+    assert not site.rewritten and "in training" in site.decision.reason
 
 
 # -- rows that mix -----------------------------------------------------------------------------------
