@@ -11,11 +11,11 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
 from attnfx.kernels import chunked
 from attnfx.kernels.call import Call
-from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.kernels.flash import gradients, launch, split, tier
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+from tests.kernels.cases import whole_weights
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -39,23 +39,9 @@ def tensors(T=37, S=41, D=16, Dv=16, size_b=2, heads=2, groups=1, dtype=torch.fl
 
 def whole(spec, query, key, value, captures=(), sizes=(), kept=None):
     """Eager's way: the whole matrix, with autograd through everything."""
-    per_group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(per_group, 1) for x in (key, value))
-    size_b, heads, T, S = *query.shape[:3], key.shape[2]
-    dot = query @ key.mT
-    axes = block_axes((0, size_b), (0, heads), (0, T), (0, S))
-    named = dict(B=size_b, H=heads, T=T, S=S) | dict(zip(spec.sizes, sizes))
-    values = Evaluator(captures, named, axes, dot.dtype, dot.device, {A.DOT: dot})
-    prob = values.tensor(spec.score).expand(dot.shape)
-    if spec.normaliser == "softmax":
-        extra = [values.tensor(e).expand(size_b, heads, T, 1) for e in spec.extra]
-        score = torch.cat([prob, *extra], -1)
-        prob = score.softmax(-1)[..., :S]
-        if spec.safe:
-            prob = prob.masked_fill((score == -INF).all(-1, keepdim=True), 0.0)
-    values.bind(A.PROB, prob)
-    weight = values.tensor(spec.weight).expand(dot.shape)
-    return (weight if kept is None else weight * kept) @ value
+    weights = whole_weights(spec, query, key, captures, sizes)
+    value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (weights if kept is None else weights * kept) @ value
 
 
 def compare(spec, captures=(), sizes=(), tolerance=2e-5, inputs=None, tile=TILE, kept=None, seed=None, **shape):
