@@ -35,6 +35,11 @@ class Call:
         named = dict(B=self.query.shape[0], H=self.query.shape[1], T=self.query.shape[2], S=self.key.shape[2])
         return named | dict(zip(self.spec.sizes, self.given))
 
+    def outputs(self) -> tuple[Tensor, Tensor]:
+        """out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in its compute type, both empty."""
+        out = output_like(self.query, self.value.shape[3], self.out_dtype)
+        return out, self.query.new_empty(self.query.shape[:3], dtype=self.compute)
+
     @property
     def compute(self) -> torch.dtype:
         return getattr(torch, self.spec.compute)

@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels import chunked
-from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.call import Call
 from attnfx.kernels.chunked import Run
 from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
@@ -245,8 +245,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
     if not run.safe_range:
         return chunked.forward(call)
     shape = call.query.shape[:3]
-    out = output_like(call.query, run.value_width, call.out_dtype)
-    logsumexp = call.query.new_empty(shape, dtype=call.compute)
+    out, logsumexp = call.outputs()
     bad = torch.zeros(shape[2], dtype=torch.bool)
     for r in run.layout.blocks:
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)

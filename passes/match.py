@@ -31,7 +31,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, shape, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
-from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, extent, free
+from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, fill_of
 
@@ -77,9 +77,9 @@ class Match:
 
     @property
     def letters(self) -> dict[str, list[Expr]]:
-        """What the operator's b, h, i and j are made of: h is the last key axis and the grouped ones."""
-        batch, head = (self.kv_axes[:-1], self.kv_axes[-1:]) if len(self.kv_axes) > 1 else (self.kv_axes, [])
-        return {"b": batch, "h": [*head, *self.group_axes], "i": [self.row], "j": [self.column]}
+        """What the operator's b, h, i and j are made of."""
+        batch, heads = batch_and_heads(self.kv_axes, self.group_axes)
+        return {"b": batch, "h": heads, "i": [self.row], "j": [self.column]}
 
 
 @dataclass(frozen=True)

@@ -127,8 +127,8 @@ class Reader:
         by: dict[Expr, Expr] = {row: S.I, j: S.J}
         if row.args[0] is A.ONE:
             by[row] = A.ZERO
-        unflatten(by, kv[:-1] if len(kv) > 1 else kv, S.B)
-        heads = [*(kv[-1:] if len(kv) > 1 else []), *group]
+        batch, heads = batch_and_heads(kv, group)
+        unflatten(by, batch, S.B)
         unflatten(by, heads, S.H)
         lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
         out = []
@@ -207,6 +207,11 @@ def free(index: Index) -> frozenset[str]:
     return frozenset().union(*(x.free for x in index))
 
 
+def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+    """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
+    return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
+
+
 def _merge(lists: list[list[Split]]) -> list[Split]:
     out: list[Split] = []
     for splits in lists:
@@ -257,4 +262,4 @@ def _differentiable(node: Node, programs: list[Expr]) -> bool:
     return False
 
 
-__all__ = ["Operand", "Parts", "Reader", "Reading", "Refused", "extent", "flat", "free", "unflatten"]
+__all__ = ["Operand", "Parts", "Reader", "Reading", "Refused", "batch_and_heads", "extent", "flat", "free", "unflatten"]

@@ -21,7 +21,7 @@ from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.lift import Index, Opaque, argument
 from attnfx.passes.match import Finder, Match, Reduction, over_dot
-from attnfx.passes.reading import Parts, Reading, Refused, extent, flat, free, unflatten
+from attnfx.passes.reading import Parts, Reading, Refused, batch_and_heads, extent, flat, free, unflatten
 from attnfx.spec import AttentionSpec
 
 SUMS = ("sum", "mean")
@@ -209,8 +209,8 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
 
 def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
     """A program over the common axes, whose captures and sizes are those of the graph again."""
-    kv, group = source.kv_axes, source.group_axes
-    by = {S.B: flat(kv[:-1] if len(kv) > 1 else kv), S.H: flat([*(kv[-1:] if len(kv) > 1 else []), *group])}
+    batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
+    by = {S.B: flat(batch), S.H: flat(heads)}
     return substitute(substitute(_named(program, source), by), to_common)
 
 

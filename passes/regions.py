@@ -24,12 +24,11 @@ from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.match import Finding, batched
 from attnfx.passes.reading import free
-from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, _like
+from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.report import Refusal
 from attnfx.rowprogram import Call, Ref, Result, RowProgram
 
-aten = torch.ops.aten
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
 NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
@@ -308,16 +307,11 @@ def replace_region(gm: GraphModule, facts: Facts, found: Region, target: Any, ca
         raise CannotEmit("an operand is computed after a result is read")
     emit = Emitter(gm, before, carriers)
     program, inputs, sizes = _program(emit, found, facts)
-    device = value(found.final).device
-    seed = (
-        emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
-        if found.random
-        else None
-    )
+    seed = emit.seed(value(found.final).device) if found.random else None
     made = emit.call(target, inputs, sizes, seed, program.to_json())
     replaced = []
     for at, old in enumerate(found.results):
-        replaced.append((old, _like(emit, emit.call(operator.getitem, made, at), old)))
+        replaced.append((old, like(emit, emit.call(operator.getitem, made, at), old)))
     sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
     for user, d in sizes_of.items():
         source: Any = user.args[0]

@@ -74,6 +74,10 @@ class Emitter:
             node.meta = {**self.stack, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
         return node
 
+    def seed(self, device: torch.device) -> Node:
+        """A draw of PyTorch's generator that dropout is seeded by."""
+        return self.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
+
     def size(self, e: Expr) -> int | Node:
         """A size as a number, or as a node that computes it."""
         if e.op == "const":
@@ -172,15 +176,11 @@ def rewrite(
         q, k, v = (
             x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
         )
-    seed = (
-        emit.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=value(q).device)
-        if match.spec.random
-        else None
-    )
+    seed = emit.seed(value(q).device) if match.spec.random else None
     made = emit.call(operators.attention, q, k, v, *_arguments(emit, match), seed, match.spec.to_json(), tier)
     out = emit.call(operator.getitem, made, 0)
     full = [*kv, *match.group_axes, match.row, match.value_width]
-    replaced = [(final, _like(emit, _ordered(emit, out, full, match.out_index), final))]
+    replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]
     for r in reductions:
         logsumexp = emit.call(operator.getitem, made, 1)
         drawn = seed if r.spec.random else None
@@ -190,7 +190,7 @@ def rewrite(
             operators.weights, q, k, logsumexp, *_arguments(emit, r), drawn, r.spec.to_json(), "".join(keep)
         )
         left = [a for letter in keep for a in r.axes[letter]]
-        replaced.append((r.final, _like(emit, _total(emit, weights, left, r), r.final)))
+        replaced.append((r.final, like(emit, _total(emit, weights, left, r), r.final)))
     for old, new in replaced:
         new.meta = {**old.meta, **new.meta}
         old.replace_all_uses_with(new, propagate_meta=False)
@@ -240,7 +240,7 @@ def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
     return emit.call(aten.permute.default, out, order) if order != sorted(order) else out
 
 
-def _like(emit: Emitter, out: Node, final: Node) -> Node:
+def like(emit: Emitter, out: Node, final: Node) -> Node:
     """To the shape, dtype and memory layout of the node that is replaced."""
     if list(dims(out)) != list(dims(final)):
         out = emit.call(aten.reshape.default, out, [emit.size(x) for x in dims(final)])
@@ -312,4 +312,4 @@ def check(gm: GraphModule) -> None:
             assert "val" in n.meta, f"{n.name} has no example value"
 
 
-__all__ = ["CannotEmit", "Operators", "check", "clean", "dimensions", "rewrite"]
+__all__ = ["CannotEmit", "Operators", "check", "clean", "dimensions", "like", "rewrite"]

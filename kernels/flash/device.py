@@ -1,4 +1,4 @@
-"""The rates of the GPU at hand, as the driver tells them."""
+"""The GPU at hand: its compute capability, and its rates as the driver tells them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ from importlib.util import find_spec
 import torch
 
 from attnfx.cost.gpu import Gpu
+
+
+def capability(device: torch.device) -> int:
+    """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
 
 
 def rates(device: torch.device) -> Gpu | None:
@@ -23,14 +31,13 @@ def rates(device: torch.device) -> Gpu | None:
 def _rates(index: int) -> Gpu:
     from triton.runtime import driver
 
-    major, minor = torch.cuda.get_device_capability(index)
     found = driver.active.utils.get_device_properties(index)  # type: ignore[attr-defined]
     return Gpu(
-        capability=10 * major + minor,
+        capability=capability(torch.device("cuda", index)),
         multiprocessors=found["multiprocessor_count"],
         clock=found["sm_clock_rate"] / 1e6,  # kHz
         bandwidth=2 * found["mem_clock_rate"] * found["mem_bus_width"] / 8 / 1e6,  # two transfers a cycle, kHz and bits
     )
 
 
-__all__ = ["rates"]
+__all__ = ["capability", "rates"]

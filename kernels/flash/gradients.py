@@ -15,8 +15,9 @@ from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash.backward import delta_kernel
 from attnfx.kernels.flash.backward_keys import keys_kernel
 from attnfx.kernels.flash.backward_rows import rows_kernel
+from attnfx.kernels.flash.device import capability
 from attnfx.kernels.flash.fallback import first_that_runs
-from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
+from attnfx.kernels.flash.launch import Arguments, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.pairs import pairs_kernel
 from attnfx.kernels.flash.program import DIAGONAL, LOG2E, Leaf, has_gradient

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from attnfx.ir.expr import walk
-from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flash import module
+from attnfx.kernels.flash.device import capability
 from attnfx.kernels.flash.emit import emit
 from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.forward import forward_kernel
@@ -167,14 +168,6 @@ def _bytes(x: Tensor) -> Tensor:
     return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
-def capability(device: torch.device) -> int:
-    """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
-
-
 def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> dict[str, object]:
     """Two operands of a kernel that it walks along, as descriptors where both can be, else as pointers with strides."""
     made = [descriptor(x, rows, padded(x.shape[3]), capability) for x in xs]
@@ -191,8 +184,7 @@ def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
     """
     query = call.query
-    out = output_like(query, call.value.shape[3], call.out_dtype)
-    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
     tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width)
     first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))

@@ -5,11 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch
 from attnfx.kernels.flash.decode import combine_kernel, decode_kernel
+from attnfx.kernels.flash.device import capability
 from attnfx.kernels.flash.fallback import first_that_runs
-from attnfx.kernels.flash.launch import Arguments, capability, padded, tiled
+from attnfx.kernels.flash.launch import Arguments, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.tiles import Tile, decode_tiles
 
@@ -40,8 +41,7 @@ def forward(call: Call, tile: Tile | None = None, processors: int | None = None)
     Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
     """
     query = call.query
-    out = output_like(query, call.value.shape[3], call.out_dtype)
-    logsumexp = query.new_empty(query.shape[:3], dtype=torch.float32)
+    out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
     tiles = [tile] if tile is not None else decode_tiles(query.device, query.dtype, width)
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.call import Call
+from attnfx.kernels.flash.device import capability
 from attnfx.spec import AttentionSpec
 
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
@@ -27,9 +28,9 @@ def _missing(device: torch.device) -> str | None:
     if device.type != "cuda" or torch.version.hip is not None:
         return f"the kernels are for NVIDIA GPUs, the tensors are on {device}"
     if torch.cuda.is_available():
-        major, minor = torch.cuda.get_device_capability(device)
-        if 10 * major + minor < LEAST_CAPABILITY:
-            return f"the GPU is of compute capability {major}.{minor}, the kernels need 8.0"
+        found = capability(device)
+        if found < LEAST_CAPABILITY:
+            return f"the GPU is of compute capability {found // 10}.{found % 10}, the kernels need 8.0"
     return None
 
 

@@ -11,6 +11,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from attnfx.kernels.flash.device import capability
+
 Row = TypeVar("Row")
 
 
@@ -87,8 +89,7 @@ def forward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         return _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size)
-    major, minor = torch.cuda.get_device_capability(device)
-    first = pick(FORWARD, 10 * major + minor, width)
+    first = pick(FORWARD, capability(device), width)
     return _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size)
 
 
@@ -121,8 +122,7 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list
     if dtype == torch.float32:
         tile = pick(SINGLE_BACKWARD, 80, width)
         return _and_smaller((tile, tile), single, _sizes)
-    major, minor = torch.cuda.get_device_capability(device)
-    first = pick(BACKWARD, 10 * major + minor, width)
+    first = pick(BACKWARD, capability(device), width)
     return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
 
 
@@ -147,6 +147,5 @@ def decode_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[T
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:
-        major, minor = torch.cuda.get_device_capability(device)
-        first = pick(DECODE, 10 * major + minor, width)
+        first = pick(DECODE, capability(device), width)
     return _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size)
