@@ -27,23 +27,28 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a site, with its predicted cost."""
+    """One way to compute a site, with its predicted cost.
 
-    tier: str
-    kernel: str
-    predicted_ms: float
-    predicted_bytes: int
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What was chosen for a site. `predicted_ms` is for one call forward; `predicted_bytes` what is alive beyond the
-    inputs and the output at its peak. `reason` is a sentence; `alternatives` are the other candidates."""
+    predicted_ms      of one call: forward, or forward and backward where a backward pass follows
+    predicted_bytes   what is alive at its peak beyond the inputs and the output
+    saved_bytes       what is kept for the backward pass beyond the operands and the output
+    tile              rows and keys of a kernel's tile; warps and stages as Triton counts them
+    """
 
     tier: str
     kernel: str
     predicted_ms: float = 0.0
     predicted_bytes: int = 0
+    saved_bytes: int = 0
+    tile: tuple[int, int] | None = None
+    warps: int = 0
+    stages: int = 0
+
+
+@dataclass(frozen=True)
+class Decision(Candidate):
+    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates."""
+
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
 

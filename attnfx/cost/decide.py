@@ -75,9 +75,7 @@ def decide_rows(
 
 
 def _of(chosen: Candidate, reason: str, alternatives: list[Candidate]) -> Decision:
-    return Decision(
-        chosen.tier, chosen.kernel, chosen.predicted_ms, chosen.predicted_bytes, reason, tuple(alternatives)
-    )
+    return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives))
 
 
 __all__ = ["decide", "decide_rows", "evaluate"]

@@ -1,0 +1,28 @@
+"""The command `attnfx`: one module for each of its commands, imported when it is called."""
+
+from __future__ import annotations
+
+import importlib
+
+import click
+
+COMMANDS: dict[str, str] = {}  # name -> "module:function" in this package
+
+
+class Commands(click.Group):
+    """A group whose commands are imported when they are asked for: torch takes seconds to import."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return sorted(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, function = COMMANDS[cmd_name].split(":")
+        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="attnfx")
+def main() -> None:
+    """Find hand-written attention in a PyTorch model, and run it in linear memory."""
