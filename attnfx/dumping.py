@@ -14,8 +14,8 @@ from attnfx.pipeline import Result, readable
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
-    """Write the graph as Dynamo made it, the traced and the rewritten one, the report, each site's spec, and what
-    was generated for its kernel.
+    """Write the graph as Dynamo made it; the traced, lifted and rewritten one as text, DOT and GraphML; the report with
+    the decisions as text and JSON; each site's spec, and what was generated for its kernel.
 
     Gives the folder, a new `graph_N` under `dump_dir`; nothing that is there is overwritten.
     """
@@ -23,11 +23,17 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
         return None
     options.dump_dir.mkdir(parents=True, exist_ok=True)
     folder = _new_folder(options.dump_dir)
-    stages = {"dynamo": readable(gm), **result.stages}
-    for n, (name, text) in enumerate(stages.items()):
-        (folder / f"{n}_{name}.py").write_text(text)
-    (folder / "report.txt").write_text(f"{result.report}\n")
-    for site in result.report.sites:
+    report = result.report
+    (folder / "0_dynamo.py").write_text(readable(gm))
+    for n, (name, stage) in enumerate(report.stages.items(), 1):
+        (folder / f"{n}_{name}.txt").write_text(stage.listing())
+        if stage.text:
+            (folder / f"{n}_{name}.py").write_text(stage.text)
+        stage.to_dot(folder / f"{n}_{name}.dot")
+        stage.to_graphml(folder / f"{n}_{name}.graphml")
+    (folder / "report.txt").write_text(f"{report}\n")
+    (folder / "report.json").write_text(report.to_json())
+    for site in report.sites:
         if site.spec is not None:
             (folder / f"{site.name}.json").write_text(site.spec.to_json())
             (folder / f"{site.name}.txt").write_text(f"{site.where}\n{site.mask}\n{site.spec}\n")

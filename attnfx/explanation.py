@@ -30,12 +30,7 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-            found = pipeline.run(gm, chosen).report
-            for site in found.sites:
-                site.name = f"attention_{len(total.sites)}"
-                total.sites.append(site)
-            total.notes.extend(n for n in found.notes if n not in total.notes)
-            total.graphs += 1
+            total.take(pipeline.run(gm, chosen, True).report)
             return _zeros(gm)
 
         torch.compile(model, backend=backend)(*args, **kwargs)

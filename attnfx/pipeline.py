@@ -2,29 +2,37 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch._ops import HigherOrderOperator
+from torch._logging import trace_structured
 from torch.fx import GraphModule, Node
 
-from attnfx import cost
+from attnfx import breaks, cost
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
 from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
+from attnfx.passes import flops
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import dims, op_name, value, where_in_source
+from attnfx.passes.graphs import dims, op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match
+from attnfx.passes.others import others, unread, unread_bodies
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
+from attnfx.passes.stages import Recorder
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
 from attnfx.report import Refusal, Report, Site
+
+log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
@@ -38,34 +46,61 @@ BODIES = {
 }
 
 
+# Codes of refusals after which rows that are computed one by one would be the next form.
+BY_HAND = ("normaliser", "softmax_dim")  # codes that say that an exponential was divided by some sum
+THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product", "layout", "axes")
+
+
 @dataclass
 class Result:
     """`gm` is None where the graph Dynamo made should be compiled as it is."""
 
     gm: GraphModule | None
     report: Report
-    stages: dict[str, str] = field(default_factory=dict)  # name -> readable graph, kept where they are dumped
     untraceable: str = ""
 
 
-def run(gm: GraphModule, options: Options) -> Result:
-    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report."""
+def run(gm: GraphModule, options: Options, stages: bool = False) -> Result:
+    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report.
+
+    With `stages`, with `dump_dir` and where PyTorch's structured trace is read, the report holds the traced, lifted and
+    rewritten graph as data; with `dump_dir` their text too.
+    """
     report = Report()
+    ended = breaks.ended_by(gm)
     if options.rewrite == "never":
         report.notes.append('rewrite="never": nothing was looked for')
         return Result(None, report)
     if uses_functorch(gm):
         report.notes.append("the graph uses functorch transforms and passes through untouched")
+        _file_others(report, unread(gm, "functorch", "the graph uses functorch transforms"))
         return Result(None, report)
     if not _worth_tracing(gm):
+        log.debug("a graph of %d nodes holds no normaliser: not traced", len(gm.graph.nodes))
         return Result(None, report)
-    stages: dict[str, str] = {}
     try:
-        traced, changed = _graph(gm, options, report, stages)
+        kept = stages or options.dump_dir is not None or traces()
+        traced, changed = _graph(gm, options, report, ended, kept)
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
-        return Result(None, report, stages, str(problem))
-    return Result(traced if changed else None, report, stages)
+        _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
+        log.info("untraceable: %s", problem)
+        return Result(None, report, str(problem))
+    if "lifted" in report.stages:
+        publish("lifted", report.stages["lifted"].listing)
+    publish("report", report.to_json, "json")
+    log.info("%d of %d attention sites rewritten", len(report.rewritten), len(report.sites))
+    return Result(traced if changed else None, report)
+
+
+def _file_others(report: Report, found: Iterable[tuple[Node, Refusal]]) -> None:
+    """Softmaxes of which no attention was made; what a graph break has cut in two is a site that was refused."""
+    for n, why in found:
+        site = Site("", where_in_source(n), refusal=why)
+        if why.code == "graph_break":
+            report.file_site(site)
+        else:
+            report.others.append(replace(site, name=f"softmax_{len(report.others)}"))
 
 
 def _worth_tracing(gm: GraphModule) -> bool:
@@ -78,43 +113,93 @@ def _worth_tracing(gm: GraphModule) -> bool:
     return False
 
 
-def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, str]) -> tuple[GraphModule, bool]:
+def _graph(
+    gm: GraphModule, options: Options, report: Report, ended: breaks.Break | None, stages: bool, path: str = ""
+) -> tuple[GraphModule, bool]:
+    """`path` is empty for the graph itself, and leads to the body of a higher-order operator in it."""
     traced = trace(gm)
-    if options.dump_dir is not None:
-        stages["traced"] = readable(traced)
+    log.info("traced %s: %d nodes become %d", path or "a graph", len(gm.graph.nodes), len(traced.graph.nodes))
+    publish("traced", lambda: readable(traced))
+    text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
     check(traced)
-    changed = _bodies(traced, options, report)
+    changed = _bodies(traced, options, report, stages, path)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
     finder = Finder(traced)
     findings = finder.find()
     matches = [f.match for f in findings if f.match is not None]
+    log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
     find_reductions(finder, matches)
     readers = needed(matches)
     todo = []
     for finding in findings:
         sizes = numeric_dims(finding, hints)
         todo.append((finding, describe_site(finding, sizes), sizes))
+    left = list(others(finder, frozenset(a for f in findings if not f.loose for a in f.anchors), ended))
+    left += unread_bodies(traced, BODIES)
+    report.flops += flops.total(traced)
+    record = Recorder(traced, findings, text) if stages else None
     # from the last: an operand may be the output of an attention before it, which is replaced then
-    for finding, site, sizes in reversed(todo):
+    for number, (finding, site, sizes) in reversed(list(enumerate(todo))):
         changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
-    for finding, site, _ in todo:
-        if not finding.loose or site.decision is not None:
-            site.name = f"attention_{len(report.sites)}"
-            report.sites.append(site)
+        if record is not None:
+            record.rewritten(number)
+    filed = {n: site for n, (f, site, _) in enumerate(todo) if not f.loose or site.decision is not None}
+    for site in filed.values():
+        report.file_site(site)
+        log.info("%s at %s: %s", site.name, site.where, said(site))
+    dropped = [(f, site.refusal) for n, (f, site, _) in enumerate(todo) if n not in filed]
+    dropped += [(f, f.refusal) for f in finder.doubtful]
+    _file_others(report, _with_reasons(finder, left, dropped, [findings[n] for n in filed]))
     if changed:
         clean(traced)
         check(traced)
-        if options.dump_dir is not None:
-            stages["rewritten"] = readable(traced)
+        publish("rewritten", lambda: readable(traced))
+    if record is not None:
+        after = readable(traced) if text and changed else ""
+        for stage in record.stages({n: site.name for n, site in filed.items()}, after):
+            report.stage(stage.name).add(stage, path)
     return traced, changed
+
+
+def _with_reasons(
+    finder: Finder,
+    left: list[tuple[Node, Refusal]],
+    dropped: list[tuple[Finding, Refusal | None]],
+    filed: list[Finding],
+) -> list[tuple[Node, Refusal]]:
+    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were dropped
+    on the way: they tell more than that no attention was found."""
+    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors if finder.from_scores(a)}
+    seen = {a for f in filed for a in f.anchors}
+    out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
+    byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
+    return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
+
+
+def publish(name: str, text: Callable[[], str], encoding: str = "string") -> None:
+    """Give a text to PyTorch's structured trace (TORCH_TRACE, tlparse); it is not asked for where that is off."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": f"attnfx_{name}", "encoding": encoding}, payload_fn=text)
+
+
+def traces() -> bool:
+    """Whether somebody reads PyTorch's structured trace."""
+    return bool(logging.getLogger("torch.__trace").handlers)
 
 
 def readable(gm: GraphModule) -> str:
     return gm.print_readable(print_output=False)
 
 
-def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
+def said(site: Site) -> str:
+    """What became of a site, as a log line says it."""
+    if site.refusal is not None:
+        return f"kept: {site.refusal}"
+    made = site.decision
+    return "" if made is None else f"{made.tier} {f'[{made.code}] ' if made.code else ''}{made.reason}".strip()
+
+
+def _bodies(traced: GraphModule, options: Options, report: Report, stages: bool, path: str) -> bool:
     """Rewrite inside the submodules of higher-order operators; one that cannot be traced stays as it was."""
     changed = False
     for n in list(traced.graph.nodes):
@@ -127,9 +212,10 @@ def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
             if not isinstance(body, GraphModule) or not _worth_tracing(body) or uses_functorch(body):
                 continue
             try:
-                new, touched = _graph(body, options, report, {})
+                new, touched = _graph(body, options, report, None, stages, f"{path}{operand.target}/")
             except Untraceable as problem:
                 report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
+                _file_others(report, unread(body, "untraceable", f"the body could not be traced: {problem}"))
                 continue
             if touched:
                 setattr(traced, str(operand.target), new)
@@ -148,8 +234,10 @@ def number(n: Any) -> int:
 def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
     final = finding.final
     place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
-    site = Site("", place, refusal=finding.refusal)
+    site = Site("", place, refusal=finding.refusal, sizes=sizes)
     if finding.match is not None:
+        scores = sizes["B"] * sizes["H"] * sizes["T"] * sizes["S"]
+        site.flops = 2 * scores * (sizes["D"] + sizes["Dv"])
         site.spec = finding.match.spec
         symbolic = dimensions(finding.match)
         if _heads_alone(finding.match):
@@ -238,7 +326,7 @@ def _decide(
         tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
         rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
-        site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
+        site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
         return _shielded(traced, finding, site)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
@@ -253,9 +341,9 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
     facts = Facts(traced)
     found = find_region(facts, finding)
     if not isinstance(found, Region):
-        if site.refusal is not None and found.message != site.refusal.message:
-            hint = f"{site.refusal.hint} {found.message[0].upper()}{found.message[1:]}.".strip()
-            site.refusal = replace(site.refusal, hint=hint)
+        first = site.refusal
+        if first is not None and first.code in THEN_ROWS and found.code == "rows_mixed":
+            site.refusal = replace(found, message=f"{first.message}, and {found.message}")
         return False
     held = value(finding.final)
     values = number(found.weight) * number(held.shape[found.rows[finding.final]])

@@ -6,23 +6,46 @@ import threading
 import warnings
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
+from attnfx.refusals import known
 from attnfx.spec import AttentionSpec
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+    from attnfx.graphs import Stage
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like attention was left as it was: a stable code, one sentence, the graph nodes that
-    stopped the walk, and what the user can do."""
+    """Why something that looks like attention was left as it was: a stable code (of `attnfx.refusals.CODES`), the first
+    condition that failed as a sentence, the graph nodes that stopped the walk, the smallest edit that would change it
+    (the code's own where `hint` is empty), and the user's line ("file.py:88") that the nodes came from.
+
+    Raises ValueError for a code that does not exist.
+    """
 
     code: str
     message: str
     nodes: tuple[str, ...] = ()
     hint: str = ""
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        edit = known(self.code).edit
+        if not self.hint:
+            object.__setattr__(self, "hint", edit)
+
+    @property
+    def closest(self) -> str:
+        """The form nearest to this one that is rewritten."""
+        return known(self.code).closest
 
     def __str__(self) -> str:
-        return f"{self.message} [{self.code}]" + (f" {self.hint}" if self.hint else "")
+        place = f" ({self.where})" if self.where and self.where not in self.message else ""
+        return f"{self.message}{place} [{self.code}]" + (f" {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True)
@@ -47,18 +70,34 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision(Candidate):
-    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates."""
+    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; `code`,
+    of a site that is kept, is one of `attnfx.refusals.CODES`."""
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
+    code: str = ""
+
+    def __post_init__(self) -> None:
+        if self.code:
+            known(self.code)
+
+    @property
+    def original(self) -> Candidate | None:
+        """What the site costs as it was written, where that was predicted."""
+        if self.tier == "kept":
+            return self
+        return next((c for c in self.alternatives if c.tier == "kept"), None)
 
 
 @dataclass
 class Site:
     """One attention found in a graph.
 
-    dims: (B, H, G, T, S, D, Dv) as numbers, or text where symbolic. `where` is the user's "file.py:88".
-    `notes` hold assumptions, and whether a kept site was shielded from other rewriters.
+    dims    (B, H, G, T, S, D, Dv) as numbers, or text where symbolic; `sizes` are the example's numbers, with those
+            of the spec's own sizes
+    where   the user's "file.py:88"
+    notes   assumptions, and whether a kept site was shielded from other rewriters
+    flops   of its two products, forward, masks not counted; 0 where not known
     """
 
     name: str
@@ -69,6 +108,15 @@ class Site:
     decision: Decision | None = None
     refusal: Refusal | None = None
     notes: tuple[str, ...] = ()
+    sizes: dict[str, int] = field(default_factory=dict)
+    flops: int = 0
+
+    @property
+    def code(self) -> str:
+        """Why it was kept, as a stable code of `attnfx.refusals.CODES`; "" where it was rewritten."""
+        if self.refusal is not None:
+            return self.refusal.code
+        return self.decision.code if self.decision is not None else ""
 
     @property
     def rewritten(self) -> bool:
@@ -93,11 +141,22 @@ class Site:
 
 @dataclass
 class Report:
-    """What attnfx did with one model or graph."""
+    """What attnfx did with one model or graph.
+
+    sites    the attentions, rewritten or kept
+    others   softmaxes of which no attention was made: each has a refusal
+    notes    sentences about a whole graph
+    graphs   how many graphs it is about
+    flops    of all matrix products and convolutions of these graphs, forward
+    stages   "traced", "lifted", "rewritten": the graphs as data, where they were asked for (`explain`, `dump_dir`)
+    """
 
     sites: list[Site] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     graphs: int = 1
+    others: list[Site] = field(default_factory=list)
+    flops: int = 0
+    stages: dict[str, Stage] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> list[Site]:
@@ -107,39 +166,59 @@ class Report:
     def kept(self) -> list[Site]:
         return [s for s in self.sites if not s.rewritten]
 
+    def file_site(self, site: Site) -> None:
+        """Add a site, under the next name."""
+        site.name = f"attention_{len(self.sites)}"
+        self.sites.append(site)
+
+    def take(self, other: Report) -> None:
+        """Add the report of another graph of the same call."""
+        names = {s.name: f"attention_{len(self.sites) + n}" for n, s in enumerate(other.sites)}
+        for site in other.sites:
+            self.file_site(site)
+        for site in other.others:
+            self.others.append(replace(site, name=f"softmax_{len(self.others)}"))
+        for name, stage in other.stages.items():
+            self.stage(name).add(stage, f"graph_{self.graphs}/", names)
+        self.notes.extend(n for n in other.notes if n not in self.notes)
+        self.flops += other.flops
+        self.graphs += 1
+
+    def stage(self, name: str) -> Stage:
+        """The stage of this name, made where there is none yet."""
+        from attnfx.graphs import Stage
+
+        return self.stages.setdefault(name, Stage(name))
+
+    def share(self, site: Site) -> float | None:
+        """The site's part of the graphs' FLOPs; None where it is not known."""
+        return site.flops / self.flops if self.flops and site.flops else None
+
     def __iter__(self) -> Iterator[Site]:
         return iter(self.sites)
 
     def __str__(self) -> str:
-        from rich.console import Console
+        from attnfx.reporttext import text
 
-        console = Console(width=120, record=False, force_terminal=False, no_color=True)
-        with console.capture() as capture:
-            console.print(self.__rich__())
-        return capture.get().rstrip()
+        return text(self)
 
-    def __rich__(self):  # type: ignore[no-untyped-def]
-        from rich.console import Group
-        from rich.table import Table
-        from rich.text import Text
+    def __rich__(self) -> RenderableType:
+        from attnfx.reporttext import renderable
 
-        title = f"attnfx: {len(self.rewritten)} of {len(self.sites)} attention sites rewritten"
-        table = Table(title=title, title_justify="left", show_lines=False, expand=False)
-        for column in ("site", "where", "what", "mask", "decision"):
-            table.add_column(column, overflow="fold")
-        for site in self.sites:
-            table.add_row(site.name, site.where, site.summary(), site.mask, self._decided(site))
-        return Group(table, *(Text(f"note: {n}") for n in self.notes)) if self.sites or self.notes else Text(title)
+        return renderable(self)
+
+    def to_json(self) -> str:
+        """The whole report as JSON, in the schema of docs/report.md."""
+        from attnfx.reportjson import dumps
+
+        return dumps(self)
 
     @staticmethod
-    def _decided(site: Site) -> str:
-        if site.refusal is not None:
-            text = f"kept: {site.refusal}"
-        elif site.decision is not None:
-            text = f"{site.decision.tier}: {site.decision.reason}" if site.decision.reason else site.decision.tier
-        else:
-            text = ""
-        return "; ".join((text, *site.notes, *site.fallbacks))
+    def from_json(text: str) -> Report:
+        """The inverse of `to_json`. Raises ValueError for another version's text."""
+        from attnfx.reportjson import loads
+
+        return loads(text)
 
 
 _filed: deque[Report] = deque(maxlen=1000)

@@ -15,6 +15,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
+from attnfx.report import Refusal
 
 
 def op_name(node: Node) -> str:
@@ -96,3 +97,9 @@ def where_in_source(node: Node) -> str:
                 if "/torch/nn/" not in parts[1]:
                     best = found
     return best
+
+
+def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
+    """A refusal with the names of its nodes and the user's line of the first that has one."""
+    place = next((p for p in map(where_in_source, nodes) if p), "")
+    return Refusal(code, message, tuple(n.name for n in nodes), hint, place)

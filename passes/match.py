@@ -28,7 +28,7 @@ from attnfx.mask import rows_live
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, contraction, slot_node
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import dims, is_tensor, op_name, shape, value
+from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, shape, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
 from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free
@@ -112,10 +112,12 @@ class Finding:
 
 
 class Finder:
-    """The state of one search: the lifter's memo and positions of nodes."""
+    """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
+    gate between two products that did not prove to be an attention."""
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
+        self.doubtful: list[Finding] = []
         self.facts = Facts(gm)
         self.lifter = Lifter(self.facts.written, self.facts.frozen)
         self.reader = Reader(self.facts, self.lifter)
@@ -192,10 +194,11 @@ class Finder:
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
                         continue
+                    self.doubtful.append(found)
                 if n in loose:
                     message = "operators that no score program expresses stand between the weights and the values"
-                    refusal = Refusal("not_lifted", message, (n.name,))
-                    findings.append(Finding(n, refusal=refusal, anchors=loose[n], loose=True))
+                    why = refusal("not_lifted", message, n, *loose[n])
+                    findings.append(Finding(n, refusal=why, anchors=loose[n], loose=True))
         return findings
 
     def from_scores(self, anchor: Node) -> bool:
@@ -211,7 +214,7 @@ class Finder:
         except (Opaque, N.NotNormalised) as problem:
             code = getattr(problem, "code", "not_lifted")
             message = getattr(problem, "message", "the weights have no index form")
-            return Finding(n, refusal=Refusal(code, message, (n.name,)), anchors=anchors)
+            return Finding(n, refusal=refusal(code, message, *anchors, n), anchors=anchors)
 
     # -- attention written out ----------------------------------------------------------------
     def _written_out(self, final: Node) -> Match:

@@ -18,10 +18,9 @@ from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import Product, slot_node
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import kind_of, op_name, shape, value
+from attnfx.passes.graphs import kind_of, op_name, refusal, shape, value
 from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, program_splits, split_axes
 from attnfx.passes.lift import Index, Lifter
-from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, Capture
 
 
@@ -69,7 +68,7 @@ class Reading:
 class Refused(Exception):
     def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
         super().__init__(message)
-        self.refusal = Refusal(code, message, tuple(n.name for n in nodes), hint)
+        self.refusal = refusal(code, message, *nodes, hint=hint)
 
 
 class Reader:

@@ -21,7 +21,7 @@ from attnfx.ir.expr import Expr
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
 from attnfx.passes.match import Finding, batched
 from attnfx.passes.reading import free
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
@@ -90,7 +90,8 @@ def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
         except NotSeparable as p:
             problem = problem or p
     reason = str(problem) if problem else "the output has no rows that the weights have alone"
-    return Refusal("rows_mixed", f"it cannot be computed row by row: {reason}", (final.name,))
+    culprits = [problem.node] if problem is not None and problem.node is not None else []
+    return refusal("rows_mixed", f"it cannot be computed row by row: {reason}", *culprits, final)
 
 
 def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:

@@ -28,7 +28,11 @@ from attnfx.passes.lift import Opaque
 
 
 class NotSeparable(Exception):
-    """The rows cannot be computed one by one; the message says why."""
+    """The rows cannot be computed one by one; the message says why, and `node` is the operator, where it is one."""
+
+    def __init__(self, message: str, node: Node | None = None):
+        super().__init__(message)
+        self.node = node
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ def split(at: Node, row: int, extent: Expr) -> Made:
         return _split(at, row, extent)
     except NotSeparable as problem:
         place = where_in_source(at)
-        raise NotSeparable(f"{problem} ({place})" if place else str(problem)) from None
+        raise NotSeparable(f"{problem} ({place})" if place else str(problem), at) from None
 
 
 def _split(at: Node, row: int, extent: Expr) -> Made:

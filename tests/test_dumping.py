@@ -23,10 +23,13 @@ def test_every_stage_of_every_graph_is_written(tmp_path):
     for folder in (first, second):
         names = [f.name for f in sorted(folder.iterdir())]
         assert names == [
-            "0_dynamo.py", "1_traced.py", "2_rewritten.py", "attention_0.json", "attention_0.txt", "report.txt",
+            "0_dynamo.py", "1_traced.dot", "1_traced.graphml", "1_traced.py", "1_traced.txt",
+            "2_lifted.dot", "2_lifted.graphml", "2_lifted.txt",
+            "3_rewritten.dot", "3_rewritten.graphml", "3_rewritten.py", "3_rewritten.txt",
+            "attention_0.json", "attention_0.txt", "report.json", "report.txt",
         ]  # fmt: skip
     assert "aten.softmax" in (first / "1_traced.py").read_text()
-    assert "attnfx.attention" in (first / "2_rewritten.py").read_text()
+    assert "attnfx.attention" in (first / "3_rewritten.py").read_text()
     assert "score   0.25 * dot" in (first / "attention_0.txt").read_text()
     assert AttentionSpec(score=A.mul(A.const(0.25), A.DOT)).to_json() == (first / "attention_0.json").read_text()
 

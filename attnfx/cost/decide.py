@@ -32,19 +32,19 @@ def decide(ask: Question, options: Options, threads: int = 1, device: Gpu | None
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
-        return _of(kept, "no allowed tier can run it" + (f" ({why})" if why else ""), others)
+        return _of(kept, "no allowed tier can run it" + (f" ({why})" if why else ""), others, "no_tier")
     best = min(allowed, key=lambda c: c.predicted_ms)
     alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":
         return _of(best, "", alternatives)
     if ask.device != "cpu" and device is None:
-        return _of(kept, f"this version knows no rates of {ask.device}", others)
+        return _of(kept, f"this version knows no rates of {ask.device}", others, "no_rates")
     if ask.weights_read:
-        return _of(kept, f"the weights themselves are read at {ask.weights_read}", others)
+        return _of(kept, f"the weights themselves are read at {ask.weights_read}", others, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     if ratio <= GAIN:
         return _of(best, f"predicted {ratio:.2f} x the original's time", alternatives)
-    return _of(kept, f"a rewrite is predicted to take {ratio:.2f} x the original's time", others)
+    return _of(kept, f"a rewrite is predicted to take {ratio:.2f} x the original's time", others, "slower")
 
 
 def decide_rows(
@@ -62,20 +62,19 @@ def decide_rows(
     if options.rewrite == "always":
         return _of(chunked, "whole rows", [kept])
     if device != "cpu":
-        return _of(kept, f"this version has no kernel that is faster on {device}", [chunked])
+        return _of(kept, f"this version has no kernel that is faster on {device}", [chunked], "slower")
     if weights_read:
-        return _of(kept, "values as large as the scores are read outside", [chunked])
+        return _of(kept, "values as large as the scores are read outside", [chunked], "weights_read")
     if training:
-        return _of(
-            kept, 'in training, chunks of rows take less memory but more time: rewrite="always" does it', [chunked]
-        )
+        why = 'in training, chunks of rows take less memory but more time: rewrite="always" does it'
+        return _of(kept, why, [chunked], "slower")
     if values * element < ROWS_BYTES:
-        return _of(kept, f"the scores are smaller than {ROWS_BYTES >> 20} MiB", [chunked])
+        return _of(kept, f"the scores are smaller than {ROWS_BYTES >> 20} MiB", [chunked], "slower")
     return _of(chunked, f"whole rows, whose scores would take {values * element >> 20} MiB", [kept])
 
 
-def _of(chosen: Candidate, reason: str, alternatives: list[Candidate]) -> Decision:
-    return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives))
+def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:
+    return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives), code=code)
 
 
 __all__ = ["decide", "decide_rows", "evaluate"]

@@ -1,0 +1,57 @@
+"""Where Dynamo broke a graph, and why: an attention that a break cuts in two stands in two graphs.
+
+Dynamo tells the graph before a break why it ended, and names the code after it "torch_dynamo_resume_in_f_at_12": the
+line is what the two have in common.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import threading
+from dataclasses import dataclass
+
+from torch.fx import GraphModule, Node
+
+LARGEST = 1000  # breaks that are remembered
+_RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_.*_at_(\d+)')
+_known: dict[str, Break] = {}
+_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Break:
+    """`where` is the user's "file.py:88"; `reason` and `hint` are Dynamo's sentences, "" where they are not known."""
+
+    where: str
+    reason: str = ""
+    hint: str = ""
+
+
+def ended_by(gm: GraphModule) -> Break | None:
+    """The break that a graph of Dynamo ends with. It is remembered for the graph that goes on after it."""
+    cause = getattr(gm, "compile_subgraph_reason", None)
+    if cause is None or not getattr(cause, "graph_break", False) or not cause.user_stack:
+        return None
+    places = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in cause.user_stack]
+    hint = re.search(r"Hint: (.*)", cause.reason)
+    found = Break(places[-1], cause.reason.strip().splitlines()[0], hint[1] if hint else "")
+    with _lock:
+        for place in places:  # of the callers too: each of them is resumed after the call
+            _known[place] = found
+        while len(_known) > LARGEST:
+            del _known[next(iter(_known))]
+    return found
+
+
+def begun_by(node: Node) -> Break | None:
+    """The break after which the graph of a node goes on; None where the graph starts with the function."""
+    found = _RESUMED.search(node.meta.get("stack_trace") or "")
+    if found is None:
+        return None
+    place = f"{os.path.basename(found[1])}:{found[2]}"
+    with _lock:
+        return _known.get(place, Break(place))
+
+
+__all__ = ["Break", "begun_by", "ended_by"]

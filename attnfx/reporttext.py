@@ -1,0 +1,140 @@
+"""A report as text: a table of the sites, why some were kept, and the other softmaxes.
+
+Sites that differ in nothing but their names share a row: the layers of a model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
+
+from rich.console import Console, Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from attnfx.refusals import CODES
+from attnfx.report import Candidate, Report, Site
+
+WIDTH = 120
+QUIET = ("not_attention", "no_values")  # codes of other softmaxes that need no sentence
+T = TypeVar("T")
+
+
+def text(report: Report) -> str:
+    console = Console(width=WIDTH, record=False, force_terminal=False, no_color=True)
+    with console.capture() as capture:
+        console.print(renderable(report))
+    return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
+
+
+def renderable(report: Report) -> RenderableType:
+    """For `rich.print`; `text` is the same as plain text."""
+    title = f"attnfx: {len(report.rewritten)} of {len(report.sites)} attention sites rewritten"
+    lines = [*_why(report.sites), *_others(report.others), *(f"note: {n}" for n in report.notes)]
+    below = [Text(line) for line in lines]
+    return Group(_table(report, title) if report.sites else Text(title), *below)
+
+
+def _table(report: Report, title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_lines=False, expand=False)
+    for column in ("site", "where", "what", "mask", "decision"):
+        table.add_column(column, overflow="fold")
+    for column in ("ms", "MiB", "share"):
+        table.add_column(column, no_wrap=True, justify="right")
+    for sites in _groups(report.sites, lambda s: _row(s, report)):
+        shares = [x for x in map(report.share, sites) if x is not None]
+        share = f"{sum(shares):.0%}" if shares else ""
+        table.add_row(escape(names(sites)), *map(escape, _row(sites[0], report)), share)
+    return table
+
+
+def _row(site: Site, report: Report) -> tuple[str, ...]:
+    code = f"kept: {site.code}" if site.code else ""
+    made = site.decision
+    if made is None:
+        return (site.where, site.summary(), site.mask, code, "", "")
+    tier = code or made.tier
+    return (site.where, site.summary(), site.mask, tier, _times(made.original, made), _bytes(made.original, made))
+
+
+def _times(before: Candidate | None, after: Candidate) -> str:
+    """Predicted milliseconds of the original and, where it was rewritten, of the rewrite."""
+    return _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in (before, after)])
+
+
+def _bytes(before: Candidate | None, after: Candidate) -> str:
+    """Predicted MiB, as above."""
+    return _pair([_number(c.predicted_bytes / 2**20) if c is not None else "" for c in (before, after)])
+
+
+def _number(x: float) -> str:
+    return f"{x:.0f}" if x >= 100 else f"{x:.3g}" if x >= 1 else f"{x:.2g}"
+
+
+def _pair(values: list[str]) -> str:
+    return values[0] if values[0] == values[1] else " > ".join(v or "?" for v in values)
+
+
+def _why(sites: Sequence[Site]) -> Iterable[str]:
+    """A line for each reason, assumption and fallback, with the sites that share it."""
+    for group in _groups(sites, _said):
+        if said := _said(group[0]):
+            yield f"{names(group)}: {said}"
+
+
+def _said(site: Site) -> str:
+    reason = ""
+    if site.refusal is not None:
+        reason = f"kept: {site.refusal}"
+        reason += f" The closest form that is rewritten: {site.refusal.closest}."
+    elif site.decision is not None and site.decision.reason:
+        made = site.decision
+        reason = f"{made.tier}: {made.reason}"
+        if made.code:
+            reason += f" [{made.code}] {CODES[made.code].edit}"
+    return "; ".join(filter(None, (reason, *site.notes, *site.fallbacks)))
+
+
+def _others(sites: Sequence[Site]) -> Iterable[str]:
+    """The other softmaxes: those that are none of an attention's in one line, with their places."""
+    for group in _groups(sites, lambda s: s.code if s.code in QUIET else (s.where, str(s.refusal))):
+        code, refusal = group[0].code, group[0].refusal
+        places = ", ".join(f"{w} ({len(s)} times)" if len(s) > 1 else w for w, s in _places(group))
+        if code in QUIET:
+            yield f"other softmaxes: {len(group)} [{code}] at {places}"
+        else:
+            yield f"other softmax at {places}: {refusal}"
+
+
+def _places(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
+    return [(group[0].where or "an unknown line", group) for group in _groups(sites, lambda s: s.where)]
+
+
+def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
+    """The items by their keys, in the order in which these come first."""
+    found: dict[Hashable, list[T]] = defaultdict(list)
+    for item in items:
+        found[key(item)].append(item)
+    return list(found.values())
+
+
+def names(sites: Sequence[Site]) -> str:
+    """ "attention_0", or "attention_0-11", "attention_0, 2, .. 46" for several."""
+    numbers = [int(s.name.rsplit("_", 1)[1]) if s.name.startswith("attention_") else -1 for s in sites]
+    if min(numbers) < 0:
+        return ", ".join(s.name for s in sites)
+    runs: list[list[int]] = []
+    for n in numbers:
+        if runs and n == runs[-1][-1] + 1:
+            runs[-1].append(n)
+        else:
+            runs.append([n])
+    parts = [f"{r[0]}-{r[-1]}" if len(r) > 1 else str(r[0]) for r in runs]
+    if len(parts) > 4:
+        parts = [*parts[:2], f".. {parts[-1]}"]
+    return "attention_" + ", ".join(parts) + (f" ({len(sites)})" if len(sites) > 1 else "")
+
+
+__all__ = ["names", "renderable", "text"]
