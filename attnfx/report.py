@@ -213,6 +213,17 @@ class Report:
 
         return dumps(self)
 
+    def to_html(self, path: str | Path, force: bool = False) -> None:
+        """Write the report as one page for a browser, which needs no network.
+
+        Raises FileExistsError where there is a file of that name, unless `force`.
+        """
+        from attnfx.html import page
+        from attnfx.reportjson import data
+
+        with open(path, "w" if force else "x", encoding="utf-8") as file:
+            file.write(page(data(self)))
+
     @staticmethod
     def from_json(text: str) -> Report:
         """The inverse of `to_json`. Raises ValueError for another version's text."""

@@ -40,7 +40,11 @@ def test_the_code_of_the_page_runs(name, tmp_path):
     program = tmp_path / Path(name).with_suffix(".py").name.replace("-", "_")
     program.write_text(script(ROOT / name))
     scripts = Path(sys.executable).parent  # where `attnfx` is
-    environment = {**os.environ, "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}", "ATTNFX_CACHE_DIR": str(tmp_path)}
+    environment = {
+        **os.environ,
+        "PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}",
+        "ATTNFX_CACHE_DIR": str(tmp_path),
+    }
     done = subprocess.run([sys.executable, program], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{name}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
 

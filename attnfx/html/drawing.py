@@ -39,17 +39,8 @@ def draw(graph: nx.DiGraph) -> Drawing:
 
 
 def _layers(graph: nx.DiGraph) -> list[list[Hashable]]:
-    """Each node one below the lowest that it reads; one that reads nothing just above the first that reads it."""
-    depth: dict[Hashable, int] = {}
-    for n, generation in enumerate(nx.topological_generations(graph)):
-        depth.update(dict.fromkeys(generation, n))
-    for node in graph:
-        if graph.in_degree(node) == 0 and graph.out_degree(node):
-            depth[node] = max(0, min(depth[user] for user in graph.successors(node)) - 1)
-    layers: list[list[Hashable]] = [[] for _ in range(max(depth.values(), default=-1) + 1)]
-    for node, n in depth.items():
-        layers[n].append(node)
-    return [layer for layer in layers if layer]
+    """Each node just above the first that reads it; what nothing reads is at the bottom."""
+    return [list(layer) for layer in nx.topological_generations(graph.reverse(copy=False))][::-1]
 
 
 def _ordered(graph: nx.DiGraph, layers: list[list[Hashable]]) -> list[list[Hashable]]:

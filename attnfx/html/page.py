@@ -26,6 +26,8 @@ def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str
     sites = [_site(s) for s in [*report["sites"], *report["others"]]]
     rewritten = {s["name"] for s in sites if s["rewritten"]}
     graphs = [_graph(TITLES[name], report["stages"][name], rewritten) for name in TITLES if name in report["stages"]]
+    inside = {n["id"] for n in graphs[0]["nodes"] if "inner" in n} if graphs else set()
+    sites = [{**s, "drawn": s["name"] in inside} for s in sites]
     done, found = len([s for s in report["sites"] if s["rewritten"]]), len(report["sites"])
     return _template().render(
         title=f"attnfx: {done} of {found} attention sites rewritten",

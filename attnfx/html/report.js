@@ -139,15 +139,31 @@
     zoom(Math.exp(-event.deltaY / 300), event.clientX - frame.x, event.clientY - frame.y);
   }, { passive: false });
 
-  for (const button of document.querySelectorAll("[data-graph]")) {
-    button.addEventListener("click", () => {
-      current = data.graphs[Number(button.dataset.graph)];
-      open = new Set();
-      view = null;
-      for (const b of document.querySelectorAll("[data-graph]")) b.setAttribute("aria-pressed", String(b === button));
-      render();
-    });
+  function choose(number) {
+    current = data.graphs[number];
+    open = new Set();
+    view = null;
+    for (const b of document.querySelectorAll("[data-graph]")) {
+      b.setAttribute("aria-pressed", String(Number(b.dataset.graph) === number));
+    }
+    render();
   }
+
+  function show(site) {
+    choose(0);
+    open.add(site);
+    render();
+    const n = arrange(current).nodes.find((m) => m.id === site);
+    const scale = Math.min(1, svg.clientWidth / (n.w + 2 * PAD));
+    view = { x: n.x - svg.clientWidth / scale / 2, y: n.y - n.h / 2 - 3 * PAD, scale };
+    look();
+    svg.scrollIntoView({ block: "center" });
+  }
+
+  for (const b of document.querySelectorAll("[data-graph]")) {
+    b.addEventListener("click", () => choose(Number(b.dataset.graph)));
+  }
+  for (const b of document.querySelectorAll("[data-show]")) b.addEventListener("click", () => show(b.dataset.show));
   document.getElementById("closer").addEventListener("click", () => zoom(1.4));
   document.getElementById("further").addEventListener("click", () => zoom(1 / 1.4));
   document.getElementById("whole").addEventListener("click", whole);
