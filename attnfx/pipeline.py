@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
-from torch._logging import trace_structured
 from torch.fx import GraphModule, Node
 
 from attnfx import breaks, cost
@@ -68,6 +68,8 @@ def run(gm: GraphModule, options: Options, stages: bool = False) -> Result:
     """
     report = Report()
     ended = breaks.ended_by(gm)
+    if ended is not None:
+        report.notes.append(f"a graph breaks at {ended.where}: {ended.reason}")
     if options.rewrite == "never":
         report.notes.append('rewrite="never": nothing was looked for')
         return Result(None, report)
@@ -168,10 +170,15 @@ def _with_reasons(
     dropped: list[tuple[Finding, Refusal | None]],
     filed: list[Finding],
 ) -> list[tuple[Node, Refusal]]:
-    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were dropped
-    on the way: they tell more than that no attention was found."""
-    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors if finder.from_scores(a)}
-    seen = {a for f in filed for a in f.anchors}
+    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
+    dropped on the way: they tell more than that no attention was found."""
+    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
+    seen, stack = set(), [a for f in filed for a in f.anchors]
+    while stack:  # a softmax that another one is made of
+        anchor = stack.pop()
+        if anchor not in seen:
+            seen.add(anchor)
+            stack.extend(s for a in anchor.all_input_nodes for s in finder.weights.get(a, ()))
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
     byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
@@ -336,7 +343,12 @@ def _decide(
 
 def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
     """What no score program describes may still be computed row by row. True where the graph changed."""
-    if "chunked" not in options.tiers or op_name(finding.final) in SDPA:
+    if op_name(finding.final) in SDPA:
+        return False
+    if "chunked" not in options.tiers:
+        if site.refusal is not None:
+            hint = f'{site.refusal.hint} The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
+            site.refusal = replace(site.refusal, hint=hint)
         return False
     facts = Facts(traced)
     found = find_region(facts, finding)

@@ -124,7 +124,7 @@ _SITES = {
     ),
     "rows": Code(
         "The scores have no row that the query has alone",
-        "Every dimension of the scores also belongs to the keys or the values.",
+        "Every dimension of the scores also belongs to the keys or the values, as where each query has keys of its own.",
         "queries shaped (batch, heads, queries, width)",
         "Give the queries a dimension of their own, of size 1 for a single query.",
     ),
@@ -144,7 +144,7 @@ _SITES = {
         "An operand is gathered in a way that views cannot express",
         "Queries, keys or values are read at computed positions, or the output's dims cannot be brought into order.",
         "operands read through views, permutes, slices and expands",
-        "Gather with an index that does not depend on the query, or put the gathered tensor in front of the heads' split.",
+        "Gather with an index that does not depend on the query, before the heads are split.",
     ),
     "axes": Code(
         "The scores depend on an index that is no axis of the attention",

@@ -70,8 +70,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision(Candidate):
-    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; `code`,
-    of a site that is kept, is one of `attnfx.refusals.CODES`."""
+    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; the
+    `code` of a site that is kept is one of `attnfx.refusals.CODES`."""
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()

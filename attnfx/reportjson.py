@@ -88,8 +88,10 @@ def _plain(candidate: Candidate) -> Candidate:
 def tile_picture(spec: AttentionSpec, sizes: dict[str, int]) -> dict[str, Any]:
     """The mask as a picture of at most 32 x 32 tiles, for all b and h together, at the sizes of the example inputs.
 
-    {"rows", "columns": tiles; "tile": [queries, keys] of one; "picture": a string for each row of tiles, with "." for an
-    empty tile, "+" for a partial and "#" for a full one; "live_fraction": share of the scores that may be live}
+    rows, columns  how many tiles
+    tile           [queries, keys] of one
+    picture        a string for each row of tiles: "." is an empty tile, "+" a partial, "#" a full one
+    live_fraction  share of the scores that may be live
     """
     from attnfx.mask import tiles
 

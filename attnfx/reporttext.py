@@ -18,7 +18,7 @@ from attnfx.refusals import CODES
 from attnfx.report import Candidate, Report, Site
 
 WIDTH = 120
-QUIET = ("not_attention", "no_values")  # codes of other softmaxes that need no sentence
+QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes that need no sentence
 T = TypeVar("T")
 
 

@@ -85,11 +85,11 @@ class Facts:
                     stack.append(a)
         return False
 
-    def changed_before(self, base: Node, final: Node) -> bool:
-        """Whether memory that the attention at `final` read through some view of `base` is written in between."""
+    def changed_before(self, base: Node, final: Node) -> Node | None:
+        """What writes, before `final`, to memory that the attention there read through some view of `base`."""
         key = storage(base)
         if key is None or key not in self.mutations:
-            return False
+            return None
         cone, stack = {final}, [final]
         while stack:
             for a in stack.pop().all_input_nodes:
@@ -104,7 +104,8 @@ class Facts:
             if u in cone and storage(u) != key and not written_operands(u)
         ]
         first = min(reads, default=self.position[base])
-        return any(first < at < self.position[final] for at in self.mutations[key])
+        writes = [at for at in self.mutations[key] if first < at < self.position[final]]
+        return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
 
 def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, int]]:

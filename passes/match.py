@@ -113,18 +113,20 @@ class Finding:
 
 class Finder:
     """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
-    gate between two products that did not prove to be an attention."""
+    gate between two products that did not prove to be an attention; `near` the softmaxes of what is shaped as a product
+    of two batches of matrices that it comes from, by whatever operators."""
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
         self.doubtful: list[Finding] = []
+        self.near: frozenset[Node] = frozenset()
         self.facts = Facts(gm)
         self.lifter = Lifter(self.facts.written, self.facts.frozen)
         self.reader = Reader(self.facts, self.lifter)
-        self.weights = self._spread(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
-        self.scores = self._spread((n for n in gm.graph.nodes if batched(n)), unknown=True)
+        self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
+        self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
 
-    def _spread(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
+    def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
         """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds. `unknown` passes
         operators that are not understood too, where they keep the shape, so that the refusal can name them."""
         out: dict[Node, list[Node]] = {}
@@ -170,6 +172,7 @@ class Finder:
             for n in self.gm.graph.nodes
             if ("softmax" in op_name(n) or op_name(n) in SORTING) and any(a in scores for a in n.all_input_nodes)
         ]
+        self.near = frozenset(n for n in seeds if any(0 in scores.get(a, {}).values() for a in n.all_input_nodes))
         weights = self._loosely(seeds)
         found = {
             n: [s for a in n.all_input_nodes for s in weights.get(a, ())] for n in self.gm.graph.nodes if batched(n)
@@ -210,6 +213,10 @@ class Finder:
             match.anchors = anchors
             return Finding(match.final, match=match, anchors=anchors)
         except Refused as r:
+            products = [s for x in anchors for a in x.all_input_nodes for s in self.scores.get(a, ())]
+            odd = [s for s in products if value(s).is_complex()]
+            if odd and r.refusal.code == "no_product":
+                return Finding(n, refusal=refusal("dtype", "the scores are complex", *odd), anchors=anchors)
             return Finding(n, refusal=r.refusal, anchors=anchors)
         except (Opaque, N.NotNormalised) as problem:
             code = getattr(problem, "code", "not_lifted")

@@ -11,6 +11,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx.breaks import Break, begun_by
+from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal
 from attnfx.passes.match import Finder, batched
 from attnfx.report import Refusal
@@ -20,21 +21,28 @@ NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of th
 
 
 def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break that the graph ends with."""
-    products = [p for p in finder.gm.graph.nodes if batched(p)]
+    """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break at the graph's end."""
+    products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
+    flat = [p for p in products if not batched(p)]
+    of_flat = finder.descendants(flat)
     meeting = {s for p in products for a in p.all_input_nodes for s in finder.weights.get(a, ())}
     for n in finder.gm.graph.nodes:
         if n.op != "call_function" or op_name(n) not in SOFTMAXES or n in anchors:
             continue
-        if finder.from_scores(n):
+        if finder.from_scores(n) or n in finder.near:
             if ended is not None and _leaves(finder, n):
                 yield n, _broken(n, ended, "the weights leave the graph before they meet the values")
             else:
                 yield n, refusal("no_values", "the weights meet no values", n)
             continue
         begun = begun_by(n)
+        flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
         if begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the scores come from another graph")
+        elif flat_scores and n in meeting and len(dims(n)) == 2:
+            yield n, refusal("unbatched", "the scores and the weights are plain matrices", n)
+        elif flat_scores and n in meeting:
+            yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
         else:
             yield n, refusal("not_attention", "no product of queries with keys leads to it", n)
 

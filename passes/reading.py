@@ -198,8 +198,11 @@ class Reader:
         return Capture(kind, held.dim(), taught)
 
     def _unchanged(self, base: Node, final: Node) -> None:
-        if self.facts.changed_before(base, final):
-            raise Refused("mutated", f"{base.name} is changed in place between its use and the attention", [base])
+        writer = self.facts.changed_before(base, final)
+        if writer is not None:
+            raise Refused(
+                "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]
+            )
 
 
 def free(index: Index) -> frozenset[str]:
