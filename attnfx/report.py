@@ -13,6 +13,8 @@ from attnfx.refusals import known
 from attnfx.spec import AttentionSpec
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from rich.console import RenderableType
 
     from attnfx.graphs import Stage

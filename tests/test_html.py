@@ -118,7 +118,7 @@ def test_no_two_boxes_of_a_drawing_overlap_and_edges_go_down():
 
 
 def test_a_graph_of_sites_has_no_cycle():
-    """b and d are of one site, c between them is nobody's; e lies between two nodes of a third site, whose first stays outside."""
+    """c, between two nodes of a site, goes into it; x stays outside its site: another one lies between it and f."""
     graph = nx.DiGraph(["ab", "bc", "cd", "de", "xe", "ef", "xf"])
     nx.set_node_attributes(graph, {"b": "one", "d": "one", "e": "two", "x": "three", "f": "three"}, "site")
     outer, parts = collapse(graph, ["one", "two", "three"])

@@ -26,7 +26,8 @@ def tiles(rows: Sequence[str], tile: tuple[int, int]) -> Markup:
     return Markup(
         f'<figure><svg class="tiles" viewBox="0 0 {width} {height}" role="img" shape-rendering="crispEdges" '
         f'aria-label="{live:.0%} of the tiles are live">{"".join(cells)}</svg>'
-        f"<figcaption>Queries downwards, keys to the right, in tiles of {tile[0]} x {tile[1]}; {live:.0%} of them hold a live score."
+        f"<figcaption>Queries downwards, keys to the right, in tiles of {tile[0]} x {tile[1]}; {live:.0%} of them "
+        f"hold a live score."
         f"<br>{key}</figcaption></figure>"
     )
 
