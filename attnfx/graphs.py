@@ -44,8 +44,8 @@ class GraphNode:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a graph: the id of its last node, and of the operands and captures that it reads (None where
-    these are not known)."""
+    """Where a site stands in a graph: the id of its last node, and of the operands and captures that it reads
+    (None where these are not known)."""
 
     site: str
     final: str

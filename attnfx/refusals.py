@@ -124,7 +124,7 @@ _SITES = {
     ),
     "rows": Code(
         "The scores have no row that the query has alone",
-        "Every dimension of the scores also belongs to the keys or the values, as where each query has keys of its own.",
+        "Every dimension of the scores also belongs to the keys or the values: each query has keys of its own.",
         "queries shaped (batch, heads, queries, width)",
         "Give the queries a dimension of their own, of size 1 for a single query.",
     ),

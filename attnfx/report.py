@@ -181,7 +181,7 @@ class Report:
         for site in other.others:
             self.others.append(replace(site, name=f"softmax_{len(self.others)}"))
         for name, stage in other.stages.items():
-            self.stage(name).add(stage, f"graph_{self.graphs}/", names)
+            self.stage(name).add(stage, f"{self.graphs}/", names)
         self.notes.extend(n for n in other.notes if n not in self.notes)
         self.flops += other.flops
         self.graphs += 1

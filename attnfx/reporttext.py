@@ -18,6 +18,7 @@ from attnfx.refusals import CODES
 from attnfx.report import Candidate, Report, Site
 
 WIDTH = 120
+PLACE = 22  # characters of a place that are kept in one line
 QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes that need no sentence
 T = TypeVar("T")
 
@@ -41,7 +42,8 @@ def _table(report: Report, title: str) -> Table:
     table = Table(title=title, title_justify="left", show_lines=False, expand=False)
     for column in ("site", "where", "what", "mask", "decision"):
         table.add_column(column, overflow="fold")
-    for column in ("ms", "MiB", "share"):
+    table.columns[1].min_width = min(PLACE, max(len(s.where) for s in report.sites))
+    for column in ("predicted", "share"):
         table.add_column(column, no_wrap=True, justify="right")
     for sites in _groups(report.sites, lambda s: _row(s, report)):
         shares = [x for x in map(report.share, sites) if x is not None]
@@ -54,19 +56,16 @@ def _row(site: Site, report: Report) -> tuple[str, ...]:
     code = f"kept: {site.code}" if site.code else ""
     made = site.decision
     if made is None:
-        return (site.where, site.summary(), site.mask, code, "", "")
-    tier = code or made.tier
-    return (site.where, site.summary(), site.mask, tier, _times(made.original, made), _bytes(made.original, made))
+        return (site.where, site.summary(), site.mask, code, "")
+    return (site.where, site.summary(), site.mask, code or made.tier, _predicted(made.original, made))
 
 
-def _times(before: Candidate | None, after: Candidate) -> str:
-    """Predicted milliseconds of the original and, where it was rewritten, of the rewrite."""
-    return _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in (before, after)])
-
-
-def _bytes(before: Candidate | None, after: Candidate) -> str:
-    """Predicted MiB, as above."""
-    return _pair([_number(c.predicted_bytes / 2**20) if c is not None else "" for c in (before, after)])
+def _predicted(before: Candidate | None, after: Candidate) -> str:
+    """Time and peak memory of the original and, where it was rewritten, of the rewrite."""
+    both = (before, after)
+    times = _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in both])
+    sizes = _pair([_number(c.predicted_bytes / 2**20) if c is not None and c.predicted_bytes else "" for c in both])
+    return "\n".join(f"{value} {unit}" for value, unit in ((times, "ms"), (sizes, "MiB")) if value)
 
 
 def _number(x: float) -> str:

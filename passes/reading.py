@@ -153,10 +153,10 @@ class Reader:
         if found.normaliser == "none":
             score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
         slots: dict[object, Capture] = {}
-        for e in (e for program in (score, weight, *extra) for e in walk(program)):
-            if e.op in ("rsum", "rmax", "softmax", "dropout"):
-                hint = "Only the chunked tier over whole rows could run it."
-                raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final], hint)
+        whole = [e for program in (score, weight, *extra) for e in walk(program)]
+        if any(e.op in ("rsum", "rmax", "softmax", "dropout") for e in whole):
+            raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final])
+        for e in whole:
             stray = sorted(e.free - set(S.AXES))
             if stray:
                 message = f"the score depends on an index that is no axis of the attention ({stray[0]})"

@@ -160,7 +160,7 @@ def scores_of_their_own_rank(q, k, v):
     return (s - first).tanh().softmax(-1) @ v
 
 
-@obstacle("score_used", **NO_ROWS)
+@obstacle("reduction", **NO_ROWS)
 def scores_less_their_mean(q, k, v):
     s = scores(q, k)
     return (s - s.mean(-1, keepdim=True)).tanh().softmax(-1) @ v  # here
