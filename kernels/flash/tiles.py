@@ -49,6 +49,22 @@ FORWARD = {
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
+# Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
+# benchmarks/instructions.py compiles each of them; what the table above has stays the default.
+OTHERS = {
+    (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 256): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 128): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 256): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (100, 64): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 256): (Tile(64, 64, 4, 2),),
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)),
+    (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (SMALL, 256): (Tile(32, 32, 4, 2),),
+}
 # float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
