@@ -3,13 +3,12 @@
 import pytest
 
 from attnfx.cost import Question, decide
-from attnfx.cost.gpu import Gpu
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
 
-H100 = Gpu(capability=90, multiprocessors=132, clock=1.83, bandwidth=3350)
-A100 = Gpu(capability=80, multiprocessors=108, clock=1.41, bandwidth=2039)
+H100, A100 = Target.by_name("h100-sxm"), Target.by_name("a100-80gb")
 PLAIN = AttentionSpec(score=A.mul(A.const(0.125), A.DOT))
 CAUSAL = AttentionSpec(score=A.where(A.ge(I, J), PLAIN.score, A.const(float("-inf"))))
 WINDOW = AttentionSpec(

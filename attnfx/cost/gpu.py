@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import COPY, Kernel, Work, of_code, other, work
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, of_code, other, work
 from attnfx.cost.program import Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
@@ -24,7 +24,7 @@ from attnfx.targets import Target
 # weights read twice. Dropout adds a mask that is written and read.
 PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
 LAUNCHES, BACKWARD_LAUNCHES = 3, 6
-PRODUCTS = 0.75  # share of the dense rate that batched products of attention's shapes hold; an estimate
+PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
 EAGER_PASSES = 6  # of float32 scores in a block of eager operators, beyond one for each operation of the program
 BLOCK = 1 << 26  # scores of a block, as kernels/chunked.py cuts them
 BLOCK_ROWS = 128
@@ -78,8 +78,10 @@ class _Site:
 
     def passed(self, count: float) -> float:
         """The same, of a value that another kernel has just written: what fits stays in the last shared cache."""
-        rate = self.target.l2_bandwidth if count <= self.target.l2 / 2 else self.target.bandwidth
-        return count / (COPY * max(rate, self.target.bandwidth) * 1e6)
+        memory = self.copied(count)
+        return (
+            min(memory, count / (L2_SHARE * self.target.l2_bandwidth * 1e6)) if count <= self.target.l2 / 2 else memory
+        )
 
     def launched(self, count: float = 1.0) -> float:
         return count * self.target.launch / 1e3
@@ -213,7 +215,7 @@ class _Site:
         flops = 2.0 * scores * (dims["D"] + dims["Dv"])
         dtype = self.ask.dtype
         rate = PRODUCTS * matrix_rate(target, dtype) * target.multiprocessors * target.clock * 1e6
-        return max(flops / rate, self.copied(self.operands))
+        return max(flops / rate, self.copied(self.operands) / PRODUCTS)
 
     def original(self) -> Candidate:
         """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""

@@ -1,9 +1,9 @@
 """How long a multiprocessor takes for the steps of the programs that it holds: a closed queueing network.
 
-A step (one tile of rows by keys) asks four units of the multiprocessor for cycles: the matrix unit, the special-function
-unit, the issue of instructions, and shared memory. Independent streams of steps share the units: while one stream
-multiplies, another takes exponentials. With one stream the units' cycles add up; with many the busiest unit decides;
-mean value analysis (Reiser and Lavenberg 1980) gives what is between without a fitted constant.
+A step (one tile of rows by keys) asks four units of the multiprocessor for cycles: the matrix unit, the
+special-function unit, the issue of instructions, and shared memory. Independent streams of steps share the units: while
+one stream multiplies, another takes exponentials. With one stream the units' cycles add up; with many the busiest unit
+decides; mean value analysis (Reiser and Lavenberg 1980) gives what is between without a fitted constant.
 
 What is a stream: on GPUs whose matrix instructions are issued by single warps (before 9.0), each warp of a scheduler.
 Where warp groups hand over whole products (9.0 and later), a program: its groups take turns on the matrix unit step by
@@ -25,8 +25,8 @@ SHARED_BYTES = 128  # per cycle of a multiprocessor: 32 banks of 4 bytes, CUDA p
 RESERVED = 1024  # bytes of shared memory that the system takes of each program: CUDA programming guide, 8.0 and later
 PROGRAMS = 32  # that a multiprocessor holds at most (16 and 24 on some; no kernel here comes near)
 # Share of the stated matrix rate that a dense product holds. Single-warp instructions reach it (Sun et al. 2022,
-# "Dissecting Tensor Cores via Microbenchmarks"); warp-group products of an H200 measured 769 to 798 of 989 TFLOP/s under
-# its power limit; single-warp instructions there have 63% (Luo et al. 2024, arXiv:2402.13499, table of mma on Hopper).
+# "Dissecting Tensor Cores via Microbenchmarks"); warp-group products of an H200 measured 769 to 798 of 989 TFLOP/s
+# under its power limit; single-warp instructions there have 63% (Luo et al. 2024, arXiv:2402.13499, mma on Hopper).
 DENSE, DENSE_GROUPS, SINGLE_ON_GROUPS = 1.0, 0.8, 0.63
 LATENCY = 700  # cycles of a load from memory that misses the first cache: Luo et al. 2024, table of memory latency
 TRIPS = 4  # dependent loads and stores of a program around its loop: key ranges, query, first keys, output

@@ -31,7 +31,7 @@ def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[
 
     `run` must not have changed its inputs when it fails. Any other exception passes through.
     """
-    key = _key(kernel, call)
+    key = _key(kernel, call, tiles)
     while (tried := len(_failed.get(key, ()))) < len(tiles):
         try:
             return run(tiles[tried])
@@ -43,9 +43,9 @@ def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[
     raise CannotLaunch(f"the {kernel} kernel cannot run: {_failed[key][-1]}")
 
 
-def _key(kernel: str, call: Call) -> tuple[object, ...]:
+def _key(kernel: str, call: Call, tiles: Sequence[object]) -> tuple[object, ...]:
     query = call.query
-    return kernel, call.spec, query.dtype, query.shape[3], call.value.shape[3], query.device
+    return kernel, call.spec, query.dtype, query.shape[3], call.value.shape[3], tuple(tiles), query.device
 
 
 def _remember(key: tuple[object, ...], tried: int, why: str, instead: str) -> None:

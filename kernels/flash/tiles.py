@@ -99,14 +99,19 @@ def _sizes(tiles: tuple[Tile, Tile]) -> int:
     return max(_size(tiles[0]), _size(tiles[1]))
 
 
-def forward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
-    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit."""
+def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
+    return table if chosen is None else [chosen, *(tile for tile in table if tile != chosen)]
+
+
+def forward_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit; on a
+    GPU, behind the one that was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
-        return _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size)
+        return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
     first = pick(FORWARD, capability(device), width)
-    return _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size)
+    return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
 
 
 # of the pass over keys, then of the pass over rows
@@ -156,12 +161,13 @@ DECODE = {
 }
 
 
-def decode_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
-    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones."""
+def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones; on a GPU, behind the one that
+    was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:
         first = pick(DECODE, capability(device), width)
-    return _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size)
+    return _led_by(chosen, _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size))
