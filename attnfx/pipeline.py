@@ -250,8 +250,8 @@ def _decide(
         return _shielded(traced, finding, site)
     if isinstance(options.target, Target) and site.decision.tier in here:
         instead = next(t for t in map(tier_name, tiers) if t not in here)
-        why = f"decided for {options.target.name}; on this {query.device.type} it runs as {instead}"
-        site.notes = (*site.notes, f"{why}, for {here[site.decision.tier]}")
+        said = f"decided for {options.target.name}; the {query.device.type} at hand runs it as {instead}"
+        site.notes = (*site.notes, said)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")

@@ -46,9 +46,9 @@ def test_a_faster_device_is_predicted_to_be_faster():
 
 
 def test_the_predicted_rate_is_that_of_published_kernels():
-    """FlashAttention-2 reaches about 70% of an A100's 312 TFLOP/s."""
+    """FlashAttention-2 reaches about 70% of an A100's 312 TFLOP/s; the original of a graph that calls PyTorch's."""
     flops = 4 * 16 * 16384**2 * 128
-    assert flops / predicted(ask(T=16384), A100, "flash") / 1e9 == pytest.approx(0.7 * 312, rel=0.15)
+    assert flops / predicted(ask(T=16384, native=True), A100, "kept") / 1e9 == pytest.approx(0.7 * 312, rel=0.15)
 
 
 def test_few_queries_against_many_keys_get_the_decode_kernel():

@@ -78,10 +78,8 @@ class _Site:
 
     def passed(self, count: float) -> float:
         """The same, of a value that another kernel has just written: what fits stays in the last shared cache."""
-        memory = self.copied(count)
-        return (
-            min(memory, count / (L2_SHARE * self.target.l2_bandwidth * 1e6)) if count <= self.target.l2 / 2 else memory
-        )
+        memory, cache = self.copied(count), count / (L2_SHARE * self.target.l2_bandwidth * 1e6)
+        return min(memory, cache) if count <= self.target.l2 / 2 else memory
 
     def launched(self, count: float = 1.0) -> float:
         return count * self.target.launch / 1e3

@@ -97,9 +97,8 @@ class Kernel:
         inner = max(1, self.streams // max(self.resident, 1))
         delay = stall + TRIPS * LATENCY / max(steps, 1)
         one = cycles(step.times(1.0 / inner), streams, delay) * inner
-        rate = (
-            L2_SHARE * target.l2_bandwidth / (target.multiprocessors * target.clock)
-        )  # bytes of a multiprocessor in a cycle
+        # bytes that the last shared cache gives a multiprocessor in a cycle
+        rate = L2_SHARE * target.l2_bandwidth / (target.multiprocessors * target.clock)
         return steps * max(one, bytes_per_step / rate) + self.around
 
     def milliseconds(self, target: Target, part: Work, heads: int, bytes_per_step: float, repeat: int = 1) -> float:

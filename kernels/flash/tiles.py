@@ -104,8 +104,8 @@ def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
 
 
 def forward_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
-    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit; on a
-    GPU, behind the one that was chosen."""
+    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
+    on a GPU, behind the one that was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
