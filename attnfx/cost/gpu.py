@@ -13,10 +13,11 @@ from attnfx.cost.program import Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
+from attnfx.ir.expr import substitute, walk
 from attnfx.mask import key_ranges
 from attnfx.mask.keep import kept
 from attnfx.report import Candidate
-from attnfx.spec import AttentionSpec
+from attnfx.spec import AttentionSpec, I, J
 from attnfx.targets import Target
 
 # How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
@@ -98,23 +99,46 @@ class _Site:
     def flash(self) -> list[Candidate]:
         logsumexp = 4 * self.rows
         saved = logsumexp + (8 if self.ask.spec.random else 0) if self.ask.training else 0
-        back, back_bytes = self.backward() if self.ask.training else (0.0, 0)
-        out = []
         if self.ask.dtype == "float32":
             time = self.single(1.0 + (2.5 if self.ask.training else 0.0))
-            return [Candidate("flash", "triton", time, logsumexp + back_bytes, saved)]
+            return [Candidate("flash", "triton", time, logsumexp + self.between() * self.ask.training, saved)]
+        back, walked = self.backward() if self.ask.training else (0.0, frozenset())
+        held = logsumexp + self.between() * self.ask.training
+        out = []
         for code in codes("forward", self.target.capability, self.width):
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
             rows, keys, warps, stages = code.tile
             if not kernel.resident:
                 continue
             time = self.tiled(kernel, self.heads) + self.launched()
-            walks = 16 * -(-self.dims["T"] // rows) if self.masked else 0
-            out.append(
-                Candidate("flash", "triton", time + back, logsumexp + max(walks, back_bytes), saved, (rows, keys),
-                          warps, stages)
-            )  # fmt: skip
+            used = held + self.walks(walked | {("T", rows, keys)})
+            out.append(Candidate("flash", "triton", time + back, used, saved, (rows, keys), warps, stages))
         return out
+
+    def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
+        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept."""
+        return sum(16 * -(-self.dims[axis] // block) for axis, block, _ in of) if self.masked else 0
+
+    def between(self) -> int:
+        """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
+        each row (three in float32), and the largest gradient of a load before it is added up in its capture."""
+        dims, spec = self.dims, self.ask.spec
+        loads = {e for root in spec.programs for e in walk(root) if e.op == "load"}
+        largest = 0
+        for e in loads:
+            if not (isinstance(e.value, int) and spec.captures[e.value].grad):
+                continue
+            shared = (dims["B"] if "b" in e.free else 1) * (dims["H"] if "h" in e.free else 1)
+            moved = substitute(e, {I: A.add(I, A.ONE), J: A.add(J, A.ONE)})
+            if {"i", "j"} <= e.free and moved is not e:
+                size = shared * dims["T"] * dims["S"]
+            elif {"i", "j"} <= e.free:  # by j - i alone: a line for each half of a tile
+                step = codes("rows", self.target.capability, self.width)[0].tile[0]
+                size = 2 * shared * step * (-(-dims["T"] // step) + -(-dims["S"] // step))
+            else:
+                size = self.heads * dims["S" if "j" in e.free else "T"]
+            largest = max(largest, 4 * size)
+        return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
 
     def kernel(self, code: Code, products: float) -> Kernel:
         """`products`: matrix FLOPs of each score, over all of the kernel's products."""
@@ -142,30 +166,24 @@ class _Site:
         other_work = scores * (8 + self.extra.always) / (float_lanes(self.target) * clocks)
         return share * max(flops / rate + other_work, self.copied(self.operands)) + self.launched()
 
-    def backward(self) -> tuple[float, int]:
-        """(ms, bytes beyond logsumexp, the operands and their gradients) of the flash kernels' backward pass."""
-        ask, dims, target = self.ask, self.dims, self.target
+    def backward(self) -> tuple[float, frozenset[tuple[str, int, int]]]:
+        """(ms, tiles whose key or row ranges it is given) of the flash kernels' backward pass."""
+        ask, dims = self.ask, self.dims
         width_k, width_v = padded(dims["D"]), padded(dims["Dv"])
-        between = 4 * self.rows * (3 if ask.dtype == "float32" else 2)
-        leaves = [c for c in ask.spec.captures if c.grad]
-        found = 4 * self.rows if leaves else 0
-        sums = self.copied(2 * self.rows * dims["Dv"] * ask.element) + self.launched()
-        if ask.dtype == "float32":
-            return sums, between + found
-        time, walks = sums, 0
+        leaves = sum(c.grad for c in ask.spec.captures)
+        time = self.copied(2 * self.rows * dims["Dv"] * ask.element) + self.launched()  # sums of out * grad_out
+        tiles = set()
         for name, products, turned in (
             ("rows", 4 * width_k + 2 * width_v, False),
             ("keys", 4 * width_k + 4 * width_v, True),
         ):
-            kernel = self.kernel(codes(name, target.capability, self.width)[0], products)
-            if not kernel.resident:
-                return float("inf"), 0
+            code = codes(name, self.target.capability, self.width)[0]
+            kernel = self.kernel(code, products)
             group = dims["H"] // max(dims["G"], 1) if turned else 1
             once = self.tiled(kernel, self.heads // max(group, 1), group, turned) + self.launched()
-            time += once * (1 + len(leaves) if name == "rows" else 1)
-            if self.masked:
-                walks += 16 * -(-(dims["S"] if turned else dims["T"]) // (kernel.keys if turned else kernel.rows))
-        return time, between + found + walks
+            time += once if turned else once * (1 + leaves)  # each capture's gradient is a pass of its own
+            tiles.add(("S", *code.tile[1::-1]) if turned else ("T", *code.tile[:2]))
+        return time, frozenset(tiles)
 
     # -- decode ---------------------------------------------------------------------------------
     def decode(self) -> list[Candidate]:

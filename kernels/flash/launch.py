@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -189,8 +189,13 @@ def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) ->
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
     tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen)
-    first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))
+    run = partial(_run_forward, call, out, logsumexp)
+    first_that_runs("forward", call, tiles, run, chosen)
     return out, logsumexp
+
+
+def _run_forward(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile) -> None:
+    forward_launch(call, out, logsumexp, tile).run(call.query.device)
 
 
 def forward_launch(

@@ -58,7 +58,7 @@ def forward(
         for made in launches(call, out, logsumexp, tile, processors, wanted=wanted):
             made.run(query.device)
 
-    first_that_runs("decode", call, tiles, run)
+    first_that_runs("decode", call, tiles, run, chosen)
     return out, logsumexp
 
 
