@@ -15,6 +15,7 @@ from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F4
 from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
+from attnfx.passes.extract import Trial
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, value, where_in_source
@@ -24,7 +25,7 @@ from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Refusal, Report, Site
+from attnfx.report import Decision, Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
@@ -48,8 +49,9 @@ class Result:
     untraceable: str = ""
 
 
-def run(gm: GraphModule, options: Options) -> Result:
-    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report."""
+def run(gm: GraphModule, options: Options, trial: Trial | None = None) -> Result:
+    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report. A `trial`
+    is given every rewritten site, and says which sites to keep."""
     report = Report()
     if options.rewrite == "never":
         report.notes.append('rewrite="never": nothing was looked for')
@@ -61,7 +63,7 @@ def run(gm: GraphModule, options: Options) -> Result:
         return Result(None, report)
     stages: dict[str, str] = {}
     try:
-        traced, changed = _graph(gm, options, report, stages)
+        traced, changed = _graph(gm, options, report, stages, trial)
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
         return Result(None, report, stages, str(problem))
@@ -78,13 +80,17 @@ def _worth_tracing(gm: GraphModule) -> bool:
     return False
 
 
-def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, str]) -> tuple[GraphModule, bool]:
+def _graph(
+    gm: GraphModule, options: Options, report: Report, stages: dict[str, str], trial: Trial | None
+) -> tuple[GraphModule, bool]:
     traced = trace(gm)
     if options.dump_dir is not None:
         stages["traced"] = readable(traced)
     functionalise(traced)
     check(traced)
-    changed = _bodies(traced, options, report)
+    if trial is not None:
+        trial.begin(traced)
+    changed = _bodies(traced, options, report, trial)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
     finder = Finder(traced)
     findings = finder.find()
@@ -97,7 +103,7 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
         todo.append((finding, describe_site(finding, sizes), sizes))
     # from the last: an operand may be the output of an attention before it, which is replaced then
     for finding, site, sizes in reversed(todo):
-        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
+        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final), trial)
     for finding, site, _ in todo:
         if not finding.loose or site.decision is not None:
             site.name = f"attention_{len(report.sites)}"
@@ -114,7 +120,7 @@ def readable(gm: GraphModule) -> str:
     return gm.print_readable(print_output=False)
 
 
-def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
+def _bodies(traced: GraphModule, options: Options, report: Report, trial: Trial | None) -> bool:
     """Rewrite inside the submodules of higher-order operators; one that cannot be traced stays as it was."""
     changed = False
     for n in list(traced.graph.nodes):
@@ -127,7 +133,8 @@ def _bodies(traced: GraphModule, options: Options, report: Report) -> bool:
             if not isinstance(body, GraphModule) or not _worth_tracing(body) or uses_functorch(body):
                 continue
             try:
-                new, touched = _graph(body, options, report, {})
+                inner = None if trial is None else trial.body(str(operand.target))
+                new, touched = _graph(body, options, report, {}, inner)
             except Untraceable as problem:
                 report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
                 continue
@@ -212,11 +219,15 @@ def _decide(
     options: Options,
     carriers: Carriers,
     reader: Node | None,
+    trial: Trial | None,
 ) -> bool:
     """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
+    if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
+        site.refusal, site.decision = None, Decision("kept", "", reason=told)
+        return op_name(finding.final) not in SDPA and _shielded(traced, finding, site)
     if match is None:
-        return _whole_rows(traced, finding, site, options, carriers) or (
+        return _whole_rows(traced, finding, site, options, carriers, trial) or (
             not finding.loose and _shielded(traced, finding, site)
         )
     query = value(match.query.node)
@@ -236,17 +247,21 @@ def _decide(
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
-        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
+    if trial is not None:
+        trial.add(site, finding.final, replaced)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
 
 
-def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
+def _whole_rows(
+    traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers, trial: Trial | None
+) -> bool:
     """What no score program describes may still be computed row by row. True where the graph changed."""
     if "chunked" not in options.tiers or op_name(finding.final) in SDPA:
         return False
@@ -263,7 +278,9 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
     decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, training, options, found.gives_scores)
     try:
         if decision.tier != "kept":
-            replace_region(traced, facts, found, ROWS, carriers)
+            replaced = replace_region(traced, facts, found, ROWS, carriers)
+            if trial is not None:
+                trial.add(site, finding.final, replaced)
     except CannotEmit:
         return False
     site.refusal, site.decision = None, decision

@@ -52,7 +52,7 @@ def test_options_are_frozen_hashable_and_picklable():
         ("rewrite", ["cost", "always", "never"]),
         ("target", ["auto"]),
         ("memory_budget", [None]),
-        ("verify", ["off"]),
+        ("verify", ["off", "first"]),
         ("strict", [False, True]),
         ("inner", ["inductor", "aot_eager", "eager"]),
     ],
@@ -161,7 +161,6 @@ def test_dump_dir_must_not_be_a_file(tmp_path):
         ("memory_budget", "1.5 GB"),
         ("memory_budget", 0.8),
         ("memory_budget", 1.0),
-        ("verify", "first"),
         ("target", "h100-sxm"),
         ("target", object()),
     ],
@@ -183,14 +182,14 @@ def test_variables_set_the_defaults(monkeypatch, tmp_path):
         "TARGET": "auto",
         "TIERS": "chunked,library",
         "MEMORY_BUDGET": "none",
-        "VERIFY": "off",
+        "VERIFY": "first",
         "STRICT": "1",
         "DUMP_DIR": str(tmp_path),
         "INNER": "eager",
     }.items():
         monkeypatch.setenv(f"ATTNFX_{name}", text)
     assert Options.make() == Options(
-        rewrite="always", tiers=("library", "chunked", "kept"), strict=True, dump_dir=tmp_path, inner="eager"
+        rewrite="always", tiers=("library", "chunked", "kept"), verify="first", strict=True, dump_dir=tmp_path, inner="eager",
     )
     assert Options.make({"rewrite": "never"}).rewrite == "never"
     assert Options.make({"rewrite": "never"}).inner == "eager"
