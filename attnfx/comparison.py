@@ -46,7 +46,8 @@ def compare(
     in_double = InDouble(original).run
     exact = _outcome(in_double, tree_map(_wide, list(inputs)), taught, eager)
     moved = _outcome(in_double, [_wide(_moved(x, n)) for n, x in enumerate(inputs)], taught, eager)
-    labels = [*names, *(f"gradient {n}" for n, t in enumerate(taught) if t)]
+    held = [n.name for n in original.graph.nodes if n.op == "placeholder"]
+    labels = [*names, *(f"gradient of {n}" for n, t in zip(held, taught, strict=True) if t)]
     excused = any(_broken(x) for x in inputs)
     largest = max((_largest(x) for x in exact[len(names) :]), default=0.0)
     return [
