@@ -13,7 +13,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from attnfx.comparison import Difference, compare, compare_dropout
 from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
-from attnfx.passes.extract import Pair, without_dropout
+from attnfx.passes.extract import Pair, drops, without_dropout
 
 SCRIPT = '''\
 """The attention at {where} and what attnfx made of it, on the tensors of the call that showed the difference.
@@ -77,7 +77,7 @@ def differences(
     """What `verify` compares: all with dropout removed, then, where there is some, the dropout."""
     calm, calm_rewritten = without_dropout(original), without_dropout(rewritten)
     found = compare(calm, calm_rewritten, inputs, taught, names)
-    if len(calm.graph.nodes) < len(original.graph.nodes) and not any(d.problem for d in found):
+    if drops(original) and not any(d.problem for d in found):
         wrong = compare_dropout(original, rewritten, inputs)
         found.append(Difference("dropout", 0.0, 0.0, wrong))
     return found
