@@ -49,7 +49,7 @@ class Result:
     untraceable: str = ""
 
 
-def run(gm: GraphModule, options: Options, trial: Trial | None = None) -> Result:
+def run(gm: GraphModule, options: Options, *, trial: Trial | None = None) -> Result:
     """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report. A `trial`
     is given every rewritten site, and says which sites to keep."""
     report = Report()

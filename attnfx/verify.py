@@ -59,7 +59,7 @@ def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Res
     failed: list[Failure] = []
     while True:
         trial = Trial(keep)
-        result = pipeline.run(gm, options, trial)
+        result = pipeline.run(gm, options, trial=trial)
         found = _failures(trial, example_inputs, options)
         new = {n: f for n, f in found.items() if n not in keep}
         if not new:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Mapping
@@ -17,8 +19,15 @@ from typing import Any
 
 import click
 import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from attnfx.errors import RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes beside 0 and click's 2 for a wrong use of the command
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 a site was refused under --strict; "
+    "4 attnfx itself failed."
+)
 
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
 _OURS = Path(__file__).resolve().parent.parent
@@ -81,8 +90,46 @@ def users_code(what: str) -> Iterator[None]:
         raise UsersError(f"{what}:\n\n{users_traceback(problem)}") from problem
 
 
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Runs `explain` or `plan` on the user's model: what the model raises is shown as its own error, what attnfx raises
+    as a failure of attnfx (exit code 4), and a refusal under `strict` as one (exit code 3)."""
+    # PyTorch logs the traceback of an operator that fails while it is traced: the user is shown that error once
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except BackendCompilerFailed as problem:
+        cause = problem.__cause__ or problem
+        if isinstance(cause, RefusalError) or "RefusalError" in str(problem):
+            raise _failure(REFUSED, str(cause)) from problem
+        told = "".join(traceback.format_exception(cause)).rstrip()
+        raise _failure(BROKEN, f"attnfx itself failed; please report this to its issue tracker:\n\n{told}") from problem
+    except RefusalError as problem:
+        raise _failure(REFUSED, str(problem)) from problem
+    except Exception as problem:
+        raise UsersError(f"the model failed while it was traced:\n\n{users_traceback(problem)}") from problem
+    finally:
+        log.disabled = before
+
+
+def _failure(code: int, message: str) -> click.ClickException:
+    made = click.ClickException(message)
+    made.exit_code = code
+    return made
+
+
 def users_traceback(problem: BaseException) -> str:
-    """The traceback of an error without the frames of this package, and of importlib and torch above the user's."""
+    """The traceback of an error without the frames of this package, and of importlib and torch above the user's.
+
+    What Dynamo raises of an operator that failed is shown as that operator's error at the user's line.
+    """
+    stack = getattr(problem, "real_stack", None)
+    if stack and type(problem).__module__.startswith("torch._dynamo"):
+        lines = ["Traceback (most recent call last):\n", *traceback.format_list(list(stack))]
+        return "".join(lines) + _operators_own(str(problem))
     shown = traceback.TracebackException.from_exception(problem)
     at: traceback.TracebackException | None = shown
     while at is not None:
@@ -91,14 +138,20 @@ def users_traceback(problem: BaseException) -> str:
     return "".join(shown.format()).rstrip()
 
 
+def _operators_own(message: str) -> str:
+    found = re.search(r"got (\w+)\((['\"])(.*)\2\)", message, re.DOTALL)
+    return f"{found[1]}: {found[3]}" if found else message.split("\n\nfrom user code")[0]
+
+
 def _users(frames: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
-    kept = [f for f in frames if not Path(f.filename).is_relative_to(_OURS)]
+    ours = [n for n, f in enumerate(frames) if Path(f.filename).is_relative_to(_OURS)]
+    kept = frames[ours[-1] + 1 :] if ours else frames
     first = next((n for n, f in enumerate(kept) if not _is_plumbing(f.filename)), len(kept))
     return kept[first:]
 
 
 def _is_plumbing(file: str) -> bool:
-    return file.startswith("<frozen importlib") or "importlib" in file or "/torch/" in file
+    return file.startswith("<frozen importlib") or "/importlib/" in file or "/torch/" in file
 
 
 def _file(place: str) -> ModuleType:
@@ -152,5 +205,7 @@ def _kind(x: Any) -> str:
     return "None" if x is None else f"a {type(x).__name__}{inside}"
 
 
-__all__ = ["ARGUMENT_HELP", "BROKEN", "FAILED", "REFUSED", "UsersError", "load", "taken_apart", "users_code",
-           "users_traceback"]  # fmt: skip
+__all__ = [
+    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "UsersError", "load", "taken_apart", "tracing",
+    "users_code", "users_traceback",
+]  # fmt: skip
