@@ -189,7 +189,12 @@ def test_variables_set_the_defaults(monkeypatch, tmp_path):
     }.items():
         monkeypatch.setenv(f"ATTNFX_{name}", text)
     assert Options.make() == Options(
-        rewrite="always", tiers=("library", "chunked", "kept"), verify="first", strict=True, dump_dir=tmp_path, inner="eager",
+        rewrite="always",
+        tiers=("library", "chunked", "kept"),
+        verify="first",
+        strict=True,
+        dump_dir=tmp_path,
+        inner="eager",
     )
     assert Options.make({"rewrite": "never"}).rewrite == "never"
     assert Options.make({"rewrite": "never"}).inner == "eager"
@@ -214,7 +219,7 @@ def test_an_empty_variable_counts_as_unset(monkeypatch):
         ("ATTNFX_STRICT", "ture", "nearest is True"),
         ("ATTNFX_MEMORY_BUDGET", "0.5", "not available in this version"),
         ("ATTNFX_MEMORY_BUDGET", "1e99", "nearest is None"),
-        ("ATTNFX_VERIFY", "first", "not available in this version"),
+        ("ATTNFX_VERIFY", "frist", "nearest is 'first'"),
         ("ATTNFX_INNER", "induktor", "nearest is 'inductor'"),
     ],
 )

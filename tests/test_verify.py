@@ -18,7 +18,7 @@ from attnfx.ir.expr import rebuild, substitute
 from attnfx.kernels import operator
 from attnfx.passes import regions
 from attnfx.passes.match import Match
-from tests.passes.programs import CHOICES, Program, Spelling, arrange, tensors, write
+from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
 
 T = 40
@@ -35,9 +35,8 @@ def biased(q, k, v):
 
 
 def per_head(q, k, v):
-    return ((q @ k.mT) * 0.25 - PER_HEAD.view(4, 1, 1) * (torch.arange(T)[:, None] - torch.arange(T)).abs()).softmax(
-        -1
-    ) @ v
+    far = (torch.arange(T)[:, None] - torch.arange(T)).abs()
+    return ((q @ k.mT) * 0.25 - PER_HEAD.view(4, 1, 1) * far).softmax(-1) @ v
 
 
 def capped(q, k, v):
@@ -232,7 +231,8 @@ def test_the_script_runs_by_itself(tmp_path, monkeypatch):
 
 # -- right rewrites ---------------------------------------------------------------------------------------------
 def passes(fn, operands, train=True, sites=1, **options):
-    """Compiled under `verify`, every site is rewritten and says that it was verified; nothing warns. Gives the notes."""
+    """Compiled under `verify`, every site is rewritten and says that it was verified; nothing warns. Gives what it
+    says."""
     with new_reports() as filed, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.filterwarnings("error", message="attnfx")
@@ -304,3 +304,139 @@ def test_the_library_s_own_operator_passes():
         return torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     passes(fn, qkv(t=T))
+
+
+def same_as_eager(fn, operands, train=True, **options):
+    """The results of `fn` compiled under `verify` from one seed, and what was said of its sites."""
+    with new_reports() as filed:
+        torch.manual_seed(3)
+        got = run(compiled(fn, verify="first", **{"inner": "eager", **options}), operands, train)
+    torch.manual_seed(3)
+    assert error(got, run(fn, operands, train)) < 1e-5
+    return [" ".join(s.notes) for report in filed for s in report.sites]
+
+
+def test_what_the_model_writes_and_draws_happens_once():
+    def fn(q, k, v, count):
+        count.add_(1)
+        out = plain(q + count, k, v) + torch.rand(1)
+        count.mul_(3)
+        return out
+
+    results = []
+    for f in (fn, compiled(fn, verify="first", inner="eager")):
+        torch.manual_seed(3)
+        count = torch.zeros(1)
+        results.append((f(*qkv(t=T), count), count, torch.rand(1)))
+    for want, got in zip(*results):
+        assert torch.allclose(got, want, atol=1e-6)
+
+
+def test_inputs_that_share_memory_share_it_in_the_copies(monkeypatch):
+    seen, original = [], verify.repro.differences
+
+    def differences(old, new, inputs, *rest):
+        seen.extend(inputs)
+        return original(old, new, inputs, *rest)
+
+    def fn(q, k, v, a, whole):
+        a.add_(1)
+        return plain(q + whole.sum(), k, v)
+
+    monkeypatch.setattr(verify.repro, "differences", differences)
+    operands, whole = qkv(t=T), torch.zeros(2)
+    compiled(fn, verify="first", inner="eager")(*operands, whole[:1], whole)
+    assert any(torch.equal(x, operands[0] + 1) for x in seen) and whole.tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("kind", ["checkpoint", "cond"])
+def test_a_site_in_the_body_of_a_higher_order_operator_is_verified(kind):
+    def checkpoint(q, k, v):
+        return torch.utils.checkpoint.checkpoint(plain, q.sin(), k, v, use_reentrant=False)
+
+    def cond(q, k, v):
+        return torch.cond(q.sum() > -1e9, plain, lambda q, k, v: q + k + v, (q, k, v))
+
+    assert passes({"checkpoint": checkpoint, "cond": cond}[kind], qkv(t=T), train=kind == "checkpoint")
+
+
+def test_a_site_in_the_branch_that_was_not_taken_is_said_not_to_be_verified():
+    def fn(q, k, v):
+        return torch.cond(q.sum() > 1e9, plain, lambda q, k, v: q + k + v, (q, k, v))
+
+    with pytest.warns(RuntimeWarning, match=r"test_verify.py:\d+ not verified: its part of the graph did not run"):
+        (notes,) = same_as_eager(fn, qkv(t=T), train=False)
+    assert "not verified" in notes
+
+
+def test_autocast_regions_and_dynamic_shapes_pass():
+    def fn(q, k, v):
+        with torch.autocast("cpu", BF16):
+            return ((q @ k.mT) * 0.25).softmax(-1) @ v
+
+    passes(fn, qkv(t=T))
+    passes(lambda q, k, v: ((q @ k.mT) * 0.25).softmax(-1) @ v, qkv(t=T), dynamic=True)
+    assert not torch.is_autocast_enabled("cpu")
+
+
+@pytest.mark.parametrize("fill", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_rows_without_a_live_key_pass(fill):
+    def fn(q, k, v):
+        return ((q @ k.mT) * 0.25).masked_fill(~CAUSAL.tril(-1), fill).softmax(-1) @ v
+
+    passes(fn, qkv(t=T))
+
+
+def test_a_nan_in_a_key_that_is_hidden_is_excused():
+    q, k, v = qkv(t=T)
+    k[:, :, -1] = v[:, :, -1] = math.nan
+    seen = torch.arange(T) < T - 1
+    passes(lambda q, k, v: ((q @ k.mT) * 0.25).masked_fill(~seen, -math.inf).softmax(-1) @ v, (q, k, v), train=False)
+
+
+def test_where_memory_is_short_the_site_is_rewritten_and_one_warning_says_that_it_was_not_verified(monkeypatch):
+    monkeypatch.setattr(verify, "_free", lambda device: 1 << 20)
+    with pytest.warns(RuntimeWarning, match="not verified: the scores in float64 would take . MiB, and 1 MiB are free"):
+        (notes,) = same_as_eager(plain, qkv(b=8, h=8, t=T))
+    assert "not verified" in notes
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [(torch.OutOfMemoryError("CUDA out of memory"), "out of memory"), (ValueError("odd"), "ValueError: odd")],
+)
+def test_a_failure_of_the_comparison_itself_takes_nothing_down(problem, words, monkeypatch):
+    def fails(*_):
+        raise problem
+
+    monkeypatch.setattr(verify.repro, "differences", fails)
+    with pytest.warns(RuntimeWarning, match=f"not verified: {words}"):
+        same_as_eager(plain, qkv(t=T))
+
+
+def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
+    def planted(gm, match, *rest, original=pipeline.rewrite):
+        match.spec = no_scale(match.spec)
+        return original(gm, match, *rest)
+
+    def fails(*_):
+        raise PermissionError("no room")
+
+    monkeypatch.setattr(pipeline, "rewrite", planted)
+    monkeypatch.setattr(verify.repro, "write", fails)
+    with pytest.warns(RuntimeWarning, match="no script could be written under .*no room"):
+        same_as_eager(plain, qkv(t=T), dump_dir=tmp_path)
+
+
+def test_of_two_sites_the_right_one_stays_rewritten(tmp_path, monkeypatch):
+    def planted(gm, match, *rest, original=pipeline.rewrite):
+        if match.spec.score.op == "where":
+            match.spec = no_scale(match.spec)
+        return original(gm, match, *rest)
+
+    monkeypatch.setattr(pipeline, "rewrite", planted)
+    with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite gave another result"):
+        same_as_eager(lambda q, k, v: capped(plain(q, k, v), k, v), qkv(t=T), dump_dir=tmp_path)
+    first, second = filed[0].sites
+    assert not first.rewritten and second.rewritten and "verified" in " ".join(second.notes)
+    assert len(list((tmp_path / "verify").iterdir())) == 1

@@ -12,7 +12,7 @@ from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
 import attnfx
-from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, REFUSED, load, tracing
+from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
 from attnfx.errors import OptionError
 from attnfx.options import Rewrite
 from attnfx.report import Report
@@ -71,12 +71,11 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     with waiting.status("explaining"):
         report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
     if html is not None:
-        report.to_html(html, force=force)  # pyright: ignore[reportAttributeAccessIssue]
+        report.to_html(html, force=force)
     _print(report, as_json)
     refused = [s for s in report.sites if s.refusal is not None]
     if strict and refused:
-        click.echo(f"{refused[0].where or refused[0].name}: {refused[0].refusal}", err=True)
-        raise click.exceptions.Exit(REFUSED)
+        raise Refused(f"{refused[0].where or refused[0].name}: {refused[0].refusal}")
 
 
 def _of_transformers(model_type: str, size: dict[str, int]) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
@@ -110,7 +109,7 @@ def prepared(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str,
 
 def _print(report: Report, as_json: bool) -> None:
     if as_json:
-        click.echo(report.to_json())  # pyright: ignore[reportAttributeAccessIssue]
+        click.echo(report.to_json())
         return
     console = Console()
     console.print(report) if console.is_terminal else click.echo(str(report))

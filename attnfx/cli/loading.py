@@ -42,6 +42,18 @@ class UsersError(click.ClickException):
         click.echo(self.format_message(), file=file, err=file is None)
 
 
+class Refused(click.ClickException):
+    """With --strict, a site was refused."""
+
+    exit_code = REFUSED
+
+
+class Broken(click.ClickException):
+    """attnfx itself failed; the message is its traceback."""
+
+    exit_code = BROKEN
+
+
 def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """The model, and the positional and keyword arguments that it is called with.
 
@@ -104,21 +116,15 @@ def tracing() -> Iterator[None]:
     except BackendCompilerFailed as problem:
         cause = problem.__cause__ or problem
         if isinstance(cause, RefusalError) or "RefusalError" in str(problem):
-            raise _failure(REFUSED, str(cause)) from problem
+            raise Refused(str(cause)) from problem
         told = "".join(traceback.format_exception(cause)).rstrip()
-        raise _failure(BROKEN, f"attnfx itself failed; please report this to its issue tracker:\n\n{told}") from problem
+        raise Broken(f"attnfx itself failed; please report this to its issue tracker:\n\n{told}") from problem
     except RefusalError as problem:
-        raise _failure(REFUSED, str(problem)) from problem
+        raise Refused(str(problem)) from problem
     except Exception as problem:
         raise UsersError(f"the model failed while it was traced:\n\n{users_traceback(problem)}") from problem
     finally:
         log.disabled = before
-
-
-def _failure(code: int, message: str) -> click.ClickException:
-    made = click.ClickException(message)
-    made.exit_code = code
-    return made
 
 
 def users_traceback(problem: BaseException) -> str:
@@ -206,6 +212,6 @@ def _kind(x: Any) -> str:
 
 
 __all__ = [
-    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "UsersError", "load", "taken_apart", "tracing",
+    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "Broken", "Refused", "UsersError", "load", "taken_apart", "tracing",
     "users_code", "users_traceback",
 ]  # fmt: skip
