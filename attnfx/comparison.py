@@ -108,7 +108,7 @@ def _random(shape: Sequence[int], n: int, draw: Callable[..., Tensor] = torch.ra
 def _outcome(
     run: Function, inputs: Sequence[Any], taught: Sequence[bool], like: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Results, then gradients. The cotangents are rounded as those of `like` are, whose results have the same shapes."""
+    """Results, then gradients. The cotangents are rounded as the results of `like` are, which have the same shapes."""
     leaves = [x.detach().requires_grad_(t) if isinstance(x, Tensor) else x for x, t in zip(inputs, taught, strict=True)]
     with torch.set_grad_enabled(any(taught)):
         results = list(run(*leaves))

@@ -25,8 +25,8 @@ from attnfx.errors import RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes beside 0 and click's 2 for a wrong use of the command
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 a site was refused under --strict; "
-    "4 attnfx itself failed."
+    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 a site was refused under "
+    "--strict; 4 attnfx itself failed."
 )
 
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
@@ -212,6 +212,6 @@ def _kind(x: Any) -> str:
 
 
 __all__ = [
-    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "Broken", "Refused", "UsersError", "load", "taken_apart", "tracing",
-    "users_code", "users_traceback",
+    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "Broken", "Refused", "UsersError", "load",
+    "taken_apart", "tracing", "users_code", "users_traceback",
 ]  # fmt: skip
