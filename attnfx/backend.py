@@ -25,7 +25,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     """
     chosen = Options.make(options or {})
     try:
-        result = pipeline.run(gm, chosen)
+        result = _rewritten(gm, example_inputs, chosen)
         dumping.dump(gm, result, chosen)
     except Exception as problem:
         if chosen.strict:
@@ -47,6 +47,14 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     if chosen.strict and refused is not None:
         raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
     return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode)
+
+
+def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> pipeline.Result:
+    if options.verify == "off":
+        return pipeline.run(gm, options)
+    from attnfx import verify
+
+    return verify.run(gm, example_inputs, options)
 
 
 def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:

@@ -30,7 +30,7 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-            total.take(pipeline.run(gm, chosen, True).report)
+            total.take(pipeline.run(gm, chosen, stages=True).report)
             return _zeros(gm)
 
         torch.compile(model, backend=backend)(*args, **kwargs)

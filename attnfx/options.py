@@ -38,7 +38,8 @@ class Options:
             of a JSON file becomes its `Target`.
         tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
         memory_budget: The peak that the compiled step must fit; None is no limit.
-        verify: "first" compares each rewritten site with the original subgraph on its first call.
+        verify: "first" compares each rewritten site with the original subgraph when a graph is compiled, on the
+            inputs of its first call; on a mismatch the original stays.
         strict: Raise where a site is refused or attnfx itself fails, instead of compiling the original.
         dump_dir: An absolute path; every graph's stages are written under it.
         inner: Who compiles the rewritten graph.
@@ -132,14 +133,12 @@ def _nearest(value: object, valid: Iterable[str]) -> str:
     return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, text, candidate).ratio())
 
 
-def _choice(*valid: str, later: tuple[str, ...] = ()) -> Callable[[str, object], str]:
-    """A check for one of a few strings; those of `later` are well-formed but not available in this version."""
+def _choice(*valid: str) -> Callable[[str, object], str]:
+    """A check for one of a few strings."""
 
     def check(source: str, value: object) -> str:
         if isinstance(value, str) and value in valid:
             return value
-        if isinstance(value, str) and value in later:
-            raise OptionError(f"{source}: {value!r} is not available in this version, only {_listed(valid)} is")
         nearest = _nearest(value, valid)
         raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
 
@@ -217,7 +216,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "target": _target,
     "tiers": _tiers,
     "memory_budget": _memory_budget,
-    "verify": _choice("off", later=("first",)),
+    "verify": _choice(*get_args(Verify)),
     "strict": _strict,
     "dump_dir": _dump_dir,
     "inner": _choice(*get_args(Inner)),

@@ -20,6 +20,7 @@ from attnfx.kernels.flash.tiles import Tile
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes import flops
+from attnfx.passes.extract import Trial
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, refusal, value, where_in_source
@@ -31,7 +32,7 @@ from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean,
 from attnfx.passes.shield import shield
 from attnfx.passes.stages import Recorder
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Candidate, Refusal, Report, Site
+from attnfx.report import Candidate, Decision, Refusal, Report, Site
 from attnfx.targets import Target
 
 log = logging.getLogger(__name__)
@@ -62,11 +63,12 @@ class Result:
     untraceable: str = ""
 
 
-def run(gm: GraphModule, options: Options, stages: bool = False) -> Result:
+def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial | None = None) -> Result:
     """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report.
 
     With `stages`, with `dump_dir` and where PyTorch's structured trace is read, the report holds the traced, lifted and
-    rewritten graph as data; with `dump_dir` their text too.
+    rewritten graph as data; with `dump_dir` their text too. A `trial` is given every rewritten site, and says which
+    sites to keep.
     """
     report = Report()
     ended = breaks.ended_by(gm)
@@ -84,7 +86,7 @@ def run(gm: GraphModule, options: Options, stages: bool = False) -> Result:
         return Result(None, report)
     try:
         kept = stages or options.dump_dir is not None or traces()
-        traced, changed = _graph(gm, options, report, ended, kept)
+        traced, changed = _graph(gm, options, report, ended, kept, trial)
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
         _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
@@ -118,7 +120,13 @@ def _worth_tracing(gm: GraphModule) -> bool:
 
 
 def _graph(
-    gm: GraphModule, options: Options, report: Report, ended: breaks.Break | None, stages: bool, path: str = ""
+    gm: GraphModule,
+    options: Options,
+    report: Report,
+    ended: breaks.Break | None,
+    stages: bool,
+    trial: Trial | None,
+    path: str = "",
 ) -> tuple[GraphModule, bool]:
     """`path` is empty for the graph itself, and leads to the body of a higher-order operator in it."""
     traced = trace(gm)
@@ -127,7 +135,9 @@ def _graph(
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
     check(traced)
-    changed = _bodies(traced, options, report, stages, path)
+    if trial is not None:
+        trial.begin(traced)
+    changed = _bodies(traced, options, report, stages, trial, path)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
     finder = Finder(traced)
     findings = finder.find()
@@ -145,7 +155,7 @@ def _graph(
     record = Recorder(traced, findings, text) if stages else None
     # from the last: an operand may be the output of an attention before it, which is replaced then
     for number, (finding, site, sizes) in reversed(list(enumerate(todo))):
-        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
+        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final), trial)
         if record is not None:
             record.rewritten(number)
     filed = {n: site for n, (f, site, _) in enumerate(todo) if not f.loose or site.decision is not None}
@@ -208,7 +218,9 @@ def said(site: Site) -> str:
     return "" if made is None else f"{made.tier} {f'[{made.code}] ' if made.code else ''}{made.reason}".strip()
 
 
-def _bodies(traced: GraphModule, options: Options, report: Report, stages: bool, path: str) -> bool:
+def _bodies(
+    traced: GraphModule, options: Options, report: Report, stages: bool, trial: Trial | None, path: str
+) -> bool:
     """Rewrite inside the submodules of higher-order operators; one that cannot be traced stays as it was."""
     changed = False
     for n in list(traced.graph.nodes):
@@ -221,7 +233,8 @@ def _bodies(traced: GraphModule, options: Options, report: Report, stages: bool,
             if not isinstance(body, GraphModule) or not _worth_tracing(body) or uses_functorch(body):
                 continue
             try:
-                new, touched = _graph(body, options, report, None, stages, f"{path}{operand.target}/")
+                inner = None if trial is None else trial.body(str(operand.target))
+                new, touched = _graph(body, options, report, None, stages, inner, f"{path}{operand.target}/")
             except Untraceable as problem:
                 report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
                 _file_others(report, unread(body, "untraceable", f"the body could not be traced: {problem}"))
@@ -309,11 +322,15 @@ def _decide(
     options: Options,
     carriers: Carriers,
     reader: Node | None,
+    trial: Trial | None,
 ) -> bool:
     """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
+    if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
+        site.refusal, site.decision = None, Decision("kept", "", reason=told, code="mismatch")
+        return op_name(finding.final) not in SDPA and _shielded(traced, finding, site)
     if match is None:
-        return _whole_rows(traced, finding, site, options, carriers) or (
+        return _whole_rows(traced, finding, site, options, carriers, trial) or (
             not finding.loose and _shielded(traced, finding, site)
         )
     query = value(match.query.node)
@@ -338,10 +355,12 @@ def _decide(
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else tiers_of(site.decision, here, query.device)
-        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
         return _shielded(traced, finding, site)
+    if trial is not None:
+        trial.add(site, finding.final, replaced)
     if isinstance(options.target, Target) and site.decision.tier in here:
         instead = next(t for t in map(tier_name, tiers) if t not in here)
         said = f"decided for {options.target.name}; the {query.device.type} at hand runs it as {instead}"
@@ -374,7 +393,9 @@ def tier_name(configuration: str) -> str:
     return configuration.partition(":")[0]
 
 
-def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
+def _whole_rows(
+    traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers, trial: Trial | None
+) -> bool:
     """What no score program describes may still be computed row by row. True where the graph changed."""
     if op_name(finding.final) in SDPA:
         return False
@@ -397,7 +418,9 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
     decision = cost.decide_rows(values, held.dtype.itemsize, device.type, training, options, found.gives_scores)
     try:
         if decision.tier != "kept":
-            replace_region(traced, facts, found, ROWS, carriers)
+            replaced = replace_region(traced, facts, found, ROWS, carriers)
+            if trial is not None:
+                trial.add(site, finding.final, replaced)
     except CannotEmit:
         return False
     site.refusal, site.decision = None, decision

@@ -243,6 +243,12 @@ _DECISIONS = {
         "what the message names",
         "Allow more tiers, or change what the message names.",
     ),
+    "mismatch": Code(
+        "The rewrite gave another result",
+        'With verify="first" the site was compared with the original on the first call, and differed beyond rounding.',
+        "a site whose rewrite gives the original's result",
+        "Run the script that the warning names, and report what it shows to the project's issue tracker.",
+    ),
     "no_rates": Code(
         "The device is not known to the cost model",
         "There are no rates of this device, so nothing can be predicted.",

@@ -298,9 +298,11 @@ def _operands(made: Made) -> list[Along | Node]:
 
 
 # -- rewriting ---------------------------------------------------------------------------------------
-def replace_region(gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers) -> Node:
-    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Raises
-    CannotEmit before changing users."""
+def replace_region(
+    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers
+) -> list[tuple[Node, Node]]:
+    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
+    each of these and what stands for it. Raises CannotEmit before changing users."""
     position = facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
@@ -324,7 +326,7 @@ def replace_region(gm: GraphModule, facts: Facts, found: Region, target: Any, ca
     for old, new in replaced:
         new.meta = {**old.meta, **new.meta}
         old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside, propagate_meta=False)
-    return made
+    return replaced
 
 
 def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, list[Node], list[int | Node]]:

@@ -154,9 +154,10 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 def rewrite(
     gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers, reductions: Sequence[Reduction]
-) -> Node:
+) -> list[tuple[Node, Node]]:
     """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
-    weights. Raises CannotEmit before changing users.
+    weights. Gives each node that was replaced, `match.final` first, and what stands for it. Raises CannotEmit before
+    changing users.
 
     `operators` are given by the caller: passes know no kernels.
     """
@@ -194,7 +195,7 @@ def rewrite(
     for old, new in replaced:
         new.meta = {**old.meta, **new.meta}
         old.replace_all_uses_with(new, propagate_meta=False)
-    return made
+    return replaced
 
 
 def _arguments(emit: Emitter, source: Match | Reduction) -> tuple[list[Node], list[int | Node]]:

@@ -56,8 +56,8 @@ def shapes_left(monkeypatch):
 
     found, original = [], pipeline.run
 
-    def run(gm, *rest):
-        result = original(gm, *rest)
+    def run(gm, *rest, **named):
+        result = original(gm, *rest, **named)
         made = result.gm if result.gm is not None else gm
         held = (n.meta.get("val") for n in made.graph.nodes)
         found.extend(tuple(map(pipeline.number, x.shape)) for x in held if isinstance(x, torch.Tensor))

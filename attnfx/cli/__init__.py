@@ -6,7 +6,11 @@ import importlib
 
 import click
 
-COMMANDS: dict[str, str] = {}  # name -> "module:function" in this package
+COMMANDS: dict[str, str] = {
+    "env": "env:command",
+    "explain": "explain:command",
+    "targets": "targets:command",
+}  # name -> "module:function" in this package
 
 
 class Commands(click.Group):

@@ -1,0 +1,87 @@
+"""`attnfx env`: what a bug report needs to know of the machine."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+from platformdirs import user_cache_dir
+from rich.console import Console
+from rich.table import Table
+
+from attnfx.cli.loading import EXIT_CODES
+
+PACKAGES = ("attnfx", "torch", "triton", "islpy", "transformers")
+PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may name folders of the user
+
+
+@click.command(epilog=EXIT_CODES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def command(as_json: bool) -> None:
+    """Describe this machine for a bug report: versions, devices, cache directory, ATTNFX_ variables. No path but the
+    cache directory's is told."""
+    found = environment()
+    if as_json:
+        click.echo(json.dumps(found, indent=1))
+        return
+    table = Table(show_header=False)
+    for name, value in found.items():
+        table.add_row(name, "\n".join(_lines(value)))
+    Console(width=max(80, Console().width)).print(table)
+
+
+def environment() -> dict[str, Any]:
+    """The report as JSON values."""
+    return {
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu capability": torch.backends.cpu.get_cpu_capability(),
+        "cuda": torch.version.cuda or torch.version.hip or "not in this build of torch",
+        "gpus": _gpus(),
+        "cache": os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx"),
+        "variables": {
+            name: "(set)" if name in PATHS and value != "auto" else value
+            for name, value in sorted(os.environ.items())
+            if name.startswith("ATTNFX_") and name != "ATTNFX_CACHE_DIR"
+        },
+    }
+
+
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
+
+
+def _gpus() -> list[str]:
+    found = []
+    for n in range(torch.cuda.device_count()):
+        p = torch.cuda.get_device_properties(n)
+        found.append(f"{p.name}, compute capability {p.major}.{p.minor}, {p.total_memory >> 20} MiB")
+    return found
+
+
+def _lines(value: Any) -> list[str]:
+    if isinstance(value, dict):
+        return [f"{k} {v}" for k, v in value.items()] or ["none"]
+    return (value or ["none"]) if isinstance(value, list) else [str(value)]
+
+
+__all__ = ["command", "environment"]

@@ -1,0 +1,118 @@
+"""`attnfx explain`: what would be done with a model, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+import torch
+from rich.console import Console
+from torch.utils._pytree import tree_map_only
+
+import attnfx
+from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
+from attnfx.errors import OptionError
+from attnfx.options import Rewrite
+from attnfx.report import Report
+
+
+def html_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """`--html` and `--force`, where reports can be drawn."""
+    if not hasattr(Report, "to_html"):
+        return command
+    command = click.option("--force", is_flag=True, help="Overwrite the file of --html.")(command)
+    path = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--html", "html", type=path, help="Write the report as a self-contained page.")(command)
+
+
+def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
+    """The options that say how large a model of `--hf` is made."""
+    for name, default, what in (
+        ("batch", 1, "sequences or images"), ("length", 512, "tokens of each sequence"), ("heads", 4, "query heads"),
+        ("hidden", 256, "width of the hidden states"), ("layers", 2, "layers"),
+    ):  # fmt: skip
+        command = click.option(
+            f"--{name}", type=click.IntRange(1), default=default, show_default=True, help=f"With --hf: {what}."
+        )(command)
+    return command
+
+
+@click.command(epilog=EXIT_CODES)
+@click.argument("factory", required=False, metavar="[FACTORY]")
+@click.option("--hf", metavar="MODEL_TYPE", help="A transformers model of random weights instead, such as llama.")
+@sizes
+@click.option("--train", is_flag=True, help="Explain a training step: the model in training mode, with gradients.")
+@click.option("--target", default=None, help="The device to decide for; by default the one that the tensors are on.")
+@click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="As the option of the backend.")
+@click.option("--strict", is_flag=True, help="Exit with 3 where a site was refused.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+@html_options
+def command(factory: str | None, hf: str | None, train: bool, target: str | None, rewrite: str | None, strict: bool,
+            as_json: bool, html: Path | None = None, force: bool = False, **size: int) -> None:  # fmt: skip
+    """Say what would be done with a model, and why not. Nothing of it is run.
+
+    FACTORY is FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs): inputs that
+    are a tensor are the one argument, a tuple are the arguments, a dict are the keyword arguments. The model is
+    explained as in inference unless --train is given.
+
+    With --hf the model is made small, for a table of sites in seconds; --layers, --hidden, --heads, --length and
+    --batch change that. Its attention is the one that transformers writes out ("eager").
+    """
+    if (factory is None) == (hf is None):
+        raise click.UsageError("one of FACTORY and --hf is needed: " + ARGUMENT_HELP)
+    if html is not None and html.exists() and not force:
+        raise click.UsageError(f"{str(html)!r} exists; --force overwrites it")
+    waiting = Console(stderr=True)
+    with waiting.status("making the model"):
+        model, args, kwargs = load(factory) if factory is not None else _of_transformers(str(hf), size)
+    given = {"target": target, "rewrite": rewrite}
+    with waiting.status("explaining"):
+        report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
+    if html is not None:
+        report.to_html(html, force=force)
+    _print(report, as_json)
+    refused = [s for s in report.sites if s.refusal is not None]
+    if strict and refused:
+        raise Refused(f"{refused[0].where or refused[0].name}: {refused[0].refusal}")
+
+
+def _of_transformers(model_type: str, size: dict[str, int]) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
+    from attnfx.cli import huggingface
+
+    return huggingface.made(model_type, **size)
+
+
+def _explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool,
+               options: dict[str, Any]) -> Report:  # fmt: skip
+    try:
+        explained = attnfx.explain(model, **options)
+    except OptionError as problem:
+        raise click.UsageError(str(problem)) from None
+    args, kwargs = prepared(model, args, kwargs, train)
+    with tracing(), torch.set_grad_enabled(train):
+        return explained(*args, **kwargs)
+
+
+def prepared(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool) -> tuple[Any, Any]:
+    """Puts a module in training or evaluation mode; in training, the floating inputs of a plain function learn."""
+    if isinstance(model, torch.nn.Module):
+        model.train(train)
+    elif train:
+        learn: Callable[[torch.Tensor], torch.Tensor] = lambda x: (  # noqa: E731
+            x.detach().requires_grad_() if x.is_floating_point() else x
+        )
+        return tree_map_only(torch.Tensor, learn, (args, kwargs))
+    return args, kwargs
+
+
+def _print(report: Report, as_json: bool) -> None:
+    if as_json:
+        click.echo(report.to_json())
+        return
+    console = Console()
+    console.print(report) if console.is_terminal else click.echo(str(report))
+
+
+__all__ = ["command", "prepared"]

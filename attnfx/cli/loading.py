@@ -1,0 +1,217 @@
+"""What a command is asked about: a model and its inputs, made by a function of the user.
+
+Every failure in the user's code is shown as the user's own traceback, without the frames of this package.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import logging
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+import torch
+from torch._dynamo.exc import BackendCompilerFailed
+
+from attnfx.errors import RefusalError
+
+FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes beside 0 and click's 2 for a wrong use of the command
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 a site was refused under "
+    "--strict; 4 attnfx itself failed."
+)
+
+ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
+_OURS = Path(__file__).resolve().parent.parent
+
+
+class UsersError(click.ClickException):
+    """The user's own code failed; the message is its traceback."""
+
+    exit_code = FAILED
+
+    def show(self, file: Any = None) -> None:
+        click.echo(self.format_message(), file=file, err=file is None)
+
+
+class Refused(click.ClickException):
+    """With --strict, a site was refused."""
+
+    exit_code = REFUSED
+
+
+class Broken(click.ClickException):
+    """attnfx itself failed; the message is its traceback."""
+
+    exit_code = BROKEN
+
+
+def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """The model, and the positional and keyword arguments that it is called with.
+
+    `text` is "FILE.py:FACTORY" or "module:factory". The factory takes no arguments and returns (model, inputs); inputs
+    that are a tensor are the one argument, a tuple or list are the arguments, a dict are the keyword arguments.
+
+    Raises:
+        click.UsageError: `text` names no such file, module or function.
+        UsersError: the file does not import, the factory raises, or it returns something else.
+    """
+    place, _, name = text.rpartition(":")
+    if not place or not name:
+        raise click.UsageError(f"{text!r} is not of the form FILE.py:FACTORY or module:factory")
+    module = _file(place) if place.endswith(".py") else _module(place)
+    factory = getattr(module, name, None)
+    if not callable(factory):
+        there = ", ".join(n for n, x in vars(module).items() if _is_function_of(x, module)) or "none"
+        raise click.UsageError(f"{place} has no function {name!r}; its functions are: {there}")
+    with users_code(f"{name}() of {place} failed"):
+        made = factory()
+    return taken_apart(made, f"{name}() of {place}")
+
+
+def taken_apart(made: Any, source: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """A factory's result as model, args and kwargs. Raises UsersError where it is none."""
+    if not isinstance(made, tuple | list) or len(made) != 2 or not callable(made[0]):
+        raise UsersError(f"{source} returned {_kind(made)}, expected a tuple (model, inputs)")
+    model, inputs = made
+    if isinstance(inputs, torch.Tensor):
+        return model, (inputs,), {}
+    if isinstance(inputs, tuple | list):
+        return model, tuple(inputs), {}
+    if isinstance(inputs, Mapping) and all(isinstance(k, str) for k in inputs):
+        return model, (), dict(inputs)
+    raise UsersError(f"the inputs that {source} returned are {_kind(inputs)}, expected a tensor, a tuple or a dict")
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Runs the user's code: what it raises becomes a UsersError that begins with `what`."""
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except (Exception, SystemExit) as problem:
+        raise UsersError(f"{what}:\n\n{users_traceback(problem)}") from problem
+
+
+@contextmanager
+def tracing() -> Iterator[None]:
+    """Runs `explain` or `plan` on the user's model: what the model raises is shown as its own error, what attnfx raises
+    as a failure of attnfx (exit code 4), and a refusal under `strict` as one (exit code 3)."""
+    # PyTorch logs the traceback of an operator that fails while it is traced: the user is shown that error once
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    before, log.disabled = log.disabled, True
+    try:
+        yield
+    except (click.ClickException, click.exceptions.Exit, click.Abort):
+        raise
+    except BackendCompilerFailed as problem:
+        cause = problem.__cause__ or problem
+        if isinstance(cause, RefusalError) or "RefusalError" in str(problem):
+            raise Refused(str(cause)) from problem
+        told = "".join(traceback.format_exception(cause)).rstrip()
+        raise Broken(f"attnfx itself failed; please report this to its issue tracker:\n\n{told}") from problem
+    except RefusalError as problem:
+        raise Refused(str(problem)) from problem
+    except Exception as problem:
+        raise UsersError(f"the model failed while it was traced:\n\n{users_traceback(problem)}") from problem
+    finally:
+        log.disabled = before
+
+
+def users_traceback(problem: BaseException) -> str:
+    """The traceback of an error without the frames of this package, and of importlib and torch above the user's.
+
+    What Dynamo raises of an operator that failed is shown as that operator's error at the user's line.
+    """
+    stack = getattr(problem, "real_stack", None)
+    if stack and type(problem).__module__.startswith("torch._dynamo"):
+        lines = ["Traceback (most recent call last):\n", *traceback.format_list(list(stack))]
+        return "".join(lines) + _operators_own(str(problem))
+    shown = traceback.TracebackException.from_exception(problem)
+    at: traceback.TracebackException | None = shown
+    while at is not None:
+        at.stack = traceback.StackSummary.from_list(_users(list(at.stack)))
+        at = at.__cause__ or (None if at.__suppress_context__ else at.__context__)
+    return "".join(shown.format()).rstrip()
+
+
+def _operators_own(message: str) -> str:
+    found = re.search(r"got (\w+)\((['\"])(.*)\2\)", message, re.DOTALL)
+    return f"{found[1]}: {found[3]}" if found else message.split("\n\nfrom user code")[0]
+
+
+def _users(frames: list[traceback.FrameSummary]) -> list[traceback.FrameSummary]:
+    ours = [n for n, f in enumerate(frames) if Path(f.filename).is_relative_to(_OURS)]
+    kept = frames[ours[-1] + 1 :] if ours else frames
+    first = next((n for n, f in enumerate(kept) if not _is_plumbing(f.filename)), len(kept))
+    return kept[first:]
+
+
+def _is_plumbing(file: str) -> bool:
+    return file.startswith("<frozen importlib") or "/importlib/" in file or "/torch/" in file
+
+
+def _file(place: str) -> ModuleType:
+    path = Path(place).expanduser()
+    if not path.is_file():
+        raise click.UsageError(f"there is no file {place!r}")
+    name = path.stem if path.stem not in sys.modules else f"{path.stem} (a file of the user)"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look a class's module up there
+    _make_importable(path.resolve().parent)
+    with users_code(f"{place} could not be imported"):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _module(place: str) -> ModuleType:
+    _make_importable(Path.cwd())
+    try:
+        there = importlib.util.find_spec(place) is not None
+    except (ImportError, ValueError, AttributeError):  # a parent package that is none, or does not import
+        there = _is_there(place.partition(".")[0])
+    except Exception:  # what a parent package raises is shown below
+        there = True
+    if not there:
+        raise click.UsageError(f"there is no module {place!r}; a file is named with its .py")
+    with users_code(f"{place} could not be imported"):
+        return importlib.import_module(place)
+
+
+def _is_there(top: str) -> bool:
+    try:
+        return importlib.util.find_spec(top) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _make_importable(folder: Path) -> None:
+    """What stands beside the user's file can be imported, as with `python FILE.py`. At the end: a folder of the
+    user's project hides no installed package."""
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
+
+
+def _is_function_of(x: Any, module: ModuleType) -> bool:
+    return callable(x) and not isinstance(x, type) and getattr(x, "__module__", "") == module.__name__
+
+
+def _kind(x: Any) -> str:
+    inside = f" of {len(x)}" if isinstance(x, tuple | list) else ""
+    return "None" if x is None else f"a {type(x).__name__}{inside}"
+
+
+__all__ = [
+    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "Broken", "Refused", "UsersError", "load",
+    "taken_apart", "tracing", "users_code", "users_traceback",
+]  # fmt: skip

@@ -1,0 +1,65 @@
+"""`attnfx targets`: the devices that can be decided for."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from attnfx.cli.loading import EXIT_CODES
+from attnfx.errors import OptionError
+from attnfx.targets import Target
+
+COLUMNS = {"kind": "kind", "capability": "capability", "bandwidth": "GB/s", "memory": "GiB", "multiprocessors": "SMs"}
+
+
+@click.group(epilog=EXIT_CODES)
+def command() -> None:
+    """List the devices that the option `target` knows by name, or show what is known of one."""
+
+
+@command.command("list", epilog=EXIT_CODES)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def known(as_json: bool) -> None:
+    """List the names, with what tells the devices apart."""
+    found = [Target.by_name(name) for name in Target.names()]
+    if as_json:
+        click.echo(json.dumps([asdict(t) for t in found], indent=1))
+        return
+    table = Table("name", *COLUMNS.values(), "TFLOP/s (bfloat16)")
+    for t in found:
+        cells = [f"{t.memory / 2**30:.0f}" if name == "memory" else f"{getattr(t, name)}" for name in COLUMNS]
+        table.add_row(t.name, *cells, f"{t.rate('bfloat16'):g}")
+    Console().print(table)
+
+
+@command.command("show", epilog=EXIT_CODES)
+@click.argument("name")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def show(name: str, as_json: bool) -> None:
+    """Show every number of a device and where it is from. NAME is one of the list, or "detect": the device at hand."""
+    try:
+        found = Target.detect() if name == "detect" else Target.by_name(name)
+    except OptionError as problem:
+        raise click.UsageError(str(problem)) from None
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=1))
+        return
+    table = Table("field", "value", "source", title=found.name, title_justify="left")
+    for field, value in asdict(found).items():
+        if field not in ("name", "sources"):
+            table.add_row(field, _text(value), found.sources.get(field, ""))
+    Console().print(table)
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v:g}" for k, v in value.items())
+    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
+
+
+__all__ = ["command"]
