@@ -11,9 +11,10 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
+from attnfx.kernels import operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (these register)
 from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
+from attnfx.mask.summary import worth
 from attnfx.options import Options
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
@@ -22,13 +23,18 @@ from attnfx.passes.match import SDPA, Finder, Finding, Match
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
+from attnfx.passes.share import share
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
 from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
-OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
+OPERATORS = Operators(
+    torch.ops.attnfx.attention.default,
+    torch.ops.attnfx.attention_weights.default,
+    torch.ops.attnfx.mask_summary.default,
+)
 ROWS = torch.ops.attnfx.attention_rows.default
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
@@ -103,6 +109,7 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
             site.name = f"attention_{len(report.sites)}"
             report.sites.append(site)
     if changed:
+        share(traced, OPERATORS.summary)
         clean(traced)
         check(traced)
         if options.dump_dir is not None:
@@ -236,7 +243,10 @@ def _decide(
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
-        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        summary = None
+        if site.decision.tier == "flash":
+            summary = worth(match.spec, sizes, passes=3 if question.training else 1)
+        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions, summary)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)

@@ -64,7 +64,7 @@ def predicate(spec: AttentionSpec) -> Expr:
 
 
 def shape(spec: AttentionSpec, sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
-    """Of the summary made from `Summary.spec`: batches, heads, grains of rows and of keys, each 1 where all share it."""
+    """Of what is made from a `Summary.spec`: batches, heads, grains of rows and of keys, each 1 where all share it."""
     free = predicate(spec).free
     counts = [sizes[size] if name in free else 1 for name, size in AXES.items()]
     return (*counts[:2], *(-(-n // GRAIN) for n in counts[2:]))  # type: ignore[return-value]

@@ -56,9 +56,9 @@ def keys_kernel(
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr,
     WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks and order
-    as `walks.py` makes them along the rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key. FACTOR is what of
-    d score / d dot is a number: SLOPE is the rest, or None.
+    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks and order as `walks.py`
+    makes them along the rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key.
+    FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
 
     With LEAF, the number of a load, the grid is (key blocks, H, B),
     and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""

@@ -96,8 +96,8 @@ def forward_kernel(
     WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
-    logsumexp (B, H, T) contiguous, walks and order as `walks.py` makes them, or None where nothing masks. k and v may be
-    descriptors: their strides are then None.
+    logsumexp (B, H, T) contiguous, walks and order as `walks.py` makes them, or None where nothing masks. k and v may
+    be descriptors: their strides are then None.
 
     THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
     """

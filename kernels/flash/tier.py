@@ -5,6 +5,7 @@ Where no kernel compiles or fits the device, the call runs in blocks of PyTorch'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +18,7 @@ from attnfx.spec import AttentionSpec
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
 
 
-def _missing(device: torch.device) -> str | None:
+def missing(device: torch.device) -> str | None:
     """What the machine lacks."""
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -38,7 +39,7 @@ def expresses(
     spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
 ) -> str | None:
     """Why the flash and decode tiers run no such calls, one sentence, or None."""
-    if (why := _missing(device)) is not None:
+    if (why := missing(device)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -53,9 +54,16 @@ def source(spec: AttentionSpec) -> str:
     return emit(spec, launch.program(spec)).text
 
 
+def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
+    """The summary of a mask, as `attnfx.mask.summary` has it, of one of its specs."""
+    from attnfx.kernels.flash import summarise as kernels
+
+    return kernels.summarise(captures, sizes, spec)
+
+
 def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call.query.device)) is not None:
+    if (why := missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -89,7 +97,7 @@ def backward(
 
 def supports_decode(call: Call) -> str | None:
     """Why the decode tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call.query.device)) is not None:
+    if (why := missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import split
 
