@@ -179,7 +179,8 @@ def _differentiate(ctx, grad_out, _):
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
     # register_autograd takes an empty list for a list of tensors, and any other list of numbers for one leaf
-    return (*grads, of_captures, [] if not ctx.sizes else None, None, None, None, None)
+    of_rest = [None] * (3 if summary is None else 4)  # the dispatcher drops an argument that has its default
+    return (*grads, of_captures, [] if not ctx.sizes else None, *of_rest)
 
 
 def twice(ctx, *grads):
