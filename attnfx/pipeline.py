@@ -14,10 +14,11 @@ from torch.fx import GraphModule, Node
 
 from attnfx import breaks, cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
+from attnfx.kernels import operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (these register)
 from attnfx.kernels.configuration import Configuration
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.mask import describe, mask_of
+from attnfx.mask.summary import worth
 from attnfx.options import Options
 from attnfx.passes import flops
 from attnfx.passes.extract import Trial
@@ -29,6 +30,7 @@ from attnfx.passes.others import others, unread, unread_bodies
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
+from attnfx.passes.share import share
 from attnfx.passes.shield import shield
 from attnfx.passes.stages import Recorder
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
@@ -39,7 +41,11 @@ log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
-OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
+OPERATORS = Operators(
+    torch.ops.attnfx.attention.default,
+    torch.ops.attnfx.attention_weights.default,
+    torch.ops.attnfx.mask_summary.default,
+)
 ROWS = torch.ops.attnfx.attention_rows.default
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
@@ -166,6 +172,7 @@ def _graph(
     dropped += [(f, f.refusal) for f in finder.doubtful]
     _file_others(report, _with_reasons(finder, left, dropped, [findings[n] for n in filed]))
     if changed:
+        share(traced, OPERATORS.summary)
         clean(traced)
         check(traced)
         publish("rewritten", lambda: readable(traced))
@@ -355,7 +362,10 @@ def _decide(
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else tiers_of(site.decision, here, query.device)
-        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        summary = None
+        if tier_name(tiers[0]) == "flash" and "flash" not in here:
+            summary = worth(match.spec, sizes, passes=3 if question.training else 1)
+        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions, summary)
     except CannotEmit as problem:
         site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
         return _shielded(traced, finding, site)

@@ -21,9 +21,10 @@ from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import parse
 from attnfx.kernels.flash import tier as flash
+from attnfx.mask import summary as mask_summary
 from attnfx.spec import AttentionSpec, from_json
 
-_SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier"
+_SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier, Tensor? summary=None"
 _FORWARD = f"attention(Tensor query, Tensor key, Tensor value, {_SHARED}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
@@ -101,7 +102,7 @@ def require(good: bool, message: str) -> None:
 
 
 def check(call: Call) -> None:
-    spec, query, key, value, captures, sizes, seed = (getattr(call, f.name) for f in fields(call))
+    spec, query, key, value, captures, sizes, seed, summary = (getattr(call, f.name) for f in fields(call))
     for name, x in (("query", query), ("key", key), ("value", value)):
         require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
         require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
@@ -133,32 +134,39 @@ def check(call: Call) -> None:
             seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
             f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one",  # type: ignore[union-attr]
         )
+    if summary is not None:
+        found = mask_summary.of(spec)
+        require(found is not None, "summary is given, but no captured tensor masks")
+        want = mask_summary.shape(found.spec, call.sizes)  # type: ignore[union-attr]
+        require(summary.dtype == torch.uint8, f"summary is {summary.dtype}, expected torch.uint8")
+        require(summary.device == query.device, f"summary is on {summary.device}, but query is on {query.device}")
+        require(tuple(summary.shape) == want, f"summary is {tuple(summary.shape)}, the spec's mask has {want}")
 
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
 
 
 # -- implementations ----------------------------------------------------------------------------
-def _attention(query, key, value, captures, sizes, seed, spec, tier):
-    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+def _attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
     return choose(tier, call).forward(call)
 
 
-def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
-    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier, summary=None):
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
     require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
     return choose(tier, call).backward(call, grad_out, out, logsumexp)
 
 
-def _fake_attention(query, key, value, captures, sizes, seed, spec, tier):
-    call = Call(from_json(spec), query, key, value, captures, sizes, seed)
+def _fake_attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
+    call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
     return call.outputs()
 
 
-def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier):
+def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, *_):
     wanted = [x for x, c in zip(captures, from_json(spec).captures) if c.grad]
     empty = [x.new_empty(x.shape) for x in (query, key, value, *wanted)]
     return (*empty[:3], empty[3:])
@@ -166,23 +174,23 @@ def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captur
 
 # -- autograd -----------------------------------------------------------------------------------
 def _setup(ctx, inputs, output):
-    query, key, value, captures, sizes, seed, spec, tier = inputs
+    query, key, value, captures, sizes, seed, spec, tier, summary = inputs
     out, logsumexp = output
-    ctx.save_for_backward(query, key, value, out, logsumexp, *([] if seed is None else [seed]), *captures)
-    ctx.sizes, ctx.random, ctx.spec, ctx.tier = sizes, seed is not None, spec, tier
+    ctx.save_for_backward(query, key, value, out, logsumexp, seed, summary, *captures)
+    ctx.sizes, ctx.spec, ctx.tier = sizes, spec, tier
     ctx.mark_non_differentiable(logsumexp)
 
 
 def _differentiate(ctx, grad_out, _):
-    query, key, value, out, logsumexp, *rest = ctx.saved_tensors
-    seed, captures = (rest[0], rest[1:]) if ctx.random else (None, rest)
+    query, key, value, out, logsumexp, seed, summary, *captures = ctx.saved_tensors
     *grads, found = torch.ops.attnfx.attention_backward(
-        grad_out, query, key, value, out, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.tier
+        grad_out, query, key, value, out, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.tier, summary
     )
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
     # register_autograd takes an empty list for a list of tensors, and any other list of numbers for one leaf
-    return (*grads, of_captures, [] if not ctx.sizes else None, None, None, None)
+    of_rest = [None] * (3 if summary is None else 4)  # the dispatcher drops an argument that has its default
+    return (*grads, of_captures, [] if not ctx.sizes else None, *of_rest)
 
 
 def twice(ctx, *grads):

@@ -15,12 +15,14 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
+from attnfx.mask.summary import Summary
 from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import Index
 from attnfx.passes.match import Match, Reduction
 from attnfx.passes.reading import Operand, extent
+from attnfx.spec import AXES
 
 aten = torch.ops.aten
 
@@ -30,10 +32,11 @@ class CannotEmit(Exception):
 
 
 class Operators(NamedTuple):
-    """torch.ops.attnfx.attention.default and torch.ops.attnfx.attention_weights.default."""
+    """The overloads of torch.ops.attnfx: attention, attention_weights and mask_summary."""
 
     attention: Any
     weights: Any
+    summary: Any
 
 
 Carriers = dict[Expr, tuple[Node, int | None]]
@@ -153,11 +156,12 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 
 def rewrite(
-    gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers, reductions: Sequence[Reduction]
-) -> list[tuple[Node, Node]]:
+    gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers,
+    reductions: Sequence[Reduction], summary: Summary | None = None,
+) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
-    weights. Gives each node that was replaced, `match.final` first, and what stands for it. Raises CannotEmit before
-    changing users.
+    weights. With `summary`, the mask is summarised first. Gives each node that was replaced, `match.final` first, and
+    what stands for it. Raises CannotEmit before changing users.
 
     `operators` are given by the caller: passes know no kernels.
     """
@@ -178,7 +182,13 @@ def rewrite(
             x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
         )
     seed = emit.seed(value(q).device) if match.spec.random else None
-    made = emit.call(operators.attention, q, k, v, *_arguments(emit, match), seed, match.spec.to_json(), tier)
+    captures, given = _arguments(emit, match)
+    states = []
+    if summary is not None:
+        named = dict(zip(match.spec.sizes, given))
+        sizes = [*(emit.size(n[size]) for size in AXES.values()), *(named[name] for name in summary.names)]
+        states = [emit.call(operators.summary, [captures[s] for s in summary.slots], sizes, summary.spec.to_json())]
+    made = emit.call(operators.attention, q, k, v, captures, given, seed, match.spec.to_json(), tier, *states)
     out = emit.call(operator.getitem, made, 0)
     full = [*kv, *match.group_axes, match.row, match.value_width]
     replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]

@@ -48,7 +48,7 @@ def _keys_step(
 @triton.jit
 def keys_kernel(
     q, k, v, grad_out, l2, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
-    dk_strides, dv_strides, captures, sizes, seed, walks, dead,
+    dk_strides, dv_strides, captures, sizes, seed, walks, order, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
@@ -56,9 +56,9 @@ def keys_kernel(
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr,
     WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks (key blocks, 4) along the
-    rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key. FACTOR is what of
-    d score / d dot is a number: SLOPE is the rest, or None.
+    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks and order as `walks.py`
+    makes them along the rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key.
+    FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
 
     With LEAF, the number of a load, the grid is (key blocks, H, B),
     and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""
@@ -74,15 +74,7 @@ def keys_kernel(
     v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
     if THRESHOLD is not None:
         seed = tl.load(seed)
-    if walks is None:  # the last block of keys may reach beyond the end: all its tiles are checked
-        start, full_start, end = size_t * 0, size_t * 0, size_t
-        full_end = tl.where(j0 + BN <= size_s, size_t // BM * BM, 0)
-    else:
-        start, full_start = tl.load(walks + 4 * block), tl.load(walks + 4 * block + 1)
-        full_end, end = tl.load(walks + 4 * block + 2), tl.load(walks + 4 * block + 3)
-        inside = j0 + BN <= size_s
-        full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
-    before = (full_start - start) // BM
+    STEP: tl.constexpr = BM if order is None else 1
     if LEAF is None:
         dk_acc = tl.zeros([BN, BD], tl.float32)
     else:
@@ -102,15 +94,25 @@ def keys_kernel(
             dead_h = None
         else:
             dead_h = (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
-        for i0 in range(full_start, full_end, BM):
-            i0 = tl.multiple_of(i0, BM)
+        if walks is None:  # the last block of keys may reach beyond the end: all its tiles are checked
+            start, full_start, end = size_t * 0, size_t * 0, size_t
+            full_end, place = tl.where(j0 + BN <= size_s, size_t // BM * BM, 0), 0
+        else:
+            place = f.walk_at(walks, b, h, block)
+            start, full_start, full_end, end = f.walk(walks, place)
+            inside = j0 + BN <= size_s
+            full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
+        before = (full_start - start) // STEP
+        for t in range(full_start, full_end, STEP):
+            i0 = f.tile_at(order, place, t, BM)
             dk_acc, dv_acc = _keys_step(
                 dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
                 grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
                 RESCALE, PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
-        for t in range(0, before + tl.cdiv(end - full_end, BM)):
-            i0 = tl.multiple_of(tl.where(t < before, start + t * BM, full_end + (t - before) * BM), BM)
+        for t in range(0, before + tl.cdiv(end - full_end, STEP)):
+            n = tl.where(t < before, start + t * STEP, full_end + (t - before) * STEP)
+            i0 = f.tile_at(order, place, n, BM)
             dk_acc, dv_acc = _keys_step(
                 dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
                 grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,

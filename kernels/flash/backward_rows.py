@@ -43,7 +43,7 @@ def _rows_step(
 @triton.jit
 def rows_kernel(
     q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
-    result_strides, captures, sizes, seed, walks, dead,
+    result_strides, captures, sizes, seed, walks, order, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
     RESCALE: tl.constexpr, PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr,
@@ -80,26 +80,28 @@ def rows_kernel(
             sums += tl.reshape(tl.exp2(f.full(logits[x], BM, 1) - l2_i), [BM])
     if THRESHOLD is not None:
         seed = tl.load(seed)
+    STEP: tl.constexpr = BN if order is None else 1
     if walks is None:
         start, full_start, end = size_s * 0, size_s * 0, size_s
-        full_end = size_s // BN * BN
+        full_end, place = size_s // BN * BN, 0
     else:
-        start, full_start = tl.load(walks + 4 * block), tl.load(walks + 4 * block + 1)
-        full_end, end = tl.load(walks + 4 * block + 2), tl.load(walks + 4 * block + 3)
+        place = f.walk_at(walks, b, h, block)
+        start, full_start, full_end, end = f.walk(walks, place)
     if LEAF is None:
         total = tl.zeros([BM, BD], tl.float32)
     else:
         total = tl.zeros([BM], tl.float32)
-    for j0 in range(full_start, full_end, BN):
-        j0 = tl.multiple_of(j0, BN)
+    for n in range(full_start, full_end, STEP):
+        j0 = f.tile_at(order, place, n, BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
-    before = (full_start - start) // BN
-    for n in range(0, before + tl.cdiv(end - full_end, BN)):
-        j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
+    before = (full_start - start) // STEP
+    for n in range(0, before + tl.cdiv(end - full_end, STEP)):
+        t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
+        j0 = f.tile_at(order, place, t, BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,

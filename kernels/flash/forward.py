@@ -88,7 +88,7 @@ def _whole(
 
 @triton.jit
 def forward_kernel(
-    q, k, v, out, logsumexp, q_strides, k_strides, v_strides, out_strides, captures, sizes, seed, walks,
+    q, k, v, out, logsumexp, q_strides, k_strides, v_strides, out_strides, captures, sizes, seed, walks, order,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, SAFE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
@@ -96,8 +96,8 @@ def forward_kernel(
     WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
-    logsumexp (B, H, T) contiguous, walks (row blocks, 4) or None where nothing masks. k and v may be descriptors: their
-    strides are then None.
+    logsumexp (B, H, T) contiguous, walks and order as `walks.py` makes them, or None where nothing masks. k and v may
+    be descriptors: their strides are then None.
 
     THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
     """
@@ -121,21 +121,23 @@ def forward_kernel(
             m_new = tl.maximum(m_i, logit)
             l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
             m_i = m_new
+    STEP: tl.constexpr = BN if order is None else 1
     if walks is None:
         start, full_start, end = size_s * 0, size_s * 0, size_s
-        full_end = size_s // BN * BN
+        full_end, place = size_s // BN * BN, 0
     else:
-        start, full_start = tl.load(walks + 4 * block), tl.load(walks + 4 * block + 1)
-        full_end, end = tl.load(walks + 4 * block + 2), tl.load(walks + 4 * block + 3)
-    for j0 in range(full_start, full_end, BN):
-        j0 = tl.multiple_of(j0, BN)
+        place = f.walk_at(walks, b, h, block)
+        start, full_start, full_end, end = f.walk(walks, place)
+    for n in range(full_start, full_end, STEP):
+        j0 = f.tile_at(order, place, n, BN)
         acc, m_i, l_i = _step(
             acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
             D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
         )  # fmt: skip
-    before = (full_start - start) // BN
-    for n in range(0, before + tl.cdiv(end - full_end, BN)):
-        j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
+    before = (full_start - start) // STEP
+    for n in range(0, before + tl.cdiv(end - full_end, STEP)):
+        t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
+        j0 = f.tile_at(order, place, t, BN)
         acc, m_i, l_i = _step(
             acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
             D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,

@@ -14,6 +14,30 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def walk_at(walks, b, h, block):
+    """Which walk is a block's: walks is (numbers, 2 n + 1 with the distance n between batches, the same of heads)."""
+    return tl.cast(b, tl.int64) * (walks[1] >> 1) + h * (walks[2] >> 1) + block
+
+
+@triton.jit
+def walk(walks, at):
+    """[start, full_start, full_end, end] of one walk; they count tiles where there is a list of them, `order`."""
+    ends = walks[0] + 4 * at
+    return tl.load(ends), tl.load(ends + 1), tl.load(ends + 2), tl.load(ends + 3)
+
+
+@triton.jit
+def tile_at(order, at, n, STEP: tl.constexpr):
+    """The first index of the n-th tile of a list, which is (lists, 2 n + 1 with their length n); without one, n itself
+    is that index."""
+    if order is None:
+        first = n
+    else:
+        first = tl.load(order[0] + at * (order[1] >> 1) + n)
+    return tl.multiple_of(first, STEP)
+
+
+@triton.jit
 def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  CHECK: tl.constexpr):  # fmt: skip
     """base[rows, dims], zero outside. `dims` is checked where the tile is wider than WIDTH, `rows` with CHECK."""

@@ -21,8 +21,8 @@ from attnfx.kernels.flash.launch import Arguments, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.pairs import pairs_kernel
 from attnfx.kernels.flash.program import DIAGONAL, LOG2E, Leaf, has_gradient
-from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
 from attnfx.kernels.flash.tiles import Tile, backward_tiles
+from attnfx.kernels.flash.walks import over_keys, over_rows
 from attnfx.mask import rows_live
 
 
@@ -114,36 +114,32 @@ class Backward:
         """The gradients of keys and values; with `leaf`, that of a load by key, in dk (B, H, S)."""
         tile, sizes = self.tiles[0], self.sizes
         heads = self.call.key.shape[1] if leaf is None else sizes["H"]
-        walks = along_rows(self.program.keep, sizes, tile.keys, tile.rows) if self.program.keep is not None else None
+        walks = over_rows(self.call, self.program.keep, tile)
         return Launch(
             keys_kernel,
             (-(-sizes["S"] // tile.keys), heads, sizes["B"]),
             self._arguments()
             | tiled("q:q grad_out:grad", (self.call.query, self.grad_out), tile.rows, self.target)
-            | dict(
-                dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(),
-                walks=None if walks is None else on_device(walks, dk.device),
-            ),
+            | dict(dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), **walks.arguments),
             self._constants(tile, leaf),
             tile,
+            walks.before,
         )  # fmt: skip
 
     def rows_launch(self, result: Tensor, leaf: int | None = None) -> Launch:
         """The gradient of the queries; with `leaf`, that of a load by row, (B, H, T)."""
         tile, sizes = self.tiles[1], self.sizes
-        walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
+        walks = over_keys(self.call, self.program.keep, tile)
         return Launch(
             rows_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
             self._arguments()
             | tiled("k:k v:v", (self.call.key, self.call.value), tile.keys, self.target)
-            | dict(
-                result=result, result_strides=result.stride(),
-                walks=None if walks is None else on_device(walks, result.device),
-            ),
+            | dict(result=result, result_strides=result.stride(), **walks.arguments),
             self._constants(tile, leaf)
             | dict(EXTRAS=self.some.functions["extras"], EXTRAS_COUNT=len(self.program.extras)),
             tile,
+            walks.before,
         )  # fmt: skip
 
     # -- the whole ------------------------------------------------------------------------------
@@ -219,7 +215,7 @@ class Backward:
         """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it."""
         tile = self.tiles[1]._replace(keys=self.tiles[1].rows)
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
-        walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
+        walks = over_keys(self.call, self.program.keep, tile, spans=True)
         blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)
         constants = self._constants(tile, number)
         for name in ("FACTOR", "SLOPE", "WHOLE_SLOPE"):
@@ -232,9 +228,10 @@ class Backward:
                 sizes["H"] if by_head else 1,
                 sizes["B"] if by_batch else 1,
             ),
-            self._arguments() | dict(result=result, walks=None if walks is None else on_device(walks, result.device)),
+            self._arguments() | dict(result=result, **walks.arguments),
             constants | dict(BY_BATCH=by_batch, BY_HEAD=by_head, DIAGONAL=diagonal),
             tile,
+            walks.before,
         )
 
     def _add_extras(self, captures: dict[int, Tensor]) -> None:

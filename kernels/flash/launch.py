@@ -20,9 +20,9 @@ from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
 from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
-from attnfx.kernels.flash.ranges import along_keys, on_device
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.kernels.flash.tiles import Tile, forward_tiles
+from attnfx.kernels.flash.walks import over_keys
 from attnfx.mask import rows_live
 from attnfx.spec import AttentionSpec
 
@@ -206,16 +206,14 @@ def forward_launch(
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
     tile = tile or forward_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))[0]
-    walks = None
-    if some.program.keep is not None:
-        walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)
+    walks = over_keys(call, some.program.keep, tile)
     return Launch(
         forward_kernel,
         (-(-some.sizes["T"] // tile.rows), some.sizes["H"], some.sizes["B"]),
         dict(
             q=query, out=out, logsumexp=logsumexp, q_strides=query.stride(), out_strides=out.stride(),
-            captures=some.captures, sizes=some.encoded, seed=call.seed, walks=walks, **tiled("k:k v:v", (key, value),
-            tile.keys, target),
+            captures=some.captures, sizes=some.encoded, seed=call.seed, **walks.arguments,
+            **tiled("k:k v:v", (key, value), tile.keys, target),
         ),
         constants
         | dict(
@@ -224,4 +222,5 @@ def forward_launch(
             WHOLE=some.functions["whole"] if some.dead_rows_average() else None,
         ),
         tile,
+        walks.before,
     )  # fmt: skip

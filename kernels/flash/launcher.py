@@ -28,6 +28,7 @@ class Launch:
     arguments  tensors, numbers, None and tuples of them, by the kernel's names
     constants  its constexpr arguments by name
     tile       warps and stages are taken from it
+    before     what must run first
     """
 
     kernel: triton.JITFunction
@@ -35,8 +36,11 @@ class Launch:
     arguments: Mapping[str, object]
     constants: Mapping[str, object]
     tile: Tile
+    before: tuple[Launch, ...] = ()
 
     def run(self, device: torch.device) -> None:
+        for made in self.before:
+            made.run(device)
         if 0 in self.grid:
             return
         with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():

@@ -62,7 +62,7 @@ def pairs_kernel(
 
     Without DIAGONAL result is (B or 1, H or 1, T, S). With it BM = BN, and result is (B or 1, H or 1, 2, L) with L =
     BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
-    [1, n] together. walks (row blocks, 4) or None says which tiles are empty;
+    [1, n] together. walks, as `walks.py` makes them, or None say which tiles are empty;
     `dead` is as `dead_statistics` has it, or None.
     """
     size_t, size_s = sizes[2] >> 1, sizes[3] >> 1
@@ -86,7 +86,8 @@ def pairs_kernel(
                 i0, j0 = block * BM, (block + apart) * BN
                 visit = j0 < size_s
                 if walks is not None:
-                    visit = (j0 + BN > tl.load(walks + 4 * block)) & (j0 < tl.load(walks + 4 * block + 3))
+                    start, _s, _e, end = f.walk(walks, f.walk_at(walks, b, h, block))
+                    visit = (j0 + BN > start) & (j0 < end)
                 if visit:
                     total += _part(
                         q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides,

@@ -5,6 +5,7 @@ Where no kernel compiles or fits the device, the call runs in blocks of PyTorch'
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -18,7 +19,7 @@ from attnfx.spec import AttentionSpec
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
 
 
-def _missing(device: torch.device, target: int | None = None) -> str | None:
+def missing(device: torch.device, target: int | None = None) -> str | None:
     """What the machine lacks; with `target`, what a GPU of that compute capability lacks."""
     if find_spec("triton") is None:
         return "Triton is not installed"
@@ -45,7 +46,7 @@ def expresses(
 ) -> str | None:
     """Why the flash and decode tiers run no such calls, one sentence, or None; with `target`, on a GPU of that compute
     capability."""
-    if (why := _missing(device, target)) is not None:
+    if (why := missing(device, target)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -60,9 +61,16 @@ def source(spec: AttentionSpec) -> str:
     return emit(spec, launch.program(spec)).text
 
 
+def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
+    """The summary of a mask, as `attnfx.mask.summary` has it, of one of its specs."""
+    from attnfx.kernels.flash import summarise as kernels
+
+    return kernels.summarise(captures, sizes, spec)
+
+
 def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call.query.device)) is not None:
+    if (why := missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -99,7 +107,7 @@ def backward(
 
 def supports_decode(call: Call) -> str | None:
     """Why the decode tier cannot run the call, one sentence, or None."""
-    if (why := _missing(call.query.device)) is not None:
+    if (why := missing(call.query.device)) is not None:
         return why
     from attnfx.kernels.flash import split
 

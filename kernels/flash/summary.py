@@ -1,0 +1,81 @@
+"""A mask that stands in tensors, summarised at run time, and the lists of tiles that kernels visit by it.
+
+`summary_kernel` evaluates the mask once for each grain of scores; its result serves every head, layer and pass that
+has this mask. `lists_kernel` makes from it, and from what the indices alone decide, the tiles of one kernel's blocks.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def summary_kernel(
+    states, captures, sizes, BM: tl.constexpr, BN: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Grid (grains of rows * grains of keys, H or 1, B or 1). states (B or 1, H or 1, grains of rows, of keys) of
+    uint8: 1 where some score of a grain is live, plus 2 where some is dead. BM or BN is 1, and there is one grain,
+    where the mask does not depend on the row or the key."""
+    size_t, size_s = 1, 1
+    if BY_ROW:
+        size_t = sizes[2] >> 1
+    if BY_COLUMN:
+        size_s = sizes[3] >> 1
+    place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    across = tl.cdiv(size_s, BN)
+    i = place // across * BM + tl.arange(0, BM)[:, None]
+    j = place % across * BN + tl.arange(0, BN)[None, :]
+    H = HEADS(captures, sizes, b, h)
+    R = ROWS(captures, sizes, H, b, h, i)
+    C = COLUMNS(captures, sizes, H, b, h, j)
+    keep = tl.broadcast_to(KEEP(captures, sizes, H, R, C, i, i, b, h, i, j), [BM, BN])
+    exists = tl.broadcast_to((i < size_t) & (j < size_s), [BM, BN])
+    state = tl.where(exists, tl.where(keep, 1, 2), 0)
+    live = tl.max(tl.max(state & 1, 1), 0)
+    dead = tl.max(tl.max(state & 2, 1), 0)
+    row = (b.to(tl.int64) * tl.num_programs(1) + h) * tl.num_programs(0) + place
+    tl.store(states + row, (live | dead).to(tl.uint8))
+
+
+@triton.jit
+def lists_kernel(
+    states, fixed, ends, order, sizes, OWN: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Grid (blocks, H or 1, B or 1) of the kernel's own index, each OWN long; it walks along the other in steps of
+    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them.
+
+    ends (B or 1, H or 1, blocks, 4) becomes [0, 0, full, live], and order (B or 1, H or 1, blocks, tiles) the first
+    index of `full` tiles without a dead score, then of the others up to `live` in all. Where order is None, ends
+    becomes [first, first, first, last], which holds every live tile. TILES is a power of two, no less than tiles.
+    sizes = (grains along the kernel's own index, along the walk, the distances between either's, tiles)."""
+    own, walked = sizes[0] >> 1, sizes[1] >> 1
+    block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    head = b.to(tl.int64) * tl.num_programs(1) + h
+    row = head * tl.num_programs(0) + block
+    at = tl.arange(0, TILES) * STEP
+    state = tl.zeros([TILES], tl.int32)
+    for n in tl.static_range((OWN + GRAIN - 1) // GRAIN):
+        # an index beyond the last grain is of a block that ends there, or of the one grain that all share
+        mine = tl.minimum(block * OWN // GRAIN + n, own - 1) * (sizes[2] >> 1)
+        for m in tl.static_range((STEP + GRAIN - 1) // GRAIN):
+            theirs = tl.minimum(at // GRAIN + m, walked - 1) * (sizes[3] >> 1)
+            state |= tl.load(states + head * own * walked + mine + theirs).to(tl.int32)
+    start, end = tl.load(fixed + 4 * block), tl.load(fixed + 4 * block + 3)
+    full_start, full_end = tl.load(fixed + 4 * block + 1), tl.load(fixed + 4 * block + 2)
+    live = ((state & 1) != 0) & (at >= start) & (at < end)
+    if order is None:
+        first, last = tl.min(tl.where(live, at, 2147483647), 0), tl.max(tl.where(live, at + STEP, 0), 0)
+        tl.store(ends + 4 * row, first)
+        tl.store(ends + 4 * row + 1, first)
+        tl.store(ends + 4 * row + 2, first)
+        tl.store(ends + 4 * row + 3, last)
+    else:
+        full = live & ((state & 2) == 0) & (at >= full_start) & (at + STEP <= full_end)
+        some, every = full.to(tl.int32), live.to(tl.int32)
+        count = tl.sum(some, 0)
+        place = tl.where(full, tl.cumsum(some, 0) - 1, count + tl.cumsum(every - some, 0) - 1)
+        tl.store(order + row * (sizes[4] >> 1) + place, at, mask=live)
+        tl.store(ends + 4 * row, 0)
+        tl.store(ends + 4 * row + 1, 0)
+        tl.store(ends + 4 * row + 2, count)
+        tl.store(ends + 4 * row + 3, tl.sum(every, 0))
