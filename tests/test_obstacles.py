@@ -9,6 +9,7 @@ import torch
 
 import attnfx
 from attnfx.errors import RefusalError
+from attnfx.passes.trace import Untraceable
 from attnfx.refusals import CODES, page
 from attnfx.report import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T
@@ -43,6 +44,18 @@ def test_a_graph_break_says_what_broke_the_graph():
     (site,) = report.sites
     assert "torch._dynamo.graph_break()" in site.refusal.message
     assert "Remove the `torch._dynamo.graph_break()` call" in site.refusal.hint
+
+
+def test_a_graph_that_cannot_be_traced_tells_of_its_softmaxes(monkeypatch):
+    def fail(*_):
+        raise Untraceable("an operator that is unknown")
+
+    monkeypatch.setattr("attnfx.pipeline.trace", fail)
+    fn = OBSTACLES["short_sequence"].fn
+    report = attnfx.explain(fn)(*qkv())
+    (softmax,) = report.others
+    assert softmax.code == "untraceable" and softmax.refusal.where == line_of(fn)
+    assert "an operator that is unknown" in softmax.refusal.message and not report.sites
 
 
 def test_a_break_elsewhere_is_no_refusal():
