@@ -243,6 +243,13 @@ _DECISIONS = {
         "what the message names",
         "Allow more tiers, or change what the message names.",
     ),
+    "mismatch": Code(
+        "The rewrite did not agree with the original",
+        'With verify="first" the rewritten attention was compared with the original on the first inputs, and differed '
+        "by more than rounding.",
+        "any form: this is a defect of attnfx",
+        "Nothing is wrong with the model; please report it with the script that the warning names.",
+    ),
     "no_rates": Code(
         "The device is not known to the cost model",
         "There are no rates of this device, so nothing can be predicted.",

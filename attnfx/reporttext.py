@@ -54,7 +54,7 @@ def _table(report: Report, title: str) -> Table:
 
 
 def _row(site: Site, report: Report) -> tuple[str, ...]:
-    code = f"kept: {site.code}" if site.code else ""
+    code = "" if site.rewritten else f"kept: {site.code}".removesuffix(": ")
     made = site.decision
     if made is None:
         return (site.where, site.summary(), site.mask, code, "")
