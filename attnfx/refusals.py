@@ -193,8 +193,8 @@ _SITES = {
 _OTHERS = {
     "not_attention": Code(
         "A softmax that is no attention",
-        "No product of two batches of matrices leads to it: the probabilities of a classifier, a loss, or a router's "
-        "gate.",
+        "No product of two batches of matrices leads to it by operators that are understood: the probabilities of a "
+        "classifier, a loss, or a router's gate.",
         _PLAIN,
         "Nothing.",
     ),

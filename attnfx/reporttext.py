@@ -65,7 +65,8 @@ def _predicted(before: Candidate | None, after: Candidate) -> str:
     """Time and peak memory of the original and, where it was rewritten, of the rewrite."""
     both = (before, after)
     times = _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in both])
-    sizes = _pair([_number(c.predicted_bytes / 2**20) if c is not None and c.predicted_bytes else "" for c in both])
+    known = any(c is not None and c.predicted_bytes for c in both)
+    sizes = _pair([_number(c.predicted_bytes / 2**20) if c is not None and known else "" for c in both])
     return "\n".join(f"{value} {unit}" for value, unit in ((times, "ms"), (sizes, "MiB")) if value)
 
 

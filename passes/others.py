@@ -45,7 +45,12 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
         elif flat_scores and n in meeting:
             yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
         else:
-            yield n, refusal("not_attention", "no product of queries with keys leads to it", n)
+            yield (
+                n,
+                refusal(
+                    "not_attention", "no product of queries with keys leads to it by operators that are understood", n
+                ),
+            )
 
 
 def with_reasons(
