@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 
 LARGEST = 1000  # breaks that are remembered
 _RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_.*_at_(\d+)')
-_known: dict[str, Break] = {}
+_known: dict[tuple[str, str], Break] = {}  # by file and line
 _lock = threading.Lock()
 
 
@@ -33,12 +33,16 @@ def ended_by(gm: GraphModule) -> Break | None:
     cause = getattr(gm, "compile_subgraph_reason", None)
     if cause is None or not getattr(cause, "graph_break", False) or not cause.user_stack:
         return None
-    places = [f"{os.path.basename(f.filename)}:{f.lineno}" for f in cause.user_stack]
+    last = cause.user_stack[-1]
     hint = re.search(r"Hint: (.*)", cause.reason)
-    found = Break(places[-1], cause.reason.strip().splitlines()[0], hint[1] if hint else "")
+    found = Break(
+        f"{os.path.basename(last.filename)}:{last.lineno}",
+        next(iter(cause.reason.strip().splitlines()), ""),
+        hint[1] if hint else "",
+    )
     with _lock:
-        for place in places:  # of the callers too: each of them is resumed after the call
-            _known[place] = found
+        for frame in cause.user_stack:  # of the callers too: each of them is resumed after the call
+            _known[(frame.filename, str(frame.lineno))] = found
         while len(_known) > LARGEST:
             del _known[next(iter(_known))]
     return found
@@ -49,9 +53,8 @@ def begun_by(node: Node) -> Break | None:
     found = _RESUMED.search(node.meta.get("stack_trace") or "")
     if found is None:
         return None
-    place = f"{os.path.basename(found[1])}:{found[2]}"
     with _lock:
-        return _known.get(place, Break(place))
+        return _known.get((found[1], found[2]), Break(f"{os.path.basename(found[1])}:{found[2]}"))
 
 
 __all__ = ["Break", "begun_by", "ended_by"]

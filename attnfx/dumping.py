@@ -9,8 +9,9 @@ from pathlib import Path
 from torch.fx import GraphModule
 
 from attnfx.kernels.flash import tier
+from attnfx.observe import readable
 from attnfx.options import Options
-from attnfx.pipeline import Result, readable
+from attnfx.pipeline import Result
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:

@@ -83,7 +83,8 @@ class Stage:
         for n in self.nodes:
             shape = "" if n.shape is None else f": {n.dtype}[{', '.join(map(str, n.shape))}]"
             notes = "  # " + ", ".join(t for t in (n.site, n.where) if t) if n.site or n.where else ""
-            lines.append(f"{n.id}{shape} = {n.label}({', '.join(operands[n.id])}){notes}")
+            made = f"{n.label}({', '.join(operands[n.id])})" if n.kind not in ("input", "constant") else n.kind
+            lines.append(f"{n.id}{shape} = {made}{notes}")
         return "\n".join(lines) + "\n"
 
     def to_networkx(self) -> networkx.DiGraph:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch._logging._internal import trace_structured
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
@@ -19,6 +18,7 @@ from attnfx.kernels.configuration import Configuration
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.mask import describe, mask_of
 from attnfx.mask.summary import worth
+from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
 from attnfx.passes.extract import Trial
@@ -26,7 +26,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match
-from attnfx.passes.others import others, unread, unread_bodies
+from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
@@ -56,7 +56,6 @@ BODIES = {
 
 
 # Codes of refusals after which rows that are computed one by one would be the next form.
-BY_HAND = ("normaliser", "softmax_dim")  # codes that say that an exponential was divided by some sum
 THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product", "layout", "axes")
 
 
@@ -170,7 +169,7 @@ def _graph(
         log.info("%s at %s: %s", site.name, site.where, said(site))
     dropped = [(f, site.refusal) for n, (f, site, _) in enumerate(todo) if n not in filed]
     dropped += [(f, f.refusal) for f in finder.doubtful]
-    _file_others(report, _with_reasons(finder, left, dropped, [findings[n] for n in filed]))
+    _file_others(report, with_reasons(finder, left, dropped, [findings[n] for n in filed]))
     if changed:
         share(traced, OPERATORS.summary)
         clean(traced)
@@ -181,48 +180,6 @@ def _graph(
         for stage in record.stages({n: site.name for n, site in filed.items()}, after):
             report.stage(stage.name).add(stage, path)
     return traced, changed
-
-
-def _with_reasons(
-    finder: Finder,
-    left: list[tuple[Node, Refusal]],
-    dropped: list[tuple[Finding, Refusal | None]],
-    filed: list[Finding],
-) -> list[tuple[Node, Refusal]]:
-    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
-    dropped on the way: they tell more than that no attention was found."""
-    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
-    seen, stack = set(), [a for f in filed for a in f.anchors]
-    while stack:  # a softmax that another one is made of
-        anchor = stack.pop()
-        if anchor not in seen:
-            seen.add(anchor)
-            stack.extend(s for a in anchor.all_input_nodes for s in finder.weights.get(a, ()))
-    out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
-    byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
-    return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
-
-
-def publish(name: str, text: Callable[[], str], encoding: str = "string") -> None:
-    """Give a text to PyTorch's structured trace (TORCH_TRACE, tlparse); it is not asked for where that is off."""
-    trace_structured("artifact", metadata_fn=lambda: {"name": f"attnfx_{name}", "encoding": encoding}, payload_fn=text)
-
-
-def traces() -> bool:
-    """Whether somebody reads PyTorch's structured trace."""
-    return bool(logging.getLogger("torch.__trace").handlers)
-
-
-def readable(gm: GraphModule) -> str:
-    return gm.print_readable(print_output=False)
-
-
-def said(site: Site) -> str:
-    """What became of a site, as a log line says it."""
-    if site.refusal is not None:
-        return f"kept: {site.refusal}"
-    made = site.decision
-    return "" if made is None else f"{made.tier} {f'[{made.code}] ' if made.code else ''}{made.reason}".strip()
 
 
 def _bodies(

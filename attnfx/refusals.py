@@ -193,8 +193,8 @@ _SITES = {
 _OTHERS = {
     "not_attention": Code(
         "A softmax that is no attention",
-        "No product of two batches of matrices leads to it: the probabilities of a classifier, a loss, or a router's "
-        "gate.",
+        "No product of two batches of matrices leads to it by operators that are understood: the probabilities of a "
+        "classifier, a loss, or a router's gate.",
         _PLAIN,
         "Nothing.",
     ),
@@ -244,10 +244,11 @@ _DECISIONS = {
         "Allow more tiers, or change what the message names.",
     ),
     "mismatch": Code(
-        "The rewrite gave another result",
-        'With verify="first" the site was compared with the original on the first call, and differed beyond rounding.',
-        "a site whose rewrite gives the original's result",
-        "Run the script that the warning names, and report what it shows to the project's issue tracker.",
+        "The rewrite did not agree with the original",
+        'With verify="first" the rewritten attention was compared with the original on the first inputs, and differed '
+        "by more than rounding.",
+        "any form: this is a defect of attnfx",
+        "Nothing is wrong with the model; please report it with the script that the warning names.",
     ),
     "no_rates": Code(
         "The device is not known to the cost model",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import replace
 from typing import TypeVar
 
 from rich.console import Console, Group, RenderableType
@@ -18,7 +19,7 @@ from attnfx.refusals import CODES
 from attnfx.report import Candidate, Report, Site
 
 WIDTH = 120
-PLACE = 22  # characters of a place that are kept in one line
+PLACE = 28  # characters of a place that are kept in one line
 QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes that need no sentence
 T = TypeVar("T")
 
@@ -42,7 +43,7 @@ def _table(report: Report, title: str) -> Table:
     table = Table(title=title, title_justify="left", show_lines=False, expand=False)
     for column in ("site", "where", "what", "mask", "decision"):
         table.add_column(column, overflow="fold")
-    table.columns[1].min_width = min(PLACE, max(len(s.where) for s in report.sites))
+    table.columns[1].no_wrap = max(len(s.where) for s in report.sites) <= PLACE
     for column in ("predicted", "share"):
         table.add_column(column, no_wrap=True, justify="right")
     for sites in _groups(report.sites, lambda s: _row(s, report)):
@@ -53,7 +54,7 @@ def _table(report: Report, title: str) -> Table:
 
 
 def _row(site: Site, report: Report) -> tuple[str, ...]:
-    code = f"kept: {site.code}" if site.code else ""
+    code = "" if site.rewritten else f"kept: {site.code}".removesuffix(": ")
     made = site.decision
     if made is None:
         return (site.where, site.summary(), site.mask, code, "")
@@ -64,7 +65,8 @@ def _predicted(before: Candidate | None, after: Candidate) -> str:
     """Time and peak memory of the original and, where it was rewritten, of the rewrite."""
     both = (before, after)
     times = _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in both])
-    sizes = _pair([_number(c.predicted_bytes / 2**20) if c is not None and c.predicted_bytes else "" for c in both])
+    known = any(c is not None and c.predicted_bytes for c in both)
+    sizes = _pair([_number(c.predicted_bytes / 2**20) if c is not None and known else "" for c in both])
     return "\n".join(f"{value} {unit}" for value, unit in ((times, "ms"), (sizes, "MiB")) if value)
 
 
@@ -97,14 +99,16 @@ def _said(site: Site) -> str:
 
 
 def _others(sites: Sequence[Site]) -> Iterable[str]:
-    """The other softmaxes: those that are none of an attention's in one line, with their places."""
-    for group in _groups(sites, lambda s: s.code if s.code in QUIET else (s.where, str(s.refusal))):
+    """The other softmaxes, those with the same reason in one line; where nothing is to be done, without a sentence."""
+    for group in _groups(sites, lambda s: s.code if s.code in QUIET else (s.code, s.refusal and s.refusal.message)):
         code, refusal = group[0].code, group[0].refusal
-        places = ", ".join(f"{w} ({len(s)} times)" if len(s) > 1 else w for w, s in _places(group))
-        if code in QUIET:
+        found = _places(group)
+        places = ", ".join(f"{w} ({len(s)} times)" if len(s) > 1 else w for w, s in found)
+        if code in QUIET or refusal is None:
             yield f"other softmaxes: {len(group)} [{code}] at {places}"
         else:
-            yield f"other softmax at {places}: {refusal}"
+            why = refusal if len(found) == 1 and refusal.where != found[0][0] else replace(refusal, where="")
+            yield f"other softmaxes: {len(group)} at {places}: {why}"
 
 
 def _places(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:

@@ -13,10 +13,11 @@ from torch.fx import GraphModule, Node
 from attnfx.breaks import Break, begun_by
 from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal
-from attnfx.passes.match import Finder, batched
+from attnfx.passes.match import Finder, Finding, batched
 from attnfx.report import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
+BY_HAND = ("normaliser", "softmax_dim")  # codes that say that an exponential was divided by some sum
 NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of their names in a graph of Dynamo
 
 
@@ -44,7 +45,32 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
         elif flat_scores and n in meeting:
             yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
         else:
-            yield n, refusal("not_attention", "no product of queries with keys leads to it", n)
+            yield (
+                n,
+                refusal(
+                    "not_attention", "no product of queries with keys leads to it by operators that are understood", n
+                ),
+            )
+
+
+def with_reasons(
+    finder: Finder,
+    left: list[tuple[Node, Refusal]],
+    dropped: list[tuple[Finding, Refusal | None]],
+    filed: list[Finding],
+) -> list[tuple[Node, Refusal]]:
+    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
+    dropped on the way: they tell more than that no attention was found."""
+    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
+    seen, stack = set(), [a for f in filed for a in f.anchors]
+    while stack:  # a softmax that another one is made of
+        anchor = stack.pop()
+        if anchor not in seen:
+            seen.add(anchor)
+            stack.extend(s for a in anchor.all_input_nodes for s in finder.weights.get(a, ()))
+    out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
+    byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
+    return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
 
 
 def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
@@ -89,4 +115,4 @@ def _from_input(n: Node) -> bool:
     return at.op == "placeholder"
 
 
-__all__ = ["others", "unread", "unread_bodies"]
+__all__ = ["others", "unread", "unread_bodies", "with_reasons"]
