@@ -103,12 +103,7 @@ def _graph(
         todo.append((finding, describe_site(finding, sizes), sizes))
     # from the last: an operand may be the output of an attention before it, which is replaced then
     for finding, site, sizes in reversed(todo):
-        if trial is not None and (told := trial.keeps(finding)):
-            changed |= _kept(traced, finding, site, told)
-            continue
-        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
-        if trial is not None and finding.replaced:
-            trial.add(site, finding)
+        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final), trial)
     for finding, site, _ in todo:
         if not finding.loose or site.decision is not None:
             site.name = f"attention_{len(report.sites)}"
@@ -224,11 +219,15 @@ def _decide(
     options: Options,
     carriers: Carriers,
     reader: Node | None,
+    trial: Trial | None,
 ) -> bool:
     """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
+    if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
+        site.refusal, site.decision = None, Decision("kept", "", reason=told)
+        return op_name(finding.final) not in SDPA and _shielded(traced, finding, site)
     if match is None:
-        return _whole_rows(traced, finding, site, options, carriers) or (
+        return _whole_rows(traced, finding, site, options, carriers, trial) or (
             not finding.loose and _shielded(traced, finding, site)
         )
     query = value(match.query.node)
@@ -248,17 +247,21 @@ def _decide(
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
-        finding.replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
+    if trial is not None:
+        trial.add(site, finding.final, replaced)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
 
 
-def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
+def _whole_rows(
+    traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers, trial: Trial | None
+) -> bool:
     """What no score program describes may still be computed row by row. True where the graph changed."""
     if "chunked" not in options.tiers or op_name(finding.final) in SDPA:
         return False
@@ -275,17 +278,13 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
     decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, training, options, found.gives_scores)
     try:
         if decision.tier != "kept":
-            finding.replaced = replace_region(traced, facts, found, ROWS, carriers)
+            replaced = replace_region(traced, facts, found, ROWS, carriers)
+            if trial is not None:
+                trial.add(site, finding.final, replaced)
     except CannotEmit:
         return False
     site.refusal, site.decision = None, decision
     return decision.tier != "kept" or _shielded(traced, finding, site)
-
-
-def _kept(traced: GraphModule, finding: Finding, site: Site, told: str) -> bool:
-    """Leave a site as it is, for a reason that was found by running it. True where the graph changed."""
-    site.refusal, site.decision = None, Decision("kept", "", reason=told)
-    return op_name(finding.final) not in SDPA and _shielded(traced, finding, site)
 
 
 def _shielded(traced: GraphModule, finding: Finding, site: Site, only_risky: bool = False) -> bool:

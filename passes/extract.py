@@ -18,7 +18,7 @@ from attnfx import rowprogram
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import op_name, value
 from attnfx.passes.lift import argument
-from attnfx.passes.match import SDPA, Finding
+from attnfx.passes.match import SDPA
 from attnfx.report import Site
 from attnfx.spec import from_json
 
@@ -83,16 +83,12 @@ class Trial:
     def all_pairs(self) -> list[Pair]:
         return [*self.pairs, *(p for inner in self.bodies.values() for p in inner.all_pairs())]
 
-    def keeps(self, finding: Finding) -> str:
-        """What the report says of a site that is to stay, "" for the others."""
-        return self.keep.get(self.name(finding.final), "")
-
-    def add(self, site: Site, finding: Finding) -> None:
-        """A site that was just rewritten. The nodes that were replaced must still stand, with the operands that they
-        had."""
+    def add(self, site: Site, final: Node, replaced: Sequence[tuple[Node, Node]]) -> None:
+        """A rewritten site that ends at `final`: `replaced` are (old, new). The old ones must still stand, with the
+        operands that they had."""
         known, facts = self._names, self._facts
-        ends, made = zip(*finding.replaced, strict=True)
-        sources, new = _cone(made, lambda n: n in known)
+        ends = [old for old, _ in replaced]
+        sources, new = _cone([n for _, n in replaced], lambda n: n in known)
         stop = set(sources)
         # an operator that draws or writes is not run again: what it gave is an input, like all that the new nodes read
         inputs, old = _cone(
@@ -100,12 +96,12 @@ class Trial:
         )
         inputs = list(dict.fromkeys([*sources, *inputs]))
         at = max((*inputs, min(ends, key=facts.position.__getitem__)), key=facts.position.__getitem__)
-        learns = facts.regions[finding.final][0] is not False
+        learns = facts.regions[final][0] is not False
         pair = Pair(
             site,
-            self.name(finding.final),
+            self.name(final),
             _module(inputs, old, ends),
-            _module(inputs, new, made),
+            _module(inputs, new, [n for _, n in replaced]),
             tuple(known[n] for n in inputs),
             tuple(learns and n in facts.differentiable and _floating(n) for n in inputs),
             tuple(n.name for n in ends),
@@ -149,7 +145,7 @@ def _floating(n: Node) -> bool:
     return isinstance(held, torch.Tensor) and held.dtype.is_floating_point
 
 
-def _module(inputs: Sequence[Node], nodes: Sequence[Node], ends: Sequence[Node]) -> GraphModule:
+def _module(inputs: list[Node], nodes: list[Node], ends: list[Node]) -> GraphModule:
     graph, copies = Graph(), {}
     for n in inputs:
         copies[n] = graph.placeholder(n.name)

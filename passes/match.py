@@ -102,15 +102,13 @@ class Reduction:
 @dataclass
 class Finding:
     """One attention-like place: a match, or why not. One that is `loose` is an attention only where its rows prove to
-    be apart: operators that are not understood stand between its weights and the values. `replaced` are the nodes (old,
-    new) that a rewrite of it changed."""
+    be apart: operators that are not understood stand between its weights and the values."""
 
     final: Node
     match: Match | None = None
     refusal: Refusal | None = None
     anchors: list[Node] = field(default_factory=list)
     loose: bool = False
-    replaced: list[tuple[Node, Node]] = field(default_factory=list)
 
 
 class Finder:
