@@ -17,7 +17,7 @@ from attnfx.cli.loading import load
 from attnfx.report import Report
 from attnfx.targets import Target
 
-FILE = '''
+FILE = """
 import torch
 
 
@@ -93,7 +93,7 @@ def own_error():
 
 def wrong_number_of_inputs():
     return Model(), (torch.randn(3, 3), 1, 2)
-'''
+"""
 
 
 @pytest.fixture
@@ -226,7 +226,7 @@ def test_an_error_of_the_user_s_code_exits_with_1_and_shows_that_error_alone(fil
 def test_a_file_that_does_not_import_shows_its_own_error(tmp_path):
     (tmp_path / "wrong.py").write_text("import math\n\nx = math.sqrt(-1)\n")
     _, err = attnfx("explain", f"{tmp_path / 'wrong.py'}:f", code=1)
-    assert err.count('File "') == 1 and "wrong.py\", line 3" in err and "ValueError" in err
+    assert err.count('File "') == 1 and 'wrong.py", line 3' in err and "ValueError" in err
     (tmp_path / "unfinished.py").write_text("def f(:\n")
     assert "SyntaxError" in attnfx("explain", f"{tmp_path / 'unfinished.py'}:f", code=1)[1]
 
