@@ -63,7 +63,9 @@ def show(name: str, as_json: bool) -> None:
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items())
-    return f"{value:,.10g}" if isinstance(value, int | float) else f"{value}"
+    if isinstance(value, int | float):
+        return f"{int(value):,}" if value == int(value) else f"{value:,.6g}"
+    return str(value)
 
 
 __all__ = ["command"]
