@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, symbolic_trace
 
+from attnfx import pipeline  # noqa: F401  (its import registers the operators)
 from attnfx.comparison import Difference, compare, compare_dropout
-from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
 from attnfx.passes.extract import Pair, drops, without_dropout
 
 SCRIPT = '''\

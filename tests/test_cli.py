@@ -168,6 +168,8 @@ def test_a_page_is_overwritten_only_by_force(file, tmp_path):
     assert page.read_text() == "mine"
     attnfx("explain", f"{file}:positional", "--html", page, "--force")
     assert "<html" in page.read_text()
+    absent = tmp_path / "absent" / "report.html"
+    assert "cannot be written" in attnfx("explain", f"{file}:positional", "--html", absent, code=2)[1]
 
 
 def test_strict_exits_with_3_and_names_the_refused_site(file):

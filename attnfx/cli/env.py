@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
     table = Table(show_header=False)
     for name, value in found.items():
         table.add_row(name, "\n".join(_lines(value)))
-    Console(width=max(80, Console().width)).print(table)
+    Console().print(table)
 
 
 def environment() -> dict[str, Any]:

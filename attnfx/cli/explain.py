@@ -71,7 +71,10 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     with waiting.status("explaining"):
         report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
     if html is not None:
-        report.to_html(html, force=force)
+        try:
+            report.to_html(html, force=force)
+        except OSError as problem:
+            raise click.UsageError(f"the page cannot be written: {problem}") from None
     _print(report, as_json)
     refused = [s for s in report.sites if s.refusal is not None]
     if strict and refused:

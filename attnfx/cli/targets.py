@@ -49,17 +49,23 @@ def show(name: str, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(asdict(found), indent=1))
         return
-    table = Table("field", "value", "source", title=found.name, title_justify="left")
+    from attnfx.targets.target import UNITS
+
+    table = Table("field", "value", "unit", "source", title=found.name, title_justify="left")
     for field, value in asdict(found).items():
-        if field not in ("name", "sources"):
-            table.add_row(field, _text(value), found.sources.get(field, ""))
-    Console().print(table)
+        if field not in ("name", "sources", "note"):
+            table.add_row(field, _text(value), UNITS.get(field, ""), found.sources.get(field, ""))
+    console = Console()
+    console.width = max(100, console.width)
+    console.print(table, *filter(None, [found.note]))
 
 
 def _text(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{k} {v:g}" for k, v in value.items())
-    return f"{value:,.10g}" if isinstance(value, int | float) else str(value)
+    if isinstance(value, int | float):
+        return f"{int(value):,}" if value == int(value) else f"{value:,.6g}"
+    return str(value)
 
 
 __all__ = ["command"]
