@@ -115,6 +115,12 @@ def test_decode_bytes_are_those_that_the_launches_allocate():
         assert allocated(made, out, call.query, call.key, call.value) == c.predicted_bytes
 
 
+def test_float32_gets_the_tiles_of_its_own_table():
+    for question, tier in ((ask(dtype="float32"), "flash"), (ask(dtype="float32", T=1, S=4096), "decode")):
+        (found,) = [c for c in candidates(question) if c.tier == tier]
+        assert found.tile is None and found.predicted_ms > 0
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_saved_bytes_are_those_that_autograd_holds(dropout):
     spec = replace(CAUSAL, dropout=dropout)
