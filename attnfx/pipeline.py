@@ -12,9 +12,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
-from attnfx.kernels.configuration import Configuration
-from attnfx.kernels.flash.tiles import Tile
+from attnfx.kernels import configuration, operator, operator_rows, operator_weights  # noqa: F401  (these register)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.facts import Facts
@@ -237,6 +235,8 @@ def _decide(
         refused=refused,
     )  # fmt: skip
     site.decision = cost.decide(question, options, torch.get_num_threads(), target)
+    if target is not None and target.note and options.target == "auto":
+        site.notes = (*site.notes, target.note)
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
@@ -249,7 +249,7 @@ def _decide(
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
     if isinstance(options.target, Target) and site.decision.tier in here:
-        instead = next(t for t in map(tier_name, tiers) if t not in here)
+        instead = next(t for t in tiers if t.partition(":")[0] not in here)
         said = f"decided for {options.target.name}; the {query.device.type} at hand runs it as {instead}"
         site.notes = (*site.notes, said)
     if reductions:
@@ -270,14 +270,8 @@ def target_of(options: Options, present: torch.device) -> tuple[Target | None, t
 def tiers_of(chosen: Candidate, here: Mapping[str, str], present: torch.device) -> list[str]:
     """The operator's tiers for a decision. `here`: the tiers that the present device cannot run. Behind the chosen one
     come those that it can, where the decision is for another, and the one that runs any call."""
-    tile = None if chosen.tile is None else Tile(*chosen.tile, chosen.warps, chosen.stages)
-    first = str(Configuration(chosen.tier, tile, chosen.splits))
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
-    return list(dict.fromkeys([first, *others, "chunked"]))
-
-
-def tier_name(configuration: str) -> str:
-    return configuration.partition(":")[0]
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
 
 
 def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:

@@ -2,6 +2,7 @@
 the tile that was chosen reaches the kernel."""
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,24 @@ def test_a_model_compiled_for_another_device_runs_on_this_one():
     torch.testing.assert_close(got, causal(q, k, v), rtol=1e-4, atol=1e-5)
     (found,) = filed[0].sites
     assert found.decision.tier == "flash" and "the cpu at hand runs it as" in " ".join(found.notes)
+
+
+def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
+    def fn(q, k, v):
+        w = torch.nn.functional.dropout((q @ k.mT * 0.25).softmax(-1), 0.5)
+        return w @ v, w.mean(1)
+
+    q, k, v = (rand(1, 2, 64, 16, seed=n) for n in range(3))
+    with new_reports() as filed:
+        compiled(fn, target="h100-sxm", rewrite="always")(q, k, v)
+    (found,) = filed[0].sites
+    assert found.decision.tier == "flash" and "the cpu at hand runs it as chunked" in " ".join(found.notes)
+
+
+def test_a_device_that_is_known_by_its_architecture_alone_is_said_to_be(monkeypatch):
+    guessed = replace(Target.by_name("rtx4090"), note="it has no record")
+    monkeypatch.setattr(pipeline, "target_of", lambda options, device: (guessed, torch.device("cuda")))
+    assert "it has no record" in site("auto").notes
 
 
 def test_what_the_device_at_hand_cannot_run_is_followed_by_what_it_can():
