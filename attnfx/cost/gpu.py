@@ -107,14 +107,18 @@ class _Site:
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
         held = logsumexp + self.between() * self.ask.training
         out = []
-        for code in codes("forward", self.target.capability, self.width):
+        known = codes("forward", self.target.capability, self.width)
+        # a draw takes registers that the table does not count: the kernels choose their tile then
+        named = not self.ask.spec.random
+        for code in known if named else known[:1]:
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
             rows, keys, warps, stages = code.tile
             if not kernel.resident:
                 continue
             time = self.tiled(kernel, self.heads) + self.launched()
             used = held + self.walks(walked | {("T", rows, keys)})
-            out.append(Candidate("flash", "triton", time + back, used, saved, (rows, keys), warps, stages))
+            found = Candidate("flash", "triton", time + back, used, saved)
+            out.append(replace(found, tile=(rows, keys), warps=warps, stages=stages) if named else found)
         return out
 
     def walks(self, of: frozenset[tuple[str, int, int]]) -> int:

@@ -174,8 +174,13 @@ def test_a_program_s_own_operations_count():
     assert (plain.always, plain.special, plain.masked) == (0, 0, 0)
     assert tanh.special == 2 and tanh.always > 10 and drop.always > 20
     assert operations(CAUSAL).masked > 0 == operations(CAUSAL).always
-    default = next(iter(k for k in times(ask()) if k[0] == "flash"))
-    assert times(ask(capped))[default] > times(ask())[default] < times(ask(dropped))[default]
+    slow, fast, drawn = (next(t for k, t in times(ask(s)).items() if k[0] == "flash") for s in (capped, PLAIN, dropped))
+    assert slow > fast < drawn
+
+
+def test_with_dropout_the_kernels_choose_their_tile():
+    (found,) = [c for c in candidates(ask(replace(PLAIN, dropout=0.1))) if c.tier == "flash"]
+    assert found.tile is None and found.warps == 0
 
 
 def test_streams_hide_each_other_s_units_but_never_the_busiest():
