@@ -13,9 +13,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx import breaks, cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (these register)
-from attnfx.kernels.configuration import Configuration
-from attnfx.kernels.flash.tiles import Tile
+from attnfx.kernels import configuration, operator
+from attnfx.kernels import operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
 from attnfx.mask import describe, mask_of
 from attnfx.mask.summary import worth
 from attnfx.observe import publish, readable, said, traces
@@ -312,6 +311,8 @@ def _decide(
         refused=refused,
     )  # fmt: skip
     site.decision = cost.decide(question, options, torch.get_num_threads(), target)
+    if target is not None and target.note and options.target == "auto":
+        site.notes = (*site.notes, target.note)
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
@@ -320,16 +321,16 @@ def _decide(
         shared = any(r.spec.random for r in reductions)
         tiers = ["chunked"] if shared else tiers_of(site.decision, here, query.device)
         summary = None
-        if tier_name(tiers[0]) == "flash" and "flash" not in here:
+        if tiers[0].startswith("flash") and "flash" not in here:
             summary = worth(match.spec, sizes, passes=3 if question.training else 1)
-        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions, summary)
+        replaced = rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions, summary=summary)
     except CannotEmit as problem:
         site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
         return _shielded(traced, finding, site)
     if trial is not None:
         trial.add(site, finding.final, replaced)
     if isinstance(options.target, Target) and site.decision.tier in here:
-        instead = next(t for t in map(tier_name, tiers) if t not in here)
+        instead = next(t for t in tiers if t.partition(":")[0] not in here)
         said = f"decided for {options.target.name}; the {query.device.type} at hand runs it as {instead}"
         site.notes = (*site.notes, said)
     if reductions:
@@ -350,14 +351,8 @@ def target_of(options: Options, present: torch.device) -> tuple[Target | None, t
 def tiers_of(chosen: Candidate, here: Mapping[str, str], present: torch.device) -> list[str]:
     """The operator's tiers for a decision. `here`: the tiers that the present device cannot run. Behind the chosen one
     come those that it can, where the decision is for another, and the one that runs any call."""
-    tile = None if chosen.tile is None else Tile(*chosen.tile, chosen.warps, chosen.stages)
-    first = str(Configuration(chosen.tier, tile, chosen.splits))
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
-    return list(dict.fromkeys([first, *others, "chunked"]))
-
-
-def tier_name(configuration: str) -> str:
-    return configuration.partition(":")[0]
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
 
 
 def _whole_rows(

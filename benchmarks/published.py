@@ -3,10 +3,11 @@
     python benchmarks/published.py [--out benchmarks/results/published.json]
 
 A kernel is described by what is known of its schedule and its instructions (attnfx/cost/others.json), a device by its
-data sheet (attnfx/targets/records). No constant is fitted to these numbers. Shapes are those of the FlashAttention
-papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, FLOPs of a causal mask counted half. `held` marks the
-points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds; shorter rows are mostly what happens
-before and after a kernel's loop, and little is published of the kernels' shapes at head width 256.
+data sheet (attnfx/targets/records). No constant is fitted to a number of this table; that a program's warp groups count
+as one stream, and single warps as streams, was settled with the table in sight. Shapes are those of the FlashAttention
+papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, FLOPs of a causal mask counted half. `held` marks
+the points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds; shorter rows are mostly what
+happens before and after a kernel's loop, and little is published of the kernels' schedules at head width 256.
 """
 
 from __future__ import annotations
@@ -25,11 +26,9 @@ from attnfx.targets import Target
 OUT = Path(__file__).parent / "results" / "published.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 FA3 = "Shah et al. 2024, FlashAttention-3 (arXiv:2407.08608), figure 5: attention forward speed, H100 80GB SXM5"
-FA2 = (
-    "Dao 2023, FlashAttention-2 (arXiv:2307.08691), abstract and section 4: up to 73% of an A100's peak of 312 TFLOP/s"
-)
+FA2 = "Dao 2023, FlashAttention-2 (arXiv:2307.08691): about 70% (at most 73%) of an A100's peak of 312 TFLOP/s"
 UPSTREAM = "PyTorch benchmark repository, pull request 2391: Triton's tutorial kernel, H100"
-BEST = "the best upstream Triton kernel on an H100 SXM, forward at 16k"
+BEST = "upstream Triton's best tutorial kernel, H100 SXM, 16k, as this project's survey found it"
 # kernel, device, head width, causal, TFLOP/s at each length (None: not published), source
 TABLE = (
     ("flash-attention-3", "h100-sxm", 64, False, (333, 392, 460, 476, 496, 497), FA3),

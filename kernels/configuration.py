@@ -14,6 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from attnfx.kernels.flash.tiles import Tile
+from attnfx.report import Candidate
 
 _FORM = re.compile(r"(\w+)(?::(\d+)x(\d+)/(\d+)/(\d+)(?:/(\d+))?)?")
 
@@ -53,8 +54,14 @@ def parse(tiers: str) -> tuple[Configuration, ...]:
     return tuple(out)
 
 
+def of(candidate: Candidate) -> Configuration:
+    """What runs as the candidate was predicted; its text tells the candidates of a site apart."""
+    tile = None if candidate.tile is None else Tile(*candidate.tile, candidate.warps, candidate.stages)
+    return Configuration(candidate.tier, tile, candidate.splits)
+
+
 def _power(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
 
 
-__all__ = ["Configuration", "parse"]
+__all__ = ["Configuration", "of", "parse"]

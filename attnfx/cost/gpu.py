@@ -5,6 +5,7 @@ Times are of kernels whose inputs lie in memory; docs/targets.md says what each 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 
 from attnfx.cost.instructions import Code, codes
@@ -31,6 +32,7 @@ BLOCK = 1 << 26  # scores of a block, as kernels/chunked.py cuts them
 BLOCK_ROWS = 128
 SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
 DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
+SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -105,14 +107,18 @@ class _Site:
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
         held = logsumexp + self.between() * self.ask.training
         out = []
-        for code in codes("forward", self.target.capability, self.width):
+        known = codes("forward", self.target.capability, self.width)
+        # a draw takes registers that the table does not count: the kernels choose their tile then
+        named = not self.ask.spec.random
+        for code in known if named else known[:1]:
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
             rows, keys, warps, stages = code.tile
             if not kernel.resident:
                 continue
             time = self.tiled(kernel, self.heads) + self.launched()
             used = held + self.walks(walked | {("T", rows, keys)})
-            out.append(Candidate("flash", "triton", time + back, used, saved, (rows, keys), warps, stages))
+            found = Candidate("flash", "triton", time + back, used, saved)
+            out.append(replace(found, tile=(rows, keys), warps=warps, stages=stages) if named else found)
         return out
 
     def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
@@ -189,26 +195,27 @@ class _Site:
     def decode(self) -> list[Candidate]:
         dims, target = self.dims, self.target
         packed = dims["T"] * (dims["H"] // max(dims["G"], 1))
-        if packed > DECODE_ROWS or self.ask.dtype == "float32":
+        if packed > DECODE_ROWS:
             return []
+        rows, groups = max(16, 1 << (packed - 1).bit_length()), dims["B"] * dims["G"]
+        single = self.ask.dtype == "float32"
         code = codes("decode", target.capability, self.width)[0]
         _, keys, warps, stages = code.tile
-        rows = max(16, 1 << (packed - 1).bit_length())
+        if single:
+            keys = SINGLE_DECODE_KEYS if self.width <= 128 else SINGLE_DECODE_KEYS // 2
         kernel = self.kernel(code, 2 * rows / 16 * (padded(dims["D"]) + padded(dims["Dv"])))
-        groups = dims["B"] * dims["G"]
         out: dict[int, Candidate] = {}
-        for waves in WAVES:
+        for waves in WAVES[:1] if single else WAVES:
             splits, chunk = splits_of(dims["S"], groups, keys, target.multiprocessors, waves)
             part = Work((-(-chunk // keys),) * splits, 0.0 if self.masked or dims["S"] % keys else 1.0)
             step = keys * (dims["D"] + dims["Dv"]) * self.ask.element
-            size = groups * splits * rows * 4
-            partial = size * (padded(dims["Dv"]) + 2)
-            time = max(kernel.milliseconds(target, part, groups, step), self.copied(self.operands))
-            time += self.passed(2 * partial) + self.launched(2)
-            out.setdefault(
-                splits,
-                Candidate("decode", "triton", time, 4 * self.rows + partial, 0, (rows, keys), warps, stages, splits),
-            )
+            partial = groups * splits * rows * 4 * (padded(dims["Dv"]) + 2)
+            busy = 0.0 if single else kernel.milliseconds(target, part, groups, step)
+            time = max(busy, self.copied(self.operands)) + self.passed(2 * partial) + self.launched(2)
+            found = Candidate("decode", "triton", time, 4 * self.rows + partial)
+            if not single:
+                found = replace(found, tile=(rows, keys), warps=warps, stages=stages, splits=splits)
+            out.setdefault(splits, found)
         return list(out.values())
 
     # -- without kernels of ours ----------------------------------------------------------------

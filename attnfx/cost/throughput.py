@@ -28,8 +28,10 @@ PROGRAMS = 32  # that a multiprocessor holds at most (16 and 24 on some; no kern
 # "Dissecting Tensor Cores via Microbenchmarks"); warp-group products of an H200 measured 769 to 798 of 989 TFLOP/s
 # under its power limit; single-warp instructions there have 63% (Luo et al. 2024, arXiv:2402.13499, mma on Hopper).
 DENSE, DENSE_GROUPS, SINGLE_ON_GROUPS = 1.0, 0.8, 0.63
-LATENCY = 700  # cycles of a load from memory that misses the first cache: Luo et al. 2024, table of memory latency
-TRIPS = 4  # dependent loads and stores of a program around its loop: key ranges, query, first keys, output
+# Cycles of a load that misses the first cache: an estimate. Chasing pointers on an idle device takes 470 to 540 (Luo et
+# al. 2024, table of memory latency); a busy memory adds waiting. With 500, the published numbers are met as well.
+LATENCY = 700
+TRIPS = 4  # of them one after the other around a program's loop: key ranges, query, first keys, output
 
 
 @dataclass(frozen=True)

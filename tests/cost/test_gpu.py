@@ -1,5 +1,5 @@
-"""What is predicted for a GPU: bytes as the kernels allocate them, times that grow with the work, a table that is of the
-kernels as they are, and numbers near those that others published."""
+"""What is predicted for a GPU: bytes as the kernels allocate them, times that grow with the work, a table that is of
+the kernels as they are, and numbers near those that others published."""
 
 import json
 import re
@@ -115,6 +115,12 @@ def test_decode_bytes_are_those_that_the_launches_allocate():
         assert allocated(made, out, call.query, call.key, call.value) == c.predicted_bytes
 
 
+def test_float32_gets_the_tiles_of_its_own_table():
+    for question, tier in ((ask(dtype="float32"), "flash"), (ask(dtype="float32", T=1, S=4096), "decode")):
+        (found,) = [c for c in candidates(question) if c.tier == tier]
+        assert found.tile is None and found.predicted_ms > 0
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 def test_saved_bytes_are_those_that_autograd_holds(dropout):
     spec = replace(CAUSAL, dropout=dropout)
@@ -168,8 +174,13 @@ def test_a_program_s_own_operations_count():
     assert (plain.always, plain.special, plain.masked) == (0, 0, 0)
     assert tanh.special == 2 and tanh.always > 10 and drop.always > 20
     assert operations(CAUSAL).masked > 0 == operations(CAUSAL).always
-    default = next(iter(k for k in times(ask()) if k[0] == "flash"))
-    assert times(ask(capped))[default] > times(ask())[default] < times(ask(dropped))[default]
+    slow, fast, drawn = (next(t for k, t in times(ask(s)).items() if k[0] == "flash") for s in (capped, PLAIN, dropped))
+    assert slow > fast < drawn
+
+
+def test_with_dropout_the_kernels_choose_their_tile():
+    (found,) = [c for c in candidates(ask(replace(PLAIN, dropout=0.1))) if c.tier == "flash"]
+    assert found.tile is None and found.warps == 0
 
 
 def test_streams_hide_each_other_s_units_but_never_the_busiest():
