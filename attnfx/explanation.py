@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         OptionError: an option is unknown or has a bad value.
     """
     chosen = Options.make(options)
+    if chosen.tune:  # nothing is timed here
+        chosen = replace(chosen, tune="known")
 
     def run(*args: Any, **kwargs: Any) -> Report:
         total = Report(graphs=0)

@@ -9,22 +9,23 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from attnfx import cost
+from attnfx import calibration, cost, tuning
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
 from attnfx.kernels.flash.device import rates
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
+from attnfx.passes.cut import cut
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, value, where_in_source
-from attnfx.passes.match import SDPA, Finder, Finding, Match
+from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Refusal, Report, Site
+from attnfx.report import Candidate, Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
@@ -228,15 +229,15 @@ def _decide(
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
         refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
-    site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device))
+    corrections = calibration.corrections(query.device)
+    site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device), corrections)
+    if options.tune and reader is None and options.target == "auto":
+        build = _variants(traced, match)
+        site.decision = tuning.tune(question, site.decision, options, query.device, build)
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
-        # The second is for what only the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped
-        # weights are computed in blocks, and other tiers drop others.
-        shared = any(r.spec.random for r in reductions)
-        tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
-        rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
+        rewrite(traced, match, OPERATORS, _tiers(site.decision, reductions), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
@@ -244,6 +245,38 @@ def _decide(
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
+
+
+def _tiers(chosen: Candidate, reductions: list[Reduction]) -> str:
+    """The operator's tiers, the chosen one first."""
+    # The second is for what only the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped weights
+    # are computed in blocks, and other tiers drop others.
+    shared = any(r.spec.random for r in reductions)
+    return "chunked" if shared else ",".join(dict.fromkeys([chosen.tier, "chunked"]))
+
+
+def _variants(traced: GraphModule, match: Match) -> tuning.Build:
+    """For a candidate, the site cut out of its graph and rewritten accordingly; None where it is not found again."""
+    made: list[GraphModule] = []
+
+    def build(candidate: Candidate) -> GraphModule | None:
+        if not made:
+            made.append(cut(traced, match, number))
+        if candidate.tier == "kept":
+            return made[0]
+        again = trace(made[0])
+        functionalise(again)
+        finder = Finder(again)
+        (found, *more) = [f.match for f in finder.find() if f.match is not None] or [None]
+        if found is None or more:
+            return None
+        find_reductions(finder, [found])
+        rewrite(again, found, OPERATORS, _tiers(candidate, found.reductions), size_carriers(again), found.reductions)
+        clean(again)
+        check(again)
+        return again
+
+    return build
 
 
 def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:

@@ -6,7 +6,10 @@ import importlib
 
 import click
 
-COMMANDS: dict[str, str] = {}  # name -> "module:function" in this package
+COMMANDS: dict[str, str] = {
+    "bench": "bench:command",
+    "cache": "cache:command",
+}  # name -> "module:function" in this package
 
 
 class Commands(click.Group):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from attnfx.cost import cpu, gpu
 from attnfx.cost.gpu import Gpu
@@ -26,9 +27,18 @@ def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
     return int(_evaluate(e, Known(sizes)))
 
 
-def decide(ask: Question, options: Options, threads: int = 1, device: Gpu | None = None) -> Decision:
-    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work."""
+def decide(
+    ask: Question,
+    options: Options,
+    threads: int = 1,
+    device: Gpu | None = None,
+    corrections: Mapping[str, float] | None = None,
+) -> Decision:
+    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work. `corrections` are factors of the
+    predicted times by tier and direction ("library/training"), as `attnfx bench --calibrate` measures them."""
     kept, others = cpu.candidates(ask, threads) if device is None else gpu.candidates(ask, device)
+    if corrections:
+        kept, *others = (_corrected(c, ask, corrections) for c in (kept, *others))
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
@@ -42,9 +52,19 @@ def decide(ask: Question, options: Options, threads: int = 1, device: Gpu | None
     if ask.weights_read:
         return _of(kept, f"the weights themselves are read at {ask.weights_read}", others)
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
+    told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
     if ratio <= GAIN:
-        return _of(best, f"predicted {ratio:.2f} x the original's time", alternatives)
-    return _of(kept, f"a rewrite is predicted to take {ratio:.2f} x the original's time", others)
+        return _of(best, f"predicted {told}", alternatives)
+    return _of(kept, f"a rewrite is predicted to take {told}", others)
+
+
+def line(tier: str, training: bool) -> str:
+    """The name of a correction."""
+    return f"{tier}/{'training' if training else 'forward'}"
+
+
+def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) -> Candidate:
+    return replace(c, predicted_ms=c.predicted_ms * corrections.get(line(c.tier, ask.training), 1.0))
 
 
 def decide_rows(
@@ -78,4 +98,4 @@ def _of(chosen: Candidate, reason: str, alternatives: list[Candidate]) -> Decisi
     return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives))
 
 
-__all__ = ["decide", "decide_rows", "evaluate"]
+__all__ = ["decide", "decide_rows", "evaluate", "line"]
