@@ -82,7 +82,9 @@ def points() -> Iterator[Point]:
         for program, lengths in table.items():
             for t in lengths:
                 heads = 4 if t == 4096 else 12
-                yield Point(program, batch, heads, heads // 4 if program == "grouped" else heads, t, t, 64, dtype, train)
+                yield Point(
+                    program, batch, heads, heads // 4 if program == "grouped" else heads, t, t, 64, dtype, train
+                )
 
     yield from each(FORWARD, 1, "float32", False)
     yield from each(BATCHES, 8, "float32", False)
@@ -186,6 +188,113 @@ def key_of(point: Any) -> str:
     return json.dumps([point[name] for name in KEY])
 
 
+# -- the fit --------------------------------------------------------------------------------------
+def question(got: dict[str, Any]) -> Any:
+    """What the cost model is asked about a measured point."""
+    from attnfx.cost import Question
+    from attnfx.spec import from_json
+
+    refused = {tier: "not measured" for tier in ("flash", "decode", *TIERS) if tier not in got["times"]}
+    native = got["program"].startswith("fused")
+    return Question(from_json(got["spec"]), got["dims"], got["dtype"], training=got["train"], native=native,
+                    refused=refused)  # fmt: skip
+
+
+def ways(got: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(way of computing, ms) of a point, for those that the cost model has a line for."""
+    by_call = got["inductor_fused"] or got["program"].startswith("fused")
+    if not (got["inductor_fused"] and got["program"] == "dropout"):  # a pattern, but not the fused operator
+        yield "fused" if by_call else "inductor", got["times"]["kept"]["min_ms"]
+    else:
+        yield "inductor", got["times"]["kept"]["min_ms"]
+    for tier in TIERS:
+        borrowed = tier == "library" and got["train"] and any(c.grad for c in question(got).spec.captures)
+        if tier in got["times"] and not borrowed:  # a backward pass that is the chunked tier's
+            yield tier, got["times"][tier]["min_ms"]
+
+
+def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
+    """way -> Rates: not negative, least squares of the relative errors."""
+    from attnfx.cost import cpu
+
+    names = [field.name for field in fields(cpu.Rates)]
+    rows: dict[str, list[list[float]]] = {}
+    for got in points:
+        if got["train"] == train:
+            for way, ms in ways(got):
+                todo = cpu.work(question(got), way)
+                rows.setdefault(way, []).append([getattr(todo, name) / (ms * 1e6) for name in names])
+    return {way: cpu.Rates(*not_negative(found)) for way, found in rows.items()}
+
+
+def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
+    """x >= 0 with the least |rows . x - 1|, by coordinate descent on scaled columns."""
+    columns = list(zip(*rows))
+    scale = [max(c) or 1.0 for c in columns]
+    columns = [[v / s for v in c] for c, s in zip(columns, scale)]
+    gram = [[sum(a * b for a, b in zip(x, y)) for y in columns] for x in columns]
+    target = [sum(c) for c in columns]
+    x = [0.0] * len(columns)
+    for _ in range(rounds):
+        for j, row in enumerate(gram):
+            if row[j] > 0:
+                x[j] = max(0.0, x[j] - (sum(a * b for a, b in zip(row, x)) - target[j]) / row[j])
+    return [float(f"{v / s:.3g}") for v, s in zip(x, scale)]
+
+
+def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
+    from attnfx.cost import decide
+    from attnfx.options import Options
+
+    over_best, over_original = [], []
+    for got in points:
+        times = {name: t["min_ms"] for name, t in got["times"].items()}
+        chosen = times[decide(question(got), Options()).tier]
+        over_best.append(chosen / min(times.values()))
+        over_original.append(chosen / times["kept"])
+    over_best.sort()
+    return {
+        "points": len(over_best), "mean": sum(over_best) / len(over_best),
+        "p95": over_best[max(0, -(-95 * len(over_best) // 100) - 1)], "worst": over_best[-1],
+        "over_original": max(over_original),
+    }  # fmt: skip
+
+
+def report_fit(points: list[dict[str, Any]]) -> None:
+    """Prints the table for attnfx/cost/cpu.py, its errors and the regret; out of sample, each half by the other's."""
+    from attnfx.cost import cpu
+
+    def use(some: Sequence[dict[str, Any]]) -> None:
+        cpu.FORWARD.update(fit(some, False))
+        cpu.TRAINING.update(fit(some, True))
+
+    def say(what: str, some: Sequence[dict[str, Any]]) -> None:
+        print(f"{what}: " + ", ".join(f"{k} {v:.3g}" for k, v in regret(some).items()))
+
+    say("regret by the rates in attnfx/cost/cpu.py", points)
+    halves = points[0::2], points[1::2]
+    for number, (some, rest) in enumerate((halves, halves[::-1]), 1):
+        use(some)
+        say(f"regret out of sample, half {number}", rest)
+    use(points)
+    say("regret by the rates below", points)
+    for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
+        print(f"{name} = {{")
+        for way, rates in table.items():
+            given = ", ".join(f"{k}={v:g}" for k, v in vars(rates).items() if v)
+            errors = [
+                abs(cpu.time(question(got), way, 1) / ms - 1)
+                for got in points
+                if got["train"] == (name == "TRAINING")
+                for found, ms in ways(got)
+                if found == way
+            ]
+            note = f"  # {len(errors)} points, mean error {sum(errors) / len(errors):.0%}" if errors else ""
+            print(f'    "{way}": Rates({given}),{note}')
+        print("}")
+
+
 def main() -> None:
     from measure import machine
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -194,11 +303,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=HERE / "results" / "grid.json")
     parser.add_argument("--program", action="append", help="only this one (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
+    parser.add_argument("--fit", action="store_true", help="measure nothing: fit the cost rule to the file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.threads)
+    if options.fit:
+        return report_fit(json.loads(options.out.read_text())["points"])
     done: dict[str, dict[str, object]] = {}
     if options.out.exists() and not options.fresh:
         done = {key_of(got): got for got in json.loads(options.out.read_text())["points"]}

@@ -119,7 +119,7 @@ def table(rows: list[dict[str, object]], name: str) -> Table:
         for tier in tiers:
             best = _best(r, tier)
             text = f"{best['measured_ms']:.3g} ({best['predicted_ms']:.3g})" if best else ""
-            cells.append(f"[bold]{text}[/bold]" if tier == r["fastest"] else text)
+            cells.append(f"[bold]* {text}[/bold]" if tier == r["fastest"] else text)
         out.add_row(str(r["site"]), *cells)
     return out
 
@@ -134,7 +134,7 @@ def _best(found: dict, tier: str) -> dict | None:
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(calibrate: bool, device: str, as_json: bool) -> None:
-    """Time a few standard sites on this device, tier by tier. The fastest is printed bold."""
+    """Time a few standard sites on this device, tier by tier. A star marks the fastest."""
     at = _device(device)
     if calibrate:
         calibration.store(at, {})
