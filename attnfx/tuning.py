@@ -62,8 +62,10 @@ def tune(
 
 
 def label(c: Candidate) -> str:
-    """A candidate's name in the cache: its tier, and its tile, warps and stages where it has them."""
-    return c.tier if c.tile is None else f"{c.tier}:{c.tile[0]}x{c.tile[1]}/{c.warps}/{c.stages}"
+    """A candidate's name in the cache: its tier, and what of its configuration is not the tier's own choice."""
+    tile = "" if c.tile is None else f":{c.tile[0]}x{c.tile[1]}/{c.warps}/{c.stages}"
+    splits = getattr(c, "splits", 0)
+    return f"{c.tier}{tile}" + (f"/{splits}" if splits else "")
 
 
 def key_of(ask: Question, names: Mapping[str, Candidate], device: torch.device) -> str:

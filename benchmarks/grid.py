@@ -98,6 +98,7 @@ def points() -> Iterator[Point]:
         for width in (32, 128):
             yield Point(program, 1, 12, 12, 512, 512, width, "float32", False)
         yield Point(program, 1, 12, 12, 2048, 2048, 128, "float32", False)
+        yield Point(program, 1, 12, 12, 512, 512, 128, "float32", True)
     for program in ("plain_upcast", "padding_upcast"):
         for t, s in ((1, 1024), (1, 4096), (32, 2048)):  # few queries against a cache
             yield Point(program, 1, 12, 12, t, s, 64, "float32", False)
@@ -239,7 +240,7 @@ def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
         for j, row in enumerate(gram):
             if row[j] > 0:
                 x[j] = max(0.0, x[j] - (sum(a * b for a, b in zip(row, x)) - target[j]) / row[j])
-    return [float(f"{v / s:.3g}") for v, s in zip(x, scale)]
+    return [float(f"{v / s:.3g}") if v > 1e-6 else 0.0 for v, s in zip(x, scale)]
 
 
 def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:

@@ -60,9 +60,9 @@ TRAINING = {
     "sums": Rates(call=1.2e6, block=1.9e5, score=7.8, width=0.062),
 }
 
+CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
-BLOCK = 256  # queries in a block, as kernels/library.py cuts them
-ROWS = 128  # the same of kernels/chunked.py
+BLOCK = 256  # queries in a block, as kernels/library.py cuts them; kernels/chunked.py cuts some in two
 KEYS = 512  # that PyTorch's operator takes at a time: under its own causality it skips no less
 # Inductor's patterns know some spellings of a site and not others, and the spec does not tell which. Where a rewrite
 # would take more than this share of the fused call's time, the site counts as known; else as not known.
@@ -98,7 +98,7 @@ def time(ask: Question, way: str, threads: int, rates: Mapping[str, Rates] | Non
 
 def candidates(ask: Question, threads: int) -> tuple[Candidate, list[Candidate]]:
     """(the original, the rewrites that can run) with their predicted times (ms) and bytes beyond inputs and output."""
-    dims, scores, element = ask.dims, ask.scores, ask.element
+    dims, scores = ask.dims, ask.scores
     again = ask.sums * time(ask, "sums", threads)
     rows = dims["B"] * dims["H"] * 4
     out: list[Candidate] = []
@@ -159,12 +159,12 @@ def _mask(spec: AttentionSpec) -> _Mask:
         return _Mask(False, 2.0, True)
     _, bias, keep = found
     conjuncts = () if keep is None else keep.args if keep.op == "and" else (keep,)
-    rest = [e for e in conjuncts if e is not A.ge(I, J)]
-    if bias is not A.const(0.0):
+    rest = [e for e in conjuncts if e is not CAUSAL]
+    if bias is not ZERO:
         rest.append(bias)
     tiled = any("i" in e.free for e in rest)
     added = 0.0 if not rest else 0.25 if not tiled else 2.0 if any({"b", "h"} & e.free for e in rest) else 1.0
-    return _Mask(len(rest) < len(conjuncts) + (bias is not A.const(0.0)) and not tiled, added, tiled)
+    return _Mask(CAUSAL in conjuncts and not tiled, added, tiled)
 
 
 @lru_cache(maxsize=1024)
@@ -173,7 +173,7 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0, 1
-    ranges = key_ranges(spec, dims, BLOCK if fused else ROWS)
+    ranges = key_ranges(spec, dims, BLOCK)
     step = KEYS if fused and mask.causal else 1
     total = sum((r.i1 - r.i0) * min(-(-(r.j1 - r.j0) // step) * step, dims["S"]) for r in ranges)
     return total / max(dims["T"] * dims["S"], 1), 1 if fused and mask.causal else max(len(ranges), 1)
