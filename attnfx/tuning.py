@@ -131,12 +131,13 @@ def made_up(graph: GraphModule) -> list[torch.Tensor]:
         if n.op != "placeholder":
             continue
         like = n.meta["example_value"]
-        real = torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=like.device)
+        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]  # what was expanded
+        real = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=like.device)
         if n.meta.get("operand"):
             real.normal_()
         else:
             real.fill_(0 if like.dtype.is_floating_point else 1)
-        out.append(real.requires_grad_(like.requires_grad))
+        out.append(real.expand(like.shape).requires_grad_(like.requires_grad))
     return out
 
 
