@@ -23,7 +23,8 @@ def device_name(device: torch.device) -> str:
     """The processor's or the GPU's own name."""
     if device.type == "cpu":
         return _processor()
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    there = device.type == "cuda" and torch.cuda.is_available()
+    return torch.cuda.get_device_name(device) if there else device.type
 
 
 @lru_cache(maxsize=1)

@@ -229,7 +229,7 @@ def _decide(
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
         refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
-    corrections = calibration.corrections(query.device)
+    corrections = calibration.corrections(query.device) if options.target == "auto" else None
     site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device), corrections)
     if options.tune and reader is None and options.target == "auto":
         build = _variants(traced, match)

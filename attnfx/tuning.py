@@ -107,7 +107,7 @@ def measure(
     """ms of a call of each candidate that can be built and run, by name; forward and backward where inputs require a
     gradient. The state of PyTorch's generators stays as it was."""
     runs: dict[str, Callable[[], object]] = {}
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
     # a backend is called while Dynamo traces: what is compiled here is no part of that trace
     with tracing(None), torch.random.fork_rng(devices=devices):
         inputs: list[torch.Tensor] | None = None
