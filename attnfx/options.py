@@ -21,6 +21,7 @@ Rewrite: TypeAlias = Literal["cost", "always", "never"]
 Tier: TypeAlias = Literal["flash", "decode", "library", "chunked", "kept"]
 Verify: TypeAlias = Literal["off", "first"]
 Inner: TypeAlias = Literal["inductor", "aot_eager", "eager"]
+Tune: TypeAlias = Literal[False, True, "known", "again"]
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
@@ -43,6 +44,8 @@ class Options:
         strict: Raise where a site is refused or attnfx itself fails, instead of compiling the original.
         dump_dir: An absolute path; every graph's stages are written under it.
         inner: Who compiles the rewritten graph.
+        tune: Time the likeliest candidates of each site once, and keep the answer in the user's cache; "known" takes
+            the answers that are there and times nothing, "again" replaces them.
 
     Raises:
         OptionError: A value is not valid, or not available in this version.
@@ -56,6 +59,7 @@ class Options:
     strict: bool = False
     dump_dir: Path | None = None
     inner: Inner = "inductor"
+    tune: Tune = False
 
     def __post_init__(self) -> None:
         for name, check in _CHECKS.items():
@@ -92,7 +96,7 @@ def _from_environment(skip: Iterable[str]) -> dict[str, object]:
 
 def _parse(name: str, text: str) -> object:
     """The value that an environment variable's text stands for; what cannot be parsed is left for the check."""
-    if name == "strict":
+    if name in ("strict", "tune"):
         return _SWITCH.get(text.lower(), text)
     if name in ("memory_budget", "dump_dir") and text.lower() == "none":
         return None
@@ -145,7 +149,7 @@ def _choice(*valid: str) -> Callable[[str, object], str]:
     return check
 
 
-def _listed(values: Iterable[str]) -> str:
+def _listed(values: Iterable[object]) -> str:
     return ", ".join(map(repr, values))
 
 
@@ -197,6 +201,15 @@ def _strict(source: str, value: object) -> bool:
     raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest} (of False, True)")
 
 
+def _tune(source: str, value: object) -> object:
+    valid = get_args(Tune)
+    if isinstance(value, bool) or value in ("known", "again"):
+        return value
+    by_text = {str(v).lower(): v for v in valid}
+    nearest = by_text[_nearest(bool(value) if value in (0, 1) else value, by_text)]
+    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+
+
 def _dump_dir(source: str, value: object) -> Path | None:
     if value is None:
         return None
@@ -220,5 +233,6 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "strict": _strict,
     "dump_dir": _dump_dir,
     "inner": _choice(*get_args(Inner)),
+    "tune": _tune,
 }
 assert [field.name for field in fields(Options)] == list(_CHECKS)

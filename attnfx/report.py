@@ -59,6 +59,7 @@ class Candidate:
     saved_bytes       what is kept for the backward pass beyond the operands and the output
     tile              rows and keys of a kernel's tile; warps and stages as Triton counts them
     splits            parts that the decode kernel cuts the keys into
+    measured_ms       the same as predicted_ms where it was timed (`tune`), else None
     """
 
     tier: str
@@ -70,6 +71,7 @@ class Candidate:
     warps: int = 0
     stages: int = 0
     splits: int = 0
+    measured_ms: float | None = None
 
 
 @dataclass(frozen=True)

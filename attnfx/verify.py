@@ -28,6 +28,7 @@ from attnfx.options import Options
 from attnfx.passes.extract import Pair, Trial, weight
 from attnfx.passes.facts import Facts
 from attnfx.pipeline import Result
+from attnfx.sites import number
 
 # Higher-order operators whose bodies run here: from the operands, which of them is the body, and what it is given.
 BODIES = {
@@ -131,7 +132,7 @@ def _own(example_inputs: Sequence[Any], trial: Trial) -> list[Any]:
 
     def own(x: Any) -> Any:
         if not isinstance(x, Tensor):
-            return pipeline.number(x) if isinstance(x, torch.SymInt) else x
+            return number(x) if isinstance(x, torch.SymInt) else x
         held = x.untyped_storage()
         if held._cdata not in changed:
             return x.detach()
@@ -246,7 +247,7 @@ def _script(
 def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
     """Raises CannotVerify where the numbers of the original in float64 would not fit what is free: on a CPU, what does
     not fit takes the process down."""
-    elements, largest = weight(pair.original, pipeline.number)
+    elements, largest = weight(pair.original, number)
     needed = 8 * (elements if training else 4 * largest)
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     free = _free(device)

@@ -1,10 +1,11 @@
-"""The calibration grid: over shapes, attnfx with rewrite="always" against Inductor on the same function.
+"""The grid that a CPU's cost rule is fitted to: each way of computing a site against Inductor on the same function.
 
-The cost rule of a CPU is fitted to what this writes, results/grid.json: per point the shape and, for both, the time of
-a call (a training step where `train`); `inductor_fused` says that Inductor's own patterns knew it. Operands are laid
-out as in models: (B, T, H * D), split into heads and transposed inside the function. A point is measured in one
-process, the two in turn. With --threads 1, as for the table that the rule was fitted to, the clock is the thread's own
-time, which other programs on the machine do not touch.
+results/grid.json has per point the shape, the spec that was found, and `times`: "kept" (the function under Inductor),
+"library" and "chunked" where they can run it, each the time of a call, of a training step where `train`.
+`inductor_fused` says that Inductor's own patterns knew the function. Operands are laid out as in models: (B, T, H * D),
+split into heads and transposed inside the function. A point is measured in one process, the contenders in turn. With
+--threads 1, as for the table that the rule is fitted to, the clock is the thread's own time, which other programs on
+the machine do not touch. --fit fits the rule's numbers to the file and says what the choice by them costs.
 """
 
 from __future__ import annotations
@@ -17,19 +18,22 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
-PROGRAMS = ("plain", "causal", "window", "padding", "plain_upcast", "padding_upcast")
+TIERS = ("library", "chunked")
 
 
 @dataclass(frozen=True)
 class Point:
-    """One shape. T queries and S keys of H heads of width D, in a batch of B."""
+    """One shape. T queries of H heads and S keys of G, all of width D, in a batch of B."""
 
     program: str
     B: int
     H: int
+    G: int
     T: int
     S: int
     D: int
@@ -38,60 +42,114 @@ class Point:
 
 
 KEY = tuple(field.name for field in fields(Point))
+# program -> lengths: forward and in training steps, float32
+FORWARD = {
+    "plain": (256, 512, 1024, 2048),
+    "plain_upcast": (64, 128, 256, 512, 1024, 2048, 4096),
+    "causal": (64, 128, 256, 512, 1024, 2048, 4096),
+    "window": (128, 256, 512, 1024, 2048, 4096),
+    "padding": (128, 512, 1024, 2048),
+    "padding_upcast": (128, 256, 512, 1024, 2048),
+    "alibi": (128, 512, 2048),
+    "relative": (128, 512),
+    "masked": (128, 512, 2048),
+    "softcap": (128, 512, 2048),
+    "grouped": (128, 512),
+    "fused_masked": (512, 2048),
+}
+TRAINING = {
+    "plain": (512,),
+    "plain_upcast": (128, 512, 1024),
+    "causal": (128, 256, 512, 1024),
+    "window": (256, 512, 1024),
+    "padding_upcast": (256, 512),
+    "alibi": (256,),
+    "relative": (128, 512),
+    "masked": (512,),
+    "softcap": (128, 512),
+    "grouped": (256, 1024),
+    "dropout": (128, 256, 512, 1024),
+    "fused_masked": (256, 1024),
+}
+HALVES = {"plain_upcast": (512,), "causal": (128, 512, 2048), "padding_upcast": (512,)}
+HALVES_TRAINING = {"causal": (256, 1024), "dropout": (512,)}
+BATCHES = {"plain_upcast": (128, 512), "causal": (64, 256, 512), "padding_upcast": (128, 512)}
+BATCHES_TRAINING = {"plain_upcast": (128, 512), "causal": (128,), "dropout": (128,)}
 
 
 def points() -> Iterator[Point]:
-    lengths = (64, 128, 256, 512, 1024, 2048, 4096)
-    for train in (False, True):
-        for program in PROGRAMS:
+    def each(table: dict[str, tuple[int, ...]], batch: int, dtype: str, train: bool) -> Iterator[Point]:
+        for program, lengths in table.items():
             for t in lengths:
-                yield Point(program, 1, 8 if t == 4096 else 12, t, t, 64, "float32", train)
-                if t <= 512:
-                    yield Point(program, 8, 12, t, t, 64, "float32", train)
-            yield Point(program, 64, 3, 49, 49, 32, "float32", train)  # windows of an image
-    for program in PROGRAMS:
-        for t in (128, 512, 2048):
-            yield Point(program, 1, 12, t, t, 64, "bfloat16", False)
-            if program in ("plain", "causal", "plain_upcast"):
-                yield Point(program, 1, 12, t, t, 32, "float32", False)
-                yield Point(program, 1, 12, t, t, 128, "float32", False)
-        yield Point(program, 1, 12, 512, 512, 64, "bfloat16", True)
-    for program in ("plain", "padding", "plain_upcast", "padding_upcast"):
-        for s in (128, 1024, 4096):
-            yield Point(program, 1, 12, 1, s, 64, "float32", False)  # one token against a cache
+                heads = 4 if t == 4096 else 12
+                yield Point(
+                    program, batch, heads, heads // 4 if program == "grouped" else heads, t, t, 64, dtype, train
+                )
+
+    yield from each(FORWARD, 1, "float32", False)
+    yield from each(BATCHES, 8, "float32", False)
+    yield from each(HALVES, 1, "bfloat16", False)
+    yield from each(TRAINING, 1, "float32", True)
+    yield from each(BATCHES_TRAINING, 8, "float32", True)
+    yield from each(HALVES_TRAINING, 1, "bfloat16", True)
+    for program in ("plain_upcast", "relative"):
+        yield Point(program, 64, 3, 3, 49, 49, 32, "float32", False)  # windows of an image
+    for program in ("plain_upcast", "causal"):
+        for width in (32, 128):
+            yield Point(program, 1, 12, 12, 512, 512, width, "float32", False)
+        yield Point(program, 1, 12, 12, 2048, 2048, 128, "float32", False)
+        yield Point(program, 1, 12, 12, 512, 512, 128, "float32", True)
+    for program in ("plain_upcast", "padding_upcast"):
+        for t, s in ((1, 1024), (1, 4096), (32, 2048)):  # few queries against a cache
+            yield Point(program, 1, 12, 12, t, s, 64, "float32", False)
 
 
 def measure(point: Point, threads: int) -> dict[str, object]:
-    """The time of both for one point, and the largest difference of their results."""
+    """The time of each way for one point, and the largest difference of their results from Inductor's."""
     import torch
     from measure import interleaved
     from programs import make
     from torch._dynamo.utils import counters
+
+    import attnfx
 
     torch.manual_seed(0)
     torch._dynamo.reset()
     program = make(point.program, point.S)
     dtype = getattr(torch, point.dtype)
 
-    def function(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, pad: torch.Tensor) -> torch.Tensor:
-        heads = [x.view(point.B, -1, point.H, point.D).transpose(1, 2) for x in (query, key, value)]
-        return program(*heads, pad).transpose(1, 2).reshape(point.B, -1, point.H * point.D)
+    def function(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+        heads = [x.view(point.B, x.shape[1], -1, point.D).transpose(1, 2) for x in (query, key, value)]
+        return program(*heads, more).transpose(1, 2).reshape(point.B, -1, point.H * point.D)
 
     operands = [
-        torch.randn(point.B, n, point.H * point.D).to(dtype).requires_grad_(point.train)
-        for n in (point.T, point.S, point.S)
+        torch.randn(point.B, n, heads * point.D).to(dtype).requires_grad_(point.train)
+        for n, heads in ((point.T, point.H), (point.S, point.G), (point.S, point.G))
     ]
-    pad = torch.ones(point.B, point.S, dtype=torch.int64)
-    pad[-1, point.S * 3 // 4 :] = 0
+    if point.program == "relative":
+        operands.append(torch.randn(65, point.H).to(dtype).requires_grad_(point.train))
+    elif point.program == "masked":
+        hidden = torch.ones(point.T, point.S, dtype=torch.bool).triu(1)
+        operands.append(torch.zeros(1, 1, point.T, point.S, dtype=dtype).masked_fill(hidden, torch.finfo(dtype).min))
+    else:
+        operands.append(torch.ones(point.B, point.S, dtype=torch.int64))
+        operands[-1][-1, point.S * 3 // 4 :] = 0
     grad = torch.randn(point.B, point.T, point.H * point.D).to(dtype)
-    compiled = {
-        "inductor": torch.compile(function, dynamic=False),
-        "attnfx": torch.compile(function, backend="attnfx", options={"rewrite": "always"}, dynamic=False),
-    }
+
+    compiled = {"kept": torch.compile(function, dynamic=False)}
+    site = None
+    for tier in TIERS:
+        options: dict[str, Any] = {"rewrite": "always", "tiers": [tier]}
+        with torch.set_grad_enabled(point.train):
+            (found,) = attnfx.explain(function, **options)(*operands).sites
+        if found.rewritten:
+            site = found
+            compiled[tier] = torch.compile(function, backend="attnfx", options=options, dynamic=False)
+    assert site is not None and site.spec is not None
 
     def call(name: str) -> torch.Tensor:
         with torch.set_grad_enabled(point.train):
-            out = compiled[name](*operands, pad)
+            out = compiled[name](*operands)
             if point.train:
                 for x in operands:
                     x.grad = None
@@ -99,12 +157,15 @@ def measure(point: Point, threads: int) -> dict[str, object]:
         return out.detach()
 
     counters.clear()
-    matched = (call("inductor"), counters["inductor"]["fuse_attention"])[1]
-    gap = (call("inductor").float() - call("attnfx").float()).abs().max().item()
+    expected = call("kept").float()
+    matched = counters["inductor"]["fuse_attention"]
+    gap = max((call(name).float() - expected).abs().max().item() for name in compiled)
     clock = time.thread_time if threads == 1 else time.perf_counter
-    times = interleaved({name: lambda name=name: call(name) for name in compiled}, seconds=0.6, least=3, clock=clock)
-    ratio = times["attnfx"]["min_ms"] / times["inductor"]["min_ms"]
-    return {**asdict(point), **times, "ratio": round(ratio, 3), "difference": gap, "inductor_fused": bool(matched)}
+    times = interleaved({name: partial(call, name) for name in compiled}, seconds=0.8, least=3, clock=clock)
+    return {
+        **asdict(point), "times": times, "difference": gap, "inductor_fused": bool(matched),
+        "dims": site.dims, "spec": site.spec.to_json(),
+    }  # fmt: skip
 
 
 def work(threads: int) -> None:
@@ -124,28 +185,141 @@ def groups(some: Sequence[Point]) -> list[list[Point]]:
     return list(out.values())
 
 
+def key_of(point: Any) -> str:
+    return json.dumps([point[name] for name in KEY])
+
+
+# -- the fit --------------------------------------------------------------------------------------
+def question(got: dict[str, Any]) -> Any:
+    """What the cost model is asked about a measured point."""
+    from attnfx.cost import Question
+    from attnfx.spec import from_json
+
+    refused = {tier: "not measured" for tier in ("flash", "decode", *TIERS) if tier not in got["times"]}
+    native = got["program"].startswith("fused")
+    return Question(from_json(got["spec"]), got["dims"], got["dtype"], training=got["train"], native=native,
+                    refused=refused)  # fmt: skip
+
+
+def ways(got: dict[str, Any]) -> Iterator[tuple[str, float]]:
+    """(way of computing, ms) of a point, for those that the cost model has a line for."""
+    by_call = got["inductor_fused"] or got["program"].startswith("fused")
+    if not (got["inductor_fused"] and got["program"] == "dropout"):  # a pattern, but not the fused operator
+        yield "fused" if by_call else "inductor", got["times"]["kept"]["min_ms"]
+    else:
+        yield "inductor", got["times"]["kept"]["min_ms"]
+    for tier in TIERS:
+        borrowed = tier == "library" and got["train"] and any(c.grad for c in question(got).spec.captures)
+        if tier in got["times"] and not borrowed:  # a backward pass that is the chunked tier's
+            yield tier, got["times"][tier]["min_ms"]
+
+
+def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
+    """way -> Rates: not negative, least squares of the relative errors."""
+    from attnfx.cost import cpu
+
+    names = [field.name for field in fields(cpu.Rates)]
+    rows: dict[str, list[list[float]]] = {}
+    for got in points:
+        if got["train"] == train:
+            for way, ms in ways(got):
+                todo = cpu.work(question(got), way)
+                rows.setdefault(way, []).append([getattr(todo, name) / (ms * 1e6) for name in names])
+    return {way: cpu.Rates(*not_negative(found)) for way, found in rows.items()}
+
+
+def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
+    """x >= 0 with the least |rows . x - 1|, by coordinate descent on scaled columns."""
+    columns = list(zip(*rows))
+    scale = [max(c) or 1.0 for c in columns]
+    columns = [[v / s for v in c] for c, s in zip(columns, scale)]
+    gram = [[sum(a * b for a, b in zip(x, y)) for y in columns] for x in columns]
+    target = [sum(c) for c in columns]
+    x = [0.0] * len(columns)
+    for _ in range(rounds):
+        for j, row in enumerate(gram):
+            if row[j] > 0:
+                x[j] = max(0.0, x[j] - (sum(a * b for a, b in zip(row, x)) - target[j]) / row[j])
+    return [float(f"{v / s:.3g}") if v > 1e-6 else 0.0 for v, s in zip(x, scale)]
+
+
+def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
+    from attnfx.cost import decide
+    from attnfx.options import Options
+
+    over_best, over_original = [], []
+    for got in points:
+        times = {name: t["min_ms"] for name, t in got["times"].items()}
+        chosen = times[decide(question(got), Options()).tier]
+        over_best.append(chosen / min(times.values()))
+        over_original.append(chosen / times["kept"])
+    over_best.sort()
+    return {
+        "points": len(over_best), "mean": sum(over_best) / len(over_best),
+        "p95": over_best[max(0, -(-95 * len(over_best) // 100) - 1)], "worst": over_best[-1],
+        "over_original": max(over_original),
+    }  # fmt: skip
+
+
+def report_fit(points: list[dict[str, Any]]) -> None:
+    """Prints the table for attnfx/cost/cpu.py, its errors and the regret; out of sample, each half by the other's."""
+    from attnfx.cost import cpu
+
+    def use(some: Sequence[dict[str, Any]]) -> None:
+        cpu.FORWARD.update(fit(some, False))
+        cpu.TRAINING.update(fit(some, True))
+
+    def say(what: str, some: Sequence[dict[str, Any]]) -> None:
+        print(f"{what}: " + ", ".join(f"{k} {v:.3g}" for k, v in regret(some).items()))
+
+    say("regret by the rates in attnfx/cost/cpu.py", points)
+    halves = points[0::2], points[1::2]
+    for number, (some, rest) in enumerate((halves, halves[::-1]), 1):
+        use(some)
+        say(f"regret out of sample, half {number}", rest)
+    use(points)
+    say("regret by the rates below", points)
+    for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
+        print(f"{name} = {{")
+        for way, rates in table.items():
+            given = ", ".join(f"{k}={v:g}" for k, v in vars(rates).items() if v)
+            errors = [
+                abs(cpu.time(question(got), way, 1) / ms - 1)
+                for got in points
+                if got["train"] == (name == "TRAINING")
+                for found, ms in ways(got)
+                if found == way
+            ]
+            note = f"  # {len(errors)} points, mean error {sum(errors) / len(errors):.0%}" if errors else ""
+            print(f'    "{way}": Rates({given}),{note}')
+        print("}")
+
+
 def main() -> None:
     from measure import machine
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, default=HERE / "results" / "grid.json")
-    parser.add_argument("--program", action="append", choices=PROGRAMS, help="only this one (repeatable)")
+    parser.add_argument("--program", action="append", help="only this one (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
+    parser.add_argument("--fit", action="store_true", help="measure nothing: fit the cost rule to the file")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
         return work(options.threads)
+    if options.fit:
+        return report_fit(json.loads(options.out.read_text())["points"])
     done: dict[str, dict[str, object]] = {}
     if options.out.exists() and not options.fresh:
-        for got in json.loads(options.out.read_text())["points"]:
-            done[json.dumps([got[name] for name in KEY])] = got
-    missing = [p for p in points() if json.dumps([getattr(p, name) for name in KEY]) not in done]
-    missing = [p for p in missing if p.program in (options.program or PROGRAMS)]
+        done = {key_of(got): got for got in json.loads(options.out.read_text())["points"]}
+    missing = [p for p in points() if key_of(asdict(p)) not in done]
+    missing = [p for p in missing if p.program in (options.program or [p.program])]
     record: dict[str, object] = {"what": __doc__, "machine": machine(), "threads": options.threads}
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONWARNINGS": "ignore"}
-    environment |= {"OMP_NUM_THREADS": str(options.threads)}
+    environment |= {"OMP_NUM_THREADS": str(options.threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, str(HERE / "grid.py"), "--work", f"--threads={options.threads}"]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
@@ -160,10 +334,11 @@ def main() -> None:
                 worker.stdin.close()
                 for line in worker.stdout:
                     got = json.loads(line)
-                    done[json.dumps([got[name] for name in KEY])] = got
+                    done[key_of(got)] = got
                     way = "step" if got["train"] else "forward"
                     shape = f"{got['B']}x{got['H']}x{got['T']}x{got['S']}x{got['D']}"
-                    progress.console.print(f"{got['program']:15}{shape:19}{got['dtype']:9}{way:8}{got['ratio']:.2f}")
+                    times = "".join(f"{name} {t['min_ms']:<9}" for name, t in got["times"].items())
+                    progress.console.print(f"{got['program']:15}{shape:19}{got['dtype']:9}{way:8}{times}")
                     progress.advance(task)
                     options.out.parent.mkdir(parents=True, exist_ok=True)
                     options.out.write_text(json.dumps(record | {"points": list(done.values())}, indent=1) + "\n")

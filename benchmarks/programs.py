@@ -1,6 +1,7 @@
 """Attention written by hand, in the spellings that models use. Each takes query, key, value of (B, H, T, D).
 
-`pad` is (B, T) of ones and zeros; the programs that have no padding leave it alone.
+`pad` is (B, T) of ones and zeros; the programs that have no padding leave it alone, and those that need another tensor
+take it in its place.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 Program = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
@@ -60,9 +62,67 @@ def padding(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
     return torch.softmax(scores(query, key) + bias, -1) @ value
 
 
+def hidden(query: Tensor, key: Tensor) -> Tensor:
+    """Where a query must not look: at later keys."""
+    return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).triu(1)
+
+
+def alibi(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+    heads, length = query.shape[1:3]
+    slope = torch.exp2(-8.0 * torch.arange(1, heads + 1) / heads)[:, None, None]
+    at = torch.arange(length)
+    score = scores(query, key) + (slope * (at[None, :] - at[:, None])).to(query.dtype)
+    return torch.softmax(score.masked_fill(hidden(query, key), -math.inf), -1) @ value
+
+
+def relative(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
+    """A learned bias by clipped distance: `table` (2 * n + 1, H)."""
+    most = table.shape[0] // 2
+    distance = torch.arange(key.shape[-2])[None, :] - torch.arange(query.shape[-2])[:, None]
+    bias = table[distance.clamp(-most, most) + most].permute(2, 0, 1)
+    return torch.softmax(scores(query, key) + bias, -1) @ value
+
+
+def masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """An additive mask that the caller made: `bias` (1, 1, T, S)."""
+    weight = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5 + bias
+    return torch.matmul(torch.softmax(weight, -1, dtype=torch.float32).to(query.dtype), value)
+
+
+def softcap(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+    score = torch.tanh(scores(query, key) / 50.0) * 50.0
+    return torch.softmax(score.masked_fill(hidden(query, key), -math.inf), -1) @ value
+
+
+def grouped(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+    """Causal, with fewer heads of keys: they are repeated."""
+    batch, groups, length, width = key.shape
+    each = query.shape[1] // groups
+    key, value = (
+        x[:, :, None].expand(batch, groups, each, length, width).reshape(batch, -1, length, width) for x in (key, value)
+    )
+    return causal(query, key, value, pad)
+
+
+def dropout(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+    weight = torch.softmax(scores(query, key), -1, dtype=torch.float32).to(query.dtype)
+    return F.dropout(weight, 0.1, training=True) @ value
+
+
+def fused_masked(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+    """PyTorch's own operator, its causal mask given as a tensor."""
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden(query, key))
+
+
+NAMED = (
+    plain, plain_upcast, causal, padding, padding_upcast, alibi, relative, masked, softcap, grouped, dropout,
+    fused_masked,
+)  # fmt: skip
+
+
 def make(name: str, length: int) -> Program:
     """A program by name, that of its function; window takes its width after a colon, else an eighth of the length."""
     if name.startswith("window"):
         _, _, width = name.partition(":")
         return window(int(width) if width else max(32, length // 8))
-    return next(f for f in (plain, plain_upcast, causal, padding, padding_upcast) if f.__name__ == name)
+    return next(f for f in NAMED if f.__name__ == name)

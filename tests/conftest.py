@@ -53,6 +53,7 @@ def golden(request):
 def shapes_left(monkeypatch):
     """The shapes of what the rewritten graphs hold, as the graphs come."""
     from attnfx import pipeline
+    from attnfx.sites import number
 
     found, original = [], pipeline.run
 
@@ -60,7 +61,7 @@ def shapes_left(monkeypatch):
         result = original(gm, *rest, **named)
         made = result.gm if result.gm is not None else gm
         held = (n.meta.get("val") for n in made.graph.nodes)
-        found.extend(tuple(map(pipeline.number, x.shape)) for x in held if isinstance(x, torch.Tensor))
+        found.extend(tuple(map(number, x.shape)) for x in held if isinstance(x, torch.Tensor))
         return result
 
     monkeypatch.setattr(pipeline, "run", run)

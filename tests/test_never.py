@@ -479,7 +479,8 @@ def break_inside(monkeypatch, place):
 
 
 @pytest.mark.parametrize(
-    "place", ["attnfx.pipeline.run", "attnfx.pipeline.trace", "attnfx.pipeline._decide", "attnfx.pipeline.rewrite"]
+    "place",
+    ["attnfx.pipeline.run", "attnfx.pipeline.trace", "attnfx.deciding.Deciding.decide", "attnfx.deciding.rewrite"],
 )
 def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, place):
     break_inside(monkeypatch, place)
@@ -501,7 +502,7 @@ def test_a_failure_inside_attnfx_gives_the_original_graph_to_the_compiler(monkey
     assert error(got, run(attend, args, True)) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["attnfx.pipeline.run", "attnfx.pipeline.rewrite"])
+@pytest.mark.parametrize("place", ["attnfx.pipeline.run", "attnfx.deciding.rewrite"])
 def test_strict_raises_a_failure_inside_attnfx(monkeypatch, place):
     break_inside(monkeypatch, place)
     with pytest.raises(Exception, match="broken for a test"):

@@ -34,6 +34,7 @@ def test_the_defaults_are_those_of_the_contract():
         "strict": False,
         "dump_dir": None,
         "inner": "inductor",
+        "tune": False,
     }
     assert Options.make({}) == Options.make(None) == Options()
 
@@ -55,6 +56,7 @@ def test_options_are_frozen_hashable_and_picklable():
         ("verify", ["off", "first"]),
         ("strict", [False, True]),
         ("inner", ["inductor", "aot_eager", "eager"]),
+        ("tune", [False, True, "known", "again"]),
     ],
 )
 def test_every_valid_value_is_kept_as_it_is(name, values):
@@ -136,6 +138,10 @@ def test_options_must_be_a_mapping():
         ("dump_dir", 3, "None"),
         ("dump_dir", "", "None"),
         ("inner", "aot-eager", "'aot_eager'"),
+        ("tune", "knwon", "'known'"),
+        ("tune", "True", "True"),
+        ("tune", 0, "False (of"),
+        ("tune", None, "'"),
     ],
 )
 def test_a_bad_value_names_the_option_and_the_nearest_valid_value(name, value, nearest):

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnfx
-from attnfx import Options, Target, pipeline
+from attnfx import Options, Target
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import Configuration, parse
@@ -78,7 +78,7 @@ def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
 
 def test_a_device_that_is_known_by_its_architecture_alone_is_said_to_be(monkeypatch):
     guessed = replace(Target.by_name("rtx4090"), note="it has no record")
-    monkeypatch.setattr(pipeline, "target_of", lambda options, device: (guessed, torch.device("cuda")))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: (guessed, torch.device("cuda")))
     assert "it has no record" in site("auto").notes
 
 
@@ -86,15 +86,15 @@ def test_what_the_device_at_hand_cannot_run_is_followed_by_what_it_can():
     chosen = Candidate("flash", "triton", tile=(128, 64), warps=8, stages=3)
     here = {"flash": "no GPU", "decode": "no GPU"}
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert pipeline.tiers_of(chosen, here, cpu) == ["flash:128x64/8/3", "library", "chunked"]
-    assert pipeline.tiers_of(chosen, {}, gpu) == ["flash:128x64/8/3", "chunked"]
-    assert pipeline.tiers_of(Candidate("chunked", "blocks"), {}, cpu) == ["chunked"]
+    assert deciding.tiers_of(chosen, here, cpu) == ["flash:128x64/8/3", "library", "chunked"]
+    assert deciding.tiers_of(chosen, {}, gpu) == ["flash:128x64/8/3", "chunked"]
+    assert deciding.tiers_of(Candidate("chunked", "blocks"), {}, cpu) == ["chunked"]
 
 
 def test_auto_is_the_device_at_hand():
-    assert pipeline.target_of(Options(), torch.device("cpu")) == (None, torch.device("cpu"))
+    assert deciding.target_of(Options(), torch.device("cpu")) == (None, torch.device("cpu"))
     given = Options(target=Target.by_name("l4"))
-    assert pipeline.target_of(given, torch.device("cpu")) == (Target.by_name("l4"), torch.device("cuda"))
+    assert deciding.target_of(given, torch.device("cpu")) == (Target.by_name("l4"), torch.device("cuda"))
 
 
 # -- the tile on its way ------------------------------------------------------------------------

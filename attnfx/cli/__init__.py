@@ -7,6 +7,8 @@ import importlib
 import click
 
 COMMANDS: dict[str, str] = {
+    "bench": "bench:command",
+    "cache": "cache:command",
     "env": "env:command",
     "explain": "explain:command",
     "targets": "targets:command",

@@ -1,6 +1,6 @@
 """Which tier a site gets, and what it is predicted to cost."""
 
-from attnfx.cost.decide import decide, decide_rows, evaluate
+from attnfx.cost.decide import decide, decide_rows, evaluate, line
 from attnfx.cost.question import Question
 
-__all__ = ["Question", "decide", "decide_rows", "evaluate"]
+__all__ = ["Question", "decide", "decide_rows", "evaluate", "line"]

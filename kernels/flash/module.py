@@ -16,17 +16,17 @@ import threading
 from pathlib import Path
 from types import ModuleType
 
-from platformdirs import user_cache_dir
+from attnfx import cache
 
 _lock = threading.Lock()
 
 
 def directory() -> Path:
-    """Where modules are written: ATTNFX_CACHE_DIR, or the user's cache directory. Made with mode 0700.
+    """Where modules are written, under `cache.directory()`. Made with mode 0700.
 
     Raises PermissionError where another user owns it or may write to it.
     """
-    root = Path(os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx")) / "triton"
+    root = cache.directory() / "triton"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     _check(root)
     return root

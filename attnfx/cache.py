@@ -1,0 +1,135 @@
+"""What is kept between processes: small JSON files in the user's cache directory.
+
+A cache is never needed: a file that is damaged is rebuilt, a directory that cannot be written is done without, each
+with one warning. A file is replaced as a whole, under a lock, so that concurrent processes lose nothing of each other's
+and no reader sees half a file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+import threading
+import warnings
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock
+from platformdirs import user_cache_dir
+
+VERSION = 1  # of the files' form
+WAIT = 10.0  # seconds for another process's lock
+
+_lock = threading.Lock()
+_warned: set[tuple[Path, str]] = set()
+_unwritten: dict[Path, dict[str, Any]] = {}  # by file: what this process could not write
+
+
+def directory() -> Path:
+    """Where attnfx keeps files: ATTNFX_CACHE_DIR, or the user's cache directory. It need not exist."""
+    return Path(os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx"))
+
+
+def key_of(**parts: Any) -> str:
+    """The key that the parts make, whatever their order; readable in the file. The parts are JSON values."""
+    return json.dumps(parts, sort_keys=True)
+
+
+class JsonCache:
+    """One file of entries, key -> JSON value. Nothing in it raises for what is wrong on disk.
+
+    The directory is asked for at each call, so that ATTNFX_CACHE_DIR may change. What cannot be written is kept for
+    this process.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    @property
+    def path(self) -> Path:
+        return directory() / f"{self.name}.json"
+
+    def get(self, key: str) -> Any:
+        """The value, or None."""
+        return self.entries().get(key)
+
+    def entries(self) -> dict[str, Any]:
+        """All that is known, newest last."""
+        return {**self._read(), **_unwritten.get(self.path, {})}
+
+    def put(self, key: str, value: Any) -> None:
+        """Keep a value; what is not JSON raises TypeError."""
+        json.dumps(value)
+        path = self.path
+        try:
+            with self._locked():
+                entries = self._read()
+                entries.pop(key, None)
+                _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
+        except (OSError, NotImplementedError) as problem:  # the second: a file system without locks
+            _warn(path.parent, f"cannot be written ({problem}): what is measured is not kept for other processes")
+            with _lock:
+                _unwritten.setdefault(path, {})[key] = value
+        else:
+            with _lock:
+                _unwritten.get(path, {}).pop(key, None)
+
+    def clear(self) -> int:
+        """Forget everything. Gives the number of entries there were."""
+        count = len(self.entries())
+        _unwritten.pop(self.path, None)
+        try:
+            if self.path.exists():
+                with self._locked():
+                    self.path.unlink(missing_ok=True)
+        except (OSError, NotImplementedError) as problem:
+            _warn(self.path, f"cannot be removed ({problem})")
+        return count
+
+    def _locked(self) -> FileLock:
+        self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return FileLock(f"{self.path}.lock", timeout=WAIT)
+
+    def _read(self) -> dict[str, Any]:
+        path = self.path
+        try:
+            found = path.stat()
+            return dict(_parsed(path, found.st_mtime_ns, found.st_size, found.st_ino))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except (OSError, ValueError) as problem:
+            _warn(path, f"cannot be read and is made anew ({problem})")
+            return {}
+
+
+@lru_cache(maxsize=64)
+def _parsed(path: Path, *_: int) -> dict[str, Any]:
+    """The file's entries; the other arguments change when the file does. Raises OSError, ValueError."""
+    data = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(data, dict) or not isinstance(data.get("entries"), dict):
+        raise ValueError("it holds no entries")
+    return data["entries"] if data.get("version") == VERSION else {}
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _warn(path: Path, what: str) -> None:
+    with _lock:
+        if (path, what) in _warned:
+            return
+        _warned.add((path, what))
+    warnings.warn(f"attnfx: the cache {path} {what}", RuntimeWarning, stacklevel=4)
+
+
+__all__ = ["JsonCache", "directory", "key_of"]

@@ -1,0 +1,218 @@
+"""What is decided for one site, and the change of the graph that carries it out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx import calibration, cost, tuning
+from attnfx.kernels import configuration, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
+from attnfx.mask.summary import worth
+from attnfx.options import Options
+from attnfx.passes.cut import cut
+from attnfx.passes.extract import Trial
+from attnfx.passes.facts import Facts
+from attnfx.passes.functionalise import functionalise
+from attnfx.passes.graphs import op_name, refusal, value, where_in_source
+from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
+from attnfx.passes.reductions import find_reductions
+from attnfx.passes.regions import Region, find_region, replace_region
+from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, rewrite, size_carriers
+from attnfx.passes.shield import shield
+from attnfx.passes.trace import trace
+from attnfx.report import Candidate, Decision, Site
+from attnfx.sites import number
+from attnfx.targets import Target
+
+OPERATORS = Operators(
+    torch.ops.attnfx.attention.default,
+    torch.ops.attnfx.attention_weights.default,
+    torch.ops.attnfx.mask_summary.default,
+)
+ROWS = torch.ops.attnfx.attention_rows.default
+# Codes of refusals after which rows that are computed one by one would be the next form.
+THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product", "layout", "axes")
+
+
+@dataclass
+class Deciding:
+    """One traced graph, whose sites are decided one by one.
+
+    carriers  what holds the graph's symbolic sizes
+    trial     is given every rewritten site, and says which sites to keep (`verify`)
+    """
+
+    traced: GraphModule
+    options: Options
+    carriers: Carriers
+    trial: Trial | None = None
+
+    def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None) -> bool:
+        """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are
+        for."""
+        match, trial = finding.match, self.trial
+        if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
+            site.refusal, site.decision = None, Decision("kept", "", reason=told, code="mismatch")
+            return op_name(finding.final) not in SDPA and self._shielded(finding, site)
+        if match is None:
+            return self._whole_rows(finding, site) or (not finding.loose and self._shielded(finding, site))
+        query = value(match.query.node)
+        here = operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"])
+        question = self._question(match, finding, sizes, reader, here)
+        site.decision = self._choose(question, match, site, reader)
+        if site.decision.tier == "kept":
+            return not question.native and self._shielded(finding, site, only_risky=True)
+        reductions = [] if reader is not None else match.reductions
+        tiers = tiers_of(site.decision, here, query.device, reductions)
+        summary = None
+        if tiers[0].startswith("flash") and "flash" not in here:
+            summary = worth(match.spec, sizes, passes=3 if question.training else 1)
+        try:
+            replaced = rewrite(
+                self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary
+            )
+        except CannotEmit as problem:
+            site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
+            return self._shielded(finding, site)
+        if trial is not None:
+            trial.add(site, finding.final, replaced)
+        self._say(site, match, reductions, tiers, here)
+        return True
+
+    def _question(
+        self, match: Match, finding: Finding, sizes: dict[str, int], reader: Node | None, here: Mapping[str, str]
+    ) -> cost.Question:
+        query, target = value(match.query.node), self.options.target
+        device, refused = query.device, here
+        if isinstance(target, Target):
+            device = torch.device(target.kind)
+            refused = operator.refusals(match.spec, query.dtype, device, sizes["D"], sizes["Dv"], target.capability)
+        return cost.Question(
+            match.spec,
+            sizes,
+            str(query.dtype).removeprefix("torch."),
+            device.type,
+            training=torch.is_grad_enabled() and match.training,
+            native=op_name(finding.final) in SDPA,
+            sums=0 if reader is not None else len(match.reductions),
+            weights_read="" if reader is None else where_in_source(reader) or reader.name,
+            refused=refused,
+        )
+
+    def _choose(self, question: cost.Question, match: Match, site: Site, reader: Node | None) -> Decision:
+        present, options = value(match.query.node).device, self.options
+        target, _ = target_of(options, present)
+        at_hand = options.target == "auto"
+        corrections = calibration.corrections(present) if at_hand else None
+        decision = cost.decide(question, options, torch.get_num_threads(), target, corrections)
+        if target is not None and target.note and at_hand:
+            site.notes = (*site.notes, target.note)
+        if options.tune and reader is None and at_hand:
+            decision = tuning.tune(question, decision, options, present, _variants(self.traced, match))
+        return decision
+
+    def _say(
+        self, site: Site, match: Match, reductions: Sequence[Reduction], tiers: Sequence[str], here: Mapping[str, str]
+    ) -> None:
+        target = self.options.target
+        if isinstance(target, Target) and site.decision is not None and site.decision.tier in here:
+            instead = next(t for t in tiers if t.partition(":")[0] not in here)
+            present = value(match.query.node).device.type
+            site.notes = (*site.notes, f"decided for {target.name}; the {present} at hand runs it as {instead}")
+        if reductions:
+            places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
+            site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
+
+    def _whole_rows(self, finding: Finding, site: Site) -> bool:
+        """What no score program describes may still be computed row by row. True where the graph changed."""
+        if op_name(finding.final) in SDPA:
+            return False
+        if "chunked" not in self.options.tiers:
+            if site.refusal is not None:
+                allowed = 'The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
+                site.refusal = replace(site.refusal, hint=f"{site.refusal.hint} {allowed}")
+            return False
+        facts = Facts(self.traced)
+        found = find_region(facts, finding)
+        if not isinstance(found, Region):
+            first = site.refusal
+            if first is not None and first.code in THEN_ROWS and found.code == "rows_mixed":
+                site.refusal = replace(found, message=f"{first.message}, and {found.message}")
+            return False
+        held = value(finding.final)
+        values = number(found.weight) * number(held.shape[found.rows[finding.final]])
+        training = torch.is_grad_enabled() and finding.final in facts.differentiable
+        _, device = target_of(self.options, held.device)
+        decision = cost.decide_rows(
+            values, held.dtype.itemsize, device.type, training, self.options, found.gives_scores
+        )
+        try:
+            if decision.tier != "kept":
+                replaced = replace_region(self.traced, facts, found, ROWS, self.carriers)
+                if self.trial is not None:
+                    self.trial.add(site, finding.final, replaced)
+        except CannotEmit:
+            return False
+        site.refusal, site.decision = None, decision
+        return decision.tier != "kept" or self._shielded(finding, site)
+
+    def _shielded(self, finding: Finding, site: Site, only_risky: bool = False) -> bool:
+        if not shield(self.traced, finding, only_risky):
+            return False
+        site.notes = (*site.notes, "shielded from other rewriters")
+        return True
+
+
+def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:
+    """(what to decide for, or None for a CPU and for what nothing is known of; a device of its kind)."""
+    if isinstance(options.target, Target):
+        return options.target, torch.device(options.target.kind)
+    if present.type == "cuda" and torch.cuda.is_available():
+        return Target.detect(present), present
+    return None, present
+
+
+def tiers_of(
+    chosen: Candidate, here: Mapping[str, str], present: torch.device, reductions: Sequence[Reduction] = ()
+) -> list[str]:
+    """The operator's tiers for a decision. `here`: the tiers that the present device cannot run.
+
+    Behind the chosen one come those that it can, where the decision is for another device, and the one for what only
+    the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped weights are computed in blocks, and
+    other tiers drop others.
+    """
+    if any(r.spec.random for r in reductions):
+        return ["chunked"]
+    others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
+
+
+def _variants(traced: GraphModule, match: Match) -> tuning.Build:
+    """For a candidate, the site cut out of its graph and rewritten accordingly; None where it is not found again."""
+    made: list[GraphModule] = []
+
+    def build(candidate: Candidate) -> GraphModule | None:
+        if not made:
+            made.append(cut(traced, match, number))
+        if candidate.tier == "kept":
+            return made[0]
+        again = trace(made[0])
+        functionalise(again)
+        finder = Finder(again)
+        (found, *more) = [f.match for f in finder.find() if f.match is not None] or [None]
+        if found is None or more:
+            return None
+        find_reductions(finder, [found])
+        tiers = tiers_of(candidate, {}, value(found.query.node).device, found.reductions)
+        rewrite(again, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions)
+        clean(again)
+        check(again)
+        return again
+
+    return build
+
+
+__all__ = ["OPERATORS", "Deciding", "target_of", "tiers_of"]

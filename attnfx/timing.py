@@ -1,0 +1,75 @@
+"""How long calls take on the device at hand: in turn, the shortest of several rounds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def shortest(
+    contenders: Mapping[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 0.5,
+    least: int = 3,
+    most: int = 100,
+) -> dict[str, float]:
+    """ms of a call of each contender: round after round in turn, so that a slow spell of the machine strikes all.
+
+    Stops after `seconds`, but not before `least` rounds. A call shorter than a millisecond is repeated within a round.
+    One that raises (for want of memory, say) is left out.
+    """
+    stopwatch = _by_events if device.type == "cuda" else _by_clock
+    best: dict[str, float] = {}
+    repeats: dict[str, int] = {}
+    for name, run in contenders.items():
+        try:
+            run()  # compiles, or fills caches
+            best[name] = stopwatch(run, 1)
+        except Exception:
+            continue
+        repeats[name] = max(1, int(1.0 / max(best[name], 1e-3)))
+    end = time.perf_counter() + seconds
+    rounds = 0
+    while best and rounds < most and (rounds < least or time.perf_counter() < end):
+        for name in best:
+            best[name] = min(best[name], stopwatch(contenders[name], repeats[name]))
+        rounds += 1
+    return best
+
+
+def _by_clock(run: Callable[[], object], repeats: int) -> float:
+    # with one thread its own time, which other programs on the machine do not touch
+    clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+    start = clock()
+    for _ in range(repeats):
+        run()
+    return (clock() - start) / repeats * 1e3
+
+
+def _by_events(run: Callable[[], object], repeats: int) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    for _ in range(repeats):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / repeats
+
+
+def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
+    """The items, with a progress bar on the error output that vanishes at the end; none where that is no terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("attnfx: {task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        yield from progress.track(items, total=len(items), description=what)
+
+
+__all__ = ["shortest", "with_progress"]

@@ -1,0 +1,99 @@
+"""`attnfx bench` and `attnfx cache`: what they print, what they keep, and what they say of bad input."""
+
+import json
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from attnfx import cache, calibration
+from attnfx.cli import bench, main
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATTNFX_CACHE_DIR", str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """Two sites of a few numbers, and no code generation."""
+    monkeypatch.setenv("ATTNFX_INNER", "eager")
+    sites = [bench.Site("causal", 1, 2, 16, 8, "float32", False), bench.Site("softcap", 1, 2, 16, 8, "float32", True)]
+    monkeypatch.setattr(bench, "standard", lambda device, many: sites)
+
+
+def said(*arguments, code=0):
+    result = CliRunner().invoke(main, [*map(str, arguments)])
+    assert result.exit_code == code, result.output
+    return result.output
+
+
+def test_bench_gives_every_tier_its_measured_and_predicted_time(small):
+    first, second = json.loads(said("bench", "--device", "cpu", "--json"))["sites"]
+    assert first["site"] == "causal, 1 x 2 x 16 x 8, float32, forward"
+    assert {c["tier"] for c in first["candidates"]} == {"kept", "library", "chunked"}
+    assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # no library operator has a soft cap
+    assert all(c["measured_ms"] > 0 and c["predicted_ms"] > 0 for c in first["candidates"] + second["candidates"])
+    assert first["fastest"] == min(first["candidates"], key=lambda c: c["measured_ms"])["tier"]
+    assert calibration.CORRECTIONS.entries() == {}
+
+
+def test_bench_prints_a_table(small):
+    text = said("bench", "--device", "cpu")
+    assert "library" in text and "softcap" in text and "corrections" not in text
+
+
+def test_calibrating_keeps_a_factor_for_each_tier_and_direction(small):
+    found = json.loads(said("bench", "--device", "cpu", "--calibrate", "--json"))
+    names = {"kept/forward", "library/forward", "chunked/forward", "kept/training", "chunked/training"}
+    assert set(found["corrections"]) == names
+    assert calibration.CORRECTIONS.entries() != {}
+    assert "corrections" in said("bench", "--device", "cpu", "--calibrate")
+
+
+def test_calibrating_twice_corrects_the_model_and_not_its_corrections(small, monkeypatch):
+    monkeypatch.setattr(bench.timing, "shortest", lambda runs, device: dict.fromkeys(runs, 1.0))
+    first, second = (json.loads(said("bench", "--device", "cpu", "--calibrate", "--json")) for _ in range(2))
+    assert first["corrections"] == second["corrections"]
+
+
+def test_the_standard_sites_cover_every_program_and_direction():
+    for device in ("cpu", "cuda"):
+        sites = bench.standard(torch.device(device), True)
+        assert len(sites) >= 12 and {s.program for s in sites} == set(bench.PROGRAMS)
+        assert {s.training for s in sites} == {True, False}
+
+
+@pytest.mark.parametrize("device", ["tpu", "gpu0", "meta"])
+def test_a_device_that_is_none_is_refused_in_a_sentence(device):
+    assert f"'{device}' is neither 'cpu' nor 'cuda'" in said("bench", "--device", device, code=2)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
+def test_a_cuda_device_that_is_not_there_is_refused():
+    assert "there is no CUDA device here" in said("bench", "--device", "cuda", code=2)
+
+
+def test_the_cache_is_listed_and_cleared(own_cache):
+    assert said("cache", "path").strip() == str(own_cache)
+    cache.JsonCache("tuning").put("a", {"kept": 1.0})
+    cache.JsonCache("calibration").put("b", {})
+    (own_cache / "triton").mkdir()
+    (own_cache / "triton" / "made.py").touch()
+    assert "tuning.json" in said("cache", "list")
+    assert json.loads(said("cache", "list", "--json")) == {"tuning": {"a": {"kept": 1.0}}, "calibration": {"b": {}}}
+    assert said("cache", "clear", "tuning") == "tuning: 1 forgotten\n"
+    assert cache.JsonCache("calibration").get("b") == {}
+    assert said("cache", "clear") == "tuning: 0 forgotten\ncalibration: 1 forgotten\ntriton: 1 forgotten\n"
+    assert not (own_cache / "triton").exists()
+
+
+def test_a_name_that_is_not_kept_is_refused():
+    assert "tunning" in said("cache", "clear", "tunning", code=2)
+
+
+def test_commands_are_listed_without_importing_them():
+    text = said("--help")
+    assert "bench" in text and "cache" in text
