@@ -153,9 +153,9 @@ def shows(script, capsys) -> str:
 def test_a_wrong_rewrite_is_caught_and_undone(fn, wrong, tmp_path, monkeypatch, capsys):
     original = deciding.rewrite
 
-    def planted(gm, match, *rest):
+    def planted(gm, match, *rest, **more):
         match.spec = wrong(match.spec)
-        return original(gm, match, *rest)
+        return original(gm, match, *rest, **more)
 
     monkeypatch.setattr(deciding, "rewrite", planted)
     _, script = caught(fn, qkv(t=T), tmp_path)
@@ -219,9 +219,9 @@ def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
 def test_the_script_runs_by_itself(tmp_path, monkeypatch):
     original = deciding.rewrite
 
-    def planted(gm, match, *rest):
+    def planted(gm, match, *rest, **more):
         match.spec = no_scale(match.spec)
-        return original(gm, match, *rest)
+        return original(gm, match, *rest, **more)
 
     monkeypatch.setattr(deciding, "rewrite", planted)
     _, script = caught(plain, qkv(t=T), tmp_path)
@@ -415,9 +415,9 @@ def test_a_failure_of_the_comparison_itself_takes_nothing_down(problem, words, m
 
 
 def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    def planted(gm, match, *rest, original=deciding.rewrite):
+    def planted(gm, match, *rest, original=deciding.rewrite, **more):
         match.spec = no_scale(match.spec)
-        return original(gm, match, *rest)
+        return original(gm, match, *rest, **more)
 
     def fails(*_):
         raise PermissionError("no room")
@@ -429,10 +429,10 @@ def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
 
 def test_of_two_sites_the_right_one_stays_rewritten(tmp_path, monkeypatch):
-    def planted(gm, match, *rest, original=deciding.rewrite):
+    def planted(gm, match, *rest, original=deciding.rewrite, **more):
         if match.spec.score.op == "where":
             match.spec = no_scale(match.spec)
-        return original(gm, match, *rest)
+        return original(gm, match, *rest, **more)
 
     monkeypatch.setattr(deciding, "rewrite", planted)
     with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite gave another result"):
