@@ -29,10 +29,16 @@ _PLAIN = "`(q @ k.mT * scale).softmax(-1) @ v`"
 _SITES = {
     "softmax_dim": Code(
         "The softmax runs over another dim than the keys",
-        "The weights are normalised over the queries (as slot attention does), over the heads, or over columns that "
-        "are not those of the values.",
+        "The weights are normalised over the queries (as slot attention does), over the heads, or over pairs.",
         _PLAIN,
         "Use dim=-1 of scores shaped (..., queries, keys), if the keys are what was meant.",
+    ),
+    "columns": Code(
+        "The softmax runs over many columns that are no keys",
+        "Scores of several sources are concatenated before the softmax, and a part of the weights is multiplied with "
+        "the values. Up to eight more columns (sinks) are understood.",
+        "`cat([s1, s2], -1).softmax(-1) @ cat([v1, v2], -2)`",
+        "Concatenate the values as the scores are, and multiply the weights with them once.",
     ),
     "normaliser": Code(
         "The weights are normalised by something else than their sum",

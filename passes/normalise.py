@@ -148,10 +148,10 @@ def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> t
     """The logits of the softmax's columns that are no keys: [0, start) and [start + S, extent)."""
     more = A.sub(extent, j.args[0])
     if more.op != "const":
-        raise NotNormalised("softmax_dim", "the softmax runs over another number of columns than there are keys")
+        raise NotNormalised("columns", "the softmax runs over another number of columns than there are keys")
     count = int(more.value)  # type: ignore[call-overload]
     if not 0 <= count <= MAX_EXTRA or start < 0 or start > count:
-        raise NotNormalised("softmax_dim", f"the softmax runs over {count} columns that are no keys")
+        raise NotNormalised("columns", f"the softmax runs over {count} columns that are no keys")
     before = [A.const(n) for n in range(start)]
     after = [A.add(j.args[0], A.const(start + n)) for n in range(count - start)]
     return tuple(substitute(body, {variable: at}) for at in (*before, *after))

@@ -17,7 +17,7 @@ from attnfx.passes.match import Finder, Finding, batched
 from attnfx.report import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
-BY_HAND = ("normaliser", "softmax_dim")  # codes that say that an exponential was divided by some sum
+BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum
 NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of their names in a graph of Dynamo
 
 

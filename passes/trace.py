@@ -66,12 +66,14 @@ class _Retrace(Interpreter):
     def __init__(self, gm: GraphModule, mode: FakeTensorMode):
         super().__init__(gm)
         self.regions: list[torch.autocast] = []
+        # a tensor whose own shape is changed later has that later shape in Dynamo's example value: it is no snapshot
+        snapshots = not any(_changes_shape(n) for n in gm.graph.nodes)
         # made before tracing starts: what is made during it would be recorded. Detached, as a leaf that requires a
         # gradient cannot be changed in place
         self.kept = {
             n: tree_map_only(torch.Tensor, lambda t: example(t, mode).detach(), n.meta["example_value"])
             for n in gm.graph.nodes
-            if n.op == "call_function" and (isinstance(n.target, HigherOrderOperator) or _is_direct(n))
+            if n.op == "call_function" and (isinstance(n.target, HigherOrderOperator) or (snapshots and _is_direct(n)))
         }
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -128,6 +130,14 @@ class _Retrace(Interpreter):
             if result.dtype != seen.dtype:
                 result = result.to(seen.dtype)
         return result
+
+
+def _changes_shape(n: Node) -> bool:
+    """Whether an operator changes the shape or strides of its operand in place: unsqueeze_, transpose_, resize_."""
+    name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+    packet = getattr(aten, str(name), None) if str(name).endswith("_") and not str(name).startswith("_") else None
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.inplace_view in o.tags for o in overloads)
 
 
 def _is_direct(n: Node) -> bool:

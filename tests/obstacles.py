@@ -74,6 +74,12 @@ def weights_transposed(q, k, v):
     return weights.mT @ v
 
 
+@obstacle("columns", **NO_ROWS)
+def softmax_over_two_sources(q, k, v):
+    weights = torch.cat([scores(q, k), scores(q, 2 * k)], -1).softmax(-1)  # here
+    return weights[..., :T] @ v
+
+
 @obstacle("normaliser", **ALWAYS)
 def divided_by_the_sum_over_queries(q, k, v):
     weights = scores(q, k).exp()  # here

@@ -193,6 +193,23 @@ def test_scores_changed_in_place_are_lifted(inner):
     check(fn, *qkv(t=24), torch.ones(24, 24, dtype=torch.bool).tril(), rand(4, 24, 24), inner=inner)
 
 
+def unsqueezed_scores(q, k, v):
+    s = (q @ k.mT) * 0.25
+    s.unsqueeze_(0)
+    return s.softmax(-1) @ v
+
+
+def transposed_query(q, k, v):
+    q = q * 0.25
+    q.transpose_(1, 2)
+    return torch.einsum("bihd,bhjd->bhij", q, k).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [unsqueezed_scores, transposed_query])
+def test_a_tensor_whose_shape_changes_in_place_has_its_first_shape_until_then(fn):
+    check(fn, *qkv(t=24))
+
+
 def test_an_input_written_before_the_attention_is_read_after_the_write():
     def fn(q, k, v):
         k.mul_(2)
