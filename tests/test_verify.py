@@ -190,10 +190,11 @@ def test_a_wrong_gradient_is_caught_in_training_alone(train, tmp_path, monkeypat
 def test_wrong_sums_of_the_weights_are_caught(tmp_path, monkeypatch, capsys):
     original = pipeline.rewrite
 
-    def planted(gm, match, operators, tier, carriers, reductions, *rest):
+    def planted(gm, match, *rest):
+        *rest, reductions = rest
         assert reductions
-        wrong = [dataclasses.replace(r, spec=no_scale(r.spec)) for r in reductions]
-        return original(gm, match, operators, tier, carriers, wrong, *rest)
+        wrong = [dataclasses.replace(r, spec=mask_shifted(no_scale(r.spec))) for r in reductions]
+        return original(gm, match, *rest, wrong)
 
     monkeypatch.setattr(pipeline, "rewrite", planted)
     assert "mean: an error of" in shows(caught(with_sums, qkv(t=T), tmp_path)[1], capsys)
