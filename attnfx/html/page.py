@@ -45,12 +45,12 @@ def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str
 
 
 def _asset(name: str) -> Markup:
-    return Markup((files(__package__) / name).read_text())
+    return Markup((files("attnfx.html") / name).read_text())
 
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string((files(__package__) / "report.html.j2").read_text())
+    return environment.from_string((files("attnfx.html") / "report.html.j2").read_text())
 
 
 def _script(value: object) -> Markup:
