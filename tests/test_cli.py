@@ -136,7 +136,7 @@ def test_a_file_imports_what_stands_beside_it_and_hides_no_module(tmp_path):
 # -- explain ---------------------------------------------------------------------------------------------------
 @pytest.mark.parametrize("factory", ["positional", "named"])
 def test_explain_prints_the_report(file, factory):
-    out, err = attnfx("explain", f"{file}:{factory}")
+    out, err = attnfx("explain", f"{file}:{factory}", "--rewrite", "always")
     assert "1 of 1 attention sites rewritten" in out and "models.py:6" in out and "library" in out
     assert err == ""
 
@@ -148,7 +148,7 @@ def test_rewrite_and_train_reach_the_decision(file):
 
 
 def test_a_model_that_breaks_the_graph_is_explained_over_both_graphs(file):
-    assert "2 of 2 attention sites" in attnfx("explain", f"{file}:broken_in_two")[0]
+    assert "2 of 2 attention sites" in attnfx("explain", f"{file}:broken_in_two", "--rewrite", "always")[0]
 
 
 @pytest.mark.skipif(not hasattr(Report, "to_json"), reason="reports have no JSON form yet")
@@ -267,7 +267,7 @@ def test_env_tells_versions_and_variables_and_no_path_but_the_cache_s(monkeypatc
 # -- as a user runs it -----------------------------------------------------------------------------------------
 def test_the_command_runs_and_writes_nothing_but_the_report(file):
     code = "import sys; from attnfx.cli import main; sys.argv[0] = 'attnfx'; main()"
-    command = [sys.executable, "-c", code, "explain", f"{file}:positional"]
+    command = [sys.executable, "-c", code, "explain", f"{file}:positional", "--rewrite", "always"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("attnfx: 1 of 1") and done.stderr == ""
