@@ -14,7 +14,6 @@ from click.testing import CliRunner
 from attnfx import pipeline
 from attnfx.cli import main
 from attnfx.cli.loading import load
-from attnfx.report import Report
 from attnfx.targets import Target
 
 FILE = """
@@ -151,13 +150,11 @@ def test_a_model_that_breaks_the_graph_is_explained_over_both_graphs(file):
     assert "2 of 2 attention sites" in attnfx("explain", f"{file}:broken_in_two", "--rewrite", "always")[0]
 
 
-@pytest.mark.skipif(not hasattr(Report, "to_json"), reason="reports have no JSON form yet")
 def test_json_is_the_report_s(file):
     said = json.loads(attnfx("explain", f"{file}:positional", "--json")[0])
     assert len(said["sites"]) == 1
 
 
-@pytest.mark.skipif(not hasattr(Report, "to_html"), reason="reports cannot be drawn yet")
 def test_a_page_is_overwritten_only_by_force(file, tmp_path):
     page = tmp_path / "report.html"
     attnfx("explain", f"{file}:positional", "--html", page)
@@ -243,7 +240,6 @@ def test_a_failure_of_attnfx_exits_with_4_and_shows_its_traceback(file, monkeypa
 
 
 # -- targets, env ----------------------------------------------------------------------------------------------
-@pytest.mark.skipif(not hasattr(Target, "names"), reason="there are no records of targets yet")
 def test_targets_are_listed_and_shown_with_their_sources():
     assert "h100-sxm" in attnfx("targets", "list")[0]
     names = [t["name"] for t in json.loads(attnfx("targets", "list", "--json")[0])]

@@ -18,15 +18,6 @@ from attnfx.options import Rewrite
 from attnfx.report import Report
 
 
-def html_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """`--html` and `--force`, where reports can be drawn."""
-    if not hasattr(Report, "to_html"):
-        return command
-    command = click.option("--force", is_flag=True, help="Overwrite the file of --html.")(command)
-    path = click.Path(dir_okay=False, path_type=Path)
-    return click.option("--html", "html", type=path, help="Write the report as a self-contained page.")(command)
-
-
 def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
     """The options that say how large a model of `--hf` is made."""
     for name, default, what in (
@@ -48,7 +39,10 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="As the option of the backend.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where a site was refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@html_options
+@click.option(
+    "--html", "html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as a self-contained page."
+)
+@click.option("--force", is_flag=True, help="Overwrite the file of --html.")
 def command(factory: str | None, hf: str | None, train: bool, target: str | None, rewrite: str | None, strict: bool,
             as_json: bool, html: Path | None = None, force: bool = False, **size: int) -> None:  # fmt: skip
     """Say what would be done with a model, and why not. Nothing of it is run.

@@ -144,14 +144,20 @@ def test_a_slice_of_a_gpu_is_not_taken_for_the_whole():
     assert found.multiprocessors == 16 and found.rate("bfloat16") == pytest.approx(989.4 * 16 / 132)
 
 
-def test_a_cpu_is_measured_once(monkeypatch):
+def test_a_cpu_is_measured_once(monkeypatch, tmp_path):
     calls = []
     real = cpu.measure
     monkeypatch.setattr(cpu, "_measured", {})
+    monkeypatch.setenv("ATTNFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu, "measure", lambda name: calls.append(name) or real(name))
     first = attnfx.Target.detect("cpu")
     assert first.kind == "cpu" and first is Target.detect(torch.device("cpu")) and len(calls) == 1
     assert sorted(first.sources) == sorted(numbers())
+    monkeypatch.setattr(cpu, "_measured", {})  # as in another process
+    assert Target.detect("cpu") == first and len(calls) == 1
+    (tmp_path / "targets.json").write_text((tmp_path / "targets.json").read_text().replace('"cpu"', '"toaster"'))
+    monkeypatch.setattr(cpu, "_measured", {})
+    assert Target.detect("cpu").kind == "cpu" and len(calls) == 2
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu"])
