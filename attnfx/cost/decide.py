@@ -14,8 +14,7 @@ from attnfx.options import Options
 from attnfx.report import Candidate, Decision
 
 ROWS_BYTES = 64 << 20  # of scores, from which on whole rows are computed in chunks
-# A rewrite must be predicted to take at most this share of the original's time: the model's mean error is some 10%.
-GAIN = 0.9
+GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
 
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
