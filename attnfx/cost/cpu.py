@@ -7,7 +7,6 @@ ratios that decide; `attnfx bench --calibrate` corrects them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -102,14 +101,15 @@ def work(ask: Question, way: str) -> Rates:
     draws = computed if ask.spec.random else 0.0
     halves = computed if ask.element == 2 else 0.0
     calls = 2.0 if operations and way in ("library", "chunked") else 1.0
-    return Rates(calls, operand, computed, computed * width, spilled, computed * operations, functions,
-                 draws, halves)  # fmt: skip
+    return Rates(
+        call=calls, operand=operand, score=computed, width=computed * width, spilled=spilled,
+        program=computed * operations, function=functions, draw=draws, half=halves,
+    )  # fmt: skip
 
 
-def time(ask: Question, way: str, threads: int, rates: Mapping[str, Rates] | None = None) -> float:
-    """Predicted ms of a call; of a step where a backward pass follows. `rates` are those of the present direction."""
-    rate = (rates or (TRAINING if ask.training else FORWARD))[way]
-    todo = work(ask, way)
+def time(ask: Question, way: str, threads: int) -> float:
+    """Predicted ms of a call; of a step where a backward pass follows."""
+    rate, todo = (TRAINING if ask.training else FORWARD)[way], work(ask, way)
     shared = sum(getattr(todo, name) * getattr(rate, name) for name in vars(rate) if name != "call")
     return (shared / threads + todo.call * rate.call) / 1e6
 
@@ -138,10 +138,16 @@ def _kept(ask: Question, threads: int, others: list[Candidate]) -> Candidate:
     if ask.native:
         return Candidate("kept", "aten", fused, 0)
     ms = time(ask, "inductor", threads)
-    known = not ask.spec.random and ask.spec.score.op != "where" and not ask.spec.extra
-    if known and all(c.predicted_ms > ALIKE * fused for c in others):
+    if _may_be_known(ask.spec) and all(c.predicted_ms > ALIKE * fused for c in others):
         ms = min(ms, fused)
     return Candidate("kept", "inductor", ms, 2 * ask.scores * ask.element)
+
+
+@lru_cache(maxsize=1024)
+def _may_be_known(spec: AttentionSpec) -> bool:
+    """Whether Inductor's patterns know some spelling of it: a softmax of scaled products, plus a bias or not."""
+    plain = spec.normaliser == "softmax" and spec.weight is A.PROB and not (spec.random or spec.extra)
+    return plain and spec.score.op != "where" and additive(spec.score) is not None
 
 
 @lru_cache(maxsize=1024)
