@@ -25,9 +25,10 @@ ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._
 def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphModule:
     """The site of a match as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
 
-    It begins where query, key and value stop being views. Its outputs are the match's final node and the sums of its weights. `number` gives a size, or the example's size of
-    a symbolic one. Placeholders that these are views of say so in `meta["operand"]`; those that may take a
-    gradient require one. Autocast regions around the site are entered again.
+    It begins where query, key and value stop being views. Its outputs are the match's final node and the sums of its
+    weights. `number` gives a size, or the example's size of a symbolic one. Placeholders that query, key or value are
+    views of say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the site
+    are entered again.
     """
     facts = Facts(gm)
     operands = {_base(x.node) for x in (match.query, match.key, match.value)}
