@@ -291,8 +291,9 @@ def report_fit(points: list[dict[str, Any]]) -> None:
                 for found, ms in ways(got)
                 if found == way
             ]
-            note = f"  # {len(errors)} points, mean error {sum(errors) / len(errors):.0%}" if errors else ""
-            print(f'    "{way}": Rates({given}),{note}')
+            if errors:
+                print(f"    # {len(errors)} points, mean error {sum(errors) / len(errors):.0%}")
+            print(f'    "{way}": Rates({given}),')
         print("}")
 
 

@@ -15,7 +15,8 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import value
+from attnfx.passes.graphs import is_tensor, op_name, value
+from attnfx.passes.lift import VIEWS
 from attnfx.passes.match import Match
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
@@ -24,12 +25,13 @@ ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._
 def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphModule:
     """The site of a match as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
 
-    Its outputs are the match's final node and the sums of its weights. `number` gives a size, or the example's size of
-    a symbolic one. Placeholders that are query, key or value say so in `meta["operand"]`; those that may take a
-    gradient require one. Autocast regions around the site are entered again.
+    It begins where query, key and value stop being views. Its outputs are the match's final node and the sums of its
+    weights. `number` gives a size, or the example's size of a symbolic one. Placeholders that query, key or value are
+    views of say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the site
+    are entered again.
     """
     facts = Facts(gm)
-    operands = {match.query.node, match.key.node, match.value.node}
+    operands = {_base(x.node) for x in (match.query, match.key, match.value)}
     ends = list(dict.fromkeys([match.final, *(r.final for r in match.reductions)]))
     inputs, inside = _cone(ends, operands | set(match.captures))
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
@@ -53,6 +55,13 @@ def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphMod
         graph.call_function(EXIT, (region,))
     graph.output(tuple(copies[n] for n in ends))
     return GraphModule(torch.nn.Module(), graph)
+
+
+def _base(n: Node) -> Node:
+    """What a node is a view of: Inductor's patterns want to see how the keys are transposed."""
+    while n.op == "call_function" and op_name(n) in VIEWS and isinstance(n.args[0], Node) and is_tensor(n.args[0]):
+        n = n.args[0]
+    return n
 
 
 def _held(gm: GraphModule, n: Node) -> Any:

@@ -205,6 +205,13 @@ def test_every_candidate_of_a_real_site_computes_what_the_original_does(fn, args
             torch.testing.assert_close(outs, want, atol=2e-2 if fn is in_autocast else 1e-5, rtol=1e-2)
 
 
+def test_the_cut_original_holds_the_transposition_that_inductors_patterns_look_for(monkeypatch):
+    cuts = []
+    monkeypatch.setattr(tuning, "measure", lambda names, _, __, build, ___: cuts.append(build(names["kept"])) or {})
+    compiled(causal, tune=True, inner="eager")(*QKV)
+    assert "mT" in cuts[0].code
+
+
 def test_a_tuned_function_is_right_in_training_and_its_report_has_the_times(capfd):
     (site,) = check(causal, *QKV, tune=True, inner="aot_eager")
     assert site.decision.measured_ms is not None and site.decision.reason.startswith("measured: ")

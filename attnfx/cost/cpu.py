@@ -7,13 +7,12 @@ ratios that decide; `attnfx bench --calibrate` corrects them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from attnfx.cost.question import Question
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, walk
+from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
 from attnfx.mask import key_ranges
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
@@ -24,40 +23,54 @@ class Rates:
     """Nanoseconds of one thread.
 
     call     of a call, and again where a score program must be evaluated in it
-    block    of each block of queries
     operand  of an element of query, key, value and output: copies and the first pass through memory
     score    of a score that is computed, whatever the width
     width    of a score and unit of head width: the two contractions
     spilled  of a score that does not fit into the shared cache
     program  of a score and operation of the score program beyond a scaled product
+    function of a score and function (tanh, exp, ...) of the score program
+    draw     of a score that dropout decides on
     half     of a score where operands have two bytes
     """
 
     call: float = 0.0
-    block: float = 0.0
     operand: float = 0.0
     score: float = 0.0
     width: float = 0.0
     spilled: float = 0.0
     program: float = 0.0
+    function: float = 0.0
+    draw: float = 0.0
     half: float = 0.0
 
 
 # The original under Inductor, the same where Inductor's own patterns make it a fused call, and the tiers; forward, and
 # forward and backward together.
 FORWARD = {
-    "inductor": Rates(call=2e4, score=1.9, width=0.036, spilled=2.2),
-    "fused": Rates(score=0.5, width=0.0415),
-    "library": Rates(call=2.5e5, block=6e4, score=0.5, width=0.0415, program=1.0),
-    "chunked": Rates(call=4e5, block=6e4, score=5.2, width=0.040),
-    "sums": Rates(call=4e5, block=6e4, score=2.5, width=0.020),
+    # 40 points, mean error 8%
+    "inductor": Rates(operand=0.301, score=1.09, width=0.0382, spilled=1.96, program=0.485, function=1.89),
+    # 26 points, mean error 11%
+    "fused": Rates(call=16100, operand=0.26, score=0.992, width=0.0385, program=0.64),
+    # 63 points, mean error 10%
+    "library": Rates(call=248000, operand=0.483, score=0.878, width=0.041, program=1.22, half=0.41),
+    # 66 points, mean error 14%
+    "chunked": Rates(call=154000, operand=0.635, score=1.84, width=0.0567, program=0.748, function=1.82, half=0.54),
+    # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
+    "sums": Rates(call=400000, score=2.5, width=0.02),
 }
 TRAINING = {
-    "inductor": Rates(call=6e4, score=5.7, width=0.108, spilled=6.6),
-    "fused": Rates(score=1.7, width=0.14),
-    "library": Rates(call=8.5e5, block=2e5, score=1.7, width=0.14, program=3.4),
-    "chunked": Rates(call=1.4e6, block=2e5, score=17.7, width=0.136),
-    "sums": Rates(call=1.2e6, block=1.9e5, score=7.8, width=0.062),
+    # 24 points, mean error 6%
+    "inductor": Rates(
+        call=174000, operand=2.05, score=2.9, width=0.163, spilled=5.01, program=0.175, function=2.68, draw=21.8
+    ),
+    # 5 points, mean error 1%
+    "fused": Rates(operand=2.27, score=2.84, width=0.144),
+    # 20 points, mean error 4%
+    "library": Rates(call=1.42e6, operand=1.72, score=1.8, width=0.17, program=1.11),
+    # 29 points, mean error 11%
+    "chunked": Rates(call=1.1e6, operand=1.4, score=6.55, width=0.249, program=0.305, function=7.11, draw=11.5),
+    # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
+    "sums": Rates(call=1.2e6, score=7.8, width=0.062),
 }
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
@@ -74,26 +87,31 @@ def work(ask: Question, way: str) -> Rates:
     dims, scores = ask.dims, ask.scores
     width = (dims["D"] + dims["Dv"]) / 2
     operand = dims["B"] * (dims["H"] * dims["T"] + dims["G"] * dims["S"]) * (dims["D"] + dims["Dv"])
-    spilled, computed, blocks = 0.0, float(scores), 1
+    spilled, computed = 0.0, float(scores)
     operations = _operations(ask.spec.score)
     if way == "inductor":  # scores and weights are alive together
         spilled = scores * min(1.0, max(0.0, 2.0 * scores * ask.element / SHARED_CACHE - 1.0))
     elif way != "fused":
-        share, blocks = _live(ask.spec, tuple(ask.dims.items()), way == "library")
-        computed = scores * share
+        computed = scores * _live(ask.spec, tuple(ask.dims.items()), way == "library")
     if way == "library":
         operations = _mask(ask.spec).added
+    elif way == "fused":  # its causality is a mask like any other
+        operations = max(_mask(ask.spec).added, float(_mask(ask.spec).causal))
+    functions = computed * sum(_on_scores(e) and e.op in FLOAT_UNARY for e in walk(ask.spec.score))
+    draws = computed if ask.spec.random else 0.0
     halves = computed if ask.element == 2 else 0.0
     calls = 2.0 if operations and way in ("library", "chunked") else 1.0
-    return Rates(calls, blocks - 1, operand, computed, computed * width, spilled, computed * operations, halves)
+    return Rates(
+        call=calls, operand=operand, score=computed, width=computed * width, spilled=spilled,
+        program=computed * operations, function=functions, draw=draws, half=halves,
+    )  # fmt: skip
 
 
-def time(ask: Question, way: str, threads: int, rates: Mapping[str, Rates] | None = None) -> float:
-    """Predicted ms of a call; of a step where a backward pass follows. `rates` are those of the present direction."""
-    rate = (rates or (TRAINING if ask.training else FORWARD))[way]
-    todo = work(ask, way)
-    shared = sum(getattr(todo, name) * getattr(rate, name) for name in vars(rate) if name not in ("call", "block"))
-    return (shared / threads + todo.call * rate.call + todo.block * rate.block) / 1e6
+def time(ask: Question, way: str, threads: int) -> float:
+    """Predicted ms of a call; of a step where a backward pass follows."""
+    rate, todo = (TRAINING if ask.training else FORWARD)[way], work(ask, way)
+    shared = sum(getattr(todo, name) * getattr(rate, name) for name in vars(rate) if name != "call")
+    return (shared / threads + todo.call * rate.call) / 1e6
 
 
 def candidates(ask: Question, threads: int) -> tuple[Candidate, list[Candidate]]:
@@ -120,21 +138,28 @@ def _kept(ask: Question, threads: int, others: list[Candidate]) -> Candidate:
     if ask.native:
         return Candidate("kept", "aten", fused, 0)
     ms = time(ask, "inductor", threads)
-    known = not ask.spec.random and ask.spec.score.op != "where" and not ask.spec.extra
-    if known and all(c.predicted_ms > ALIKE * fused for c in others):
+    if _may_be_known(ask.spec) and all(c.predicted_ms > ALIKE * fused for c in others):
         ms = min(ms, fused)
     return Candidate("kept", "inductor", ms, 2 * ask.scores * ask.element)
 
 
 @lru_cache(maxsize=1024)
+def _may_be_known(spec: AttentionSpec) -> bool:
+    """Whether Inductor's patterns know some spelling of it: a softmax of scaled products, plus a bias or not."""
+    plain = spec.normaliser == "softmax" and spec.weight is A.PROB and not (spec.random or spec.extra)
+    return plain and spec.score.op != "where" and additive(spec.score) is not None
+
+
+@lru_cache(maxsize=1024)
 def _operations(score: Expr) -> int:
     """Operations on every score, beyond one scaled product."""
-    found = [e for e in walk(score) if e.args and ("j" in e.free or _has_dot(e)) and e.kind != "i"]
-    return max(0, len(found) - 1)
+    return max(0, sum(_on_scores(e) and e.kind != "i" for e in walk(score)) - 1)
 
 
-def _has_dot(e: Expr) -> bool:
-    return any(x.op == "dot" for x in walk(e))
+@lru_cache(maxsize=4096)
+def _on_scores(e: Expr) -> bool:
+    """Whether an operation is one on every score."""
+    return bool(e.args) and ("j" in e.free or any(x.op == "dot" for x in walk(e)))
 
 
 @dataclass(frozen=True)
@@ -168,15 +193,15 @@ def _mask(spec: AttentionSpec) -> _Mask:
 
 
 @lru_cache(maxsize=1024)
-def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) -> tuple[float, int]:
-    """(share of the scores that is computed, number of blocks); `fused` by PyTorch's operator."""
+def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) -> float:
+    """The share of the scores that is computed; `fused` by PyTorch's operator."""
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
-        return 1.0, 1
-    ranges = key_ranges(spec, dims, BLOCK)
+        return 1.0
     step = KEYS if fused and mask.causal else 1
+    ranges = key_ranges(spec, dims, BLOCK)
     total = sum((r.i1 - r.i0) * min(-(-(r.j1 - r.j0) // step) * step, dims["S"]) for r in ranges)
-    return total / max(dims["T"] * dims["S"], 1), 1 if fused and mask.causal else max(len(ranges), 1)
+    return total / max(dims["T"] * dims["S"], 1)
 
 
 __all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]

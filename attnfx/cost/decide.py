@@ -14,8 +14,7 @@ from attnfx.report import Candidate, Decision
 from attnfx.targets import Target
 
 ROWS_BYTES = 64 << 20  # of scores, from which on whole rows are computed in chunks
-# A rewrite must be predicted to take at most this share of the original's time: the model's mean error is some 10%.
-GAIN = 0.9
+GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
 # The same on a GPU where the original is PyTorch's fused operator itself: the model is within 15% of published kernels,
 # and no more is known of either.
 NATIVE_GAIN = 0.8
