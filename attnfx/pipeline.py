@@ -18,6 +18,8 @@ from attnfx.options import Options
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import dims, op_name, value, where_in_source
+from attnfx.passes.joins import join
+from attnfx.passes.loops import merge
 from attnfx.passes.match import SDPA, Finder, Finding, Match
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.regions import Region, find_region, replace_region
@@ -83,11 +85,12 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
     if options.dump_dir is not None:
         stages["traced"] = readable(traced)
     functionalise(traced)
+    join(traced)
     check(traced)
     changed = _bodies(traced, options, report)
     hints, carriers = _hints(traced.graph), size_carriers(traced)
     finder = Finder(traced)
-    findings = finder.find()
+    findings = merge(finder, finder.find())
     matches = [f.match for f in findings if f.match is not None]
     find_reductions(finder, matches)
     readers = needed(matches)
@@ -160,6 +163,8 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
         mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
+        if finding.match.chunks > 1:
+            site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
     return site
 
 

@@ -70,6 +70,7 @@ class Match:
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
+    chunks: int = 1  # of how many sites it was made (passes/loops.py)
 
     @property
     def axes(self) -> list[Expr]:

@@ -78,7 +78,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     kept = tuple(substitute(x, common.ours) for d, x in enumerate(reading.out) if d not in gone)
     count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone))) if op_name(final) == "mean" else None
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
-    named = [*(_named(p, match) for p in (match.spec.score, *match.spec.extra))]
+    named = [*(of_nodes(p, match) for p in (match.spec.score, *match.spec.extra))]
     weight = substitute(_over(reading.spec.weight, reading, common.ours), _canonical(axes))
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
     return Reduction(final, *_renumbered(draft, named, match, reading), axes, kept, count)
@@ -211,10 +211,10 @@ def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -
     """A program over the common axes, whose captures and sizes are those of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
-    return substitute(substitute(_named(program, source), by), to_common)
+    return substitute(substitute(of_nodes(program, source), by), to_common)
 
 
-def _named(program: Expr, source: Reading | Match) -> Expr:
+def of_nodes(program: Expr, source: Reading | Match) -> Expr:
     names = dict(zip(source.spec.sizes, source.sizes, strict=True))
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
@@ -247,4 +247,4 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     return out
 
 
-__all__ = ["find_reductions", "needed"]
+__all__ = ["find_reductions", "needed", "of_nodes"]
