@@ -30,7 +30,11 @@ from attnfx.report import Refusal, Report, Site
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
-OPERATORS = Operators(torch.ops.attnfx.attention.default, torch.ops.attnfx.attention_weights.default)
+OPERATORS = Operators(
+    torch.ops.attnfx.attention.default,
+    torch.ops.attnfx.attention_weights.default,
+    torch.ops.attnfx.attention_weights_max.default,
+)
 ROWS = torch.ops.attnfx.attention_rows.default
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
@@ -229,7 +233,7 @@ def _decide(
     reductions = [] if reader is not None else match.reductions
     question = cost.Question(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        training=torch.is_grad_enabled() and match.training, native=native, sums=len(reductions),
+        training=torch.is_grad_enabled() and match.training, native=native, sums=sum(r.kind != "rows" for r in reductions),
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
         refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip
@@ -247,7 +251,8 @@ def _decide(
         return _shielded(traced, finding, site)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
-        site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
+        what = "sums" if all(r.kind == "sum" for r in reductions) else "parts"
+        site.notes = (*site.notes, f"{what} of its weights are computed without them ({places})")
     return True
 
 

@@ -25,7 +25,7 @@ from attnfx.passes.layout import UNIT, accesses
 from attnfx.passes.lift import Index
 from attnfx.passes.match import Finder, Finding, Match
 from attnfx.passes.reading import Operand
-from attnfx.passes.reductions import of_nodes
+from attnfx.passes.reductions import names_its_length, of_nodes
 from attnfx.spec import fill_of
 
 
@@ -73,7 +73,7 @@ def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match
         like, at = chunks[n], [x[n] for x in operands]
         if like.row.args[0] is A.ONE or (n and starts[n].op != "const"):
             continue
-        if any(_names_its_length(p) for p in like.spec.programs):
+        if any(names_its_length(p) for p in like.spec.programs):
             continue
         others = zip(chunks, zip(*operands, strict=True), starts, strict=True)
         if all(_continues(like, m, at, list(x), A.sub(start, starts[n]), dim) for m, x, start in others):
@@ -95,19 +95,6 @@ def _whole(like: Match, operands: list[Operand], start: Expr, final: Node, dim: 
         like, final=final, spec=spec, query=query, key=key, value=val, out_index=out, row=row, draw=None,
         training=any(m.training for m in chunks), reductions=[], chunks=len(chunks),
     )  # fmt: skip
-
-
-def _names_its_length(program: Expr) -> bool:
-    """Whether the number of rows is part of a program, which is another number for a chunk than for the whole."""
-    stack, seen = [program], {program}
-    while stack:
-        e = stack.pop()
-        if e.op == "size" and e.value == "T":
-            return True
-        fresh = [x for x in e.args if x not in seen] if e.op != "var" else []
-        seen.update(fresh)
-        stack.extend(fresh)
-    return False
 
 
 def _common(finder: Finder, chunks: list[Operand]) -> list[Operand] | None:
