@@ -92,7 +92,7 @@ def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__
 # -- the largest of each row ----------------------------------------------------------------------
 def _max_call(*given) -> Call:
     call = _call(*given)
-    plain = not call.spec.random and call.spec.weight is A.PROB
+    plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
     require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
     require(call.key.shape[2] > 0, "there is no key to be the largest")
     return call

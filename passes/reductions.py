@@ -123,7 +123,8 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     else:
         at = final if op_name(final) == "argmax" else final.args[0]
         dim = argument(at, 1, "dim")  # type: ignore[arg-type]
-        if not isinstance(dim, int) or index[dim] is not match.column or weight is not A.PROB:
+        plain = match.spec.normaliser == "softmax" and weight is A.PROB
+        if not isinstance(dim, int) or index[dim] is not match.column or not plain:
             return None
         kept = [x for x in index if x is not match.column]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
