@@ -103,8 +103,11 @@ def _graph(gm: GraphModule, options: Options, report: Report, stages: dict[str, 
         sizes = numeric_dims(finding, hints)
         todo.append((finding, describe_site(finding, sizes), sizes))
     # from the last: an operand may be the output of an attention before it, which is replaced then
+    facts: Facts | None = finder.facts
     for finding, site, sizes in reversed(todo):
-        changed |= _decide(traced, finding, site, sizes, options, carriers, readers.get(finding.final))
+        facts = facts or Facts(traced)
+        if _decide(traced, facts, finding, site, sizes, options, carriers, readers.get(finding.final)):
+            changed, facts = True, None  # facts hold for one graph
     for finding, site, _ in todo:
         if not finding.loose or site.decision is not None:
             site.name = f"attention_{len(report.sites)}"
@@ -215,6 +218,7 @@ def _hints(graph: torch.fx.Graph) -> dict[str, int]:
 
 def _decide(
     traced: GraphModule,
+    facts: Facts,
     finding: Finding,
     site: Site,
     sizes: dict[str, int],
@@ -225,7 +229,7 @@ def _decide(
     """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are for."""
     match = finding.match
     if match is None:
-        return _whole_rows(traced, finding, site, options, carriers) or (
+        return _whole_rows(traced, facts, finding, site, options, carriers) or (
             not finding.loose and _shielded(traced, finding, site)
         )
     query = value(match.query.node)
@@ -256,11 +260,12 @@ def _decide(
     return True
 
 
-def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
+def _whole_rows(
+    traced: GraphModule, facts: Facts, finding: Finding, site: Site, options: Options, carriers: Carriers
+) -> bool:
     """What no score program describes may still be computed row by row. True where the graph changed."""
     if "chunked" not in options.tiers or op_name(finding.final) in SDPA:
         return False
-    facts = Facts(traced)
     found = find_region(facts, finding)
     if not isinstance(found, Region):
         if site.refusal is not None and found.message != site.refusal.message:
@@ -268,9 +273,14 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
             site.refusal = replace(site.refusal, hint=hint)
         return False
     held = value(finding.final)
+    lengths = {"T": found.extent, "S": found.columns}
+    site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
     values = number(found.weight) * number(held.shape[found.rows[finding.final]])
     training = torch.is_grad_enabled() and finding.final in facts.differentiable
-    decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, training, options, found.gives_scores)
+    decision = cost.decide_rows(
+        found.work, values, held.dtype.itemsize, number(held.shape[-1]), held.device.type, training, options,
+        found.gives_scores, torch.get_num_threads(),
+    )  # fmt: skip
     try:
         if decision.tier != "kept":
             replace_region(traced, facts, found, ROWS, carriers)

@@ -167,6 +167,8 @@ class Finder:
 
     def loose(self) -> dict[Node, list[Node]]:
         """Products that weights reach in whatever way: node -> the operators that may have normalised these."""
+        if not any("softmax" in op_name(n) or op_name(n) in SORTING for n in self.gm.graph.nodes):
+            return {}
         scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
         seeds = [
             n
