@@ -237,7 +237,8 @@ def _decide(
     reductions = [] if reader is not None else match.reductions
     question = cost.Question(
         match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
-        training=torch.is_grad_enabled() and match.training, native=native, sums=sum(r.kind != "rows" for r in reductions),
+        training=torch.is_grad_enabled() and match.training, native=native,
+        sums=sum(r.kind != "rows" for r in reductions),
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
         refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
     )  # fmt: skip

@@ -18,7 +18,9 @@ STATM = Path("/proc/self/statm")
 
 class Heap:
     """`trim()` between two chunks keeps what the process grows by under about `growth` bytes over what is alive.
-    It costs the pages that are touched again: a smaller `growth`, more time. Where the system has no such call, it does nothing."""
+
+    It costs the pages that are touched again: a smaller `growth`, more time. Where the system has no such call, it does
+    nothing."""
 
     def __init__(self, growth: int):
         self.growth = growth

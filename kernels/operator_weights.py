@@ -19,7 +19,9 @@ _SHARED = "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt
 _FORWARD = f"attention_weights({_SHARED}, str keep) -> Tensor"
 _BACKWARD = f"attention_weights_backward(Tensor grad_out, {_SHARED}, str keep) -> (Tensor, Tensor, Tensor[])"
 _MAX = f"attention_weights_max({_SHARED}) -> (Tensor, Tensor)"
-_MAX_BACKWARD = f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}) -> (Tensor, Tensor, Tensor[])"
+_MAX_BACKWARD = (
+    f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}) -> (Tensor, Tensor, Tensor[])"
+)
 
 
 def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:

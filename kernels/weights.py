@@ -102,9 +102,7 @@ def largest(call: Call, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
     return most, key
 
 
-def largest_backward(
-    call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor
-) -> tuple[Tensor, Tensor, list[Tensor]]:
+def largest_backward(call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients as `backward` gives them, of the weights at the keys `index`, whose gradient is `grad`."""
     run = _run(call, logsumexp)
 

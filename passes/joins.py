@@ -68,7 +68,7 @@ def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
     if len(writes) < 2:
         return False
     last = facts.position[writes[-1][0]]
-    views = {copy.args[0] for copy, *_ in writes}
+    views = {x for copy, *_ in writes for x in copy.all_input_nodes[:1]}  # the slices, each written once
     if any(u not in views and facts.position[u] < last for u in base.users):
         return False
     family = {n for n in gm.graph.nodes if storage(n) == storage(base)}
@@ -132,7 +132,9 @@ def _moved_back(gm: GraphModule, at: Node) -> Node | None:
     if any(x is None for x in sources):
         return None
     before, row = [x.node for x in sources if x is not None], sources[0].dim  # type: ignore[union-attr]
-    if len(set(before)) != len(before) or any(len(x.users) != 1 or len(dims(x)) != len(dims(before[0])) for x in before):
+    if len(set(before)) != len(before) or any(
+        len(x.users) != 1 or len(dims(x)) != len(dims(before[0])) for x in before
+    ):
         return None
     if any(dims(x)[row] is not dims(p)[dim] for x, p in zip(before, operands, strict=True)):
         return None

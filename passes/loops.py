@@ -4,8 +4,9 @@
 
 Each chunk is found as a site of its own. `merge` makes one match of them where it is proved that they are parts of one:
 the same keys and values, queries that are read from one tensor, each where the one before ended, and one program, in
-which the chunk's first row is added to i. A chunk may leave out keys that its mask covers. The proof substitutes i + first row into the first chunk's indices and
-programs and compares with the other chunk's: expressions are in a normal form, so equal ones are the same.
+which the chunk's first row is added to i. A chunk may leave out keys that its mask covers. The proof substitutes
+i + first row into the first chunk's indices and programs and compares with the other chunk's: expressions are in a
+normal form, so equal ones are the same.
 """
 
 from __future__ import annotations

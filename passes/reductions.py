@@ -2,8 +2,8 @@
 
 A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
 the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
-weights of some of the queries, and the largest of each row and its key. `find_reductions` reads them off the graph; `needed` says whether
-something else still reads the weights.
+weights of some of the queries, and the largest of each row and its key. `find_reductions` reads them off the graph;
+`needed` says whether something else still reads the weights.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 import pytest
 
-from attnfx.cost import Question, decide
+from attnfx.cost import Question, decide, rows
 from attnfx.cost.gpu import Gpu
 from attnfx.ir import algebra as A
 from attnfx.options import Options
