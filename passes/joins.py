@@ -19,13 +19,14 @@ from attnfx.ir.expr import Expr
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
 from attnfx.passes.facts import Facts, storage, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.match import batched
+from attnfx.passes.match import SDPA, batched
 from attnfx.passes.rewrite import Emitter, like, size_carriers
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.rowprogram import Ref
 
 aten = torch.ops.aten
 CATS = ("cat", "concat", "concatenate")
+NEAR = 16  # nodes from a part back to the product that it comes from
 EMPTY = ("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros")
 
 
@@ -34,7 +35,8 @@ def join(gm: GraphModule) -> int:
     facts = Facts(gm)
     changed = sum(_written_in_parts(gm, facts, n) for n in list(gm.graph.nodes) if op_name(n) in EMPTY)
     for n in list(gm.graph.nodes):
-        at: Node | None = n
+        found = parts(n)
+        at: Node | None = n if found is not None and _of_products(found[0]) else None
         while at is not None and parts(at) is not None:
             at = _moved_back(gm, at)
             changed += at is not None
@@ -59,13 +61,28 @@ def parts(n: Node) -> tuple[list[Node], int] | None:
     return list(given), dim % rank
 
 
+def _of_products(found: list[Node]) -> bool:
+    """Whether each part comes from a product or an attention, so that a join of these may be worth it."""
+    for at in found:
+        for _ in range(NEAR):
+            if batched(at) or op_name(at) in SDPA:
+                break
+            source = at.args[0] if at.op == "call_function" and at.args else None
+            if not isinstance(source, Node):
+                return False
+            at = source
+        else:
+            return False
+    return True
+
+
 # -- writes into parts of an empty tensor ---------------------------------------------------------
 def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
     held = value(base)
     if not isinstance(held, torch.Tensor) or held.layout != torch.strided or not held.is_contiguous():
         return False
     writes = sorted((w for w in map(_write, base.users) if w is not None), key=lambda w: facts.position[w[0]])
-    if len(writes) < 2:
+    if len(writes) < 2 or not _of_products([source for _, source, *_ in writes]):
         return False
     last = facts.position[writes[-1][0]]
     views = {x for copy, *_ in writes for x in copy.all_input_nodes[:1]}  # the slices, each written once
