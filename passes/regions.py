@@ -79,9 +79,13 @@ class Region:
         """How often each operator works on values that have a number for each row and key: by name, "product" for one
         of queries, keys or values, "mix" for one of scores with what is smaller."""
         found: Counter[str] = Counter()
+
+        def large(n: Node) -> bool:
+            at = self.rows.get(n)
+            return at is not None and is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != at)
+
         for n in self.calls:
-            made = is_tensor(n) and self.columns in dims(n)
-            read = any(is_tensor(a) and self.columns in dims(a) and a in self.rows for a in n.all_input_nodes)
+            made, read = large(n), any(large(a) for a in n.all_input_nodes)
             if contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) if is_tensor(n) else None:
                 found["mix" if made and read else "product"] += 1
             elif (made or read) and op_name(n) not in (*VIEWS, "getitem"):

@@ -67,7 +67,7 @@ def decide_rows(
     if weights_read:
         return _of(kept, "values as large as the scores are read outside", [chunked])
     ratio = chunked.predicted_ms / max(kept.predicted_ms, 1e-9)
-    if ratio <= GAIN:
+    if ratio <= GAIN and not training:  # no training step was measured that became faster
         size = values * element >> 20
         return _of(chunked, f"whole rows, whose scores take {size} MiB: {ratio:.2f} x the original's time", [kept])
     why = f"chunks of rows are predicted to take {ratio:.2f} x the original's time"
