@@ -25,7 +25,7 @@ from attnfx.rowprogram import Ref, RowProgram, from_json
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 ROWS = 16
-GROWTH = 128 << 20  # bytes of freed memory that are left to the C library between chunks
+GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
 
 
 class Step(NamedTuple):
