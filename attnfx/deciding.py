@@ -30,6 +30,7 @@ from attnfx.targets import Target
 OPERATORS = Operators(
     torch.ops.attnfx.attention.default,
     torch.ops.attnfx.attention_weights.default,
+    torch.ops.attnfx.attention_weights_max.default,
     torch.ops.attnfx.mask_summary.default,
 )
 ROWS = torch.ops.attnfx.attention_rows.default
@@ -43,16 +44,24 @@ class Deciding:
 
     carriers  what holds the graph's symbolic sizes
     trial     is given every rewritten site, and says which sites to keep (`verify`)
+    facts     of the graph as it is; None where it has changed since
     """
 
     traced: GraphModule
     options: Options
     carriers: Carriers
     trial: Trial | None = None
+    facts: Facts | None = None
 
     def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None) -> bool:
         """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are
         for."""
+        changed = self._decide(finding, site, sizes, reader)
+        if changed:
+            self.facts = None
+        return changed
+
+    def _decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None) -> bool:
         match, trial = finding.match, self.trial
         if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
             site.refusal, site.decision = None, Decision("kept", "", reason=told, code="mismatch")
@@ -97,7 +106,7 @@ class Deciding:
             device.type,
             training=torch.is_grad_enabled() and match.training,
             native=op_name(finding.final) in SDPA,
-            sums=0 if reader is not None else len(match.reductions),
+            sums=0 if reader is not None else sum(r.kind != "rows" for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
             refused=refused,
         )
@@ -124,7 +133,8 @@ class Deciding:
             site.notes = (*site.notes, f"decided for {target.name}; the {present} at hand runs it as {instead}")
         if reductions:
             places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
-            site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
+            what = "sums" if all(r.kind == "sum" for r in reductions) else "parts"
+            site.notes = (*site.notes, f"{what} of its weights are computed without them ({places})")
 
     def _whole_rows(self, finding: Finding, site: Site) -> bool:
         """What no score program describes may still be computed row by row. True where the graph changed."""
@@ -135,7 +145,7 @@ class Deciding:
                 allowed = 'The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
                 site.refusal = replace(site.refusal, hint=f"{site.refusal.hint} {allowed}")
             return False
-        facts = Facts(self.traced)
+        facts = self.facts = self.facts or Facts(self.traced)
         found = find_region(facts, finding)
         if not isinstance(found, Region):
             first = site.refusal
@@ -143,12 +153,15 @@ class Deciding:
                 site.refusal = replace(found, message=f"{first.message}, and {found.message}")
             return False
         held = value(finding.final)
+        lengths = {"T": found.extent, "S": found.columns}
+        site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
         values = number(found.weight) * number(held.shape[found.rows[finding.final]])
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
         _, device = target_of(self.options, held.device)
         decision = cost.decide_rows(
-            values, held.dtype.itemsize, device.type, training, self.options, found.gives_scores
-        )
+            found.work, values, held.dtype.itemsize, number(held.shape[-1]), device.type, training, self.options,
+            found.gives_scores, torch.get_num_threads(),
+        )  # fmt: skip
         try:
             if decision.tier != "kept":
                 replaced = replace_region(self.traced, facts, found, ROWS, self.carriers)

@@ -17,6 +17,8 @@ from attnfx.passes import flops
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
+from attnfx.passes.joins import join
+from attnfx.passes.loops import merge
 from attnfx.passes.match import Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.reductions import find_reductions, needed
@@ -133,6 +135,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     publish("traced", lambda: readable(traced))
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
+    join(traced)
     check(traced)
     if wanted.trial is not None:
         wanted.trial.begin(traced)
@@ -140,7 +143,8 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     known = hints(traced.graph)
     deciding = Deciding(traced, options, size_carriers(traced), wanted.trial)
     finder = Finder(traced)
-    findings = finder.find()
+    deciding.facts = finder.facts
+    findings = merge(finder, finder.find())
     matches = [f.match for f in findings if f.match is not None]
     log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
     find_reductions(finder, matches)

@@ -99,8 +99,8 @@ class Decision(Candidate):
 class Site:
     """One attention found in a graph.
 
-    dims    (B, H, G, T, S, D, Dv) as numbers, or text where symbolic; `sizes` are the example's numbers, with those
-            of the spec's own sizes
+    dims    (B, H, G, T, S, D, Dv) as numbers, or text where symbolic; (T, S) where whole rows are computed; `sizes` are
+            the example's numbers, with those of the spec's own sizes
     where   the user's "file.py:88"
     notes   assumptions, and whether a kept site was shielded from other rewriters
     flops   of its two products, forward, masks not counted; 0 where not known
@@ -138,7 +138,7 @@ class Site:
         """Heads, sizes, scale and dropout in words."""
         d = self.dims
         if not d or self.spec is None:
-            return ""
+            return f"{d['T']} rows x {d['S']} keys" if d else ""
         heads = f"{d['H']} heads" + (f" ({d['G']} for keys)" if d["G"] != d["H"] else "")
         widths = f"{d['D']}" + (f"/{d['Dv']}" if d["Dv"] != d["D"] else "")
         text = f"{heads}, {d['T']} x {d['S']} x {widths}, batch {d['B']}"

@@ -34,6 +34,8 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
         mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
+        if finding.match.chunks > 1:
+            site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
     return site
 
 

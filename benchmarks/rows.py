@@ -1,7 +1,8 @@
 """Attention that needs whole rows of scores (talking heads, the best keys): time and peak of a step against eager.
 
 A process per contender and program, each after a warm-up; operands (1, H, T, D) in float32. The step is one forward
-and backward pass. Peaks are over what is in memory before the step.
+and backward pass. Peaks are over what is in memory before the step: `peak_MiB` of the process, as the system counts its
+pages; `live_MiB` of tensors that are alive, as the profiler counts PyTorch's allocations.
 """
 
 from __future__ import annotations
@@ -60,9 +61,27 @@ def measure(program: str, contender: str, heads: int, length: int, width: int, t
         start = clock()
         step()
         best = min(best, clock() - start)
+    with torch.no_grad():
+        run(*operands, *mixing)  # compiles it without gradients
+        start = clock()
+        run(*operands, *mixing)
+        forward = clock() - start
     give_back_freed_memory()
     peak, _ = peak_over_base(step)
-    return {"seconds": round(best, 3), "peak_MiB": round(peak / 2**20, 1)}
+    sizes = {"peak_MiB": round(peak / 2**20, 1), "live_MiB": round(live_peak(step) / 2**20, 1)}
+    return {"seconds": round(best, 3), "forward_seconds": round(forward, 3), **sizes}
+
+
+def live_peak(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that `run` has alive, beyond those before it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    now = most = 0
+    for e in sorted(events, key=lambda e: e.start_ns()):
+        now += e.nbytes()
+        most = max(most, now)
+    return most
 
 
 @click.command(help=__doc__)
@@ -87,7 +106,8 @@ def main(heads: int, length: int, width: int, threads: int, contenders: str, one
             text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[contender] = json.loads(text.splitlines()[-1])
         eager, ours = found["eager"], found["attnfx"]
-        ratios = {"peak": ours["peak_MiB"] / eager["peak_MiB"], "time": ours["seconds"] / eager["seconds"]}
+        names = {"peak": "peak_MiB", "live": "live_MiB", "time": "seconds", "forward": "forward_seconds"}
+        ratios = {k: ours[name] / eager[name] for k, name in names.items()}
         rows[program] = {**found, "ratios": {k: round(v, 3) for k, v in ratios.items()}, "limits": LIMITS}
         click.echo(f"{program}: {json.dumps(rows[program])}")
     result = {"machine": machine(), "shape": [1, heads, length, width], "threads": threads, "programs": rows}

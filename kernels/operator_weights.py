@@ -1,6 +1,7 @@
-"""The operators `attnfx::attention_weights` and `attnfx::attention_weights_backward`.
+"""The operators `attnfx::attention_weights`, `attnfx::attention_weights_max`, and their backward passes.
 
-What a rewritten graph calls where a model reads a sum or a mean of the weights beside the attention itself.
+What a rewritten graph calls where a model reads a sum, a mean, some rows or the largest of the weights beside the
+attention itself.
 """
 
 from __future__ import annotations
@@ -8,19 +9,22 @@ from __future__ import annotations
 import torch
 from torch.utils.flop_counter import register_flop_formula
 
+from attnfx.ir import algebra as A
 from attnfx.kernels import weights
 from attnfx.kernels.call import Call
 from attnfx.kernels.operator import check, register, require, twice
 from attnfx.spec import from_json
 
-_SHARED = (
-    "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str keep"
+_SHARED = "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec"
+_FORWARD = f"attention_weights({_SHARED}, str keep) -> Tensor"
+_BACKWARD = f"attention_weights_backward(Tensor grad_out, {_SHARED}, str keep) -> (Tensor, Tensor, Tensor[])"
+_MAX = f"attention_weights_max({_SHARED}) -> (Tensor, Tensor)"
+_MAX_BACKWARD = (
+    f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}) -> (Tensor, Tensor, Tensor[])"
 )
-_FORWARD = f"attention_weights({_SHARED}) -> Tensor"
-_BACKWARD = f"attention_weights_backward(Tensor grad_out, {_SHARED}) -> (Tensor, Tensor, Tensor[])"
 
 
-def _call(query, key, logsumexp, captures, sizes, seed, spec, keep) -> Call:
+def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:
     call = Call(from_json(spec), query, key, key, captures, sizes, seed)
     check(call)
     in_order = "".join(a for a in weights.AXES if a in keep)
@@ -87,7 +91,60 @@ def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__
     return 3 * _flops(query_shape, key_shape)
 
 
+# -- the largest of each row ----------------------------------------------------------------------
+def _max_call(*given) -> Call:
+    call = _call(*given)
+    plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
+    require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
+    require(call.key.shape[2] > 0, "there is no key to be the largest")
+    return call
+
+
+def _max(query, key, logsumexp, *rest):
+    return weights.largest(_max_call(query, key, logsumexp, *rest), logsumexp)
+
+
+def _max_backward(grad_out, index, query, key, logsumexp, *rest):
+    call = _max_call(query, key, logsumexp, *rest)
+    for name, x in (("grad_out", grad_out), ("index", index)):
+        require(x.shape == query.shape[:3], f"{name} is {tuple(x.shape)}, expected {tuple(query.shape[:3])}")
+    return weights.largest_backward(call, grad_out, index, logsumexp)
+
+
+def _fake_max(query, key, logsumexp, *rest):
+    call = _max_call(query, key, logsumexp, *rest)
+    shape = query.shape[:3]
+    return query.new_empty(shape, dtype=call.compute), query.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_max_backward(grad_out, index, *operands):
+    return _fake_weights_backward(grad_out, *operands)
+
+
+def _setup_max(ctx, inputs, output):
+    query, key, logsumexp, captures, sizes, _, spec = inputs
+    ctx.save_for_backward(query, key, logsumexp, output[1], *captures)
+    ctx.sizes, ctx.spec = sizes, spec
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_max(ctx, grad_out, _):
+    query, key, logsumexp, index, *captures = ctx.saved_tensors
+    of_query, of_key, found = torch.ops.attnfx.attention_weights_max_backward(
+        grad_out, index, query, key, logsumexp, captures, ctx.sizes, None, ctx.spec
+    )
+    given = iter(found)
+    of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
+    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None
+
+
 register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2)
 register(_BACKWARD, _weights_backward, _fake_weights_backward, twice)
+register(_MAX, _max, _fake_max, _differentiate_max, _setup_max, autocast=2)
+register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice)
 register_flop_formula(torch.ops.attnfx.attention_weights)(_flops)
 register_flop_formula(torch.ops.attnfx.attention_weights_backward)(_flops_backward)
+register_flop_formula(torch.ops.attnfx.attention_weights_max)(_flops)
+register_flop_formula(torch.ops.attnfx.attention_weights_max_backward)(
+    lambda grad_shape, index_shape, *rest, out_shape=None, **_: _flops_backward(grad_shape, *rest)
+)

@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.chunked import mix
+from attnfx.kernels.heap import Heap
 from attnfx.rowprogram import Ref, RowProgram, from_json
 
 # Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
 TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
 ROWS = 16
+GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
 
 
 class Step(NamedTuple):
@@ -136,8 +138,11 @@ class Runner:
         most = max(TILE_ELEMENTS.get(self.device.type, 1 << 22) // weight, ROWS)
         count = max(-(-self.length // most), 1)
         rows = max(-(-self.length // count), 1)
+        heap = Heap(GROWTH) if self.device.type == "cpu" and count > 1 else None
         for n, start in enumerate(range(0, max(self.length, 1), rows)):
             yield n, start, min(rows, self.length - start)
+            if heap is not None:
+                heap.trim()
 
     def inputs(self, start: int, rows: int) -> list[Tensor]:
         """Each input's own rows, or the whole of it."""
@@ -224,28 +229,38 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
     sums = [_zeros(call.inputs[n], program.inputs[n] is None) for n in wanted]
     with _plainly():
         for number, start, rows in run.chunks():
-            inputs = [x.detach().requires_grad_(g) for x, g in zip(run.inputs(start, rows), program.grads)]
-            with _recorded():
-                outs = run.run(number, start, rows, inputs)
-                pairs = [
-                    (o, g.narrow(r.row, start, rows))
-                    for o, g, r in zip(outs, grads, program.results)
-                    if g is not None and o.requires_grad
-                ]
-                if not pairs:
-                    break
-                found = torch.autograd.grad(
-                    [o for o, _ in pairs], [inputs[n] for n in wanted], [g for _, g in pairs], allow_unused=True
-                )
-            for n, total, part in zip(wanted, sums, found):
-                if part is not None:
-                    d = program.inputs[n]
-                    if d is None:
-                        total.add_(part)
-                    else:
-                        total.narrow(d, start, rows).copy_(part)
-            del outs, pairs, found
+            found = _chunk_gradients(run, grads, wanted, number, start, rows)
+            if found is None:
+                break
+            for n, total in zip(wanted, sums):
+                part, d = found.pop(n), program.inputs[n]
+                if part is None:
+                    continue
+                if d is None:
+                    total.add_(part)
+                else:
+                    total.narrow(d, start, rows).copy_(part)
     return [x.to(call.inputs[n].dtype) for n, x in zip(wanted, sums)]
+
+
+def _chunk_gradients(
+    run: Runner, grads: Sequence[Tensor | None], wanted: list[int], number: int, start: int, rows: int
+) -> dict[int, Tensor | None] | None:
+    """Of the inputs `wanted`, from one chunk, whose graph dies on return; None where no result depends on them."""
+    program = run.call.program
+    inputs = [x.detach().requires_grad_(g) for x, g in zip(run.inputs(start, rows), program.grads)]
+    with _recorded():
+        outs = run.run(number, start, rows, inputs)
+        pairs = [
+            (o, g.narrow(r.row, start, rows))
+            for o, g, r in zip(outs, grads, program.results)
+            if g is not None and o.requires_grad
+        ]
+        if not pairs:
+            return None
+        sources, of_outs = [inputs[n] for n in wanted], [g for _, g in pairs]
+        found = torch.autograd.grad([o for o, _ in pairs], sources, of_outs, allow_unused=True)
+    return dict(zip(wanted, found))
 
 
 def _zeros(x: Tensor, added_up: bool) -> Tensor:

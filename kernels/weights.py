@@ -1,10 +1,13 @@
-"""The weights of an attention, added up over some of their axes: their mean over heads, what each key received.
+"""The weights of an attention, added up over some of their axes: their mean over heads, what each key received. Or
+the largest of each row, and its key.
 
 They are computed again, block by block as `chunked` does, and never exist beyond one block of them, unless all four
 axes are asked for. The blocks and the dropout are those of the attention's own passes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -39,14 +42,15 @@ def _part(x: Tensor, keep: str, region: tuple[slice, ...]) -> Tensor:
     return x[tuple(r if a in keep else slice(None) for a, r in zip(AXES, region))]
 
 
-def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
-    """The sum over the axes that are not in `keep`, in the compute type; logsumexp (B, H, T) is the attention's."""
+def _run(call: Call, logsumexp: Tensor) -> Run:
     run = Run(call)
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
-    out = torch.zeros(shape_of(call, keep), dtype=call.compute, device=call.query.device)
-    whole = _whole(out, keep)
-    gone = [n for n, a in enumerate(AXES) if a not in keep]
+    return run
+
+
+def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
+    """Each block that has a key, with its weights before dropout."""
     for blocks in run.plan.blocks():
         shared: dict = {}
         for at in blocks:
@@ -54,31 +58,67 @@ def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
                 continue
             values = run.evaluator(at, shared)
             prob = run.score(at, values, run.queries(run.query, at))
-            if call.spec.normaliser == "softmax":
+            if run.spec.normaliser == "softmax":
                 prob, total, _ = run.normalise(prob, run.extra(values, (*prob.shape[:3], 1)))
                 prob.div_(run.divisor(total))
-            weight = run.weights(values, prob)
-            if (kept := run.drop(at, weight)) is not None:
-                weight = weight * kept
-            part = _part(whole, keep, _region(run, at))
-            part += weight.sum(gone, keepdim=True) if gone else weight
+            yield at, run.weights(values, prob)
+
+
+def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
+    """The sum over the axes that are not in `keep`, in the compute type; logsumexp (B, H, T) is the attention's."""
+    run = _run(call, logsumexp)
+    out = torch.zeros(shape_of(call, keep), dtype=call.compute, device=call.query.device)
+    whole = _whole(out, keep)
+    gone = [n for n, a in enumerate(AXES) if a not in keep]
+    for at, weight in _blocks(run):
+        if (kept := run.drop(at, weight)) is not None:
+            weight = weight * kept
+        part = _part(whole, keep, _region(run, at))
+        part += weight.sum(gone, keepdim=True) if gone else weight
     return out
 
 
 def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, and of the captures whose `grad` is True."""
-    run = Run(call)
-    if call.spec.normaliser == "softmax":
-        run.plan.widen(logsumexp)
+    run = _run(call, logsumexp)
     whole = _whole(grad.to(call.compute), keep)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
         return _part(whole, keep, _region(run, at)).expand(weight.shape)
 
+    return _gradients(run, of_weights)
+
+
+def largest(call: Call, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, H, T) the largest weight of each row, in the compute type, and the first key that has it. Weights are
+    probabilities, not dropped: a key outside a block's range has none that is larger."""
+    run = _run(call, logsumexp)
+    most = torch.zeros(call.query.shape[:3], dtype=call.compute, device=call.query.device)
+    key = torch.zeros(call.query.shape[:3], dtype=torch.int64, device=call.query.device)
+    for at, weight in _blocks(run):
+        where = _region(run, at)[:3]
+        most[where], found = weight.max(-1)
+        key[where] = found + at.j0
+    return most, key
+
+
+def largest_backward(call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients as `backward` gives them, of the weights at the keys `index`, whose gradient is `grad`."""
+    run = _run(call, logsumexp)
+
+    def of_weights(at: Block, weight: Tensor) -> Tensor:
+        where = _region(run, at)[:3]
+        at_key = (index[where] - at.j0).unsqueeze(-1)
+        return torch.zeros_like(weight).scatter_(-1, at_key, grad[where].to(weight.dtype).unsqueeze(-1))
+
+    return _gradients(run, of_weights)
+
+
+def _gradients(run: Run, of_weights: Callable[[Block, Tensor], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     grads = Gradients(run)
     for blocks in run.plan.blocks():
         grads.add_blocks(blocks, of_weights)
-    return grads.query, grads.key.to(call.key.dtype), grads.of_captures()
+    return grads.query, grads.key.to(run.call.key.dtype), grads.of_captures()
 
 
-__all__ = ["AXES", "backward", "forward", "shape_of"]
+__all__ = ["AXES", "backward", "forward", "largest", "largest_backward", "shape_of"]

@@ -70,6 +70,7 @@ class Match:
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
+    chunks: int = 1  # of how many sites it was made (passes/loops.py)
 
     @property
     def axes(self) -> list[Expr]:
@@ -84,8 +85,10 @@ class Match:
 
 @dataclass(frozen=True)
 class Reduction:
-    """A sum (`count` None) or a mean over `count` of the weights of a match, which the operator of sums replaces.
+    """What is read of the weights of a match beside the attention, which an operator computes again.
 
+    `kind` is "sum" (a mean where `count` is given, the number that it is over), "rows" (those from `start` on, as many
+    as the axis i has), or what is asked of the keys of each row: "max" or "argmax".
     `spec`, `captures` and `sizes` describe the weights that are added up, over b, h, i, j of the match; `axes` what
     these are made of; `kept` gives, for each dimension that is left, its index over the axes.
     """
@@ -96,7 +99,9 @@ class Reduction:
     sizes: list[str]
     axes: dict[str, list[Expr]]
     kept: Index
-    count: Expr | None
+    count: Expr | None = None
+    kind: str = "sum"
+    start: int = 0
 
 
 @dataclass
@@ -166,6 +171,8 @@ class Finder:
 
     def loose(self) -> dict[Node, list[Node]]:
         """Products that weights reach in whatever way: node -> the operators that may have normalised these."""
+        if not any("softmax" in op_name(n) or op_name(n) in SORTING for n in self.gm.graph.nodes):
+            return {}
         scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
         seeds = [
             n

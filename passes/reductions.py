@@ -1,8 +1,9 @@
-"""Sums and means of the weights of an attention that was found, and whether its weights are needed beside it.
+"""What is read of the weights of an attention that was found, and whether its weights are needed beside that.
 
 A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
-the same weights, which an operator computes again. `find_reductions` reads them off the graph; `needed` says whether
-something else still reads the weights.
+the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
+weights of some of the queries, and the largest of each row and its key. `find_reductions` reads them off the graph;
+`needed` says whether something else still reads the weights.
 """
 
 from __future__ import annotations
@@ -19,12 +20,32 @@ from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
-from attnfx.passes.lift import Index, Opaque, argument
+from attnfx.passes.layout import radix
+from attnfx.passes.lift import VIEWS, Index, Opaque, argument
 from attnfx.passes.match import Finder, Match, Reduction, over_dot
 from attnfx.passes.reading import Parts, Reading, Refused, batch_and_heads, extent, flat, free, unflatten
 from attnfx.spec import AttentionSpec
 
 SUMS = ("sum", "mean")
+
+
+ROWS = ("select", "slice", "narrow")
+
+
+def _asked(n: Node) -> tuple[Node, str] | None:
+    """(weights, kind of reduction), where a node reads some of what may be weights."""
+    if n.op != "call_function" or not is_tensor(n):
+        return None
+    name, source = op_name(n), n.args[0] if n.args else None
+    if name in SUMS and is_tensor(source):
+        return source, "sum"  # type: ignore[return-value]
+    if name in ROWS and is_tensor(source):
+        return source, "rows"  # type: ignore[return-value]
+    if name == "argmax" and is_tensor(source):
+        return source, "argmax"  # type: ignore[return-value]
+    if name == "getitem" and isinstance(source, Node) and op_name(source) == "max" and len(source.args) > 1:
+        return source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[return-value,index]
+    return None
 
 
 def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
@@ -33,24 +54,27 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     for match in matches:
         for anchor in match.anchors:
             of_anchor.setdefault(anchor, []).append(match)
-    sums: dict[Match, list[Node]] = {}
+    asked: dict[Match, list[Node]] = {}
     for n in finder.gm.graph.nodes if of_anchor else ():
-        if n.op == "call_function" and op_name(n) in SUMS and is_tensor(n.args[0]):
-            for match in {m: None for s in finder.weights.get(n.args[0], ()) for m in of_anchor.get(s, ())}:
-                sums.setdefault(match, []).append(n)
-    for match, nodes in sums.items():
+        found = _asked(n)
+        for match in {m: None for s in finder.weights.get(found[0], ()) for m in of_anchor.get(s, ())} if found else ():
+            asked.setdefault(match, []).append(n)
+    for match, nodes in asked.items():
         for n in nodes:
             if found := _same_weights(finder, match, n):
                 _split(match, found[1])
         read = [(n, found) for n in nodes if (found := _same_weights(finder, match, n))]
-        match.reductions = [_reduction(match, n, *found) for n, found in read]
+        made = [_reduction(match, n, *found) for n, found in read]
+        match.reductions = [r for r in made if r is not None]
 
 
 def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, Common] | None:
-    """What is added up by the node, where that is a function of the weights of the match."""
-    weights, facts = final.args[0], finder.facts
-    assert isinstance(weights, Node)
-    if torch.finfo(value(final).dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
+    """What is read by the node, where that is a function of the weights of the match."""
+    asked, facts = _asked(final), finder.facts
+    assert asked is not None
+    weights, kind = asked
+    held = value(final) if kind == "sum" else value(weights)
+    if torch.finfo(held.dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
         return None  # asked for in a wider type than the weights have
     if facts.regions[final] != facts.regions[match.final]:
         return None
@@ -71,17 +95,75 @@ def _dimensions(weights: Node) -> Index:
     return tuple(A.var(f"w{d}", n) for d, n in enumerate(dims(weights)))
 
 
-def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction:
-    dimensions, over = _dimensions(final.args[0]), argument(final, 1, "dim")  # type: ignore[arg-type]
-    over = [over] if isinstance(over, int) else over
-    gone = {d % len(dimensions) for d in over} if over else set(range(len(dimensions)))  # type: ignore[union-attr]
-    kept = tuple(substitute(x, common.ours) for d, x in enumerate(reading.out) if d not in gone)
-    count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone))) if op_name(final) == "mean" else None
+def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction | None:
+    weights, kind = _asked(final)  # type: ignore[misc]
+    dimensions = _dimensions(weights)
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
-    named = [*(_named(p, match) for p in (match.spec.score, *match.spec.extra))]
+    programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
     weight = substitute(_over(reading.spec.weight, reading, common.ours), _canonical(axes))
+    index = [substitute(x, common.ours) for x in reading.out]
+    count, start = None, 0
+    if kind == "sum":
+        over = argument(final, 1, "dim")
+        over = [over] if isinstance(over, int) else over
+        gone = {d % len(dimensions) for d in over} if over else set(range(len(dimensions)))  # type: ignore[union-attr]
+        kept = [x for d, x in enumerate(index) if d not in gone]
+        if op_name(final) == "mean":
+            count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone)))
+    elif reading.spec.dropout:
+        return None  # which keys are dropped depends on how the rows are cut
+    elif kind == "rows":
+        found = _some_rows(match, final, weights, index)
+        if found is None or any(names_its_length(p) for p in (*programs, weight)):
+            return None
+        start, row = found
+        kept = [substitute(x, {match.row: row}) for x in index]
+        axes["i"] = [row]
+        *programs, weight = (substitute(p, {S.I: A.add(S.I, A.const(start))}) for p in (*programs, weight))
+    else:
+        at = final if op_name(final) == "argmax" else final.args[0]
+        dim = argument(at, 1, "dim")  # type: ignore[arg-type]
+        plain = match.spec.normaliser == "softmax" and weight is A.PROB
+        if not isinstance(dim, int) or index[dim] is not match.column or not plain:
+            return None
+        kept = [x for x in index if x is not match.column]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
-    return Reduction(final, *_renumbered(draft, named, match, reading), axes, kept, count)
+    spec, captures, sizes = _renumbered(draft, programs, match, reading)
+    return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start)
+
+
+def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> tuple[int, Expr] | None:
+    """(the first row, the variable of the rows), where a node takes rows of the weights that are numbers."""
+    n = match.row.args[0]
+    out = tuple(A.var(f"s{d}", x) for d, x in enumerate(dims(final)))
+    try:
+        source, at = VIEWS[op_name(final)](final, out)
+    except Opaque:
+        return None
+    changed = [d for d, (x, size) in enumerate(zip(at, dims(weights), strict=True))
+               if x.op != "var" or x.args[0] is not size]  # fmt: skip
+    if source is not weights or len(changed) != 1 or index[changed[0]] is not match.row or n.op != "const":
+        return None
+    found = radix(at[changed[0]])
+    if found is None or found[0].op != "const" or len(found[1]) > 1 or any(step is not A.ONE for _, step in found[1]):
+        return None
+    count = found[1][0][0].args[0] if found[1] else A.ONE
+    if count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
+        return None  # most of them: the weights exist anyway
+    return int(found[0].value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
+
+
+def names_its_length(program: Expr) -> bool:
+    """Whether the number of rows is part of a program, which is another number for some of the rows."""
+    stack, seen = [program], {program}
+    while stack:
+        e = stack.pop()
+        if e.op == "size" and e.value == "T":
+            return True
+        fresh = [x for x in e.args if x not in seen] if e.op != "var" else []
+        seen.update(fresh)
+        stack.extend(fresh)
+    return False
 
 
 def _split(match: Match, common: Common) -> None:
@@ -211,10 +293,10 @@ def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -
     """A program over the common axes, whose captures and sizes are those of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
-    return substitute(substitute(_named(program, source), by), to_common)
+    return substitute(substitute(of_nodes(program, source), by), to_common)
 
 
-def _named(program: Expr, source: Reading | Match) -> Expr:
+def of_nodes(program: Expr, source: Reading | Match) -> Expr:
     names = dict(zip(source.spec.sizes, source.sizes, strict=True))
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
@@ -247,4 +329,4 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     return out
 
 
-__all__ = ["find_reductions", "needed"]
+__all__ = ["find_reductions", "names_its_length", "needed", "of_nodes"]

@@ -9,6 +9,7 @@ the size of the scores enters it that was made of scores.
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +23,7 @@ from attnfx.passes import separable_views  # noqa: F401  (its rules are added by
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
+from attnfx.passes.lift import VIEWS
 from attnfx.passes.match import Finding, batched
 from attnfx.passes.reading import free
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
@@ -71,6 +73,24 @@ class Region:
                 if hint > most:
                     most, weight = hint, elements
         return weight
+
+    @property
+    def work(self) -> Counter[str]:
+        """How often each operator works on values that have a number for each row and key: by name, "product" for one
+        of queries, keys or values, "mix" for one of scores with what is smaller."""
+        found: Counter[str] = Counter()
+
+        def large(n: Node) -> bool:
+            at = self.rows.get(n)
+            return at is not None and is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != at)
+
+        for n in self.calls:
+            made, read = large(n), any(large(a) for a in n.all_input_nodes)
+            if contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) if is_tensor(n) else None:
+                found["mix" if made and read else "product"] += 1
+            elif (made or read) and op_name(n) not in (*VIEWS, "getitem"):
+                found[op_name(n)] += 1
+        return found
 
     @property
     def gives_scores(self) -> bool:

@@ -32,10 +32,11 @@ class CannotEmit(Exception):
 
 
 class Operators(NamedTuple):
-    """The overloads of torch.ops.attnfx: attention, attention_weights and mask_summary."""
+    """The overloads of torch.ops.attnfx: attention, attention_weights, attention_weights_max and mask_summary."""
 
     attention: Any
     weights: Any
+    largest: Any
     summary: Any
 
 
@@ -195,11 +196,18 @@ def rewrite(
     for r in reductions:
         logsumexp = emit.call(operator.getitem, made, 1)
         drawn = seed if r.spec.random else None
+        operands = [q, k, logsumexp]
+        if r.kind == "rows":
+            end = r.start + emit.size(extent(r.axes["i"]))  # type: ignore[operator]
+            operands[::2] = [emit.call(aten.slice.Tensor, x, 2, r.start, end) for x in (q, logsumexp)]
         named = frozenset().union(*(x.free for x in r.kept))
-        keep = [letter for letter, axes in r.axes.items() if any(a.value in named for a in axes)]
-        weights = emit.call(
-            operators.weights, q, k, logsumexp, *_arguments(emit, r), drawn, r.spec.to_json(), "".join(keep)
-        )
+        keep = [letter for letter, axes in r.axes.items() if r.kind == "rows" or any(a.value in named for a in axes)]
+        given = [*operands, *_arguments(emit, r), drawn, r.spec.to_json()]
+        if r.kind in ("max", "argmax"):
+            keep = ["b", "h", "i"]
+            weights = emit.call(operator.getitem, emit.call(operators.largest, *given), int(r.kind == "argmax"))
+        else:
+            weights = emit.call(operators.weights, *given, "".join(keep))
         left = [a for letter in keep for a in r.axes[letter]]
         replaced.append((r.final, like(emit, _total(emit, weights, left, r), r.final)))
     for old, new in replaced:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attnfx.cost import cpu, gpu
+from attnfx.cost import cpu, gpu, rows
 from attnfx.cost.question import Question
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
@@ -13,7 +13,6 @@ from attnfx.options import Options
 from attnfx.report import Candidate, Decision
 from attnfx.targets import Target
 
-ROWS_BYTES = 64 << 20  # of scores, from which on whole rows are computed in chunks
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
 # The same on a GPU where the original is PyTorch's fused operator itself: the model is within 15% of published kernels,
 # and no more is known of either.
@@ -83,29 +82,34 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
 
 
 def decide_rows(
-    values: int, element: int, device: str, training: bool, options: Options, weights_read: bool
+    work: Mapping[str, int],
+    values: int,
+    element: int,
+    width: int,
+    device: str,
+    training: bool,
+    options: Options,
+    weights_read: bool,
+    threads: int = 1,
 ) -> Decision:
-    """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes.
-
-    Against Inductor on the same function (12 heads x 2048 x 64, one thread of an AMD EPYC), chunks of rows took 0.82
-    (talking heads) and 0.90 (the best keys) of the time forward, 1.05 and 1.24 in training, where only their memory is
-    less; where the scores fit into the caches there is nothing to gain. `weights_read` says that a value of their size
-    leaves the region.
-    """
-    chunked = Candidate("chunked", "rows", 0.0, min(values * element, ROWS_BYTES))
-    kept = Candidate("kept", "inductor", 0.0, 2 * values * element)
+    """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes; `work` as
+    cost/rows.py has it. `weights_read` says that a value of their size leaves the region."""
+    kept, chunked = rows.candidates(work, values, element, width, training, threads)
     if options.rewrite == "always":
         return _of(chunked, "whole rows", [kept])
     if device != "cpu":
         return _of(kept, f"this version has no kernel that is faster on {device}", [chunked], "slower")
     if weights_read:
         return _of(kept, "values as large as the scores are read outside", [chunked], "weights_read")
-    if training:
-        why = 'in training, chunks of rows take less memory but more time: rewrite="always" does it'
-        return _of(kept, why, [chunked], "slower")
-    if values * element < ROWS_BYTES:
-        return _of(kept, f"the scores are smaller than {ROWS_BYTES >> 20} MiB", [chunked], "slower")
-    return _of(chunked, f"whole rows, whose scores would take {values * element >> 20} MiB", [kept])
+    ratio = chunked.predicted_ms / max(kept.predicted_ms, 1e-9)
+    if ratio <= GAIN and not training:  # no training step was measured that became faster
+        size = values * element >> 20
+        return _of(chunked, f"whole rows, whose scores take {size} MiB: {ratio:.2f} x the original's time", [kept])
+    why = f"chunks of rows are predicted to take {ratio:.2f} x the original's time"
+    if values * element < rows.CACHE:
+        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", [chunked], "slower")
+    where = "in training, " if training else ""
+    return _of(kept, f'{where}{why}, but less memory: rewrite="always" does it', [chunked], "slower")
 
 
 def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:

@@ -1,9 +1,11 @@
 """The operator of whole rows: chunks, gradients, draws, and what it is not given."""
 
+from itertools import accumulate
+
 import pytest
 import torch
 
-from attnfx.kernels import operator_rows, rows  # noqa: F401  (the operator is registered by its import)
+from attnfx.kernels import heap, operator_rows, rows  # noqa: F401  (the operator is registered by its import)
 from attnfx.rowprogram import Call, Ref, Result, RowProgram, from_json
 from tests.support import rand
 
@@ -107,6 +109,54 @@ def test_no_row_and_one_row(length):
     assert out.shape == (H, length, 6) and weights.shape == (H, length, S)
     out.sum().backward()
     assert inputs[1].grad.shape == (H, S, 8)
+
+
+def live_peak(run):
+    """The most bytes of tensors that `run` has alive."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+
+
+def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
+    """What is alive beyond inputs and gradients falls with a chunk's rows; nothing of the scores' size is saved."""
+    length = 256
+    shapes = (H, length, 8), (H, length, 8), (H, length, 6), (H, H)
+    inputs = [rand(*shape, seed=n).double().requires_grad_() for n, shape in enumerate(shapes)]
+    calls = program().calls
+    one = RowProgram((1, None, None, None), (True,) * 4, Ref("size", 0), calls, program().results[:1]).to_json()
+    grad = rand(H, length, 6).double()
+    saved = []
+    keep = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.nbytes) or x, lambda x: x)
+
+    def step():
+        (out,) = torch.ops.attnfx.attention_rows(inputs, [H * length, 6], None, one)
+        torch.autograd.grad(out, inputs, grad)
+
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
+    peaks = {}
+    for n in (128, 64, 32):
+        monkeypatch.setattr(rows, "ROWS", n)
+        step()
+        peaks[n] = live_peak(step)
+    assert 1.8 < (peaks[128] - peaks[64]) / (peaks[64] - peaks[32]) < 2.2
+    with keep:
+        torch.ops.attnfx.attention_rows(inputs, [H * length, 6], None, one)
+    assert sum(saved) == sum(x.nbytes for x in inputs)
+
+
+def test_freed_memory_goes_back_between_chunks(monkeypatch):
+    """The heap is trimmed where the process grew, and only there."""
+    given, resident = [], iter([0, 50, 150, 20, 100, 121, 30])
+    monkeypatch.setattr(heap, "_malloc_trim", lambda: given.append)
+    monkeypatch.setattr(heap, "_resident", lambda: next(resident))
+    held = heap.Heap(growth=100)
+    counts = []
+    for _ in range(4):
+        held.trim()
+        counts.append(len(given))
+    assert counts == [0, 1, 1, 2]
 
 
 def test_it_is_an_operator_as_pytorch_wants_it():

@@ -159,6 +159,57 @@ def test_a_sum_that_the_values_need_is_left_as_it_was():
     check(fn, *inputs(), sites=None)
 
 
+def causal(q, k):
+    keep = torch.arange(q.shape[2])[:, None] + (k.shape[2] - q.shape[2]) >= torch.arange(k.shape[2])
+    return ((q @ k.mT) * 0.25).masked_fill(~keep, float("-inf")).softmax(-1)
+
+
+def of_the_class_token(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w[:, :, 0, 1:].mean(1)
+
+
+def of_the_last_rows(q, k, v):
+    w = causal(q, k)
+    return w @ v, w[:, :, -1], w[:, :, 30:34]
+
+
+def best_key(q, k, v):
+    w = causal(q, k)
+    return w @ v, w.argmax(-1).double(), w.argmax(dim=3, keepdim=True).double()
+
+
+def largest(q, k, v):
+    w = weights_of(q, k)
+    most, at = w.max(dim=-1)
+    return w @ v, most, at.double()
+
+
+def of_rows_without_a_key(q, k, v):
+    dead = torch.arange(q.shape[2])[:, None] < 3
+    w = ((q @ k.mT) * 0.25).masked_fill(dead, float("-inf")).softmax(-1)
+    return (w @ v)[:, :, 3:], w.argmax(-1).double(), w.max(-1).values[:, :, 3:], w[:, :, 3]
+
+
+PARTS = [of_the_class_token, of_the_last_rows, best_key, largest, of_rows_without_a_key]
+
+
+@pytest.mark.parametrize("fn", PARTS, ids=[fn.__name__ for fn in PARTS])
+def test_rows_of_the_weights_and_their_largest_are_computed_without_them(fn, shapes_left):
+    (site,) = check(fn, *inputs(), dynamic=False, train=fn is not of_rows_without_a_key)
+    assert "parts of its weights are computed without them" in site.notes[-1]
+    assert not {s for s in shapes_left if s[-2:] == (T, S)}
+
+
+def test_rows_of_dropped_weights_and_parts_along_other_dims_are_read_off_the_weights():
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return w @ v, F.dropout(w, 0.4, True)[:, :, 0].sum() * 0, w[:, 1], w[..., 0], w.max(2).values, w.max()
+
+    for site in check(fn, *inputs(), dynamic=False, sites=None):
+        assert not site.notes
+
+
 def weights_too(q, k, v):
     w = weights_of(q, k)
     return w @ v, w.mean(1), w
