@@ -42,7 +42,7 @@ def _rows_step(
 
 @triton.jit
 def rows_kernel(
-    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad_out, statistics, correction, result, q_strides, k_strides, v_strides, grad_strides,
     result_strides, captures, sizes, seed, walks, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -66,11 +66,11 @@ def rows_kernel(
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
     do = do.to(q_tile.dtype)
     first_row = (b.to(tl.int64) * size_h + h) * size_t
-    at = first_row + i
-    if LEAF is None:
-        l2_i, c2, delta_i = row_statistics(l2, delta, None, at, i, size_t, True, SCORE)
+    at = statistics + 2 * (first_row + i0)
+    if LEAF is None or not CORRECT:
+        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
     else:
-        l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+        l2_i, c2, delta_i = row_statistics(at, correction + first_row + i0, size_t - i0, BM, False, True, SCORE)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     sums = tl.zeros([BM], tl.float32)
@@ -112,7 +112,7 @@ def rows_kernel(
     row = i0 + tl.arange(0, BM)
     lost_row = row < 0
     if dead is not None:
-        lost, lse, share = dead_statistics(dead, l2, at, i, size_t, LEAF is not None)
+        lost, lse, share = dead_statistics(dead, statistics, first_row + i, i, size_t, LEAF is not None)
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
             parts = tl.zeros([BM], tl.float32)

@@ -59,17 +59,17 @@ class Backward:
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
         self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)[0]
-        self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
-        self.l2 = torch.empty_like(self.delta)
+        # of each row, logsumexp in units of log 2 and delta
+        self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32
-        self.correction = torch.empty_like(self.delta) if exact else None
+        self.correction = torch.empty_like(self.logsumexp) if exact else None
         self.average = self.some.dead_rows_average()
         self.below, self.dead = None, None
         if self.average:
             assert self.program.fill is not None
             self.below = self.program.fill / 2
             some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
-            self.dead = (some, self.logsumexp, torch.empty_like(self.delta))
+            self.dead = (some, self.logsumexp, torch.empty_like(self.logsumexp))
         elif call.spec.safe:
             self.below = -math.inf
 
@@ -82,7 +82,7 @@ class Backward:
             delta_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
             dict(
-                grad_out=self.grad_out, out=self.out, logsumexp=self.logsumexp, delta=self.delta, l2=self.l2,
+                grad_out=self.grad_out, out=self.out, logsumexp=self.logsumexp, statistics=self.statistics,
                 grad_strides=self.grad_out.stride(), out_strides=self.out.stride(), sizes=self.some.encoded,
             ),
             dict(BM=tile.rows, DV=width, BDV=padded(width), DEAD=self.below),
@@ -92,7 +92,7 @@ class Backward:
     def _arguments(self) -> dict[str, object]:
         call = self.call
         return dict(
-            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, l2=self.l2, delta=self.delta,
+            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, statistics=self.statistics,
             correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(),
             v_strides=call.value.stride(), grad_strides=self.grad_out.stride(), captures=self.some.captures,
             sizes=self.some.encoded, seed=call.seed, dead=self.dead,
@@ -247,7 +247,7 @@ class Backward:
             weight = (values.tensor(logit) * LOG2E - self.logsumexp[..., None] * LOG2E).exp2()
             if self.correction is not None:
                 weight = weight / self.correction[..., None].exp2()
-            slope = -weight * self.delta[..., None]
+            slope = -weight * self.statistics[..., 1:]
             for load, local in zip(wanted, gradient(logit, wanted)):
                 values.add_gradient(load, _times(slope, local, values), captures[load.value])  # type: ignore[index]
 

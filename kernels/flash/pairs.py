@@ -13,7 +13,7 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _part(
-    q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
     seed, b, h, i0, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
@@ -29,10 +29,14 @@ def _part(
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True).to(q_tile.dtype)
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
     v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
-    at = (tl.cast(b, tl.int64) * size_h + h) * size_t + i
-    l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+    row = (tl.cast(b, tl.int64) * size_h + h) * size_t
+    at = statistics + 2 * (row + i0)
+    if correction is None:
+        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
+    else:
+        l2_i, c2, delta_i = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
     if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, l2, at, i, size_t, True)
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, row + i, i, size_t, True)
     H = HEADS(captures, sizes, b, h)
     R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
@@ -49,7 +53,7 @@ def _part(
 
 @triton.jit
 def pairs_kernel(
-    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    q, k, v, grad_out, statistics, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
     seed, walks, dead,
     BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, DIAGONAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
@@ -89,7 +93,7 @@ def pairs_kernel(
                     visit = (j0 + BN > tl.load(walks + 4 * block)) & (j0 < tl.load(walks + 4 * block + 3))
                 if visit:
                     total += _part(
-                        q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides,
+                        q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides,
                         captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD,
                         RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES, LEAF_WEIGHTS,
                         False,
@@ -97,7 +101,7 @@ def pairs_kernel(
                 if dead is not None:
                     if (j0 < size_s) & (tl.load(dead[0] + b * (sizes[1] >> 1) + h) != 0):
                         total += _part(
-                            q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides,
+                            q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides,
                             grad_strides, captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE,
                             THRESHOLD, RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, WHOLE, None, WEIGHT, LEAF_WHOLES,
                             LEAF_WEIGHTS, True,
