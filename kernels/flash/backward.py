@@ -81,7 +81,7 @@ def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
 
 @triton.jit
 def tile_gradients(
-    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i, j, j0,
+    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
@@ -106,11 +106,7 @@ def tile_gradients(
             live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     dw = dp
     if THRESHOLD is not None:
-        if TURNED:
-            rows = tl.reshape(tl.broadcast_to(i, [1, BM]), [BM, 1])
-            kept = tl.trans(f.survives(seed, b, h, rows, j0, sizes[1] >> 1, THRESHOLD, BM, BN))
-        else:
-            kept = f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN)
+        kept = f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, TURNED)
         dw = tl.where(kept, dp * RESCALE, 0.0)
     prob = dot
     if SCORE is None:

@@ -34,7 +34,7 @@ def _keys_step(
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
     w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE,
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip

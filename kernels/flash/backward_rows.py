@@ -9,7 +9,7 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _rows_step(
-    total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+    total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -25,7 +25,7 @@ def _rows_step(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, CHECK, SCALE,
+        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
         THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip
@@ -94,7 +94,7 @@ def rows_kernel(
         j0 = tl.multiple_of(j0, BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
-            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
+            i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
     before = (full_start - start) // BN
@@ -102,7 +102,7 @@ def rows_kernel(
         j0 = tl.multiple_of(tl.where(n < before, start + n * BN, full_end + (n - before) * BN), BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
-            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
+            i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
     if LEAF is None:
@@ -119,8 +119,8 @@ def rows_kernel(
             for j0 in range(0, size_s, BN):
                 again, parts = _rows_step(
                     again, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
-                    R, b, h, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, True,
-                    True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
+                    R, b, h, i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF,
+                    True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                 )  # fmt: skip
             if LEAF is None:
                 parts = tl.where(lost_row, parts, 1.0)

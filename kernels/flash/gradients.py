@@ -35,7 +35,9 @@ def backward(
     Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width)
+    some = (
+        [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)
+    )
     return first_that_runs(
         "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
     )
@@ -58,7 +60,7 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)[0]
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)[0]
         # of each row, logsumexp in units of log 2 and delta
         self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32
@@ -203,7 +205,7 @@ class Backward:
             values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
             values.add_gradient(leaf.load, found, total)
             return
-        step = self.tiles[1].rows
+        step = self._pair_tile().rows
         before = -(-size_t // step) * step
         found = total.new_zeros((*shared, 2, before + -(-size_s // step) * step))
         self.pairs_launch(found, number, leaf).run(total.device)
@@ -215,9 +217,15 @@ class Backward:
         values = Evaluator(self.some.tensors, sizes, along, torch.float32, total.device)
         values.add_gradient(form, line, total)
 
+    def _pair_tile(self) -> Tile:
+        """A square, as diagonals demand; of more warps, as the sum is held in registers beside two products."""
+        tile = self.tiles[1]
+        side = min(tile.rows, tile.keys)
+        return tile._replace(rows=side, keys=side, warps=max(8, tile.warps))
+
     def pairs_launch(self, result: Tensor, number: int, leaf: Leaf) -> Launch:
         """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it."""
-        tile = self.tiles[1]._replace(keys=self.tiles[1].rows)
+        tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
         walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
         blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)

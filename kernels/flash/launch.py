@@ -186,7 +186,7 @@ def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
     query = call.query
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
-    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width)
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, call.spec.random)
     first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))
     return out, logsumexp
 
@@ -198,7 +198,8 @@ def forward_launch(
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
-    tile = tile or forward_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))[0]
+    width = max(padded(query.shape[3]), padded(value.shape[3]))
+    tile = tile or forward_tiles(query.device, query.dtype, width, call.spec.random)[0]
     walks = None
     if some.program.keep is not None:
         walks = on_device(along_keys(some.program.keep, some.sizes, tile.rows, tile.keys), query.device)
