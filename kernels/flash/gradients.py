@@ -25,6 +25,8 @@ from attnfx.kernels.flash.ranges import along_keys, along_rows, on_device
 from attnfx.kernels.flash.tiles import Tile, backward_tiles
 from attnfx.mask import rows_live
 
+PAIR_ELEMENTS = 1 << 24  # float32, of a gradient by row and key before it is added up in a capture that is smaller
+
 
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
@@ -198,12 +200,17 @@ class Backward:
         sizes, size_t, size_s = self.sizes, self.sizes["T"], self.sizes["S"]
         by = {name: name in leaf.load.free for name in "bh"}
         shared = [sizes[n] if by[v] else 1 for v, n in (("b", "B"), ("h", "H"))]
-        axes = block_axes((0, shared[0]), (0, shared[1]), (0, size_t), (0, size_s))
         if leaf.space == "pair":
-            found = total.new_empty((*shared, size_t, size_s))
-            self.pairs_launch(found, number, leaf).run(total.device)
-            values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
-            values.add_gradient(leaf.load, found, total)
+            block = self._pair_tile().rows
+            rows = max(PAIR_ELEMENTS, total.numel()) // (math.prod(shared) * size_s)
+            rows = max(1, -(-rows // block)) * block
+            for i0 in range(0, size_t, rows):
+                i1 = min(i0 + rows, size_t)
+                found = total.new_empty((*shared, i1 - i0, size_s))
+                self.pairs_launch(found, number, leaf, i0).run(total.device)
+                axes = block_axes((0, shared[0]), (0, shared[1]), (i0, i1), (0, size_s))
+                values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
+                values.add_gradient(leaf.load, found, total)
             return
         step = self._pair_tile().rows
         before = -(-size_t // step) * step
@@ -213,22 +220,28 @@ class Backward:
         line = found.sum(2, keepdim=True)[..., first : first + size_t + size_s - 1]
         form = toeplitz(leaf.load)
         assert form is not None
-        along = {"b": axes["b"], "h": axes["h"], DIAGONAL: Axis(0, size_t + size_s - 1, -1)}
+        along = {"b": Axis(0, shared[0], -4), "h": Axis(0, shared[1], -3), DIAGONAL: Axis(0, size_t + size_s - 1, -1)}
         values = Evaluator(self.some.tensors, sizes, along, torch.float32, total.device)
         values.add_gradient(form, line, total)
 
     def _pair_tile(self) -> Tile:
-        """A square, as diagonals demand; of more warps, as the sum is held in registers beside two products."""
+        """A square, as diagonals demand, and few elements a thread: it holds a sum beside two products. Warps share the
+        columns of a tile as well only where matrix instructions span four of them (sm_90)."""
         tile = self.tiles[1]
         side = min(tile.rows, tile.keys)
-        return tile._replace(rows=side, keys=side, warps=max(8, tile.warps))
+        if self.target >= 90:
+            return tile._replace(rows=side, keys=side, warps=max(8, tile.warps))
+        return tile._replace(rows=min(side, 32), keys=min(side, 32))
 
-    def pairs_launch(self, result: Tensor, number: int, leaf: Leaf) -> Launch:
-        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it."""
+    def pairs_launch(self, result: Tensor, number: int, leaf: Leaf, first: int = 0) -> Launch:
+        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it; of the rows from `first`, a
+        multiple of the tile's, as many as the result has."""
         tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
         walks = along_keys(self.program.keep, sizes, tile.rows, tile.keys) if self.program.keep is not None else None
-        blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)
+        rows = sizes["T"] if diagonal else result.shape[-2]
+        blocks_i, blocks_j = -(-rows // tile.rows), -(-sizes["S"] // tile.keys)
+        part = (2 * (first // tile.rows) + 3, 2 * rows + 1)
         constants = self._constants(tile, number)
         for name in ("FACTOR", "SLOPE", "WHOLE_SLOPE"):
             del constants[name]
@@ -240,7 +253,8 @@ class Backward:
                 sizes["H"] if by_head else 1,
                 sizes["B"] if by_batch else 1,
             ),
-            self._arguments() | dict(result=result, walks=None if walks is None else on_device(walks, result.device)),
+            self._arguments()
+            | dict(result=result, walks=None if walks is None else on_device(walks, result.device), part=part),
             constants | dict(BY_BATCH=by_batch, BY_HEAD=by_head, DIAGONAL=diagonal),
             tile,
         )

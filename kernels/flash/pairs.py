@@ -54,7 +54,7 @@ def _part(
 @triton.jit
 def pairs_kernel(
     q, k, v, grad_out, statistics, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
-    seed, walks, dead,
+    seed, walks, dead, part,
     BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, DIAGONAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
@@ -64,7 +64,8 @@ def pairs_kernel(
 ):  # fmt: skip
     """Grid (tiles, or diagonals of tiles, H or 1 without BY_HEAD, B or 1 without BY_BATCH).
 
-    Without DIAGONAL result is (B or 1, H or 1, T, S). With it BM = BN, and result is (B or 1, H or 1, 2, L) with L =
+    Without DIAGONAL result is (B or 1, H or 1, rows, S), of the rows from block x; part is (2 x + 3, 2 rows + 1), which
+    spares it what Triton makes of a 1. With DIAGONAL BM = BN, and result is (B or 1, H or 1, 2, L) with L =
     BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
     [1, n] together. walks (row blocks, 4) or None says which tiles are empty;
     `dead` is as `dead_statistics` has it, or None.
@@ -77,8 +78,8 @@ def pairs_kernel(
         apart = place - (blocks_i - 1)
         first, last = tl.maximum(0, -apart), tl.minimum(blocks_i, blocks_j - apart)
     else:
-        first, apart = place // blocks_j, place % blocks_j - place // blocks_j
-        last = first + 1
+        first = place // blocks_j + (part[0] - 3 >> 1)
+        last, apart = first + 1, place % blocks_j - first
     if THRESHOLD is not None:
         seed = tl.load(seed)
     total = tl.zeros([BM, BN], tl.float32)
@@ -116,5 +117,6 @@ def pairs_kernel(
         tl.store(result + row * 2 * length + at, above)
         tl.store(result + (row * 2 + 1) * length + at - BN, below)
     else:
-        i, j = first * BM + n, (first + apart) * BN + c
-        tl.store(result + (row * size_t + i) * size_s + j, total, mask=(i < size_t) & (j < size_s))
+        i, j = place // blocks_j * BM + n, (first + apart) * BN + c
+        rows = part[1] >> 1
+        tl.store(result + (row * rows + i) * size_s + j, total, mask=(i < rows) & (j < size_s))
