@@ -32,9 +32,8 @@ ARCHITECTURES, HEAD_DIMS = (80, 90, 100), (64, 128, 256)
 KERNELS = ("forward", "backward", "backward-rows", "decode")
 ABOUT = """All instructions that one trip of the steady loop issues for a warp, over its matrix FLOPs / 1000; fewer are
 better. `backward` is the pass over keys: four products, for dk and dv. `backward-rows` is the pass over rows: three,
-for dq. The goals are Triton's tutorial kernels: of its one backward kernel the goal counts the loop for dk and dv, which
-has the most matrix FLOPs; so it compares with `backward`, and the loop for dq is in neither number. Nothing is timed.
-"""
+for dq. The goals are Triton's tutorial kernels: of its one backward kernel the goal counts the loop for dk and dv, with
+the most matrix FLOPs; so it compares with `backward`, and the loop for dq is in neither number. Nothing is timed."""
 # instructions per kflop of the best open Triton kernel, for the same program
 GOALS = {
     "forward-90-64": 0.996, "forward-90-128": 0.475, "forward-80-128": 1.07,

@@ -1,6 +1,7 @@
 """Kernels that do not compile or do not fit the device: smaller tiles, then none, and reports that say so."""
 
 import math
+import threading
 import warnings
 
 import pytest
@@ -13,7 +14,7 @@ from attnfx.cost.gpu import Gpu
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import fallback, split, tier
+from attnfx.kernels.flash import device, fallback, split, tier
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.tiles import INTERPRETED, LEAST, backward_tiles, decode_tiles, forward_tiles
 from attnfx.spec import AttentionSpec, I, J
@@ -38,11 +39,11 @@ def refuse(monkeypatch):
     def install(problem, kernel="", keys=0):
         original = Launch.run
 
-        def run(self, device):
+        def run(self, where):
             if kernel in self.kernel.__name__ and self.tile.keys > keys:
                 counted.append(self.kernel.__name__)
                 raise problem
-            original(self, device)
+            original(self, where)
 
         monkeypatch.setattr(Launch, "run", run)
         return counted
@@ -101,7 +102,7 @@ def test_decoding_falls_back_to_the_forward_kernel(refuse):
 @pytest.mark.filterwarnings("ignore:attnfx")
 def test_the_report_of_a_site_says_what_could_not_run(refuse, monkeypatch):
     monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))
-    monkeypatch.setattr(pipeline, "rates", lambda device: Gpu(90, 132, 1.98, 3350.0))
+    monkeypatch.setattr(pipeline, "rates", lambda where: Gpu(90, 132, 1.98, 3350.0))
     refuse(TOO_LARGE)
     with new_reports() as filed:
         fast = compiled(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v)
@@ -122,10 +123,16 @@ def test_what_is_no_matter_of_tiles_is_raised(refuse):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (9, 0), (10, 0)])
 def test_every_tile_is_followed_by_smaller_ones(monkeypatch, capability, dtype):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda where: capability)
     for width in (32, 64, 128, 256):
         for tiles in (forward_tiles, decode_tiles):
             some = tiles(torch.device("cuda"), dtype, width)
             assert len(some) == len(set(some)) <= 10
         pairs = backward_tiles(torch.device("cuda"), dtype, width)
         assert len(pairs) == len(set(pairs)) <= 10
+
+
+def test_what_outlives_a_call_is_not_allocated_by_the_thread_that_may_capture_a_graph():
+    # PyTorch sends all that a capturing thread allocates to the graph's own memory, and refuses what stays there
+    assert device.lasting(threading.get_ident, torch.device("cuda", 0)) != threading.get_ident()
+    assert device.lasting(threading.get_ident, torch.device("cpu")) == threading.get_ident()
