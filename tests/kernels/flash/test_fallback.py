@@ -68,9 +68,10 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one_once_with_one_warni
     with pytest.warns(RuntimeWarning, match="needs 300000 of shared memory, the device has 232448") as told:
         got = passes(call())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    assert len(told) == 2 == len(refused)  # of the forward and of the backward kernel
+    ours = [x for x in told if str(x.message).startswith("attnfx")]  # Triton's interpreter has warnings of its own
+    assert len(ours) == 2 == len(refused)  # of the forward and of the backward kernel
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.filterwarnings("error", "attnfx")
         passes(call())
     assert len(refused) == 2
 
