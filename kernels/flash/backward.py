@@ -59,9 +59,11 @@ def row_statistics(
         c2 = delta_i
     else:
         c2 = tl.load(correction + n, mask=n < left, other=0.0)
-    X: tl.constexpr = 1 if TURNED else BM
-    Y: tl.constexpr = BM if TURNED else 1
-    return tl.reshape(l2_i, [X, Y]), tl.reshape(c2, [X, Y]), tl.reshape(delta_i, [X, Y])
+    if TURNED:
+        l2_i, c2, delta_i = l2_i[None, :], c2[None, :], delta_i[None, :]
+    else:
+        l2_i, c2, delta_i = l2_i[:, None], c2[:, None], delta_i[:, None]
+    return l2_i, c2, delta_i
 
 
 @triton.jit
