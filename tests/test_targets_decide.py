@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import attnfx
-from attnfx import Options, Target
+from attnfx import Options, Target, deciding
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import Configuration, parse
