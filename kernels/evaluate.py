@@ -142,7 +142,7 @@ class Evaluator:
         if isinstance(value, Tensor):
             return value
         dtype = self.compute if kind == FLOAT else torch.int64 if kind == INT else torch.bool
-        return torch.tensor(value, dtype=dtype, device=self.device)
+        return torch.full((), value, dtype=dtype, device=self.device)  # no copy from the host, which no graph captures
 
     def _evaluate(self, e: Expr) -> Value:
         if e.op == "const":

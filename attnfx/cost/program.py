@@ -22,9 +22,9 @@ SPECIALS = {
     "exp": 1, "exp2": 1, "log": 1, "log2": 1, "recip": 1, "sigmoid": 2, "tanh": 2, "sqrt": 1, "expm1": 1, "log1p": 2,
     "softplus": 3, "sin": 1, "cos": 1, "erf": 1, "atan": 2, "pow": 2,
 }  # fmt: skip
-# Philox4x32-10 gives four numbers: 10 rounds of 2 wide products (4 instructions), 4 xors and 2 additions, for 4 keys;
+# Philox4x32-7 gives four numbers: 7 rounds of 2 wide products (4 instructions), 4 xors and 2 additions, for 4 keys;
 # then a comparison and a selection for each.
-DROPOUT = 10 * (4 + 4 + 2) / 4 + 2
+DROPOUT = 7 * (4 + 4 + 2) / 4 + 2
 
 
 @dataclass(frozen=True)

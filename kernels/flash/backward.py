@@ -16,12 +16,13 @@ import attnfx.kernels.flash.functions as f
 
 @triton.jit
 def delta_kernel(
-    grad_out, out, logsumexp, delta, l2, grad_strides, out_strides, sizes,
+    grad_out, out, logsumexp, statistics, grad_strides, out_strides, sizes,
     BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, DEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, H, B). delta (B, H, T) of float32 = sum over the last dim of grad_out * out; l2 is logsumexp in
-    units of log 2. Rows whose logsumexp is not above DEAD (None: every row counts) get infinity, which makes their
-    weights zero and marks them as without a live key."""
+    """Grid (row blocks, H, B). statistics (B, H, T, 2) of float32: logsumexp in units of log 2, and delta, the sum over
+    the last dim of grad_out * out. They lie side by side because the pass over keys needs both of every row at every
+    step, and so copies and reads them in one go. Rows whose logsumexp is not above DEAD (None: every row counts) get
+    infinity for it, which makes their weights zero and marks them as without a live key."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
     x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
@@ -29,40 +30,49 @@ def delta_kernel(
     total = tl.sum(x.to(tl.float32) * y.to(tl.float32), 1)
     i = i0 + tl.arange(0, BM)
     at = (b * size_h + h) * size_t + i
-    tl.store(delta + at, total, mask=i < size_t)
+    tl.store(statistics + 2 * at + 1, total, mask=i < size_t)
     lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
     if DEAD is None:
         scaled = lse * f.LOG2E
     else:
         scaled = tl.where(lse <= DEAD, float("inf"), lse * f.LOG2E)
-    tl.store(l2 + at, scaled, mask=i < size_t)
+    tl.store(statistics + 2 * at, scaled, mask=i < size_t)
 
 
 @triton.jit
-def row_statistics(l2, delta, correction, at, i, size_t, CHECK: tl.constexpr, SCORE: tl.constexpr):
-    """logsumexp and its correction in units of log 2, and delta, of the rows i."""
+def row_statistics(
+    statistics, correction, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCORE: tl.constexpr
+):
+    """logsumexp and its correction in units of log 2, and delta, of the BM rows from where the pointers stand, of which
+    `left` exist: (BM, 1), or TURNED (1, BM)."""
+    n = tl.arange(0, BM)
     if SCORE is None:
-        return i * 0.0, i * 0.0, i * 0.0
-    if CHECK:
-        l2_i = tl.load(l2 + at, mask=i < size_t, other=0.0)
-        delta_i = tl.load(delta + at, mask=i < size_t, other=0.0)
+        l2_i, delta_i = n * 0.0, n * 0.0
     else:
-        l2_i = tl.load(l2 + at)
-        delta_i = tl.load(delta + at)
-    if correction is None:
+        at = statistics + (2 * n[:, None] + tl.arange(0, 2)[None, :])
+        if CHECK:
+            both = tl.load(at, mask=n[:, None] < left, other=0.0)
+        else:
+            both = tl.load(at)
+        l2_i, delta_i = tl.split(both)
+    if correction is None or SCORE is None:
         c2 = delta_i
     else:
-        c2 = tl.load(correction + at, mask=i < size_t, other=0.0)
+        c2 = tl.load(correction + n, mask=n < left, other=0.0)
+    if TURNED:
+        l2_i, c2, delta_i = l2_i[None, :], c2[None, :], delta_i[None, :]
+    else:
+        l2_i, c2, delta_i = l2_i[:, None], c2[:, None], delta_i[:, None]
     return l2_i, c2, delta_i
 
 
 @triton.jit
-def dead_statistics(dead, l2, at, i, size_t, SUMMED: tl.constexpr):
+def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
     """Of the rows i without a live key, logsumexp in natural units, which their fill survives, and the logarithm of
     the sum of exp(score - logsumexp), zero unless SUMMED; infinity for all other rows.
 
     dead is (whether a head of a batch has such rows (B, H), logsumexp (B, H, T), that logarithm (B, H, T))."""
-    lost = tl.load(l2 + at, mask=i < size_t, other=0.0) == float("inf")
+    lost = tl.load(statistics + 2 * at, mask=i < size_t, other=0.0) == float("inf")
     lse = tl.load(dead[1] + at, mask=lost, other=float("inf"))
     if SUMMED:
         c2 = tl.load(dead[2] + at, mask=lost, other=0.0)
@@ -73,7 +83,7 @@ def dead_statistics(dead, l2, at, i, size_t, SUMMED: tl.constexpr):
 
 @triton.jit
 def tile_gradients(
-    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i, j, j0,
+    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
@@ -98,11 +108,7 @@ def tile_gradients(
             live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     dw = dp
     if THRESHOLD is not None:
-        if TURNED:
-            rows = tl.reshape(tl.broadcast_to(i, [1, BM]), [BM, 1])
-            kept = tl.trans(f.survives(seed, b, h, rows, j0, sizes[1] >> 1, THRESHOLD, BM, BN))
-        else:
-            kept = f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN)
+        kept = f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, TURNED)
         dw = tl.where(kept, dp * RESCALE, 0.0)
     prob = dot
     if SCORE is None:

@@ -9,8 +9,8 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _keys_step(
-    dk, dv, k_tile, v_tile, q, grad_out, l2, delta, correction, dead, q_strides, grad_strides, captures, sizes, seed,
-    H, C, b, h, i0, j, j0,
+    dk, dv, k_tile, v_tile, q, grad_out, at, statistics, correction, dead, q_strides, grad_strides, captures, sizes,
+    seed, H, C, b, h, i0, j, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr, PRECISION: tl.constexpr,
     LEAF: tl.constexpr, CHECK: tl.constexpr, ROWS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
@@ -18,20 +18,23 @@ def _keys_step(
     NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,).
-    With NATURAL, what the rows without a live key give."""
+    `at` is where the head's statistics have this tile's rows. With NATURAL, what the rows without a live key give."""
     size_t = sizes[2] >> 1
     i = i0 + tl.arange(0, BM)[None, :]
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
-    l2_i, c2, delta_i = row_statistics(l2, delta, correction, i, i, size_t, CHECK, SCORE)
+    if correction is None:
+        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, True, CHECK, SCORE)
+    else:
+        l2_i, c2, delta_i = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
     if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, l2, i, i, size_t, True)
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, i, i, size_t, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
     w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, True, CHECK, SCALE,
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip
@@ -47,7 +50,7 @@ def _keys_step(
 
 @triton.jit
 def keys_kernel(
-    q, k, v, grad_out, l2, delta, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad_out, statistics, correction, dk, dv, q_strides, k_strides, v_strides, grad_strides,
     dk_strides, dv_strides, captures, sizes, seed, walks, order, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -85,7 +88,7 @@ def keys_kernel(
         H = HEADS(captures, sizes, b, h)
         C = COLUMNS(captures, sizes, H, b, h, j)
         row = (b.to(tl.int64) * size_h + h) * size_t
-        l2_h, delta_h = l2 + row, delta + row
+        of_head = statistics + 2 * row
         if correction is None:
             correction_h = None
         else:
@@ -103,18 +106,22 @@ def keys_kernel(
             inside = j0 + BN <= size_s
             full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
         before = (full_start - start) // STEP
+        at = of_head + 2 * full_start  # moved along: an offset made of i0 would widen the loop's counter to 64 bits
         for t in range(full_start, full_end, STEP):
             i0 = f.tile_at(order, place, t, BM)
+            if order is not None:
+                at = of_head + 2 * i0
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, at, of_head, correction_h, dead_h, q_strides,
                 grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
                 RESCALE, PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
+            at += 2 * BM
         for t in range(0, before + tl.cdiv(end - full_end, STEP)):
             n = tl.where(t < before, start + t * STEP, full_end + (t - before) * STEP)
             i0 = f.tile_at(order, place, n, BM)
             dk_acc, dv_acc = _keys_step(
-                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
+                dk_acc, dv_acc, k_tile, v_tile, q, grad_out, of_head + 2 * i0, of_head, correction_h, dead_h, q_strides,
                 grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
                 RESCALE, PRECISION, LEAF, True, ROWS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
@@ -122,13 +129,13 @@ def keys_kernel(
             if tl.load(dead_h[0]) != 0:
                 for i0 in range(0, size_t, BM):
                     rows = i0 + tl.arange(0, BM)
-                    marked = tl.load(l2_h + rows, mask=rows < size_t, other=0.0) == float("inf")
+                    marked = tl.load(of_head + 2 * rows, mask=rows < size_t, other=0.0) == float("inf")
                     if tl.max(marked.to(tl.int32), 0) > 0:
                         dk_acc, dv_acc = _keys_step(
-                            dk_acc, dv_acc, k_tile, v_tile, q, grad_out, l2_h, delta_h, correction_h, dead_h, q_strides,
-                            grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE,
-                            THRESHOLD, RESCALE, PRECISION, LEAF, True, ROWS, WHOLE, None, WEIGHT, WHOLE_SLOPE,
-                            LEAF_WHOLES, LEAF_WEIGHTS, True,
+                            dk_acc, dv_acc, k_tile, v_tile, q, grad_out, of_head + 2 * i0, of_head, correction_h,
+                            dead_h, q_strides, grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM,
+                            BN, BD, BDV, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, True, ROWS, WHOLE, None, WEIGHT,
+                            WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                         )  # fmt: skip
     if LEAF is None:
         f.store_tile(dk, dk_strides, b, g, j0, size_s, dk_acc * FACTOR, BN, D, BD)

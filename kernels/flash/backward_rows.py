@@ -9,7 +9,7 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _rows_step(
-    total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+    total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -25,7 +25,7 @@ def _rows_step(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, CHECK, SCALE,
+        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
         THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip
@@ -42,7 +42,7 @@ def _rows_step(
 
 @triton.jit
 def rows_kernel(
-    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides,
+    q, k, v, grad_out, statistics, correction, result, q_strides, k_strides, v_strides, grad_strides,
     result_strides, captures, sizes, seed, walks, order, dead,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, FACTOR: tl.constexpr, THRESHOLD: tl.constexpr,
@@ -66,11 +66,11 @@ def rows_kernel(
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
     do = do.to(q_tile.dtype)
     first_row = (b.to(tl.int64) * size_h + h) * size_t
-    at = first_row + i
-    if LEAF is None:
-        l2_i, c2, delta_i = row_statistics(l2, delta, None, at, i, size_t, True, SCORE)
+    at = statistics + 2 * (first_row + i0)
+    if LEAF is None or not CORRECT:
+        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
     else:
-        l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+        l2_i, c2, delta_i = row_statistics(at, correction + first_row + i0, size_t - i0, BM, False, True, SCORE)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     sums = tl.zeros([BM], tl.float32)
@@ -95,7 +95,7 @@ def rows_kernel(
         j0 = f.tile_at(order, place, n, BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
-            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
+            i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
     before = (full_start - start) // STEP
@@ -104,7 +104,7 @@ def rows_kernel(
         j0 = f.tile_at(order, place, t, BN)
         total, sums = _rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
-            i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
+            i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
     if LEAF is None:
@@ -114,15 +114,15 @@ def rows_kernel(
     row = i0 + tl.arange(0, BM)
     lost_row = row < 0
     if dead is not None:
-        lost, lse, share = dead_statistics(dead, l2, at, i, size_t, LEAF is not None)
+        lost, lse, share = dead_statistics(dead, statistics, first_row + i, i, size_t, LEAF is not None)
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
             parts = tl.zeros([BM], tl.float32)
             for j0 in range(0, size_s, BN):
                 again, parts = _rows_step(
                     again, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
-                    R, b, h, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, True,
-                    True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
+                    R, b, h, i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF,
+                    True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                 )  # fmt: skip
             if LEAF is None:
                 parts = tl.where(lost_row, parts, 1.0)

@@ -11,13 +11,14 @@ from torch import Tensor
 from attnfx.kernels import chunked
 from attnfx.kernels.call import Call
 
-_ROUNDS = 10
+_ROUNDS = 7
 _M0, _M1, _K0, _K1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Philox4x32, Salmon et al. 2011
 _WORD = 0xFFFFFFFF
 
 
-def philox(seed: int, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 bits, as int64, for each counter (c0, c1, c2, 0): what `tl.philox` gives."""
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words of 32 bits, as int64, for each counter (c0, c1, c2, 0): what `tl.philox` gives. seed is one int64; it
+    stays where it is, as a captured CUDA graph demands."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
@@ -40,10 +41,13 @@ class Run(chunked.Run):
         def index(low: int, high: int, dim: int) -> Tensor:
             return torch.arange(low, high, device=self.device).view(-1, *[1] * (3 - dim))
 
+        # a draw decides the rows i and i + 8 at the keys j and j + 8: of 16 rows and 16 keys at a time, 8 x 8 draws
+        (i0, i1), (j0, j1) = ((low // 16, -(-high // 16)) for low, high in ((at.i0, at.i1), (at.j0, at.j1)))
         head = index(at.b0, at.b1, 0) * self.sizes["H"] + index(h0, h1, 1)
-        words = philox(int(self.call.seed.item()), index(at.j0 // 4, -(-at.j1 // 4), 3), index(at.i0, at.i1, 2), head)
-        first = at.j0 // 4 * 4
-        bits = torch.stack(words, -1).flatten(-2)[..., at.j0 - first : at.j1 - first]
+        words = philox(self.call.seed.view(()), index(8 * j0, 8 * j1, 3), index(8 * i0, 8 * i1, 2), head)
+        bits = torch.stack(words, -1).unflatten(-1, (2, 2)).unflatten(3, (-1, 8)).unflatten(2, (-1, 8))
+        bits = bits.permute(0, 1, 2, 6, 3, 4, 7, 5).flatten(5).flatten(2, 4)
+        bits = bits[..., at.i0 - 16 * i0 : at.i1 - 16 * i0, at.j0 - 16 * j0 : at.j1 - 16 * j0]
         return (bits >= round(p * 2**32)).to(like.dtype) / (1.0 - p if p < 1.0 else 1.0)
 
 

@@ -87,7 +87,7 @@ def decode_kernel(
             if WEIGHT is not None:
                 p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if THRESHOLD is not None:
-            p = tl.where(f.survives(seed, b, h, i, j0, size_h, THRESHOLD, BM, BN), p, 0.0)
+            p = tl.where(f.survives_each(seed, b * size_h + h, i, j, THRESHOLD, BM, BN), p, 0.0)
         v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
         acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     row = ((b.to(tl.int64) * tl.num_programs(1) + g) * tl.num_programs(0) + split) * BM

@@ -2,7 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
 import torch
+
+T = TypeVar("T")
+
+
+def lasting(make: Callable[[], T], device: torch.device) -> T:
+    """What `make` gives: tensors on the device that outlive the call.
+
+    With mode="reduce-overhead" torch.compile gives a thread that warms up or captures a CUDA graph memory of the
+    graph's own, and refuses what is found to live on there. So another thread allocates them.
+    """
+    if device.type != "cuda":
+        return make()
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(make).result()
 
 
 def capability(device: torch.device) -> int:
@@ -13,4 +31,4 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-__all__ = ["capability"]
+__all__ = ["capability", "lasting"]

@@ -11,7 +11,7 @@ LOWEST = tl.constexpr(-3.0e38)
 
 @triton.jit
 def _step(
-    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
@@ -43,7 +43,7 @@ def _step(
         if WEIGHT is not None:
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     if THRESHOLD is not None:
-        p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
+        p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
     v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
     acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, m_i, l_i
@@ -51,7 +51,7 @@ def _step(
 
 @triton.jit
 def _whole(
-    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
@@ -79,7 +79,7 @@ def _whole(
         if WEIGHT is not None:
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if THRESHOLD is not None:
-            p = tl.where(f.survives(seed, b, h, i, j0, sizes[1] >> 1, THRESHOLD, BM, BN), p, 0.0)
+            p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
         v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
         acc_w = f.dot(p.to(v_tile.dtype), v_tile, acc_w, PRECISION)
     lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
@@ -131,7 +131,7 @@ def forward_kernel(
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
         acc, m_i, l_i = _step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
             D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
         )  # fmt: skip
     before = (full_start - start) // STEP
@@ -139,7 +139,7 @@ def forward_kernel(
         t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
         j0 = f.tile_at(order, place, t, BN)
         acc, m_i, l_i = _step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i, j0,
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
             D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
         )  # fmt: skip
     at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
@@ -150,7 +150,7 @@ def forward_kernel(
             lse = (m_i + tl.log2(l_i)) * f.LN2
         elif tl.max(tl.where((l_i == 0.0) & (i0 + m < size_t), 1, 0)) > 0:
             acc, l_i, lse = _whole(
-                acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i,
+                acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
                 D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
             )  # fmt: skip
         else:

@@ -5,6 +5,7 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+ROUNDS = tl.constexpr(7)  # of Philox4x32: the fewest that pass BigCrush (Salmon et al. 2011, table 2)
 
 
 @triton.jit
@@ -176,13 +177,31 @@ def power(x, y):
 
 
 @triton.jit
-def survives(seed, b, h, i, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Which weights of rows i (BM, 1) and keys j0 .. j0 + BN dropout keeps, (BM, BN) of bool; j0 divisible by 4.
+def survives(seed, b, h, i0, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+             TURNED: tl.constexpr):  # fmt: skip
+    """Which weights of the rows from i0 and the keys from j0 dropout keeps, (BM, BN) or TURNED (BN, BM) of bool; i0 and
+    j0 divisible by 16.
 
-    One draw of four 32-bit numbers at the counter (j // 4, i, b * H + h) decides four keys, whatever the tile.
+    One draw of four 32-bit numbers decides the rows i and i + 8 at the keys j and j + 8, whatever the tile: a thread
+    holds just these four elements of a matrix instruction's result, and so no number is moved to another thread.
     """
-    zero = tl.zeros([BM, BN // 4], tl.int32)
-    c0 = zero + (j0 // 4 + tl.arange(0, BN // 4)[None, :])
-    r0, r1, r2, r3 = tl.philox(seed, c0, zero + i, zero + (b * size_h + h), zero)
-    bits = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [BM, BN])
+    zero = tl.zeros([BM // 2, BN // 2], tl.int32)
+    column, row = zero + (j0 // 2 + tl.arange(0, BN // 2)[None, :]), zero + (i0 // 2 + tl.arange(0, BM // 2)[:, None])
+    r0, r1, r2, r3 = tl.philox(seed, column, row, zero + (b * size_h + h), zero, ROUNDS)
+    words = tl.reshape(tl.join(tl.join(r0, r2), tl.join(r1, r3)), [BM // 16, 8, BN // 16, 8, 2, 2])
+    if TURNED:
+        bits = tl.reshape(tl.permute(words, (2, 5, 3, 0, 4, 1)), [BN, BM])
+    else:
+        bits = tl.reshape(tl.permute(words, (0, 4, 1, 2, 5, 3)), [BM, BN])
+    return bits.to(tl.uint32, bitcast=True) >= THRESHOLD
+
+
+@triton.jit
+def survives_each(seed, head, i, j, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
+    """As `survives` of any rows (BM, 1) of the heads b * H + h (BM, 1) and keys (1, BN), at a draw for each."""
+    zero = tl.zeros([BM, BN], tl.int32)
+    column, row = zero + (j // 16 * 8 + j % 8), zero + (i // 16 * 8 + i % 8)
+    r0, r1, r2, r3 = tl.philox(seed, column, row, zero + head, zero, ROUNDS)
+    right, low = j // 8 % 2 == 1, i // 8 % 2 == 1
+    bits = tl.where(low, tl.where(right, r3, r2), tl.where(right, r1, r0))
     return bits.to(tl.uint32, bitcast=True) >= THRESHOLD

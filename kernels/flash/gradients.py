@@ -25,6 +25,8 @@ from attnfx.kernels.flash.tiles import Tile, backward_tiles
 from attnfx.kernels.flash.walks import over_keys, over_rows
 from attnfx.mask import rows_live
 
+PAIR_ELEMENTS = 1 << 24  # float32, of a gradient by row and key before it is added up in a capture that is smaller
+
 
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
@@ -35,7 +37,9 @@ def backward(
     Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width)
+    some = (
+        [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)
+    )
     return first_that_runs(
         "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
     )
@@ -58,18 +62,18 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width)[0]
-        self.delta = torch.empty(logsumexp.shape, dtype=torch.float32, device=logsumexp.device)
-        self.l2 = torch.empty_like(self.delta)
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)[0]
+        # of each row, logsumexp in units of log 2 and delta
+        self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32
-        self.correction = torch.empty_like(self.delta) if exact else None
+        self.correction = torch.empty_like(self.logsumexp) if exact else None
         self.average = self.some.dead_rows_average()
         self.below, self.dead = None, None
         if self.average:
             assert self.program.fill is not None
             self.below = self.program.fill / 2
             some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
-            self.dead = (some, self.logsumexp, torch.empty_like(self.delta))
+            self.dead = (some, self.logsumexp, torch.empty_like(self.logsumexp))
         elif call.spec.safe:
             self.below = -math.inf
 
@@ -82,7 +86,7 @@ class Backward:
             delta_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
             dict(
-                grad_out=self.grad_out, out=self.out, logsumexp=self.logsumexp, delta=self.delta, l2=self.l2,
+                grad_out=self.grad_out, out=self.out, logsumexp=self.logsumexp, statistics=self.statistics,
                 grad_strides=self.grad_out.stride(), out_strides=self.out.stride(), sizes=self.some.encoded,
             ),
             dict(BM=tile.rows, DV=width, BDV=padded(width), DEAD=self.below),
@@ -92,7 +96,7 @@ class Backward:
     def _arguments(self) -> dict[str, object]:
         call = self.call
         return dict(
-            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, l2=self.l2, delta=self.delta,
+            q=call.query, k=call.key, v=call.value, grad_out=self.grad_out, statistics=self.statistics,
             correction=self.correction, q_strides=call.query.stride(), k_strides=call.key.stride(),
             v_strides=call.value.stride(), grad_strides=self.grad_out.stride(), captures=self.some.captures,
             sizes=self.some.encoded, seed=call.seed, dead=self.dead,
@@ -192,14 +196,19 @@ class Backward:
         sizes, size_t, size_s = self.sizes, self.sizes["T"], self.sizes["S"]
         by = {name: name in leaf.load.free for name in "bh"}
         shared = [sizes[n] if by[v] else 1 for v, n in (("b", "B"), ("h", "H"))]
-        axes = block_axes((0, shared[0]), (0, shared[1]), (0, size_t), (0, size_s))
         if leaf.space == "pair":
-            found = total.new_empty((*shared, size_t, size_s))
-            self.pairs_launch(found, number, leaf).run(total.device)
-            values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
-            values.add_gradient(leaf.load, found, total)
+            block = self._pair_tile().rows
+            rows = max(PAIR_ELEMENTS, total.numel()) // (math.prod(shared) * size_s)
+            rows = max(1, -(-rows // block)) * block
+            for i0 in range(0, size_t, rows):
+                i1 = min(i0 + rows, size_t)
+                found = total.new_empty((*shared, i1 - i0, size_s))
+                self.pairs_launch(found, number, leaf, i0).run(total.device)
+                axes = block_axes((0, shared[0]), (0, shared[1]), (i0, i1), (0, size_s))
+                values = Evaluator(self.some.tensors, sizes, axes, torch.float32, total.device)
+                values.add_gradient(leaf.load, found, total)
             return
-        step = self.tiles[1].rows
+        step = self._pair_tile().rows
         before = -(-size_t // step) * step
         found = total.new_zeros((*shared, 2, before + -(-size_s // step) * step))
         self.pairs_launch(found, number, leaf).run(total.device)
@@ -207,16 +216,28 @@ class Backward:
         line = found.sum(2, keepdim=True)[..., first : first + size_t + size_s - 1]
         form = toeplitz(leaf.load)
         assert form is not None
-        along = {"b": axes["b"], "h": axes["h"], DIAGONAL: Axis(0, size_t + size_s - 1, -1)}
+        along = {"b": Axis(0, shared[0], -4), "h": Axis(0, shared[1], -3), DIAGONAL: Axis(0, size_t + size_s - 1, -1)}
         values = Evaluator(self.some.tensors, sizes, along, torch.float32, total.device)
         values.add_gradient(form, line, total)
 
-    def pairs_launch(self, result: Tensor, number: int, leaf: Leaf) -> Launch:
-        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it."""
-        tile = self.tiles[1]._replace(keys=self.tiles[1].rows)
+    def _pair_tile(self) -> Tile:
+        """A square, as diagonals demand, and few elements a thread: it holds a sum beside two products. Warps share the
+        columns of a tile as well only where matrix instructions span four of them (sm_90)."""
+        tile = self.tiles[1]
+        side = min(tile.rows, tile.keys)
+        if self.target >= 90:
+            return tile._replace(rows=side, keys=side, warps=max(8, tile.warps))
+        return tile._replace(rows=min(side, 32), keys=min(side, 32))
+
+    def pairs_launch(self, result: Tensor, number: int, leaf: Leaf, first: int = 0) -> Launch:
+        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it; of the rows from `first`, a
+        multiple of the tile's, as many as the result has."""
+        tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
         walks = over_keys(self.call, self.program.keep, tile, spans=True)
-        blocks_i, blocks_j = -(-sizes["T"] // tile.rows), -(-sizes["S"] // tile.keys)
+        rows = sizes["T"] if diagonal else result.shape[-2]
+        blocks_i, blocks_j = -(-rows // tile.rows), -(-sizes["S"] // tile.keys)
+        part = (2 * (first // tile.rows) + 3, 2 * rows + 1)
         constants = self._constants(tile, number)
         for name in ("FACTOR", "SLOPE", "WHOLE_SLOPE"):
             del constants[name]
@@ -228,7 +249,7 @@ class Backward:
                 sizes["H"] if by_head else 1,
                 sizes["B"] if by_batch else 1,
             ),
-            self._arguments() | dict(result=result, **walks.arguments),
+            self._arguments() | dict(result=result, part=part, **walks.arguments),
             constants | dict(BY_BATCH=by_batch, BY_HEAD=by_head, DIAGONAL=diagonal),
             tile,
             walks.before,
@@ -244,7 +265,7 @@ class Backward:
             weight = (values.tensor(logit) * LOG2E - self.logsumexp[..., None] * LOG2E).exp2()
             if self.correction is not None:
                 weight = weight / self.correction[..., None].exp2()
-            slope = -weight * self.delta[..., None]
+            slope = -weight * self.statistics[..., 1:]
             for load, local in zip(wanted, gradient(logit, wanted)):
                 values.add_gradient(load, _times(slope, local, values), captures[load.value])  # type: ignore[index]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
 from types import ModuleType
@@ -19,7 +18,7 @@ from attnfx.kernels.flash.emit import emit
 from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.forward import forward_kernel
 from attnfx.kernels.flash.launcher import Launch, descriptor
-from attnfx.kernels.flash.program import Leaf, Program, Table, Unsupported, program_of
+from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.kernels.flash.tiles import Tile, forward_tiles
 from attnfx.kernels.flash.walks import over_keys
@@ -31,7 +30,6 @@ FUNCTIONS = (
     "whole_slope", "leaf_wholes",
 )  # fmt: skip
 LARGEST_HEAD_DIM = 256
-PAIR_BYTES = 64 << 20  # of a gradient by row and key of a capture that is itself smaller
 
 
 def padded(width: int) -> int:
@@ -90,21 +88,7 @@ def supports(call: Call) -> str | None:
         functions(call.spec, wide_captures(call.captures))
     except NotEmitted as why:
         return str(why)
-    for leaf in program(call.spec).leaves:
-        if leaf.space == "pair" and pair_bytes(leaf, call) > max(PAIR_BYTES, 4 * _capture(leaf, call).numel()):
-            return f"the gradient of a capture takes {pair_bytes(leaf, call) >> 20} MiB: {leaf.load}"
     return None
-
-
-def pair_bytes(leaf: Leaf, call: Call) -> int:
-    """Bytes of the gradient of a load at every row and key, before it is added up in the capture."""
-    sizes = call.sizes
-    shared = [sizes[n] for v, n in (("b", "B"), ("h", "H")) if v in leaf.load.free]
-    return 4 * math.prod([*shared, sizes["T"], sizes["S"]])
-
-
-def _capture(leaf: Leaf, call: Call) -> Tensor:
-    return call.captures[leaf.load.value]  # type: ignore[call-overload]
 
 
 def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
@@ -188,7 +172,7 @@ def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) ->
     query = call.query
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
-    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen)
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen, call.spec.random)
     run = partial(_run_forward, call, out, logsumexp)
     first_that_runs("forward", call, tiles, run, chosen)
     return out, logsumexp
@@ -205,7 +189,8 @@ def forward_launch(
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
-    tile = tile or forward_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(value.shape[3])))[0]
+    width = max(padded(query.shape[3]), padded(value.shape[3]))
+    tile = tile or forward_tiles(query.device, query.dtype, width, dropout=call.spec.random)[0]
     walks = over_keys(call, some.program.keep, tile)
     return Launch(
         forward_kernel,

@@ -13,7 +13,7 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _part(
-    q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
     seed, b, h, i0, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
@@ -29,16 +29,20 @@ def _part(
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True).to(q_tile.dtype)
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
     v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
-    at = (tl.cast(b, tl.int64) * size_h + h) * size_t + i
-    l2_i, c2, delta_i = row_statistics(l2, delta, correction, at, i, size_t, True, SCORE)
+    row = (tl.cast(b, tl.int64) * size_h + h) * size_t
+    at = statistics + 2 * (row + i0)
+    if correction is None:
+        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
+    else:
+        l2_i, c2, delta_i = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
     if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, l2, at, i, size_t, True)
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, row + i, i, size_t, True)
     H = HEADS(captures, sizes, b, h)
     R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i, j, j0, BM, BN, False, True, SCALE,
+        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
         NATURAL,
     )  # fmt: skip
@@ -49,8 +53,8 @@ def _part(
 
 @triton.jit
 def pairs_kernel(
-    q, k, v, grad_out, l2, delta, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
-    seed, walks, dead,
+    q, k, v, grad_out, statistics, correction, result, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
+    seed, walks, dead, part,
     BY_BATCH: tl.constexpr, BY_HEAD: tl.constexpr, DIAGONAL: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
@@ -60,7 +64,8 @@ def pairs_kernel(
 ):  # fmt: skip
     """Grid (tiles, or diagonals of tiles, H or 1 without BY_HEAD, B or 1 without BY_BATCH).
 
-    Without DIAGONAL result is (B or 1, H or 1, T, S). With it BM = BN, and result is (B or 1, H or 1, 2, L) with L =
+    Without DIAGONAL result is (B or 1, H or 1, rows, S), of the rows from block x; part is (2 x + 3, 2 rows + 1), which
+    spares it what Triton makes of a 1. With DIAGONAL BM = BN, and result is (B or 1, H or 1, 2, L) with L =
     BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
     [1, n] together. walks, as `walks.py` makes them, or None say which tiles are empty;
     `dead` is as `dead_statistics` has it, or None.
@@ -73,8 +78,8 @@ def pairs_kernel(
         apart = place - (blocks_i - 1)
         first, last = tl.maximum(0, -apart), tl.minimum(blocks_i, blocks_j - apart)
     else:
-        first, apart = place // blocks_j, place % blocks_j - place // blocks_j
-        last = first + 1
+        first = place // blocks_j + (part[0] - 3 >> 1)
+        last, apart = first + 1, place % blocks_j - first
     if THRESHOLD is not None:
         seed = tl.load(seed)
     total = tl.zeros([BM, BN], tl.float32)
@@ -90,7 +95,7 @@ def pairs_kernel(
                     visit = (j0 + BN > start) & (j0 < end)
                 if visit:
                     total += _part(
-                        q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides, grad_strides,
+                        q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides,
                         captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD,
                         RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES, LEAF_WEIGHTS,
                         False,
@@ -98,7 +103,7 @@ def pairs_kernel(
                 if dead is not None:
                     if (j0 < size_s) & (tl.load(dead[0] + b * (sizes[1] >> 1) + h) != 0):
                         total += _part(
-                            q, k, v, grad_out, l2, delta, correction, dead, q_strides, k_strides, v_strides,
+                            q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides,
                             grad_strides, captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE,
                             THRESHOLD, RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, WHOLE, None, WEIGHT, LEAF_WHOLES,
                             LEAF_WEIGHTS, True,
@@ -113,5 +118,6 @@ def pairs_kernel(
         tl.store(result + row * 2 * length + at, above)
         tl.store(result + (row * 2 + 1) * length + at - BN, below)
     else:
-        i, j = first * BM + n, (first + apart) * BN + c
-        tl.store(result + (row * size_t + i) * size_s + j, total, mask=(i < size_t) & (j < size_s))
+        i, j = place // blocks_j * BM + n, (first + apart) * BN + c
+        rows = part[1] >> 1
+        tl.store(result + (row * rows + i) * size_s + j, total, mask=(i < rows) & (j < size_s))

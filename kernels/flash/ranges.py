@@ -16,6 +16,7 @@ from torch import Tensor
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute
+from attnfx.kernels.flash.device import lasting
 from attnfx.mask import key_ranges
 from attnfx.mask import polyhedron as P
 from attnfx.spec import I, J
@@ -93,4 +94,4 @@ def _value(function: isl.PwAff, t: int) -> int | None:
 @lru_cache(maxsize=512)
 def on_device(walks: tuple[Walk, ...], device: torch.device) -> Tensor:
     """The walks as (blocks, 4) of int32. Kept: a captured CUDA graph may hold its address."""
-    return torch.tensor(walks, dtype=torch.int32, device=device).view(-1, 4)
+    return lasting(lambda: torch.tensor(walks, dtype=torch.int32, device=device).view(-1, 4), device)

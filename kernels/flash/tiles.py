@@ -65,6 +65,14 @@ OTHERS = {
     (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (SMALL, 256): (Tile(32, 32, 4, 2),),
 }
+# With dropout, whose draw takes registers beside the scores, a thread has fewer scores where they would not all fit.
+FORWARD_DROPOUT = FORWARD | {
+    (90, 32): Tile(128, 64, 8, 3),  # as 64
+    (90, 64): Tile(128, 64, 8, 3),  # probe
+    (90, 128): Tile(128, 64, 8, 2),  # probe
+    (80, 32): Tile(128, 64, 8, 3),  # as 64
+    (80, 64): Tile(128, 64, 8, 3),  # probe
+}
 # float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
@@ -103,14 +111,16 @@ def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
     return table if chosen is None else [chosen, *(tile for tile in table if tile != chosen)]
 
 
-def forward_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+def forward_tiles(
+    device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, dropout: bool = False
+) -> list[Tile]:
     """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
     on a GPU, behind the one that was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
-    first = pick(FORWARD, capability(device), width)
+    first = pick(FORWARD_DROPOUT if dropout else FORWARD, capability(device), width)
     return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
 
 
@@ -134,8 +144,21 @@ BACKWARD = {
     (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
 }
 
+BACKWARD_DROPOUT = BACKWARD | {
+    (90, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (90, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (80, 32): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # probe
+    (100, 32): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (100, 64): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+}
 
-def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[tuple[Tile, Tile]]:
+
+def backward_tiles(
+    device: torch.device, dtype: torch.dtype, width: int, dropout: bool = False
+) -> list[tuple[Tile, Tile]]:
     """The tiles of the pass over keys and of the pass over rows for a head dim padded to `width`, then smaller ones."""
     if device.type != "cuda":
         return [(INTERPRETED, INTERPRETED), (LEAST, LEAST)]
@@ -143,7 +166,7 @@ def backward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list
     if dtype == torch.float32:
         tile = pick(SINGLE_BACKWARD, 80, width)
         return _and_smaller((tile, tile), single, _sizes)
-    first = pick(BACKWARD, capability(device), width)
+    first = pick(BACKWARD_DROPOUT if dropout else BACKWARD, capability(device), width)
     return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
 
 

@@ -172,7 +172,7 @@ def test_a_program_s_own_operations_count():
     dropped = replace(PLAIN, dropout=0.1)
     plain, tanh, drop = (operations(s) for s in (PLAIN, capped, dropped))
     assert (plain.always, plain.special, plain.masked) == (0, 0, 0)
-    assert tanh.special == 2 and tanh.always > 10 and drop.always > 20
+    assert tanh.special == 2 and tanh.always > 10 and drop.always > 15
     assert operations(CAUSAL).masked > 0 == operations(CAUSAL).always
     slow, fast, drawn = (next(t for k, t in times(ask(s)).items() if k[0] == "flash") for s in (capped, PLAIN, dropped))
     assert slow > fast < drawn

@@ -52,9 +52,10 @@ def calls(head_dim, queries=2048):
 def launches(capability, head_dim):
     for name, call in calls(head_dim):
         logsumexp = torch.empty(call.query.shape[:3], device="meta")
-        tile = tiles.pick(tiles.FORWARD, capability, head_dim)
+        dropped = call.spec.random
+        tile = tiles.pick(tiles.FORWARD_DROPOUT if dropped else tiles.FORWARD, capability, head_dim)
         yield f"forward {name}", launch.forward_launch(call, call.query, logsumexp, tile, capability)
-        pair = tiles.pick(tiles.BACKWARD, capability, head_dim)
+        pair = tiles.pick(tiles.BACKWARD_DROPOUT if dropped else tiles.BACKWARD, capability, head_dim)
         back = Backward(call, call.query, call.query, logsumexp, pair, capability)
         yield f"backward keys {name}", back.keys_launch(call.key, call.value)
         yield f"backward rows {name}", back.rows_launch(call.query)

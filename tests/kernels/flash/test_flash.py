@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -144,6 +145,20 @@ CASES = {
         (torch.arange(41) // 9,),
     ),
 }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["gathered by position", "learned bias for all"])
+def test_gradients_by_row_and_key_are_the_same_in_slices_of_rows(name, monkeypatch):
+    fields, captures = CASES[name]
+    fields = {**fields, "captures": tuple(replace(c, grad=True) for c in fields["captures"])}
+    monkeypatch.setattr(gradients, "PAIR_ELEMENTS", 0)
+    launched = []
+    original = gradients.Backward.pairs_launch
+    monkeypatch.setattr(
+        gradients.Backward, "pairs_launch", lambda self, *some: launched.append(some[3]) or original(self, *some)
+    )
+    compare(AttentionSpec(**fields), captures)
+    assert launched == ([0, 16, 32] if name == "gathered by position" else [0])
 
 
 @pytest.mark.parametrize("name", CASES)

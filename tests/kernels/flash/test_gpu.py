@@ -5,10 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
+from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import tier
+from attnfx.kernels.flash import blocks, tier
 from attnfx.kernels.flash.forward import forward_kernel
-from attnfx.spec import AttentionSpec
+from attnfx.spec import AttentionSpec, I, J
 from tests.kernels.flash.test_flash import CASES, CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding, whole
 from tests.support import error, new_reports
 
@@ -78,6 +79,21 @@ def test_decoding(queries, dtype):
     assert tier.supports_decode(call) is None
     want = whole(call.spec, *(x.double() for x in (call.query, call.key, call.value)))
     assert error([tier.forward_decode(call)[0].double()], [want]) <= TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("queries", [4, 200])
+def test_every_path_draws_the_same_dropout(queries):
+    spec = AttentionSpec(score=masked(A.ge(A.add(I, A.const(100)), J)), dropout=0.3, out_dtype="float16")
+    some = inputs(torch.float16, queries, 300, 64, 64)
+    call = Call(spec, *some, (), (), torch.tensor([2**40 + 7], device="cuda"))
+    out, logsumexp = tier.forward(call)
+    grad = torch.randn_like(out)
+    got = [out, *tier.backward(call, grad, out, logsumexp)[:3]]
+    want_out, want_logsumexp = blocks.forward(call)
+    want = [want_out, *blocks.backward(call, grad, want_out, want_logsumexp)[:3]]
+    if tier.supports_decode(call) is None:
+        got, want = [*got, tier.forward_decode(call)[0]], [*want, want_out]
+    assert error([x.double() for x in got], [x.double() for x in want]) <= 4e-3
 
 
 def attention(q, k, v):

@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfx import pipeline
-from attnfx.cost.gpu import Gpu
+from attnfx import deciding
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
@@ -16,6 +15,7 @@ from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
 from attnfx.mask import summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+from attnfx.targets import Target
 from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, rand, tensors, whole
 from tests.support import new_reports
 
@@ -187,7 +187,7 @@ def passes(monkeypatch):
     seen, original = [], tier.summarise
     monkeypatch.setattr(tier, "summarise", lambda *some: seen.append(1) or original(*some))
     monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))
-    monkeypatch.setattr(pipeline, "rates", lambda device: Gpu(90, 132, 1.98, 3350.0))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
     return seen
 
 
