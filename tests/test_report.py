@@ -224,7 +224,7 @@ def test_torch_logs_and_the_structured_trace_show_the_stages(tmp_path):
     done = subprocess.run(
         [sys.executable, str(script)], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert "traced a graph" in done.stderr and "attention_0 at script.py:3: library" in done.stderr
+    assert "traced a graph" in done.stderr and "attention_0 at script.py:3: chunked" in done.stderr
     log = "".join(f.read_text() for f in tmp_path.glob("*.log"))
     artifacts = [f'"name": "attnfx_{stage}"' for stage in ("traced", "lifted", "rewritten", "report")]
     assert [a for a in artifacts if a not in log] == []
