@@ -1,0 +1,167 @@
+"""When each stored value of a step is allocated and released, and what is alive at each moment.
+
+A phase is one compiled graph: its kernels in the order they run. A value is allocated before the kernel that writes it
+and released after the last kernel that reads it or a view of it, so that a kernel's operands and results are alive
+together. A loop whose operand dies in it writes its result over the operand, where both are of one size.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from attnfx.memory.fusion import Kernel
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One run of a compiled graph.
+
+    name      "forward" or "backward", with a number where there are several graphs
+    kernels   in the order they run
+    kept      values that stay when it has run: its outputs
+    released  values from before that it owns: each is released after its last reader here
+    """
+
+    name: str
+    kernels: tuple[Kernel, ...]
+    kept: frozenset[str]
+    released: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Event:
+    """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase."""
+
+    value: str
+    bytes: int
+    kernel: str
+    phase: str
+    where: str = ""
+
+
+def events(phases: Sequence[Phase]) -> list[Event]:
+    """The allocator's events of a step, in order."""
+    out: list[Event] = []
+    for phase in phases:
+        out += _phase(phase)
+    return out
+
+
+def peak(found: Iterable[Event], start: int = 0) -> int:
+    """The most bytes alive at once, from `start` on."""
+    now = most = start
+    for e in found:
+        now += e.bytes
+        most = max(most, now)
+    return most
+
+
+def _last_readers(kernels: Sequence[Kernel]) -> dict[str, int]:
+    last: dict[str, int] = {}
+    for n, k in enumerate(kernels):
+        for value in (*k.reads, *k.changes, *(w.name for w in k.writes)):
+            last[value] = n
+    return last
+
+
+def _phase(phase: Phase) -> list[Event]:
+    last = _last_readers(phase.kernels)
+    alive = dict(phase.released)
+    out: list[Event] = []
+
+    def event(value: str, size: int, kernel: Kernel | None) -> None:
+        if size:
+            out.append(Event(value, size, kernel.name if kernel else "", phase.name, kernel.where if kernel else ""))
+
+    for value in phase.released:
+        if value not in last and value not in phase.kept:
+            event(value, -alive.pop(value), None)
+    for n, k in enumerate(phase.kernels):
+        dying = [v for v in dict.fromkeys((*k.reads, *k.changes)) if last[v] == n and v in alive]
+        dying = [v for v in dying if v not in phase.kept]
+        free = list(dying) if k.loop else []
+        for w in k.writes:
+            taken = next((v for v in free if alive[v] == w.bytes), None)
+            if taken is not None:  # written in place: the memory changes its name
+                free.remove(taken)
+                dying.remove(taken)
+                del alive[taken]
+                if w.bytes:
+                    out.append(Event(taken, -w.bytes, k.name, phase.name, k.where))
+            event(w.name, w.bytes, k)
+            alive[w.name] = w.bytes
+        event(f"workspace of {k.name}", k.workspace, k)
+        event(f"workspace of {k.name}", -k.workspace, k)
+        for v in dying:
+            event(v, -alive.pop(v), k)
+        for w in k.writes:
+            if last[w.name] == n and w.name not in phase.kept:
+                event(w.name, -alive.pop(w.name), k)
+    return out
+
+
+def least_peak(phase: Phase) -> Phase:
+    """The phase in the better of two orders: its own, and the one that always runs the kernel which leaves the least.
+
+    Inductor chooses its order the same way (torch/_inductor/memory.py), after the algorithm of Lee et al., "Buffer
+    memory optimization for video codec application modeled in Simulink", DAC 2006.
+    """
+    greedy = Phase(phase.name, tuple(_greedy(phase)), phase.kept, phase.released)
+    start = sum(phase.released.values())
+    return min((phase, greedy), key=lambda p: peak(_phase(p), start))
+
+
+def _greedy(phase: Phase) -> list[Kernel]:
+    kernels = phase.kernels
+    size = dict(phase.released) | {w.name: w.bytes for k in kernels for w in k.writes}
+    writer = {w.name: n for n, k in enumerate(kernels) for w in k.writes}
+    uses = [tuple(dict.fromkeys((*k.reads, *k.changes))) for k in kernels]
+    after: dict[int, set[int]] = defaultdict(set)
+    changed: dict[str, int] = {}
+    for n, k in enumerate(kernels):
+        for v in uses[n]:
+            for before in (writer.get(v), changed.get(v)):
+                if before is not None and before != n:
+                    after[before].add(n)
+        for v in k.changes:  # after all that read the old value
+            for m in range(n):
+                if v in uses[m]:
+                    after[m].add(n)
+            changed[v] = n
+    waiting = Counter(m for followers in after.values() for m in followers)
+    readers: dict[str, set[int]] = {}
+    for n, used in enumerate(uses):
+        for v in used:
+            readers.setdefault(v, set()).add(n)
+    made = [sum(w.bytes for w in k.writes) for k in kernels]
+    idle = [sum(w.bytes for w in k.writes if w.name not in readers and w.name not in phase.kept) for k in kernels]
+
+    def freed(n: int) -> int:
+        return idle[n] + sum(
+            size[v] for v in uses[n] if v in size and v not in phase.kept and readers[v] == {n}
+        )  # fmt: skip
+
+    gain = [freed(n) for n in range(len(kernels))]
+    ready = {n for n in range(len(kernels)) if not waiting[n]}
+    live = sum(phase.released.values())
+    most = max(live, sum(size.get(v, 0) for v in phase.kept))
+    order: list[int] = []
+    while ready:
+        room = most - live
+        n = min(ready, key=lambda m: (made[m] if made[m] > room else 0, made[m] - gain[m], m))
+        ready.remove(n)
+        order.append(n)
+        live += made[n]
+        most = max(most, live)
+        live -= gain[n]
+        for v in uses[n]:
+            readers[v].discard(n)
+            if len(readers[v]) == 1 and v in size and v not in phase.kept:
+                gain[next(iter(readers[v]))] += size[v]
+        for m in after[n]:
+            waiting[m] -= 1
+            if not waiting[m]:
+                ready.add(m)
+    return [kernels[n] for n in order]
