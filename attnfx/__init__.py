@@ -2,6 +2,7 @@
 
 torch.compile(model, backend="attnfx")                       rewrites what pays
 attnfx.explain(model)(*inputs)                               says what would be done, and why not
+attnfx.Target.by_name("h100-sxm")                            a device to decide for
 attnfx.reports()                                             what was done in this process
 attnfx.attention(query, key, value, spec, captures)          the operator itself
 """
@@ -17,16 +18,17 @@ if TYPE_CHECKING:
     from attnfx.options import Options
     from attnfx.report import Decision, Refusal, Report, Site, reports
     from attnfx.spec import AttentionSpec
+    from attnfx.targets import Target
 
 _HOMES = {
     "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors",
     "Options": "options", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
-    "attention": "kernels.operator", "explain": "explanation", "reports": "report",
+    "Target": "targets", "attention": "kernels.operator", "explain": "explanation", "reports": "report",
 }  # fmt: skip
 
 __all__ = [
     "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report",
-    "Site", "attention", "explain", "reports",
+    "Site", "Target", "attention", "explain", "reports",
 ]  # fmt: skip
 
 

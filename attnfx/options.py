@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from attnfx.errors import OptionError
+from attnfx.targets import Target
+from attnfx.targets.records import key
 
 Rewrite: TypeAlias = Literal["cost", "always", "never"]
 Tier: TypeAlias = Literal["flash", "decode", "library", "chunked", "kept"]
@@ -32,7 +34,8 @@ class Options:
 
     Attributes:
         rewrite: Rewrite a site where it is predicted to help ("cost"), wherever it is sound ("always"), or nowhere.
-        target: The device to decide for; "auto" is the one that the graph's tensors are on.
+        target: The device to decide for; "auto" is the one that the graph's tensors are on. A record's name or the path
+            of a JSON file becomes its `Target`.
         tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
         memory_budget: The peak that the compiled step must fit; None is no limit.
         verify: "first" compares each rewritten site with the original subgraph on its first call.
@@ -45,7 +48,7 @@ class Options:
     """
 
     rewrite: Rewrite = "cost"
-    target: str = "auto"
+    target: str | Target = "auto"
     tiers: tuple[Tier, ...] = TIERS
     memory_budget: None = None
     verify: Verify = "off"
@@ -147,12 +150,19 @@ def _listed(values: Iterable[str]) -> str:
     return ", ".join(map(repr, values))
 
 
-def _target(source: str, value: object) -> str:
-    if value == "auto":
-        return "auto"
-    if isinstance(value, str) and difflib.SequenceMatcher(None, value.lower(), "auto").ratio() > 0.7:
+def _target(source: str, value: object) -> str | Target:
+    if value == "auto" or isinstance(value, Target):
+        return value  # pyright: ignore[reportReturnType]
+    if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
+        raise OptionError(f"{source}: {value!r} is not a target, the nearest is 'auto' (or a name such as 'h100-sxm')")
+    text = os.fsdecode(value)
+    if difflib.SequenceMatcher(None, key(text), "auto").ratio() > 0.7:
         raise OptionError(f"{source}: {value!r} is not valid, the nearest is 'auto'")
-    raise OptionError(f"{source}: {value!r} is not available in this version, only 'auto' is")
+    try:
+        is_file = text.endswith(".json") or os.path.dirname(text) or not isinstance(value, str)
+        return Target.from_json(text) if is_file else Target.by_name(text)
+    except OptionError as problem:
+        raise OptionError(f"{source}: {problem}") from problem
 
 
 def _tiers(source: str, value: object) -> tuple[str, ...]:
