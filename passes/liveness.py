@@ -7,24 +7,25 @@ kernel) is read off Inductor's own tables of lowerings.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 
+from attnfx.memory.attention import workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
+from attnfx.spec import from_json
 
 # torch/_inductor/ir.py, StorageBox.should_realize_on_reuse
 HEAVY = frozenset("exp log log10 log1p log2 sigmoid tanh".split())
 REDUCTIONS = frozenset("sum mean prod amax amin max min var var_mean any all argmax argmin xor_sum".split())
 # Lowered, but to a call of a kernel, or to writes at computed places.
-KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod index_put "
-                    "index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ copy_ "
+KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod "
                     "_scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
-SCATTERS = frozenset("index_put scatter scatter_add scatter_reduce".split())
+SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ "
+                     "_unsafe_index_put _unsafe_masked_index_put_accumulate copy_".split())  # fmt: skip
 
 
 def number(n: Any) -> int:
@@ -49,8 +50,25 @@ def numel(x: torch.Tensor) -> int:
     return out
 
 
-def read(gm: GraphModule, workspace: Callable[[Node], int] = lambda _: 0) -> Graph:
-    """The records of a graph. `workspace` gives the bytes that a kernel takes while it runs."""
+def attention_workspace(n: Node, cpu: bool) -> int:
+    """The bytes that one of attnfx's operators takes while it runs; 0 for any other."""
+    name = op_name(n)
+    if not name.startswith("attnfx::attention"):
+        return 0
+    tensors = [x.meta["val"] for x in n.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
+    texts = [a for a in n.args if isinstance(a, str)]
+    backward = name.endswith("backward")
+    if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
+        return max((tensor_bytes(x) for x in tensors), default=0)  # blocks of whole rows: about an operand
+    query, key, value = tensors[1:4] if backward else tensors[:3]
+    b, h, t, d = map(number, query.shape)
+    dims = {"B": b, "H": h, "T": t, "D": d, "G": number(key.shape[1]), "S": number(key.shape[2])}
+    dims["Dv"] = number(value.shape[3])
+    return workspace(from_json(texts[0]), dims, query.element_size(), texts[1].split(",")[0], backward, cpu)
+
+
+def read(gm: GraphModule, cpu: bool) -> Graph:
+    """The records of a graph that will run on a CPU, or on a GPU."""
     ops: list[Op] = []
     held: set[str] = set()
     outputs: tuple[str, ...] = ()
@@ -58,7 +76,7 @@ def read(gm: GraphModule, workspace: Callable[[Node], int] = lambda _: 0) -> Gra
         if n.op == "output":
             outputs = _outputs(n, held)
             continue
-        made = _op(n, held, workspace)
+        made = _op(n, held, cpu)
         if made is not None:
             ops.append(made)
             held.update(r.name for r in made.results)
@@ -95,7 +113,7 @@ def _results(n: Node) -> tuple[Result, ...]:
     )
 
 
-def _op(n: Node, held: set[str], workspace: Callable[[Node], int]) -> Op | None:
+def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if n.name in held:  # a part that its operator has named already
         return None
     reads = tuple(x.name for x in n.all_input_nodes if x.name in held)
@@ -116,16 +134,16 @@ def _op(n: Node, held: set[str], workspace: Callable[[Node], int]) -> Op | None:
     if changes and all(isinstance(r, Node) for r in n.args[:1]):
         results = tuple(Result(r.name, 0) for r in results)
     name, inner, rows = op_name(n), 1, True
-    if name in SCATTERS:  # written over a copy of its first operand; over a constant, nothing is copied
+    if kind == "scatter":  # written over a copy of its first operand; over a constant, nothing is copied
         first = n.args[0]
-        if isinstance(first, Node) and not first.all_input_nodes:
+        if isinstance(first, Node) and not first.all_input_nodes and first.op != "placeholder":
             reads = tuple(r for r in reads if r != first.name)
     value = n.meta["val"]
     outer = numel(value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor)))
     if kind == "reduce":
         inner, rows = _reduced(n, outer)
     return Op(
-        n.name, kind, reads, results, outer, inner, rows, changes, workspace(n) if kind == "kernel" else 0,
+        n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
         name in HEAVY, name, where,
     )  # fmt: skip
 
@@ -142,6 +160,8 @@ def is_view(n: Node) -> bool:
 def kind_of(n: Node) -> Kind:
     from torch._inductor.lowering import fallbacks, lowerings
 
+    if op_name(n) in SCATTERS:
+        return "scatter"
     if op_name(n) in KERNELS or n.target in fallbacks or n.target not in lowerings:
         return "kernel"
     return "reduce" if op_name(n) in REDUCTIONS and _whole(n) else "loop"

@@ -18,10 +18,17 @@ from attnfx.memory.ops import Graph, Op, Result
 # CPU twin), max_fusion_size
 READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
 
+OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
+
 
 @dataclass(frozen=True)
 class Kernel:
-    """Operations that run as one. It reads and writes stored values; `loop` where it may write in place."""
+    """Operations that run as one. It reads and writes stored values.
+
+    loop      the compiler's own code: it may write over an operand that dies
+    scatter   of those, one that writes to computed places: nothing is written over its operands or its results
+    own       the compiler allocates its results, not the kernel
+    """
 
     name: str
     reads: tuple[str, ...]
@@ -29,6 +36,8 @@ class Kernel:
     changes: tuple[str, ...] = ()
     workspace: int = 0
     loop: bool = False
+    scatter: bool = False
+    own: bool = False
     where: str = ""
     target: str = ""
 
@@ -38,7 +47,7 @@ def unfused(graph: Graph) -> list[Kernel]:
     base = graph.bases()
     return [
         Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
-               tuple(base[c] for c in op.changes), op.workspace, False, op.where, op.target)
+               tuple(base[c] for c in op.changes), op.workspace, where=op.where, target=op.target)
         for op in graph.ops if op.kind not in ("input", "view")
     ]  # fmt: skip
 
@@ -89,7 +98,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
         if op.kind in ("input", "view"):
             continue
         sources = list(dict.fromkeys(base[r] for r in op.reads))
-        if op.kind == "kernel":
+        if op.kind in ("kernel", "scatter"):
             for s in sources:
                 store(s)
             loops[op.name] = _Loop(op, set(sources), True)
@@ -209,8 +218,11 @@ def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
         first = group.loops[0].op
         changes = tuple(base[c] for x in group.loops for c in x.op.changes)
         workspace = sum(x.op.workspace for x in group.loops)
-        made.append((g, Kernel(first.name, tuple(reads), writes, changes, workspace, not group.alone, first.where,
-                               first.target)))  # fmt: skip
+        made.append((g, Kernel(
+            first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel", first.kind == "scatter",
+            first.kind != "kernel" or first.target in OUT,
+            first.where, first.target,
+        )))  # fmt: skip
     return _sorted(made)
 
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from attnfx.memory.fusion import Kernel
+
+
+WORKSPACE = "workspace of "
 
 
 @dataclass(frozen=True)
@@ -22,30 +25,42 @@ class Phase:
     kernels   in the order they run
     kept      values that stay when it has run: its outputs
     released  values from before that it owns: each is released after its last reader here
+    arrives   values that come with its call (the gradients of the outputs); it owns them too
+    batched   loops that follow each other run as one function, and what dies in one is released after the last: so
+              Inductor compiles them for a CPU (torch/_inductor/codegen/cpp.py, KernelGroup)
+    hands_on  what dies waits to be written over by a later value of its size, where that does not raise the peak
     """
 
     name: str
     kernels: tuple[Kernel, ...]
     kept: frozenset[str]
     released: Mapping[str, int] = field(default_factory=dict)
+    arrives: Mapping[str, int] = field(default_factory=dict)
+    batched: bool = False
+    hands_on: bool = False
 
 
 @dataclass(frozen=True)
 class Event:
-    """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase."""
+    """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase.
+
+    own   the compiler allocates it, so it may hand it the memory of a value that died before
+    """
 
     value: str
     bytes: int
     kernel: str
     phase: str
     where: str = ""
+    own: bool = False
 
 
 def events(phases: Sequence[Phase]) -> list[Event]:
     """The allocator's events of a step, in order."""
     out: list[Event] = []
     for phase in phases:
-        out += _phase(phase)
+        found = _phase(phase)
+        out += _handed_on(found, sum(phase.released.values())) if phase.hands_on else found
     return out
 
 
@@ -68,37 +83,101 @@ def _last_readers(kernels: Sequence[Kernel]) -> dict[str, int]:
 
 def _phase(phase: Phase) -> list[Event]:
     last = _last_readers(phase.kernels)
-    alive = dict(phase.released)
+    alive = {**phase.released, **phase.arrives}
     out: list[Event] = []
 
-    def event(value: str, size: int, kernel: Kernel | None) -> None:
-        if size:
-            out.append(Event(value, size, kernel.name if kernel else "", phase.name, kernel.where if kernel else ""))
+    own = {w.name for k in phase.kernels if k.own for w in k.writes}
 
-    for value in phase.released:
+    def event(value: str, size: int, kernel: Kernel | None) -> None:
+        name, where = (kernel.name, kernel.where) if kernel else ("", "")
+        if size:
+            out.append(Event(value, size, name, phase.name, where, value in own))
+
+    for value, size in phase.arrives.items():
+        event(value, size, None)
+    for value in list(alive):
         if value not in last and value not in phase.kept:
             event(value, -alive.pop(value), None)
+    fixed = {w.name for k in phase.kernels if k.scatter for w in k.writes}
+    late: list[tuple[str, Kernel]] = []
+
+    def release(value: str, kernel: Kernel) -> None:
+        if phase.batched and kernel.loop:
+            late.append((value, kernel))
+        else:
+            event(value, -alive.pop(value), kernel)
+
+    def flush() -> None:
+        for value, kernel in late:
+            event(value, -alive.pop(value), kernel)
+        late.clear()
+
     for n, k in enumerate(phase.kernels):
+        if not k.loop:
+            flush()
         dying = [v for v in dict.fromkeys((*k.reads, *k.changes)) if last[v] == n and v in alive]
         dying = [v for v in dying if v not in phase.kept]
-        free = list(dying) if k.loop else []
+        free = [v for v in dying if v not in fixed] if k.loop and not k.scatter else []
         for w in k.writes:
             taken = next((v for v in free if alive[v] == w.bytes), None)
             if taken is not None:  # written in place: the memory changes its name
                 free.remove(taken)
                 dying.remove(taken)
                 del alive[taken]
-                if w.bytes:
-                    out.append(Event(taken, -w.bytes, k.name, phase.name, k.where))
+                event(taken, -w.bytes, k)
             event(w.name, w.bytes, k)
             alive[w.name] = w.bytes
-        event(f"workspace of {k.name}", k.workspace, k)
-        event(f"workspace of {k.name}", -k.workspace, k)
+        event(f"{WORKSPACE}{k.name}", k.workspace, k)
+        event(f"{WORKSPACE}{k.name}", -k.workspace, k)
         for v in dying:
-            event(v, -alive.pop(v), k)
+            release(v, k)
         for w in k.writes:
             if last[w.name] == n and w.name not in phase.kept:
-                event(w.name, -alive.pop(w.name), k)
+                release(w.name, k)
+    flush()
+    return out
+
+
+def _handed_on(found: list[Event], start: int) -> list[Event]:
+    """The events where a value takes over the memory of the last one of its size that died: neither is an event then.
+
+    As torch/_inductor/codegen/wrapper.py does it (AllocateLine.should_reuse_buffer), which knows nothing of workspaces.
+    """
+    level, known = [], start
+    for e in found:
+        known += 0 if e.value.startswith(WORKSPACE) else e.bytes
+        level.append(known)
+    most = max(level, default=0)
+    dead: dict[int, list[int]] = defaultdict(list)
+    gone: set[int] = set()
+    for n, e in enumerate(found):
+        if e.value.startswith(WORKSPACE):
+            continue
+        if e.bytes < 0 and e.own:
+            dead[-e.bytes].append(n)
+        elif e.bytes > 0 and e.own and dead[e.bytes]:
+            before = dead[e.bytes][-1]
+            if max(level[before:n]) + e.bytes <= most:
+                dead[e.bytes].pop()
+                gone |= {before, n}
+                for m in range(before, n):
+                    level[m] += e.bytes
+    return _renamed(found, gone)
+
+
+def _renamed(found: list[Event], gone: set[int]) -> list[Event]:
+    """Without the events that are gone; a release bears the name that its memory was allocated under."""
+    out: list[Event] = []
+    free: dict[int, list[str]] = defaultdict(list)
+    first: dict[str, str] = {}
+    for n, e in enumerate(found):
+        if n in gone:
+            if e.bytes < 0:
+                free[-e.bytes].append(first.pop(e.value, e.value))
+            else:
+                first[e.value] = free[e.bytes].pop()
+        else:
+            out.append(replace(e, value=first.pop(e.value, e.value)) if e.bytes < 0 else e)
     return out
 
 
@@ -108,14 +187,14 @@ def least_peak(phase: Phase) -> Phase:
     Inductor chooses its order the same way (torch/_inductor/memory.py), after the algorithm of Lee et al., "Buffer
     memory optimization for video codec application modeled in Simulink", DAC 2006.
     """
-    greedy = Phase(phase.name, tuple(_greedy(phase)), phase.kept, phase.released)
+    greedy = replace(phase, kernels=tuple(_greedy(phase)))
     start = sum(phase.released.values())
     return min((phase, greedy), key=lambda p: peak(_phase(p), start))
 
 
 def _greedy(phase: Phase) -> list[Kernel]:
     kernels = phase.kernels
-    size = dict(phase.released) | {w.name: w.bytes for k in kernels for w in k.writes}
+    size = {**phase.released, **phase.arrives} | {w.name: w.bytes for k in kernels for w in k.writes}
     writer = {w.name: n for n, k in enumerate(kernels) for w in k.writes}
     uses = [tuple(dict.fromkeys((*k.reads, *k.changes))) for k in kernels]
     after: dict[int, set[int]] = defaultdict(set)
@@ -145,7 +224,7 @@ def _greedy(phase: Phase) -> list[Kernel]:
 
     gain = [freed(n) for n in range(len(kernels))]
     ready = {n for n in range(len(kernels)) if not waiting[n]}
-    live = sum(phase.released.values())
+    live = sum(phase.released.values()) + sum(phase.arrives.values())
     most = max(live, sum(size.get(v, 0) for v in phase.kept))
     order: list[int] = []
     while ready:

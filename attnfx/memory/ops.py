@@ -9,8 +9,9 @@ from typing import Literal
 # view    another look at its first operand's memory
 # loop    one element of the result from a few of the operands: the compiler can inline it where it is read
 # reduce  a loop that adds up (or takes the largest of) `inner` elements for each element of the result
+# scatter a loop that writes to computed places, into a copy of its first operand
 # kernel  anything else: it reads memory and writes memory
-Kind = Literal["input", "view", "loop", "reduce", "kernel"]
+Kind = Literal["input", "view", "loop", "reduce", "scatter", "kernel"]
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,154 @@
+"""The graphs that a model's step is compiled to, traced without running it: nothing is allocated at full size.
+
+Parameters, buffers and inputs become fake tensors on the CPU, in a copy of the model that shares nothing with it but
+its other attributes; a parameter on "meta" is as good as a real one.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map, tree_map_only
+
+from attnfx import pipeline
+from attnfx.options import Options
+from attnfx.report import Report
+
+
+@dataclass
+class Captured:
+    """One graph of Dynamo, rewritten, as AOTAutograd makes it and Inductor's joint passes leave it.
+
+    joint       forward and backward in one graph, where there is a backward pass; else None
+    forward     the graph of an inference; None where there is a backward pass
+    arguments   what a partitioner of the joint graph is called with beside it
+    report      what attnfx did with it
+    """
+
+    report: Report
+    joint: GraphModule | None = None
+    forward: GraphModule | None = None
+    arguments: dict[str, Any] = field(default_factory=dict)
+    parameters: frozenset[str] = frozenset()  # inputs that stay where they are from one step to the next
+
+
+class Done(Exception):
+    """Nothing more is wanted of the compiler."""
+
+
+class Partitioner(CustomPartitionerFn):
+    """Calls a function with the joint graph and what a partitioner is called with."""
+
+    def __init__(self, function: Callable[..., tuple[GraphModule, GraphModule]], key: object):
+        self.function, self.key = function, key
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        return self.function(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> object:
+        return self.key
+
+
+def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options,
+            train: bool) -> list[Captured]:  # fmt: skip
+    """The graphs of one call of `model`, in the order in which they run.
+
+    Raises what the model raises on fake tensors, and what attnfx does.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    with mode:
+        model, args, kwargs = fakes((model, args, kwargs), mode)
+    found: list[Captured] = []
+
+    def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        result = pipeline.run(gm, options)
+        made = Captured(result.report)
+        found.append(made)
+        try:
+            lower(result.gm if result.gm is not None else copy.deepcopy(gm), list(example_inputs), made)
+        except Done:
+            pass
+        return _stand_ins(gm)
+
+    with mode, torch.set_grad_enabled(train), _quiet():
+        torch._dynamo.reset()
+        try:
+            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+        finally:
+            torch._dynamo.reset()
+    return found
+
+
+def lower(gm: GraphModule, example_inputs: list[Any], into: Captured) -> None:
+    """Bring a graph of pre-dispatch ATen to what Inductor would be given, and stop there. Raises Done."""
+    import torch._inductor.compile_fx as inductor
+
+    def partition(joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        into.joint, into.arguments = joint, {"joint_inputs": joint_inputs, **kwargs}
+        raise Done
+
+    def inner(graph: GraphModule, _: Sequence[Any], **kwargs: Any):
+        into.forward = graph
+        raise Done
+
+    inductor.compile_fx(
+        gm, example_inputs, inner_compile=inner,
+        config_patches={"custom_partitioner_fn": Partitioner(partition, "capture"), "force_disable_caches": True},
+    )  # fmt: skip
+
+
+def fakes(tree: Any, mode: FakeTensorMode) -> Any:
+    """A copy whose tensors are fake ones on the CPU, those of modules included."""
+    memo: dict[int, Any] = {}
+
+    def fake(x: torch.Tensor) -> torch.Tensor:
+        if id(x) not in memo:
+            made = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+            if isinstance(x, nn.Parameter):
+                made = nn.Parameter(made, requires_grad=x.requires_grad)
+            else:
+                made.requires_grad_(x.requires_grad and x.dtype.is_floating_point)
+            memo[id(x)] = made
+        return memo[id(x)]
+
+    def module(x: Any) -> Any:
+        if not isinstance(x, nn.Module):
+            return x
+        for tensor in (*x.parameters(), *x.buffers()):
+            fake(tensor)
+        return copy.deepcopy(x, memo)
+
+    tree = tree_map(module, tree, is_leaf=lambda x: isinstance(x, nn.Module))
+    return tree_map_only(torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else fake(x), tree)
+
+
+def _stand_ins(gm: GraphModule) -> Callable[..., Any]:
+    """A function with the outputs of the graph, fake."""
+    outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
+
+    def value(x: Any) -> Any:
+        held = x.meta.get("example_value") if isinstance(x, Node) else x
+        return pipeline.number(held) if isinstance(held, torch.SymInt) else held
+
+    return lambda *_: tree_map(value, outputs, is_leaf=lambda x: isinstance(x, Node))
+
+
+@contextmanager
+def _quiet():
+    """Dynamo logs the end that `Done` puts to a compilation as an error."""
+    previous = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        yield
+    finally:
+        logging.disable(previous)
