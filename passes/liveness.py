@@ -140,6 +140,8 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
             reads = tuple(r for r in reads if r != first.name)
     value = n.meta["val"]
     outer = numel(value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor)))
+    if kind == "scatter":
+        outer = numel(n.all_input_nodes[-1].meta["val"])
     if kind == "reduce":
         inner, rows = _reduced(n, outer)
     return Op(

@@ -22,7 +22,7 @@ def workspace(
     if tier == "library":
         whole = rows * dims["Dv"] * element
         names = {n for e in spec.programs for n in e.free}
-        if not names & {"i", "j"}:
+        if "i" not in names:
             return whole  # the fused kernel's own result, before it becomes the operator's
         block = min(BLOCK, dims["T"])
         each = (dims["B"] if "b" in names else 1) * (dims["H"] if "h" in names else 1)

@@ -26,7 +26,7 @@ class Kernel:
     """Operations that run as one. It reads and writes stored values.
 
     loop      the compiler's own code: it may write over an operand that dies
-    scatter   of those, one that writes to computed places: nothing is written over its operands or its results
+    scatters  results that it writes to computed places: they lie over nothing, and nothing over them
     own       the compiler allocates its results, not the kernel
     """
 
@@ -36,7 +36,7 @@ class Kernel:
     changes: tuple[str, ...] = ()
     workspace: int = 0
     loop: bool = False
-    scatter: bool = False
+    scatters: tuple[str, ...] = ()
     own: bool = False
     where: str = ""
     target: str = ""
@@ -98,14 +98,14 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
         if op.kind in ("input", "view"):
             continue
         sources = list(dict.fromkeys(base[r] for r in op.reads))
-        if op.kind in ("kernel", "scatter"):
+        if op.kind == "kernel":
             for s in sources:
                 store(s)
             loops[op.name] = _Loop(op, set(sources), True)
             continue
         inlined = [bodies[s] for s in sources if s in bodies]
         reads = frozenset(s for s in sources if s not in bodies).union(*(b.reads for b in inlined))
-        if op.kind == "reduce":
+        if op.kind in ("reduce", "scatter") or (op.target == "cat" and not inlined):
             loops[op.name] = _Loop(op, set(reads), False)
             continue
         body = _Body(
@@ -219,7 +219,8 @@ def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
         changes = tuple(base[c] for x in group.loops for c in x.op.changes)
         workspace = sum(x.op.workspace for x in group.loops)
         made.append((g, Kernel(
-            first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel", first.kind == "scatter",
+            first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
+            tuple(x.op.name for x in group.loops if x.op.kind == "scatter"),
             first.kind != "kernel" or first.target in OUT,
             first.where, first.target,
         )))  # fmt: skip

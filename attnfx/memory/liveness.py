@@ -7,7 +7,7 @@ together. A loop whose operand dies in it writes its result over the operand, wh
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -98,7 +98,7 @@ def _phase(phase: Phase) -> list[Event]:
     for value in list(alive):
         if value not in last and value not in phase.kept:
             event(value, -alive.pop(value), None)
-    fixed = {w.name for k in phase.kernels if k.scatter for w in k.writes}
+    fixed = {v for k in phase.kernels for v in k.scatters}
     late: list[tuple[str, Kernel]] = []
 
     def release(value: str, kernel: Kernel) -> None:
@@ -117,9 +117,9 @@ def _phase(phase: Phase) -> list[Event]:
             flush()
         dying = [v for v in dict.fromkeys((*k.reads, *k.changes)) if last[v] == n and v in alive]
         dying = [v for v in dying if v not in phase.kept]
-        free = [v for v in dying if v not in fixed] if k.loop and not k.scatter else []
+        free = [v for v in dying if v not in fixed] if k.loop else []
         for w in k.writes:
-            taken = next((v for v in free if alive[v] == w.bytes), None)
+            taken = next((v for v in free if alive[v] == w.bytes and w.name not in fixed), None)
             if taken is not None:  # written in place: the memory changes its name
                 free.remove(taken)
                 dying.remove(taken)
@@ -179,68 +179,3 @@ def _renamed(found: list[Event], gone: set[int]) -> list[Event]:
         else:
             out.append(replace(e, value=first.pop(e.value, e.value)) if e.bytes < 0 else e)
     return out
-
-
-def least_peak(phase: Phase) -> Phase:
-    """The phase in the better of two orders: its own, and the one that always runs the kernel which leaves the least.
-
-    Inductor chooses its order the same way (torch/_inductor/memory.py), after the algorithm of Lee et al., "Buffer
-    memory optimization for video codec application modeled in Simulink", DAC 2006.
-    """
-    greedy = replace(phase, kernels=tuple(_greedy(phase)))
-    start = sum(phase.released.values())
-    return min((phase, greedy), key=lambda p: peak(_phase(p), start))
-
-
-def _greedy(phase: Phase) -> list[Kernel]:
-    kernels = phase.kernels
-    size = {**phase.released, **phase.arrives} | {w.name: w.bytes for k in kernels for w in k.writes}
-    writer = {w.name: n for n, k in enumerate(kernels) for w in k.writes}
-    uses = [tuple(dict.fromkeys((*k.reads, *k.changes))) for k in kernels]
-    after: dict[int, set[int]] = defaultdict(set)
-    changed: dict[str, int] = {}
-    for n, k in enumerate(kernels):
-        for v in uses[n]:
-            for before in (writer.get(v), changed.get(v)):
-                if before is not None and before != n:
-                    after[before].add(n)
-        for v in k.changes:  # after all that read the old value
-            for m in range(n):
-                if v in uses[m]:
-                    after[m].add(n)
-            changed[v] = n
-    waiting = Counter(m for followers in after.values() for m in followers)
-    readers: dict[str, set[int]] = {}
-    for n, used in enumerate(uses):
-        for v in used:
-            readers.setdefault(v, set()).add(n)
-    made = [sum(w.bytes for w in k.writes) for k in kernels]
-    idle = [sum(w.bytes for w in k.writes if w.name not in readers and w.name not in phase.kept) for k in kernels]
-
-    def freed(n: int) -> int:
-        return idle[n] + sum(
-            size[v] for v in uses[n] if v in size and v not in phase.kept and readers[v] == {n}
-        )  # fmt: skip
-
-    gain = [freed(n) for n in range(len(kernels))]
-    ready = {n for n in range(len(kernels)) if not waiting[n]}
-    live = sum(phase.released.values()) + sum(phase.arrives.values())
-    most = max(live, sum(size.get(v, 0) for v in phase.kept))
-    order: list[int] = []
-    while ready:
-        room = most - live
-        n = min(ready, key=lambda m: (made[m] if made[m] > room else 0, made[m] - gain[m], m))
-        ready.remove(n)
-        order.append(n)
-        live += made[n]
-        most = max(most, live)
-        live -= gain[n]
-        for v in uses[n]:
-            readers[v].discard(n)
-            if len(readers[v]) == 1 and v in size and v not in phase.kept:
-                gain[next(iter(readers[v]))] += size[v]
-        for m in after[n]:
-            waiting[m] -= 1
-            if not waiting[m]:
-                ready.add(m)
-    return [kernels[n] for n in order]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from attnfx.memory.fusion import Kernel, fused, unfused
-from attnfx.memory.liveness import Event, Phase, events, least_peak
+from attnfx.memory.liveness import Event, Phase, events
 from attnfx.memory.ops import Graph, Result
 
 
@@ -65,7 +65,8 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
             return prefix + value
 
         kernels = _kernels(part.forward, cpu, inlining, forward_name)
-        forward.append(_ordered(Phase(f"forward{number}", kernels, frozenset(map(forward_name, kept)), batched=cpu and inlining, hands_on=inlining), inlining))
+        how = dict(batched=cpu and inlining, hands_on=inlining)
+        forward.append(Phase(f"forward{number}", kernels, frozenset(map(forward_name, kept)), **how))
         if part.backward is None:
             continue
         saved |= {forward_name(v): size[v] for v in kept - callers}
@@ -79,15 +80,11 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
             backward_name(op.name): op.results[0].bytes for op in part.backward.inputs if op.name not in held
         }  # fmt: skip
         stays = {backward_name(own[o]) for o in part.backward.outputs} | set(map(forward_name, callers | given))
-        backward.append(_ordered(Phase(
+        backward.append(Phase(
             f"backward{number}", _kernels(part.backward, cpu, inlining, backward_name), frozenset(stays),
-            {forward_name(v): size[v] for v in kept - callers}, arrive, cpu and inlining, inlining,
-        ), inlining))  # fmt: skip
+            {forward_name(v): size[v] for v in kept - callers}, arrive, **how,
+        ))  # fmt: skip
     return Step((*forward, *reversed(backward)), saved)
-
-
-def _ordered(phase: Phase, inlining: bool) -> Phase:
-    return least_peak(phase) if inlining else phase
 
 
 def _kernels(graph: Graph, cpu: bool, inlining: bool, name: Callable[[str], str]) -> tuple[Kernel, ...]:
@@ -95,6 +92,7 @@ def _kernels(graph: Graph, cpu: bool, inlining: bool, name: Callable[[str], str]
     return tuple(
         replace(
             k, reads=tuple(map(name, k.reads)), changes=tuple(map(name, k.changes)),
+            scatters=tuple(map(name, k.scatters)),
             writes=tuple(Result(name(w.name), w.bytes) for w in k.writes),
         )
         for k in made
