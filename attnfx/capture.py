@@ -32,14 +32,16 @@ class Captured:
     joint       forward and backward in one graph, where there is a backward pass; else None
     forward     the graph of an inference; None where there is a backward pass
     arguments   what a partitioner of the joint graph is called with beside it
-    report      what attnfx did with it
+    report      what attnfx did with it, under which options
+    problem     why the graph could not be brought that far; "" where it could
     """
 
     report: Report
     joint: GraphModule | None = None
     forward: GraphModule | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    parameters: frozenset[str] = frozenset()  # inputs that stay where they are from one step to the next
+    options: Options | None = None
+    problem: str = ""
 
 
 class Done(Exception):
@@ -72,20 +74,20 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
 
     def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
         result = pipeline.run(gm, options)
-        made = Captured(result.report)
+        made = Captured(result.report, options=options)
         found.append(made)
         try:
             lower(result.gm if result.gm is not None else copy.deepcopy(gm), list(example_inputs), made)
         except Done:
             pass
+        except Exception as problem:
+            made.problem = f"is not planned: {type(problem).__name__}: {str(problem).splitlines()[0]}"
         return _stand_ins(gm)
 
-    with mode, torch.set_grad_enabled(train), _quiet():
-        torch._dynamo.reset()
-        try:
-            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
-        finally:
-            torch._dynamo.reset()
+    # every capture is a new compilation of the same code: Dynamo's limit is for programs that recompile by mistake
+    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
+    with mode, torch.set_grad_enabled(train), _quiet(), limits:
+        torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
     return found
 
 

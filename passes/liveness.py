@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
 
 from attnfx.memory.attention import workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
@@ -48,6 +49,17 @@ def numel(x: torch.Tensor) -> int:
     for n in x.shape:
         out *= number(n)
     return out
+
+
+def flops(n: Node) -> int:
+    """Floating point operations of a kernel, by PyTorch's own formulas; 0 where it has none."""
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(getattr(n.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+    return int(formula(*args, **kwargs, out_val=n.meta["val"]))
 
 
 def attention_workspace(n: Node, cpu: bool) -> int:
@@ -139,14 +151,16 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         if isinstance(first, Node) and not first.all_input_nodes and first.op != "placeholder":
             reads = tuple(r for r in reads if r != first.name)
     value = n.meta["val"]
-    outer = numel(value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor)))
+    first = value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor))
+    dtype = str(first.dtype).removeprefix("torch.")
+    outer = numel(first)
     if kind == "scatter":
         outer = numel(n.all_input_nodes[-1].meta["val"])
     if kind == "reduce":
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
-        name in HEAVY, name, where,
+        name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def workspace(
             return whole  # the fused kernel's own result, before it becomes the operator's
         block = min(BLOCK, dims["T"])
         each = (dims["B"] if "b" in names else 1) * (dims["H"] if "h" in names else 1)
-        tile = block * dims["S"] * (8 + 8 * each)  # positions as int64; the mask and what it is made of
+        tile = block * dims["S"] * (8 + 10 * each)  # positions as int64; the mask, the one before, what it is made of
         part = whole * block // max(dims["T"], 1)
         if not backward:
             return tile + part

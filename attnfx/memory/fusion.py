@@ -38,6 +38,8 @@ class Kernel:
     loop: bool = False
     scatters: tuple[str, ...] = ()
     own: bool = False
+    flops: int = 0
+    dtype: str = "float32"
     where: str = ""
     target: str = ""
 
@@ -47,7 +49,7 @@ def unfused(graph: Graph) -> list[Kernel]:
     base = graph.bases()
     return [
         Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
-               tuple(base[c] for c in op.changes), op.workspace, where=op.where, target=op.target)
+               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where, target=op.target)
         for op in graph.ops if op.kind not in ("input", "view")
     ]  # fmt: skip
 
@@ -222,7 +224,7 @@ def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
             tuple(x.op.name for x in group.loops if x.op.kind == "scatter"),
             first.kind != "kernel" or first.target in OUT,
-            first.where, first.target,
+            first.flops, first.dtype, first.where, first.target,
         )))  # fmt: skip
     return _sorted(made)
 

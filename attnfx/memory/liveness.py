@@ -58,10 +58,13 @@ class Event:
 def events(phases: Sequence[Phase]) -> list[Event]:
     """The allocator's events of a step, in order."""
     out: list[Event] = []
+    gone: set[int] = set()
     for phase in phases:
         found = _phase(phase)
-        out += _handed_on(found, sum(phase.released.values())) if phase.hands_on else found
-    return out
+        if phase.hands_on:
+            gone |= {len(out) + n for n in _handed_on(found, sum(phase.released.values()))}
+        out += found
+    return _renamed(out, gone)
 
 
 def peak(found: Iterable[Event], start: int = 0) -> int:
@@ -138,8 +141,8 @@ def _phase(phase: Phase) -> list[Event]:
     return out
 
 
-def _handed_on(found: list[Event], start: int) -> list[Event]:
-    """The events where a value takes over the memory of the last one of its size that died: neither is an event then.
+def _handed_on(found: list[Event], start: int) -> set[int]:
+    """Where a value takes over the memory of the last one of its size that died: neither is an event then.
 
     As torch/_inductor/codegen/wrapper.py does it (AllocateLine.should_reuse_buffer), which knows nothing of workspaces.
     """
@@ -162,7 +165,7 @@ def _handed_on(found: list[Event], start: int) -> list[Event]:
                 gone |= {before, n}
                 for m in range(before, n):
                     level[m] += e.bytes
-    return _renamed(found, gone)
+    return gone
 
 
 def _renamed(found: list[Event], gone: set[int]) -> list[Event]:

@@ -35,6 +35,8 @@ class Op:
     workspace  bytes that are alive only while it runs
     heavy      an exponential or the like: a CPU does not compute it twice
     target     the operator's name
+    flops      of a kernel: floating point operations
+    dtype      of the result, without "torch."
     where      the module or line that it belongs to, for timelines
     """
 
@@ -49,6 +51,8 @@ class Op:
     workspace: int = 0
     heavy: bool = False
     target: str = ""
+    flops: int = 0
+    dtype: str = "float32"
     where: str = ""
 
 

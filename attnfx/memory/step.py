@@ -31,9 +31,12 @@ class Part:
 
 def _resized(graph: Graph, size: Callable[[str, int], int]) -> Graph:
     ops = tuple(
-        replace(op, results=tuple(Result(r.name, size(r.name, r.bytes)) for r in op.results)) if op.results else op
+        replace(
+            op, results=tuple(Result(r.name, size(r.name, r.bytes)) for r in op.results),
+            workspace=size(op.results[0].name, op.workspace) if op.results else 0,
+        )
         for op in graph.ops
-    )
+    )  # fmt: skip
     return Graph(ops, graph.outputs)
 
 
