@@ -9,12 +9,13 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import nn
+from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx import pipeline
 from attnfx.options import Options
+from attnfx.passes.recompute import copied
 from attnfx.report import Report
 
 
@@ -77,7 +79,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         made = Captured(result.report, options=options)
         found.append(made)
         try:
-            lower(result.gm if result.gm is not None else copy.deepcopy(gm), list(example_inputs), made)
+            lower(result.gm if result.gm is not None else copy.deepcopy(gm), list(example_inputs), made, options.inner)
         except Done:
             pass
         except Exception as problem:
@@ -91,22 +93,50 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     return found
 
 
-def lower(gm: GraphModule, example_inputs: list[Any], into: Captured) -> None:
-    """Bring a graph of pre-dispatch ATen to what Inductor would be given, and stop there. Raises Done."""
-    import torch._inductor.compile_fx as inductor
+def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str = "inductor") -> None:
+    """Bring a graph of pre-dispatch ATen to what the compiler of the rest would be given, and stop there: raises Done.
+
+    The graph is changed.
+    """
 
     def partition(joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
         into.joint, into.arguments = joint, {"joint_inputs": joint_inputs, **kwargs}
         raise Done
 
-    def inner(graph: GraphModule, _: Sequence[Any], **kwargs: Any):
+    def compiler(graph: GraphModule, _: Sequence[Any], **kwargs: Any):
         into.forward = graph
         raise Done
 
-    inductor.compile_fx(
-        gm, example_inputs, inner_compile=inner,
-        config_patches={"custom_partitioner_fn": Partitioner(partition, "capture"), "force_disable_caches": True},
-    )  # fmt: skip
+    compile_rest(gm, example_inputs, inner, {"force_disable_caches": True}, Partitioner(partition, "capture"), compiler)
+
+
+def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches: Mapping[str, Any] | None = None,
+                 partitioner: Partitioner | None = None, compiler: Callable[..., Any] | None = None) -> Any:  # fmt: skip
+    """Hand a graph to Inductor (or to AOTAutograd alone), with a partitioner and an inner compiler of one's own."""
+    if inner == "aot_eager":
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._dynamo.backends.debugging import boxed_nop
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        return aot_autograd(
+            fw_compiler=compiler or boxed_nop, partition_fn=partitioner or min_cut_rematerialization_partition,
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)  # fmt: skip
+    import torch._inductor.compile_fx as inductor
+
+    more = {} if compiler is None else {"inner_compile": compiler}
+    patches = dict(patches or {}) | ({} if partitioner is None else {"custom_partitioner_fn": partitioner})
+    return inductor.compile_fx(gm, example_inputs, config_patches=patches or None, **more)
+
+
+def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> Captured:
+    """A graph that a backend was given, brought as far, and left as it was. Raises what stands in the way."""
+    made = Captured(report, options=options)
+    mode = detect_fake_mode(list(example_inputs)) or TracingContext.get().fake_mode
+    # what a compiler notes in the context of a compilation must not reach the one that follows
+    with tracing(TracingContext(mode)), _quiet(), suppress(Done):
+        lower(GraphModule(gm, copied(gm.graph)), list(example_inputs), made, options.inner)
+    return made
 
 
 def fakes(tree: Any, mode: FakeTensorMode) -> Any:

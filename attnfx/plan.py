@@ -215,16 +215,17 @@ class Plan:
 
 
 def _on_gpu(resident: Resident, events: Sequence[Event]) -> Cache:
-    return replay([*resident.tensors, resident.state], events)
+    cache = replay([*resident.tensors, resident.state], events)
+    if resident.scratch:
+        cache.take(resident.scratch)
+    return cache
 
 
 def total(events: Sequence[Event], resident: Resident, target: Target) -> int:
     """The most bytes at once: of the step, and of the optimizer's after it."""
-    left = sum(e.bytes for e in events) + resident.scratch
-    if target.kind == "cpu":
-        return resident.total + max(peak(events), left)
-    cache = _on_gpu(resident, events)
-    return max(cache.peak, cache.allocated + resident.scratch)
+    if target.kind != "cpu":
+        return _on_gpu(resident, events).peak
+    return resident.total + max(peak(events), sum(e.bytes for e in events) + resident.scratch)
 
 
 def _events_at(way: Choice, table: sizes.Table, at: sizes.Sizes) -> list[Event]:
@@ -277,7 +278,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
     keeps = optimizer if isinstance(optimizer, int) else optimizers.by_name(optimizer)
 
     def run(*args: Any, **kwargs: Any) -> Plan:
-        device = chosen.target if isinstance(chosen.target, Target) else Target.detect(_device(model))
+        device = chosen.target if isinstance(chosen.target, Target) else detected(_device(model))
         training = train if train is not None else bool(getattr(model, "training", False))
         limit = None
         if wanted is not None:
@@ -327,6 +328,17 @@ def fitting(ways: Iterable[Choice], limit: int | None, resident: Resident, targe
         f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest peak that can be had is "
         f"{text(best[0])} ({', '.join(f'{name} {text(size)}' for name, size in inside.items())})"
     )
+
+
+def detected(device: torch.device | str | None) -> Target:
+    """The device at hand. A busy CPU may be measured out of all bounds once."""
+    for _ in range(3):
+        try:
+            return Target.detect(device)
+        except OptionError:
+            if torch.device(device or "cpu").type != "cpu":
+                raise
+    return Target.detect(device)
 
 
 def _device(model: Any) -> str | None:

@@ -7,6 +7,7 @@ kernel) is read off Inductor's own tables of lowerings.
 from __future__ import annotations
 
 import operator
+import re
 from typing import Any
 
 import torch
@@ -217,6 +218,4 @@ def module_of(n: Node) -> str:
     if not stack:
         return ""
     path = list(stack.values())[-1][0]
-    for mark in ("L['self'].", "self.", "L__self___", "L['self']"):
-        path = path.removeprefix(mark)
-    return path
+    return re.sub(r"^(L\['\w+'\]|L__self___|self)\.?", "", path)

@@ -70,7 +70,8 @@ def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None
             n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def _copied(graph: Graph) -> Graph:
+def copied(graph: Graph) -> Graph:
+    """A copy with the names and the meta of the original."""
     made, old = Graph(), graph.output_node()
     values: dict[Node, Node] = {}
     made.graph_copy(graph, values)
@@ -84,7 +85,7 @@ def _copied(graph: Graph) -> Graph:
 def partition(joint: GraphModule, arguments: Mapping[str, Any], saved: Iterable[str] = (),
               again: Iterable[str] = ()) -> tuple[GraphModule, GraphModule]:  # fmt: skip
     """The forward and backward graphs of a copy of `joint`; `arguments` are those a partitioner is called with."""
-    made = GraphModule(joint, _copied(joint.graph))
+    made = GraphModule(joint, copied(joint.graph))
     made.meta.update(joint.meta)
     if again:
         mark(made, saved, again)

@@ -9,7 +9,7 @@ from attnfx.spec import AttentionSpec
 # kernels/library.py: queries of a block; kernels/chunked.py: elements of a tile of scores
 BLOCK, TILE = 256, {"cpu": 1 << 20, "cuda": 1 << 26}
 # Tensors of a tile's size that are alive at once in kernels/chunked.py: scores, weights and the mask's parts; in the
-# backward pass the gradients of scores and weights beside them.
+# backward pass the gradients of scores and weights beside them; and what dropout keeps, where there is dropout.
 CHUNK, CHUNK_BACKWARD = 3, 5
 
 
@@ -35,4 +35,4 @@ def workspace(
         # the backward pass adds up row sums of out * grad_out, a float32 a row; a split writes float32 partial results
         return 4 * rows if backward else (4 * rows * (dims["Dv"] + 2) if tier == "decode" else 0)
     tile = min(scores, TILE["cpu" if cpu else "cuda"]) * 4
-    return tile * (CHUNK_BACKWARD if backward else CHUNK)
+    return tile * ((CHUNK_BACKWARD if backward else CHUNK) + bool(spec.dropout))
