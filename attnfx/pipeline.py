@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -11,8 +12,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator, operator_rows, operator_weights  # noqa: F401  (their imports register operators)
-from attnfx.kernels.flash.device import rates
+from attnfx.kernels import configuration, operator, operator_rows, operator_weights  # noqa: F401  (these register)
 from attnfx.mask import describe, mask_of
 from attnfx.options import Options
 from attnfx.passes.facts import Facts
@@ -24,7 +24,8 @@ from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Refusal, Report, Site
+from attnfx.report import Candidate, Refusal, Report, Site
+from attnfx.targets import Target
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
 HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
@@ -222,28 +223,55 @@ def _decide(
     query = value(match.query.node)
     native = op_name(finding.final) in SDPA
     reductions = [] if reader is not None else match.reductions
+    target, device = target_of(options, query.device)
+    here = operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"])
+    refused = here
+    if isinstance(options.target, Target):
+        refused = operator.refusals(match.spec, query.dtype, device, sizes["D"], sizes["Dv"], options.target.capability)
     question = cost.Question(
-        match.spec, sizes, str(query.dtype).removeprefix("torch."), query.device.type,
+        match.spec, sizes, str(query.dtype).removeprefix("torch."), device.type,
         training=torch.is_grad_enabled() and match.training, native=native, sums=len(reductions),
         weights_read="" if reader is None else where_in_source(reader) or reader.name,
-        refused=operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"]),
+        refused=refused,
     )  # fmt: skip
-    site.decision = cost.decide(question, options, torch.get_num_threads(), rates(query.device))
+    site.decision = cost.decide(question, options, torch.get_num_threads(), target)
+    if target is not None and target.note and options.target == "auto":
+        site.notes = (*site.notes, target.note)
     if site.decision.tier == "kept":
         return not native and _shielded(traced, finding, site, only_risky=True)
     try:
         # The second is for what only the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped
         # weights are computed in blocks, and other tiers drop others.
         shared = any(r.spec.random for r in reductions)
-        tiers = ["chunked"] if shared else list(dict.fromkeys([site.decision.tier, "chunked"]))
+        tiers = ["chunked"] if shared else tiers_of(site.decision, here, query.device)
         rewrite(traced, match, OPERATORS, ",".join(tiers), carriers, reductions)
     except CannotEmit as problem:
         site.refusal, site.decision = Refusal("layout", str(problem), (finding.final.name,)), None
         return _shielded(traced, finding, site)
+    if isinstance(options.target, Target) and site.decision.tier in here:
+        instead = next(t for t in tiers if t.partition(":")[0] not in here)
+        said = f"decided for {options.target.name}; the {query.device.type} at hand runs it as {instead}"
+        site.notes = (*site.notes, said)
     if reductions:
         places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
         site.notes = (*site.notes, f"sums of its weights are computed without them ({places})")
     return True
+
+
+def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:
+    """(what to decide for, or None for a CPU and for what nothing is known of; a device of its kind)."""
+    if isinstance(options.target, Target):
+        return options.target, torch.device(options.target.kind)
+    if present.type == "cuda" and torch.cuda.is_available():
+        return Target.detect(present), present
+    return None, present
+
+
+def tiers_of(chosen: Candidate, here: Mapping[str, str], present: torch.device) -> list[str]:
+    """The operator's tiers for a decision. `here`: the tiers that the present device cannot run. Behind the chosen one
+    come those that it can, where the decision is for another, and the one that runs any call."""
+    others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
 
 
 def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Options, carriers: Carriers) -> bool:
@@ -260,7 +288,8 @@ def _whole_rows(traced: GraphModule, finding: Finding, site: Site, options: Opti
     held = value(finding.final)
     values = number(found.weight) * number(held.shape[found.rows[finding.final]])
     training = torch.is_grad_enabled() and finding.final in facts.differentiable
-    decision = cost.decide_rows(values, held.dtype.itemsize, held.device.type, training, options, found.gives_scores)
+    _, device = target_of(options, held.device)
+    decision = cost.decide_rows(values, held.dtype.itemsize, device.type, training, options, found.gives_scores)
     try:
         if decision.tier != "kept":
             replace_region(traced, facts, found, ROWS, carriers)

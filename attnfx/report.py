@@ -33,6 +33,7 @@ class Candidate:
     predicted_bytes   what is alive at its peak beyond the inputs and the output
     saved_bytes       what is kept for the backward pass beyond the operands and the output
     tile              rows and keys of a kernel's tile; warps and stages as Triton counts them
+    splits            parts that the decode kernel cuts the keys into
     """
 
     tier: str
@@ -43,6 +44,7 @@ class Candidate:
     tile: tuple[int, int] | None = None
     warps: int = 0
     stages: int = 0
+    splits: int = 0
 
 
 @dataclass(frozen=True)

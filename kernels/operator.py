@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
+from attnfx.kernels.configuration import parse
 from attnfx.kernels.flash import tier as flash
 from attnfx.spec import AttentionSpec, from_json
 
@@ -33,20 +34,21 @@ _BACKWARD = (
 class Tier(NamedTuple):
     """One way to run a call.
 
-    expresses(spec, dtype, device, head_dim, value_width) is None, or says in words why this way runs no such call.
+    expresses(spec, dtype, device, head_dim, value_width, capability) is None, or says in words why this way runs no
+    such call; `capability` is that of the device, None to ask it.
     supports(call) is the same for one call.
-    forward(call) -> (out, logsumexp), as the operator gives them.
+    forward(call) -> (out, logsumexp), as the operator gives them; `tile` and `splits` where a configuration names them.
     backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
     """
 
-    expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int], str | None]
+    expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int, int | None], str | None]
     supports: Callable[[Call], str | None]
-    forward: Callable[[Call], tuple[Tensor, Tensor]]
+    forward: Callable[..., tuple[Tensor, Tensor]]
     backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
 TIERS: dict[str, Tier] = {
-    "library": Tier(library.expresses, library.supports, library.forward, library.backward),
+    "library": Tier(lambda *of: library.expresses(*of[:5]), library.supports, library.forward, library.backward),
     "decode": Tier(flash.expresses, flash.supports_decode, flash.forward_decode, flash.backward),
     "flash": Tier(flash.expresses, flash.supports, flash.forward, flash.backward),
     "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
@@ -59,26 +61,34 @@ def choose(tiers: str, call: Call) -> Tier:
 
     Raises ValueError where none does.
     """
-    names = AUTO.get(call.query.device.type, ("chunked",)) if tiers == "auto" else tiers.split(",")
     reasons = []
-    for name in names:
+    if tiers == "auto":
+        tiers = ",".join(AUTO.get(call.query.device.type, ("chunked",)))
+    for name, tile, splits in parse(tiers):
         if name not in TIERS:
             raise ValueError(f"attnfx.attention: tier {name!r} is none of {', '.join(['auto', *TIERS])}")
-        why = TIERS[name].supports(call)
+        tier = TIERS[name]
+        why = tier.supports(call)
         if why is None:
-            return TIERS[name]
+            return tier if tile is None else tier._replace(forward=partial(tier.forward, tile=tile, splits=splits))
         reasons.append(f"the {name} tier cannot run this call: {why}")
     raise ValueError(f"attnfx.attention: {'; '.join(reasons)}")
 
 
 def refusals(
-    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    value_width: int,
+    capability: int | None = None,
 ) -> dict[str, str]:
-    """Why each tier that cannot run a spec, whatever the other sizes, cannot."""
+    """Why each tier that cannot run a spec, whatever the other sizes, cannot. With `capability`, on a device of that
+    compute capability, which need not be there."""
     reasons = {}
     for name, tier in TIERS.items():
         if name in AUTO.get(device.type, ("chunked",)):
-            reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width)
+            reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width, capability)
         else:
             reasons[name] = f"it is no tier of {device.type}"
     return {name: why for name, why in reasons.items() if why is not None}

@@ -3,13 +3,12 @@
 import pytest
 
 from attnfx.cost import Question, decide
-from attnfx.cost.gpu import Gpu
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
 
-H100 = Gpu(capability=90, multiprocessors=132, clock=1.83, bandwidth=3350)
-A100 = Gpu(capability=80, multiprocessors=108, clock=1.41, bandwidth=2039)
+H100, A100 = Target.by_name("h100-sxm"), Target.by_name("a100-80gb")
 PLAIN = AttentionSpec(score=A.mul(A.const(0.125), A.DOT))
 CAUSAL = AttentionSpec(score=A.where(A.ge(I, J), PLAIN.score, A.const(float("-inf"))))
 WINDOW = AttentionSpec(
@@ -47,9 +46,9 @@ def test_a_faster_device_is_predicted_to_be_faster():
 
 
 def test_the_predicted_rate_is_that_of_published_kernels():
-    """FlashAttention-2 reaches about 70% of an A100's 312 TFLOP/s."""
+    """FlashAttention-2 reaches about 70% of an A100's 312 TFLOP/s; the original of a graph that calls PyTorch's."""
     flops = 4 * 16 * 16384**2 * 128
-    assert flops / predicted(ask(T=16384), A100, "flash") / 1e9 == pytest.approx(0.7 * 312, rel=0.15)
+    assert flops / predicted(ask(T=16384, native=True), A100, "kept") / 1e9 == pytest.approx(0.7 * 312, rel=0.15)
 
 
 def test_few_queries_against_many_keys_get_the_decode_kernel():

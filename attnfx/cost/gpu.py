@@ -1,98 +1,284 @@
-"""What an NVIDIA GPU takes for a site: a roofline of matrix products, exponentials and memory traffic.
+"""What a GPU takes for a site: every way to compute it, with its predicted time and bytes.
 
-The rates are the device's own: multiprocessors times clock times what one does in a cycle. The shares of them that
-kernels reach are those that published kernels reach; none was measured here.
+Times are of kernels whose inputs lie in memory; docs/targets.md says what each term means and where it is from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import lru_cache
 
+from attnfx.cost.instructions import Code, codes
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, of_code, other, work
+from attnfx.cost.program import Operations, operations
 from attnfx.cost.question import Question
+from attnfx.cost.throughput import float_lanes, matrix_rate
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import substitute, walk
 from attnfx.mask import key_ranges
+from attnfx.mask.keep import kept
 from attnfx.report import Candidate
+from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
 
-# Dense half-precision matrix FLOPs of a multiprocessor in a cycle, with float32 sums, by compute capability: the peak
-# rates in NVIDIA's architecture white papers over multiprocessors and boost clock. float32 has a quarter by TF32.
-MATRIX_FLOPS = {70: 1024, 75: 1024, 80: 2048, 86: 512, 89: 512, 90: 4096, 100: 8192, 120: 512}
-EXPONENTIALS = 16  # of a multiprocessor in a cycle (CUDA programming guide, throughput of native arithmetic)
-# Shares of the peaks: FlashAttention-2 on an A100 reaches 70% forward and 55 to 60% backward (Dao 2023, figure 4).
-FORWARD, BACKWARD, PRODUCTS, COPY = 0.65, 0.5, 0.6, 0.85
-LAUNCH_MS = 0.005
 # How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
 # for the second product. Its backward pass: the gradient of the weights and of the scores, written and read, and the
-# weights read twice.
-PASSES, BACKWARD_PASSES = 4, 7
-ROWS = 128  # queries of a tile
-DECODE_ROWS = 16  # fewer queries than this fill no tile
+# weights read twice. Dropout adds a mask that is written and read.
+PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
+LAUNCHES, BACKWARD_LAUNCHES = 3, 6
+PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
+EAGER_PASSES = 6  # of float32 scores in a block of eager operators, beyond one for each operation of the program
+BLOCK = 1 << 26  # scores of a block, as kernels/chunked.py cuts them
+BLOCK_ROWS = 128
+SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
+DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
+SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
+WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
-@dataclass(frozen=True)
-class Gpu:
-    """A device's rates. `capability` is 90 for 9.0, `clock` in GHz, `bandwidth` in GB/s."""
-
-    capability: int
-    multiprocessors: int
-    clock: float
-    bandwidth: float
-
-    def matrix(self, dtype: str) -> float:
-        """FLOPs in a millisecond."""
-        known = max((c for c in MATRIX_FLOPS if c <= self.capability), default=70)
-        share = 1.0 if dtype in ("float16", "bfloat16") else 0.25 if self.capability >= 80 else 0.125
-        return MATRIX_FLOPS[known] * share * self.multiprocessors * self.clock * 1e6
-
-    @property
-    def exponentials(self) -> float:
-        """Exponentials in a millisecond."""
-        return EXPONENTIALS * self.multiprocessors * self.clock * 1e6
-
-    @property
-    def copy(self) -> float:
-        """Bytes that go through memory in a millisecond."""
-        return COPY * self.bandwidth * 1e6
-
-
-def candidates(ask: Question, gpu: Gpu) -> tuple[Candidate, list[Candidate]]:
-    """(the original, the rewrites that can run) with their predicted times (ms) and bytes beyond inputs and output."""
-    dims, scores, element = ask.dims, ask.scores, ask.element
-    flops = 2.0 * scores * (dims["D"] + dims["Dv"])
-    matrix = gpu.matrix(ask.dtype)
-    rows = dims["B"] * dims["H"] * dims["T"]
-    operands = rows * (dims["D"] + dims["Dv"]) + dims["B"] * dims["G"] * dims["S"] * (dims["D"] + dims["Dv"])
-    ranges = key_ranges(ask.spec, dims, ROWS)
-    live = sum((r.i1 - r.i0) * (r.j1 - r.j0) for r in ranges) / max(dims["T"] * dims["S"], 1)
-
-    tiles = dims["B"] * dims["H"] * -(-dims["T"] // ROWS)
-    filled = min(1.0, max(tiles, 1) / gpu.multiprocessors)  # of the device, by a program for each block of rows
-
-    def original() -> Candidate:
-        passes = PASSES + (BACKWARD_PASSES if ask.training else 0)
-        products = max(flops * (3 if ask.training else 1) / (PRODUCTS * matrix), operands * element / gpu.copy)
-        time = products + passes * scores * element / gpu.copy + LAUNCH_MS * passes
-        return Candidate("kept", "inductor", time, 2 * scores * element)
-
-    def fused(share: float) -> float:
-        exponentials = share * scores / gpu.exponentials
-        forward = max(share * flops / (FORWARD * matrix), exponentials, operands * element / gpu.copy) / filled
-        if not ask.training:
-            return forward + LAUNCH_MS
-        return forward + max(share * flops * 2.5 / (BACKWARD * matrix), exponentials) + 4 * LAUNCH_MS
-
-    kept = Candidate("kept", "aten", fused(1.0 if ask.spec.captures else live), 0) if ask.native else original()
+def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate]]:
+    """(the original, the rewrites that can run) with their predicted times (ms) and bytes; of a tier with several
+    configurations, the kernels' own default comes first."""
+    site = _Site(ask, target)
     out: list[Candidate] = []
     if ask.can("flash"):
-        out.append(Candidate("flash", "triton", fused(live), 4 * rows))
-    if ask.can("decode") and dims["T"] <= DECODE_ROWS and not ask.training:
-        time = operands * element / gpu.copy + 2 * LAUNCH_MS
-        parts = max(1, 2 * gpu.multiprocessors // max(dims["B"] * dims["G"], 1))  # that the keys are split into
-        out.append(Candidate("decode", "triton", time, 4 * rows * (dims["Dv"] + 2) * parts))
+        out += site.flash()
+    if ask.can("decode") and not ask.training:
+        out += site.decode()
     if ask.can("chunked"):
-        # blocks of eager operators: the scores pass through memory for each, about three times as often
-        block = min(scores, 1 << 26)
-        time = 3 * original().predicted_ms * live + LAUNCH_MS * 12 * max(1, scores >> 26)
-        out.append(Candidate("chunked", "blocks", time, 3 * 4 * block))
-    return kept, out
+        out.append(site.chunked())
+    return site.original(), out
 
 
-__all__ = ["Gpu", "candidates"]
+def padded(width: int) -> int:
+    """The width of a tile that holds a head dim, as the kernels pad it: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+class _Site:
+    """One question with what all of its candidates need."""
+
+    def __init__(self, ask: Question, target: Target) -> None:
+        self.ask, self.target, self.dims = ask, target, ask.dims
+        self.heads = self.dims["B"] * self.dims["H"]
+        self.rows = self.heads * self.dims["T"]
+        self.width = max(padded(self.dims["D"]), padded(self.dims["Dv"]))
+        self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
+        self.extra = operations(ask.spec)
+        self.masked = kept(ask.spec) is not A.TRUE
+
+    # -- memory ---------------------------------------------------------------------------------
+    @property
+    def operands(self) -> int:
+        """Bytes of query, key, value and output."""
+        dims = self.dims
+        both = dims["D"] + dims["Dv"]
+        return (self.rows + dims["B"] * dims["G"] * dims["S"]) * both * self.ask.element
+
+    def copied(self, count: float) -> float:
+        """Milliseconds of bytes through memory."""
+        return count / (COPY * self.target.bandwidth * 1e6)
+
+    def passed(self, count: float) -> float:
+        """The same, of a value that another kernel has just written: what fits stays in the last shared cache."""
+        memory, cache = self.copied(count), count / (L2_SHARE * self.target.l2_bandwidth * 1e6)
+        return min(memory, cache) if count <= self.target.l2 / 2 else memory
+
+    def launched(self, count: float = 1.0) -> float:
+        return count * self.target.launch / 1e3
+
+    def fetched(self, part: Work, keys: int) -> float:
+        """Milliseconds that memory needs for a tiled pass: operands once, and keys again where the heads that run at
+        the same time do not fit into the last shared cache."""
+        dims, target = self.dims, self.target
+        tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
+        of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
+        running = min(self.heads, -(-target.multiprocessors // max(len(part.steps), 1)))
+        again = 0.0 if running * of_head <= target.l2 else part.total * self.heads * tile
+        return self.copied(self.operands + again * max(0.0, 1 - target.l2 / max(running * of_head, 1)))
+
+    # -- flash ----------------------------------------------------------------------------------
+    def flash(self) -> list[Candidate]:
+        logsumexp = 4 * self.rows
+        saved = logsumexp + (8 if self.ask.spec.random else 0) if self.ask.training else 0
+        if self.ask.dtype == "float32":
+            time = self.single(1.0 + (2.5 if self.ask.training else 0.0))
+            return [Candidate("flash", "triton", time, logsumexp + self.between() * self.ask.training, saved)]
+        back, walked = self.backward() if self.ask.training else (0.0, frozenset())
+        held = logsumexp + self.between() * self.ask.training
+        out = []
+        for code in codes("forward", self.target.capability, self.width):
+            kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
+            rows, keys, warps, stages = code.tile
+            if not kernel.resident:
+                continue
+            time = self.tiled(kernel, self.heads) + self.launched()
+            used = held + self.walks(walked | {("T", rows, keys)})
+            out.append(Candidate("flash", "triton", time + back, used, saved, (rows, keys), warps, stages))
+        return out
+
+    def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
+        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept."""
+        return sum(16 * -(-self.dims[axis] // block) for axis, block, _ in of) if self.masked else 0
+
+    def between(self) -> int:
+        """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
+        each row (three in float32), and the largest gradient of a load before it is added up in its capture."""
+        dims, spec = self.dims, self.ask.spec
+        loads = {e for root in spec.programs for e in walk(root) if e.op == "load"}
+        largest = 0
+        for e in loads:
+            if not (isinstance(e.value, int) and spec.captures[e.value].grad):
+                continue
+            shared = (dims["B"] if "b" in e.free else 1) * (dims["H"] if "h" in e.free else 1)
+            moved = substitute(e, {I: A.add(I, A.ONE), J: A.add(J, A.ONE)})
+            if {"i", "j"} <= e.free and moved is not e:
+                size = shared * dims["T"] * dims["S"]
+            elif {"i", "j"} <= e.free:  # by j - i alone: a line for each half of a tile
+                step = codes("rows", self.target.capability, self.width)[0].tile[0]
+                size = 2 * shared * step * (-(-dims["T"] // step) + -(-dims["S"] // step))
+            else:
+                size = self.heads * dims["S" if "j" in e.free else "T"]
+            largest = max(largest, 4 * size)
+        return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
+
+    def kernel(self, code: Code, products: float) -> Kernel:
+        """`products`: matrix FLOPs of each score, over all of the kernel's products."""
+        return _kernel(code, self.target, self.ask.dtype, products, self.extra)
+
+    def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
+        """Milliseconds of a launch over blocks of rows; `turned`, over blocks of keys: each walks along the rows of
+        `repeat` heads. The work is then shared out evenly: masks leave the keys' ends empty as they do the rows'."""
+        part = work(self.ask.spec, self.sizes, kernel.rows, kernel.keys)
+        bytes_per_step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
+        if turned:
+            blocks = -(-self.dims["S"] // kernel.keys)
+            part = Work((-(-part.total // blocks),) * blocks, part.full)
+            bytes_per_step = kernel.rows * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
+        time = kernel.milliseconds(self.target, part, heads, bytes_per_step, repeat)
+        return max(time, self.fetched(part, kernel.keys))
+
+    def single(self, share: float) -> float:
+        """float32: products by plain arithmetic, whatever the chip."""
+        part = work(self.ask.spec, self.sizes, 32, 32)
+        scores = part.total * 32 * 32 * self.heads
+        flops = 2.0 * scores * (padded(self.dims["D"]) + padded(self.dims["Dv"]))
+        clocks = self.target.multiprocessors * self.target.clock * 1e6
+        rate = SINGLE_SHARE * 2 * float_lanes(self.target) * clocks
+        other_work = scores * (8 + self.extra.always) / (float_lanes(self.target) * clocks)
+        return share * max(flops / rate + other_work, self.copied(self.operands)) + self.launched()
+
+    def backward(self) -> tuple[float, frozenset[tuple[str, int, int]]]:
+        """(ms, tiles whose key or row ranges it is given) of the flash kernels' backward pass."""
+        ask, dims = self.ask, self.dims
+        width_k, width_v = padded(dims["D"]), padded(dims["Dv"])
+        leaves = sum(c.grad for c in ask.spec.captures)
+        time = self.copied(2 * self.rows * dims["Dv"] * ask.element) + self.launched()  # sums of out * grad_out
+        tiles = set()
+        for name, products, turned in (
+            ("rows", 4 * width_k + 2 * width_v, False),
+            ("keys", 4 * width_k + 4 * width_v, True),
+        ):
+            code = codes(name, self.target.capability, self.width)[0]
+            kernel = self.kernel(code, products)
+            group = dims["H"] // max(dims["G"], 1) if turned else 1
+            once = self.tiled(kernel, self.heads // max(group, 1), group, turned) + self.launched()
+            time += once if turned else once * (1 + leaves)  # each capture's gradient is a pass of its own
+            tiles.add(("S", *code.tile[1::-1]) if turned else ("T", *code.tile[:2]))
+        return time, frozenset(tiles)
+
+    # -- decode ---------------------------------------------------------------------------------
+    def decode(self) -> list[Candidate]:
+        dims, target = self.dims, self.target
+        packed = dims["T"] * (dims["H"] // max(dims["G"], 1))
+        if packed > DECODE_ROWS:
+            return []
+        rows, groups = max(16, 1 << (packed - 1).bit_length()), dims["B"] * dims["G"]
+        single = self.ask.dtype == "float32"
+        code = codes("decode", target.capability, self.width)[0]
+        _, keys, warps, stages = code.tile
+        if single:
+            keys = SINGLE_DECODE_KEYS if self.width <= 128 else SINGLE_DECODE_KEYS // 2
+        kernel = self.kernel(code, 2 * rows / 16 * (padded(dims["D"]) + padded(dims["Dv"])))
+        out: dict[int, Candidate] = {}
+        for waves in WAVES[:1] if single else WAVES:
+            splits, chunk = splits_of(dims["S"], groups, keys, target.multiprocessors, waves)
+            part = Work((-(-chunk // keys),) * splits, 0.0 if self.masked or dims["S"] % keys else 1.0)
+            step = keys * (dims["D"] + dims["Dv"]) * self.ask.element
+            partial = groups * splits * rows * 4 * (padded(dims["Dv"]) + 2)
+            busy = 0.0 if single else kernel.milliseconds(target, part, groups, step)
+            time = max(busy, self.copied(self.operands)) + self.passed(2 * partial) + self.launched(2)
+            found = Candidate("decode", "triton", time, 4 * self.rows + partial)
+            if not single:
+                found = replace(found, tile=(rows, keys), warps=warps, stages=stages, splits=splits)
+            out.setdefault(splits, found)
+        return list(out.values())
+
+    # -- without kernels of ours ----------------------------------------------------------------
+    def chunked(self) -> Candidate:
+        """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
+        ask, dims = self.ask, self.dims
+        ranges = key_ranges(ask.spec, dict(self.sizes), BLOCK_ROWS)
+        live = sum((r.i1 - r.i0) * (r.j1 - r.j0) for r in ranges) * self.heads
+        passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
+        blocks = max(1, -(-live // BLOCK))
+        time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)
+        if ask.training:
+            time += 2.5 * self.products(live) + 2 * self.copied(4 * live * passes) + 2 * blocks * self.launched(passes)
+        block = min(dims["B"] * dims["H"] * dims["T"] * dims["S"], BLOCK)
+        return Candidate("chunked", "blocks", time, 3 * 4 * block, 4 * self.rows if ask.training else 0)
+
+    def products(self, scores: float) -> float:
+        """Milliseconds of the two products of dense scores."""
+        dims, target = self.dims, self.target
+        flops = 2.0 * scores * (dims["D"] + dims["Dv"])
+        dtype = self.ask.dtype
+        rate = PRODUCTS * matrix_rate(target, dtype) * target.multiprocessors * target.clock * 1e6
+        return max(flops / rate, self.copied(self.operands) / PRODUCTS)
+
+    def original(self) -> Candidate:
+        """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""
+        ask = self.ask
+        if ask.native and ask.dtype != "float32" and self.target.capability >= 80 and self.target.kind == "cuda":
+            return self.fused()
+        size = ask.scores * ask.element
+        drop = DROPOUT_PASSES if ask.spec.random else 0
+        passes, launches = PASSES + drop, LAUNCHES
+        time = self.products(ask.scores)
+        if ask.training:
+            passes, launches = passes + BACKWARD_PASSES + drop, launches + BACKWARD_LAUNCHES
+            time += 2 * self.products(ask.scores)
+        time += passes * self.passed(size) + self.launched(launches)
+        saved = size * (1 + bool(drop)) if ask.training else 0
+        return Candidate("kept", "inductor", time, 2 * size, saved)
+
+    def fused(self) -> Candidate:
+        """PyTorch's fused operator: cuDNN's kernel where it has one for the chip, else FlashAttention-2. Masks that are
+        tensors are not skipped."""
+        ask = self.ask
+        name = "cudnn" if self.target.capability in (90, 100) else "flash-attention-2"
+        kernel = other(name, self.target, ask.dtype, self.width)
+        spec = AttentionSpec() if ask.spec.captures else ask.spec
+        part = work(spec, self.sizes, kernel.rows, kernel.keys)
+        step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * ask.element
+        time = max(kernel.milliseconds(self.target, part, self.heads, step), self.fetched(part, kernel.keys))
+        logsumexp = 4 * self.rows
+        if ask.training:
+            time *= 3.5  # five products instead of two, and their exponentials again
+        return Candidate("kept", "aten", time + self.launched(), logsumexp, logsumexp if ask.training else 0)
+
+
+@lru_cache(maxsize=4096)
+def _kernel(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
+    return of_code(code, target, dtype, products, extra)
+
+
+def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:
+    """(splits, keys of each), as kernels/flash/split.py cuts them."""
+    tiles = -(-keys // step)
+    wanted = max(1, min(MOST_SPLITS, -(-waves * processors // max(heads, 1)), tiles))
+    chunk = -(-tiles // wanted) * step
+    return -(-keys // chunk), chunk
+
+
+__all__ = ["candidates", "padded", "splits_of"]

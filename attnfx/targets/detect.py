@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import re
+from functools import lru_cache
 
 import torch
 
@@ -27,7 +28,12 @@ def detect(device: torch.device | str | None = None) -> Target:
         raise OptionError(f"no target can be made of a {device.type} device, only of cuda and cpu ones")
     if not torch.cuda.is_available():
         raise OptionError(f"there is no {device} to detect: name a target, such as 'h100-sxm'")
-    return of_properties(torch.cuda.get_device_properties(device))
+    return _present(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _present(index: int) -> Target:
+    return of_properties(torch.cuda.get_device_properties(index))
 
 
 def of_properties(found: object) -> Target:

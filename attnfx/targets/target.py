@@ -16,8 +16,8 @@ KINDS = ("cuda", "hip", "cpu")
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 # The least and the largest value that a field may have, in its own unit: outside of them a record is mistyped.
 RANGES: Mapping[str, tuple[float, float]] = {
-    "capability": (0, 2000), "matrix": (1e-3, 1e5), "fp32": (1e-3, 1e4), "exponentials": (1e-2, 1e6),
-    "bandwidth": (1, 1e5), "memory": (1 << 27, 1 << 50), "l2": (1 << 15, 1 << 36), "l2_bandwidth": (1, 1e6),
+    "capability": (0, 2000), "matrix": (1e-6, 1e5), "fp32": (1e-6, 1e4), "exponentials": (1e-4, 1e6),
+    "bandwidth": (0.1, 1e5), "memory": (1 << 27, 1 << 50), "l2": (1 << 15, 1 << 36), "l2_bandwidth": (0.1, 1e6),
     "multiprocessors": (1, 10000), "shared_memory": (1 << 13, 1 << 30), "registers": (16, 1 << 24),
     "warps": (1, 1024), "clock": (0.05, 20), "launch": (1e-2, 1e4),
 }  # fmt: skip

@@ -1,13 +1,8 @@
-"""The GPU at hand: its compute capability, and its rates as the driver tells them."""
+"""The GPU at hand: its compute capability."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from importlib.util import find_spec
-
 import torch
-
-from attnfx.cost.gpu import Gpu
 
 
 def capability(device: torch.device) -> int:
@@ -18,26 +13,4 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def rates(device: torch.device) -> Gpu | None:
-    """What the cost model knows of a device; None for what is no NVIDIA GPU, and where there is none to ask."""
-    if device.type != "cuda" or torch.version.hip is not None or find_spec("triton") is None:
-        return None
-    if not torch.cuda.is_available():
-        return None
-    return _rates(torch.cuda.current_device() if device.index is None else device.index)
-
-
-@lru_cache(maxsize=64)
-def _rates(index: int) -> Gpu:
-    from triton.runtime import driver
-
-    found = driver.active.utils.get_device_properties(index)  # type: ignore[attr-defined]
-    return Gpu(
-        capability=capability(torch.device("cuda", index)),
-        multiprocessors=found["multiprocessor_count"],
-        clock=found["sm_clock_rate"] / 1e6,  # kHz
-        bandwidth=2 * found["mem_clock_rate"] * found["mem_bus_width"] / 8 / 1e6,  # two transfers a cycle, kHz and bits
-    )
-
-
-__all__ = ["capability", "rates"]
+__all__ = ["capability"]

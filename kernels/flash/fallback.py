@@ -26,12 +26,13 @@ class CannotLaunch(RuntimeError):
     """No tile runs; the message is a sentence that says why."""
 
 
-def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[T], R]) -> R:
+def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[T], R], chosen: object = None) -> R:
     """The result of `run` with the first of the tiles that compiles and fits. Raises CannotLaunch where none does.
+    `chosen` is the one that was put before the table's, if one was.
 
     `run` must not have changed its inputs when it fails. Any other exception passes through.
     """
-    key = _key(kernel, call)
+    key = _key(kernel, call, chosen)
     while (tried := len(_failed.get(key, ()))) < len(tiles):
         try:
             return run(tiles[tried])
@@ -43,9 +44,9 @@ def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[
     raise CannotLaunch(f"the {kernel} kernel cannot run: {_failed[key][-1]}")
 
 
-def _key(kernel: str, call: Call) -> tuple[object, ...]:
+def _key(kernel: str, call: Call, chosen: object) -> tuple[object, ...]:
     query = call.query
-    return kernel, call.spec, query.dtype, query.shape[3], call.value.shape[3], query.device
+    return kernel, call.spec, query.dtype, query.shape[3], call.value.shape[3], chosen, query.device
 
 
 def _remember(key: tuple[object, ...], tried: int, why: str, instead: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from types import ModuleType
 
 import torch
@@ -178,17 +178,24 @@ def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> 
     return some
 
 
-def forward(call: Call, tile: Tile | None = None) -> tuple[Tensor, Tensor]:
+def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    `tile` is the only one that is tried, `chosen` the one that is tried before those of the table.
 
     Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
     """
     query = call.query
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
-    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width)
-    first_that_runs("forward", call, tiles, lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device))
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen)
+    run = partial(_run_forward, call, out, logsumexp)
+    first_that_runs("forward", call, tiles, run, chosen)
     return out, logsumexp
+
+
+def _run_forward(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile) -> None:
+    forward_launch(call, out, logsumexp, tile).run(call.query.device)
 
 
 def forward_launch(

@@ -27,29 +27,38 @@ def supports(call: Call) -> str | None:
     return launch.supports(call)
 
 
-def splits_of(keys: int, heads: int, tile: Tile, processors: int) -> tuple[int, int]:
-    """(splits, keys of each): enough programs for every multiprocessor, none without a key."""
+def splits_of(keys: int, heads: int, tile: Tile, processors: int, wanted: int = 0) -> tuple[int, int]:
+    """(splits, keys of each): enough programs for every multiprocessor, or `wanted` splits; none without a key."""
     tiles = -(-keys // tile.keys)
-    wanted = max(1, min(MOST_SPLITS, -(-WAVES * processors // max(heads, 1)), tiles))
+    wanted = max(1, min(MOST_SPLITS, wanted or -(-WAVES * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * tile.keys
     return -(-keys // chunk), chunk
 
 
-def forward(call: Call, tile: Tile | None = None, processors: int | None = None) -> tuple[Tensor, Tensor]:
+def forward(
+    call: Call,
+    tile: Tile | None = None,
+    processors: int | None = None,
+    chosen: Tile | None = None,
+    wanted: int = 0,
+) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    `tile` is the only one that is tried, `chosen` the one that is tried before those of the table; `wanted` is a number
+    of splits.
 
     Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
     """
     query = call.query
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
-    tiles = [tile] if tile is not None else decode_tiles(query.device, query.dtype, width)
+    tiles = [tile] if tile is not None else decode_tiles(query.device, query.dtype, width, chosen)
 
     def run(tile: Tile) -> None:
-        for made in launches(call, out, logsumexp, tile, processors):
+        for made in launches(call, out, logsumexp, tile, processors, wanted=wanted):
             made.run(query.device)
 
-    first_that_runs("decode", call, tiles, run)
+    first_that_runs("decode", call, tiles, run, chosen)
     return out, logsumexp
 
 
@@ -60,6 +69,7 @@ def launches(
     tile: Tile | None = None,
     processors: int | None = None,
     target: int | None = None,
+    wanted: int = 0,
 ) -> tuple[Launch, Launch]:
     """The kernel over the splits and the one that combines them."""
     some, query = Arguments(call), call.query
@@ -71,7 +81,7 @@ def launches(
     tile = tile._replace(rows=max(16, 1 << (packed - 1).bit_length()))
     if processors is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if target else 4
-    splits, chunk = splits_of(keys, batch * groups, tile, processors)
+    splits, chunk = splits_of(keys, batch * groups, tile, processors, wanted)
     # where a row may be without a live key, its fill takes part in the softmax like any other score
     natural = some.dead_rows_average()
     constants = some.constants() | dict(BM=tile.rows)

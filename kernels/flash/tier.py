@@ -12,33 +12,40 @@ from torch import Tensor
 
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash.device import capability
+from attnfx.kernels.flash.tiles import Tile
 from attnfx.spec import AttentionSpec
 
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
 
 
-def _missing(device: torch.device) -> str | None:
-    """What the machine lacks."""
+def _missing(device: torch.device, target: int | None = None) -> str | None:
+    """What the machine lacks; with `target`, what a GPU of that compute capability lacks."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
         from triton import knobs
 
         return None if knobs.runtime.interpret else "the tensors are on the CPU, where Triton has no compiler"
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or (target is None and torch.version.hip is not None):
         return f"the kernels are for NVIDIA GPUs, the tensors are on {device}"
-    if torch.cuda.is_available():
-        found = capability(device)
+    if target is not None or torch.cuda.is_available():
+        found = capability(device) if target is None else target
         if found < LEAST_CAPABILITY:
             return f"the GPU is of compute capability {found // 10}.{found % 10}, the kernels need 8.0"
     return None
 
 
 def expresses(
-    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    value_width: int,
+    target: int | None = None,
 ) -> str | None:
-    """Why the flash and decode tiers run no such calls, one sentence, or None."""
-    if (why := _missing(device)) is not None:
+    """Why the flash and decode tiers run no such calls, one sentence, or None; with `target`, on a GPU of that compute
+    capability."""
+    if (why := _missing(device, target)) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -62,13 +69,16 @@ def supports(call: Call) -> str | None:
     return launch.supports(call)
 
 
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax)."""
+def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+
+    `tile` is tried before those of the table.
+    """
     from attnfx.kernels.flash import blocks, launch
     from attnfx.kernels.flash.fallback import CannotLaunch
 
     try:
-        return launch.forward(call)
+        return launch.forward(call, chosen=tile)
     except CannotLaunch:
         return blocks.forward(call)
 
@@ -96,12 +106,12 @@ def supports_decode(call: Call) -> str | None:
     return split.supports(call)
 
 
-def forward_decode(call: Call) -> tuple[Tensor, Tensor]:
-    """As `forward`, with the keys split among programs."""
+def forward_decode(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tensor, Tensor]:
+    """As `forward`, with the keys split among programs, into `splits` parts where that is not 0."""
     from attnfx.kernels.flash import split
     from attnfx.kernels.flash.fallback import CannotLaunch
 
     try:
-        return split.forward(call)
+        return split.forward(call, chosen=tile, wanted=splits)
     except CannotLaunch:
         return forward(call)

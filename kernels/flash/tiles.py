@@ -49,6 +49,22 @@ FORWARD = {
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
+# Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
+# benchmarks/instructions.py compiles each of them; what the table above has stays the default.
+OTHERS = {
+    (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 256): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 128): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 256): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (100, 64): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 256): (Tile(64, 64, 4, 2),),
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)),
+    (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (SMALL, 256): (Tile(32, 32, 4, 2),),
+}
 # float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
@@ -83,14 +99,19 @@ def _sizes(tiles: tuple[Tile, Tile]) -> int:
     return max(_size(tiles[0]), _size(tiles[1]))
 
 
-def forward_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
-    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit."""
+def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
+    return table if chosen is None else [chosen, *(tile for tile in table if tile != chosen)]
+
+
+def forward_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
+    on a GPU, behind the one that was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
-        return _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size)
+        return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
     first = pick(FORWARD, capability(device), width)
-    return _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size)
+    return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
 
 
 # of the pass over keys, then of the pass over rows
@@ -140,12 +161,13 @@ DECODE = {
 }
 
 
-def decode_tiles(device: torch.device, dtype: torch.dtype, width: int) -> list[Tile]:
-    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones."""
+def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones; on a GPU, behind the one that
+    was chosen."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:
         first = pick(DECODE, capability(device), width)
-    return _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size)
+    return _led_by(chosen, _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size))

@@ -78,7 +78,7 @@ def test_a_file_and_its_text_give_the_same_target(tmp_path):
     [
         (own(bandwidth=None), "the field 'bandwidth' of the target is missing"),
         (own(bandwith=3), "a target has no field 'bandwith', the nearest is 'bandwidth'"),
-        (own(bandwidth="300 GB/s"), "field 'bandwidth' is '300 GB/s', expected a number from 1 to 100,000 (GB/s)"),
+        (own(bandwidth="300 GB/s"), "field 'bandwidth' is '300 GB/s', expected a number from 0.1 to 100,000 (GB/s)"),
         (own(clock=2040), "field 'clock' is 2040, expected a number from 0.05 to 20 (GHz)"),
         (own(memory=24), "field 'memory' is 24, expected a whole number from 134,217,728"),
         (own(warps=True), "field 'warps' is True"),

@@ -9,7 +9,6 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from attnfx import pipeline, report
-from attnfx.cost.gpu import Gpu
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
@@ -17,6 +16,7 @@ from attnfx.kernels.flash import fallback, split, tier
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.tiles import INTERPRETED, LEAST, backward_tiles, decode_tiles, forward_tiles
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
 from tests.support import compiled, new_reports, rand
 
 SPEC = AttentionSpec(score=A.where(A.ge(I, J), A.mul(A.const(0.25), A.DOT), A.const(-math.inf)))
@@ -101,7 +101,7 @@ def test_decoding_falls_back_to_the_forward_kernel(refuse):
 @pytest.mark.filterwarnings("ignore:attnfx")
 def test_the_report_of_a_site_says_what_could_not_run(refuse, monkeypatch):
     monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))
-    monkeypatch.setattr(pipeline, "rates", lambda device: Gpu(90, 132, 1.98, 3350.0))
+    monkeypatch.setattr(pipeline, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
     refuse(TOO_LARGE)
     with new_reports() as filed:
         fast = compiled(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from attnfx import pipeline
-from attnfx.cost.gpu import Gpu
 from attnfx.kernels import operator
+from attnfx.targets import Target
 from tests import support
 from tests.passes import programs
 from tests.passes.programs import LOW, Program, Spelling, arrange, write
@@ -25,7 +25,7 @@ INF = math.inf
 def on_kernels(monkeypatch):
     """The CPU stands for a GPU whose only tiers are the Triton kernels: what they refuse, nothing else picks up."""
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
-    monkeypatch.setattr(pipeline, "rates", lambda device: Gpu(90, 132, 1.98, 3350.0))
+    monkeypatch.setattr(pipeline, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
     absent = operator.TIERS["chunked"]._replace(supports=lambda call: "it is not of this test")
     monkeypatch.setitem(operator.TIERS, "chunked", absent)
 

@@ -1,0 +1,171 @@
+"""The time of one launch of a tiled attention kernel: its work from the mask, its steps from its machine code."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+from attnfx.cost.instructions import Code, Loop
+from attnfx.cost.program import Operations
+from attnfx.cost.throughput import (
+    LATENCY,
+    SCHEDULERS,
+    SHARED_BYTES,
+    TRIPS,
+    WARP,
+    Step,
+    cycles,
+    float_lanes,
+    matrix_rate,
+    occupancy,
+    on_all,
+    warp_groups,
+)  # fmt: skip
+from attnfx.ir import algebra as A
+from attnfx.mask import key_ranges, tiles
+from attnfx.mask.keep import kept
+from attnfx.spec import AttentionSpec
+from attnfx.targets import Target
+
+OTHERS = Path(__file__).with_name("others.json")
+COPY = 0.9  # share of the stated bandwidth that copies reach: 4.3 of 4.8 TB/s measured on an H200
+L2_SHARE = 0.76  # the same of the last shared cache: 2155 of 2826 GB/s on a V100 (Jia et al. 2018, arXiv:1804.06826)
+
+
+class Work(NamedTuple):
+    """The tiles of one head.
+
+    steps   for each block of rows, the tiles that are visited
+    full    share of the visited tiles in which no score is masked and no bound tested
+    """
+
+    steps: tuple[int, ...]
+    full: float
+
+    @property
+    def total(self) -> int:
+        return sum(self.steps)
+
+
+@lru_cache(maxsize=4096)
+def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
+    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes."""
+    sizes = dict(dims)
+    queries, length = sizes["T"], sizes["S"]
+    blocks, columns = -(-queries // rows), -(-length // keys)
+    if kept(spec) is A.TRUE:
+        return Work((columns,) * blocks, (length // keys) / max(columns, 1))
+    found = key_ranges(spec, sizes, rows)
+    steps = tuple(max(0, -(-r.j1 // keys) - r.j0 // keys) for r in found)
+    full = tiles(spec, sizes, rows, keys).full
+    return Work(steps, min(1.0, full / max(sum(steps), 1)))
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """What the model knows of a kernel at one tile.
+
+    rows, keys     of a tile
+    full, checked  what a step asks of a multiprocessor, without and with the mask
+    resident       programs that a multiprocessor holds
+    streams        independent streams of steps among them
+    stages         of the loads' pipeline
+    around         cycles of a program outside of its loop, beyond latency
+    longest_first  whether the blocks of rows with the most keys start first, as ours do
+    """
+
+    rows: int
+    keys: int
+    full: Step
+    checked: Step
+    resident: int
+    streams: int
+    stages: int
+    around: float
+    longest_first: bool = True
+
+    def program(self, target: Target, part: Work, steps: float, streams: int, bytes_per_step: float) -> float:
+        """Cycles of a multiprocessor for a program of `steps` steps, when `streams` streams share it."""
+        step = self.full.times(part.full).plus(self.checked, 1.0 - part.full)
+        hidden = (self.stages - 1) * sum(vars(step).values())
+        stall = max(0.0, LATENCY - hidden) if self.stages > 1 else LATENCY
+        # a program's work is cut among its streams; each of them waits
+        inner = max(1, self.streams // max(self.resident, 1))
+        delay = stall + TRIPS * LATENCY / max(steps, 1)
+        one = cycles(step.times(1.0 / inner), streams, delay) * inner
+        # bytes that the last shared cache gives a multiprocessor in a cycle
+        rate = L2_SHARE * target.l2_bandwidth / (target.multiprocessors * target.clock)
+        return steps * max(one, bytes_per_step / rate) + self.around
+
+    def milliseconds(self, target: Target, part: Work, heads: int, bytes_per_step: float, repeat: int = 1) -> float:
+        """Of a launch with a program for each block of rows and head; a program walks its tiles `repeat` times."""
+        steps = [n * repeat for n in part.steps]
+        mean = sum(steps) / max(len(steps), 1)
+        if not steps or not self.resident:
+            return float("inf") if steps else 0.0
+        # a launch too small to fill the multiprocessors leaves each program more of its own
+        held = max(1, min(self.resident, -(-len(steps) * heads // target.multiprocessors)))
+        shared = max(1, self.streams * held // self.resident)
+        alone = max(1, self.streams // self.resident)
+        cost = self.program(target, part, mean, shared, bytes_per_step)
+        slower = self.program(target, part, mean, alone, bytes_per_step) / cost if cost else 1.0
+        each = [cost * n / mean if mean else self.around for n in steps]
+        return on_all(target, each, heads, slower, self.longest_first)
+
+
+def of_code(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
+    """A kernel of ours, whose products take `products` matrix FLOPs for each score."""
+    rows, keys, warps, stages = code.tile
+    scores = rows * keys
+    rate = matrix_rate(target, dtype)
+    if warp_groups(target) and target.capability >= 100 and rows < 128:
+        rate *= rows / 128  # tcgen05 has lanes for 128 rows: PTX ISA, tcgen05.mma
+    lanes, special = float_lanes(target), target.exponentials / (target.multiprocessors * target.clock)
+
+    def step(loop: Loop, more: float, more_special: float) -> Step:
+        added = more * scores / WARP
+        floats = (loop.float * warps + added) * WARP / lanes
+        return Step(
+            matrix=products * scores / rate,
+            special=(loop.special * warps * WARP + more_special * scores) / special,
+            issue=max((loop.instructions * warps + added) / SCHEDULERS, floats),
+            shared=(loop.loads + loop.stores) * warps * WARP * 16 / SHARED_BYTES,
+        )
+
+    resident = occupancy(target, warps, code.registers, code.shared)
+    streams = resident if warp_groups(target) else resident * max(1, warps // SCHEDULERS)
+    outside = max(0.0, code.total - code.full.instructions - code.checked.instructions) * warps / SCHEDULERS
+    return Kernel(
+        rows, keys, step(code.full, extra.always, extra.special),
+        step(code.checked, extra.always + extra.masked, extra.special + extra.masked_special),
+        resident, streams, stages, outside,
+    )  # fmt: skip
+
+
+@lru_cache
+def _others() -> Mapping[tuple[str, int], Mapping]:
+    return {(row["name"], row["width"]): row for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]}
+
+
+def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
+    """A published kernel at the nearest head width that is known of it, by the instructions that others.json states."""
+    widths = sorted(w for n, w in _others() if n == name)
+    row = _others()[name, next((w for w in widths if w >= width), widths[-1])]
+    rows, keys = row["tile"]
+    scores = rows * keys
+    special = target.exponentials / (target.multiprocessors * target.clock)
+    one = Step(
+        matrix=4.0 * scores * width / matrix_rate(target, dtype, row["single_warps"]),
+        special=row["special"] * scores / special,
+        issue=row["instructions"] * scores / WARP / SCHEDULERS,
+        shared=row["shared"] * scores / SHARED_BYTES,
+    )
+    # a tile that the mask cuts costs a comparison and a selection for each score
+    cut = one.plus(Step(0, 0, 2 * scores / WARP / SCHEDULERS, 0))
+    # the output: a rescaling, a conversion, an address and a store for each four numbers
+    around = 2.0 * rows * width / WARP / SCHEDULERS
+    return Kernel(rows, keys, one, cut, row["programs"], row["streams"], 2, around, False)

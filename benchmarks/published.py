@@ -1,0 +1,113 @@
+"""The cost model against published numbers: forward TFLOP/s of attention kernels whose authors measured them.
+
+    python benchmarks/published.py [--out benchmarks/results/published.json]
+
+A kernel is described by what is known of its schedule and its instructions (attnfx/cost/others.json), a device by its
+data sheet (attnfx/targets/records). No constant is fitted to a number of this table; that a program's warp groups count
+as one stream, and single warps as streams, was settled with the table in sight. Shapes are those of the FlashAttention
+papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, FLOPs of a causal mask counted half. `held` marks
+the points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds; shorter rows are mostly what
+happens before and after a kernel's loop, and little is published of the kernels' schedules at head width 256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from attnfx.cost.kernels import other, work
+from attnfx.ir import algebra as A
+from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
+
+OUT = Path(__file__).parent / "results" / "published.json"
+LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+FA3 = "Shah et al. 2024, FlashAttention-3 (arXiv:2407.08608), figure 5: attention forward speed, H100 80GB SXM5"
+FA2 = "Dao 2023, FlashAttention-2 (arXiv:2307.08691): about 70% (at most 73%) of an A100's peak of 312 TFLOP/s"
+UPSTREAM = "PyTorch benchmark repository, pull request 2391: Triton's tutorial kernel, H100"
+BEST = "upstream Triton's best tutorial kernel, H100 SXM, 16k, as this project's survey found it"
+# kernel, device, head width, causal, TFLOP/s at each length (None: not published), source
+TABLE = (
+    ("flash-attention-3", "h100-sxm", 64, False, (333, 392, 460, 476, 496, 497), FA3),
+    ("flash-attention-3", "h100-sxm", 128, False, (467, 565, 625, 638, 646, 648), FA3),
+    ("flash-attention-3", "h100-sxm", 128, True, (292, 423, 521, 579, 602, 616), FA3),
+    ("flash-attention-3", "h100-sxm", 256, False, (286, 427, 537, 612, 628, 642), FA3),
+    ("cudnn", "h100-sxm", 64, False, (335, 373, 395, 408, 412, 413), FA3),
+    ("cudnn", "h100-sxm", 128, False, (497, 574, 617, 609, 600, 595), FA3),
+    ("cudnn", "h100-sxm", 128, True, (315, 410, 484, 518, 529, 539), FA3),
+    ("triton", "h100-sxm", 64, False, (340, 382, 396, 400, 401, 403), FA3),
+    ("triton", "h100-sxm", 128, False, (323, 372, 389, 389, 392, 395), FA3),
+    ("triton", "h100-sxm", 128, True, (146, 273, 323, 353, 369, 378), FA3),
+    ("triton", "h100-sxm", 128, False, (329, 390, 434, 458, 471, 477), UPSTREAM),
+    ("triton", "h100-sxm", 128, False, (None, None, None, None, None, 487), BEST),
+    ("flash-attention-2", "h100-sxm", 64, False, (282, 306, 318, 321, 322, 324), FA3),
+    ("flash-attention-2", "h100-sxm", 128, False, (309, 350, 362, 368, 370, 370), FA3),
+    ("flash-attention-2", "h100-sxm", 128, True, (191, 260, 298, 319, 333, 335), FA3),
+    ("flash-attention-2", "a100-80gb", 128, False, (None, None, None, None, None, 0.7 * 312), FA2),
+)
+PLAIN = A.mul(A.const(0.125), A.DOT)
+SPECS = {
+    False: AttentionSpec(score=PLAIN),
+    True: AttentionSpec(score=A.where(A.ge(I, J), PLAIN, A.const(float("-inf")))),
+}
+
+
+class Point(NamedTuple):
+    """One published number, in TFLOP/s, and what is predicted for it."""
+
+    kernel: str
+    device: str
+    width: int
+    causal: bool
+    length: int
+    published: float
+    predicted: float
+    held: bool
+    source: str
+
+    @property
+    def error(self) -> float:
+        return self.predicted / self.published - 1
+
+
+def predict(kernel: str, device: str, width: int, causal: bool, length: int, tokens: int = 16384) -> float:
+    """TFLOP/s of a forward pass over `tokens` tokens in rows of `length`, hidden size 2048."""
+    target, heads, batch = Target.by_name(device), 2048 // width, tokens // length
+    one = other(kernel, target, "bfloat16", width)
+    sizes = (("B", batch), ("H", heads), ("S", length), ("T", length))
+    part = work(SPECS[causal], sizes, one.rows, one.keys)
+    ms = one.milliseconds(target, part, batch * heads, one.keys * 2 * width * 2) + target.launch / 1e3
+    return 4 * batch * heads * length**2 * width * (0.5 if causal else 1) / ms / 1e9
+
+
+def points() -> Iterator[Point]:
+    for kernel, device, width, causal, numbers, source in TABLE:
+        for length, published in zip(LENGTHS, numbers):
+            if published is not None:
+                found = predict(kernel, device, width, causal, length)
+                held = length >= 1024 and width <= 128
+                yield Point(kernel, device, width, causal, length, published, found, held, source)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=OUT)
+    options = parser.parse_args()
+    found = list(points())
+    for p in found:
+        mask = "causal" if p.causal else ""
+        print(f"{p.kernel:18} {p.device:10} {p.width:4} {mask:7} {p.length:6} {p.published:7.0f} {p.predicted:7.0f} "
+              f"{p.error:+6.1%} {'' if p.held else '(not held)'}")  # fmt: skip
+    held = [abs(p.error) for p in found if p.held]
+    print(f"{len(held)} points held: error {sum(held) / len(held):.1%} in the mean, {max(held):.1%} at most; "
+          f"{sum(e <= 0.15 for e in held)} within 15%")  # fmt: skip
+    rows = [p._asdict() | {"predicted": round(p.predicted, 1), "error": round(p.error, 3)} for p in found]
+    data = {"unit": "TFLOP/s forward; predicted by attnfx.cost, published by the sources", "rows": rows}
+    options.out.write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A decision for a device that is not there: `explain` decides as for it, a compiled model runs on what is there, and
+the tile that was chosen reaches the kernel."""
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import attnfx
+from attnfx import Options, Target, pipeline
+from attnfx.kernels import operator
+from attnfx.kernels.call import Call
+from attnfx.kernels.configuration import Configuration, parse
+from attnfx.kernels.flash.tiles import Tile, decode_tiles, forward_tiles
+from attnfx.report import Candidate
+from attnfx.spec import AttentionSpec
+from tests.support import compiled, new_reports, rand
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def causal(q, k, v):
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return (q @ k.mT * 0.125).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def site(target, length=512, queries=None):
+    torch._dynamo.reset()
+    k = torch.randn(1, 8, length, 64, dtype=torch.bfloat16)
+    q = k if queries is None else k[:, :, :queries]
+    (found,) = attnfx.explain(causal if queries is None else plain, target=target)(q, k, k).sites
+    return found
+
+
+def plain(q, k, v):
+    return (q @ k.mT * 0.125).softmax(-1) @ v
+
+
+# -- a target that is not there -----------------------------------------------------------------
+def test_explain_decides_for_the_gpu_that_is_named():
+    found = site("H100 SXM")
+    assert found.decision.tier == "flash" and found.decision.tile and found.decision.warps and found.decision.stages
+    by_tier = {c.tier for c in (found.decision, *found.decision.alternatives)}
+    assert by_tier == {"flash", "kept", "chunked"}
+    assert all(c.predicted_ms > 0 for c in found.decision.alternatives)
+    assert "decided for h100-sxm; the cpu at hand runs it as library" in found.notes
+    assert site("h100-sxm", 8192, queries=1).decision.tier == "decode"
+
+
+@pytest.mark.parametrize("target", ["v100", "t4", "mi300x"])
+def test_a_target_that_the_kernels_do_not_run_on_gets_none_of_them(target):
+    decision = site(target).decision
+    assert {c.tier for c in (decision, *decision.alternatives)} == {"kept", "chunked"}
+
+
+def test_a_model_compiled_for_another_device_runs_on_this_one():
+    q, k, v = (rand(1, 2, 256, 16, seed=n) for n in range(3))
+    with new_reports() as filed:
+        got = compiled(causal, target="h100-sxm", rewrite="always")(q, k, v)
+    torch.testing.assert_close(got, causal(q, k, v), rtol=1e-4, atol=1e-5)
+    (found,) = filed[0].sites
+    assert found.decision.tier == "flash" and "the cpu at hand runs it as" in " ".join(found.notes)
+
+
+def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
+    def fn(q, k, v):
+        w = torch.nn.functional.dropout((q @ k.mT * 0.25).softmax(-1), 0.5)
+        return w @ v, w.mean(1)
+
+    q, k, v = (rand(1, 2, 64, 16, seed=n) for n in range(3))
+    with new_reports() as filed:
+        compiled(fn, target="h100-sxm", rewrite="always")(q, k, v)
+    (found,) = filed[0].sites
+    assert found.decision.tier == "flash" and "the cpu at hand runs it as chunked" in " ".join(found.notes)
+
+
+def test_a_device_that_is_known_by_its_architecture_alone_is_said_to_be(monkeypatch):
+    guessed = replace(Target.by_name("rtx4090"), note="it has no record")
+    monkeypatch.setattr(pipeline, "target_of", lambda options, device: (guessed, torch.device("cuda")))
+    assert "it has no record" in site("auto").notes
+
+
+def test_what_the_device_at_hand_cannot_run_is_followed_by_what_it_can():
+    chosen = Candidate("flash", "triton", tile=(128, 64), warps=8, stages=3)
+    here = {"flash": "no GPU", "decode": "no GPU"}
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert pipeline.tiers_of(chosen, here, cpu) == ["flash:128x64/8/3", "library", "chunked"]
+    assert pipeline.tiers_of(chosen, {}, gpu) == ["flash:128x64/8/3", "chunked"]
+    assert pipeline.tiers_of(Candidate("chunked", "blocks"), {}, cpu) == ["chunked"]
+
+
+def test_auto_is_the_device_at_hand():
+    assert pipeline.target_of(Options(), torch.device("cpu")) == (None, torch.device("cpu"))
+    given = Options(target=Target.by_name("l4"))
+    assert pipeline.target_of(given, torch.device("cpu")) == (Target.by_name("l4"), torch.device("cuda"))
+
+
+# -- the tile on its way ------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("flash,chunked", (Configuration("flash"), Configuration("chunked"))),
+        ("flash:128x64/8/3,chunked", (Configuration("flash", Tile(128, 64, 8, 3)), Configuration("chunked"))),
+        ("decode:16x128/4/3/32", (Configuration("decode", Tile(16, 128, 4, 3), 32),)),
+    ],
+)
+def test_a_configuration_is_read_as_it_is_written(text, parts):
+    assert parse(text) == parts and ",".join(map(str, parts)) == text
+
+
+@pytest.mark.parametrize("text", ["flash:", "flash:128", "flash:128x64/8", "flash:100x64/8/3", "a b", "flash:0x64/8/3"])
+def test_a_configuration_that_is_none_is_refused(text):
+    with pytest.raises(ValueError, match=re.escape(f"tier {text!r}")):
+        parse(text)
+
+
+def test_the_chosen_tile_is_given_to_the_kernel(monkeypatch):
+    given = []
+
+    def forward(call, tile=None, splits=0):
+        given.append((tile, splits))
+        return call.outputs()
+
+    flash = operator.TIERS["flash"]._replace(supports=lambda call: None, forward=forward)
+    monkeypatch.setitem(operator.TIERS, "flash", flash)
+    x = torch.randn(1, 2, 8, 16)
+    for tiers in ("flash:128x64/8/3,chunked", "flash"):
+        operator.choose(tiers, Call(AttentionSpec(), x, x, x)).forward(Call(AttentionSpec(), x, x, x))
+    assert given == [(Tile(128, 64, 8, 3), 0), (None, 0)]
+
+
+@pytest.mark.parametrize("tiles", [forward_tiles, decode_tiles])
+def test_the_chosen_tile_is_tried_first_and_the_table_stays_behind_it(monkeypatch, tiles):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    device, chosen = torch.device("cuda"), Tile(32, 32, 4, 2)
+    table = tiles(device, torch.bfloat16, 64)
+    assert tiles(device, torch.bfloat16, 64, chosen)[0] == chosen
+    assert [t for t in tiles(device, torch.bfloat16, 64, chosen) if t != chosen] == [t for t in table if t != chosen]
+    assert chosen not in tiles(torch.device("cpu"), torch.bfloat16, 64, chosen)  # the interpreter has its own
+
+
+# -- the package --------------------------------------------------------------------------------
+def test_every_data_file_is_packaged():
+    """A wheel holds what a pattern of pyproject.toml names, of a package's own folder."""
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
+    patterns = re.findall(r'^"([\w.]+)" = \[(.*)\]', text, re.MULTILINE)
+    named = {
+        file
+        for package, globs in patterns
+        for glob in re.findall(r'"([^"]+)"', globs)
+        for file in (ROOT / package.replace(".", "/")).glob(glob)
+    }
+    data = {f for f in (ROOT / "attnfx").rglob("*.json") if "__pycache__" not in f.parts}
+    assert data and data <= named
