@@ -6,7 +6,7 @@ import importlib
 
 import click
 
-COMMANDS: dict[str, str] = {}  # name -> "module:function" in this package
+COMMANDS: dict[str, str] = {"plan": "plan:plan"}  # name -> "module:function" in this package
 
 
 class Commands(click.Group):
