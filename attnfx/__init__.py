@@ -17,15 +17,15 @@ if TYPE_CHECKING:
     from attnfx.explanation import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
-    from attnfx.plan import Plan, plan
+    from attnfx.plans import Plan, plan
     from attnfx.report import Decision, Refusal, Report, Site, reports
     from attnfx.spec import AttentionSpec
     from attnfx.targets import Target
 
 _HOMES = {
     "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report", "OptionError": "errors",
-    "Options": "options", "Plan": "plan", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
-    "Target": "targets", "attention": "kernels.operator", "explain": "explanation", "plan": "plan", "reports": "report",
+    "Options": "options", "Plan": "plans", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
+    "Target": "targets", "attention": "kernels.operator", "explain": "explanation", "plan": "plans", "reports": "report",
 }  # fmt: skip
 
 __all__ = [

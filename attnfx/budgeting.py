@@ -21,7 +21,7 @@ from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.recompute import forward_nodes, mark
-from attnfx.plan import Resident, detected, fitting, free_bytes, total
+from attnfx.plans import Resident, detected, fitting, free_bytes, total
 from attnfx.planning import Marks, choices
 from attnfx.targets import Target
 

@@ -133,9 +133,16 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
     """A graph that a backend was given, brought as far, and left as it was. Raises what stands in the way."""
     made = Captured(report, options=options)
     mode = detect_fake_mode(list(example_inputs)) or TracingContext.get().fake_mode
+    inputs = list(example_inputs)
+    for n, node in enumerate(x for x in gm.graph.nodes if x.op == "placeholder"):
+        held = node.meta.get("example_value")
+        if isinstance(held, FakeTensor):  # which knows the sizes that Dynamo took for fixed
+            inputs[n] = held
+    copy_ = GraphModule(gm, copied(gm.graph))
+    copy_.meta.update(gm.meta)
     # what a compiler notes in the context of a compilation must not reach the one that follows
     with tracing(TracingContext(mode)), _quiet(), suppress(Done):
-        lower(GraphModule(gm, copied(gm.graph)), list(example_inputs), made, options.inner)
+        lower(copy_, inputs, made, options.inner)
     return made
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from attnfx.memory.budget import text
 
 if TYPE_CHECKING:
-    from attnfx.plan import Plan
+    from attnfx.plans import Plan
 
 ROWS = 12  # of the largest values, in a table
 

@@ -79,6 +79,8 @@ def copied(graph: Graph) -> Graph:
     new.meta.update(old.meta)
     for before, after in values.items():
         after.meta = dict(before.meta)
+        if hasattr(before, "_dynamo_source"):  # by which a compiler tells parameters from other inputs
+            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
     return made
 
 
