@@ -58,7 +58,11 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
     marks = way.marks[0]
     chosen.report.notes.append(
         f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"
-        + (f"; {len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}" if marks.again else "")
+        + (
+            f"; {len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}"
+            if marks.again
+            else ""
+        )
     )
     return chosen, _partitioner(marks) if marks.again else None
 

@@ -17,7 +17,12 @@ import torch
 from torch import nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
 from torch._inductor.custom_graph_pass import CustomPartitionerFn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+)
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map, tree_map_only
 
@@ -89,7 +94,12 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     # every capture is a new compilation of the same code: Dynamo's limit is for programs that recompile by mistake
     limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
     with mode, torch.set_grad_enabled(train), _quiet(), limits:
-        torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+        try:
+            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+        except (DynamicOutputShapeException, DataDependentOutputException) as problem:
+            if not found:
+                raise
+            found[-1].report.notes.append(f"what follows is not planned, as its shapes depend on data: {problem}")
     return found
 
 

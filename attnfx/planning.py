@@ -83,7 +83,9 @@ def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
     """The ways to compile, in order of the time they cost. `more` captures the graphs with every site rewritten."""
     first = Choice(captured, [Marks()] * len(captured), target, inlining)
     yield first
-    if more is not None and any(s.decision is not None and s.decision.tier == "kept" for c in captured for s in c.report):
+    if more is not None and any(
+        s.decision is not None and s.decision.tier == "kept" for c in captured for s in c.report
+    ):
         again = more()
         if len(again) == len(captured):
             second = Choice(again, [Marks()] * len(again), target, inlining)
@@ -163,7 +165,9 @@ def _price(node, target: Target) -> float:  # type: ignore[no-untyped-def]
     if is_view(node) or "getitem" in str(node.target):
         return 0.0
     moved = sum(
-        tensor_bytes(x.meta["val"]) for x in (*node.all_input_nodes, node) if isinstance(x.meta.get("val"), torch.Tensor)
+        tensor_bytes(x.meta["val"])
+        for x in (*node.all_input_nodes, node)
+        if isinstance(x.meta.get("val"), torch.Tensor)
     )
     dtype = str(value.dtype).removeprefix("torch.")
     if kind_of(node) in ("loop", "reduce"):

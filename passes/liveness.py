@@ -122,7 +122,9 @@ def _results(n: Node) -> tuple[Result, ...]:
         if user.target is operator.getitem:
             parts.setdefault(user.args[1], user.name)
     return tuple(
-        Result(parts.get(i, f"{n.name}[{i}]"), tensor_bytes(x)) for i, x in enumerate(value) if isinstance(x, torch.Tensor)
+        Result(parts.get(i, f"{n.name}[{i}]"), tensor_bytes(x))
+        for i, x in enumerate(value)
+        if isinstance(x, torch.Tensor)
     )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -13,6 +14,7 @@ from attnfx.budgeting import _limits, ran_out
 from attnfx.errors import BudgetError, OptionError
 from attnfx.memory.budget import check, in_bytes
 from attnfx.options import Options
+from attnfx.plans import _events_at, fitting, total
 from attnfx.sizes import Sizes, Unknown, fit
 
 WIDTH, HEADS = 64, 2
@@ -79,47 +81,40 @@ def test_a_plan_says_what_is_alive_without_allocating_it():
 
 
 def test_the_largest_batch_is_the_last_that_fits():
-    """By plans made at that batch and the next: their own traces, not the symbolic sizes that found it."""
-    found = plan(memory_budget=64 << 20, rewrite="never")
+    """By a plan made at that batch: its own trace, not the sizes that the search read off two others."""
+    found = plan(rewrite="never")
+    found.budget = 64 << 20
     largest = found.max_batch
-    assert largest is not None
-    for batch, fits in ((largest, True), (largest + 2, False)):
-        with torch.device("meta"):
-            model, _ = net()
-            x = torch.empty(batch, 128, WIDTH)
-        own = attnfx.plan(model, target="a100-80gb", train=True, rewrite="never")(x)
-        assert found.bytes_at(batch) is not None and (found.bytes_at(batch) <= 64 << 20) == fits
-        assert own.peak_bytes >= found.bytes_at(batch) * 0.99
-        assert abs(own.peak_bytes - _without_recompute(found, batch)) <= own.peak_bytes * 0.01
+    assert largest is not None and found.bytes_at(largest) <= 64 << 20 < found.bytes_at(largest + 1)
+    with torch.device("meta"):
+        model, x = net()[0], torch.empty(largest, 128, WIDTH)
+    own = attnfx.plan(model, target="a100-80gb", train=True, rewrite="never")(x)
+    assert own.peak_bytes == pytest.approx(_without_recompute(found, largest), rel=0.02)
 
 
 def _without_recompute(found, batch):
-    from attnfx.plans import _events_at, total
-
-    share = batch / found.given.batch
-    from dataclasses import replace
-
-    resident = replace(found.resident, inputs=round(found.resident.inputs * share))
+    resident = replace(found.resident, inputs=found.resident.inputs * batch // found.given.batch)
     return total(_events_at(found.choice, found._table, Sizes(batch, 0)), resident, found.target)
 
 
 def test_a_smaller_budget_never_gives_a_larger_peak_and_every_peak_is_within_it():
-    whole = plan().peak_bytes
+    found = plan()
+    ways, whole = list(found.ways()), found.peak_bytes
     peaks = []
-    for share in (1.0, 0.9, 0.8, 0.7, 0.6, 0.5):
+    for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5):
         try:
-            found = plan(memory_budget=int(whole * share))
+            way = fitting(ways, int(whole * share), found.resident, found.target, True)
         except BudgetError:
             break
-        assert found.peak_bytes <= whole * share
-        peaks.append(found.peak_bytes)
-    assert len(peaks) >= 3 and peaks == sorted(peaks, reverse=True)
-    assert found.recomputed
+        peaks.append(total(way.events, found.resident, found.target))
+        assert peaks[-1] <= whole * share
+    assert len(peaks) >= 4 and peaks == sorted(peaks, reverse=True)
+    assert way.recomputed
 
 
 def test_what_is_computed_again_has_the_same_dropout():
     expected, _ = gradients(None)
-    for budget in (3 << 20, int(2.4 * 2**20)):
+    for budget in (int(3.2 * 2**20), int(2.9 * 2**20)):
         found, notes = gradients(budget)
         assert any("computed again" in n for n in notes), notes
         for one, other in zip(found, expected):
@@ -127,9 +122,7 @@ def test_what_is_computed_again_has_the_same_dropout():
 
 
 def test_a_budget_that_cannot_be_met_names_the_least_that_can():
-    with pytest.raises(BudgetError, match=r"smallest peak that can be had is .* \(.*parameters"):
-        plan(memory_budget=1 << 19)
-    with pytest.raises(Exception, match=r"BudgetError.*smallest peak"):
+    with pytest.raises(Exception, match=r"BudgetError.*smallest peak that can be had is .* \(.*gradients"):
         gradients(1 << 19)
 
 
