@@ -23,14 +23,15 @@ if TYPE_CHECKING:
     from attnfx.targets import Target
 
 _HOMES = {
-    "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report", "OptionError": "errors",
-    "Options": "options", "Plan": "plans", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
-    "Target": "targets", "attention": "kernels.operator", "explain": "explanation", "plan": "plans", "reports": "report",
+    "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report",
+    "OptionError": "errors", "Options": "options", "Plan": "plans", "Refusal": "report", "RefusalError": "errors",
+    "Report": "report", "Site": "report", "Target": "targets", "attention": "kernels.operator",
+    "explain": "explanation", "plan": "plans", "reports": "report",
 }  # fmt: skip
 
 __all__ = [
-    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report",
-    "Site", "Target", "attention", "explain", "reports",
+    "AttentionSpec", "AttnfxError", "BudgetError", "Decision", "OptionError", "Options", "Plan", "Refusal",
+    "RefusalError", "Report", "Site", "Target", "attention", "explain", "plan", "reports",
 ]  # fmt: skip
 
 

@@ -21,8 +21,8 @@ from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.recompute import forward_nodes, mark
-from attnfx.plans import Resident, detected, fitting, free_bytes, total
 from attnfx.planning import Marks, choices
+from attnfx.plans import Resident, detected, fitting, free_bytes, total
 from attnfx.targets import Target
 
 # What was really to be had when a device ran out of memory, by device index: "auto" plans with no more than that.

@@ -121,7 +121,7 @@ def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str
 
 
 def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches: Mapping[str, Any] | None = None,
-                 partitioner: Partitioner | None = None, compiler: Callable[..., Any] | None = None) -> Any:  # fmt: skip
+                 partitioner: Partitioner | None = None, compiler: Any = None) -> Any:  # fmt: skip
     """Hand a graph to Inductor (or to AOTAutograd alone), with a partitioner and an inner compiler of one's own."""
     if inner == "aot_eager":
         from torch._dynamo.backends.common import aot_autograd
@@ -134,7 +134,7 @@ def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches
         )(gm, example_inputs)  # fmt: skip
     import torch._inductor.compile_fx as inductor
 
-    more = {} if compiler is None else {"inner_compile": compiler}
+    more: dict[str, Any] = {} if compiler is None else {"inner_compile": compiler}
     patches = dict(patches or {}) | ({} if partitioner is None else {"custom_partitioner_fn": partitioner})
     return inductor.compile_fx(gm, example_inputs, config_patches=patches or None, **more)
 

@@ -90,9 +90,9 @@ def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
         if here == there or (j and not at.length):
             continue
         factor = Fraction(second - first, there - here)
-        rest = first - factor * here
+        rest = Fraction(first) - factor * here
         if rest == 0:
-            return Dim(i, j, factor, rest)
+            return Dim(i, j, factor, Fraction(0))
         if found is None and factor.denominator == 1 and rest.denominator == 1 and abs(rest) <= max(at.length, 64):
             found = Dim(i, j, factor, rest)
     if found is None:

@@ -24,7 +24,7 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
 
     Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
     """
-    from attnfx.cli.loading import load
+    from attnfx.cli.loading import load  # pyright: ignore[reportMissingImports]
     from attnfx.plans import plan as make
 
     built, args, kwargs = load(model)

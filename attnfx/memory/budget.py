@@ -8,7 +8,8 @@ from attnfx.errors import OptionError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-WANTED = "a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, or 'auto'"
+WANTED = "the nearest is None (or a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, or 'auto')"
+MOST = 1 << 60  # bytes; no device has more
 
 
 def check(source: str, value: object) -> int | float | str | None:
@@ -18,16 +19,18 @@ def check(source: str, value: object) -> int | float | str | None:
     if isinstance(value, str):
         found = _SIZE.fullmatch(value.strip())
         if found is None:
-            raise OptionError(f"{source}: {value!r} is no size; give {WANTED}")
+            raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
         value = round(float(found[1]) * _UNITS[(found[2] or "").lower()])
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise OptionError(f"{source}: {value!r} is no size; give {WANTED}")
-    if isinstance(value, float) and value > 1 and value == int(value):
+        raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
+    if isinstance(value, float) and 1 < value < MOST and value == int(value):
         value = int(value)
+    if value > MOST:
+        raise OptionError(f"{source}: no device has {value!r} bytes, {WANTED}")
     if value <= 0:
-        raise OptionError(f"{source}: a budget of {value!r} holds nothing; give {WANTED}")
+        raise OptionError(f"{source}: a budget of {value!r} holds nothing, {WANTED}")
     if isinstance(value, float) and not 0 < value <= 1:
-        raise OptionError(f"{source}: {value!r} is neither a whole number of bytes nor a fraction; give {WANTED}")
+        raise OptionError(f"{source}: {value!r} is neither a whole number of bytes nor a fraction, {WANTED}")
     return value
 
 

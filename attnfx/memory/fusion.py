@@ -49,7 +49,8 @@ def unfused(graph: Graph) -> list[Kernel]:
     base = graph.bases()
     return [
         Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
-               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where, target=op.target)
+               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where,
+               target=op.target)
         for op in graph.ops if op.kind not in ("input", "view")
     ]  # fmt: skip
 

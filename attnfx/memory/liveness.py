@@ -13,7 +13,6 @@ from dataclasses import dataclass, field, replace
 
 from attnfx.memory.fusion import Kernel
 
-
 WORKSPACE = "workspace of "
 
 

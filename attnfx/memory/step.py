@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from attnfx.memory.fusion import Kernel, fused, unfused
 from attnfx.memory.liveness import Event, Phase, events
@@ -68,7 +69,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
             return prefix + value
 
         kernels = _kernels(part.forward, cpu, inlining, forward_name)
-        how = dict(batched=cpu and inlining, hands_on=inlining)
+        how: dict[str, Any] = dict(batched=cpu and inlining, hands_on=inlining)
         forward.append(Phase(f"forward{number}", kernels, frozenset(map(forward_name, kept)), **how))
         if part.backward is None:
             continue
@@ -77,7 +78,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
         held = {op.name: base[op.name] for op in part.backward.inputs if op.name in base}
 
         def backward_name(value: str, held: dict[str, str] = held, prefix: str = prefix) -> str:
-            return prefix + (held[value] if value in held else f"backward.{value}")
+            return prefix + held.get(value, f"backward.{value}")
 
         arrive = {
             backward_name(op.name): op.results[0].bytes for op in part.backward.inputs if op.name not in held
