@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -82,16 +82,23 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
     return Resident(0, 0, sum(sizes.values()), 0, 0, tuple(sizes.values()))
 
 
-def _partitioner(marks: Marks) -> Partitioner:
-    def partition(joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
-        missing = (marks.saved | marks.again) - forward_nodes(joint).keys()
+@dataclass(frozen=True)
+class Marking:
+    """PyTorch's partitioner on a joint graph with marks. A compiler's cache keeps it by its text."""
+
+    marks: Marks
+
+    def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
         if missing:
             raise RuntimeError(f"the planned graph is not the compiled one: it has no {', '.join(sorted(missing)[:3])}")
-        mark(joint, marks.saved, marks.again)
+        mark(joint, self.marks.saved, self.marks.again)
         return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
+
+def _partitioner(marks: Marks) -> Partitioner:
     names = "\n".join([*sorted(marks.saved), "", *sorted(marks.again)])
-    return Partitioner(partition, hashlib.sha256(names.encode()).hexdigest())
+    return Partitioner(Marking(marks), hashlib.sha256(names.encode()).hexdigest())
 
 
 def _free(target: Target, device: torch.device) -> int:

@@ -16,7 +16,7 @@ from attnfx.memory import knapsack
 from attnfx.memory.clock import roofline_ms, step_ms
 from attnfx.memory.liveness import Event, peak
 from attnfx.memory.step import Part, Step, step
-from attnfx.passes.liveness import flops, kind_of, read, tensor_bytes
+from attnfx.passes.liveness import flops, is_view, kind_of, near_readers, read, tensor_bytes
 from attnfx.passes.recompute import closure, forward_nodes, partition
 from attnfx.targets import Target
 
@@ -43,7 +43,8 @@ class Choice:
 
     @cached_property
     def parts(self) -> list[Part]:
-        return [_part(c, m, self.target.kind == "cpu") for c, m in zip(self.captured, self.marks)]
+        cpu = self.target.kind == "cpu"
+        return [_part(c, m, cpu, self.inlining) for c, m in zip(self.captured, self.marks)]
 
     @cached_property
     def step(self) -> Step:
@@ -70,10 +71,10 @@ class Choice:
         return {name: size for m in self.marks for name, size in m.dropped.items()}
 
 
-def _part(captured: Captured, marks: Marks, cpu: bool) -> Part:
+def _part(captured: Captured, marks: Marks, cpu: bool, inlining: bool) -> Part:
     if captured.joint is None:
         assert captured.forward is not None
-        return Part(read(captured.forward, cpu))
+        return Part(read(near_readers(captured.forward) if inlining else captured.forward, cpu))
     forward, backward = partition(captured.joint, captured.arguments, marks.saved, marks.again)
     return Part(read(forward, cpu), read(backward, cpu), captured.arguments["num_fwd_outputs"])
 
@@ -160,8 +161,6 @@ def _price(node, target: Target) -> float:  # type: ignore[no-untyped-def]
         if not parts:
             return 0.0
         value = parts[0]
-    from attnfx.passes.liveness import is_view
-
     if is_view(node) or "getitem" in str(node.target):
         return 0.0
     moved = sum(

@@ -18,6 +18,7 @@ from torch.fx.node import map_arg
 from attnfx.memory.attention import workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
+from attnfx.passes.recompute import copied
 from attnfx.spec import from_json
 
 # torch/_inductor/ir.py, StorageBox.should_realize_on_reuse
@@ -78,6 +79,21 @@ def attention_workspace(n: Node, cpu: bool) -> int:
     dims = {"B": b, "H": h, "T": t, "D": d, "G": number(key.shape[1]), "S": number(key.shape[2])}
     dims["Dv"] = number(value.shape[3])
     return workspace(from_json(texts[0]), dims, query.element_size(), texts[1].split(",")[0], backward, cpu)
+
+
+def near_readers(gm: GraphModule) -> GraphModule:
+    """A copy in which each operation stands right before its first reader.
+
+    Inductor orders the graph of an inference so (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality).
+    """
+    made = GraphModule(gm, copied(gm.graph))
+    seen: set[Node] = set()
+    for n in reversed(made.graph.nodes):
+        seen.add(n)
+        for source in n.all_input_nodes:
+            if source.op == "call_function" and source.target is not operator.getitem and seen.issuperset(source.users):
+                n.prepend(source)
+    return made
 
 
 def read(gm: GraphModule, cpu: bool) -> Graph:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from attnfx.mask import describe
 from attnfx.spec import AttentionSpec
 
 # kernels/library.py: queries of a block; kernels/chunked.py: elements of a tile of scores
 BLOCK, TILE = 256, {"cpu": 1 << 20, "cuda": 1 << 26}
 # Tensors of a tile's size that are alive at once in kernels/chunked.py: scores, weights and the mask's parts; in the
-# backward pass the gradients of scores and weights beside them; and what dropout keeps, where there is dropout.
+# backward pass the gradients of scores and weights beside them; one more for what dropout keeps, one for a mask.
 CHUNK, CHUNK_BACKWARD = 3, 5
 
 
@@ -22,7 +23,7 @@ def workspace(
     if tier == "library":
         whole = rows * dims["Dv"] * element
         names = {n for e in spec.programs for n in e.free}
-        if "i" not in names:
+        if "i" not in names or describe(spec, dict(dims)) == "causal":
             return whole  # the fused kernel's own result, before it becomes the operator's
         block = min(BLOCK, dims["T"])
         each = (dims["B"] if "b" in names else 1) * (dims["H"] if "h" in names else 1)
@@ -35,4 +36,5 @@ def workspace(
         # the backward pass adds up row sums of out * grad_out, a float32 a row; a split writes float32 partial results
         return 4 * rows if backward else (4 * rows * (dims["Dv"] + 2) if tier == "decode" else 0)
     tile = min(scores, TILE["cpu" if cpu else "cuda"]) * 4
-    return tile * ((CHUNK_BACKWARD if backward else CHUNK) + bool(spec.dropout))
+    more = bool(spec.dropout) + ("i" in spec.score.free)
+    return tile * ((CHUNK_BACKWARD if backward else CHUNK) + more)
