@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from measure import machine
-from models import build
+from models import Built, build
 from peak import peak_over_base
 from torch import Tensor, nn
 
@@ -43,18 +43,24 @@ class Step(nn.Module):
         return out.square().mean() if self.training else out
 
 
+def batched(built: Built, batch: int) -> Built:
+    """The decoders are built for a batch of one."""
+    model, inputs = built
+    return model, {k: x if len(x) == batch else x.expand(batch, *x.shape[1:]).contiguous() for k, x in inputs.items()}
+
+
 def one(name: str, layers: int, size: int, batch: int, train: bool) -> dict[str, Any]:
     """Predicted on meta tensors, then measured."""
     import attnfx
 
     with torch.device("meta"):
-        model, inputs = build(name, layers, size, batch)
+        model, inputs = batched(build(name, layers, size, batch), batch)
     start = time.process_time()
     plan = attnfx.plan(Step(model).train(train), train=train)(**inputs)
     predicted, seconds = plan.choice.peak, time.process_time() - start
 
     torch.manual_seed(0)
-    model, inputs = build(name, layers, size, batch)
+    model, inputs = batched(build(name, layers, size, batch), batch)
     whole = Step(model).train(train)
     run = torch.compile(whole, backend="attnfx", dynamic=False)
 

@@ -8,7 +8,10 @@ from attnfx.errors import OptionError
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-WANTED = "the nearest is None (or a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, or 'auto')"
+WANTED = (
+    "the nearest is None (or a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, "
+    "or 'auto')"
+)
 MOST = 1 << 60  # bytes; no device has more
 
 
