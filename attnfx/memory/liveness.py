@@ -147,7 +147,8 @@ def _handed_on(found: list[Event], start: int) -> set[int]:
     """
     level, known = [], start
     for e in found:
-        known += 0 if e.value.startswith(WORKSPACE) else e.bytes
+        unseen = e.value.startswith(WORKSPACE) or e.value.endswith("]")  # a part of a kernel's result that none reads
+        known += 0 if unseen else e.bytes
         level.append(known)
     most = max(level, default=0)
     dead: dict[int, list[int]] = defaultdict(list)
