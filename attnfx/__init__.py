@@ -3,6 +3,7 @@
 torch.compile(model, backend="attnfx")                       rewrites what pays
 attnfx.explain(model)(*inputs)                               says what would be done, and why not
 attnfx.Target.by_name("h100-sxm")                            a device to decide for
+attnfx.plan(model, target="h100-sxm")(*inputs)               what it will take there, and what fits
 attnfx.reports()                                             what was done in this process
 attnfx.attention(query, key, value, spec, captures)          the operator itself
 """
@@ -12,23 +13,25 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from attnfx.errors import AttnfxError, OptionError, RefusalError
+    from attnfx.errors import AttnfxError, BudgetError, OptionError, RefusalError
     from attnfx.explanation import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
+    from attnfx.plans import Plan, plan
     from attnfx.report import Decision, Refusal, Report, Site, reports
     from attnfx.spec import AttentionSpec
     from attnfx.targets import Target
 
 _HOMES = {
-    "AttentionSpec": "spec", "AttnfxError": "errors", "Decision": "report", "OptionError": "errors",
-    "Options": "options", "Refusal": "report", "RefusalError": "errors", "Report": "report", "Site": "report",
-    "Target": "targets", "attention": "kernels.operator", "explain": "explanation", "reports": "report",
+    "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report",
+    "OptionError": "errors", "Options": "options", "Plan": "plans", "Refusal": "report", "RefusalError": "errors",
+    "Report": "report", "Site": "report", "Target": "targets", "attention": "kernels.operator",
+    "explain": "explanation", "plan": "plans", "reports": "report",
 }  # fmt: skip
 
 __all__ = [
-    "AttentionSpec", "AttnfxError", "Decision", "OptionError", "Options", "Refusal", "RefusalError", "Report",
-    "Site", "Target", "attention", "explain", "reports",
+    "AttentionSpec", "AttnfxError", "BudgetError", "Decision", "OptionError", "Options", "Plan", "Refusal",
+    "RefusalError", "Report", "Site", "Target", "attention", "explain", "plan", "reports",
 ]  # fmt: skip
 
 

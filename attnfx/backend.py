@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.fx import GraphModule
 
-from attnfx import dumping, pipeline, report
+from attnfx import dumping, report, verify
 from attnfx.errors import RefusalError
 from attnfx.options import Options
 
@@ -25,7 +25,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     """
     chosen = Options.make(options or {})
     try:
-        result = _rewritten(gm, example_inputs, chosen)
+        result = verify.rewritten(gm, example_inputs, chosen)
         dumping.dump(gm, result, chosen)
     except Exception as problem:
         if chosen.strict:
@@ -36,7 +36,6 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
             stacklevel=2,
         )
         return inner(gm, example_inputs, chosen, mode)
-    report.file(result.report)
     if result.untraceable:
         if chosen.strict:
             raise RefusalError(f"a graph could not be traced: {result.untraceable}")
@@ -46,28 +45,23 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     refused = next((s for s in result.report.sites if s.refusal is not None), None)
     if chosen.strict and refused is not None:
         raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
-    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode)
+    partitioner = None
+    if chosen.memory_budget is not None:
+        from attnfx.budgeting import fit
+
+        result, partitioner = fit(gm, example_inputs, chosen, result)
+    report.file(result.report)
+    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode, partitioner)
 
 
-def _rewritten(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> pipeline.Result:
-    if options.verify == "off":
-        return pipeline.run(gm, options)
-    from attnfx import verify
-
-    return verify.run(gm, example_inputs, options)
-
-
-def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None) -> Callable[..., Any]:
-    """Hand a graph to the compiler of the rest."""
+def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None,
+          partitioner: Any = None) -> Callable[..., Any]:  # fmt: skip
+    """Hand a graph to the compiler of the rest; `partitioner` says what is saved for the backward pass."""
     if options.inner == "eager":
         return gm.forward
-    if options.inner == "aot_eager":
-        from torch._dynamo.backends.registry import lookup_backend
-
-        return lookup_backend("aot_eager")(gm, list(example_inputs))
-    import torch._inductor.compile_fx as inductor
     from torch._inductor import list_mode_options
 
+    from attnfx.capture import compile_rest
+
     patches = list_mode_options(mode) if mode and mode != "default" else None
-    compiled: Any = inductor.compile_fx(gm, list(example_inputs), config_patches=patches)
-    return compiled
+    return compile_rest(gm, list(example_inputs), options.inner, patches, partitioner)

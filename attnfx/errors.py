@@ -11,3 +11,7 @@ class OptionError(AttnfxError, ValueError):
 
 class RefusalError(AttnfxError):
     """With `strict`, a site was refused: the message says what, where in the user's code, and what to do."""
+
+
+class BudgetError(AttnfxError):
+    """A memory budget cannot be met; the message names the smallest peak that can be had, and what is in it."""

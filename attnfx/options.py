@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from attnfx.errors import OptionError
+from attnfx.memory.budget import check as check_budget
 from attnfx.targets import Target
 from attnfx.targets.records import key
 
@@ -25,7 +25,6 @@ Tune: TypeAlias = Literal[False, True, "known", "again"]
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
-_SIZE = re.compile(r"\d+(\.\d+)?\s*([KMGT]i?)?B", re.IGNORECASE)
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -38,7 +37,8 @@ class Options:
         target: The device to decide for; "auto" is the one that the graph's tensors are on. A record's name or the path
             of a JSON file becomes its `Target`.
         tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
-        memory_budget: The peak that the compiled step must fit; None is no limit.
+        memory_budget: The peak that the compiled step must fit: bytes, "16GiB", a fraction of the device's memory, or
+            "auto" for what of it is free; None is no limit.
         verify: "first" compares each rewritten site with the original subgraph when a graph is compiled, on the
             inputs of its first call; on a mismatch the original stays.
         strict: Raise where a site is refused or attnfx itself fails, instead of compiling the original.
@@ -54,7 +54,7 @@ class Options:
     rewrite: Rewrite = "cost"
     target: str | Target = "auto"
     tiers: tuple[Tier, ...] = TIERS
-    memory_budget: None = None
+    memory_budget: int | float | str | None = None
     verify: Verify = "off"
     strict: bool = False
     dump_dir: Path | None = None
@@ -180,20 +180,6 @@ def _tiers(source: str, value: object) -> tuple[str, ...]:
     return tuple(tier for tier in TIERS if tier in names or tier == "kept")
 
 
-def _memory_budget(source: str, value: object) -> None:
-    if value is None:
-        return None
-    is_size = isinstance(value, str) and _SIZE.fullmatch(value.strip()) is not None
-    is_bytes = isinstance(value, int) and not isinstance(value, bool) and value > 0
-    is_fraction = isinstance(value, float) and 0 < value <= 1
-    if is_size or is_bytes or is_fraction:
-        raise OptionError(f"{source}: a budget ({value!r}) is not available in this version, only None is")
-    raise OptionError(
-        f"{source}: {value!r} is not valid, the nearest is None (or, in a later version, a number of bytes, "
-        "a size such as '16GiB', or a fraction)"
-    )
-
-
 def _strict(source: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
@@ -228,7 +214,7 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "rewrite": _choice(*get_args(Rewrite)),
     "target": _target,
     "tiers": _tiers,
-    "memory_budget": _memory_budget,
+    "memory_budget": check_budget,
     "verify": _choice(*get_args(Verify)),
     "strict": _strict,
     "dump_dir": _dump_dir,

@@ -51,6 +51,11 @@ class Failure:
     script: Path | None
 
 
+def rewritten(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
+    """What `pipeline.run` gives, its sites verified where the options ask for it."""
+    return pipeline.run(gm, options) if options.verify == "off" else run(gm, example_inputs, options)
+
+
 def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
     """What `pipeline.run` gives, without the sites that gave something else than the original; one warning names these.
 

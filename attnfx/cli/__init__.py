@@ -11,6 +11,7 @@ COMMANDS: dict[str, str] = {
     "cache": "cache:command",
     "env": "env:command",
     "explain": "explain:command",
+    "plan": "plan:plan",
     "targets": "targets:command",
 }  # name -> "module:function" in this package
 

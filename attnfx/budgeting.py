@@ -1,0 +1,133 @@
+"""A memory budget applied while a graph is compiled, and what a device that ran out of memory says about the next one.
+
+The budget is for all that the step holds: the graph's inputs (parameters among them), what it computes, and the
+gradients. An optimizer's state is no part of a graph: leave room for it, or give `attnfx.plan` the optimizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule
+
+from attnfx import pipeline, verify
+from attnfx.capture import Captured, Partitioner, capture_graph
+from attnfx.memory.budget import in_bytes, text
+from attnfx.options import Options
+from attnfx.passes.recompute import forward_nodes, mark
+from attnfx.planning import Marks, choices
+from attnfx.plans import Resident, detected, fitting, free_bytes, total
+from attnfx.targets import Target
+
+# What was really to be had when a device ran out of memory, by device index: "auto" plans with no more than that.
+_limits: dict[int, int] = {}
+_watched: list[bool] = []
+
+
+def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result
+        ) -> tuple[pipeline.Result, Partitioner | None]:  # fmt: skip
+    """The pipeline's result that fits the budget, and the partitioner that carries out what is computed again.
+
+    Raises BudgetError where nothing fits.
+    """
+    device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    target = options.target if isinstance(options.target, Target) else detected(device)
+    resident = _resident(example_inputs)
+    budget = options.memory_budget
+    assert budget is not None
+    free = _free(target, device) + resident.total if budget == "auto" else 0
+    limit = in_bytes(budget, target.memory, free, target.name)
+    results = {id(result.report): result}
+    first = _captured(gm, example_inputs, options, result)
+
+    def rewritten() -> list[Captured]:
+        always = replace(options, rewrite="always")
+        other = verify.rewritten(gm, example_inputs, always)
+        results[id(other.report)] = other
+        return [_captured(gm, example_inputs, always, other)]
+
+    ways = choices([first], target, options.inner == "inductor", rewritten)
+    way = fitting(ways, limit, resident, target, first.joint is not None)
+    chosen = results[id(way.captured[0].report)]
+    marks = way.marks[0]
+    chosen.report.notes.append(
+        f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"
+        + (
+            f"; {len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}"
+            if marks.again
+            else ""
+        )
+    )
+    return chosen, _partitioner(marks) if marks.again else None
+
+
+def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Captured:
+    return capture_graph(result.gm if result.gm is not None else gm, inputs, options, result.report)
+
+
+def _resident(example_inputs: Sequence[Any]) -> Resident:
+    """The graph's inputs; those that share memory count once."""
+    sizes: dict[object, int] = {}
+    for n, x in enumerate(example_inputs):
+        if isinstance(x, torch.Tensor):
+            size = pipeline.number(x.untyped_storage().nbytes())
+            fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
+            sizes[n if fake else x.untyped_storage().data_ptr() or n] = size
+    return Resident(0, 0, sum(sizes.values()), 0, 0, tuple(sizes.values()))
+
+
+@dataclass(frozen=True)
+class Marking:
+    """PyTorch's partitioner on a joint graph with marks. A compiler's cache keeps it by its text."""
+
+    marks: Marks
+
+    def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
+        if missing:
+            raise RuntimeError(f"the planned graph is not the compiled one: it has no {', '.join(sorted(missing)[:3])}")
+        mark(joint, self.marks.saved, self.marks.again)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+
+def _partitioner(marks: Marks) -> Partitioner:
+    names = "\n".join([*sorted(marks.saved), "", *sorted(marks.again)])
+    return Partitioner(Marking(marks), hashlib.sha256(names.encode()).hexdigest())
+
+
+def _free(target: Target, device: torch.device) -> int:
+    """What "auto" may plan with; from now on, running out of memory is noted."""
+    if device.type != "cuda":
+        return free_bytes(target)
+    _watch()
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return min(free_bytes(target), _limits.get(index, 1 << 62))
+
+
+def _watch() -> None:
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is not None and not _watched:
+        _watched.append(True)
+        attach(ran_out)
+
+
+def ran_out(device: int, wanted: int, allocated: int, free: int) -> None:
+    """Note that a device had no `wanted` bytes: the next compile under "auto" plans with what there really was.
+
+    allocated   bytes that this process had in tensors' segments
+    free        bytes that nobody had
+    """
+    really = max(free, 1)
+    _limits[device] = min(_limits.get(device, 1 << 62), really)
+    warnings.warn(
+        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for, {text(free)} were free beside "
+        f"{text(allocated)} of this process): free what is not needed, call torch._dynamo.reset(), and run the step "
+        'again; memory_budget="auto" then plans with what was really free',
+        stacklevel=2,
+    )

@@ -1,0 +1,60 @@
+"""`attnfx plan`: what a step of a model takes on a device, and what fits."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from attnfx.errors import AttnfxError
+
+
+@click.command()
+@click.argument("model")
+@click.option("--target", default="auto", show_default=True, help="A device's name, such as h100-sxm, or a JSON file.")
+@click.option("--memory-budget", help="Bytes, 16GiB, a fraction of the device's memory such as 0.8, or auto.")
+@click.option(
+    "--train/--inference", default=None, help="Whether a backward pass follows; the model's own mode if unset."
+)
+@click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool) -> None:
+    """Plan a step of MODEL, which is FILE.py:FACTORY: a function that returns (model, inputs).
+
+    Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
+    """
+    from attnfx.cli.loading import load
+    from attnfx.plans import plan as make
+
+    built, args, kwargs = load(model)
+    try:
+        made = make(
+            built, target=target, memory_budget=number(memory_budget), train=train, optimizer=optimizer
+        )(*args, **kwargs)  # fmt: skip
+    except AttnfxError as problem:
+        raise click.ClickException(str(problem)) from problem
+    click.echo(json.dumps(as_data(made), indent=1) if as_json else str(made))
+
+
+def number(given: str | None) -> int | float | str | None:
+    """A number where the text is one."""
+    for kind in (int, float):
+        try:
+            return kind(given) if given is not None else None
+        except ValueError:
+            continue
+    return given
+
+
+def as_data(plan: Any) -> dict[str, Any]:
+    """A plan's numbers: bytes, and milliseconds."""
+    return {
+        "target": plan.target.name, "train": plan.train, "budget": plan.budget, "peak_bytes": plan.peak_bytes,
+        "reserved_bytes": plan.reserved_bytes, "predicted_ms": round(plan.predicted_ms, 4), "peak": plan.parts(),
+        "max_batch": plan.max_batch, "max_length": plan.max_length, "saved": dict(plan.saved),
+        "recomputed": dict(plan.recomputed), "notes": plan.notes,
+        "sites": [
+            {"name": s.name, "where": s.where, "tier": s.decision.tier if s.decision else "kept"} for s in plan.sites
+        ],
+    }  # fmt: skip

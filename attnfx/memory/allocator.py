@@ -1,0 +1,110 @@
+"""PyTorch's caching allocator on a GPU: what it counts as allocated, and what it takes from the device.
+
+The rules are those of c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; a block of at most 1 MiB
+comes from a segment of 2 MiB, one of under 10 MiB from a segment of 20 MiB, a larger one from a segment of its own,
+rounded up to 2 MiB. A request takes the smallest free block that fits, and splits it.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from attnfx.memory.liveness import Event
+
+BLOCK, SMALL, SMALL_SEGMENT, LARGE, LARGE_SEGMENT, ROUND = 512, 1 << 20, 2 << 20, 10 << 20, 20 << 20, 2 << 20
+
+
+def rounded(size: int) -> int:
+    return max(BLOCK, -(-size // BLOCK) * BLOCK) if size else 0
+
+
+@dataclass
+class _Block:
+    """A piece of a segment; `before` and `after` are its neighbours there."""
+
+    segment: int
+    start: int
+    size: int
+    free: bool = False
+    before: _Block | None = None
+    after: _Block | None = None
+
+
+class Cache:
+    """The allocator's state. `allocated` and `reserved` are bytes now, `peak` and `peak_reserved` the most so far."""
+
+    def __init__(self) -> None:
+        self.allocated = self.reserved = self.peak = self.peak_reserved = 0
+        self.segments = 0
+        self.pools: dict[bool, list[tuple[int, int, int, _Block]]] = {True: [], False: []}
+
+    def take(self, size: int) -> _Block:
+        size = rounded(size)
+        small = size <= SMALL
+        pool = self.pools[small]
+        at = bisect_left(pool, (size, -1, -1))
+        if at < len(pool):
+            block = pool.pop(at)[3]
+            block.free = False
+        else:
+            length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
+            self.reserved += length
+            self.peak_reserved = max(self.peak_reserved, self.reserved)
+            self.segments += 1
+            block = _Block(self.segments, 0, length)
+        rest = block.size - size
+        if rest >= BLOCK if small else rest > SMALL:  # should_split
+            other = _Block(block.segment, block.start + size, rest, True, block, block.after)
+            if block.after is not None:
+                block.after.before = other
+            block.after, block.size = other, size
+            self._keep(small, other)
+        self.allocated += block.size
+        self.peak = max(self.peak, self.allocated)
+        return block
+
+    def give(self, block: _Block) -> None:
+        self.allocated -= block.size
+        small = self._small(block)
+        for other in (block.before, block.after):
+            if other is not None and other.free:
+                self.pools[small].remove((other.size, other.segment, other.start, other))
+                first, second = (other, block) if other is block.before else (block, other)
+                first.size += second.size
+                first.after = second.after
+                if second.after is not None:
+                    second.after.before = first
+                block = first
+        block.free = True
+        self._keep(small, block)
+
+    def _keep(self, small: bool, block: _Block) -> None:
+        insort(self.pools[small], (block.size, block.segment, block.start, block), key=lambda e: e[:3])
+
+    def _small(self, block: _Block) -> bool:
+        first = block
+        while first.before is not None:
+            first = first.before
+        total = 0
+        piece: _Block | None = first
+        while piece is not None:
+            total += piece.size
+            piece = piece.after
+        return total == SMALL_SEGMENT
+
+
+def replay(resident: Iterable[int], events: Iterable[Event]) -> Cache:
+    """The allocator after tensors of the given sizes and then a step's events."""
+    cache = Cache()
+    for size in resident:
+        if size:
+            cache.take(size)
+    held: dict[str, list[_Block]] = {}
+    for e in events:
+        if e.bytes > 0:
+            held.setdefault(e.value, []).append(cache.take(e.bytes))
+        elif e.bytes < 0:
+            cache.give(held[e.value].pop())
+    return cache

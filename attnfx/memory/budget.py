@@ -1,0 +1,58 @@
+"""A memory budget: what a user may write, and the bytes that it means on a device."""
+
+from __future__ import annotations
+
+import re
+
+from attnfx.errors import OptionError
+
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", re.IGNORECASE)
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+WANTED = (
+    "the nearest is None (or a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, "
+    "or 'auto')"
+)
+MOST = 1 << 60  # bytes; no device has more
+
+
+def check(source: str, value: object) -> int | float | str | None:
+    """A budget as a number of bytes, a fraction, or "auto". Raises OptionError for anything else."""
+    if value is None or value == "auto":
+        return value  # pyright: ignore[reportReturnType]
+    if isinstance(value, str):
+        found = _SIZE.fullmatch(value.strip())
+        if found is None:
+            raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
+        value = round(float(found[1]) * _UNITS[(found[2] or "").lower()])
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
+    if isinstance(value, float) and 1 < value < MOST and value == int(value):
+        value = int(value)
+    if value > MOST:
+        raise OptionError(f"{source}: no device has {value!r} bytes, {WANTED}")
+    if value <= 0:
+        raise OptionError(f"{source}: a budget of {value!r} holds nothing, {WANTED}")
+    if isinstance(value, float) and not 0 < value <= 1:
+        raise OptionError(f"{source}: {value!r} is neither a whole number of bytes nor a fraction, {WANTED}")
+    return value
+
+
+def in_bytes(budget: int | float | str, total: int, free: int, device: str) -> int:
+    """The bytes of a budget on a device that has `total` of which `free` can be had. Raises OptionError where it asks
+    for more than there is."""
+    if budget == "auto":
+        return free
+    if isinstance(budget, float):
+        return int(budget * total)
+    assert isinstance(budget, int)
+    if budget > total:
+        raise OptionError(f"memory_budget: {text(budget)} is more than {device} has ({text(total)})")
+    return budget
+
+
+def text(size: float) -> str:
+    """Bytes for reading: "3.42 GiB"."""
+    for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if abs(size) >= bytes_:
+            return f"{size / bytes_:.2f} {unit}"
+    return f"{size:.0f} B"

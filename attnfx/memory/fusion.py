@@ -1,0 +1,256 @@
+"""Which values a compiled graph keeps in memory, and which operations become one kernel.
+
+A model of Inductor's two decisions. First, which values are computed once and stored (`realised`): what a kernel or a
+reduction makes or reads, what leaves the graph, and what is read often enough or is too long to be computed again by
+each reader; all else is inlined. Second, which loops run as one kernel: those over the same elements, if one reads what
+the other writes or both read the same, and if no third kernel must run between. A stored value that only its own kernel
+reads is not stored after all.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+
+from attnfx.memory.ops import Graph, Op, Result
+
+# torch/_inductor/config.py: realize_reads_threshold, realize_opcount_threshold, realize_acc_reads_threshold (and its
+# CPU twin), max_fusion_size
+READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
+
+OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """Operations that run as one. It reads and writes stored values.
+
+    loop      the compiler's own code: it may write over an operand that dies
+    scatters  results that it writes to computed places: they lie over nothing, and nothing over them
+    own       the compiler allocates its results, not the kernel
+    """
+
+    name: str
+    reads: tuple[str, ...]
+    writes: tuple[Result, ...]
+    changes: tuple[str, ...] = ()
+    workspace: int = 0
+    loop: bool = False
+    scatters: tuple[str, ...] = ()
+    own: bool = False
+    flops: int = 0
+    dtype: str = "float32"
+    where: str = ""
+    target: str = ""
+
+
+def unfused(graph: Graph) -> list[Kernel]:
+    """Each operation a kernel of its own: what an interpreter of the graph does."""
+    base = graph.bases()
+    return [
+        Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
+               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where,
+               target=op.target)
+        for op in graph.ops if op.kind not in ("input", "view")
+    ]  # fmt: skip
+
+
+@dataclass
+class _Body:
+    """A value that is not stored: the operations that its readers would run, and the stored values they would read."""
+
+    operations: frozenset[str]
+    reads: frozenset[str]
+    heavy: bool
+
+
+@dataclass
+class _Loop:
+    """A stored value and the loop that computes it, or a kernel."""
+
+    op: Op
+    reads: set[str]
+    alone: bool  # a kernel: it fuses with nothing
+
+
+def fused(graph: Graph, cpu: bool) -> list[Kernel]:
+    """The kernels of a graph, in an order in which they can run."""
+    return _merged(_stored(graph, cpu), graph)
+
+
+def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
+    base = graph.bases()
+    readers: dict[str, list[Op]] = defaultdict(list)  # direct ones, by name
+    for op in graph.ops:
+        for r in dict.fromkeys(op.reads):
+            readers[r].append(op)
+    outputs = {base[o] for o in graph.outputs}
+    changed = {base[c] for op in graph.ops for c in op.changes}
+    bodies: dict[str, _Body] = {}
+    loops: dict[str, _Loop] = {}  # by the name of the first value that each stores
+    ops = {r.name: op for op in graph.ops for r in op.results}
+    written: dict[str, str] = {}  # value -> the loop that stores it
+
+    def store(name: str) -> None:
+        body = bodies.pop(name, None)
+        if body is not None:
+            loops[name] = _Loop(ops[name], set(body.reads), False)
+            written[name] = name
+
+    for op in graph.ops:
+        if op.kind in ("input", "view"):
+            continue
+        sources = list(dict.fromkeys(base[r] for r in op.reads))
+        if op.kind == "kernel":
+            for s in sources:
+                store(s)
+            loops[op.name] = _Loop(op, set(sources), True)
+            continue
+        inlined = [bodies[s] for s in sources if s in bodies]
+        reads = frozenset(s for s in sources if s not in bodies).union(*(b.reads for b in inlined))
+        if op.kind in ("reduce", "scatter") or (op.target == "cat" and not inlined):
+            loops[op.name] = _Loop(op, set(reads), False)
+            continue
+        body = _Body(
+            frozenset([op.name]).union(*(b.operations for b in inlined)), reads,
+            op.heavy or any(b.heavy for b in inlined),
+        )  # fmt: skip
+        bodies[op.name] = body
+        users, large = readers[op.name], len(body.operations) > OPERATIONS
+        if op.name in outputs or op.name in changed:
+            store(op.name)
+        elif len(users) > 1:
+            wanted = any(u.kind == "kernel" for u in users) and len(reads) > 1
+            if wanted or large or len(reads) > READS or (cpu and body.heavy):
+                store(op.name)
+        if op.name in bodies and len(reads) > 1 and (large or len(reads) > (ALL_READS_CPU if cpu else ALL_READS)):
+            store(op.name)
+    return list(loops.values())
+
+
+@dataclass
+class _Group:
+    loops: list[_Loop]
+    place: int
+    into: set[int] = field(default_factory=set)  # groups that read what this one writes
+
+    @property
+    def alone(self) -> bool:
+        return self.loops[0].alone
+
+
+def _domain(op: Op) -> tuple[int, int, bool]:
+    return op.outer, op.inner, op.rows
+
+
+def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
+    """Whether two groups run over the same elements: the same rows, or the same elements one by one."""
+    rows = {_domain(x.op) for g in (a, b) for x in g if x.op.kind == "reduce"}
+    if len(rows) > 1:
+        return False
+    counts = {x.op.outer for g in (a, b) for x in g if x.op.kind != "reduce"}
+    if not rows:
+        return len(counts) == 1
+    outer, inner, last = next(iter(rows))
+    return counts <= {outer, outer * inner} if last else counts <= {outer}
+
+
+def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
+    base = graph.bases()
+    size = {r.name: r.bytes for op in graph.ops for r in op.results}
+    owner = {r.name: n for n, x in enumerate(loops) for r in x.op.results}
+    readers: dict[str, list[int]] = defaultdict(list)
+    for n, x in enumerate(loops):
+        for r in x.reads:
+            readers[r].append(n)
+    groups = {n: _Group([x], n) for n, x in enumerate(loops)}
+    of = list(range(len(loops)))  # loop -> its group
+    for n, x in enumerate(loops):
+        for r in x.reads:
+            if r in owner and owner[r] != n:
+                groups[owner[r]].into.add(n)
+
+    def reaches(start: int, goal: int) -> bool:
+        """Whether a path of at least one group between leads from one group to another."""
+        stack, seen = [g for g in groups[start].into if g != goal], {start}
+        while stack:
+            g = stack.pop()
+            if g == goal:
+                return True
+            if g not in seen:
+                seen.add(g)
+                stack.extend(groups[g].into)
+        return False
+
+    def merge(a: int, b: int) -> None:
+        gone, kept = groups.pop(b), groups[a]
+        kept.loops += gone.loops
+        kept.into = (kept.into | gone.into) - {a, b}
+        for n, group in enumerate(of):
+            if group == b:
+                of[n] = a
+        for g in groups.values():
+            if b in g.into:
+                g.into.discard(b)
+                if g is not kept:
+                    g.into.add(a)
+
+    pairs: dict[tuple[int, int], int] = defaultdict(int)  # -> bytes that need not pass through memory
+    for value, who in readers.items():
+        near = [n for n in ([owner[value]] if value in owner else []) + who if not loops[n].alone]
+        for i, a in enumerate(near[:FUSED]):
+            for b in near[i + 1 : FUSED]:
+                pairs[min(a, b), max(a, b)] += size[value]
+    for (a, b), _ in sorted(pairs.items(), key=lambda p: (-p[1], p[0][1] - p[0][0], p[0])):
+        a, b = sorted((of[a], of[b]))
+        if a == b or not _fits(groups[a].loops, groups[b].loops):
+            continue
+        if len(groups[a].loops) + len(groups[b].loops) > FUSED or reaches(a, b) or reaches(b, a):
+            continue
+        merge(a, b)
+
+    outputs = {base[o] for o in graph.outputs}
+    made = []
+    for g, group in groups.items():
+        own = {r.name for x in group.loops for r in x.op.results}
+        reads = dict.fromkeys(r for x in group.loops for r in sorted(x.reads) if r not in own)
+        writes = tuple(
+            r for x in group.loops for r in x.op.results
+            if x.alone or r.name in outputs or any(of[n] != g for n in readers[r.name])
+        )  # fmt: skip
+        first = group.loops[0].op
+        changes = tuple(base[c] for x in group.loops for c in x.op.changes)
+        workspace = sum(x.op.workspace for x in group.loops)
+        made.append((g, Kernel(
+            first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
+            tuple(x.op.name for x in group.loops if x.op.kind == "scatter"),
+            first.kind != "kernel" or first.target in OUT,
+            first.flops, first.dtype, first.where, first.target,
+        )))  # fmt: skip
+    return _sorted(made)
+
+
+def _sorted(made: list[tuple[int, Kernel]]) -> list[Kernel]:
+    """Each kernel after those that it reads from, otherwise in the graph's order."""
+    by_value = {r.name: k for _, k in made for r in k.writes}
+    done: dict[str, Kernel] = {}
+
+    def visit(start: Kernel) -> None:
+        stack = [(start, iter(start.reads))]
+        while stack:
+            kernel, rest = stack[-1]
+            if kernel.name in done:
+                stack.pop()
+                continue
+            for r in rest:
+                source = by_value.get(r)
+                if source is not None and source.name not in done and source is not kernel:
+                    stack.append((source, iter(source.reads)))
+                    break
+            else:
+                done[kernel.name] = kernel
+                stack.pop()
+
+    for _, kernel in sorted(made, key=lambda p: p[0]):
+        visit(kernel)
+    return list(done.values())

@@ -1,0 +1,63 @@
+"""What an optimizer keeps, and what its step takes while it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from attnfx.errors import OptionError
+
+# bitsandbytes: 8-bit states in blocks of 256 with a float32 scale each; tensors under 4096 elements stay float32
+BLOCK, SMALL = 256, 4096
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Bytes of an optimizer.
+
+    copies   float32-or-parameter-sized tensors that it keeps for each parameter
+    bits     8 where those are kept in blocks of 8-bit numbers; 0 where in the parameter's dtype
+    scratch  tensors of all parameters' size that its step makes at once (PyTorch's foreach implementations, which it
+             takes on a GPU)
+    """
+
+    copies: int
+    bits: int = 0
+    scratch: int = 0
+
+
+# torch/optim/adam.py (_multi_tensor_adam takes a square root of every second moment), sgd.py
+OPTIMIZERS = {
+    "none": Optimizer(0),
+    "sgd": Optimizer(0),
+    "momentum": Optimizer(1),
+    "adam": Optimizer(2, scratch=1),
+    "adamw": Optimizer(2, scratch=1),
+    "adam8bit": Optimizer(2, bits=8),
+    "adamw8bit": Optimizer(2, bits=8),
+}
+
+
+def by_name(name: str) -> Optimizer:
+    """Raises OptionError, with the valid names, for one that is not known."""
+    if name not in OPTIMIZERS:
+        raise OptionError(f"optimizer {name!r} is not known; give one of {', '.join(OPTIMIZERS)}, or a number of bytes")
+    return OPTIMIZERS[name]
+
+
+def state_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]]) -> int:
+    """Bytes kept for parameters given as (elements, bytes of all)."""
+    total = 0
+    for elements, size in parameters:
+        if optimizer.bits == 8:
+            one = elements + 4 * -(-elements // BLOCK) if elements >= SMALL else 4 * elements
+        else:
+            one = size
+        total += optimizer.copies * one
+    return total
+
+
+def step_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]], cpu: bool) -> int:
+    """Bytes that its step takes beyond what it keeps: of all parameters at once, on a CPU of one after the other."""
+    sizes = [size for _, size in parameters]
+    return optimizer.scratch * (max(sizes, default=0) if cpu else sum(sizes))
