@@ -5,6 +5,7 @@ Times are of kernels whose inputs lie in memory; docs/targets.md says what each 
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from functools import lru_cache
 
@@ -16,6 +17,7 @@ from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
 from attnfx.mask import key_ranges
+from attnfx.mask import summary as mask_summary
 from attnfx.mask.keep import kept
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J
@@ -33,6 +35,8 @@ BLOCK_ROWS = 128
 SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
 DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
 SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
+PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
+SUMMARISED = 8  # instructions of a score beside its mask: two tests of bounds, a selection and the reduction of a grain
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -66,6 +70,7 @@ class _Site:
         self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
         self.extra = operations(ask.spec)
         self.masked = kept(ask.spec) is not A.TRUE
+        self.summary = mask_summary.worth(ask.spec, self.dims, passes=3 if ask.training else 1)
 
     # -- memory ---------------------------------------------------------------------------------
     @property
@@ -99,13 +104,14 @@ class _Site:
 
     # -- flash ----------------------------------------------------------------------------------
     def flash(self) -> list[Candidate]:
-        logsumexp = 4 * self.rows
-        saved = logsumexp + (8 if self.ask.spec.random else 0) if self.ask.training else 0
+        before, states = self.summarised()
+        held = 4 * self.rows + states
+        saved = held + (8 if self.ask.spec.random else 0) if self.ask.training else 0
+        held += self.between() if self.ask.training else 0
         if self.ask.dtype == "float32":
-            time = self.single(1.0 + (2.5 if self.ask.training else 0.0))
-            return [Candidate("flash", "triton", time, logsumexp + self.between() * self.ask.training, saved)]
+            time = before + self.single(1.0 + (2.5 if self.ask.training else 0.0))
+            return [Candidate("flash", "triton", time, held, saved)]
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
-        held = logsumexp + self.between() * self.ask.training
         out = []
         known = codes("forward", self.target.capability, self.width)
         # a draw takes registers that the table does not count: the kernels choose their tile then
@@ -115,36 +121,65 @@ class _Site:
             rows, keys, warps, stages = code.tile
             if not kernel.resident:
                 continue
-            time = self.tiled(kernel, self.heads) + self.launched()
+            time = before + self.tiled(kernel, self.heads) + self.launched()
             used = held + self.walks(walked | {("T", rows, keys)})
             found = Candidate("flash", "triton", time + back, used, saved)
             out.append(replace(found, tile=(rows, keys), warps=warps, stages=stages) if named else found)
         return out
 
     def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
-        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept."""
-        return sum(16 * -(-self.dims[axis] // block) for axis, block, _ in of) if self.masked else 0
+        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept.
+        With a summary also the ranges of every batch and head that it tells apart, and their lists of tiles."""
+        if not self.masked:
+            return 0
+        lists = math.prod(mask_summary.shape(self.summary.spec, self.dims)[:2]) if self.summary is not None else 0
+        found = 0
+        for axis, block, step in of:
+            blocks, tiles = -(-self.dims[axis] // block), -(-self.dims["S" if axis == "T" else "T"] // step)
+            found += 16 * blocks + lists * blocks * (16 + 4 * tiles)
+        return found
+
+    def summarised(self) -> tuple[float, int]:
+        """(ms, bytes that stay) of the pass over a mask that stands in tensors, and of making each kernel's lists from
+        it; zeros where there is none. It is whole for every site, though layers that have one mask share it. What the
+        kernels then skip is not counted: that is known at run time alone."""
+        if self.summary is None:
+            return 0.0, 0
+        target, cost = self.target, mask_summary.cost(self.summary, self.dims)
+        each = SUMMARISED + operations(self.summary.spec).masked
+        clocks = target.multiprocessors * target.clock * 1e6
+        time = max(cost.evaluations * each / (float_lanes(target) * clocks), self.copied(cost.read + cost.written))
+        kernels = 3 + sum(c.grad for c in self.ask.spec.captures) if self.ask.training else 1
+        return time + self.launched(1 + kernels), cost.written
 
     def between(self) -> int:
         """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
-        each row (three in float32), and the largest gradient of a load before it is added up in its capture."""
+        each row (three in float32), and the largest gradient of a load before it is added up in its capture, which
+        takes slices of rows where the capture may be smaller."""
         dims, spec = self.dims, self.ask.spec
         loads = {e for root in spec.programs for e in walk(root) if e.op == "load"}
-        largest = 0
+        step, largest = self.pair_rows(), 0
         for e in loads:
             if not (isinstance(e.value, int) and spec.captures[e.value].grad):
                 continue
             shared = (dims["B"] if "b" in e.free else 1) * (dims["H"] if "h" in e.free else 1)
             moved = substitute(e, {I: A.add(I, A.ONE), J: A.add(J, A.ONE)})
             if {"i", "j"} <= e.free and moved is not e:
-                size = shared * dims["T"] * dims["S"]
+                rows = dims["T"]
+                if any(x.op != "var" for x in e.args):
+                    rows = min(rows, -(-max(1, PAIR_ELEMENTS // (shared * dims["S"])) // step) * step)
+                size = shared * rows * dims["S"]
             elif {"i", "j"} <= e.free:  # by j - i alone: a line for each half of a tile
-                step = codes("rows", self.target.capability, self.width)[0].tile[0]
                 size = 2 * shared * step * (-(-dims["T"] // step) + -(-dims["S"] // step))
             else:
                 size = self.heads * dims["S" if "j" in e.free else "T"]
             largest = max(largest, 4 * size)
         return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
+
+    def pair_rows(self) -> int:
+        """The side of the square tiles of such a gradient, as kernels/flash/gradients.py takes them."""
+        side = min(codes("rows", self.target.capability, self.width)[0].tile[:2])
+        return side if self.target.capability >= 90 else min(side, 32)
 
     def kernel(self, code: Code, products: float) -> Kernel:
         """`products`: matrix FLOPs of each score, over all of the kernel's products."""

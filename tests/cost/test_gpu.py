@@ -19,7 +19,8 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, tiles
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.kernels.operator import attention
-from attnfx.spec import AttentionSpec, Capture, H, I, J
+from attnfx.mask import summary
+from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -31,6 +32,11 @@ NEAR = A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(256)))
 WINDOW = AttentionSpec(score=A.where(NEAR, SCORE, A.const(float("-inf"))), out_dtype="bfloat16")
 SLOPES = A.mul(A.load(0, [H], "f"), A.to_float(A.sub(J, I)))
 ALIBI = AttentionSpec(score=A.add(SCORE, SLOPES), out_dtype="bfloat16", captures=(Capture("f", 1, True),))
+
+
+def tensor_mask(*axes):
+    score = A.where(A.load(0, axes, "b"), SCORE, A.const(float("-inf")))
+    return AttentionSpec(score=score, out_dtype="bfloat16", captures=(Capture("b", len(axes)),))
 
 
 def ask(spec=PLAIN, T=2048, S=None, B=2, H=8, G=None, D=64, Dv=None, **fields):
@@ -100,6 +106,37 @@ def test_training_bytes_are_those_that_both_passes_allocate(spec):
     chosen = next(c for c in candidates(question) if c.tier == "flash")
     forward = launch.forward_launch(call, out, logsumexp, tiles.Tile(*chosen.tile, chosen.warps, chosen.stages), 90)
     assert allocated([forward, *passes], *given) == chosen.predicted_bytes
+
+
+@pytest.mark.parametrize("axes", [(B, J), (B, I, J), (I, J)], ids=["padding", "any", "any, for all"])
+@pytest.mark.parametrize("training", [False, True])
+def test_bytes_with_a_summary_are_those_of_it_and_of_the_lists_of_tiles(axes, training):
+    question = ask(tensor_mask(*axes), T=3000, S=2500, training=training)
+    found = summary.worth(question.spec, question.dims, passes=3 if training else 1)
+    call = on_meta(question)
+    states = torch.empty(summary.shape(found.spec, call.sizes), dtype=torch.uint8, device="meta")
+    call = replace(call, summary=states)
+    out, logsumexp = call.outputs()
+    given, back = [call.query, call.key, call.value, out, *call.captures], []
+    if training:
+        run = Backward(call, torch.empty_like(out), out, logsumexp, tiles.pick(tiles.BACKWARD, 90, 64), 90)
+        grads = [torch.empty_like(x) for x in given[:3]]
+        back = [run.delta_launch(), run.rows_launch(grads[0]), run.keys_launch(*grads[1:])]
+        given += [run.grad_out, *grads]
+    for c in candidates(question):
+        if c.tier == "flash":
+            made = [launch.forward_launch(call, out, logsumexp, tiles.Tile(*c.tile, c.warps, c.stages), 90), *back]
+            assert allocated([x for m in made for x in (*m.before, m)], *given) == c.predicted_bytes
+            assert c.saved_bytes == (logsumexp.nbytes + states.nbytes if training else 0)
+
+
+def test_the_gradient_of_a_bias_is_held_in_slices_where_its_capture_may_be_smaller():
+    distance = A.minimum(A.maximum(A.sub(J, I), A.const(-9)), A.const(9))
+    for place, size in ((I, 8 * 4096**2), (distance, gpu.PAIR_ELEMENTS)):
+        bias = A.load(0, [H, place, J], "f")
+        spec = AttentionSpec(score=A.add(SCORE, bias), captures=(Capture("f", 3, True),))
+        found = next(c for c in candidates(ask(spec, T=4096, training=True)) if c.tier == "flash")
+        assert found.predicted_bytes == 4 * (3 * 16 * 4096 + size)
 
 
 def test_decode_bytes_are_those_that_the_launches_allocate():
@@ -176,6 +213,28 @@ def test_a_program_s_own_operations_count():
     assert operations(CAUSAL).masked > 0 == operations(CAUSAL).always
     slow, fast, drawn = (next(t for k, t in times(ask(s)).items() if k[0] == "flash") for s in (capped, PLAIN, dropped))
     assert slow > fast < drawn
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("target", ["a100-80gb", "rtx4090", "h100-sxm", "b200"])
+def test_a_summary_is_part_of_the_time_and_little_beside_the_kernels(monkeypatch, target, training):
+    device = Target.by_name(target)
+
+    def flash(**shape):
+        return [c.predicted_ms for c in candidates(ask(tensor_mask(B, I, J), training=training, **shape), device)
+                if c.tier == "flash"]  # fmt: skip
+
+    shapes = dict(T=2048), dict(T=4096), dict(T=256, B=64)
+    made = [flash(**shape) for shape in shapes]
+    monkeypatch.setattr(summary, "worth", lambda *_, **__: None)
+    without = [flash(**shape) for shape in shapes]
+    for more, less, shape in zip(made, without, shapes):
+        added = [x - y for x, y in zip(more, less)]
+        if shape["T"] < summary.SHORTEST:
+            assert not any(added)
+        else:  # its launch and that of the lists, and every element of the mask once
+            least = max(2 * device.launch / 1e3, 2 * shape["T"] ** 2 / device.bandwidth / 1e6)
+            assert all(least < x < y / 4 for x, y in zip(added, less))
 
 
 def test_with_dropout_the_kernels_choose_their_tile():
