@@ -23,6 +23,7 @@ from attnfx.options import Options
 from attnfx.passes.recompute import forward_nodes, mark
 from attnfx.planning import Marks, choices
 from attnfx.plans import Resident, detected, fitting, free_bytes, total
+from attnfx.sites import number
 from attnfx.targets import Target
 
 # What was really to be had when a device ran out of memory, by device index: "auto" plans with no more than that.
@@ -76,7 +77,7 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
     sizes: dict[object, int] = {}
     for n, x in enumerate(example_inputs):
         if isinstance(x, torch.Tensor):
-            size = pipeline.number(x.untyped_storage().nbytes())
+            size = number(x.untyped_storage().nbytes())
             fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
             sizes[n if fake else x.untyped_storage().data_ptr() or n] = size
     return Resident(0, 0, sum(sizes.values()), 0, 0, tuple(sizes.values()))

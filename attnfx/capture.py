@@ -30,6 +30,7 @@ from attnfx import pipeline
 from attnfx.options import Options
 from attnfx.passes.recompute import copied
 from attnfx.report import Report
+from attnfx.sites import number
 
 
 @dataclass
@@ -187,7 +188,7 @@ def _stand_ins(gm: GraphModule) -> Callable[..., Any]:
 
     def value(x: Any) -> Any:
         held = x.meta.get("example_value") if isinstance(x, Node) else x
-        return pipeline.number(held) if isinstance(held, torch.SymInt) else held
+        return number(held) if isinstance(held, torch.SymInt) else held
 
     return lambda *_: tree_map(value, outputs, is_leaf=lambda x: isinstance(x, Node))
 
