@@ -110,7 +110,7 @@ def keys_kernel(
         for t in range(full_start, full_end, STEP):
             i0 = f.tile_at(order, place, t, BM)
             if order is not None:
-                at = of_head + 2 * i0
+                at = statistics + 2 * (row + i0)
             dk_acc, dv_acc = _keys_step(
                 dk_acc, dv_acc, k_tile, v_tile, q, grad_out, at, of_head, correction_h, dead_h, q_strides,
                 grad_strides, captures, sizes, seed, H, C, b, h, i0, j, j0, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD,
