@@ -81,7 +81,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     found: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        result = pipeline.run(gm, options)
+        result = pipeline.run(gm, options, stages=True)
         made = Captured(result.report, options=options)
         found.append(made)
         try:

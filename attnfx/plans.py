@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
-from os import PathLike
+from os import PathLike, fspath
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from attnfx.memory.liveness import Event, peak
 from attnfx.memory.step import Part, step
 from attnfx.options import Options
 from attnfx.planning import Choice, choices
-from attnfx.report import Decision, Site
+from attnfx.report import Decision, Report, Site
 from attnfx.targets import Target
 
 FAR = 1 << 24  # a batch or length beyond which no limit is looked for
@@ -206,6 +206,27 @@ class Plan:
         from attnfx.drawing import plot
 
         plot(self, path)
+
+    @cached_property
+    def report(self) -> Report:
+        """What was found and decided, over all graphs of the call."""
+        whole = Report(graphs=0)
+        for c in self.choice.captured:
+            whole.take(c.report)
+        whole.notes.extend(n for n in self.notes if n not in whole.notes)
+        return whole
+
+    def to_html(self, path: str | PathLike[str], force: bool = False) -> None:
+        """Write the report with the timeline as one page for a browser, which needs no network.
+
+        Raises FileExistsError where there is a file of that name, unless `force`.
+        """
+        from attnfx.html import write
+        from attnfx.reportjson import data
+
+        step = "a training step" if self.train else "a forward pass"
+        caption = f"Bytes allocated over {step} on {self.target.name}; {text(self.peak_bytes)} at the peak."
+        write(data(self.report), fspath(path), force, [m.bytes for m in self.timeline], caption)
 
     def snapshot(self, path: str | PathLike[str]) -> None:
         """Write the timeline as a file that PyTorch's memory viewer (pytorch.org/memory_viz) opens."""

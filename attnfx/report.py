@@ -224,11 +224,10 @@ class Report:
 
         Raises FileExistsError where there is a file of that name, unless `force`.
         """
-        from attnfx.html import page
+        from attnfx.html import write
         from attnfx.reportjson import data
 
-        with open(path, "w" if force else "x", encoding="utf-8") as file:
-            file.write(page(data(self)))
+        write(data(self), path, force)
 
     @staticmethod
     def from_json(text: str) -> Report:

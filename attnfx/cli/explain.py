@@ -12,6 +12,7 @@ from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
 import attnfx
+from attnfx.cli import pages
 from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
 from attnfx.errors import OptionError
 from attnfx.options import Rewrite
@@ -39,10 +40,7 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="As the option of the backend.")
 @click.option("--strict", is_flag=True, help="Exit with 3 where a site was refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-@click.option(
-    "--html", "html", type=click.Path(dir_okay=False, path_type=Path), help="Write the report as a self-contained page."
-)
-@click.option("--force", is_flag=True, help="Overwrite the file of --html.")
+@pages.options
 def command(factory: str | None, hf: str | None, train: bool, target: str | None, rewrite: str | None, strict: bool,
             as_json: bool, html: Path | None = None, force: bool = False, **size: int) -> None:  # fmt: skip
     """Say what would be done with a model, and why not. Nothing of it is run.
@@ -56,19 +54,14 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     """
     if (factory is None) == (hf is None):
         raise click.UsageError("one of FACTORY and --hf is needed: " + ARGUMENT_HELP)
-    if html is not None and html.exists() and not force:
-        raise click.UsageError(f"{str(html)!r} exists; --force overwrites it")
+    pages.free(html, force)
     waiting = Console(stderr=True)
     with waiting.status("making the model"):
         model, args, kwargs = load(factory) if factory is not None else _of_transformers(str(hf), size)
     given = {"target": target, "rewrite": rewrite}
     with waiting.status("explaining"):
         report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
-    if html is not None:
-        try:
-            report.to_html(html, force=force)
-        except OSError as problem:
-            raise click.UsageError(f"the page cannot be written: {problem}") from None
+    pages.write(report, html, force)
     _print(report, as_json)
     refused = [s for s in report.sites if s.refusal is not None]
     if strict and refused:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import click
 
+from attnfx.cli import pages
 from attnfx.errors import AttnfxError
 
 
@@ -19,7 +21,9 @@ from attnfx.errors import AttnfxError
 )
 @click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
-def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool) -> None:
+@pages.options
+def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
+         html: Path | None, force: bool) -> None:  # fmt: skip
     """Plan a step of MODEL, which is FILE.py:FACTORY: a function that returns (model, inputs).
 
     Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
@@ -27,6 +31,7 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
     from attnfx.cli.loading import load
     from attnfx.plans import plan as make
 
+    pages.free(html, force)
     built, args, kwargs = load(model)
     try:
         made = make(
@@ -34,6 +39,7 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
         )(*args, **kwargs)  # fmt: skip
     except AttnfxError as problem:
         raise click.ClickException(str(problem)) from problem
+    pages.write(made, html, force)
     click.echo(json.dumps(as_data(made), indent=1) if as_json else str(made))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -42,6 +43,15 @@ def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str
         js=_asset("report.js"),
         data=_script({"box": [WIDTH, HEIGHT], "graphs": graphs}),
     )
+
+
+def write(
+    report: Mapping[str, Any], path: str | Path, force: bool = False, timeline: Sequence[float] = (), caption: str = ""
+) -> None:
+    """Write the page. Raises FileExistsError where there is a file of that name, unless `force`."""
+    text = page(report, timeline, caption)
+    with open(path, "w" if force else "x", encoding="utf-8") as file:
+        file.write(text)
 
 
 def _asset(name: str) -> Markup:

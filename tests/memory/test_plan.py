@@ -164,6 +164,16 @@ def test_a_plan_is_drawn_and_opens_in_the_memory_viewer(tmp_path):
     assert max(_running(trace)) == pytest.approx(found.peak_bytes, rel=0.02)
 
 
+def test_the_page_of_a_plan_holds_its_report_and_its_timeline(tmp_path):
+    found = plan()
+    found.to_html(tmp_path / "plan.html")
+    text = (tmp_path / "plan.html").read_text()
+    assert 'id="timeline"' in text and "a100-80gb" in text
+    assert [s.name for s in found.report.sites] == ["attention_0", "attention_1"] and text.count("<details id=") == 2
+    with pytest.raises(FileExistsError):
+        found.to_html(tmp_path / "plan.html")
+
+
 def _running(trace):
     now = 0
     for t in trace:

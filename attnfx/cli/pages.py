@@ -1,0 +1,34 @@
+"""`--html PATH` and `--force`, as the commands that draw a page have them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+import click
+
+
+class Drawn(Protocol):
+    def to_html(self, path: Path, force: bool = False) -> None: ...
+
+
+def options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Adds `html` and `force` to a command's arguments."""
+    command = click.option("--force", is_flag=True, help="Overwrite the file of --html.")(command)
+    path = click.Path(dir_okay=False, path_type=Path)
+    return click.option("--html", type=path, help="Write the report as a self-contained page.")(command)
+
+
+def free(html: Path | None, force: bool) -> None:
+    """Raises UsageError where a page would overwrite a file; to be called before the work begins."""
+    if html is not None and html.exists() and not force:
+        raise click.UsageError(f"{str(html)!r} exists; --force overwrites it")
+
+
+def write(drawn: Drawn, html: Path | None, force: bool) -> None:
+    if html is not None:
+        try:
+            drawn.to_html(html, force=force)
+        except OSError as problem:
+            raise click.UsageError(f"the page cannot be written: {problem}") from None
