@@ -20,7 +20,7 @@ from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, maske
 from tests.support import new_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-T, S = 70, 90
+T, S = 40, 60
 
 
 @pytest.fixture(autouse=True)
@@ -42,18 +42,18 @@ padding = torch.zeros(2, S, dtype=torch.bool)
 padding[0, :33] = True
 padding[1, 40:] = True
 holes = torch.stack([
-    rows_and_keys((slice(0, 32), slice(0, 16)), (slice(0, 48), slice(64, 90)), (slice(40, 70), slice(5, 37))),
-    rows_and_keys((slice(0, 16), slice(0, 16)), (slice(16, 64), slice(33, 80)), (slice(64, 70), 89)),
+    rows_and_keys((slice(0, 32), slice(0, 16)), (slice(0, 16), slice(32, 60)), (slice(20, 36), slice(5, 37))),
+    rows_and_keys((slice(0, 16), slice(0, 16)), (slice(16, 39), slice(33, 56)), (39, 59)),
 ])  # fmt: skip
-documents = (torch.arange(S) // 23).repeat(2, 1)
-documents[1] = (torch.arange(S) // 41) + 7
+documents = (torch.arange(S) // 17).repeat(2, 1)
+documents[1] = (torch.arange(S) // 29) + 7
 by_head = torch.stack([holes[0], ~holes[1]])
 PAD, LENGTH = A.load(0, [B, J], "b"), A.lt(J, A.load(0, [B], "i"))
 SAME = A.eq(A.load(0, [B, I], "i"), A.load(0, [B, J], "i"))
 MASKS = {
     "padding": (PAD, padding),
     "padding, causal": (A.and_(CAUSAL, PAD), padding),
-    "lengths": (LENGTH, torch.tensor([17, 80])),
+    "lengths": (LENGTH, torch.tensor([17, 50])),
     "any": (A.load(0, [B, I, J], "b"), holes),
     "any, for all": (A.load(0, [I, J], "b"), holes[0]),
     "by head": (A.load(0, [H, I, J], "b"), by_head),
@@ -91,17 +91,22 @@ def compare(call, tile=TILE):
     return logsumexp
 
 
-@pytest.mark.parametrize("fill", [-INF, FINITE])
 @pytest.mark.parametrize("name", MASKS)
-def test_outputs_and_gradients_are_those_of_the_whole_matrix(name, fill):
-    call, states = call_with_summary(*MASKS[name], fill)
-    logsumexp = compare(call)
+def test_outputs_and_gradients_are_those_of_the_whole_matrix(name):
+    call, states = call_with_summary(*MASKS[name])
+    compare(call)
     assert len(states.unique()) > 1
-    if name == "any":
-        assert sorted(states.unique().tolist()) == [1, 2, 3] and (logsumexp <= fill / 2).any()
 
 
-@pytest.mark.parametrize("tile", [Tile(32, 16, 1, 1), Tile(16, 32, 1, 1), Tile(16, 64, 1, 1)], ids=str)
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+@pytest.mark.parametrize("name", ["any", "padding, causal"])
+def test_rows_without_a_live_key_give_what_eager_gives(name, fill):
+    call, _ = call_with_summary(*MASKS[name], fill)
+    logsumexp = compare(call)
+    assert (logsumexp <= fill / 2).any() and not (logsumexp <= fill / 2).all()
+
+
+@pytest.mark.parametrize("tile", [Tile(32, 16, 1, 1), Tile(16, 32, 1, 1)], ids=str)
 def test_tiles_larger_than_a_grain_and_grouped_heads(tile):
     inputs = tensors(T, S, heads=4, groups=2, D=24, Dv=7)
     compare(call_with_summary(*MASKS["any"], inputs=inputs)[0], tile)
@@ -116,41 +121,40 @@ def test_a_learned_table_gets_its_gradient_from_the_live_tiles():
     distance = A.add(A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5)), A.const(5))
     table = (rand(11, 2), Capture("f", 2, True)), (rand(T, S), Capture("f", 2, True))
     score = A.add(DOT, A.load(1, [distance, H], "f"), A.load(2, [I, J], "f"))
-    for name in ("padding", "any"):
-        compare(call_with_summary(*MASKS[name], score=score, more=table)[0])
+    compare(call_with_summary(*MASKS["any"], score=score, more=table)[0])
 
 
 def test_the_summary_has_a_dim_for_each_index_that_the_tensors_depend_on():
     shapes = {name: tuple(call_with_summary(*mask)[1].shape) for name, mask in MASKS.items()}
     assert shapes == {
-        "padding": (2, 1, 1, 6), "padding, causal": (2, 1, 1, 6), "lengths": (2, 1, 1, 6), "any": (2, 1, 5, 6),
-        "any, for all": (1, 1, 5, 6), "by head": (1, 2, 5, 6), "by row": (2, 1, 5, 1), "documents": (2, 1, 5, 6),
-        "documents, causal": (2, 1, 5, 6), "documents or a prefix": (2, 1, 5, 6),
+        "padding": (2, 1, 1, 4), "padding, causal": (2, 1, 1, 4), "lengths": (2, 1, 1, 4), "any": (2, 1, 3, 4),
+        "any, for all": (1, 1, 3, 4), "by head": (1, 2, 3, 4), "by row": (2, 1, 3, 1), "documents": (2, 1, 3, 4),
+        "documents, causal": (2, 1, 3, 4), "documents or a prefix": (2, 1, 3, 4),
     }  # fmt: skip
 
 
 def test_a_grain_is_live_or_dead_as_its_scores_are():
     _, states = call_with_summary(*MASKS["any"])
     for b in range(2):
-        for n in range(5):
-            for m in range(6):
+        for n in range(3):
+            for m in range(4):
                 grain = holes[b, 16 * n : 16 * n + 16, 16 * m : 16 * m + 16]
                 assert states[b, 0, n, m] == summary.LIVE * grain.any() + summary.DEAD * (~grain).any()
 
 
 @pytest.mark.parametrize("name", ["padding", "any"])
 def test_what_is_empty_is_not_visited_by_any_kernel(name):
-    """A NaN behind an empty tile stays there; without a summary, it would come through."""
+    """A NaN in an empty tile stays there; without a summary, it comes through."""
     call, states = call_with_summary(*MASKS[name])
     empty = (states == summary.DEAD).all(2).nonzero()[0]  # a batch and a column of tiles
-    key = call.key.clone()
-    key[empty[0], :, 16 * empty[-1]] = math.nan
-    call = replace(call, key=key)
+    at = empty[0], slice(None), 16 * empty[-1]
+    key, value = call.key.clone(), call.value.clone()
+    key[at] = value[at] = math.nan
+    call = replace(call, key=key, value=value)
     out, logsumexp = launch.forward(call, TILE)
-    grad = torch.ones_like(out)
-    dead = out.isnan().all(3)
-    seen = backward(call, grad, out, logsumexp.masked_fill(dead, 0.0), (TILE, TILE))
-    assert not out[~dead].isnan().any() and not seen[0][~dead].isnan().any()
+    live = logsumexp > -INF
+    of_query = backward(call, torch.ones_like(out), out, logsumexp, (TILE, TILE))[0]
+    assert live.any() and not out[live].isnan().any() and not of_query[live].isnan().any()
     blind = launch.forward(replace(call, summary=None), TILE)[0]
     assert blind[empty[0]].isnan().all()
 
@@ -196,10 +200,10 @@ def compiled(fn, **how):
     return torch.compile(fn, backend="attnfx", options=options, **how)
 
 
-def graph_inputs(length=60):
-    some = [rand(2, 4, length, 16).requires_grad_() for _ in range(3)]
-    document = torch.arange(length) // 25
-    return [*some, (document[:, None] == document).repeat(2, 1, 1)]
+def graph_inputs(length=40):
+    some = [rand(1, 4, length, 16).requires_grad_() for _ in range(3)]
+    document = torch.arange(length) // 17
+    return [*some, (document[:, None] == document).repeat(1, 1, 1)]
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -214,14 +218,15 @@ def test_layers_and_both_passes_share_one_summary_and_a_changed_mask_is_seen(pas
                 torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
             assert len(passes) == step + 1
             mask[:, :, 3] = True  # the same tensor, another mask
-            mask[:, 30:, 40:] = False
+            mask[:, 20:, 30:] = False
             mask[:, :, 0] = True
     assert [s.decision.tier for r in filed for s in r.sites if s.decision is not None] == ["flash", "flash"]
 
 
 def test_a_mask_that_changes_between_two_layers_is_summarised_twice(passes):
     some = graph_inputs()
-    torch.testing.assert_close(compiled(changed_between)(*some), changed_between(*some), rtol=1e-5, atol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(changed_between)(*some), changed_between(*some), rtol=1e-5, atol=1e-5)
     assert len(passes) == 2
 
 
@@ -238,8 +243,8 @@ def test_pytorchs_own_checks_of_an_operator_pass():
 def test_a_summary_that_does_not_fit_is_refused():
     call, states = call_with_summary(*MASKS["any"])
     args = call.query, call.key, call.value, list(call.captures), [], None, call.spec.to_json(), "flash"
-    with pytest.raises(ValueError, match=r"summary is \(2, 1, 5, 5\), the spec's mask has \(2, 1, 5, 6\)"):
-        torch.ops.attnfx.attention(*args, states[..., :5].contiguous())
+    with pytest.raises(ValueError, match=r"summary is \(2, 1, 3, 3\), the spec's mask has \(2, 1, 3, 4\)"):
+        torch.ops.attnfx.attention(*args, states[..., :3].contiguous())
 
 
 @pytest.mark.parametrize(
