@@ -142,10 +142,9 @@ def test_a_grain_is_live_or_dead_as_its_scores_are():
                 assert states[b, 0, n, m] == summary.LIVE * grain.any() + summary.DEAD * (~grain).any()
 
 
-@pytest.mark.parametrize("name", ["padding", "any"])
-def test_what_is_empty_is_not_visited_by_any_kernel(name):
+def test_what_is_empty_is_not_visited():
     """A NaN in an empty tile stays there; without a summary, it comes through."""
-    call, states = call_with_summary(*MASKS[name])
+    call, states = call_with_summary(*MASKS["padding"])
     empty = (states == summary.DEAD).all(2).nonzero()[0]  # a batch and a column of tiles
     at = empty[0], slice(None), 16 * empty[-1]
     key, value = call.key.clone(), call.value.clone()
@@ -206,9 +205,8 @@ def graph_inputs(length=40):
     return [*some, (document[:, None] == document).repeat(1, 1, 1)]
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_layers_and_both_passes_share_one_summary_and_a_changed_mask_is_seen(passes, dynamic):
-    fast, (*some, mask) = compiled(two_layers, dynamic=dynamic), graph_inputs()
+def test_layers_and_both_passes_share_one_summary_and_a_changed_mask_is_seen(passes):
+    fast, (*some, mask) = compiled(two_layers, dynamic=True), graph_inputs()
     with new_reports() as filed:
         for step in range(2):
             out, want = fast(*some, mask), two_layers(*some, mask)
@@ -231,10 +229,10 @@ def test_a_mask_that_changes_between_two_layers_is_not_shared(passes):
 
 
 def test_pytorchs_own_checks_of_an_operator_pass():
-    call, states = call_with_summary(*MASKS["any"])
+    call, states = call_with_summary(*MASKS["documents"])  # no row is NaN
     found = summary.of(call.spec)
     sizes = [call.sizes[n] for n in "BHTS"]
-    torch.library.opcheck(torch.ops.attnfx.mask_summary.default, ([holes], sizes, found.spec.to_json()))
+    torch.library.opcheck(torch.ops.attnfx.mask_summary.default, ([documents], sizes, found.spec.to_json()))
     some = [x.requires_grad_() for x in (call.query, call.key, call.value)]
     args = (*some, list(call.captures), [], None, call.spec.to_json(), "chunked", states)
     torch.library.opcheck(torch.ops.attnfx.attention.default, args)
