@@ -22,7 +22,7 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import parse
 from attnfx.kernels.flash import tier as flash
 from attnfx.mask import summary as mask_summary
-from attnfx.spec import AttentionSpec, from_json
+from attnfx.spec import AXES, AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier, Tensor? summary=None"
 _FORWARD = f"attention(Tensor query, Tensor key, Tensor value, {_SHARED}) -> (Tensor, Tensor)"
@@ -270,7 +270,23 @@ def attention(
     text = spec if isinstance(spec, str) else _text(spec)
     if made.random and seed is None:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
-    return torch.ops.attnfx.attention(query, key, value, list(captures), list(sizes), seed, text, tier)[0]
+    summary = None
+    if not torch.compiler.is_compiling():
+        summary = _summary(Call(made, query, key, value, captures, sizes, seed), tier)
+    return torch.ops.attnfx.attention(query, key, value, list(captures), list(sizes), seed, text, tier, summary)[0]
+
+
+def _summary(call: Call, tier: str) -> Tensor | None:
+    """The summary of a call's mask, for this call alone, where the flash tier may run it and it is worth its cost."""
+    if "flash" not in (AUTO.get(call.query.device.type, ()) if tier == "auto" else tier.split(",")):
+        return None
+    check(call)
+    training = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
+    found = mask_summary.worth(call.spec, call.sizes, passes=3 if training else 1)
+    if found is None or flash.supports(call) is not None:
+        return None
+    sizes = [call.sizes[n] for n in (*AXES.values(), *found.names)]
+    return flash.summarise([call.captures[s] for s in found.slots], sizes, found.spec)
 
 
 @torch.compiler.assume_constant_result

@@ -14,15 +14,19 @@ from attnfx.passes.facts import storage, written_operands
 
 
 def share(gm: GraphModule, target: Any) -> None:
-    """Leave the first of the nodes that call `target`, a function of its operands alone, where the others have the same
-    operands and no write to their memory stands in between."""
+    """Leave the first of the nodes that call `target`, a function of its operands alone, where the others read the same
+    elements and no write to their memory stands in between."""
     found: dict[str, Node] = {}
     writes: dict[int | None, int] = {}
 
     def named(x: Node) -> str:
         held = x.meta["val"]
+        memory = storage(x)
+        if memory is not None:  # views of one memory are one operand
+            place = held.dtype, tuple(held.shape), held.stride(), held.storage_offset()
+            return f"{memory} {place} {writes.get(memory, 0)}"
         if isinstance(held, torch.Tensor):
-            return f"{x.name} {writes.get(storage(x), 0)}"
+            return x.name
         return str(held)  # a size is known by its value, whoever computes it
 
     for n in list(gm.graph.nodes):

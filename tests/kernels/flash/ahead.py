@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, tiles
+from attnfx.kernels.flash import launch, split, summarise, tiles
 from attnfx.kernels.flash.gradients import Backward
+from attnfx.mask import summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -70,6 +71,28 @@ def launches(capability, head_dim):
         yield f"decode {name}", split.launches(call, call.query, logsumexp, tile, 132, capability)[0]
 
 
+def summarised(capability):
+    """A mask m[b, i, j] and its summary: the pass itself, the lists of tiles, and the kernels that walk over them."""
+    spec = AttentionSpec(
+        score=A.where(A.load(0, [B, I, J], "b"), A.mul(A.const(0.125), A.DOT), A.const(-3e38)), out_dtype="bfloat16",
+        captures=(Capture("b", 3),),
+    )  # fmt: skip
+    x, mask = (torch.empty(2, 8, 2048, 64, dtype=torch.bfloat16, device="meta"),
+               torch.empty(2, 2048, 2048, dtype=torch.bool, device="meta"))  # fmt: skip
+    found = summary.of(spec)
+    over = summarise.call_of([mask], (2, 8, 2048, 2048), found.spec)
+    states = torch.empty(summary.shape(found.spec, over.sizes), dtype=torch.uint8, device="meta")
+    call = Call(spec, x, x, x, (mask,), summary=states)
+    logsumexp = torch.empty(x.shape[:3], device="meta")
+    forward = launch.forward_launch(call, x, logsumexp, tiles.pick(tiles.FORWARD, capability, 64), capability)
+    back = Backward(call, x, x, logsumexp, tiles.pick(tiles.BACKWARD, capability, 64), capability)
+    yield "summary", summarise.launch(over, states, tiles.Tile(0, 0, 4, 1))
+    yield "lists", forward.before[0]
+    yield "forward summarised", forward
+    yield "backward keys summarised", back.keys_launch(x, x)
+    yield "backward rows summarised", back.rows_launch(x)
+
+
 def loops(listing):
     """The instructions of each innermost backward jump that holds a matrix instruction."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+)([^;]*);", listing)
@@ -92,7 +115,8 @@ def main():
     found = []
     for capability in map(int, sys.argv[1].split(",")):
         for head_dim in map(int, sys.argv[2].split(",")):
-            for name, made in launches(capability, head_dim):
+            some = launches(capability, head_dim) if head_dim else summarised(capability)
+            for name, made in some:
                 built = made.compile(capability)
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(built.asm["cubin"])

@@ -41,5 +41,16 @@ def test_the_steady_loop_does_not_spill(capability):
             assert row["spills"] <= allowed.get(row["name"], 0), row
 
 
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_that_walk_over_lists_of_tiles_compile_and_do_not_spill(capability):
+    """In the steady loop; on sm_80 a few values: the same mask without lists spills up to 11 there."""
+    found = {row["name"]: row for row in compiled(str(capability), "0")}
+    assert set(found) >= {"summary", "lists"} and len(found) == 5
+    for name, row in found.items():
+        assert row["shared"] <= SHARED[capability], row
+        if name.endswith("summarised"):
+            assert row["matrix"] and row["loops"] >= 2 and row["spills"] <= (6 if capability == 80 else 0), row
+
+
 def test_a_new_length_compiles_nothing():
     assert compiled("lengths") == [1, 1, 1, 1]

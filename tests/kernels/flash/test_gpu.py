@@ -9,8 +9,10 @@ from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash import blocks, tier
 from attnfx.kernels.flash.forward import forward_kernel
-from attnfx.spec import AttentionSpec, I, J
+from attnfx.mask import summary
+from attnfx.spec import AttentionSpec, Capture, I, J
 from tests.kernels.flash.test_flash import CASES, CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding, whole
+from tests.kernels.flash.test_summary import MASKS
 from tests.support import error, new_reports
 
 # of the largest value: rounding of inputs, weights and outputs; whole matrices in eager are no nearer
@@ -24,13 +26,17 @@ def inputs(dtype, T=37, S=41, D=16, Dv=16, size_b=2, heads=2, groups=1, device="
     return [torch.randn(shape, device=device).to(dtype) for shape in shapes]
 
 
-def results(spec, some, captures=(), sizes=()):
+def results(spec, some, captures=(), sizes=(), summarised=False):
     """(ours, those of the whole matrix in float64): output and gradients of inputs and captures."""
     device, dtype = some[0].device, some[0].dtype
     captures = [x.to(device) for x in captures]
     spec = replace(spec, out_dtype=str(dtype).removeprefix("torch."))
     call = Call(spec, *some, captures, sizes, None)
     assert tier.supports(call) is None
+    if summarised:
+        found = summary.of(spec)
+        over = [call.sizes[n] for n in "BHTS"]
+        call = replace(call, summary=tier.summarise([captures[s] for s in found.slots], over, found.spec))
     leaves = [x.double().requires_grad_() for x in some]
     doubles = [x.double() if x.is_floating_point() else x for x in captures]
     doubles = [x.requires_grad_() if c.grad else x for x, c in zip(doubles, spec.captures)]
@@ -70,6 +76,20 @@ def test_rows_without_a_live_key_give_what_eager_gives(fill, dtype):
     empty[1] = False
     got, want = results(spec, inputs(dtype), (empty,))
     assert error(got, want) <= TOLERANCE[dtype]
+
+
+@DTYPES
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+@pytest.mark.parametrize("name", MASKS)
+def test_summarised_masks_give_what_the_whole_matrix_gives(name, fill, dtype):
+    keep, small = MASKS[name]
+    mask = small * 12 if small.ndim == 1 else small  # lengths, or one value for each index
+    for dim, size in enumerate(small.shape):
+        mask = mask.repeat_interleave(12 if size in (40, 60) else 1, dim)
+    kind = "b" if mask.dtype == torch.bool else "i"
+    spec = AttentionSpec(score=masked(keep, fill), captures=(Capture(kind, mask.ndim),))
+    some = inputs(dtype, 12 * 40, 12 * 60, 64, 64, 2, 2)
+    assert error(*results(spec, some, (mask,), summarised=True)) <= TOLERANCE[dtype]
 
 
 @DTYPES
