@@ -173,6 +173,8 @@ class Deciding:
         return decision.tier != "kept" or self._shielded(finding, site)
 
     def _shielded(self, finding: Finding, site: Site, only_risky: bool = False) -> bool:
+        if site.refusal is not None and site.refusal.code == "mutated":
+            return False  # what the compiler saves of a graph that writes in place is left to it alone
         if not shield(self.traced, finding, only_risky):
             return False
         site.notes = (*site.notes, "shielded from other rewriters")

@@ -171,9 +171,10 @@ _SITES = {
         "Compute with the real part or the magnitude: `(q @ k.mT).real`, from real operands.",
     ),
     "mutated": Code(
-        "An operand is changed in place before the attention reads it",
-        "Queries, keys, values or a mask are written between their use in the scores and the product with the values.",
-        "operands that are written before the scores are computed, or after the output",
+        "An operand is changed in place before the attention has read it for the last time",
+        "Queries, keys, values or a mask are written between their use in the scores and the product with the values, "
+        "or, in training, an input of the graph is among them and is written anywhere.",
+        "operands that are computed in the graph, and written before the scores are",
         "Use the out-of-place operator (`k = k + x` for `k.add_(x)`), or write before the scores are computed.",
     ),
     "region": Code(

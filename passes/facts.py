@@ -34,6 +34,7 @@ class Facts:
 
     position        where a node stands
     mutations       positions at which each memory is written in place
+    given           the memory of inputs
     regions         for each node the grad mode set in the graph (None: none), and how deep in autocast regions it is
     differentiable  nodes whose value may take a gradient (example values are snapshots that do not know)
     """
@@ -48,6 +49,7 @@ class Facts:
                 if key is not None:
                     self.mutations.setdefault(key, []).append(self.position[n])
         self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
+        self.given = {storage(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
         self.regions = _regions(gm)
         self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False)
         self.differentiable = self._differentiable()
@@ -84,6 +86,14 @@ class Facts:
                     seen.add(a)
                     stack.append(a)
         return False
+
+    def input_writer(self, base: Node) -> Node | None:
+        """What writes in place to the memory of `base`, where that is an input's."""
+        key = storage(base)
+        if key is None or key not in self.mutations or key not in self.given:
+            return None
+        at = self.mutations[key][0]
+        return next(n for n, position in self.position.items() if position == at)
 
     def changed_before(self, base: Node, final: Node) -> Node | None:
         """What writes, before `final`, to memory that the attention there read through some view of `base`."""

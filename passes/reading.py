@@ -203,6 +203,12 @@ class Reader:
             raise Refused(
                 "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]
             )
+        learns = torch.is_grad_enabled() and final in self.facts.differentiable
+        if learns and (writer := self.facts.input_writer(base)) is not None:
+            # AOTAutograd writes inputs at the end of the forward pass, and its partitioner may save what was there
+            # before, or make a copy again from what is there after: the operator would keep more of it than eager
+            message = f"{base.name} is an input of the graph that is changed in place, and the backward pass reads it"
+            raise Refused("mutated", message, [writer, base])
 
 
 def free(index: Index) -> frozenset[str]:
