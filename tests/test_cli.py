@@ -260,6 +260,20 @@ def test_env_tells_versions_and_variables_and_no_path_but_the_cache_s(monkeypatc
     assert "secret" not in text and "ATTNFX_REWRITE always" in text
 
 
+# -- plan ------------------------------------------------------------------------------------------------------
+def test_a_plan_is_printed_and_drawn(file, tmp_path):
+    out, _ = attnfx("plan", f"{file}:positional", "--target", "rtx4090", "--html", tmp_path / "plan.html")
+    assert "plan of" in out and "rtx4090" in out and 'id="timeline"' in (tmp_path / "plan.html").read_text()
+    said = json.loads(attnfx("plan", f"{file}:positional", "--target", "rtx4090", "--json")[0])
+    assert said["target"] == "rtx4090" and said["peak_bytes"] > 3 * 2 * 4 * 600 * 16 * 4
+
+
+def test_what_cannot_be_planned_is_said(file):
+    assert "rtx4090" in attnfx("plan", f"{file}:positional", "--target", "rtx4091", code=2)[1]
+    assert "smallest" in attnfx("plan", f"{file}:positional", "--memory-budget", "1000", code=3)[1]
+    assert line("x @ x", "multiply") in attnfx("plan", f"{file}:wrong_shapes", "--target", "rtx4090", code=1)[1]
+
+
 # -- as a user runs it -----------------------------------------------------------------------------------------
 def test_the_command_runs_and_writes_nothing_but_the_report(file):
     code = "import sys; from attnfx.cli import main; sys.argv[0] = 'attnfx'; main()"

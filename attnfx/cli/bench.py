@@ -16,6 +16,7 @@ from rich.table import Table
 from torch import Tensor
 
 from attnfx import calibration, pipeline, timing
+from attnfx.cli.loading import EXIT_CODES
 from attnfx.device import device_name
 from attnfx.options import Options
 from attnfx.report import Decision
@@ -129,7 +130,7 @@ def _best(found: dict, tier: str) -> dict | None:
     return next((c for c in found["candidates"] if c["tier"] == tier), None)
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.option("--calibrate", is_flag=True, help="Correct the cost model of this device by a dozen measured sites.")
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")

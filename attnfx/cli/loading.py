@@ -25,8 +25,8 @@ from attnfx.errors import RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes beside 0 and click's 2 for a wrong use of the command
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 a site was refused under "
-    "--strict; 4 attnfx itself failed."
+    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 refused: a site under "
+    "--strict, or a memory budget that nothing fits; 4 attnfx itself failed."
 )
 
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
@@ -43,7 +43,7 @@ class UsersError(click.ClickException):
 
 
 class Refused(click.ClickException):
-    """With --strict, a site was refused."""
+    """With --strict, a site was refused; or no plan fits the budget."""
 
     exit_code = REFUSED
 

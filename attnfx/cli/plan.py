@@ -9,10 +9,11 @@ from typing import Any
 import click
 
 from attnfx.cli import pages
-from attnfx.errors import AttnfxError
+from attnfx.cli.loading import EXIT_CODES, Refused, load, tracing
+from attnfx.errors import BudgetError, OptionError
 
 
-@click.command()
+@click.command(epilog=EXIT_CODES)
 @click.argument("model")
 @click.option("--target", default="auto", show_default=True, help="A device's name, such as h100-sxm, or a JSON file.")
 @click.option("--memory-budget", help="Bytes, 16GiB, a fraction of the device's memory such as 0.8, or auto.")
@@ -28,17 +29,18 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
 
     Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
     """
-    from attnfx.cli.loading import load
     from attnfx.plans import plan as make
 
     pages.free(html, force)
     built, args, kwargs = load(model)
-    try:
-        made = make(
-            built, target=target, memory_budget=number(memory_budget), train=train, optimizer=optimizer
-        )(*args, **kwargs)  # fmt: skip
-    except AttnfxError as problem:
-        raise click.ClickException(str(problem)) from problem
+    asked = {"target": target, "memory_budget": number(memory_budget), "train": train, "optimizer": optimizer}
+    with tracing():
+        try:
+            made = make(built, **asked)(*args, **kwargs)
+        except OptionError as problem:
+            raise click.UsageError(str(problem)) from None
+        except BudgetError as problem:
+            raise Refused(str(problem)) from None
     pages.write(made, html, force)
     click.echo(json.dumps(as_data(made), indent=1) if as_json else str(made))
 
