@@ -22,20 +22,21 @@ def fingerprint(device: torch.device) -> dict[str, object]:
 def device_name(device: torch.device) -> str:
     """The processor's or the GPU's own name."""
     if device.type == "cpu":
-        return _processor()
+        return processor()
     there = device.type == "cuda" and torch.cuda.is_available()
     return torch.cuda.get_device_name(device) if there else device.type
 
 
 @lru_cache(maxsize=1)
-def _processor() -> str:
+def processor() -> str:
+    """The name that the processor gives itself."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     except OSError:
         pass
-    return platform.processor() or platform.machine()
+    return platform.processor() or platform.machine() or "CPU"
 
 
 @lru_cache(maxsize=8)

@@ -8,7 +8,6 @@ written to copies, and the generators are put back.
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections import Counter
 from collections.abc import Sequence
@@ -17,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from platformdirs import user_cache_dir
 from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
-from attnfx import pipeline, repro
+from attnfx import cache, pipeline, repro
 from attnfx.comparison import Difference
 from attnfx.options import Options
 from attnfx.passes.extract import Pair, Trial, weight
@@ -241,7 +239,7 @@ def _praise(found: list[Difference], results: int) -> str:
 def _script(
     options: Options, pair: Pair, inputs: Sequence[Any], taught: Sequence[bool], found: list[Difference]
 ) -> Path | None:
-    home = options.dump_dir or Path(os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx"))
+    home = options.dump_dir or cache.directory()
     try:
         return repro.write(home / "verify", replace(pair, taught=tuple(taught)), inputs, found)
     except OSError as problem:

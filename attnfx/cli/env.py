@@ -6,16 +6,16 @@ import importlib.metadata
 import json
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import click
 import torch
-from platformdirs import user_cache_dir
 from rich.console import Console
 from rich.table import Table
 
+from attnfx import cache
 from attnfx.cli.loading import EXIT_CODES
+from attnfx.device import processor
 
 PACKAGES = ("attnfx", "torch", "triton", "islpy", "transformers")
 PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may name folders of the user
@@ -42,11 +42,11 @@ def environment() -> dict[str, Any]:
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
         "cuda": torch.version.cuda or torch.version.hip or "not in this build of torch",
         "gpus": _gpus(),
-        "cache": os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx"),
+        "cache": str(cache.directory()),
         "variables": {
             name: "(set)" if name in PATHS and value != "auto" else value
             for name, value in sorted(os.environ.items())
@@ -60,14 +60,6 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"
 
 
 def _gpus() -> list[str]:

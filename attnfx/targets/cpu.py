@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 
 from attnfx.cache import JsonCache, key_of
+from attnfx.device import processor
 from attnfx.errors import OptionError
 from attnfx.targets.target import Target
 
@@ -24,7 +24,7 @@ _ANSWERS = JsonCache("targets")
 def measured() -> Target:
     """The target of this CPU with the threads that PyTorch has now. Measured on the first call for them, and kept for
     other processes; a kept record that makes no sense is measured again."""
-    name = f"{_model()}, {torch.get_num_threads()} threads"
+    name = f"{processor()}, {torch.get_num_threads()} threads"
     if name not in _measured:
         key = key_of(name=name, torch=torch.__version__)
         try:
@@ -100,10 +100,6 @@ def _lines(field: str) -> list[str]:
     except OSError:
         return []
     return re.findall(rf"^{field}\s*:\s*(.+)$", text, re.MULTILINE)
-
-
-def _model() -> str:
-    return next(iter(_lines("model name")), "") or platform.processor() or platform.machine() or "CPU"
 
 
 def _clock() -> float:
