@@ -95,6 +95,12 @@ def wrong_number_of_inputs():
 """
 
 
+@pytest.fixture(autouse=True)
+def own_path(monkeypatch):
+    """What a command puts on the path for the user's modules does not stay for other tests."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+
+
 @pytest.fixture
 def file(tmp_path) -> Path:
     path = tmp_path / "models.py"
