@@ -18,6 +18,7 @@ from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
 from attnfx.passes.joins import join
+from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
 from attnfx.passes.match import Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
@@ -136,6 +137,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
     join(traced)
+    unite(traced)
     check(traced)
     if wanted.trial is not None:
         wanted.trial.begin(traced)

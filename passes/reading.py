@@ -140,10 +140,24 @@ class Reader:
         """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
 
         def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-            place = self.lifter.reductions.get(old)
+            place = self._place(old) if old.op in ("rsum", "rmax", "softmax") else None
             return self.lifter.load(*place) if place is not None else None
 
         return rebuild(program, change)
+
+    def _place(self, e: Expr) -> tuple[Node, Index] | None:
+        """Where the graph computes a reduction. The softmax's own variable is the column's now."""
+        found = self.lifter.reductions.get(e)
+        if found is not None:
+            return found
+        here = {v for v in walk(e) if v.op == "var"}
+        for other, (node, index) in self.lifter.reductions.items():
+            there = {v for v in walk(other) if v.op == "var"}
+            if other.op == e.op and len(there - here) == 1 == len(here - there):
+                by = dict(zip(there - here, here - there))
+                if substitute(other, by) is e:
+                    return node, tuple(substitute(x, by) for x in index)
+        return None
 
     def _spec(
         self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node

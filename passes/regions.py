@@ -33,6 +33,7 @@ from attnfx.rowprogram import Call, Ref, Result, RowProgram
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
+NONE = -1  # no dimension
 NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
 
 
@@ -174,23 +175,47 @@ class _Walk:
         return is_tensor(n) and any(d != row and x is self.columns for d, x in enumerate(dims(n)))
 
     def _scores(self) -> list[Node]:
-        """The products that the weights come from: of one factor that has the rows with one that has none."""
+        """The products that the weights come from: of one factor that has the rows with one that has none, but the
+        keys. Which dimension is the keys' is followed, as its size alone may be that of another."""
         seen = {self.final}
-        stack, out = [(self.final, self.found.rows[self.final], 0)], []
+        stack: list[tuple[Node, int, int | None, int]] = [(self.final, self.found.rows[self.final], None, 0)]
+        out: list[Node] = []
         while stack:
-            n, row, far = stack.pop()
+            n, row, key, far = stack.pop()
             for x in self._rows_of(n, row):
-                small = 0 if self.large(x.node, x.dim) else far + 1
+                at = self._summed(x) if n is self.final else self._key_of(n, key, x)
+                small = 0 if self._has_keys(x, at) else far + 1
                 if x.node in seen or small > NEAR:
                     continue
                 seen.add(x.node)
                 if batched(x.node) and not small and not any(
-                    self.large(a.node, a.dim) for a in self._rows_of(x.node, x.dim)
+                    self._has_keys(a, self._key_of(x.node, at, a)) for a in self._rows_of(x.node, x.dim)
                 ):  # fmt: skip
                     out.append(x.node)
                 else:
-                    stack.append((x.node, x.dim, small))
+                    stack.append((x.node, x.dim, at, small))
         return out
+
+    def _has_keys(self, x: Along, key: int | None) -> bool:
+        return self.large(x.node, x.dim) if key is None else key != NONE
+
+    def _summed(self, x: Along) -> int | None:
+        """The dimension of an operand of the last product that this one sums over."""
+        out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(self.final)))
+        c = contraction(self.final, out)
+        pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
+        return next((at.index(c.reduced) for node, at in pairs if node is x.node and c.reduced in at), None)  # type: ignore[union-attr]
+
+    def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
+        """Where an operand of `n` has the keys that lie along dimension `key` of it: NONE where it has none, None where
+        that is not known."""
+        if key is None or key == NONE:
+            return key
+        try:
+            found = [a.dim for a in _operands(split(n, key, dims(n)[key])) if isinstance(a, Along) and a.node is x.node]
+        except NotSeparable:  # a softmax mixes keys, and leaves them where they are
+            return key if is_tensor(n) and dims(n) == dims(x.node) else None
+        return found[0] if len(found) == 1 else NONE if not found else None
 
     def _rows_of(self, n: Node, row: int) -> list[Along]:
         """The operands that have the rows; none where the walk ends."""
@@ -239,7 +264,7 @@ class _Walk:
                         raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
                     if is_tensor(x):
                         self._read(x, None)
-                elif self._inside(x):
+                elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
                     if x.node not in found.rows:
                         found.rows[x.node] = x.dim
                         stack.append(x.node)
@@ -282,7 +307,8 @@ class _Walk:
                     raise NotSeparable(f"{n.name} is read outside")
                 found.results.append(n)
         for n, d in found.inputs:
-            if d is not None and self.large(n, d) and self._made_of_a_product(n):
+            queries = all(u in found.scores for u in n.users if u in found.calls)
+            if d is not None and not queries and self.large(n, d) and self._made_of_a_product(n):
                 raise self.problem or NotSeparable(f"{n.name} is made of another product")
         if not any(d is not None for _, d in found.inputs):
             raise NotSeparable("nothing that has rows is read")

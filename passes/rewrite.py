@@ -122,6 +122,8 @@ class Emitter:
                 if len(terms) > 1:
                     raise CannotEmit(f"a part of {source.node.name} is split into several axes")
                 last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
+                if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
+                    raise CannotEmit(f"{source.node.name} is shorter than what is read of it")
                 node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
             parts.insert(0, [v for v, _ in terms])
         flat = [v for group in parts for v in group]

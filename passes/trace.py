@@ -96,6 +96,10 @@ class _Retrace(Interpreter):
             self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool
         ):
             return self.keep(target, args, kwargs)
+        if target == "contiguous":
+            # the method leaves no trace of itself where it changes nothing, but a compiler's rules for strides are not
+            # always eager's: what relies on it, as a view does, must still find it
+            return aten.contiguous.default(*args, **kwargs)
         return super().call_method(target, args, kwargs)
 
     def keep(self, target: Any, args: Any, kwargs: Any) -> Any:

@@ -581,3 +581,14 @@ def test_what_was_not_run_can_be_changed_in_place():
         return attend(q, k, v)
 
     check(fn, *qkv(), rand(8))
+
+
+def test_contiguous_is_kept_where_it_changes_nothing():
+    """A compiler may give what it is called on other strides than eager does, as Inductor does to this `cat`."""
+
+    def fn(x, nothing):
+        made = torch.cat([x.transpose(1, 2), nothing], -1).contiguous()
+        q = made.view(8, 5, 4)
+        return (q @ q.mT).softmax(-1) @ q
+
+    check(fn, rand(2, 5, 4, 4), rand(2, 4, 5, 0), train=False, inner="inductor")
