@@ -14,6 +14,7 @@ from attnfx.deciding import OPERATORS, Deciding
 from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
+from attnfx.passes.checkpoints import unmark
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
@@ -172,6 +173,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     if changed:
         share(traced, OPERATORS.summary)
         clean(traced)
+        unmark(traced)
         check(traced)
         publish("rewritten", lambda: readable(traced))
     if record is not None:

@@ -20,7 +20,7 @@ from attnfx.passes import separable_views  # noqa: F401  (its rules are added by
 from attnfx.passes.facts import Facts, storage, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.match import SDPA, batched
-from attnfx.passes.rewrite import Emitter, like, size_carriers
+from attnfx.passes.rewrite import STACK, Emitter, like, size_carriers
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.rowprogram import Ref
 
@@ -34,10 +34,13 @@ def join(gm: GraphModule) -> int:
     """Gives how many joins were made or moved."""
     facts = Facts(gm)
     changed = sum(_written_in_parts(gm, facts, n) for n in list(gm.graph.nodes) if op_name(n) in EMPTY)
+    regions = Facts(gm).regions if changed else facts.regions
     for n in list(gm.graph.nodes):
         found = parts(n)
         at: Node | None = n if found is not None and _of_products(found[0]) else None
-        while at is not None and parts(at) is not None:
+        while at is not None and (found := parts(at)) is not None:
+            if any(regions[x] != regions[n] for x in found[0]):
+                break  # what a linear layer gives depends on the autocast region, and its gradient on that of no_grad
             at = _moved_back(gm, at)
             changed += at is not None
     if changed:
@@ -107,7 +110,7 @@ def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
         return False
     final = max((w[0] for w in writes), key=facts.position.__getitem__)
     emit = Emitter(gm, final.next)
-    emit.stack = {k: v for k, v in final.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
+    emit.kept = {k: v for k, v in final.meta.items() if k in STACK}
     made = emit.call(aten.cat.default, [w[1] for w in writes], dim)
     for copy, *_ in writes:
         gm.graph.erase_node(copy)

@@ -51,8 +51,8 @@ def merge(finder: Finder, findings: list[Finding]) -> list[Finding]:
 
 def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match | None:
     facts = finder.facts
-    if any(facts.regions[m.final] != facts.regions[final] for m in chunks):
-        return None
+    if any(facts.regions[m.final][0] != facts.regions[final][0] for m in chunks):
+        return None  # no gradient flows out of some
     if any(m.out_index[dim] is not m.row and m.row.args[0] is not A.ONE for m in chunks):
         return None
     operands: list[list[Operand]] = []
