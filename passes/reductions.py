@@ -100,7 +100,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     dimensions = _dimensions(weights)
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
-    weight = substitute(_over(reading.spec.weight, reading, common.ours), _canonical(axes))
+    weight = substitute(over(reading.spec.weight, reading, common.ours), over_letters(axes))
     index = [substitute(x, common.ours) for x in reading.out]
     count, start = None, 0
     if kind == "sum":
@@ -128,7 +128,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
             return None
         kept = [x for x in index if x is not match.column]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
-    spec, captures, sizes = _renumbered(draft, programs, match, reading)
+    spec, captures, sizes = renumbered(draft, programs, match, reading)
     return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start)
 
 
@@ -171,20 +171,20 @@ def _split(match: Match, common: Common) -> None:
     if all(len(of) == 1 for of in common.made_of.values()):
         return
     theirs = common.theirs
-    score, weight, *extra = (_over(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra))
+    score, weight, *extra = (over(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra))
     for name in ("query", "key", "value"):
         operand = getattr(match, name)
         setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
     match.out_index = tuple(substitute(x, theirs) for x in match.out_index)
     match.kv_axes = [v for a in match.kv_axes for v in common.made_of[a]]
     match.group_axes = [v for a in match.group_axes for v in common.made_of[a]]
-    by = _canonical(match.letters)
+    by = over_letters(match.letters)
     draft = replace(match.spec, weight=substitute(weight, by))
     named = [substitute(p, by) for p in (score, *extra)]
-    match.spec, match.captures, match.sizes = _renumbered(draft, named, match)
+    match.spec, match.captures, match.sizes = renumbered(draft, named, match)
 
 
-def _canonical(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
+def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
     """The batch axes over b and h."""
     by: dict[Expr, Expr] = {}
     unflatten(by, axes["b"], S.B)
@@ -192,7 +192,7 @@ def _canonical(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
     return by
 
 
-def _renumbered(
+def renumbered(
     draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
 ) -> tuple[AttentionSpec, list[Node], list[str]]:
     """The spec with another score and extra logits; all its programs load nodes of the graph, which `sources` hold."""
@@ -285,11 +285,11 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
         return False
     if ours.dropout and ours.dropout != theirs.dropout:
         return False
-    mine = [_over(x, reading, common.ours) for x in (ours.score, *ours.extra)]
-    return mine == [_over(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    mine = [over(x, reading, common.ours) for x in (ours.score, *ours.extra)]
+    return mine == [over(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
 
 
-def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+def over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
     """A program over the common axes, whose captures and sizes are those of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
@@ -329,4 +329,4 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     return out
 
 
-__all__ = ["find_reductions", "names_its_length", "needed", "of_nodes"]
+__all__ = ["find_reductions", "names_its_length", "needed", "of_nodes", "over", "over_letters", "renumbered"]

@@ -94,8 +94,8 @@ class Emitter:
         return self.sizes[e]
 
     def _size(self, e: Expr) -> Node:
-        if e in self.carriers:
-            node, dim = self.carriers[e]
+        node, dim = self.carriers.get(e, (self.before, None))
+        if node < self.before:
             return node if dim is None else self.call(aten.sym_size.int, node, dim)
         if e.op in ("add", "mul"):
             parts = [self.size(a) for a in e.args]
@@ -122,8 +122,6 @@ class Emitter:
             total = A.mul(*(v.args[0] for v, _ in terms))
             step = terms[-1][1]
             if offset is not A.ZERO or total is not extent or step is not A.ONE:
-                if len(terms) > 1:
-                    raise CannotEmit(f"a part of {source.node.name} is split into several axes")
                 last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
                 node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
             parts.insert(0, [v for v, _ in terms])
