@@ -24,7 +24,7 @@ from attnfx.passes.joins import CATS, parts
 from attnfx.passes.lift import VIEWS, Index
 from attnfx.passes.match import Finder, Finding, Match
 from attnfx.passes.reading import Operand
-from attnfx.passes.reductions import names_its_length, of_nodes
+from attnfx.passes.reductions import drawn_for_others, names_its_length, of_nodes
 from attnfx.passes.rolls import common, out_index, roll
 from attnfx.spec import fill_of
 
@@ -40,6 +40,8 @@ def merge(finder: Finder, findings: list[Finding]) -> list[Finding]:
         seen = [_as(f.match, x) for f, x in zip(found, joined[0], strict=True) if f and f.match] if joined else []
         chunks = [m for m in seen if m is not None]
         if joined is None or len(chunks) != len(joined[0]) or len(set(found)) != len(found):
+            continue
+        if any(drawn_for_others(f.match) for f in found if f and f.match):
             continue
         stacked = op_name(n) == "stack"
         merged = None if stacked else _merged(finder, n, joined[1], chunks)

@@ -100,7 +100,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     dimensions = _dimensions(weights)
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
-    weight = substitute(over(reading.spec.weight, reading, common.ours), over_letters(axes))
+    weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
     index = [substitute(x, common.ours) for x in reading.out]
     count, start = None, 0
     if kind == "sum":
@@ -171,7 +171,9 @@ def _split(match: Match, common: Common) -> None:
     if all(len(of) == 1 for of in common.made_of.values()):
         return
     theirs = common.theirs
-    score, weight, *extra = (over(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra))
+    score, weight, *extra = (
+        over_axes(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra)
+    )
     for name in ("query", "key", "value"):
         operand = getattr(match, name)
         setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
@@ -285,11 +287,11 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
         return False
     if ours.dropout and ours.dropout != theirs.dropout:
         return False
-    mine = [over(x, reading, common.ours) for x in (ours.score, *ours.extra)]
-    return mine == [over(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    mine = [over_axes(x, reading, common.ours) for x in (ours.score, *ours.extra)]
+    return mine == [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
 
 
-def over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
     """A program over the common axes, whose captures and sizes are those of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
@@ -313,20 +315,40 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     """For the `final` of each match whose weights are read by more than attentions and sums of them: what is read."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    out: dict[Node, Node] = {}
-    for match in matches:
-        if match.final in match.anchors:  # the library's own operator: it makes no weights
-            continue
-        stack, seen = list(match.anchors), set(match.anchors)
-        while stack:
-            n = stack.pop()
-            if any(u.op == "output" or written_operands(u) for u in n.users):
-                out[match.final] = n
-                break
-            fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
-            seen.update(fresh)
-            stack.extend(fresh)
-    return out
+    found = (
+        (m, _read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors
+    )  # else it makes no weights
+    return {m.final: n for m, n in found if n is not None}
 
 
-__all__ = ["find_reductions", "names_its_length", "needed", "of_nodes", "over", "over_letters", "renumbered"]
+def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node | None:
+    """What else is made of the weights that a match drops, which would be of another draw than the attention."""
+    names = {match.draw} if match.spec.dropout else set()
+    dropped = [n for n in match.final.graph.nodes if n.name in names]
+    return _read_beside(dropped, {match.final, *(r.final for r in reductions)})
+
+
+def _read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
+    """A node through which something of the starts leaves the graph, other than through the ends."""
+    stack = list(starts)
+    seen = set(stack)
+    while stack:
+        n = stack.pop()
+        if any(u.op == "output" or written_operands(u) for u in n.users):
+            return n
+        fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return None
+
+
+__all__ = [
+    "drawn_for_others",
+    "find_reductions",
+    "names_its_length",
+    "needed",
+    "of_nodes",
+    "over_axes",
+    "over_letters",
+    "renumbered",
+]

@@ -23,7 +23,7 @@ from attnfx.passes.layout import UNIT, accesses, apply_splits, needed_splits, ra
 from attnfx.passes.lift import VIEWS, Index, Opaque
 from attnfx.passes.match import Finder, Match
 from attnfx.passes.reading import Operand, batch_and_heads, flat, free
-from attnfx.passes.reductions import over, over_letters, renumbered
+from attnfx.passes.reductions import over_axes, over_letters, renumbered
 from attnfx.passes.rewrite import Emitter
 
 aten = torch.ops.aten
@@ -124,7 +124,7 @@ def roll(finder: Finder, final: Node, dim: int, stacked: bool, steps: list[Match
         return None  # two steps may have read different numbers
     names = [_names(m, like) for m in steps]
     moved = [[substitute(e, by) for e in m.out_index] for m, by in zip(steps, names, strict=True)]
-    programs = [[over(p, m, by) for p in m.spec.programs] for m, by in zip(steps, names, strict=True)]
+    programs = [[over_axes(p, m, by) for p in m.spec.programs] for m, by in zip(steps, names, strict=True)]
     indices = [[[substitute(e, by) for e in x.index] for x, by in zip(found, names, strict=True)] for found in operands]
     for numbers in numberings(f"step_{final.name}", len(steps)):
         try:

@@ -1,4 +1,4 @@
-"""A loop over heads or batch elements is one attention where that is proved, and its steps stay apart where it is not."""
+"""A loop over heads or batch elements is one attention where that is proved; where it is not, its steps stay apart."""
 
 import pytest
 import torch
@@ -95,7 +95,8 @@ def a_mask_that_does_not_move_on(q, k, v):
 
 ONE = [stacked, side_by_side, one_head_at_a_time, two_heads_at_a_time, one_batch_element_at_a_time,
        heads_in_batch_elements, chunks_in_heads, heads_in_chunks, written_into_place, written_in_two_loops,
-       written_in_chunks_of_heads, checkpointed, causal, blocks_of_their_own_keys, a_mask_that_does_not_move_on]  # fmt: skip
+       written_in_chunks_of_heads, checkpointed, causal, blocks_of_their_own_keys,
+       a_mask_that_does_not_move_on]  # fmt: skip
 
 
 @pytest.mark.parametrize("fn", ONE, ids=[fn.__name__ for fn in ONE])
@@ -130,6 +131,14 @@ def test_what_each_head_has_of_its_own_is_read_along_the_heads():
     keep = torch.rand(B, T) > 0.3
     (site,) = check(fn, *qkv(t=T), rand(H), rand(H, T, T), keep)
     assert site.dims["H"] == H and len(site.spec.captures) == 3
+
+
+def test_one_matrix_of_a_batch_is_an_attention():
+    def fn(q, k, v):
+        return attend(q[0, 1] * 0.5, k[0, 1], v[0, 1])
+
+    (site,) = check(fn, *qkv(t=T))
+    assert (site.sizes["B"], site.sizes["H"]) == (1, 1)
 
 
 class Head(nn.Module):
