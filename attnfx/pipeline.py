@@ -33,7 +33,7 @@ from attnfx.sites import describe_site, hints, numeric_dims
 log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
-HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
+HINTS = ("softmax", "softmin", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),

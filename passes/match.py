@@ -205,6 +205,10 @@ class Finder:
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
                         continue
+                    if found.refusal is not None and found.refusal.code == "normaliser":
+                        # exponentials over something like their sum (a small number is added): loosely an attention
+                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
+                        continue
                     self.doubtful.append(found)
                 if n in loose:
                     message = "operators that no score program expresses stand between the weights and the values"
