@@ -18,7 +18,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
-from attnfx.passes.reductions import find_reductions
+from attnfx.passes.reductions import drawn_for_others, find_reductions
 from attnfx.passes.regions import Region, find_region, replace_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, rewrite, size_carriers
 from attnfx.passes.shield import shield
@@ -68,6 +68,13 @@ class Deciding:
             return op_name(finding.final) not in SDPA and self._shielded(finding, site)
         if match is None:
             return self._whole_rows(finding, site) or (not finding.loose and self._shielded(finding, site))
+        apart = drawn_for_others(match, [] if reader is not None else match.reductions)
+        if (reader is not None or apart is not None) and self._whole_rows(finding, site, lean=True):
+            return True
+        if apart is not None:
+            message = "the dropped weights are read beside the attention, which would be of another draw than they are"
+            site.refusal = refusal("one_draw", message, *finding.anchors, apart)
+            return self._shielded(finding, site)
         query = value(match.query.node)
         here = operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"])
         question = self._question(match, finding, sizes, reader, here)
@@ -136,11 +143,14 @@ class Deciding:
             what = "sums" if all(r.kind == "sum" for r in reductions) else "parts"
             site.notes = (*site.notes, f"{what} of its weights are computed without them ({places})")
 
-    def _whole_rows(self, finding: Finding, site: Site) -> bool:
-        """What no score program describes may still be computed row by row. True where the graph changed."""
+    def _whole_rows(self, finding: Finding, site: Site, lean: bool = False) -> bool:
+        """What no score program describes may still be computed row by row. True where the graph changed. `lean`: only
+        where all that is read of the weights is computed with it, and they are not."""
         if op_name(finding.final) in SDPA:
             return False
         if "chunked" not in self.options.tiers:
+            if lean:
+                return False
             if site.refusal is not None:
                 allowed = 'The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
                 site.refusal = replace(site.refusal, hint=f"{site.refusal.hint} {allowed}")
@@ -152,9 +162,12 @@ class Deciding:
             if first is not None and first.code in THEN_ROWS and found.code == "rows_mixed":
                 site.refusal = replace(found, message=f"{first.message}, and {found.message}")
             return False
+        if lean and found.gives_scores:
+            return False
         held = value(finding.final)
         lengths = {"T": found.extent, "S": found.columns}
-        site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
+        if site.spec is None:
+            site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
         values = number(found.weight) * number(held.shape[found.rows[finding.final]])
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
         _, device = target_of(self.options, held.device)
@@ -162,6 +175,8 @@ class Deciding:
             found.work, values, held.dtype.itemsize, number(held.shape[-1]), device.type, training, self.options,
             found.gives_scores, torch.get_num_threads(),
         )  # fmt: skip
+        if lean and decision.tier == "kept":
+            return False
         try:
             if decision.tier != "kept":
                 replaced = replace_region(self.traced, facts, found, ROWS, self.carriers)
@@ -170,6 +185,9 @@ class Deciding:
         except CannotEmit:
             return False
         site.refusal, site.decision = None, decision
+        if others := [n for n in found.results if n is not found.final]:
+            places = ", ".join(dict.fromkeys(where_in_source(n) or n.name for n in others))
+            site.notes = (*site.notes, f"parts of its weights are computed with it, row by row ({places})")
         return decision.tier != "kept" or self._shielded(finding, site)
 
     def _shielded(self, finding: Finding, site: Site, only_risky: bool = False) -> bool:

@@ -14,6 +14,7 @@ from attnfx.deciding import OPERATORS, Deciding
 from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
+from attnfx.passes.checkpoints import unmark
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
@@ -33,7 +34,7 @@ from attnfx.sites import describe_site, hints, numeric_dims
 log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced.
-HINTS = ("softmax", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
+HINTS = ("softmax", "softmin", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -174,6 +175,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     if changed:
         share(traced, OPERATORS.summary)
         clean(traced)
+        unmark(traced)
         check(traced)
         publish("rewritten", lambda: readable(traced))
     if record is not None:

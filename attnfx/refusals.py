@@ -78,6 +78,12 @@ _SITES = {
         "`dropout(s.softmax(-1), 0.1) @ v`",
         "Give the probability as a Python number below 1.",
     ),
+    "one_draw": Code(
+        "Dropped weights are read beside the attention",
+        "The operator draws for itself, and what else is made of the dropped weights has to be of the same draw.",
+        "`w = s.softmax(-1)`, then `dropout(w, 0.1) @ v` and `w`",
+        "Read the weights before the dropout, or only sums of them and what is made of each row by itself.",
+    ),
     "not_lifted": Code(
         "An operator between the scores and the values has no formula",
         "The weights reach the values through an operator that is no elementwise function, view, gather or reduction "

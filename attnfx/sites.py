@@ -36,6 +36,8 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
             site.notes = (f"assumes that {mask.assumption}",)
         if finding.match.chunks > 1:
             site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
+        if finding.match.steps > 1:
+            site.notes = (*site.notes, f"{finding.match.steps} steps of a loop over heads or batch elements, joined")
     return site
 
 

@@ -11,7 +11,7 @@ from attnfx.ir.expr import Expr
 from attnfx.passes.graphs import dims, op_name, shape
 from attnfx.passes.lift import INDEXING, Index, Lifter, Opaque, argument, broadcast, rule
 
-PRODUCTS = ("matmul", "bmm", "baddbmm", "einsum", "__matmul__")
+PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def contraction(at: Node, index: Index) -> Contraction | None:
     """The contraction that a node is at `index`, or None. For baddbmm, its product alone."""
     name = op_name(at)
     try:
-        if name in ("matmul", "bmm", "__matmul__"):
+        if name in ("matmul", "bmm", "mm", "__matmul__"):
             return _matmul(at, *at.args[:2], index)  # type: ignore[arg-type]
         if name == "baddbmm":
             return _matmul(at, *at.args[1:3], index)  # type: ignore[arg-type]

@@ -8,6 +8,7 @@ that are joined apart. Needs `meta["val"]`; changes the graph in place; promises
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from attnfx.passes import separable_views  # noqa: F401  (its rules are added by
 from attnfx.passes.facts import Facts, storage, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.match import SDPA, batched
-from attnfx.passes.rewrite import Emitter, like, size_carriers
+from attnfx.passes.rewrite import STACK, Emitter, like, size_carriers
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.rowprogram import Ref
 
@@ -34,10 +35,13 @@ def join(gm: GraphModule) -> int:
     """Gives how many joins were made or moved."""
     facts = Facts(gm)
     changed = sum(_written_in_parts(gm, facts, n) for n in list(gm.graph.nodes) if op_name(n) in EMPTY)
+    regions = Facts(gm).regions if changed else facts.regions
     for n in list(gm.graph.nodes):
         found = parts(n)
         at: Node | None = n if found is not None and _of_products(found[0]) else None
-        while at is not None and parts(at) is not None:
+        while at is not None and (found := parts(at)) is not None:
+            if any(regions[x] != regions[n] for x in found[0]):
+                break  # what a linear layer gives depends on the autocast region, and its gradient on that of no_grad
             at = _moved_back(gm, at)
             changed += at is not None
     if changed:
@@ -45,20 +49,20 @@ def join(gm: GraphModule) -> int:
     return changed
 
 
-def parts(n: Node) -> tuple[list[Node], int] | None:
+def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | None:
     """The operands of a `cat`, two or more that nothing else reads, and its dimension."""
-    if n.op != "call_function" or op_name(n) not in CATS or not is_tensor(n):
+    if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
         return None
     given: Any = n.args[0]
     dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
     if not isinstance(dim, int) or not isinstance(given, list | tuple) or len(set(given)) != len(given):
         return None
-    rank = len(dims(n))
+    rank = len(dims(given[0])) if given else 0
     if len(given) < 2 or any(len(x.users) != 1 or len(dims(x)) != rank for x in given):
         return None
     if any(value(x).dtype != value(n).dtype for x in given):
         return None
-    return list(given), dim % rank
+    return list(given), dim % len(dims(n))
 
 
 def _of_products(found: list[Node]) -> bool:
@@ -77,59 +81,116 @@ def _of_products(found: list[Node]) -> bool:
 
 
 # -- writes into parts of an empty tensor ---------------------------------------------------------
+@dataclass(frozen=True)
+class Write:
+    """`copy` writes `source` into a part of an empty tensor: from `starts[d]` on along some of its dimensions, `single`
+    of which are one element long and no dimensions of the source."""
+
+    copy: Node
+    source: Node
+    starts: dict[int, Expr]
+    single: frozenset[int]
+
+
 def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
     held = value(base)
     if not isinstance(held, torch.Tensor) or held.layout != torch.strided or not held.is_contiguous():
         return False
-    writes = sorted((w for w in map(_write, base.users) if w is not None), key=lambda w: facts.position[w[0]])
-    if len(writes) < 2 or not _of_products([source for _, source, *_ in writes]):
+    family = [n for n in gm.graph.nodes if storage(n) == storage(base)]
+    writes = [w for w in (_write(base, n) for n in family) if w is not None]
+    copies = {w.copy for w in writes}
+    if len(writes) < 2 or not _of_products([w.source for w in writes]):
         return False
-    last = facts.position[writes[-1][0]]
-    views = {x for copy, *_ in writes for x in copy.all_input_nodes[:1]}  # the slices, each written once
-    if any(u not in views and facts.position[u] < last for u in base.users):
-        return False
-    family = {n for n in gm.graph.nodes if storage(n) == storage(base)}
-    if any(n not in views and n is not base and facts.position[n] <= last and n not in {w[0] for w in writes}
+    last = max(copies, key=facts.position.__getitem__)
+    views = {n for w in writes for n in _path(base, w.copy)}
+    if any(n not in views and n not in copies and n is not base and facts.position[n] <= facts.position[last]
            for n in family):  # fmt: skip
         return False
-    if len({d for _, _, d, _ in writes}) != 1 or len({facts.regions[w[0]] for w in writes}) != 1:
+    if any(u not in views and facts.position[u] < facts.position[last] for u in base.users):
         return False
-    writes.sort(key=lambda w: w[3].value if w[3].op == "const" else 0)  # type: ignore[arg-type,return-value]
-    dim, at = writes[0][2], A.ZERO
-    for copy, source, _, start in writes:
-        written = copy.args[0]
-        if start is not at or dims(source) != dims(written):  # type: ignore[arg-type]
-            return False
-        if value(source).dtype != held.dtype or value(source).device != held.device:
-            return False
-        at = A.add(at, dims(written)[dim])  # type: ignore[arg-type]
-    if at is not dims(base)[dim]:
+    if len({(*w.starts, w.single) for w in writes}) != 1 or len({facts.regions[w.copy] for w in writes}) != 1:
         return False
-    final = max((w[0] for w in writes), key=facts.position.__getitem__)
-    emit = Emitter(gm, final.next)
-    emit.stack = {k: v for k, v in final.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")}
-    made = emit.call(aten.cat.default, [w[1] for w in writes], dim)
-    for copy, *_ in writes:
-        gm.graph.erase_node(copy)
+    if any((value(w.source).dtype, value(w.source).device) != (held.dtype, held.device) for w in writes):
+        return False
+    if any(dims(w.source) != dims(w.copy.args[0]) for w in writes):  # type: ignore[arg-type]
+        return False
+    emit = Emitter(gm, last.next)
+    emit.kept = {k: v for k, v in last.meta.items() if k in STACK}
+    order = _in_order(base, writes, sorted(writes[0].starts))
+    if order is None:
+        return False
+    made = _joined(emit, order, sorted(writes[0].starts), writes[0].single)
+    for w in writes:
+        gm.graph.erase_node(w.copy)
     base.replace_all_uses_with(made, delete_user_cb=lambda u: u not in views, propagate_meta=False)
     return True
 
 
-def _write(view: Node) -> tuple[Node, Node, int, Expr] | None:
-    """(the write, what is written, dimension, where it starts) for a slice of which nothing is done but one write."""
-    if op_name(view) != "slice" or len(view.users) != 1:
+Nested = list  # of writes, or of such lists: one level for each dimension
+
+
+def _in_order(base: Node, writes: list[Write], along: list[int]) -> Nested | None:
+    """The writes by where they start, the first dimension outermost; None where they leave something out of the base
+    or cover it twice."""
+    dim, *inner = along
+    groups: dict[Expr, list[Write]] = {}
+    for w in writes:
+        groups.setdefault(w.starts[dim], []).append(w)
+    at, out = A.ZERO, []
+    for start in sorted(groups, key=lambda e: e.value if e.op == "const" else 0):  # type: ignore[arg-type,return-value]
+        found = {_extent(w, dim) for w in groups[start]}
+        if start is not at or len(found) != 1 or (not inner and len(groups[start]) != 1):
+            return None
+        out.append(_in_order(base, groups[start], inner) if inner else groups[start][0])
+        at = A.add(at, found.pop())
+    return out if at is dims(base)[dim] and all(x is not None for x in out) else None
+
+
+def _extent(w: Write, dim: int) -> Expr:
+    return A.ONE if dim in w.single else dims(w.source)[dim - sum(d < dim for d in w.single)]
+
+
+def _joined(emit: Emitter, order: Nested, along: list[int], single: frozenset[int]) -> Node:
+    dim, *inner = along
+    found = [_joined(emit, x, inner, single) if inner else x.source for x in order]
+    gone = sum(d < dim for d in single)  # these are added later, outside
+    return emit.call(aten.stack.default if dim in single else aten.cat.default, found, dim - gone)
+
+
+def _path(base: Node, at: Node) -> list[Node]:
+    """The views between a tensor and what writes to it."""
+    out = []
+    while (at := at.args[0]) is not base and isinstance(at, Node) and op_name(at) in ("slice", "select"):  # type: ignore[assignment]
+        out.append(at)
+    return out if at is base else []
+
+
+def _write(base: Node, copy: Node) -> Write | None:
+    """A write into parts of the base, through views of which nothing else is made."""
+    if op_name(copy) != "copy_" or copy.users or not is_tensor(copy.args[1]):
         return None
-    copy = next(iter(view.users))
-    if op_name(copy) != "copy_" or copy.args[0] is not view or copy.users or not is_tensor(copy.args[1]):
+    path = _path(base, copy)
+    if not path:
         return None
-    given = dict(zip(("self", "dim", "start", "end", "step"), view.args)) | dict(view.kwargs)
-    dim, start, step = given.get("dim", 0), given.get("start"), given.get("step", 1)
-    if step != 1 or not isinstance(dim, int):
-        return None
-    held = value(start) if start is not None else 0
-    if not isinstance(held, int | torch.SymInt) or (isinstance(held, int) and held < 0):
-        return None
-    return copy, copy.args[1], dim % len(dims(view)), size_expr(held)  # type: ignore[return-value]
+    starts: dict[int, Expr] = {}
+    dimensions, single = list(range(len(dims(base)))), set()
+    for view in reversed(path):
+        named = ("self", "dim", "index") if op_name(view) == "select" else ("self", "dim", "start", "end", "step")
+        given = dict(zip(named, view.args)) | dict(view.kwargs)
+        dim, start = given.get("dim", 0), given.get(named[2])
+        held = value(start) if start is not None else 0
+        if given.get("step", 1) != 1 or not isinstance(dim, int) or not isinstance(held, int | torch.SymInt):
+            return None
+        d = dimensions[dim % len(dimensions)]
+        if op_name(view) == "slice" and dims(view) == dims(view.args[0]):  # type: ignore[arg-type]
+            continue
+        if d in starts or (isinstance(held, int) and held < 0):
+            return None
+        starts[d] = size_expr(held)
+        if op_name(view) == "select":
+            dimensions.remove(d)
+            single.add(d)
+    return Write(copy, copy.args[1], starts, frozenset(single)) if starts else None  # type: ignore[arg-type]
 
 
 # -- a join moved back ----------------------------------------------------------------------------

@@ -12,7 +12,6 @@ normal form, so equal ones are the same.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import replace
 
 from torch.fx import Node
@@ -20,44 +19,66 @@ from torch.fx import Node
 from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute
-from attnfx.passes.graphs import dims, value
-from attnfx.passes.joins import parts
-from attnfx.passes.layout import UNIT, accesses
-from attnfx.passes.lift import Index
+from attnfx.passes.graphs import dims, op_name
+from attnfx.passes.joins import CATS, parts
+from attnfx.passes.lift import VIEWS, Index
 from attnfx.passes.match import Finder, Finding, Match
 from attnfx.passes.reading import Operand
-from attnfx.passes.reductions import names_its_length, of_nodes
+from attnfx.passes.reductions import drawn_for_others, names_its_length, of_nodes
+from attnfx.passes.rolls import common, out_index, roll
 from attnfx.spec import fill_of
+
+STACKS = (*CATS, "stack")
 
 
 def merge(finder: Finder, findings: list[Finding]) -> list[Finding]:
-    """The findings, with one in place of those that are chunks of one attention."""
+    """The findings, with one in place of those that are parts of one attention."""
     of_final = {f.final: f for f in findings if f.match is not None}
-    for n in finder.gm.graph.nodes:
-        joined = parts(n)
-        if joined is None or any(x not in of_final for x in joined[0]):
+    for n in list(finder.gm.graph.nodes):
+        joined = parts(n, STACKS)
+        found = [_of(x, of_final) for x in joined[0]] if joined is not None else []
+        seen = [_as(f.match, x) for f, x in zip(found, joined[0], strict=True) if f and f.match] if joined else []
+        chunks = [m for m in seen if m is not None]
+        if joined is None or len(chunks) != len(joined[0]) or len(set(found)) != len(found):
             continue
-        chunks = [of_final[x] for x in joined[0]]
-        merged = _merged(finder, n, joined[1], [f.match for f in chunks if f.match is not None])
+        if any(drawn_for_others(f.match) for f in found if f and f.match):
+            continue
+        stacked = op_name(n) == "stack"
+        merged = None if stacked else _merged(finder, n, joined[1], chunks)
+        merged = merged or roll(finder, n, joined[1], stacked, chunks)
         if merged is not None:
-            merged.anchors = [a for f in chunks for a in f.anchors]
-            at = min(findings.index(f) for f in chunks)
-            gone = {id(f) for f in chunks}
-            before, after = findings[:at], findings[at:]
-            one = Finding(n, match=merged, anchors=merged.anchors)
-            findings = [*before, one, *(f for f in after if id(f) not in gone)]
+            gone = [f for f in found if f is not None]
+            merged.anchors = [a for f in gone for a in f.anchors]
+            one = of_final[n] = Finding(n, match=merged, anchors=merged.anchors)
+            findings = [one if f is gone[0] else f for f in findings if f is gone[0] or f not in gone]
     return findings
+
+
+def _of(part: Node, of_final: dict[Node, Finding]) -> Finding | None:
+    """The finding whose result a part is, or a view of."""
+    while part not in of_final and op_name(part) in VIEWS and len(part.users) == 1:
+        part = part.args[0]  # type: ignore[assignment]
+    return of_final.get(part)
+
+
+def _as(match: Match, part: Node) -> Match | None:
+    """The match as one that ends with a view of its result; None where that leaves something out."""
+    index = match.out_index if part is match.final else out_index(part, match)
+    if index is None:
+        return None
+    index = tuple(A.ZERO if n is A.ONE else e for e, n in zip(index, dims(part), strict=True))
+    return replace(match, final=part, out_index=index)
 
 
 def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match | None:
     facts = finder.facts
-    if any(facts.regions[m.final] != facts.regions[final] for m in chunks):
-        return None
+    if any(facts.regions[m.final][0] != facts.regions[final][0] for m in chunks):
+        return None  # no gradient flows out of some
     if any(m.out_index[dim] is not m.row and m.row.args[0] is not A.ONE for m in chunks):
         return None
     operands: list[list[Operand]] = []
     for name in ("query", "key", "value"):
-        found = _common(finder, [getattr(m, name) for m in chunks])
+        found = common(finder, [getattr(m, name) for m in chunks])
         if found is None:
             return None
         operands.append(found)
@@ -96,22 +117,6 @@ def _whole(like: Match, operands: list[Operand], start: Expr, final: Node, dim: 
         like, final=final, spec=spec, query=query, key=key, value=val, out_index=out, row=row, draw=None,
         training=any(m.training for m in chunks), reductions=[], chunks=len(chunks),
     )  # fmt: skip
-
-
-def _common(finder: Finder, chunks: list[Operand]) -> list[Operand] | None:
-    """The chunks' operand, read at the nearest node that all of them come from."""
-    ways = [list(_sources(finder, x)) for x in chunks]
-    for node in (x.node for x in ways[0]):
-        found = [next((x for x in way if x.node is node), None) for way in ways]
-        if all(x is not None for x in found):
-            return [x for x in found if x is not None]
-    return None
-
-
-def _sources(finder: Finder, x: Operand) -> Iterator[Operand]:
-    for access in accesses(finder.lifter, x.node, x.index):
-        if access.factor is UNIT and value(access.node).dtype == value(x.node).dtype:
-            yield Operand(access.node, access.index)
 
 
 def _continues(

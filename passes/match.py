@@ -31,7 +31,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, shape, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
-from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free
+from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free, of_batch
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, fill_of
 
@@ -70,7 +70,8 @@ class Match:
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
-    chunks: int = 1  # of how many sites it was made (passes/loops.py)
+    chunks: int = 1  # of how many chunks of queries it was made (passes/loops.py)
+    steps: int = 1  # of how many steps of a loop over heads or batch elements (passes/rolls.py)
 
     @property
     def axes(self) -> list[Expr]:
@@ -104,7 +105,7 @@ class Reduction:
     start: int = 0
 
 
-@dataclass
+@dataclass(eq=False)
 class Finding:
     """One attention-like place: a match, or why not. One that is `loose` is an attention only where its rows prove to
     be apart: operators that are not understood stand between its weights and the values."""
@@ -203,6 +204,10 @@ class Finder:
                     proved = found.match is not None or (found.refusal and found.refusal.code in PROVED)
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
+                        continue
+                    if found.refusal is not None and found.refusal.code == "normaliser":
+                        # exponentials over something like their sum (a small number is added): loosely an attention
+                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
                         continue
                     self.doubtful.append(found)
                 if n in loose:
@@ -414,13 +419,19 @@ def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
 
 
 def batched(n: Node) -> bool:
-    """Whether a node is a product of two batches of matrices: what scores and weighted values are. A product with one
-    matrix (a linear layer, a router's gate) is not."""
+    """Whether a node is a product of two batches of matrices, or of one of each: what scores and weighted values are. A
+    product with a matrix that is no part of a batch (a linear layer, a router's gate) is not."""
     if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
         return False
     operands = [x for x in n.all_input_nodes if is_tensor(x)]
     operands = operands[-2:] if op_name(n) == "baddbmm" else operands
+    if all(len(shape(x)) == 2 for x in operands):
+        return any(map(of_batch, operands)) and all(of_batch(x) or _computed(x) for x in operands)
     return all(len(shape(x)) > 2 for x in operands)
+
+
+def _computed(x: Node) -> bool:
+    return x.op == "call_function" and op_name(x) not in VIEWS
 
 
 def _plane(n: Node) -> Counter[Expr]:

@@ -162,6 +162,8 @@ def exponent(e: Expr) -> Expr | None:
     """a where e = exp(a), with zeros as exp(-inf); None where e is no such thing."""
     if e.op == "exp":
         return e.args[0]
+    if e.op == "exp2":
+        return A.mul(A.const(math.log(2)), e.args[0])
     if e.op == "half":
         return None
     if e.op == "where" and e.args[2] is A.const(0.0):

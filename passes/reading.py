@@ -18,9 +18,9 @@ from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import Product, slot_node
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import kind_of, op_name, refusal, shape, value
+from attnfx.passes.graphs import is_tensor, kind_of, op_name, refusal, shape, value
 from attnfx.passes.layout import Access, Split, accesses, apply_splits, best, program_splits, split_axes
-from attnfx.passes.lift import Index, Lifter
+from attnfx.passes.lift import VIEWS, Index, Lifter
 from attnfx.spec import AttentionSpec, Capture
 
 
@@ -93,7 +93,7 @@ class Reader:
         in_kv = frozenset().union(*(free(x.index) for x in operands[1:]))
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
-        if not kv_axes and len(shape(chosen[1].node)) < 3:
+        if not kv_axes and not of_batch(chosen[1].node):
             message = "the keys are one matrix, as a router's gate or a codebook is"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
@@ -225,6 +225,15 @@ class Reader:
             raise Refused("mutated", message, [writer, base])
 
 
+def of_batch(x: Node) -> bool:
+    """Whether a matrix is one of a batch of them, or is such a batch itself."""
+    while len(shape(x)) < 3:
+        if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
+            return False
+        x = x.args[0]
+    return True
+
+
 def free(index: Index) -> frozenset[str]:
     return frozenset().union(*(x.free for x in index))
 
@@ -284,4 +293,16 @@ def _differentiable(node: Node, programs: list[Expr]) -> bool:
     return False
 
 
-__all__ = ["Operand", "Parts", "Reader", "Reading", "Refused", "batch_and_heads", "extent", "flat", "free", "unflatten"]
+__all__ = [
+    "Operand",
+    "Parts",
+    "Reader",
+    "Reading",
+    "Refused",
+    "batch_and_heads",
+    "extent",
+    "flat",
+    "free",
+    "of_batch",
+    "unflatten",
+]

@@ -100,7 +100,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     dimensions = _dimensions(weights)
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
-    weight = substitute(_over(reading.spec.weight, reading, common.ours), _canonical(axes))
+    weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
     index = [substitute(x, common.ours) for x in reading.out]
     count, start = None, 0
     if kind == "sum":
@@ -128,7 +128,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
             return None
         kept = [x for x in index if x is not match.column]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
-    spec, captures, sizes = _renumbered(draft, programs, match, reading)
+    spec, captures, sizes = renumbered(draft, programs, match, reading)
     return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start)
 
 
@@ -171,20 +171,22 @@ def _split(match: Match, common: Common) -> None:
     if all(len(of) == 1 for of in common.made_of.values()):
         return
     theirs = common.theirs
-    score, weight, *extra = (_over(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra))
+    score, weight, *extra = (
+        over_axes(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra)
+    )
     for name in ("query", "key", "value"):
         operand = getattr(match, name)
         setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
     match.out_index = tuple(substitute(x, theirs) for x in match.out_index)
     match.kv_axes = [v for a in match.kv_axes for v in common.made_of[a]]
     match.group_axes = [v for a in match.group_axes for v in common.made_of[a]]
-    by = _canonical(match.letters)
+    by = over_letters(match.letters)
     draft = replace(match.spec, weight=substitute(weight, by))
     named = [substitute(p, by) for p in (score, *extra)]
-    match.spec, match.captures, match.sizes = _renumbered(draft, named, match)
+    match.spec, match.captures, match.sizes = renumbered(draft, named, match)
 
 
-def _canonical(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
+def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
     """The batch axes over b and h."""
     by: dict[Expr, Expr] = {}
     unflatten(by, axes["b"], S.B)
@@ -192,7 +194,7 @@ def _canonical(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
     return by
 
 
-def _renumbered(
+def renumbered(
     draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
 ) -> tuple[AttentionSpec, list[Node], list[str]]:
     """The spec with another score and extra logits; all its programs load nodes of the graph, which `sources` hold."""
@@ -285,11 +287,11 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
         return False
     if ours.dropout and ours.dropout != theirs.dropout:
         return False
-    mine = [_over(x, reading, common.ours) for x in (ours.score, *ours.extra)]
-    return mine == [_over(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    mine = [over_axes(x, reading, common.ours) for x in (ours.score, *ours.extra)]
+    return mine == [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
 
 
-def _over(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
     """A program over the common axes, whose captures and sizes are those of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
@@ -313,20 +315,40 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     """For the `final` of each match whose weights are read by more than attentions and sums of them: what is read."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    out: dict[Node, Node] = {}
-    for match in matches:
-        if match.final in match.anchors:  # the library's own operator: it makes no weights
-            continue
-        stack, seen = list(match.anchors), set(match.anchors)
-        while stack:
-            n = stack.pop()
-            if any(u.op == "output" or written_operands(u) for u in n.users):
-                out[match.final] = n
-                break
-            fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
-            seen.update(fresh)
-            stack.extend(fresh)
-    return out
+    found = (
+        (m, _read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors
+    )  # else it makes no weights
+    return {m.final: n for m, n in found if n is not None}
 
 
-__all__ = ["find_reductions", "names_its_length", "needed", "of_nodes"]
+def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node | None:
+    """What else is made of the weights that a match drops, which would be of another draw than the attention."""
+    names = {match.draw} if match.spec.dropout else set()
+    dropped = [n for n in match.final.graph.nodes if n.name in names]
+    return _read_beside(dropped, {match.final, *(r.final for r in reductions)})
+
+
+def _read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
+    """A node through which something of the starts leaves the graph, other than through the ends."""
+    stack = list(starts)
+    seen = set(stack)
+    while stack:
+        n = stack.pop()
+        if any(u.op == "output" or written_operands(u) for u in n.users):
+            return n
+        fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
+        seen.update(fresh)
+        stack.extend(fresh)
+    return None
+
+
+__all__ = [
+    "drawn_for_others",
+    "find_reductions",
+    "names_its_length",
+    "needed",
+    "of_nodes",
+    "over_axes",
+    "over_letters",
+    "renumbered",
+]

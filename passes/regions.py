@@ -166,7 +166,8 @@ class _Walk:
         if not found.scores:
             raise self.problem or NotSeparable("no product of queries with keys is reached")
         self._descend()
-        self._collect()
+        self._collect([self.final])
+        self._grow()
         self._check()
         return found
 
@@ -228,17 +229,53 @@ class _Walk:
             return []
 
     def _descend(self) -> None:
-        out, last = self.descendants, self.facts.position[self.final]
+        out = self.descendants
         out.update(self.found.scores)
         for n in self.final.graph.nodes:
-            if self.facts.position[n] > last:
-                break
             if op_name(n) != "sym_size" and any(a in out for a in n.all_input_nodes):
                 out.add(n)
 
-    def _collect(self) -> None:
-        """All nodes of the region, and what it reads."""
-        found, stack = self.found, [self.final]
+    def _grow(self) -> None:
+        """What is made of a large value beside the attention, a row of it from a row, as its maximum or its entropy."""
+        found, waiting, seen = self.found, list(self.found.calls), set(self.found.calls)
+        while waiting:
+            n = waiting.pop()
+            for u in n.users if self.large(n, found.rows[n]) else ():
+                if u not in seen:
+                    seen.add(u)
+                    waiting += self._taken(u)
+
+    def _taken(self, n: Node) -> list[Node]:
+        """A reader of the region becomes part of it, where it keeps rows apart and all that is made of scores in it is
+        there already; or what it gives, where that is a tuple."""
+        found = self.found
+        if n.op != "call_function" or written_operands(n) or op_name(n).startswith("sym_"):
+            return []
+        given = [n] if is_tensor(n) else [u for u in n.users if op_name(u) == "getitem" and u.users]
+        for one in given[:1]:
+            for d, size in enumerate(dims(one)):
+                if size is not found.extent:
+                    continue
+                try:
+                    read = _operands(split(one, d, found.extent))
+                    read = read if one is n else _operands(split(n, d, found.extent))
+                except NotSeparable:
+                    continue
+                made = [x for x in read if isinstance(x, Along) and x.node is not n]
+                whole = [x for x in read if isinstance(x, Node)]
+                if all(found.rows.get(x.node) == x.dim for x in made if x.node in self.descendants) and not any(
+                    x in self.descendants for x in whole
+                ):
+                    before = set(found.calls)
+                    self.descendants.update((n, *given))
+                    found.rows[one] = d
+                    self._collect([one])
+                    return [x for x in found.calls if x not in before]
+        return []
+
+    def _collect(self, stack: list[Node]) -> None:
+        """All nodes of the region that some nodes need, and what it reads."""
+        found = self.found
         while stack:
             n = stack.pop()
             row = found.rows[n]

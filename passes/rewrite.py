@@ -16,6 +16,7 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.summary import Summary
+from attnfx.passes.checkpoints import MARKS
 from attnfx.passes.facts import written_operands
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
@@ -25,6 +26,7 @@ from attnfx.passes.reading import Operand, extent
 from attnfx.spec import AXES
 
 aten = torch.ops.aten
+STACK = ("stack_trace", "nn_module_stack", "source_fn_stack")  # where in the user's code a node is from
 
 
 class CannotEmit(Exception):
@@ -66,21 +68,22 @@ class Emitter:
         self.gm, self.graph, self.before = gm, gm.graph, before
         self.carriers = carriers or {}
         self.sizes: dict[Expr, Node] = {}
-        self.stack = {
-            k: v for k, v in before.meta.items() if k in ("stack_trace", "nn_module_stack", "source_fn_stack")
-        }
+        self.kept = {k: v for k, v in before.meta.items() if k in (*STACK, *MARKS)}
 
     def call(self, target, *args: Any, **kwargs: Any) -> Node:  # type: ignore[no-untyped-def]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
         plain: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with fake_mode(plain, self.before.meta.get("val")):
-            node.meta = {**self.stack, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
+            node.meta = {**self.kept, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
         return node
 
     def seed(self, device: torch.device) -> Node:
         """A draw of PyTorch's generator that dropout is seeded by."""
-        return self.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
+        made = self.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
+        for mark in MARKS:  # it is saved, and not drawn again
+            made.meta.pop(mark, None)
+        return made
 
     def size(self, e: Expr) -> int | Node:
         """A size as a number, or as a node that computes it."""
@@ -91,8 +94,8 @@ class Emitter:
         return self.sizes[e]
 
     def _size(self, e: Expr) -> Node:
-        if e in self.carriers:
-            node, dim = self.carriers[e]
+        node, dim = self.carriers.get(e, (self.before, None))
+        if node < self.before:
             return node if dim is None else self.call(aten.sym_size.int, node, dim)
         if e.op in ("add", "mul"):
             parts = [self.size(a) for a in e.args]
@@ -119,8 +122,6 @@ class Emitter:
             total = A.mul(*(v.args[0] for v, _ in terms))
             step = terms[-1][1]
             if offset is not A.ZERO or total is not extent or step is not A.ONE:
-                if len(terms) > 1:
-                    raise CannotEmit(f"a part of {source.node.name} is split into several axes")
                 last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
                 if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
                     raise CannotEmit(f"{source.node.name} is shorter than what is read of it")

@@ -2,7 +2,8 @@
 
 Needs a graph module as Dynamo hands it to a backend (placeholders carry fakes in `meta["example_value"]`). Promises a
 graph module of the same calling convention, whose nodes carry `meta["val"]`, or raises `Untraceable`; the given graph
-is not changed. Higher-order operators are kept as one node, with their submodules as Dynamo made them.
+is not changed. Checkpointed regions are written out, their nodes marked; other higher-order operators are kept as one
+node, with their submodules as Dynamo made them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_map, tree_map_only
+
+from attnfx.passes.checkpoints import unwrap
 
 # Operators of functorch and of Dynamo that must see the graph exactly as it was made.
 FUNCTORCH = ("_functorch", "functorch", "_vmap_increment_nesting", "_grad_increment_nesting")
@@ -171,7 +174,7 @@ def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
         raise Untraceable("an input has no example value")
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [example(v, mode) for v in fakes]
-    run = _Retrace(gm, mode)
+    run = _Retrace(unwrap(gm), mode)
     try:
         with fx_traceback.preserve_node_meta():
             traced = make_fx(run.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)

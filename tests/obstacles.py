@@ -110,6 +110,12 @@ def weights_raised_after_dropout(q, k, v):
     return (F.dropout(weights, 0.1) + 0.1) @ v
 
 
+@obstacle("one_draw", **ALWAYS)
+def dropped_weights_returned(q, k, v):
+    weights = F.dropout(scores(q, k).softmax(-1), 0.1)  # here
+    return weights @ v, weights
+
+
 @obstacle("dropout", **ALWAYS)
 def everything_dropped(q, k, v):
     return F.scaled_dot_product_attention(q, k, v, dropout_p=1.0)  # here
@@ -233,7 +239,7 @@ def keys_changed_in_place(q, k, v):
 
 @obstacle("unbatched", **ALWAYS)
 def no_batch(q, k, v):
-    q, k, v = q[0, 0], k[0, 0], v[0, 0]
+    q, k, v = q[0, 0].sin(), k[0, 0].sin(), v[0, 0].sin()
     return (q @ k.T).softmax(-1) @ v  # here
 
 

@@ -116,11 +116,6 @@ def of_another_scale(q, k, v):
     return torch.cat([chunk(q[:, :, n : n + 25] * (1.0 + n), k, v) for n in (0, 25)], dim=2)
 
 
-def with_a_mask_that_does_not_move_on(q, k, v):
-    keep = torch.arange(25)[:, None] >= torch.arange(T)
-    return torch.cat([chunk(q[:, :, n : n + 25], k, v, keep) for n in (0, 25)], dim=2)
-
-
 def of_fewer_keys_and_no_mask(q, k, v):
     return torch.cat([chunk(q[:, :, n : n + 25], k[:, :, : n + 25], v[:, :, : n + 25]) for n in (0, 25)], dim=2)
 
@@ -138,8 +133,8 @@ def read_outside_too(q, k, v):
     return torch.cat([first, second], dim=2), first.sum()
 
 
-APART = [overlapping, with_a_gap, in_another_order, of_another_scale, with_a_mask_that_does_not_move_on,
-         of_fewer_keys_and_no_mask, of_fewer_keys_and_a_finite_fill, of_other_values, read_outside_too]  # fmt: skip
+APART = [overlapping, with_a_gap, in_another_order, of_another_scale, of_fewer_keys_and_no_mask,
+         of_fewer_keys_and_a_finite_fill, of_other_values, read_outside_too]  # fmt: skip
 
 
 @pytest.mark.parametrize("fn", APART, ids=[fn.__name__ for fn in APART])

@@ -201,6 +201,102 @@ def test_rows_of_the_weights_and_their_largest_are_computed_without_them(fn, sha
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
 
 
+def smallest_key(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.amin(-1), w.amax(-1, keepdim=True)
+
+
+def best_keys(q, k, v):
+    w = weights_of(q, k)
+    most, at = w.topk(3, dim=-1)
+    return w @ v, most, at.double()
+
+
+def some_columns(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w[..., 0], w[..., 2:5]
+
+
+def spread(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.std(-1), w.norm(dim=-1), torch.special.entr(w).sum(-1), w.cumsum(-1)[..., 9]
+
+
+def of_dead_rows(q, k, v):
+    dead = torch.arange(q.shape[2])[:, None] < 3
+    w = ((q @ k.mT) * 0.25).masked_fill(dead, float("-inf")).softmax(-1)
+    return (w @ v)[:, :, 3:], w.amax(-1)[:, :, 3:], w[..., 0]
+
+
+def for_a_log(q, k, v):
+    w = weights_of(q, k)
+    return w @ v, w.detach().amax(-1).mean()
+
+
+BY_ROW = [smallest_key, best_keys, some_columns, spread, of_dead_rows, for_a_log]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("fn", BY_ROW, ids=[fn.__name__ for fn in BY_ROW])
+def test_what_is_made_of_each_row_of_the_weights_is_computed_with_it(fn, dynamic, shapes_left):
+    (site,) = check(fn, *inputs(), dynamic=dynamic, train=fn is not of_dead_rows)
+    assert "parts of its weights are computed with it, row by row (test_reductions.py:" in site.notes[-1]
+    assert not {s for s in shapes_left if s[-2:] == (T, S)}
+
+
+def test_what_mixes_rows_is_read_off_the_weights():
+    def fn(q, k, v):
+        w = weights_of(q, k)
+        return w @ v, w.std(-1), w.max(2).values, w.diagonal(dim1=-2, dim2=-1)
+
+    (site,) = check(fn, *inputs())
+    assert not site.notes
+
+
+def agrees(fn, read, **options):
+    """Whether what a compiled function says of its dropped weights is true of those that its output was made with."""
+    q, k, _ = inputs()
+    weights, said = compiled(fn, **options)(q, k, torch.eye(S).expand(2, 4, S, S))
+    return torch.allclose(read(weights), said, atol=1e-5)
+
+
+READ = {
+    "whole": lambda w: w,
+    "row": lambda w: w[:, :, 0],
+    "column": lambda w: w[..., 0],
+    "sum": lambda w: w.sum(2),
+    "largest": lambda w: w.max(-1).values,
+    "product": lambda w: w @ (w.mT @ w),
+}
+
+
+@pytest.mark.parametrize("read", READ.values(), ids=READ)
+def test_what_is_read_of_dropped_weights_is_of_the_draw_of_the_output(read):
+    def fn(q, k, v):
+        w = F.dropout(weights_of(q, k), 0.4, True)
+        return w @ v, read(w)
+
+    assert agrees(fn, read)
+
+
+def test_two_products_of_dropped_weights_are_of_one_draw():
+    def fn(q, k, v):
+        w = F.dropout(weights_of(q, k), 0.4, True)
+        return w @ v, torch.einsum("bhij,bhjd->bhid", w, v)
+
+    with new_reports() as filed:
+        assert agrees(fn, lambda w: w)
+    assert [site.refusal.code for site in filed[-1].sites] == ["one_draw"] * 2
+
+
+def test_chunks_whose_dropped_weights_are_returned_are_of_one_draw():
+    def fn(q, k, v):
+        parts = [F.dropout(weights_of(x, k), 0.4, True) for x in q.split(20, 2)]
+        return torch.cat([w @ v for w in parts], 2), torch.cat(parts, 2)
+
+    assert agrees(fn, lambda w: w)
+
+
 def test_rows_of_dropped_weights_and_parts_along_other_dims_are_read_off_the_weights():
     def fn(q, k, v):
         w = weights_of(q, k)

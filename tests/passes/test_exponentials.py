@@ -1,0 +1,37 @@
+"""Softmaxes that are written with exponentials of their own, in ways that a respelling of one program does not give."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import check, qkv
+
+
+def of_two(q, k, v):
+    s = (q @ k.mT) * (0.3 * math.log2(math.e))
+    p = torch.exp2(s - s.amax(-1, keepdim=True))
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+def of_the_negative(q, k, v):
+    return F.softmin((q @ k.mT) * -0.3, dim=-1) @ v
+
+
+@pytest.mark.parametrize("fn", [of_two, of_the_negative], ids=lambda fn: fn.__name__)
+def test_other_exponentials_are_a_softmax(fn):
+    (site,) = check(fn, *qkv())
+    assert site.spec is not None and site.spec.normaliser == "softmax"
+
+
+def test_a_small_number_beside_the_sum_is_computed_row_by_row():
+    """It is added to exponentials from which the maximum is taken, so that it is no logit of its own."""
+
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        e = (s - s.amax(-1, keepdim=True)).exp() * (torch.arange(s.shape[-1]) % 3 > 0)
+        return e / (e.sum(-1, keepdim=True) + 1e-2) @ v
+
+    (site,) = check(fn, *qkv())
+    assert site.spec is None and site.decision.tier == "chunked"
