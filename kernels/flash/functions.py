@@ -15,6 +15,22 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
+def clamped(j, length):
+    """The keys j of a tile, (1, BN) or (BN, 1), below the length of the dim that they index; 0 where they are not, as
+    what is loaded there is not used.
+
+    Triton is told that they still run on: 16 bytes are then loaded at once, and at the end of a row that may be some
+    beyond it. They share an aligned block of 16 bytes with one that is there, so that their memory can be read.
+    """
+    inside = tl.where(j < length, j, 0)
+    if j.shape[0] == 1:
+        inside = tl.multiple_of(tl.max_contiguous(inside, [1, j.shape[1]]), [1, j.shape[1]])
+    else:
+        inside = tl.multiple_of(tl.max_contiguous(inside, [j.shape[0], 1]), [j.shape[0], 1])
+    return inside
+
+
+@triton.jit
 def walk_at(walks, b, h, block):
     """Which walk is a block's: walks is (numbers, 2 n + 1 with the distance n between batches, the same of heads)."""
     return tl.cast(b, tl.int64) * (walks[1] >> 1) + h * (walks[2] >> 1) + block
