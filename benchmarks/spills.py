@@ -13,6 +13,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,27 +36,29 @@ SIZE = 4096
 def programs(head_dim: int) -> dict[str, AttentionSpec]:
     dot = A.mul(A.const(head_dim**-0.5), A.DOT)
     alibi = A.add(dot, A.mul(A.load(0, [H], "f"), A.to_float(A.sub(J, I))))
+    apart = A.minimum(A.maximum(A.sub(J, I), A.const(-128)), A.const(128))
+    relative = A.add(dot, A.load(0, [A.add(apart, A.const(128)), H], "f"))
     bias, masked = A.add(dot, A.load(0, [H, I, J], "f")), A.where(MASK, dot, FILL)
-    slopes, pairs, mask = (Capture("f", 1, True),), (Capture("f", 3, True),), (Capture("b", 3),)
+    slopes, table = (Capture("f", 1, True),), (Capture("f", 2, True),)
+    pairs, mask = (Capture("f", 3, True),), (Capture("b", 3),)
     of = {
         "plain": AttentionSpec(score=dot),
         "causal": AttentionSpec(score=A.where(CAUSAL, dot, FILL)),
         "alibi": AttentionSpec(score=A.where(CAUSAL, alibi, FILL), captures=slopes),
+        "relative": AttentionSpec(score=relative, captures=table),
         "bias": AttentionSpec(score=bias, captures=pairs),
         "mask": AttentionSpec(score=masked, captures=mask),
         "dropout": AttentionSpec(score=dot, dropout=0.1),
         "causal dropout": AttentionSpec(score=A.where(CAUSAL, dot, FILL), dropout=0.1),
         "mask dropout": AttentionSpec(score=masked, captures=mask, dropout=0.1),
     }
-    from dataclasses import replace
-
     return {name: replace(spec, out_dtype="bfloat16") for name, spec in of.items()}
 
 
 def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
     """Two of a batch, eight heads; a mask that stands in a tensor has its summary."""
     x = torch.empty(2, 8, SIZE, head_dim, dtype=torch.bfloat16, device="meta")
-    shapes = {("f", 1): (8,), ("f", 3): (8, queries, SIZE), ("b", 3): (2, queries, SIZE)}
+    shapes = {("f", 1): (8,), ("f", 2): (257, 8), ("f", 3): (8, queries, SIZE), ("b", 3): (2, queries, SIZE)}
     captures = [
         torch.empty(shapes[c.kind, c.ndim], dtype=torch.bool if c.kind == "b" else torch.bfloat16, device="meta")
         for c in spec.captures
@@ -71,9 +74,9 @@ def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
 def launches(spec: AttentionSpec, head_dim: int, capability: int, tile: tiles.Tile | None) -> Iterator[tuple[str, Launch]]:
     call = call_of(spec, head_dim)
     logsumexp = torch.empty(call.query.shape[:3], device="meta")
-    at = tile or tiles.pick(tiles.FORWARD_DROPOUT if spec.random else tiles.FORWARD, capability, head_dim)
+    at = tile or tiles.pick(tiles.forward_table(spec), capability, head_dim)
     yield "forward", launch.forward_launch(call, call.query, logsumexp, at, capability)
-    pair = tiles.pick(tiles.BACKWARD_DROPOUT if spec.random else tiles.BACKWARD, capability, head_dim)
+    pair = tiles.pick(tiles.backward_table(spec), capability, head_dim)
     back = Backward(call, call.query, call.query, logsumexp, (tile, tile) if tile else pair, capability)
     yield "keys", back.keys_launch(call.key, call.value)
     yield "rows", back.rows_launch(call.query)
