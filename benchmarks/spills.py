@@ -1,9 +1,9 @@
-"""Registers that the flash kernels spill to memory, for GPUs that need not be there: programs, head dims, architectures.
+"""Registers that the flash kernels spill to memory, by program, head dim and GPU, which need not be there.
 
     python benchmarks/spills.py [--only REGEX] [--tile ROWS,KEYS,WARPS,STAGES] [--out FILE]
 
 One line for each kernel: the loads and stores of spilled registers in each of its loops with matrix instructions, the
-steady one first, in which nothing is masked. Takes half an hour for all of them. No GPU is needed.
+steady one first, in which nothing is masked. All of them take an hour.
 """
 
 from __future__ import annotations
@@ -11,13 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import torch
-from machine_code import read
+from machine_code import describe, listing, loops
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
@@ -71,7 +72,9 @@ def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
     return Call(spec, x[:, :, :queries], x, x, captures, (), seed, summary=states)
 
 
-def launches(spec: AttentionSpec, head_dim: int, capability: int, tile: tiles.Tile | None) -> Iterator[tuple[str, Launch]]:
+def launches(
+    spec: AttentionSpec, head_dim: int, capability: int, tile: tiles.Tile | None
+) -> Iterator[tuple[str, Launch]]:
     call = call_of(spec, head_dim)
     logsumexp = torch.empty(call.query.shape[:3], device="meta")
     at = tile or tiles.pick(tiles.forward_table(spec), capability, head_dim)
@@ -85,6 +88,16 @@ def launches(spec: AttentionSpec, head_dim: int, capability: int, tile: tiles.Ti
     yield "decode", split.launches(one, one.query, logsumexp[:, :, :1], at, 132, capability)[0]
 
 
+def spilled(made: Launch, capability: int) -> dict[str, Any]:
+    built = made.compile(capability)
+    code, used = listing(built.asm["cubin"])
+    found = sorted((describe(ops) for ops in loops(code)), key=lambda row: row["instrs"])
+    return {
+        "tile": list(made.tile), "registers": used["REG"], "shared": built.metadata.shared,
+        "spills": [row["spills"] for row in found], "instructions": [row["instrs"] for row in found],
+    }  # fmt: skip
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="a regular expression over names such as 'mask dropout-keys-80-64'")
@@ -93,22 +106,13 @@ def main() -> None:
     options = parser.parse_args()
     tile = tiles.Tile(*map(int, options.tile.split(","))) if options.tile else None
     rows = []
-    for capability in ARCHITECTURES:
-        for head_dim in HEAD_DIMS:
-            for program, spec in programs(head_dim).items():
-                for kernel, made in launches(spec, head_dim, capability, tile):
-                    name = f"{program}-{kernel}-{capability}-{head_dim}"
-                    if not re.search(options.only, name):
-                        continue
-                    start = time.time()
-                    built = made.compile(capability)
-                    found = read(built.asm["cubin"])
-                    loop = found["loop"] or {}
-                    row = dict(kernel=name, tile=list(made.tile), registers=found["registers"], shared=built.metadata.shared,
-                               loops=len(found["loops"]), spills=loop.get("spills"), instructions=loop.get("instrs"), per=loop.get("instrs_per_kflop"),
-                               every=found["loops"])
-                    rows.append(row)
-                    print(f"{'SPILL' if row['spills'] else '     '} {name:32} {row['tile']} {row} {time.time() - start:.1f} s", flush=True)
+    for capability, head_dim in product(ARCHITECTURES, HEAD_DIMS):
+        for program, spec in programs(head_dim).items():
+            for kernel, made in launches(spec, head_dim, capability, tile):
+                name = f"{program}-{kernel}-{capability}-{head_dim}"
+                if re.search(options.only, name):
+                    rows.append(row := {"kernel": name} | spilled(made, capability))
+                    print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")
 

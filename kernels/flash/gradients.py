@@ -37,9 +37,7 @@ def backward(
     Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-    some = (
-        [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec)
-    )
+    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec)
     return first_that_runs(
         "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
     )

@@ -69,14 +69,15 @@ OTHERS = {
 # A load by row and key, or dropout's draw, takes registers beside the scores: a thread has fewer of these where they
 # would not all fit.
 FORWARD_LOADS = FORWARD | {
-    (90, 32): Tile(128, 64, 8, 3),  # as 64
-    (90, 64): Tile(128, 64, 8, 3),  # probe
     (80, 32): Tile(128, 64, 8, 3),  # as 64
     (80, 64): Tile(128, 64, 8, 3),  # probe
     (80, 128): Tile(128, 32, 8, 3),  # probe
 }
 FORWARD_DROPOUT = FORWARD_LOADS | {
+    (90, 32): Tile(128, 64, 8, 3),  # as 64
+    (90, 64): Tile(128, 64, 8, 3),  # probe
     (90, 128): Tile(128, 64, 8, 2),  # probe
+    (80, 256): Tile(64, 32, 8, 2),  # probe
 }
 # float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
@@ -160,6 +161,7 @@ BACKWARD = {
 
 BACKWARD_LOADS = BACKWARD | {
     (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (90, 256): (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
     (80, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (80, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
 }
@@ -167,6 +169,7 @@ BACKWARD_DROPOUT = BACKWARD_LOADS | {
     (90, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (90, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (80, 32): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 256): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),  # probe
     (80, 64): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # probe
     (100, 32): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
     (100, 64): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
