@@ -117,8 +117,15 @@ class _Site:
             return [Candidate("flash", "triton", time, held, saved)]
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
         out = []
-        named = not self.kind  # else the kernels have one tile, which they choose
-        for code in codes("forward" + self.kind, self.target.capability, self.width):
+        known = codes("forward" + self.kind, self.target.capability, self.width)
+        # with a draw the kernels have one tile, which they choose
+        named = not self.ask.spec.random
+        if (
+            self.kind == " loads"
+        ):  # a thread must hold as many loaded values as scores: the default says how many it can
+            most = known[0].scores
+            known += tuple(c for c in codes("forward", self.target.capability, self.width)[1:] if c.scores <= most)
+        for code in known:
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
             rows, keys, warps, stages = code.tile
             if not kernel.resident:

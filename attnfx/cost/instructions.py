@@ -61,6 +61,11 @@ class Code:
     full: Loop
     checked: Loop
 
+    @property
+    def scores(self) -> int:
+        """That a warp has at once."""
+        return self.tile[0] * self.tile[1] // self.tile[2]
+
 
 @lru_cache
 def _table() -> Mapping[tuple[str, int], tuple[Code, ...]]:
