@@ -120,10 +120,8 @@ class _Site:
         known = codes("forward" + self.kind, self.target.capability, self.width)
         # with a draw the kernels have one tile, which they choose
         named = not self.ask.spec.random
-        if (
-            self.kind == " loads"
-        ):  # a thread must hold as many loaded values as scores: the default says how many it can
-            most = known[0].scores
+        if self.kind == " loads":
+            most = known[0].scores  # a thread holds as many loaded values: the default says how many it can
             known += tuple(c for c in codes("forward", self.target.capability, self.width)[1:] if c.scores <= most)
         for code in known:
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
