@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-gpu clean
+.PHONY: demo test lint bench bench-gpu bench-gpu-plan clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -29,9 +29,14 @@ lint: $(READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
-# The Triton kernels on a GPU against PyTorch's own, in ten minutes; writes benchmarks/results/gpu.json.
+# The Triton kernels on a GPU against PyTorch's own, and what the cost model chose, in ten minutes; writes
+# benchmarks/results/gpu.json.
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
+
+# Plans held against a GPU's memory, in ten minutes; writes benchmarks/results/gpu_plan.json.
+bench-gpu-plan: $(READY)
+	$(BIN)/python benchmarks/gpu_plan.py
 
 # Keeps .venv, which costs a download to make again.
 clean:

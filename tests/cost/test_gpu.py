@@ -325,3 +325,36 @@ def test_published_kernels_are_predicted_within_their_error_and_in_order():
             alike = all(a[k] == b[k] for k in ("device", "width", "causal")) and a["kernel"] != b["kernel"]
             if alike and a["published"] > 1.05 * b["published"]:
                 assert p > q, (a, b)
+
+
+# -- programs with tiles of their own -------------------------------------------------------------
+BIAS = AttentionSpec(
+    score=A.add(SCORE, A.load(0, [H, I, J], "f")), out_dtype="bfloat16", captures=(Capture("f", 3, True),)
+)
+
+
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+@pytest.mark.parametrize("width", [64, 128, 256])
+@pytest.mark.parametrize("spec", [PLAIN, replace(PLAIN, dropout=0.1), BIAS], ids=["plain", "dropout", "bias"])
+def test_the_table_has_the_kernels_own_tiles(spec, width, capability):
+    kind = " dropout" if spec.random else " loads" if spec.captures else ""
+    keys, rows = tiles.pick(tiles.backward_table(spec), capability, width)
+    wanted = {"forward": tiles.pick(tiles.forward_table(spec), capability, width), "keys": keys, "rows": rows}
+    assert {k: instructions.codes(k + kind, capability, width)[0].tile for k in wanted} == wanted
+
+
+def test_dropout_costs_the_instructions_of_its_draw():
+    for width in (64, 128):
+        plain, drawn = (instructions.codes(k, 90, width)[0] for k in ("forward", "forward dropout"))
+        per_score = [c.full.instructions / c.scores for c in (plain, drawn)]
+        assert per_score[1] > 1.3 * per_score[0]
+    alone, dropped = (times(ask(replace(PLAIN, dropout=p), training=True))["flash", t, 0]
+                      for p, t in ((0.0, (128, 64)), (0.1, None)))  # fmt: skip
+    assert 1.1 * alone < dropped < 4 * alone
+
+
+def test_a_program_with_loads_is_given_no_tile_that_holds_more_than_its_own():
+    a100 = Target.by_name("a100-80gb")
+    some = [c.tile for c in candidates(ask(BIAS, D=128), a100) if c.tier == "flash"]
+    assert some == [(128, 32)]
+    assert [c.tile for c in candidates(ask(BIAS, D=64), a100) if c.tier == "flash"] == [(128, 64), (64, 64), (128, 32)]

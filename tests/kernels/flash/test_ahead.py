@@ -33,23 +33,33 @@ def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
         assert row["shared"] <= SHARED[capability], row
 
 
-@pytest.mark.parametrize("capability", [80, 90])
-def test_the_steady_loop_does_not_spill(capability):
-    allowed = {"backward keys plain": 45}
-    for row in compiled(str(capability), "64,128,256"):
-        if row["head_dim"] <= 128:
-            assert row["spills"] <= allowed.get(row["name"], 0), row
+# of (kernel, capability, head dim): two products of 128 wide keys and values beside two accumulators
+SPILLED = {("backward keys plain", 90, 128): 4, ("backward keys plain", 90, 256): 3}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_kernels_that_walk_over_lists_of_tiles_compile_and_do_not_spill(capability):
-    """In the steady loop; on sm_80 a few values: the same mask without lists spills up to 11 there."""
+def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(capability):
+    for row in compiled(str(capability), "64,128,256"):
+        assert row["spills"] <= SPILLED.get((row["name"], capability, row["head_dim"]), 0), row
+        if row["name"].startswith(("forward", "backward keys", "backward rows")):
+            assert row["loops"] >= 2, row
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_kernels_that_read_a_value_for_each_score_compile_and_do_not_spill(capability):
     found = {row["name"]: row for row in compiled(str(capability), "0")}
-    assert set(found) >= {"summary", "lists"} and len(found) == 5
+    assert set(found) >= {"summary", "lists"} and len(found) == 8
     for name, row in found.items():
         assert row["shared"] <= SHARED[capability], row
-        if name.endswith("summarised"):
-            assert row["matrix"] and row["loops"] >= 2 and row["spills"] <= (6 if capability == 80 else 0), row
+        if name.endswith(("summarised", "biased")):
+            allowed = 2 if (name, capability) == ("forward summarised", 90) else 0
+            assert row["matrix"] and row["loops"] >= 2 and row["spills"] <= allowed, row
+
+
+def test_kernels_compile_for_an_amd_gpu():
+    """64 KiB of shared memory for a work group: AMD, CDNA 3 instruction set architecture, section 2.3."""
+    for row in compiled("gfx942"):
+        assert row["matrix"] and row["shared"] <= 64 << 10 and row["spills"] == 0, row
 
 
 def test_a_new_length_compiles_nothing():
