@@ -21,8 +21,9 @@ from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.recompute import forward_nodes, mark
+from attnfx.peaks import Resident, fitting, total
 from attnfx.planning import Marks, choices
-from attnfx.plans import Resident, detected, fitting, free_bytes, total
+from attnfx.present import detected, free_bytes
 from attnfx.sites import number
 from attnfx.targets import Target
 
@@ -80,7 +81,7 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
             size = number(x.untyped_storage().nbytes())
             fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
             sizes[n if fake else x.untyped_storage().data_ptr() or n] = size
-    return Resident(0, 0, sum(sizes.values()), 0, 0, tuple(sizes.values()))
+    return Resident(given=tuple(sizes.values()))
 
 
 @dataclass(frozen=True)

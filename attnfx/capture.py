@@ -70,8 +70,9 @@ class Partitioner(CustomPartitionerFn):
 
 
 def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options,
-            train: bool) -> list[Captured]:  # fmt: skip
-    """The graphs of one call of `model`, in the order in which they run.
+            train: bool, told: Sequence[Report] = ()) -> list[Captured]:  # fmt: skip
+    """The graphs of one call of `model`, in the order in which they run. `told` are reports of the same graphs at other
+    sizes, whose decisions are taken.
 
     Raises what the model raises on fake tensors, and what attnfx does.
     """
@@ -81,7 +82,8 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     found: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        result = pipeline.run(gm, options, stages=True)
+        decided = told[len(found)].decided if len(found) < len(told) else None
+        result = pipeline.run(gm, options, stages=True, told=decided)
         made = Captured(result.report, options=options)
         found.append(made)
         try:

@@ -43,7 +43,7 @@ class Step(nn.Module):
 
 
 def made(name: str, batch: int, length: int | None = None) -> Built:
-    """A model on "meta" and its inputs; "llama" is as wide and deep as one of 1.2e9 parameters, heads in groups of 4."""
+    """A model on "meta" and its inputs; "llama" has 1.2e9 parameters, and four heads share a key."""
     import transformers as hf
 
     layers, size = MODELS[name]
@@ -75,7 +75,11 @@ def one(name: str, target: str, train: bool, budget: str | None) -> dict[str, An
     from attnfx.errors import BudgetError
 
     plan, seconds = planned(name, target, train, BATCH, memory_budget=budget)
-    found = {"peak_bytes": plan.peak_bytes, "predicted_ms": round(plan.predicted_ms, 3), "plan_cpu_s": round(seconds, 2)}
+    found = {
+        "peak_bytes": plan.peak_bytes,
+        "predicted_ms": round(plan.predicted_ms, 3),
+        "plan_cpu_s": round(seconds, 2),
+    }
     start = time.process_time()
     found["max_batch"] = most = plan.max_batch
     found["max_batch_cpu_s"] = round(time.process_time() - start, 2)
