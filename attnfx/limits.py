@@ -1,14 +1,15 @@
 """The largest batch and the largest length that fit, found without running or tracing at each size.
 
-The graphs are captured once more with the batch near what the peak at hand lets expect, where decisions are made as
-they would be there. Where they are the same decisions, the two captures say how each size depends on batch and length;
-else (and where a batch of one makes another graph) the first capture is made anew at primes, with the decisions of the
-second.
+The graphs are captured once more with the batch near what the peak at hand lets expect, where decisions are made, and
+values are chosen to be computed again, as they would be there. Where the decisions are the same, the two captures say
+how each size depends on batch and length; else (and where a batch of one makes another graph) there is a third, with
+the decisions of the second.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
@@ -20,7 +21,7 @@ from attnfx.memory.liveness import Event
 from attnfx.memory.step import step
 from attnfx.options import Options
 from attnfx.peaks import Resident, total
-from attnfx.planning import Choice
+from attnfx.planning import Choice, as_decided
 from attnfx.report import Report
 from attnfx.sizes import Roles, Sizes, Table, Unknown, near, prime, roles
 
@@ -85,29 +86,45 @@ class Limits:
         self.notes.append(f"max_batch and max_length are not known: {refused}")
         return None
 
+    @cached_property
+    def _single(self) -> list[Scaled]:
+        """At a batch of one, which makes graphs of its own."""
+        assert self._scaled is not None
+        chosen = self._scaled[0]
+        at = chosen.sizes
+        if not at.length:
+            return self._scaled[1]
+        ways = [self.choice, *([] if self.lowest is None else [self.lowest])]
+        return [self._along(way, chosen, Sizes(1, near(at, 1).length)) for way in ways]
+
     def _scale(self, way: Choice, chosen: Roles, last: bool) -> Scaled:
         at, options = chosen.sizes, way.captured[0].options
         assert options is not None
         then = near(at, self._expected(way, at.batch))
-        second = self.capture(chosen.resized(self.inputs, then), options)
-        if any(c.problem for c in second):
+        there = self._captured(chosen, then, options)
+        if last:
+            assert self.ways is not None
+            *_, choice = self.ways(there)
+        else:
+            choice = as_decided(there, way.target, way.inlining)
+        if _decided(way.captured) == _decided(there):
+            with suppress(Unknown):
+                return Scaled(choice, Table(there, way.captured, then, at))
+        base = Sizes(prime(then.batch + 1, 1), at.length)
+        first = self._captured(chosen, base, options, [c.report for c in there])
+        return Scaled(choice, Table(there, first, then, base))
+
+    def _along(self, way: Choice, chosen: Roles, then: Sizes) -> Scaled:
+        """With the decisions at hand."""
+        assert way.captured[0].options is not None
+        second = self._captured(chosen, then, way.captured[0].options, [c.report for c in way.captured])
+        return Scaled(way, Table(way.captured, second, chosen.sizes, then))
+
+    def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
+        found = self.capture(chosen.resized(self.inputs, s), options, told)
+        if any(c.problem for c in found):
             raise Unknown("other sizes make a graph that is not planned")
-        if _decided(way.captured) == _decided(second):
-            try:
-                return Scaled(way, Table(way.captured, second, at, then))
-            except Unknown:
-                pass
-        base = Sizes(prime(then.batch + 1, 1), prime(then.length + 1, 1) if at.length else 0)
-        if base.length > at.length:
-            base = replace(base, length=at.length)
-        first = self.capture(chosen.resized(self.inputs, base), options, [c.report for c in second])
-        *_, lowest = self.ways(first) if last and self.ways is not None else [next(self._as_decided(first))]
-        return Scaled(lowest, Table(first, second, base, then))
-
-    def _as_decided(self, captured: Sequence[Captured]):
-        from attnfx.planning import choices
-
-        return iter(choices(captured, self.choice.target, self.choice.inlining))
+        return found
 
     def _expected(self, way: Choice, batch: int) -> int:
         """About the batch whose step takes all that there is, if a step's peak grows with it."""
@@ -127,6 +144,8 @@ class Limits:
             return None
         chosen, scaled = self._scaled
         s = Sizes(batch, chosen.sizes.length if length is None else length)
+        if batch == 1 and chosen.sizes.batch == 1:
+            scaled = self._single
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
         return min(total(x.events(s), resident, self.choice.target) for x in scaled)

@@ -114,7 +114,7 @@ class Plan:
         return None if self._limits is None else self._limits.length
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
-        """The peak at other sizes; under a budget, with as much computed again as can be. None where it is not known."""
+        """The peak at other sizes; under a budget with what can be computed again. None where it is not known."""
         return None if self._limits is None else self._limits.bytes_at(batch, length)
 
     def parts(self) -> dict[str, int]:

@@ -112,11 +112,10 @@ def roles(inputs: Any) -> Iterator[Roles]:
 
 
 def near(s: Sizes, batch: int) -> Sizes:
-    """Primes: from the given batch on, and below the length, as positions may be a table."""
+    """Primes other than the sizes: from the given batch on, and below a length, as positions may be a table."""
     found = prime(max(batch, 2), 1)
-    return Sizes(
-        found if found != s.batch else prime(found + 1, 1), prime(s.length - 1, -1) if s.length > 8 else s.length
-    )
+    length = prime(s.length - 1, -1) if s.length > 8 else prime(s.length + 1, 1) if s.length else 0
+    return Sizes(found if found != s.batch else prime(found + 1, 1), length)
 
 
 def prime(n: int, by: int) -> int:

@@ -14,10 +14,11 @@ from attnfx.budgeting import _limits, ran_out
 from attnfx.errors import BudgetError, OptionError
 from attnfx.memory.budget import check, in_bytes
 from attnfx.options import Options
-from attnfx.plans import _events_at, fitting, total
+from attnfx.peaks import fitting, total
 from attnfx.sizes import Sizes, Unknown, fit
 
 WIDTH, HEADS = 64, 2
+SMALL = replace(attnfx.Target.by_name("a100-80gb"), memory=1 << 27)
 
 
 class Block(nn.Module):
@@ -80,26 +81,63 @@ def test_a_plan_says_what_is_alive_without_allocating_it():
     assert found.predicted_ms > 0 and "largest batch" in str(found)
 
 
-def test_the_largest_batch_is_the_last_that_fits():
-    """By a plan made at that batch: its own trace, not the sizes that the search read off two others."""
-    found = plan(rewrite="never")
-    found.budget = 64 << 20
-    largest = found.max_batch
-    assert largest is not None and found.bytes_at(largest) <= 64 << 20 < found.bytes_at(largest + 1)
+def at_sizes(batch, length, **how):
     with torch.device("meta"):
-        model, x = net()[0], torch.empty(largest, 128, WIDTH)
-    own = attnfx.plan(model, target="a100-80gb", train=True, rewrite="never")(x)
-    assert own.peak_bytes == pytest.approx(_without_recompute(found, largest), rel=0.02)
+        model, x = net()[0], torch.empty(batch, length, WIDTH)
+    return attnfx.plan(model, **{"target": SMALL, "train": True, **how})(x)
 
 
-def _without_recompute(found, batch):
-    resident = replace(found.resident, inputs=found.resident.inputs * batch // found.given.batch)
-    return total(_events_at(found.choice, found._table, Sizes(batch, 0)), resident, found.target)
+@pytest.mark.parametrize("batch, length", [(2, 128), (1, 64)])
+def test_the_largest_batch_and_length_are_the_last_that_fit(batch, length):
+    """By plans made at those sizes: their own traces, not the sizes that the search read off two others."""
+    found = at_sizes(batch, length)
+    most, longest = found.max_batch, found.max_length
+    assert not found.notes
+    for fits, plan in [
+        (True, at_sizes(most, length)), (False, at_sizes(most + 1, length)),
+        (True, at_sizes(batch, longest)), (False, at_sizes(batch, longest + 1)),
+    ]:  # fmt: skip
+        assert (plan.peak_bytes <= SMALL.memory) == fits
+    assert found.bytes_at(most) == pytest.approx(at_sizes(most, length).peak_bytes, rel=1e-3)
+
+
+def test_the_largest_batch_under_a_budget_counts_what_can_be_computed_again():
+    found = at_sizes(2, 128, memory_budget="110MiB")
+    most = found.max_batch
+    assert most > at_sizes(2, 128).max_batch * 1.2
+    assert at_sizes(most, 128, memory_budget="110MiB").recomputed
+    with pytest.raises(BudgetError):
+        at_sizes(most * 21 // 20, 128, memory_budget="110MiB")
+
+
+class Table(nn.Module):
+    """Rows of a table that the caller gives, then attention, with a bias for each position of at most 64."""
+
+    def __init__(self):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(64, 64))
+
+    def forward(self, ids, table):
+        x = table[ids % 4]
+        return torch.softmax(x @ x.mT + self.bias[: ids.shape[1], : ids.shape[1]], -1) @ x
+
+
+def test_an_input_that_is_as_long_as_the_batch_but_refuses_another_is_left_as_it_is():
+    """Four rows of a table; a model that asks for four of them; positions of which there are no more than at hand."""
+
+    class Fixed(Table):
+        def forward(self, ids, table):
+            return super().forward(ids, table.view(4, 32))
+
+    with torch.device("meta"):
+        model, ids, table = Fixed(), torch.zeros(4, 64, dtype=torch.int64), torch.empty(4, 32)
+    found = attnfx.plan(model, target=SMALL, train=False)(ids, table)
+    assert found.max_batch > 100 and found.bytes_at(8) - found.bytes_at(4) > 4 * 64 * 32
 
 
 def test_a_smaller_budget_never_gives_a_larger_peak_and_every_peak_is_within_it():
     found = plan()
-    ways, whole = list(found.ways()), found.peak_bytes
+    ways, whole = list(found.limited().ways()), found.peak_bytes
     peaks = []
     for share in (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5):
         try:
