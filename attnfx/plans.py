@@ -163,7 +163,7 @@ class Plan:
 
     def snapshot(self, path: str | PathLike[str]) -> None:
         """Write the timeline as a file that PyTorch's memory viewer (pytorch.org/memory_viz) opens."""
-        from attnfx.drawing import snapshot
+        from attnfx.snapshot import snapshot
 
         snapshot(self, path)
 
