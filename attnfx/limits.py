@@ -23,7 +23,7 @@ from attnfx.options import Options
 from attnfx.peaks import Resident, total
 from attnfx.planning import Choice, as_decided
 from attnfx.report import Report
-from attnfx.sizes import Roles, Sizes, Table, Unknown, near, prime, roles
+from attnfx.sizes import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
 
 FAR = 1 << 24  # a batch or length beyond which no limit is looked for
 MOST = 1 << 13  # the largest batch that is traced
@@ -74,9 +74,9 @@ class Limits:
         refused = ""
         for chosen, _ in zip(roles(self.inputs), range(ATTEMPTS)):
             try:
-                found = [self._scale(self.choice, chosen, last=False)]
-                if self.lowest is not None and self.lowest is not self.choice:
-                    found.append(self._scale(self.lowest, chosen, last=True))
+                found = [self._near(self.choice, chosen, last=False)]
+                if self.lowest is not None:
+                    found.append(self._near(self.lowest, chosen, last=True))
             except Exception as problem:  # a model may refuse other sizes in any way
                 refused = refused or (str(problem).splitlines() or [type(problem).__name__])[0]
                 continue
@@ -87,20 +87,34 @@ class Limits:
         return None
 
     @cached_property
-    def _single(self) -> list[Scaled]:
-        """At a batch of one, which makes graphs of its own."""
+    def _long(self) -> list[Scaled]:
+        """At the batch given, with the decisions of a length near the longest: few rewrites pay where it is short."""
         assert self._scaled is not None
-        chosen = self._scaled[0]
-        at = chosen.sizes
-        if not at.length:
-            return self._scaled[1]
-        ways = [self.choice, *([] if self.lowest is None else [self.lowest])]
-        return [self._along(way, chosen, Sizes(1, near(at, 1).length)) for way in ways]
+        chosen, scaled = self._scaled
+        s = chosen.sizes
+        longest = self._largest(lambda n: self._bytes(chosen, scaled, replace(s, length=n)), s.length)
+        if longest is None or longest <= s.length:
+            return scaled if s.batch > 1 else self._both(chosen, near(s, s.batch).length)
+        try:
+            return self._both(chosen, prime(longest, -1))
+        except Exception as problem:  # as a table of positions does
+            said = (str(problem).splitlines() or [type(problem).__name__])[0]
+            self.notes.append(f"max_length is what memory allows; the model refuses a length of {longest}: {said}")
+            return scaled
 
-    def _scale(self, way: Choice, chosen: Roles, last: bool) -> Scaled:
+    def _near(self, way: Choice, chosen: Roles, last: bool) -> Scaled:
+        at = chosen.sizes
+        return self._scale(way, chosen, last, near(at, self._expected(way, at.batch)), at.length)
+
+    def _both(self, chosen: Roles, length: int) -> list[Scaled]:
+        ways = [(self.choice, False), *([] if self.lowest is None else [(self.lowest, True)])]
+        s = chosen.sizes
+        return [self._scale(way, chosen, last, Sizes(s.batch, length), near(s, 2).length) for way, last in ways]
+
+    def _scale(self, way: Choice, chosen: Roles, last: bool, then: Sizes, length: int) -> Scaled:
+        """With the decisions of a capture at `then`, held against the one at hand or else one of that `length`."""
         at, options = chosen.sizes, way.captured[0].options
         assert options is not None
-        then = near(at, self._expected(way, at.batch))
         there = self._captured(chosen, then, options)
         if last:
             assert self.ways is not None
@@ -110,15 +124,9 @@ class Limits:
         if _decided(way.captured) == _decided(there):
             with suppress(Unknown):
                 return Scaled(choice, Table(there, way.captured, then, at))
-        base = Sizes(prime(then.batch + 1, 1), at.length)
+        base = Sizes(then.batch if then.batch == at.batch else prime(then.batch + 1, 1), length)
         first = self._captured(chosen, base, options, [c.report for c in there])
         return Scaled(choice, Table(there, first, then, base))
-
-    def _along(self, way: Choice, chosen: Roles, then: Sizes) -> Scaled:
-        """With the decisions at hand."""
-        assert way.captured[0].options is not None
-        second = self._captured(chosen, then, way.captured[0].options, [c.report for c in way.captured])
-        return Scaled(way, Table(way.captured, second, chosen.sizes, then))
 
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
         found = self.capture(chosen.resized(self.inputs, s), options, told)
@@ -144,8 +152,11 @@ class Limits:
             return None
         chosen, scaled = self._scaled
         s = Sizes(batch, chosen.sizes.length if length is None else length)
-        if batch == 1 and chosen.sizes.batch == 1:
-            scaled = self._single
+        if chosen.sizes.length and batch == chosen.sizes.batch:
+            scaled = self._long
+        return self._bytes(chosen, scaled, s)
+
+    def _bytes(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
         return min(total(x.events(s), resident, self.choice.target) for x in scaled)
@@ -155,16 +166,22 @@ class Limits:
         """The largest batch for the length given; None where nothing limits it or it is not known."""
         if self._scaled is None or not self._scaled[0].sizes.batch:
             return None
-        return self._largest(self.bytes_at, self._scaled[0].sizes.batch)
+        chosen, scaled = self._scaled
+        return self._largest(lambda n: self._bytes(chosen, scaled, replace(chosen.sizes, batch=n)), chosen.sizes.batch)
 
     @cached_property
     def length(self) -> int | None:
         """The largest length for the batch given; None also where the inputs have none."""
         if self._scaled is None or not (s := self._scaled[0].sizes).length:
             return None
-        return self._largest(lambda n: self.bytes_at(s.batch, n), s.length)
+        rows = min((r for c in self.choice.captured for r in position_rows(c)), default=None)
+        found = self._largest(lambda n: self._bytes(self._scaled[0], self._long, replace(s, length=n)), s.length)
+        if rows is None or (found is not None and found <= rows):
+            return found
+        self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")
+        return rows
 
-    def _largest(self, at: Callable[[int], int | None], start: int) -> int | None:
+    def _largest(self, at: Callable[[int], int], start: int) -> int | None:
         """The last size that fits: guessed from the sizes on both sides of it, and every third time from the middle."""
         stays = self._stays(self.choice)
         if stays > self.limit:
@@ -173,7 +190,6 @@ class Limits:
         n, steps = max(start, 1), 0
         while high is None or high[0] - low[0] > 1:
             size = at(n)
-            assert size is not None
             if size <= self.limit:
                 low = n, size
             else:

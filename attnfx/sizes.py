@@ -222,3 +222,17 @@ def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
         elif isinstance(held, (list, tuple)):
             out += [(f"{node.name}[{i}]", node, x) for i, x in enumerate(held) if isinstance(x, torch.Tensor)]
     return out
+
+
+def position_rows(captured: Captured) -> list[int]:
+    """The rows of each table that is read at positions which no input gives: a longer call reads beyond its end."""
+    gm = captured.joint if captured.joint is not None else captured.forward
+    assert gm is not None
+    counted: dict[Node, bool] = {}  # node -> whether it is made of positions alone
+    out = []
+    for n in gm.graph.nodes:
+        sources = n.all_input_nodes
+        counted[n] = "iota" in str(n.target) or (bool(sources) and all(counted[s] for s in sources))
+        if "aten.embedding.default" in str(n.target) and counted[n.args[1]]:
+            out.append(int(n.args[0].meta["val"].shape[0]))
+    return out
