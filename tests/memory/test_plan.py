@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import attnfx
-from attnfx.budgeting import _limits, ran_out
+from attnfx.budgeting import _free, ran_out
 from attnfx.errors import BudgetError, OptionError
 from attnfx.memory.budget import check, in_bytes
 from attnfx.options import Options
@@ -177,10 +177,26 @@ def test_a_budget_in_units_and_one_beyond_the_device():
         plan(memory_budget="200GiB")
 
 
-def test_running_out_of_memory_limits_the_next_plan():
+@pytest.mark.parametrize(
+    "wanted, most, free, really",
+    [(100, 1000, 50, 599), (100, 560, 50, 560), (1 << 40, 1000, 50, 750)],
+    ids=["there was more, in pieces", "a share is allowed", "asked for more than there is"],
+)
+def test_running_out_of_memory_limits_the_next_plan(monkeypatch, wanted, most, free, really):
+    held = {"now": 500}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: held["now"])
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 700)
+    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda _: 900)
+    monkeypatch.setattr("attnfx.budgeting._limits", {})
+    gpu = torch.device("cuda", 7)
+    assert _free(SMALL, gpu) == 900
     with pytest.warns(UserWarning, match=r"cuda:7 ran out.*_dynamo.reset"):
-        ran_out(7, 100, 50, 20)
-    assert _limits.pop(7) == 20
+        ran_out(7, wanted, most, free)
+    assert _free(SMALL, gpu) == really - 500
+    held["now"] = 0  # the step's tensors are gone
+    assert _free(SMALL, gpu) == min(900, really)
+    held["now"] = 2000
+    assert _free(SMALL, gpu) == 0
 
 
 def test_a_size_is_read_off_two_traces():
