@@ -174,8 +174,9 @@ class Limits:
         """The largest length for the batch given; None also where the inputs have none."""
         if self._scaled is None or not (s := self._scaled[0].sizes).length:
             return None
+        chosen = self._scaled[0]
         rows = min((r for c in self.choice.captured for r in position_rows(c)), default=None)
-        found = self._largest(lambda n: self._bytes(self._scaled[0], self._long, replace(s, length=n)), s.length)
+        found = self._largest(lambda n: self._bytes(chosen, self._long, replace(s, length=n)), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
         self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")

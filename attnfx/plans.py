@@ -255,8 +255,8 @@ def _resident(model: Any, inputs: Any, keeps: int | optimizers.Optimizer, train:
         return tuple(x.numel() * x.element_size() for x in tensors)
 
     state = scratch = 0
-    if train and isinstance(keeps, int):
-        state = keeps
+    if isinstance(keeps, int):
+        state = keeps if train else 0
     elif train:
         wanted = [(p.numel(), p.numel() * p.element_size()) for p in parameters if p.requires_grad]
         state, scratch = optimizers.state_bytes(keeps, wanted), optimizers.step_bytes(keeps, wanted, cpu)
