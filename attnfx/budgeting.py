@@ -21,12 +21,13 @@ from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.recompute import forward_nodes, mark
+from attnfx.peaks import Resident, fitting, total
 from attnfx.planning import Marks, choices
-from attnfx.plans import Resident, detected, fitting, free_bytes, total
+from attnfx.present import detected, free_bytes
 from attnfx.sites import number
 from attnfx.targets import Target
 
-# What was really to be had when a device ran out of memory, by device index: "auto" plans with no more than that.
+# What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
 _limits: dict[int, int] = {}
 _watched: list[bool] = []
 
@@ -80,7 +81,7 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
             size = number(x.untyped_storage().nbytes())
             fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
             sizes[n if fake else x.untyped_storage().data_ptr() or n] = size
-    return Resident(0, 0, sum(sizes.values()), 0, 0, tuple(sizes.values()))
+    return Resident(given=tuple(sizes.values()))
 
 
 @dataclass(frozen=True)
@@ -108,7 +109,8 @@ def _free(target: Target, device: torch.device) -> int:
         return free_bytes(target)
     _watch()
     index = device.index if device.index is not None else torch.cuda.current_device()
-    return min(free_bytes(target), _limits.get(index, 1 << 62))
+    free = free_bytes(target)
+    return min(free, max(_limits[index] - torch.cuda.memory_allocated(index), 0)) if index in _limits else free
 
 
 def _watch() -> None:
@@ -118,17 +120,21 @@ def _watch() -> None:
         attach(ran_out)
 
 
-def ran_out(device: int, wanted: int, allocated: int, free: int) -> None:
-    """Note that a device had no `wanted` bytes: the next compile under "auto" plans with what there really was.
+def ran_out(device: int, wanted: int, most: int, free: int) -> None:
+    """Note that a device had no `wanted` bytes: the next compile under "auto" plans with what there really was. Called
+    as c10/cuda/CUDACachingAllocator.cpp calls the observers of an error.
 
-    allocated   bytes that this process had in tensors' segments
-    free        bytes that nobody had
+    most   all that this process may have: the device's memory, or the share that is allowed
+    free   bytes that nobody had
     """
-    really = max(free, 1)
-    _limits[device] = min(_limits.get(device, 1 << 62), really)
+    held, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    cached -= held
+    # with the bytes that were asked for it was too much; they may have been more than there was at all
+    really = min(most, held + min(wanted - 1, free + cached))
+    _limits[device] = min(_limits.get(device, really), really)
     warnings.warn(
-        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for, {text(free)} were free beside "
-        f"{text(allocated)} of this process): free what is not needed, call torch._dynamo.reset(), and run the step "
-        'again; memory_budget="auto" then plans with what was really free',
+        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for beside {text(held)} of this process's "
+        f"tensors; {text(free)} were free and {text(cached)} cached): free what is not needed, call "
+        'torch._dynamo.reset(), and run the step again; memory_budget="auto" then plans with what there really was',
         stacklevel=2,
     )

@@ -23,14 +23,14 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorMode,
 )
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx import pipeline
 from attnfx.options import Options
 from attnfx.passes.recompute import copied
 from attnfx.report import Report
-from attnfx.sites import number
+from attnfx.standins import stand_ins
 
 
 @dataclass
@@ -70,8 +70,9 @@ class Partitioner(CustomPartitionerFn):
 
 
 def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options,
-            train: bool) -> list[Captured]:  # fmt: skip
-    """The graphs of one call of `model`, in the order in which they run.
+            train: bool, told: Sequence[Report] = ()) -> list[Captured]:  # fmt: skip
+    """The graphs of one call of `model`, in the order in which they run. `told` are reports of the same graphs at other
+    sizes, whose decisions are taken.
 
     Raises what the model raises on fake tensors, and what attnfx does.
     """
@@ -81,7 +82,8 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     found: list[Captured] = []
 
     def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        result = pipeline.run(gm, options, stages=True)
+        decided = told[len(found)].decided if len(found) < len(told) else None
+        result = pipeline.run(gm, options, stages=True, told=decided)
         made = Captured(result.report, options=options)
         found.append(made)
         try:
@@ -90,7 +92,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
             pass
         except Exception as problem:
             made.problem = f"is not planned: {type(problem).__name__}: {str(problem).splitlines()[0]}"
-        return _stand_ins(gm)
+        return stand_ins(gm, lambda x: x)
 
     # every capture is a new compilation of the same code: Dynamo's limit is for programs that recompile by mistake
     limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
@@ -180,17 +182,6 @@ def fakes(tree: Any, mode: FakeTensorMode) -> Any:
 
     tree = tree_map(module, tree, is_leaf=lambda x: isinstance(x, nn.Module))
     return tree_map_only(torch.Tensor, lambda x: x if isinstance(x, FakeTensor) else fake(x), tree)
-
-
-def _stand_ins(gm: GraphModule) -> Callable[..., Any]:
-    """A function with the outputs of the graph, fake."""
-    outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-
-    def value(x: Any) -> Any:
-        held = x.meta.get("example_value") if isinstance(x, Node) else x
-        return number(held) if isinstance(held, torch.SymInt) else held
-
-    return lambda *_: tree_map(value, outputs, is_leaf=lambda x: isinstance(x, Node))
 
 
 @contextmanager

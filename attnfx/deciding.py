@@ -53,23 +53,25 @@ class Deciding:
     trial: Trial | None = None
     facts: Facts | None = None
 
-    def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None) -> bool:
+    def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None,
+               told: Decision | None = None) -> bool:  # fmt: skip
         """Choose for one site and carry it out. True where the graph changed. `reader` is what else its weights are
-        for."""
-        changed = self._decide(finding, site, sizes, reader)
+        for; `told` takes the place of the choice."""
+        changed = self._decide(finding, site, sizes, reader, told)
         if changed:
             self.facts = None
         return changed
 
-    def _decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None) -> bool:
+    def _decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None,
+                told: Decision | None) -> bool:  # fmt: skip
         match, trial = finding.match, self.trial
-        if trial is not None and (told := trial.keep.get(trial.name(finding.final))):
-            site.refusal, site.decision = None, Decision("kept", "", reason=told, code="mismatch")
+        if trial is not None and (why := trial.keep.get(trial.name(finding.final))):
+            site.refusal, site.decision = None, Decision("kept", "", reason=why, code="mismatch")
             return op_name(finding.final) not in SDPA and self._shielded(finding, site)
         if match is None:
-            return self._whole_rows(finding, site) or (not finding.loose and self._shielded(finding, site))
+            return self._whole_rows(finding, site, told) or (not finding.loose and self._shielded(finding, site))
         apart = drawn_for_others(match, [] if reader is not None else match.reductions)
-        if (reader is not None or apart is not None) and self._whole_rows(finding, site, lean=True):
+        if (reader is not None or apart is not None) and self._whole_rows(finding, site, told, lean=True):
             return True
         if apart is not None:
             message = "the dropped weights are read beside the attention, which would be of another draw than they are"
@@ -78,7 +80,7 @@ class Deciding:
         query = value(match.query.node)
         here = operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"])
         question = self._question(match, finding, sizes, reader, here)
-        site.decision = self._choose(question, match, site, reader)
+        site.decision = told or self._choose(question, match, site, reader)
         if site.decision.tier == "kept":
             return not question.native and self._shielded(finding, site, only_risky=True)
         reductions = [] if reader is not None else match.reductions
@@ -143,10 +145,10 @@ class Deciding:
             what = "sums" if all(r.kind == "sum" for r in reductions) else "parts"
             site.notes = (*site.notes, f"{what} of its weights are computed without them ({places})")
 
-    def _whole_rows(self, finding: Finding, site: Site, lean: bool = False) -> bool:
+    def _whole_rows(self, finding: Finding, site: Site, told: Decision | None, lean: bool = False) -> bool:
         """What no score program describes may still be computed row by row. True where the graph changed. `lean`: only
         where all that is read of the weights is computed with it, and they are not."""
-        if op_name(finding.final) in SDPA:
+        if op_name(finding.final) in SDPA or (lean and told is not None and told.kernel != "rows"):
             return False
         if "chunked" not in self.options.tiers:
             if lean:
@@ -171,7 +173,7 @@ class Deciding:
         values = number(found.weight) * number(held.shape[found.rows[finding.final]])
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
         _, device = target_of(self.options, held.device)
-        decision = cost.decide_rows(
+        decision = told or cost.decide_rows(
             found.work, values, held.dtype.itemsize, number(held.shape[-1]), device.type, training, self.options,
             found.gives_scores, torch.get_num_threads(),
         )  # fmt: skip

@@ -1,8 +1,7 @@
-"""A plan as a table, as a picture, and as a file for PyTorch's memory viewer."""
+"""A plan as a table and as a picture."""
 
 from __future__ import annotations
 
-import pickle
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -75,34 +74,3 @@ def plot(plan: Plan, path: str | PathLike[str]) -> None:
     axes.set_ylim(bottom=0)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=120, bbox_inches="tight")
-
-
-def snapshot(plan: Plan, path: str | PathLike[str]) -> None:
-    """A pickle as `torch.cuda.memory._dump_snapshot` writes it. Times are events, addresses are made up."""
-    trace: list[dict[str, Any]] = []
-    free, held = 1 << 40, {}
-
-    def record(action: str, address: int, size: int, time: int, frames: list[dict[str, Any]]) -> None:
-        trace.append({"action": action, "addr": address, "size": size, "stream": 0, "time_us": time, "frames": frames})
-
-    def frame(name: str, where: str) -> dict[str, Any]:
-        return {"name": name, "filename": where or "plan", "line": 0}
-
-    resident = plan.resident
-    for name in ("parameters", "buffers", "inputs", "state"):
-        size = getattr(resident, name)
-        if size:
-            record("alloc", free, size, 0, [frame(name, "before the step")])
-            free += size
-    for n, m in enumerate(plan.timeline):
-        frames = [frame(m.value, m.where), frame(m.phase, "")]
-        if m.change > 0:
-            held[m.value] = free, m.change
-            record("alloc", free, m.change, n + 1, frames)
-            free += m.change
-        elif m.value in held:
-            address, size = held.pop(m.value)
-            record("free_requested", address, size, n + 1, frames)
-            record("free_completed", address, size, n + 1, frames)
-    with open(path, "wb") as file:
-        pickle.dump({"segments": [], "device_traces": [trace], "allocator_settings": {}}, file)

@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule
-from torch.utils._pytree import tree_map
 
 from attnfx import pipeline
 from attnfx.options import Options
 from attnfx.report import Report
-from attnfx.sites import number
+from attnfx.standins import stand_ins, zeros
 
 
 def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
@@ -35,7 +34,7 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
             total.take(pipeline.run(gm, chosen, stages=True).report)
-            return _zeros(gm)
+            return stand_ins(gm, zeros)
 
         torch.compile(model, backend=backend)(*args, **kwargs)
         if not total.graphs:
@@ -43,17 +42,3 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         return total
 
     return run
-
-
-def _zeros(gm: GraphModule) -> Callable[..., Any]:
-    """A function with the outputs of the graph in shape and dtype, all zero."""
-    outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
-
-    def value(x: Any) -> Any:
-        held = x.meta.get("example_value") if isinstance(x, torch.fx.Node) else x
-        if isinstance(held, torch.Tensor):
-            shape = [number(n) for n in held.shape]
-            return torch.zeros(shape, dtype=held.dtype, device=held.device, requires_grad=held.requires_grad)
-        return number(held) if isinstance(held, torch.SymInt) else held
-
-    return lambda *_: tree_map(value, outputs, is_leaf=lambda x: isinstance(x, torch.fx.Node))

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
@@ -28,7 +28,7 @@ from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
 from attnfx.passes.stages import Recorder
 from attnfx.passes.trace import Untraceable, trace, uses_functorch
-from attnfx.report import Refusal, Report, Site
+from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)
@@ -60,6 +60,7 @@ class Wanted:
     stages   whether the report is to hold the graph's stages as data
     trial    is given every rewritten site, and says which sites to keep
     path     leads to the body, from the graph itself; empty for that
+    told     what is to be decided, as another report's `decided` has it; what is not there is chosen
     """
 
     options: Options
@@ -68,18 +69,20 @@ class Wanted:
     stages: bool = False
     trial: Trial | None = None
     path: str = ""
+    told: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
 
     def body(self, name: str) -> Wanted:
         inner = None if self.trial is None else self.trial.body(name)
         return replace(self, ended=None, trial=inner, path=f"{self.path}{name}/")
 
 
-def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial | None = None) -> Result:
+def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial | None = None,
+        told: Mapping[tuple[str, int], Decision] | None = None) -> Result:  # fmt: skip
     """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report.
 
     With `stages`, with `dump_dir` and where PyTorch's structured trace is read, the report holds the traced, lifted and
     rewritten graph as data; with `dump_dir` their text too. A `trial` is given every rewritten site, and says which
-    sites to keep.
+    sites to keep. `told` are the decisions of a report of the same graph at other sizes.
     """
     report = Report()
     ended = breaks.ended_by(gm)
@@ -97,7 +100,7 @@ def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial
         return Result(None, report)
     try:
         kept = stages or options.dump_dir is not None or traces()
-        traced, changed = _graph(gm, Wanted(options, report, ended, kept, trial))
+        traced, changed = _graph(gm, Wanted(options, report, ended, kept, trial, told=told or {}))
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
         _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
@@ -162,7 +165,10 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     record = Recorder(traced, findings, text) if wanted.stages else None
     # from the last: an operand may be the output of an attention before it, which is replaced then
     for number, (finding, site, sizes) in reversed(list(enumerate(todo))):
-        changed |= deciding.decide(finding, site, sizes, readers.get(finding.final))
+        place = path, number
+        changed |= deciding.decide(finding, site, sizes, readers.get(finding.final), wanted.told.get(place))
+        if site.decision is not None:
+            report.decided[place] = site.decision
         if record is not None:
             record.rewritten(number)
     filed = {n: site for n, (f, site, _) in enumerate(todo) if not f.loose or site.decision is not None}

@@ -155,6 +155,7 @@ class Report:
     graphs   how many graphs it is about
     flops    of all matrix products and convolutions of these graphs, forward
     stages   "traced", "lifted", "rewritten": the graphs as data, where they were asked for (`explain`, `dump_dir`)
+    decided  of one graph: what was decided for each place, by the path of its body and its number there
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -163,6 +164,7 @@ class Report:
     others: list[Site] = field(default_factory=list)
     flops: int = 0
     stages: dict[str, Stage] = field(default_factory=dict)
+    decided: dict[tuple[str, int], Decision] = field(default_factory=dict)
 
     @property
     def rewritten(self) -> list[Site]:

@@ -6,8 +6,10 @@ kernel) is read off Inductor's own tables of lowerings.
 
 from __future__ import annotations
 
+import math
 import operator
 import re
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -64,21 +66,24 @@ def flops(n: Node) -> int:
     return int(formula(*args, **kwargs, out_val=n.meta["val"]))
 
 
-def attention_workspace(n: Node, cpu: bool) -> int:
-    """The bytes that one of attnfx's operators takes while it runs; 0 for any other."""
+def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None) -> int:
+    """The bytes that one of attnfx's operators takes while it runs; 0 for any other. `shape` gives an operand's shape,
+    where it is not the one that it has in the graph."""
     name = op_name(n)
     if not name.startswith("attnfx::attention"):
         return 0
-    tensors = [x.meta["val"] for x in n.all_input_nodes if isinstance(x.meta.get("val"), torch.Tensor)]
+    operands = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
+    tensors = [x.meta["val"] for x in operands]
+    shapes = [[number(s) for s in x.meta["val"].shape] if shape is None else shape(x) for x in operands]
     texts = [a for a in n.args if isinstance(a, str)]
     backward = name.endswith("backward")
     if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
-        return max((tensor_bytes(x) for x in tensors), default=0)  # blocks of whole rows: about an operand
-    query, key, value = tensors[1:4] if backward else tensors[:3]
-    b, h, t, d = map(number, query.shape)
-    dims = {"B": b, "H": h, "T": t, "D": d, "G": number(key.shape[1]), "S": number(key.shape[2])}
-    dims["Dv"] = number(value.shape[3])
-    return workspace(from_json(texts[0]), dims, query.element_size(), texts[1].split(",")[0], backward, cpu)
+        # blocks of whole rows: about an operand
+        return max((math.prod(s) * x.element_size() for s, x in zip(shapes, tensors)), default=0)
+    query, key, value = shapes[1:4] if backward else shapes[:3]
+    dims = dict(zip("BHTD", query)) | {"G": key[1], "S": key[2], "Dv": value[3]}
+    element = tensors[int(backward)].element_size()
+    return workspace(from_json(texts[0]), dims, element, texts[1].split(",")[0], backward, cpu)
 
 
 def near_readers(gm: GraphModule) -> GraphModule:

@@ -42,22 +42,6 @@ def forward_nodes(joint: GraphModule) -> dict[str, Node]:
     return out
 
 
-def closure(nodes: Mapping[str, Node], wanted: Iterable[str], saved: Iterable[str]) -> list[Node] | None:
-    """What must run again to have the wanted values, given the saved ones and the inputs; None where a random operator
-    would have to."""
-    have, found = set(saved), {}
-    stack = [nodes[w] for w in wanted]
-    while stack:
-        n = stack.pop()
-        if n.name in found or n.name in have or n.op != "call_function":
-            continue
-        if is_random(n):
-            return None
-        found[n.name] = n
-        stack.extend(n.all_input_nodes)
-    return list(found.values())
-
-
 def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None:
     """Mark a joint graph's forward nodes: these values are saved, these are computed again."""
     nodes, kept, redone = forward_nodes(joint), set(saved), set(again)

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from attnfx.html import picture
 from attnfx.html.collapse import collapse
 from attnfx.html.drawing import HEIGHT, WIDTH, draw
+from attnfx.memory import budget
 
 TITLES = {"traced": "Before", "rewritten": "After"}
 
@@ -100,17 +101,9 @@ def _candidate(c: Mapping[str, Any], chosen: bool) -> dict[str, Any]:
         "tile": tile,
         "chosen": chosen,
         "time": f"{c['predicted_ms']:.3g} ms" if c["predicted_ms"] else "",
-        "bytes": _bytes(c["predicted_bytes"]),
-        "saved": _bytes(c["saved_bytes"]),
+        "bytes": budget.text(c["predicted_bytes"]),
+        "saved": budget.text(c["saved_bytes"]),
     }
-
-
-def _bytes(n: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.3g} {unit}" if n < 1000 else f"{n:.0f} {unit}"
-        n /= 1024
-    return f"{n:.3g} GiB"
 
 
 def _graph(name: str, stage: Mapping[str, Any], rewritten: set[str]) -> dict[str, Any]:

@@ -33,11 +33,12 @@ class _Block:
 
 
 class Cache:
-    """The allocator's state. `allocated` and `reserved` are bytes now, `peak` and `peak_reserved` the most so far."""
+    """The allocator's state. `allocated` and `reserved` are bytes now, `peak` and `peak_reserved` the most so far;
+    `heads` is the first block of each segment, in the order in which they were taken from the device."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak = self.peak_reserved = 0
-        self.segments = 0
+        self.heads: list[_Block] = []
         self.pools: dict[bool, list[tuple[int, int, int, _Block]]] = {True: [], False: []}
 
     def take(self, size: int) -> _Block:
@@ -52,8 +53,8 @@ class Cache:
             length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
             self.reserved += length
             self.peak_reserved = max(self.peak_reserved, self.reserved)
-            self.segments += 1
-            block = _Block(self.segments, 0, length)
+            block = _Block(len(self.heads), 0, length)
+            self.heads.append(block)
         rest = block.size - size
         if rest >= BLOCK if small else rest > SMALL:  # should_split
             other = _Block(block.segment, block.start + size, rest, True, block, block.after)

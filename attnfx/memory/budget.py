@@ -15,15 +15,21 @@ WANTED = (
 MOST = 1 << 60  # bytes; no device has more
 
 
+def size(value: str) -> int | None:
+    """The bytes of a size such as "16GiB"; None where the text is none."""
+    found = _SIZE.fullmatch(value.strip())
+    return None if found is None else round(float(found[1]) * _UNITS[(found[2] or "").lower()])
+
+
 def check(source: str, value: object) -> int | float | str | None:
     """A budget as a number of bytes, a fraction, or "auto". Raises OptionError for anything else."""
     if value is None or value == "auto":
         return value  # pyright: ignore[reportReturnType]
     if isinstance(value, str):
-        found = _SIZE.fullmatch(value.strip())
+        found = size(value)
         if found is None:
             raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
-        value = round(float(found[1]) * _UNITS[(found[2] or "").lower()])
+        value = found
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
     if isinstance(value, float) and 1 < value < MOST and value == int(value):
@@ -50,9 +56,9 @@ def in_bytes(budget: int | float | str, total: int, free: int, device: str) -> i
     return budget
 
 
-def text(size: float) -> str:
+def text(of: float) -> str:
     """Bytes for reading: "3.42 GiB"."""
     for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if abs(size) >= bytes_:
-            return f"{size / bytes_:.2f} {unit}"
-    return f"{size:.0f} B"
+        if abs(of) >= bytes_:
+            return f"{of / bytes_:.2f} {unit}"
+    return f"{of:.0f} B"

@@ -55,6 +55,11 @@ class Op:
     dtype: str = "float32"
     where: str = ""
 
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The names of its results that are read."""
+        return tuple(r.name for r in self.results if not r.name.endswith("]"))
+
 
 @dataclass(frozen=True)
 class Graph:

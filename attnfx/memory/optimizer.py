@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnfx.errors import OptionError
+from attnfx.memory import budget
 
 # bitsandbytes: 8-bit states in blocks of 256 with a float32 scale each; tensors under 4096 elements stay float32
 BLOCK, SMALL = 256, 4096
@@ -38,11 +39,20 @@ OPTIMIZERS = {
 }
 
 
-def by_name(name: str) -> Optimizer:
-    """Raises OptionError, with the valid names, for one that is not known."""
-    if name not in OPTIMIZERS:
-        raise OptionError(f"optimizer {name!r} is not known; give one of {', '.join(OPTIMIZERS)}, or a number of bytes")
-    return OPTIMIZERS[name]
+def given(value: object) -> Optimizer | int:
+    """An optimizer by its name, or the bytes that one keeps. Raises OptionError, with the valid names, for another."""
+    if isinstance(value, str):
+        known = OPTIMIZERS.get(value.lower().replace("-", "").replace("_", ""))
+        if known is not None:
+            return known
+        if (found := budget.size(value)) is not None:
+            return found
+    elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    raise OptionError(
+        f"optimizer: {value!r} is not known; give one of {', '.join(OPTIMIZERS)}, or the bytes of its state, such as "
+        "'3GiB'"
+    )
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]]) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from attnfx.memory.fusion import Kernel, fused, unfused
 from attnfx.memory.liveness import Event, Phase, events
-from attnfx.memory.ops import Graph, Result
+from attnfx.memory.ops import Graph, Op, Result
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,13 @@ class Part:
     backward: Graph | None = None
     outputs: int = 0
 
-    def resized(self, size: Callable[[str, int], int]) -> Part:
-        """The same with other sizes: `size(name, bytes)` gives a value's bytes."""
-        backward = None if self.backward is None else _resized(self.backward, size)
-        return Part(_resized(self.forward, size), backward, self.outputs)
+    def resized(self, other: Callable[[Op], Op]) -> Part:
+        """The same with `other(op)` in the place of each operation."""
 
+        def made(graph: Graph) -> Graph:
+            return Graph(tuple(map(other, graph.ops)), graph.outputs)
 
-def _resized(graph: Graph, size: Callable[[str, int], int]) -> Graph:
-    ops = tuple(
-        replace(
-            op, results=tuple(Result(r.name, size(r.name, r.bytes)) for r in op.results),
-            workspace=size(op.results[0].name, op.workspace) if op.results else 0,
-        )
-        for op in graph.ops
-    )  # fmt: skip
-    return Graph(ops, graph.outputs)
+        return Part(made(self.forward), None if self.backward is None else made(self.backward), self.outputs)
 
 
 @dataclass(frozen=True)
