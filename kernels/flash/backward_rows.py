@@ -35,7 +35,7 @@ def _rows_step(
             sums += tl.sum(prob, 1)
     else:
         part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
-                         LEAF_WEIGHTS)  # fmt: skip
+                         LEAF_WEIGHTS, NATURAL)  # fmt: skip
         total += tl.sum(part, 1)
     return total, sums
 
@@ -125,7 +125,7 @@ def rows_kernel(
                     True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                 )  # fmt: skip
             if LEAF is None:
-                parts = tl.where(lost_row, parts, 1.0)
+                parts = tl.where(lost_row & (parts > 0.0), parts, 1.0)
                 again = again / parts[:, None]
                 tl.store(dead[2] + first_row + row, tl.log2(parts), mask=lost_row)
     if LEAF is None:

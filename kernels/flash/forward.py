@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
+from attnfx.mask.addend import LOST
 
 # Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
 LOWEST = tl.constexpr(-3.0e38)
+LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # of a row without a live key, the largest score
 
 
 @triton.jit
@@ -56,10 +58,10 @@ def _whole(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Rows without a live key again, over every key and with their fill: in natural units, which float32's lowest
-    number survives. Gives m_i in units of log 2, as all else has it."""
+    """Rows without a live key again, over every key and with what masks it: in natural units, which float32's lowest
+    number survives."""
     size_s = sizes[3] >> 1
-    dead = l_i == 0.0
+    dead = m_i <= LARGEST_LOST
     m_w = tl.full([BM], float("-inf"), tl.float32)
     l_w, acc_w = tl.zeros([BM], tl.float32), tl.zeros([BM, BDV], tl.float32)
     for j0 in range(0, size_s, BN):
@@ -148,7 +150,7 @@ def forward_kernel(
     else:
         if WHOLE is None:
             lse = (m_i + tl.log2(l_i)) * f.LN2
-        elif tl.max(tl.where((l_i == 0.0) & (i0 + m < size_t), 1, 0)) > 0:
+        elif tl.max(tl.where((m_i <= LARGEST_LOST) & (i0 + m < size_t), 1, 0)) > 0:
             acc, l_i, lse = _whole(
                 acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
                 D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,

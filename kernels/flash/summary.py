@@ -7,15 +7,22 @@ has this mask. `lists_kernel` makes from it, and from what the indices alone dec
 import triton
 import triton.language as tl
 
+import attnfx.kernels.flash.functions as f
+from attnfx.mask.addend import DROWNED
+
+LARGEST_DROWNED = tl.constexpr(DROWNED * 1.4426950408889634)
+
 
 @triton.jit
 def summary_kernel(
     states, captures, sizes, BM: tl.constexpr, BN: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     """Grid (grains of rows * grains of keys, H or 1, B or 1). states (B or 1, H or 1, grains of rows, of keys) of
-    uint8: 1 where some score of a grain is live, plus 2 where some is dead. BM or BN is 1, and there is one grain,
-    where the mask does not depend on the row or the key."""
+    uint8: 1 where some score of a grain is live, plus 2 where KEEP is false for some, plus 4 where each row has a live
+    one. BM or BN is 1, and there is one grain, where the mask does not depend on the row or the key. SCORE of a dot of
+    zero is the addend, in units of log 2 with SCALE; None where there is none, as KEEP."""
     size_t, size_s = 1, 1
     if BY_ROW:
         size_t = sizes[2] >> 1
@@ -28,13 +35,21 @@ def summary_kernel(
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     C = COLUMNS(captures, sizes, H, b, h, j)
-    keep = tl.broadcast_to(KEEP(captures, sizes, H, R, C, i, i, b, h, i, j), [BM, BN])
     exists = tl.broadcast_to((i < size_t) & (j < size_s), [BM, BN])
-    state = tl.where(exists, tl.where(keep, 1, 2), 0)
-    live = tl.max(tl.max(state & 1, 1), 0)
-    dead = tl.max(tl.max(state & 2, 1), 0)
+    keep = exists
+    if KEEP is not None:
+        keep = exists & KEEP(captures, sizes, H, R, C, i, i, b, h, i, j)
+    live = keep
+    if SCORE is not None:
+        zero = tl.zeros([BM, BN], tl.float32)
+        added = f.full(SCORE(captures, sizes, H, R, C, zero, zero, b, h, i, j), BM, BN) * SCALE
+        live = keep & ~(added <= LARGEST_DROWNED)  # a NaN is live
+    of_row = tl.max(tl.where(live, 1, 0), 1)
+    dead = tl.max(tl.max(tl.where(exists & ~keep, 2, 0), 1), 0)
+    beyond = tl.min(tl.where(exists, 0, 1), 1)
+    state = tl.max(of_row, 0) | dead | tl.min(of_row | beyond, 0) * 4
     row = (b.to(tl.int64) * tl.num_programs(1) + h) * tl.num_programs(0) + place
-    tl.store(states + row, (live | dead).to(tl.uint8))
+    tl.store(states + row, state.to(tl.uint8))
 
 
 @triton.jit

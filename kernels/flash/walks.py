@@ -40,12 +40,12 @@ def over_rows(call: Call, keep: Expr | None, tile: Tile) -> Walks:
 
 
 def _walks(call: Call, keep: Expr | None, own: int, step: int, by_row: bool, spans: bool) -> Walks:
-    if keep is None:
-        return Walks(_arguments(None, spans))
     sizes, device, states = call.sizes, call.query.device, call.summary
     along, size, other = (along_keys, "T", "S") if by_row else (along_rows, "S", "T")
     found = None if states is None else summary.of(call.spec)
     if states is None or found is None:
+        if keep is None:
+            return Walks(_arguments(None, spans))
         return Walks(_arguments((on_device(along(keep, sizes, own, step), device), 1, 1), spans))
     batches, heads, grains_t, grains_s = states.shape
     blocks, count = -(-sizes[size] // own), -(-sizes[other] // step)
@@ -62,7 +62,7 @@ def _walks(call: Call, keep: Expr | None, own: int, step: int, by_row: bool, spa
         dict(OWN=own, STEP=step, GRAIN=summary.GRAIN, TILES=1 << (count - 1).bit_length()),
         Tile(1, 0, 4, 1),
     )  # fmt: skip
-    free = summary.predicate(found.spec).free
+    free = summary.axes(found.spec)
     distances = heads * blocks if "b" in free else 0, blocks if "h" in free else 0
     walks = (ends, *(2 * n + 1 for n in distances))
     return Walks(_arguments(walks, spans) | ({} if spans else dict(order=(order, 2 * count + 1))), (made,))
