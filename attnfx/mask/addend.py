@@ -2,10 +2,13 @@
 a bias.
 
 Where the addend of a score is at or below DROWNED, the score is that of a masked key: its weight is zero beside any
-score above LOST, whatever dot product it was added to, as long as that is finite and below 4e29 in magnitude. In a
+score above LOST, whatever dot product it was added to, as long as that is finite and below 9e29 in magnitude. In a
 row without such a score the masked ones decide, as they do in eager: they average if they are finite, and give NaN if
 all are -inf. So kernels may leave out what is drowned where they compute again, over every key, the rows whose largest
 score is not above LOST. Nothing less is safe without knowing the scores: -1e9 and float16's -65504 are biases here.
+
+LOST is that high for another reason: where all scores of a row are as low as -1e9, the steps between numbers of float32
+are larger than the scores' differences in units of log 2, which kernels work in, and such rows need natural ones.
 """
 
 from __future__ import annotations
@@ -18,19 +21,19 @@ from attnfx.ir.expr import FLOAT, INT, Expr, walk
 from attnfx.mask.keep import FILL
 
 DROWNED = -1e30
-LOST = -1e29
+LOST = -1e6
 
 _PLAIN = frozenset("const load add mul float half detach min max where not and or ge0 eq0".split())
 _INDEX = frozenset("const size var add mul floordiv mod".split())
-_INTEGER = 2.0**31  # the largest magnitude that is expected of a flag
+_FLAG = 1.0  # the largest magnitude that is expected of an integer in a mask
 
 
 @lru_cache(maxsize=4096)
-def addend(score: Expr) -> Expr | None:
+def addend(score: Expr, least: float = DROWNED) -> Expr | None:
     """An expression over b, h, i, j and loads by key, without dot, that is added to the score and may be as low as
-    DROWNED; None where there is none. The score differs from it by what is finite."""
+    `least`; None where there is none. The score differs from it by what is finite."""
     found = _addend(score, 1.0)
-    if found is None or _interval(found)[0] > DROWNED:
+    if found is None or _interval(found)[0] > least:
         return None
     return found if any(e.op == "load" and "j" in e.free for e in walk(found)) else None
 
@@ -76,7 +79,7 @@ def _interval(e: Expr) -> tuple[float, float]:
     if e.op == "const":
         return float(e.value), float(e.value)  # type: ignore[arg-type]
     if e.op == "load":
-        return {FLOAT: (-math.inf, math.inf), INT: (-_INTEGER, _INTEGER)}.get(e.kind, (0.0, 1.0))
+        return {FLOAT: (-math.inf, math.inf), INT: (-_FLAG, _FLAG)}.get(e.kind, (0.0, 1.0))
     within = [_interval(a) for a in e.args]
     match e.op:
         case "float" | "half" | "detach":

@@ -56,7 +56,7 @@ class Program:
     keep     the mask, or None
     whole    the score everywhere, in natural units: for rows without a live key; None if never needed
     lost     logsumexp at or below which a row has no live key, in natural units; None where `whole` is
-    drowned  whether a capture is added to the scores that may mask them, as `attnfx.mask.addend` has it
+    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.addend` has it
     slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
     whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
     weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
@@ -120,7 +120,7 @@ def _program(spec: AttentionSpec) -> Program:
         slope, *slopes = gradient(kept, [A.DOT, *wanted])
         by_weight = gradient(weight, wanted)
         scale, inner = _scaled(kept)
-        drowned = addend(score) is not None
+        drowned = addend(score, LOST) is not None
         finite = mask is not None and mask.fill != -math.inf
         whole = score if (finite or drowned) and not extras else None
         # far above a fill to which scores were added, and below every score that forgets it
