@@ -15,7 +15,16 @@ from attnfx.mask.addend import addend
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
 from tests.kernels.flash.test_summary import (
-    S, T, by_head, compare, compiled, graph_inputs, holes, padding, passes, small,
+    S,
+    T,
+    by_head,
+    compare,
+    compiled,
+    graph_inputs,
+    holes,
+    padding,
+    passes,
+    small,
 )  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
