@@ -170,9 +170,8 @@ class _Site:
         if not summaries.pays(found, self.dims, self.target, kernels, kernels_time):
             return 0.0, 0
         self.made = found
-        return summaries.milliseconds(found, self.dims, self.target, kernels), mask_summary.cost(
-            found, self.dims
-        ).written
+        time = summaries.milliseconds(found, self.dims, self.target, kernels)
+        return time, mask_summary.cost(found, self.dims).written
 
     def between(self) -> int:
         """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
@@ -284,7 +283,7 @@ class _Site:
         ]
 
     def seen(self) -> tuple[int, int]:
-        """The keys that the decode kernel reads: all, where a row may be without a live key and is made of the others."""
+        """The keys that the decode kernel reads; all, where a row may have no live key and is made of the others."""
         spec, dims = self.ask.spec, self.dims
         mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
         finite = mask is not None and mask.fill != -math.inf and not rows_live(spec, dims)

@@ -113,7 +113,8 @@ def cost(summary: Summary, sizes: Mapping[str, int]) -> Cost:
 
 
 def worth(spec: AttentionSpec, sizes: Mapping[str, int], passes: int = 1) -> Summary | None:
-    """The summary, where it is cheap beside the kernels that may skip by it, whatever the mask holds; else None.
+    """The summary, where it is cheap beside the flash kernels on any GPU, whatever the mask holds; else None. It is for
+    calls that stand alone; in a graph, the cost model knows more.
 
     `passes` is how many kernels walk by it: one, or three where a backward pass follows.
     """

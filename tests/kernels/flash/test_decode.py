@@ -14,10 +14,11 @@ from attnfx.mask import key_span, summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.flash.test_addend import states_of
 from tests.kernels.flash.test_flash import DOT, FINITE, INF, masked, tensors, whole
-from tests.kernels.flash.test_summary import small
+from tests.kernels.flash.test_summary import compiled, passes, small
+from tests.support import new_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-assert small  # a fixture
+assert small and passes  # fixtures
 S, STEP = 200, 16
 TILE = Tile(16, STEP, 1, 1)
 
@@ -120,6 +121,24 @@ def test_a_window_reads_its_own_keys_alone(rows, window):
     key[:, :, : max(0, first - STEP)] = value[:, :, : max(0, first - STEP)] = math.nan
     out, _ = split.forward(Call(spec, query, key, value, (), (S - 50,)), TILE)
     torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+def test_layers_of_a_graph_share_one_summary(passes, fill):
+    query, key, value = tensors(1, S, heads=4, groups=4)
+    mask = torch.zeros(2, 1, 1, S).masked_fill(~cache(*PADDED)[:, None], fill)
+    mask[1] = fill
+
+    def layers(x):
+        for _ in range(2):
+            x = ((x @ key.mT) * 0.25 + mask).softmax(-1) @ value
+        return x
+
+    with torch.no_grad(), new_reports() as filed:
+        got = compiled(layers, "decode")(query)
+    torch.testing.assert_close(got, layers(query), rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert len(passes) == 1
+    assert [s.decision.tier for r in filed for s in r.sites] == ["decode", "decode"]
 
 
 def test_no_key_at_all():
