@@ -62,30 +62,30 @@ def _whole(
     number survives."""
     size_s = sizes[3] >> 1
     dead = m_i <= LARGEST_LOST
-    m_w = tl.full([BM], float("-inf"), tl.float32)
-    l_w, acc_w = tl.zeros([BM], tl.float32), tl.zeros([BM, BDV], tl.float32)
+    # the other rows see -inf alone from here on, which leaves them as they are
+    m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
+    l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
     for j0 in range(0, size_s, BN):
         j = j0 + tl.arange(0, BN)[None, :]
         k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
         dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
         s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
-        s = tl.where(j < size_s, s, float("-inf"))
+        s = tl.where(dead[:, None] & (j < size_s), s, float("-inf"))
         m_new = tl.maximum(m_w, tl.max(s, 1))
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2((s - safe[:, None]) * f.LOG2E)
         alpha = tl.exp2((m_w - safe) * f.LOG2E)
-        l_w = l_w * alpha + tl.sum(p, 1)
-        acc_w = acc_w * alpha[:, None]
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
         m_w = m_new
         if WEIGHT is not None:
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if THRESHOLD is not None:
             p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
         v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
-        acc_w = f.dot(p.to(v_tile.dtype), v_tile, acc_w, PRECISION)
-    lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
-    return tl.where(dead[:, None], acc_w, acc), tl.where(dead, l_w, l_i), lse
+        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, l_i, m_w + tl.log(l_i)
 
 
 @triton.jit
