@@ -44,8 +44,8 @@ def test_the_steady_loop_does_not_spill(capability):
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_that_walk_over_lists_of_tiles_compile_and_do_not_spill(capability):
     """In the steady loop; on sm_80 a few values: the same mask without lists spills up to 11 there. A whole matrix of
-    floats that is added takes a pointer for each score of a tile, with which these kernels spilled before they had lists
-    as well: 34 values in sm_80's forward kernel, 1727 in its pass over keys, 39 in sm_90's pass over rows."""
+    floats that is added takes a pointer for each score of a tile, with which these kernels spill without lists as well:
+    34 values in sm_80's forward kernel, 1727 in its pass over keys, 39 in sm_90's pass over rows."""
     some = {80: 6} | {(80, "forward added"): 34, (80, "backward keys added"): 200, (90, "backward rows added"): 64}
     some |= {(90, "forward kept"): 2, (90, "forward added"): 4}
     found = {row["name"]: row for row in compiled(str(capability), "0")}
