@@ -105,6 +105,13 @@ def from_json(text: str) -> AttentionSpec:
     return AttentionSpec(score=score, weight=weight, extra=tuple(extra), **data)
 
 
+@lru_cache(maxsize=1024)
+def reads_pairs(spec: AttentionSpec) -> bool:
+    """Whether a value is read from memory for each score: a mask or a bias by row and key, or by their distance."""
+    some = (e for root in spec.programs for e in walk(root))
+    return any(e.op in ("load", "aten") and {"i", "j"} <= e.free for e in some)
+
+
 def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
     """(scale, bias, keep) where score = where(keep, scale * dot + bias, fill) for a drowning or no fill.
 

@@ -4,6 +4,9 @@ Every attention is run in turn by attnfx (on the model's own code), Inductor on 
 PyTorch's fused operator with its flash and its cuDNN kernels where these can express it. A row holds the time of a call
 in ms, TFLOP/s of the scores that are not masked, the share of a matrix product's measured rate, and the largest error
 against float64 over the largest value, on some rows of one head.
+
+The cost model is asked about every case too: "choice" says what its choices cost beside the best of the ways measured
+(attnfx's kernels, and the code as it was under Inductor), and how far its predicted times are from the measured ones.
 """
 
 from __future__ import annotations
@@ -11,9 +14,10 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +29,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from torch import Tensor
 
+import attnfx
+
 HERE = Path(__file__).resolve().parent
 TOKENS, WIDTH = 16384, 2048  # of a batch, and of all heads together
+DEVICE = "cuda"
+FLUSH = 256 << 20  # bytes, more than any second-level cache
+NAIVE = 8192  # the longest that is run under Inductor as well: its scores take gigabytes
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -38,21 +47,33 @@ class Case:
     train: bool
 
 
-def cases() -> Iterator[Case]:
+LENGTHS, WIDTHS = (512, 1024, 2048, 4096, 8192, 16384), (128, 64)
+EVERY = tuple(p.name for p in PROGRAMS)
+KNOWN = ("full", "causal")  # what is published
+FORWARD, BOTH = (False,), (False, True)
+# (programs, lengths, head dims, ways): the most telling first
+ORDER = (
+    (KNOWN, (16384,), (128,), BOTH),
+    (("decode",), (32768,), (128,), FORWARD),
+    (EVERY, (4096,), (128,), BOTH),
+    (KNOWN, (16384, 1024), (64,), BOTH),
+    (EVERY, (8192,), (64,), FORWARD),
+    (EVERY, (1024,), (128, 64), FORWARD),
+    (EVERY, (16384,), (128,), FORWARD),
+    (KNOWN, (512, 2048, 8192), WIDTHS, BOTH),
+    (EVERY, LENGTHS, WIDTHS, BOTH),
+    (("decode",), (32768,), (64,), FORWARD),
+)
+
+
+def cases() -> list[Case]:
     """The most telling first: what the time does not suffice for is left out from the end."""
-    for train in (False, True):
-        for name in ("full", "causal"):
-            yield Case(name, 16384, 128, train)
-    yield Case("decode", 32768, 128, False)
-    for length, dims in ((4096, (128, 64)), (16384, (64,)), (512, (128, 64)), (2048, (128, 64)), (8192, (128,))):
-        for head_dim in dims:
-            for program in PROGRAMS:
-                for train in (False, True):
-                    yield Case(program.name, length, head_dim, train)
-    for program in PROGRAMS[2:]:
-        for train in (False, True):
-            yield Case(program.name, 16384, 128, train)
-    yield Case("decode", 32768, 64, False)
+    every = (
+        Case(name, length, head_dim, train)
+        for names, lengths, dims, ways in ORDER
+        for length, head_dim, train, name in product(lengths, dims, ways, names)
+    )
+    return list(dict.fromkeys(every))
 
 
 def program_of(case: Case) -> Program:
@@ -67,12 +88,12 @@ def operands(case: Case, program: Program) -> tuple[list[Tensor], Tensors]:
     batch = 1 if decode else max(1, TOKENS // case.length)
 
     def make(h: int, rows: int) -> Tensor:
-        x = torch.randn(batch, rows, h, case.head_dim, device="cuda", dtype=torch.bfloat16)
+        x = torch.randn(batch, rows, h, case.head_dim, device=DEVICE, dtype=torch.bfloat16)
         return x.transpose(1, 2).requires_grad_(case.train)
 
     groups = heads // program.groups
     some = [make(heads, 1 if decode else case.length), make(groups, case.length), make(groups, case.length)]
-    return some, {n: t.cuda() for n, t in program.make(batch, heads, case.length).items()}
+    return some, {n: t.to(DEVICE) for n, t in program.make(batch, heads, case.length).items()}
 
 
 # -- contenders -----------------------------------------------------------------------------------
@@ -90,7 +111,7 @@ def flex(program: Program, x: Tensors, q: Tensor, k: Tensor) -> Run:
     if keep is not None:
         batch = q.shape[0] if program.make in (PROGRAMS[5].make, PROGRAMS[6].make) else None
         made = torch.compile(create_block_mask, dynamic=False)
-        mask = made(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], device="cuda")
+        mask = made(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], device=DEVICE)
     fast = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: fast(q, k, v, score_mod, mask, enable_gqa=program.groups > 1)  # type: ignore[return-value]
 
@@ -112,8 +133,9 @@ def contenders(program: Program, x: Tensors, q: Tensor, k: Tensor) -> dict[str, 
     some: dict[str, Callable[[], Run]] = {
         "attnfx": partial(by_hand, program, x, "attnfx", options={"rewrite": "always", "tiers": ["decode", "flash"]}),
         "flex": partial(flex, program, x, q, k),
-        "inductor": partial(by_hand, program, x, "inductor"),
     }
+    if k.shape[2] <= NAIVE or program is DECODE:
+        some["inductor"] = partial(by_hand, program, x, "inductor")
     if program.fused is not None:
         some |= {"sdpa flash": partial(fused, program, "FLASH_ATTENTION")}
         some |= {"sdpa cudnn": partial(fused, program, "CUDNN_ATTENTION")}
@@ -131,27 +153,31 @@ def call(run: Run, some: list[Tensor], grad: Tensor | None) -> Tensor:
     return out.detach()
 
 
+def milliseconds(run: Callable[[], object]) -> float:
+    start, stop = (torch.Event(DEVICE, enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    stop.record()
+    stop.synchronize()
+    return start.elapsed_time(stop)
+
+
 def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
     """Of each in turn, round after round, with a cold second-level cache: least and median ms by the GPU's clock."""
-    flush = torch.empty(256 << 20, dtype=torch.int8, device="cuda")
+    flush = torch.empty(FLUSH, dtype=torch.int8, device=DEVICE)
     found: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 100 and (rounds < 5 or time.perf_counter() < end):
         rounds += 1
         for name, run in runs.items():
             flush.zero_()
-            start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            stop.record()
-            torch.cuda.synchronize()
-            found[name].append(start.elapsed_time(stop))
+            found[name].append(milliseconds(run))
     return {n: {"min_ms": min(t), "median_ms": statistics.median(t), "rounds": len(t)} for n, t in found.items()}
 
 
 def errors(program: Program, case: Case, run: Run, some: list[Tensor], x: Tensors) -> dict[str, float]:
     """Of the output and, in training, of the queries' gradient, at the first and last rows of the last head."""
-    rows = torch.arange(some[0].shape[2], device="cuda")
+    rows = torch.arange(some[0].shape[2], device=DEVICE)
     rows = torch.cat([rows[:64], rows[64:][-64:]])
     torch.manual_seed(1)
     grad = torch.randn_like(some[0]) if case.train else None
@@ -198,13 +224,55 @@ def measure(case: Case, seconds: float, peak: float, copy: float) -> dict[str, A
     ours = row["by"]["attnfx"].get("min_ms")
     if ours is not None:
         row["ratios"] = {n: round(b["min_ms"] / ours, 3) for n, b in row["by"].items() if "min_ms" in b}
+    row["predicted"] = predicted(program, x, some, case.train)
     return row
+
+
+def predicted(program: Program, x: Tensors, some: list[Tensor], train: bool) -> dict[str, Any]:
+    """What the cost model would choose, and the ms of each way to compute the case."""
+    with torch.set_grad_enabled(train):
+        sites = attnfx.explain(lambda q, k, v: program.by_hand(q, k, v, x))(*some).sites
+    if len(sites) != 1 or sites[0].decision is None:
+        return {}
+    decision = sites[0].decision
+    ways: dict[str, float] = {}
+    for way in (decision, *decision.alternatives):
+        ways[way.tier] = min(way.predicted_ms, ways.get(way.tier, way.predicted_ms))
+    return {"tier": decision.tier, "ms": ways}
+
+
+def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """What the choices cost: ms of the chosen over the best, and over the code as it was; and the relative error of the
+    predicted ms of attnfx's kernels."""
+    regrets, against, errors = [], [], []
+    for row in rows:
+        got = {name: by["min_ms"] for name, by in row["by"].items() if "min_ms" in by}
+        asked = row.get("predicted") or {}
+        if "attnfx" not in got or not asked:
+            continue
+        ours = min((ms for tier, ms in asked["ms"].items() if tier in ("flash", "decode")), default=None)
+        if ours is not None:
+            errors.append(abs(ours / got["attnfx"] - 1))
+        chosen = {"flash": "attnfx", "decode": "attnfx", "kept": "inductor"}.get(asked["tier"])
+        if chosen in got and "inductor" in got:
+            regrets.append(got[chosen] / min(got["attnfx"], got["inductor"]))
+            against.append(got[chosen] / got["inductor"])
+    found: dict[str, Any] = {"cases": len(regrets)}
+    if regrets:
+        found |= {"mean": statistics.mean(regrets), "p95": nearest_rank(regrets, 95), "over_original": max(against)}
+    if errors:
+        found |= {"error_mean": statistics.mean(errors), "error_p95": nearest_rank(errors, 95)}
+    return {name: round(x, 4) for name, x in found.items()}
+
+
+def nearest_rank(some: Sequence[float], percent: int) -> float:
+    return sorted(some)[max(0, -(-percent * len(some) // 100) - 1)]
 
 
 def rates() -> tuple[float, float]:
     """Measured here: TFLOP/s of a matrix product in bfloat16, and GB/s of a copy, read and written bytes together."""
-    x, y = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    big = torch.empty(1 << 30, dtype=torch.int8, device="cuda")
+    x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    big = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
     to = torch.empty_like(big)
     found = times({"matmul": lambda: x @ y, "copy": lambda: to.copy_(big)}, 2.0)
     return 2 * 8192**3 / found["matmul"]["min_ms"] / 1e9, 2 * big.numel() / found["copy"]["min_ms"] / 1e6
@@ -240,12 +308,14 @@ def main(minutes: float, seconds: float, only: str, out: Path) -> None:
             progress.update(task, description=f"{case.program} {case.length} D{case.head_dim}")
             if time.monotonic() < end:
                 record["rows"].append(measure(case, seconds, peak, copy))
+                record["choice"] = choice(record["rows"])
                 console.print(line(record["rows"][-1]))
             else:
                 record["left"].append(asdict(case))
             progress.advance(task)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n")
+    console.print(f"choice: {record.get('choice')}")
     if record["left"]:
         console.print(
             f"[yellow]{len(record['left'])} of {len(chosen)} were not measured: the {minutes:g} minutes were up"

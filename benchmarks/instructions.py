@@ -4,7 +4,9 @@
 
 For each kernel, architecture, head width and tile: registers, shared memory, and the instructions of one trip of its
 innermost loops with matrix instructions, of one warp. "full" is the loop over tiles in which nothing is masked,
-"checked" the one that tests bounds. The program is the plain one: bfloat16, a constant scale, no mask. Takes minutes.
+"checked" the one that tests bounds. The program is the plain one: bfloat16, a constant scale, no mask; that of the
+rows named "dropout" draws besides, and those named "loads" have the tiles of programs that read a value for each score.
+Takes minutes.
 With --only, the other rows stay as they are in the file. Run it again whenever a kernel changes: a test compares the
 kernels' fingerprint with the one written here.
 """
@@ -43,24 +45,32 @@ CLASSES = {
 }
 
 
-def plain(width: int, queries: int = 4096) -> Call:
+def plain(width: int, queries: int = 4096, dropout: float = 0.0) -> Call:
     x = torch.empty(2, 8, 4096, width, dtype=torch.bfloat16, device="meta")
-    score = A.mul(A.const(width**-0.5), A.DOT)
-    return Call(AttentionSpec(score=score, out_dtype="bfloat16"), x[:, :, :queries], x, x, (), (), None)
+    spec = AttentionSpec(score=A.mul(A.const(width**-0.5), A.DOT), out_dtype="bfloat16", dropout=dropout)
+    seed = torch.empty(1, dtype=torch.int64, device="meta") if dropout else None
+    return Call(spec, x[:, :, :queries], x, x, (), (), seed)
 
 
 def launches(capability: int, width: int) -> Iterator[tuple[str, tiles.Tile, Launch, int]]:
     """(kernel, tile, what to compile, multiply-adds of one step) for every tile that the cost model may choose."""
-    call = plain(width)
-    logsumexp = torch.empty(call.query.shape[:3], device="meta")
     others = tiles.OTHERS.get((tiles.SMALL if capability in tiles.OF_SMALL else capability, width), ())
-    for tile in dict.fromkeys((tiles.pick(tiles.FORWARD, capability, width), *others)):
-        made = launch.forward_launch(call, call.query, logsumexp, tile, capability)
-        yield "forward", tile, made, 2 * tile.rows * tile.keys * width
-    pair = tiles.pick(tiles.BACKWARD, capability, width)
-    run = Backward(call, call.query, call.query, logsumexp, pair, capability)
-    yield "keys", pair[0], run.keys_launch(call.key, call.value), 4 * pair[0].rows * pair[0].keys * width
-    yield "rows", pair[1], run.rows_launch(call.query), 3 * pair[1].rows * pair[1].keys * width
+    tables = {
+        "": (tiles.FORWARD, tiles.BACKWARD),
+        " loads": (tiles.FORWARD_LOADS, tiles.BACKWARD_LOADS),
+        " dropout": (tiles.FORWARD_DROPOUT, tiles.BACKWARD_DROPOUT),
+    }
+    for kind, (forward, backward) in tables.items():
+        call = plain(width, dropout=0.1 if kind == " dropout" else 0.0)
+        logsumexp = torch.empty(call.query.shape[:3], device="meta")
+        first = tiles.pick(forward, capability, width)
+        for tile in [first] if kind else dict.fromkeys((first, *others)):
+            made = launch.forward_launch(call, call.query, logsumexp, tile, capability)
+            yield "forward" + kind, tile, made, 2 * tile.rows * tile.keys * width
+        pair = tiles.pick(backward, capability, width)
+        run = Backward(call, call.query, call.query, logsumexp, pair, capability)
+        yield "keys" + kind, pair[0], run.keys_launch(call.key, call.value), 4 * pair[0].rows * pair[0].keys * width
+        yield "rows" + kind, pair[1], run.rows_launch(call.query), 3 * pair[1].rows * pair[1].keys * width
     one = plain(width, queries=1)
     tile = tiles.pick(tiles.DECODE, capability, width)
     made, _ = split.launches(one, one.query, logsumexp[:, :, :1], tile, processors=132, target=capability)
@@ -151,7 +161,10 @@ def main() -> None:
         for width in WIDTHS:
             for kernel, tile, made, macs in launches(capability, width):
                 head = {"kernel": kernel, "capability": capability, "width": width, "tile": list(tile)}
-                if re.search(options.only, name_of(head)):
+                same = rows.get(name_of(head | {"kernel": kernel.removesuffix(" loads")}))
+                if kernel.endswith(" loads") and same is not None:
+                    rows[name_of(head)] = same | {"kernel": kernel}
+                elif re.search(options.only, name_of(head)):
                     rows[name_of(head)] = row(kernel, capability, width, tile, made, macs)
     data = {
         "made by": "python benchmarks/instructions.py",

@@ -12,7 +12,7 @@ from functools import lru_cache
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
 from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, of_code, other, work
-from attnfx.cost.program import Operations, operations
+from attnfx.cost.program import DROPOUT, Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
@@ -22,7 +22,7 @@ from attnfx.mask import summary as mask_summary
 from attnfx.mask.addend import LOST, addend
 from attnfx.mask.keep import kept
 from attnfx.report import Candidate
-from attnfx.spec import AttentionSpec, I, J
+from attnfx.spec import AttentionSpec, I, J, reads_pairs
 from attnfx.targets import Target
 
 # How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
@@ -78,7 +78,11 @@ class _Site:
         self.rows = self.heads * self.dims["T"]
         self.width = max(padded(self.dims["D"]), padded(self.dims["Dv"]))
         self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
-        self.extra = operations(ask.spec)
+        self.extra = self.beside = operations(ask.spec)
+        # kernels with tiles of their own, and the draw among their instructions
+        self.kind = " dropout" if ask.spec.random else " loads" if reads_pairs(ask.spec) else ""
+        if ask.spec.random:
+            self.beside = replace(self.extra, always=self.extra.always - DROPOUT)
         self.masked = kept(ask.spec) is not A.TRUE
         self.made: mask_summary.Summary | None = None  # of the tier that was asked for last
 
@@ -123,11 +127,9 @@ class _Site:
             before, states = self.summarised(time, kernels)
             return [Candidate("flash", "triton", before + time, *self.held(states))]
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
-        known = codes("forward", self.target.capability, self.width)
-        # a draw takes registers that the table does not count: the kernels choose their tile then
-        named = not self.ask.spec.random
+        named = not self.kind  # else the kernels have one tile, which they choose
         times = {}
-        for code in known if named else known[:1]:
+        for code in codes("forward" + self.kind, self.target.capability, self.width):
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
             if kernel.resident:
                 times[code.tile] = self.tiled(kernel, self.heads) + self.launched() + back
@@ -199,12 +201,13 @@ class _Site:
 
     def pair_rows(self) -> int:
         """The side of the square tiles of such a gradient, as kernels/flash/gradients.py takes them."""
-        side = min(codes("rows", self.target.capability, self.width)[0].tile[:2])
+        side = min(codes("rows" + self.kind, self.target.capability, self.width)[0].tile[:2])
         return side if self.target.capability >= 90 else min(side, 32)
 
     def kernel(self, code: Code, products: float) -> Kernel:
         """`products`: matrix FLOPs of each score, over all of the kernel's products."""
-        return _kernel(code, self.target, self.ask.dtype, products, self.extra)
+        extra = self.extra if code.kernel == "decode" else self.beside
+        return _kernel(code, self.target, self.ask.dtype, products, extra)
 
     def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
         """Milliseconds of a launch over blocks of rows; `turned`, over blocks of keys: each walks along the rows of
@@ -239,7 +242,7 @@ class _Site:
             ("rows", 4 * width_k + 2 * width_v, False),
             ("keys", 4 * width_k + 4 * width_v, True),
         ):
-            code = codes(name, self.target.capability, self.width)[0]
+            code = codes(name + self.kind, self.target.capability, self.width)[0]
             kernel = self.kernel(code, products)
             group = dims["H"] // max(dims["G"], 1) if turned else 1
             once = self.tiled(kernel, self.heads // max(group, 1), group, turned) + self.launched()

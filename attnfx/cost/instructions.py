@@ -73,8 +73,9 @@ def _table() -> Mapping[tuple[str, int], tuple[Code, ...]]:
 
 @lru_cache
 def codes(kernel: str, capability: int, width: int) -> tuple[Code, ...]:
-    """The compiled tiles of a kernel ("forward", "keys", "rows", "decode") for a GPU of this compute capability and a
-    head width, the kernels' own default first. A width between two is computed in the larger."""
+    """The compiled tiles of a kernel ("forward", "keys", "rows", "decode", the first three also with " loads" and
+    " dropout") for a GPU of this compute capability and a head width, the kernels' own default first. A width between
+    two is computed in the larger."""
     known = [c for k, c in _table() if k == kernel]
     arch = SMALL if capability in OF_SMALL else max((c for c in known if c <= capability and c != SMALL), default=80)
     rows = _table()[kernel, arch]
@@ -93,8 +94,7 @@ def fingerprint(folder: Path = KERNELS) -> str:
     while todo:
         for n in ast.walk(todo.pop()):
             name = n.attr if isinstance(n, ast.Attribute) else n.id if isinstance(n, ast.Name) else ""
-            # `survives` is dropout's, of the program and not of the kernel
-            if name in helpers and name not in used and name != "survives":
+            if name in helpers and name not in used:
                 used[name] = helpers[name]
                 todo.append(helpers[name])
     texts = [_text(n) for n in (*kernels, *(used[name] for name in sorted(used)))]

@@ -5,13 +5,32 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-ROUNDS = tl.constexpr(7)  # of Philox4x32: the fewest that pass BigCrush (Salmon et al. 2011, table 2)
+# Of Philox4x32 (Salmon et al. 2011). Its authors know of no flaw from 8 rounds on; with 7, a test longer than those of
+# BigCrush gave them suspicious p-values (philox.h of their library, Random123). A draw here decides which weights are
+# dropped, no more; tests/kernels/flash/test_draws.py looks for bias and correlation there.
+ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
 def full(x, BM: tl.constexpr, BN: tl.constexpr):
     """A float value of a program as a whole tile."""
     return tl.broadcast_to(tl.cast(x, tl.float32), [BM, BN])
+
+
+@triton.jit
+def clamped(j, length):
+    """The keys j of a tile, (1, BN) or (BN, 1), below the length of the dim that they index; 0 where they are not, as
+    what is loaded there is not used.
+
+    Triton is told that they still run on: 16 bytes are then loaded at once, and at the end of a row that may be some
+    beyond it. They share an aligned block of 16 bytes with one that is there, so that their memory can be read.
+    """
+    inside = tl.where(j < length, j, 0)
+    if j.shape[0] == 1:
+        inside = tl.multiple_of(tl.max_contiguous(inside, [1, j.shape[1]]), [1, j.shape[1]])
+    else:
+        inside = tl.multiple_of(tl.max_contiguous(inside, [j.shape[0], 1]), [j.shape[0], 1])
+    return inside
 
 
 @triton.jit

@@ -37,9 +37,7 @@ def backward(
     Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
     """
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-    some = (
-        [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)
-    )
+    some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec)
     return first_that_runs(
         "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
     )
@@ -62,7 +60,7 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width, call.spec.random)[0]
+        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width, call.spec)[0]
         # of each row, logsumexp in units of log 2 and delta
         self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32

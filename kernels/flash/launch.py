@@ -173,7 +173,7 @@ def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) ->
     query = call.query
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
-    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen, call.spec.random)
+    tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen, call.spec)
     run = partial(_run_forward, call, out, logsumexp)
     first_that_runs("forward", call, tiles, run, chosen)
     return out, logsumexp
@@ -191,7 +191,7 @@ def forward_launch(
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
     width = max(padded(query.shape[3]), padded(value.shape[3]))
-    tile = tile or forward_tiles(query.device, query.dtype, width, dropout=call.spec.random)[0]
+    tile = tile or forward_tiles(query.device, query.dtype, width, spec=call.spec)[0]
     walks = over_keys(call, some.program.keep, tile)
     return Launch(
         forward_kernel,

@@ -48,9 +48,11 @@ class Launch:
                 **self.arguments, **self.constants, num_warps=self.tile.warps, num_stages=self.tile.stages
             )
 
-    def compile(self, capability: int):
-        """Triton's compiled kernel for an NVIDIA GPU of this compute capability, 90 for 9.0. No GPU is needed; the
-        tensors may be on the meta device."""
+    def compile(self, target: int | GPUTarget):
+        """Triton's compiled kernel for an NVIDIA GPU of this compute capability, 90 for 9.0, or for another target. No
+        GPU is needed; the tensors may be on the meta device."""
+        if isinstance(target, int):
+            target = GPUTarget("cuda", target, 32)
         types: dict[str, object] = {}
         constants, hints = {}, {}
         for n, name in enumerate(self.kernel.arg_names):
@@ -65,7 +67,7 @@ class Launch:
                     hints[at] = [["tt.divisibility", 16]]
         options = dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
         source = ASTSource(self.kernel, types, constants, hints)  # type: ignore[arg-type]
-        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+        return triton.compile(source, target=target, options=options)
 
 
 def descriptor(x: Tensor, rows: int, width: int, capability: int) -> TensorDescriptor | None:

@@ -198,7 +198,10 @@ class Body:
             if not poly.nonnegative(poly.bounds(index)[0]):
                 text = f"tl.maximum({text}, 0)"
             # where nothing is used, an index may point outside
-            text = f"tl.minimum({text}, {self.lengths[slot, n]} - 1)"
+            if index.op == "var" and index.value == "j" and level(e) == TILE:
+                text = f"f.clamped(j, {self.lengths[slot, n]})"
+            else:
+                text = f"tl.minimum({text}, {self.lengths[slot, n]} - 1)"
             text = f"tl.cast({text}, tl.int64)" if slot in self.wide else text
             place += f" + {text} * {capture}[{n + 1}]"
         text = f"tl.load({capture}[0]{place})"

@@ -1,7 +1,7 @@
 """Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
 
-"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py): no spill in the steady loop and the
-fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py, benchmarks/spills.py): no spill in the
+steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import NamedTuple, TypeVar
 import torch
 
 from attnfx.kernels.flash.device import capability
+from attnfx.spec import AttentionSpec, reads_pairs
 
 Row = TypeVar("Row")
 
@@ -65,17 +66,23 @@ OTHERS = {
     (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (SMALL, 256): (Tile(32, 32, 4, 2),),
 }
-# With dropout, whose draw takes registers beside the scores, a thread has fewer scores where they would not all fit.
-FORWARD_DROPOUT = FORWARD | {
+# A load by row and key, or dropout's draw, takes registers beside the scores: a thread has fewer of these where they
+# would not all fit.
+FORWARD_LOADS = FORWARD | {
+    (80, 32): Tile(128, 64, 8, 3),  # as 64
+    (80, 64): Tile(128, 64, 8, 3),  # probe
+    (80, 128): Tile(128, 32, 8, 3),  # probe
+}
+FORWARD_DROPOUT = FORWARD_LOADS | {
     (90, 32): Tile(128, 64, 8, 3),  # as 64
     (90, 64): Tile(128, 64, 8, 3),  # probe
     (90, 128): Tile(128, 64, 8, 2),  # probe
-    (80, 32): Tile(128, 64, 8, 3),  # as 64
-    (80, 64): Tile(128, 64, 8, 3),  # probe
+    (80, 256): Tile(64, 32, 8, 2),  # probe
 }
 # float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
+PLAIN = AttentionSpec()
 INTERPRETED = Tile(32, 32, 1, 1)
 LEAST = Tile(16, 16, 1, 1)
 
@@ -88,6 +95,14 @@ def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
         arch = max((key[0] for key in table if key[0] <= capability and key[0] != SMALL), default=80)
     dims = sorted(key[1] for key in table if key[0] == arch)
     return table[arch, next((d for d in dims if d >= width), dims[-1])]
+
+
+def forward_table(spec: AttentionSpec) -> dict[tuple[int, int], Tile]:
+    return FORWARD_DROPOUT if spec.random else FORWARD_LOADS if reads_pairs(spec) else FORWARD
+
+
+def backward_table(spec: AttentionSpec) -> dict[tuple[int, int], tuple[Tile, Tile]]:
+    return BACKWARD_DROPOUT if spec.random else BACKWARD_LOADS if reads_pairs(spec) else BACKWARD
 
 
 def _and_smaller(first: Row, others: Iterable[Row], size: Callable[[Row], int]) -> list[Row]:
@@ -112,7 +127,7 @@ def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
 
 
 def forward_tiles(
-    device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, dropout: bool = False
+    device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, spec: AttentionSpec = PLAIN
 ) -> list[Tile]:
     """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
     on a GPU, behind the one that was chosen."""
@@ -120,7 +135,7 @@ def forward_tiles(
         return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
-    first = pick(FORWARD_DROPOUT if dropout else FORWARD, capability(device), width)
+    first = pick(forward_table(spec), capability(device), width)
     return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
 
 
@@ -144,11 +159,17 @@ BACKWARD = {
     (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
 }
 
-BACKWARD_DROPOUT = BACKWARD | {
+BACKWARD_LOADS = BACKWARD | {
+    (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (90, 256): (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (80, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+}
+BACKWARD_DROPOUT = BACKWARD_LOADS | {
     (90, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (90, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
-    (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
     (80, 32): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 256): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),  # probe
     (80, 64): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # probe
     (100, 32): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
     (100, 64): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
@@ -157,7 +178,7 @@ BACKWARD_DROPOUT = BACKWARD | {
 
 
 def backward_tiles(
-    device: torch.device, dtype: torch.dtype, width: int, dropout: bool = False
+    device: torch.device, dtype: torch.dtype, width: int, spec: AttentionSpec = PLAIN
 ) -> list[tuple[Tile, Tile]]:
     """The tiles of the pass over keys and of the pass over rows for a head dim padded to `width`, then smaller ones."""
     if device.type != "cuda":
@@ -166,7 +187,7 @@ def backward_tiles(
     if dtype == torch.float32:
         tile = pick(SINGLE_BACKWARD, 80, width)
         return _and_smaller((tile, tile), single, _sizes)
-    first = pick(BACKWARD_DROPOUT if dropout else BACKWARD, capability(device), width)
+    first = pick(backward_table(spec), capability(device), width)
     return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
 
 

@@ -53,10 +53,9 @@ def calls(head_dim, queries=2048):
 def launches(capability, head_dim):
     for name, call in calls(head_dim):
         logsumexp = torch.empty(call.query.shape[:3], device="meta")
-        dropped = call.spec.random
-        tile = tiles.pick(tiles.FORWARD_DROPOUT if dropped else tiles.FORWARD, capability, head_dim)
+        tile = tiles.pick(tiles.forward_table(call.spec), capability, head_dim)
         yield f"forward {name}", launch.forward_launch(call, call.query, logsumexp, tile, capability)
-        pair = tiles.pick(tiles.BACKWARD_DROPOUT if dropped else tiles.BACKWARD, capability, head_dim)
+        pair = tiles.pick(tiles.backward_table(call.spec), capability, head_dim)
         back = Backward(call, call.query, call.query, logsumexp, pair, capability)
         yield f"backward keys {name}", back.keys_launch(call.key, call.value)
         yield f"backward rows {name}", back.rows_launch(call.query)
@@ -92,13 +91,31 @@ def summarised(capability):
                 yield f"decode {name}", decoded
                 yield f"lists for decode {name}", decoded.before[0]
                 continue
-            forward = launch.forward_launch(call, x, logsumexp, tiles.pick(tiles.FORWARD, capability, 64), capability)
-            back = Backward(call, x, x, logsumexp, tiles.pick(tiles.BACKWARD, capability, 64), capability)
+            tile = tiles.pick(tiles.forward_table(spec), capability, 64)
+            forward = launch.forward_launch(call, x, logsumexp, tile, capability)
+            pair = tiles.pick(tiles.backward_table(spec), capability, 64)
+            back = Backward(call, x, x, logsumexp, pair, capability)
             yield f"summary {name}", summarise.launch(over, states, tiles.Tile(0, 0, 4, 1))
             yield f"lists {name}", forward.before[0]
             yield f"forward {name}", forward
             yield f"backward keys {name}", back.keys_launch(key, key)
             yield f"backward rows {name}", back.rows_launch(x)
+
+
+def biased(capability):
+    """A bias by head, row and key, which is loaded for every score."""
+    score = A.add(A.mul(A.const(0.125), A.DOT), A.load(0, [H, I, J], "f"))
+    spec = AttentionSpec(score=score, out_dtype="bfloat16", captures=(Capture("f", 3, True),))
+    x = torch.empty(2, 8, 2048, 64, dtype=torch.bfloat16, device="meta")
+    call = Call(spec, x, x, x, (torch.empty(8, 2048, 2048, dtype=torch.bfloat16, device="meta"),))
+    logsumexp = torch.empty(x.shape[:3], device="meta")
+    back = Backward(call, x, x, logsumexp, tiles.pick(tiles.backward_table(spec), capability, 64), capability)
+    yield (
+        "forward biased",
+        launch.forward_launch(call, x, logsumexp, tiles.pick(tiles.forward_table(spec), capability, 64), capability),
+    )
+    yield "backward keys biased", back.keys_launch(x, x)
+    yield "backward rows biased", back.rows_launch(x)
 
 
 def loops(listing):
@@ -123,7 +140,7 @@ def main():
     found = []
     for capability in map(int, sys.argv[1].split(",")):
         for head_dim in map(int, sys.argv[2].split(",")):
-            some = launches(capability, head_dim) if head_dim else summarised(capability)
+            some = launches(capability, head_dim) if head_dim else (*summarised(capability), *biased(capability))
             for name, made in some:
                 built = made.compile(capability)
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -142,6 +159,26 @@ def main():
                         spills=sum(op.startswith(("STL", "LDL")) for op in steady),
                     )
                 )  # fmt: skip
+    print(json.dumps(found))
+
+
+def for_amd():
+    """A list of what the plain kernels' code for gfx942 holds, in small tiles; not one was made for it."""
+    found, tile = [], tiles.Tile(32, 32, 4, 1)
+    (call,), (one,) = ([c for name, c in calls(64, n) if name == "plain"] for n in (2048, 1))
+    logsumexp = torch.empty(call.query.shape[:3], device="meta")
+    back = Backward(call, call.query, call.query, logsumexp, (tile, tile), 80)
+    for name, made in {
+        "forward": launch.forward_launch(call, call.query, logsumexp, tile, 80),
+        "keys": back.keys_launch(call.key, call.value),
+        "rows": back.rows_launch(call.query),
+        "decode": split.launches(one, one.query, logsumexp[:, :, :1], tile, 132, 80)[0],
+    }.items():
+        built = made.compile(GPUTarget("hip", "gfx942", 64))
+        spilled = sum(map(int, re.findall(r"vgpr_spill_count:\s*(\d+)", built.asm["amdgcn"])))
+        found.append(
+            dict(name=name, shared=built.metadata.shared, matrix="v_mfma" in built.asm["amdgcn"], spills=spilled)
+        )
     print(json.dumps(found))
 
 
@@ -168,4 +205,4 @@ def compilations():
 
 
 if __name__ == "__main__":
-    compilations() if sys.argv[1] == "lengths" else main()
+    {"lengths": compilations, "gfx942": for_amd}.get(sys.argv[1], main)()
