@@ -68,6 +68,7 @@ class Backward:
         self.average = self.some.dead_rows_average()
         self.below, self.dead = None, None
         if self.average:
+            assert self.program.lost is not None
             self.below = self.program.lost
             some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
             again = self.logsumexp
