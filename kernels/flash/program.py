@@ -56,13 +56,13 @@ class Program:
     keep     the mask, or None
     whole    the score everywhere, in natural units: for rows without a live key; None if never needed
     lost     logsumexp at or below which a row has no live key, in natural units; None where `whole` is
-    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.addend` has it
     slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
     whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
     weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
     extras   the extra logits, in units of log 2
     leaves   the loads that need a gradient from the scores' side
     tables   behind the captures, in the order of their slots
+    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.addend` has it
     """
 
     softmax: bool
@@ -71,13 +71,13 @@ class Program:
     keep: Expr | None
     whole: Expr | None
     lost: float | None
-    drowned: bool
     slope: Expr
     whole_slope: Expr | None
     weight: Expr | None
     extras: tuple[Expr, ...]
     leaves: tuple[Leaf, ...]
     tables: tuple[Table, ...]
+    drowned: bool = False
 
     @property
     def roots(self) -> tuple[Expr, ...]:
@@ -151,13 +151,13 @@ def _program(spec: AttentionSpec) -> Program:
         keep=keep,
         whole=whole,
         lost=lost,
-        drowned=drowned,
         slope=slope,
         whole_slope=None if whole is None else whole_slope,
         weight=factor,
         extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
         leaves=tuple(x for x in leaves if not x.score is x.whole is x.weight is _ZERO),
         tables=tuple(tables.found),
+        drowned=drowned,
     )
     for e in (x for root in made.roots for x in walk(root)):
         if e.op in ("rsum", "rmax"):
