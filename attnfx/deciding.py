@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 
 from attnfx import calibration, cost, tuning
 from attnfx.kernels import configuration, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
-from attnfx.mask.summary import worth
 from attnfx.options import Options
 from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
@@ -85,9 +84,9 @@ class Deciding:
             return not question.native and self._shielded(finding, site, only_risky=True)
         reductions = [] if reader is not None else match.reductions
         tiers = tiers_of(site.decision, here, query.device, reductions)
-        summary = None
-        if tiers[0].startswith("flash") and "flash" not in here:
-            summary = worth(match.spec, sizes, passes=3 if question.training else 1)
+        target, _ = target_of(self.options, query.device)
+        tier = tiers[0].partition(":")[0]
+        summary = None if target is None or tier in here else cost.summary(question, target, tier)
         try:
             replaced = rewrite(
                 self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary

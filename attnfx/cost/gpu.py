@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
+from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
 from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, of_code, other, work
 from attnfx.cost.program import DROPOUT, Operations, operations
@@ -16,8 +17,9 @@ from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
-from attnfx.mask import key_ranges
+from attnfx.mask import key_ranges, key_span, mask_of, rows_live
 from attnfx.mask import summary as mask_summary
+from attnfx.mask.addend import LOST, addend
 from attnfx.mask.keep import kept
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, reads_pairs
@@ -36,7 +38,6 @@ SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold wi
 DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
 SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
 PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
-SUMMARISED = 8  # instructions of a score beside its mask: two tests of bounds, a selection and the reduction of a grain
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -52,6 +53,15 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
     if ask.can("chunked"):
         out.append(site.chunked())
     return site.original(), out
+
+
+def summary(ask: Question, target: Target, tier: str) -> mask_summary.Summary | None:
+    """What is summarised of a mask that stands in tensors, for the candidates of a tier; None where that does not pay,
+    or there is no such mask."""
+    site = _Site(ask, target)
+    if tier in ("flash", "decode"):
+        site.flash() if tier == "flash" else site.decode()
+    return site.made
 
 
 def padded(width: int) -> int:
@@ -74,15 +84,18 @@ class _Site:
         if ask.spec.random:
             self.beside = replace(self.extra, always=self.extra.always - DROPOUT)
         self.masked = kept(ask.spec) is not A.TRUE
-        self.summary = mask_summary.worth(ask.spec, self.dims, passes=3 if ask.training else 1)
+        self.made: mask_summary.Summary | None = None  # of the tier that was asked for last
 
     # -- memory ---------------------------------------------------------------------------------
     @property
     def operands(self) -> int:
         """Bytes of query, key, value and output."""
+        return self.operands_of(self.dims["S"])
+
+    def operands_of(self, keys: int) -> int:
+        """The same, of so many keys."""
         dims = self.dims
-        both = dims["D"] + dims["Dv"]
-        return (self.rows + dims["B"] * dims["G"] * dims["S"]) * both * self.ask.element
+        return (self.rows + dims["B"] * dims["G"] * keys) * (dims["D"] + dims["Dv"]) * self.ask.element
 
     def copied(self, count: float) -> float:
         """Milliseconds of bytes through memory."""
@@ -108,56 +121,64 @@ class _Site:
 
     # -- flash ----------------------------------------------------------------------------------
     def flash(self) -> list[Candidate]:
-        before, states = self.summarised()
-        held = 4 * self.rows + states
-        saved = held + (8 if self.ask.spec.random else 0) if self.ask.training else 0
-        held += self.between() if self.ask.training else 0
+        kernels = 3 + sum(c.grad for c in self.ask.spec.captures) if self.ask.training else 1
         if self.ask.dtype == "float32":
-            time = before + self.single(1.0 + (2.5 if self.ask.training else 0.0))
-            return [Candidate("flash", "triton", time, held, saved)]
+            time = self.single(1.0 + (2.5 if self.ask.training else 0.0))
+            before, states = self.summarised(time, kernels)
+            return [Candidate("flash", "triton", before + time, *self.held(states))]
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
-        out = []
         known = codes("forward" + self.kind, self.target.capability, self.width)
         # with a draw the kernels have one tile, which they choose
         named = not self.ask.spec.random
         if self.kind == " loads":
             most = known[0].scores  # a thread holds as many loaded values: the default says how many it can
             known += tuple(c for c in codes("forward", self.target.capability, self.width)[1:] if c.scores <= most)
+        times = {}
         for code in known:
             kernel = self.kernel(code, 2 * (padded(self.dims["D"]) + padded(self.dims["Dv"])))
-            rows, keys, warps, stages = code.tile
-            if not kernel.resident:
-                continue
-            time = before + self.tiled(kernel, self.heads) + self.launched()
+            if kernel.resident:
+                times[code.tile] = self.tiled(kernel, self.heads) + self.launched() + back
+        out = []
+        before, states = self.summarised(min(times.values(), default=0.0), kernels)
+        held, saved = self.held(states)
+        for (rows, keys, warps, stages), time in times.items():
             used = held + self.walks(walked | {("T", rows, keys)})
-            found = Candidate("flash", "triton", time + back, used, saved)
+            found = Candidate("flash", "triton", before + time, used, saved)
             out.append(replace(found, tile=(rows, keys), warps=warps, stages=stages) if named else found)
         return out
+
+    def held(self, states: int) -> tuple[int, int]:
+        """(bytes beside the operands, those of them that are saved), with a summary of `states` bytes."""
+        held, training = 4 * self.rows + states, self.ask.training
+        return held + training * self.between(), training * (held + (8 if self.ask.spec.random else 0))
 
     def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
         """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept.
         With a summary also the ranges of every batch and head that it tells apart, and their lists of tiles."""
-        if not self.masked:
+        if not self.masked and self.made is None:
             return 0
-        lists = math.prod(mask_summary.shape(self.summary.spec, self.dims)[:2]) if self.summary is not None else 0
-        found = 0
-        for axis, block, step in of:
-            blocks, tiles = -(-self.dims[axis] // block), -(-self.dims["S" if axis == "T" else "T"] // step)
-            found += 16 * blocks + lists * blocks * (16 + 4 * tiles)
-        return found
+        return sum(16 * -(-self.dims[axis] // block) + self.lists(axis, block, step) for axis, block, step in of)
 
-    def summarised(self) -> tuple[float, int]:
-        """(ms, bytes that stay) of the pass over a mask that stands in tensors, and of making each kernel's lists from
-        it; zeros where there is none. It is whole for every site, though layers that have one mask share it. What the
-        kernels then skip is not counted: that is known at run time alone."""
-        if self.summary is None:
+    def lists(self, axis: str, block: int, step: int) -> int:
+        """Bytes of the lists of tiles that a summary gives the blocks of an axis, for each batch and head that it tells
+        apart."""
+        if self.made is None:
+            return 0
+        blocks, tiles = -(-self.dims[axis] // block), -(-self.dims["S" if axis == "T" else "T"] // step)
+        return math.prod(mask_summary.shape(self.made.spec, self.dims)[:2]) * blocks * (16 + 4 * tiles)
+
+    def summarised(self, kernels_time: float, kernels: int, decode: bool = False) -> tuple[float, int]:
+        """(ms, bytes that stay) of the summary of a mask that stands in tensors, for so many kernels; zeros where it
+        does not pay. What the kernels then skip is not counted: that is known at run time alone."""
+        found = mask_summary.of(self.ask.spec)
+        self.made = None
+        if found is None or (decode and not summaries.decodes(found, self.dims)):
             return 0.0, 0
-        target, cost = self.target, mask_summary.cost(self.summary, self.dims)
-        each = SUMMARISED + operations(self.summary.spec).masked
-        clocks = target.multiprocessors * target.clock * 1e6
-        time = max(cost.evaluations * each / (float_lanes(target) * clocks), self.copied(cost.read + cost.written))
-        kernels = 3 + sum(c.grad for c in self.ask.spec.captures) if self.ask.training else 1
-        return time + self.launched(1 + kernels), cost.written
+        if not summaries.pays(found, self.dims, self.target, kernels, kernels_time):
+            return 0.0, 0
+        self.made = found
+        time = summaries.milliseconds(found, self.dims, self.target, kernels)
+        return time, mask_summary.cost(found, self.dims).written
 
     def between(self) -> int:
         """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
@@ -247,19 +268,36 @@ class _Site:
         if single:
             keys = SINGLE_DECODE_KEYS if self.width <= 128 else SINGLE_DECODE_KEYS // 2
         kernel = self.kernel(code, 2 * rows / 16 * (padded(dims["D"]) + padded(dims["Dv"])))
+        first, end = self.seen()
+        length = max(end - first // keys * keys, 1)
+        memory = self.copied(self.operands_of(length))
         out: dict[int, Candidate] = {}
         for waves in WAVES[:1] if single else WAVES:
-            splits, chunk = splits_of(dims["S"], groups, keys, target.multiprocessors, waves)
-            part = Work((-(-chunk // keys),) * splits, 0.0 if self.masked or dims["S"] % keys else 1.0)
+            splits, chunk = splits_of(length, groups, keys, target.multiprocessors, waves)
+            part = Work((-(-chunk // keys),) * splits, 0.0 if self.masked or length % keys else 1.0)
             step = keys * (dims["D"] + dims["Dv"]) * self.ask.element
             partial = groups * splits * rows * 4 * (padded(dims["Dv"]) + 2)
             busy = 0.0 if single else kernel.milliseconds(target, part, groups, step)
-            time = max(busy, self.copied(self.operands)) + self.passed(2 * partial) + self.launched(2)
+            time = max(busy, memory) + self.passed(2 * partial) + self.launched(2)
             found = Candidate("decode", "triton", time, 4 * self.rows + partial)
             if not single:
                 found = replace(found, tile=(rows, keys), warps=warps, stages=stages, splits=splits)
             out.setdefault(splits, found)
-        return list(out.values())
+        before, states = self.summarised(min(c.predicted_ms for c in out.values()), 1, decode=True)
+        more = states + self.lists("T", dims["T"], keys)
+        return [
+            replace(c, predicted_ms=before + c.predicted_ms, predicted_bytes=more + c.predicted_bytes)
+            for c in out.values()
+        ]
+
+    def seen(self) -> tuple[int, int]:
+        """The keys that the decode kernel reads; all, where a row may have no live key and is made of the others."""
+        spec, dims = self.ask.spec, self.dims
+        mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
+        finite = mask is not None and mask.fill != -math.inf and not rows_live(spec, dims)
+        if not self.masked or finite or addend(spec.score, LOST) is not None:
+            return 0, dims["S"]
+        return key_span(kept(spec), dims)
 
     # -- without kernels of ours ----------------------------------------------------------------
     def chunked(self) -> Candidate:
@@ -328,4 +366,4 @@ def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> 
     return -(-keys // chunk), chunk
 
 
-__all__ = ["candidates", "padded", "splits_of"]
+__all__ = ["candidates", "padded", "splits_of", "summary"]

@@ -6,8 +6,8 @@ a key that may be live is never called dead, and a key that may be dead is never
 """
 
 from attnfx.mask.keep import Mask, live, mask_of
-from attnfx.mask.ranges import KeyRange, key_ranges, rows_live
+from attnfx.mask.ranges import KeyRange, key_ranges, key_span, rows_live
 from attnfx.mask.tiles import Tiles, tiles
 from attnfx.mask.words import describe
 
-__all__ = ["KeyRange", "Mask", "Tiles", "describe", "key_ranges", "live", "mask_of", "rows_live", "tiles"]
+__all__ = ["KeyRange", "Mask", "Tiles", "describe", "key_ranges", "key_span", "live", "mask_of", "rows_live", "tiles"]

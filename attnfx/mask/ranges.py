@@ -9,7 +9,8 @@ from typing import NamedTuple
 import islpy as isl
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr
+from attnfx.ir import poly
+from attnfx.ir.expr import INT, Expr
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import polyhedron as P
 from attnfx.mask.keep import kept, live
@@ -114,6 +115,32 @@ def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
         except (_Opaque, KeyError):  # a load, or a score
             return False
     return False
+
+
+def key_span(keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """[first, end) of the keys that some row may see, by each affine condition on i and j alone: not the smallest where
+    there are many rows, but found without the solver, in some 0.1 ms."""
+    return _key_span(keep, tuple(sorted(sizes.items())))
+
+
+@lru_cache(maxsize=1024)
+def _key_span(keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int]:
+    sizes = dict(items)
+    first, end = 0, sizes["S"]
+    keep = P.numeric(keep, sizes)
+    for e in keep.args if keep.op == "and" else (keep,):
+        if e.op != "ge0" or e.args[0].kind != INT:
+            continue
+        terms = {tuple(x.value for x in m): c for m, c in poly.of(e.args[0]).items()}
+        if not terms.keys() <= {(), ("i",), ("j",)}:
+            continue
+        by_key, by_row = terms.get(("j",), 0), terms.get(("i",), 0)
+        most = terms.get((), 0) + max(0, by_row * (sizes["T"] - 1))  # of what j * by_key is added to
+        if by_key > 0:
+            first = max(first, -(most // by_key))
+        elif by_key < 0:
+            end = min(end, most // -by_key + 1)
+    return first, max(first, end)
 
 
 def rows_live(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> bool:

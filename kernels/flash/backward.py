@@ -132,7 +132,10 @@ def tile_gradients(
             w = prob * factor
             ds = prob * (dw * factor - delta)
     if SLOPE is not None:
-        ds = ds * SLOPE(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        slope = SLOPE(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        ds = ds * slope
+        if NATURAL:  # a row of NaN: `where` gives its other branch no gradient
+            ds = tl.where(slope == 0.0, 0.0, ds)
     if CHECK:
         ds = tl.where(live, ds, 0.0)
         w = tl.where(live, w, 0.0)
@@ -144,12 +147,15 @@ def tile_gradients(
 @triton.jit
 def leaf_part(
     ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF: tl.constexpr, CHECK: tl.constexpr,
-    LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
+    LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """The derivative by one load, of each element of a tile."""
     by_score = LEAF_SCORES(captures, sizes, H, R, C, dot, prob, b, h, i, j)
     by_weight = LEAF_WEIGHTS(captures, sizes, H, R, C, dot, prob, b, h, i, j)
-    part = ds * by_score[LEAF] + dw * by_weight[LEAF]
+    part = ds * by_score[LEAF]
+    if NATURAL:
+        part = tl.where(by_score[LEAF] == 0.0, 0.0, part)
+    part += dw * by_weight[LEAF]
     if CHECK:
         part = tl.where(live, part, 0.0)
     return part

@@ -43,7 +43,7 @@ def _keys_step(
         dk = f.dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
     else:
         part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
-                         LEAF_WEIGHTS)  # fmt: skip
+                         LEAF_WEIGHTS, NATURAL)  # fmt: skip
         dk += tl.sum(part, 1)
     return dk, dv
 

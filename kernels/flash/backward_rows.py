@@ -35,7 +35,7 @@ def _rows_step(
             sums += tl.sum(prob, 1)
     else:
         part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
-                         LEAF_WEIGHTS)  # fmt: skip
+                         LEAF_WEIGHTS, NATURAL)  # fmt: skip
         total += tl.sum(part, 1)
     return total, sums
 
@@ -107,37 +107,33 @@ def rows_kernel(
             i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
-    if LEAF is None:
-        again = tl.zeros([BM, BD], tl.float32)
-    else:
-        again = tl.zeros([BM], tl.float32)
     row = i0 + tl.arange(0, BM)
-    lost_row = row < 0
+    if LEAF is None and CORRECT:
+        known = sums > 0.0
+        total = total / tl.where(known, sums, 1.0)[:, None]
+        c2 = tl.where(known, tl.log2(sums), 0.0)
+        tl.store(correction + first_row + row, c2, mask=row < size_t)
     if dead is not None:
         lost, lse, share = dead_statistics(dead, statistics, first_row + i, i, size_t, LEAF is not None)
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
+            # the weights of the other rows are zero from here on
+            if LEAF is None:
+                total = tl.where(lost, 0.0, total)
+            else:
+                total = tl.where(lost_row, 0.0, total)
             parts = tl.zeros([BM], tl.float32)
             for j0 in range(0, size_s, BN):
-                again, parts = _rows_step(
-                    again, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
+                total, parts = _rows_step(
+                    total, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
                     R, b, h, i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF,
                     True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                 )  # fmt: skip
             if LEAF is None:
-                parts = tl.where(lost_row, parts, 1.0)
-                again = again / parts[:, None]
+                parts = tl.where(lost_row & (parts > 0.0), parts, 1.0)
+                total = total / parts[:, None]
                 tl.store(dead[2] + first_row + row, tl.log2(parts), mask=lost_row)
     if LEAF is None:
-        if CORRECT:
-            known = sums > 0.0
-            total = total / tl.where(known, sums, 1.0)[:, None]
-            c2 = tl.where(known, tl.log2(sums), 0.0)
-            tl.store(correction + first_row + row, c2, mask=row < size_t)
-        if dead is not None:
-            total = tl.where(lost_row[:, None], again, total)
         f.store_tile(result, result_strides, b, h, i0, size_t, total * FACTOR, BM, D, BD)
     else:
-        if dead is not None:
-            total = tl.where(lost_row, again, total)
         tl.store(result + first_row + row, total, mask=row < size_t)

@@ -28,16 +28,18 @@ def _finite(m, NATURAL: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    q, k, v, acc_out, m_out, l_out, q_strides, k_strides, v_strides, captures, sizes, seed, chunk,
+    q, k, v, acc_out, m_out, l_out, q_strides, k_strides, v_strides, captures, sizes, seed, first, end, chunk, walks,
+    order,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, NATURAL: tl.constexpr, EXTRAS_COUNT: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, G, B); a split has `chunk` keys, a multiple of BN. Writes acc (B, G, splits, BM, BDV), the largest
-    score m and the sum l (B, G, splits, BM), all of float32. With NATURAL, SCORE is in natural units, fills included,
-    and KEEP is None."""
+    """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to the number n that `end` has as
+    2 n + 1, `chunk` keys each, a multiple of BN; or evenly the tiles of a list, where `walks` and `order` have one, as
+    `walks.py` makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), all
+    of float32. With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, BM)[:, None]
@@ -63,8 +65,19 @@ def decode_kernel(
             m_new = tl.maximum(m_i, logit)
             l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
             m_i = m_new
-    first = split * chunk
-    for j0 in range(first, tl.minimum(first + chunk, size_s), BN):
+    STEP: tl.constexpr = BN if order is None else 1
+    if order is None:
+        place = 0
+        low = first + split * chunk
+        high = tl.minimum(low + chunk, end >> 1)
+    else:
+        place = f.walk_at(walks, b, g * PER_GROUP, 0)
+        listed = tl.load(walks[0] + 4 * place + 3)
+        share = tl.cdiv(listed, tl.num_programs(0))
+        low = split * share
+        high = tl.minimum(low + share, listed)
+    for n in range(low, high, STEP):
+        j0 = f.tile_at(order, place, n, BN)
         j = j0 + tl.arange(0, BN)[None, :]
         k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
         dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)

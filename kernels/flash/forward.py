@@ -4,9 +4,11 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
+from attnfx.mask.addend import LOST
 
 # Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
 LOWEST = tl.constexpr(-3.0e38)
+LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # of a row without a live key, the largest score
 
 
 @triton.jit
@@ -56,34 +58,34 @@ def _whole(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Rows without a live key again, over every key and with their fill: in natural units, which float32's lowest
-    number survives. Gives m_i in units of log 2, as all else has it."""
+    """Rows without a live key again, over every key and with what masks it: in natural units, which float32's lowest
+    number survives."""
     size_s = sizes[3] >> 1
-    dead = l_i == 0.0
-    m_w = tl.full([BM], float("-inf"), tl.float32)
-    l_w, acc_w = tl.zeros([BM], tl.float32), tl.zeros([BM, BDV], tl.float32)
+    dead = m_i <= LARGEST_LOST
+    # the other rows see -inf alone from here on, which leaves them as they are
+    m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
+    l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
     for j0 in range(0, size_s, BN):
         j = j0 + tl.arange(0, BN)[None, :]
         k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
         dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
         s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
-        s = tl.where(j < size_s, s, float("-inf"))
+        s = tl.where(dead[:, None] & (j < size_s), s, float("-inf"))
         m_new = tl.maximum(m_w, tl.max(s, 1))
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2((s - safe[:, None]) * f.LOG2E)
         alpha = tl.exp2((m_w - safe) * f.LOG2E)
-        l_w = l_w * alpha + tl.sum(p, 1)
-        acc_w = acc_w * alpha[:, None]
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
         m_w = m_new
         if WEIGHT is not None:
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if THRESHOLD is not None:
             p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
         v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
-        acc_w = f.dot(p.to(v_tile.dtype), v_tile, acc_w, PRECISION)
-    lse = tl.where(dead, m_w + tl.log(l_w), (m_i + tl.log2(l_i)) * f.LN2)
-    return tl.where(dead[:, None], acc_w, acc), tl.where(dead, l_w, l_i), lse
+        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, l_i, m_w + tl.log(l_i)
 
 
 @triton.jit
@@ -148,7 +150,7 @@ def forward_kernel(
     else:
         if WHOLE is None:
             lse = (m_i + tl.log2(l_i)) * f.LN2
-        elif tl.max(tl.where((l_i == 0.0) & (i0 + m < size_t), 1, 0)) > 0:
+        elif tl.max(tl.where((m_i <= LARGEST_LOST) & (i0 + m < size_t), 1, 0)) > 0:
             acc, l_i, lse = _whole(
                 acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
                 D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,

@@ -68,10 +68,13 @@ class Backward:
         self.average = self.some.dead_rows_average()
         self.below, self.dead = None, None
         if self.average:
-            assert self.program.fill is not None
-            self.below = self.program.fill / 2
+            assert self.program.lost is not None
+            self.below = self.program.lost
             some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
-            self.dead = (some, self.logsumexp, torch.empty_like(self.logsumexp))
+            again = self.logsumexp
+            if call.spec.safe:  # a row of -inf alone has no weights
+                again = again.masked_fill(again == -math.inf, math.inf)
+            self.dead = (some, again, torch.empty_like(self.logsumexp))
         elif call.spec.safe:
             self.below = -math.inf
 

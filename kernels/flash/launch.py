@@ -144,8 +144,9 @@ class Arguments:
         )  # fmt: skip
 
     def dead_rows_average(self) -> bool:
-        """Whether a row may be left without a live key by a finite fill."""
-        return self.program.whole is not None and not rows_live(self.spec, self.sizes)
+        """Whether a row may be left without a live key by a finite fill or an addend: its masked scores decide."""
+        made = self.program
+        return made.whole is not None and (made.drowned or not rows_live(self.spec, self.sizes))
 
 
 def _bytes(x: Tensor) -> Tensor:

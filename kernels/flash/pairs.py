@@ -47,7 +47,7 @@ def _part(
         NATURAL,
     )  # fmt: skip
     return leaf_part(
-        ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, True, LEAF_SCORES, LEAF_WEIGHTS
+        ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, True, LEAF_SCORES, LEAF_WEIGHTS, NATURAL
     )
 
 

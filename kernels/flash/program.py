@@ -11,6 +11,7 @@ from attnfx.ir.derive import gradient
 from attnfx.ir.expr import BOOL, INT, Expr, rebuild, substitute, walk
 from attnfx.kernels.evaluate import opaque, toeplitz
 from attnfx.mask import live, mask_of
+from attnfx.mask.addend import LOST, addend
 from attnfx.spec import AttentionSpec
 
 LOG2E = math.log2(math.e)
@@ -53,14 +54,15 @@ class Program:
     scale    a positive number; scale * score is the score in units of log 2
     score    the score where the mask keeps, over dot
     keep     the mask, or None
-    whole    the score everywhere, in natural units: for rows that the mask leaves no key; None if never needed
-    fill     the largest fill of the mask, or None
+    whole    the score everywhere, in natural units: for rows without a live key; None if never needed
+    lost     logsumexp at or below which a row has no live key, in natural units; None where `whole` is
     slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
     whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
     weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
     extras   the extra logits, in units of log 2
     leaves   the loads that need a gradient from the scores' side
     tables   behind the captures, in the order of their slots
+    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.addend` has it
     """
 
     softmax: bool
@@ -68,13 +70,14 @@ class Program:
     score: Expr
     keep: Expr | None
     whole: Expr | None
-    fill: float | None
+    lost: float | None
     slope: Expr
     whole_slope: Expr | None
     weight: Expr | None
     extras: tuple[Expr, ...]
     leaves: tuple[Leaf, ...]
     tables: tuple[Table, ...]
+    drowned: bool = False
 
     @property
     def roots(self) -> tuple[Expr, ...]:
@@ -117,14 +120,18 @@ def _program(spec: AttentionSpec) -> Program:
         slope, *slopes = gradient(kept, [A.DOT, *wanted])
         by_weight = gradient(weight, wanted)
         scale, inner = _scaled(kept)
-        finite = mask is not None and mask.fill != -math.inf and not extras
-        whole = score if finite else None
+        drowned = addend(score, LOST) is not None
+        finite = mask is not None and mask.fill != -math.inf
+        whole = score if (finite or drowned) and not extras else None
+        # far above a fill to which scores were added, and below every score that forgets it
+        found = [mask.fill / 2] if mask is not None and finite else []
+        lost = max([*found, 2 * LOST] if drowned else found, default=None)
         whole_slope, *whole_slopes = gradient(score, [A.DOT, *wanted])
         if slope.op == "const" and slope.value:
             whole_slope = A.mul(A.const(1.0 / float(slope.value)), whole_slope)  # type: ignore[arg-type]
     elif spec.normaliser == "none":
         keep = _live_weight(score, weight)
-        mask, whole, scale, inner = None, None, 1.0, score
+        whole, lost, drowned, scale, inner = None, None, False, 1.0, score
         factor = substitute(weight, {A.PROB: score})
         if keep is not None:
             factor = assume(factor, keep)
@@ -143,13 +150,14 @@ def _program(spec: AttentionSpec) -> Program:
         score=inner,
         keep=keep,
         whole=whole,
-        fill=None if mask is None else float(mask.fill),
+        lost=lost,
         slope=slope,
         whole_slope=None if whole is None else whole_slope,
         weight=factor,
         extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
         leaves=tuple(x for x in leaves if not x.score is x.whole is x.weight is _ZERO),
         tables=tuple(tables.found),
+        drowned=drowned,
     )
     for e in (x for root in made.roots for x in walk(root)):
         if e.op in ("rsum", "rmax"):

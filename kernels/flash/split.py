@@ -13,6 +13,7 @@ from attnfx.kernels.flash.fallback import first_that_runs
 from attnfx.kernels.flash.launch import Arguments, padded, tiled
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.tiles import Tile, decode_tiles
+from attnfx.kernels.flash.walks import Walks, over_splits
 
 MOST_ROWS = 64  # queries times heads of a group: beyond, the forward kernel fills the GPU
 MOST_SPLITS = 64
@@ -75,27 +76,30 @@ def launches(
     some, query = Arguments(call), call.query
     target = capability(query.device) if target is None else target
     batch, heads, rows, _ = query.shape
-    groups, keys = call.key.shape[1], call.key.shape[2]
+    groups = call.key.shape[1]
     packed = rows * (heads // groups)
     tile = tile or decode_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(call.value.shape[3])))[0]
     tile = tile._replace(rows=max(16, 1 << (packed - 1).bit_length()))
     if processors is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if target else 4
-    splits, chunk = splits_of(keys, batch * groups, tile, processors, wanted)
-    # where a row may be without a live key, its fill takes part in the softmax like any other score
+    # where a row may be without a live key, what masks it takes part in the softmax like any other score
     natural = some.dead_rows_average()
+    shared = over_splits(call, some.program.keep, tile, natural)
+    splits, chunk = splits_of(max(shared.end - shared.first, 1), batch * groups, tile, processors, wanted)
+    listed = Walks(dict(walks=None, order=None)) if shared.listed is None else shared.listed
     constants = some.constants() | dict(BM=tile.rows)
     if natural:
         constants |= dict(SCORE=some.functions["whole"], KEEP=None, SCALE=1.0)
     shape = (batch, groups, splits, tile.rows)
     acc = query.new_empty((*shape, padded(call.value.shape[3])), dtype=torch.float32)
     m, total = query.new_empty(shape, dtype=torch.float32), query.new_empty(shape, dtype=torch.float32)
-    over_splits = Launch(
+    decoded = Launch(
         decode_kernel,
         (splits, groups, batch),
         dict(
             q=query, acc_out=acc, m_out=m, l_out=total, q_strides=query.stride(), captures=some.captures,
-            sizes=some.encoded, seed=call.seed, chunk=chunk,
+            sizes=some.encoded, seed=call.seed, first=shared.first, end=2 * shared.end + 1, chunk=chunk,
+            **listed.arguments,
             **tiled("k:k v:v", (call.key, call.value), tile.keys, target),
         ),
         constants
@@ -103,6 +107,7 @@ def launches(
             BN=tile.keys, NATURAL=natural, EXTRAS=some.functions["extras"], EXTRAS_COUNT=len(some.program.extras),
         ),
         tile,
+        listed.before,
     )  # fmt: skip
     combined = Launch(
         combine_kernel,
@@ -118,4 +123,4 @@ def launches(
         ),
         Tile(1, 0, 4, 1),
     )  # fmt: skip
-    return over_splits, combined
+    return decoded, combined

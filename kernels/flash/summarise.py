@@ -40,7 +40,7 @@ def call_of(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpe
 
 def launch(call: Call, states: Tensor, tile: Tile) -> Launch:
     """The kernel over a mask's own call, with the warps and stages of `tile`."""
-    some, free = Arguments(call), summary.predicate(call.spec).free
+    some, free = Arguments(call), summary.axes(call.spec)
     names = ("heads", "rows", "columns", "keep")
     batches, heads, *grains = states.shape
     by_row, by_column = "i" in free, "j" in free
@@ -50,6 +50,7 @@ def launch(call: Call, states: Tensor, tile: Tile) -> Launch:
         dict(states=states, captures=some.captures, sizes=some.encoded),
         {name.upper(): some.functions[name] for name in names}
         | dict(
+            SCORE=some.functions["score"] if summary.added(call.spec) is not None else None, SCALE=some.program.scale,
             BM=summary.GRAIN if by_row else 1, BN=summary.GRAIN if by_column else 1, BY_ROW=by_row, BY_COLUMN=by_column,
         ),
         tile,

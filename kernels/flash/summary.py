@@ -7,15 +7,22 @@ has this mask. `lists_kernel` makes from it, and from what the indices alone dec
 import triton
 import triton.language as tl
 
+import attnfx.kernels.flash.functions as f
+from attnfx.mask.addend import DROWNED
+
+LARGEST_DROWNED = tl.constexpr(DROWNED * 1.4426950408889634)
+
 
 @triton.jit
 def summary_kernel(
     states, captures, sizes, BM: tl.constexpr, BN: tl.constexpr, BY_ROW: tl.constexpr, BY_COLUMN: tl.constexpr,
-    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, SCORE: tl.constexpr,
+    SCALE: tl.constexpr,
 ):  # fmt: skip
     """Grid (grains of rows * grains of keys, H or 1, B or 1). states (B or 1, H or 1, grains of rows, of keys) of
-    uint8: 1 where some score of a grain is live, plus 2 where some is dead. BM or BN is 1, and there is one grain,
-    where the mask does not depend on the row or the key."""
+    uint8: 1 where some score of a grain is live, plus 2 where KEEP is false for some, plus 4 where each row has a live
+    one. BM or BN is 1, and there is one grain, where the mask does not depend on the row or the key. SCORE of a dot of
+    zero is the addend, in units of log 2 with SCALE; None where there is none, as KEEP."""
     size_t, size_s = 1, 1
     if BY_ROW:
         size_t = sizes[2] >> 1
@@ -28,41 +35,64 @@ def summary_kernel(
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     C = COLUMNS(captures, sizes, H, b, h, j)
-    keep = tl.broadcast_to(KEEP(captures, sizes, H, R, C, i, i, b, h, i, j), [BM, BN])
     exists = tl.broadcast_to((i < size_t) & (j < size_s), [BM, BN])
-    state = tl.where(exists, tl.where(keep, 1, 2), 0)
-    live = tl.max(tl.max(state & 1, 1), 0)
-    dead = tl.max(tl.max(state & 2, 1), 0)
+    keep = exists
+    if KEEP is not None:
+        keep = exists & KEEP(captures, sizes, H, R, C, i, i, b, h, i, j)
+    live = keep
+    if SCORE is not None:
+        zero = tl.zeros([BM, BN], tl.float32)
+        added = f.full(SCORE(captures, sizes, H, R, C, zero, zero, b, h, i, j), BM, BN) * SCALE
+        live = keep & ~(added <= LARGEST_DROWNED)  # a NaN is live
+    of_row = tl.max(tl.where(live, 1, 0), 1)
+    dead = tl.max(tl.max(tl.where(exists & ~keep, 2, 0), 1), 0)
+    beyond = tl.min(tl.where(exists, 0, 1), 1)
+    state = tl.max(of_row, 0) | dead | tl.min(of_row | beyond, 0) * 4
     row = (b.to(tl.int64) * tl.num_programs(1) + h) * tl.num_programs(0) + place
-    tl.store(states + row, (live | dead).to(tl.uint8))
+    tl.store(states + row, state.to(tl.uint8))
 
 
 @triton.jit
 def lists_kernel(
-    states, fixed, ends, order, sizes, OWN: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, TILES: tl.constexpr,
+    states, fixed, span, ends, order, sizes,
+    OWN: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, TILES: tl.constexpr, SURE: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, H or 1, B or 1) of the kernel's own index, each OWN long; it walks along the other in steps of
-    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them.
+    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them; of one block it may be None, and
+    `span` has the four numbers n as 2 n + 1.
 
     ends (B or 1, H or 1, blocks, 4) becomes [0, 0, full, live], and order (B or 1, H or 1, blocks, tiles) the first
     index of `full` tiles without a dead score, then of the others up to `live` in all. Where order is None, ends
     becomes [first, first, first, last], which holds every live tile. TILES is a power of two, no less than tiles.
-    sizes = (grains along the kernel's own index, along the walk, the distances between either's, tiles)."""
+    With SURE, every tile counts as live unless it is certain that each row of the block has a live key.
+    sizes = (grains along the kernel's own index, along the walk, the distances between either's, tiles, the length of
+    the walk)."""
     own, walked = sizes[0] >> 1, sizes[1] >> 1
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = b.to(tl.int64) * tl.num_programs(1) + h
     row = head * tl.num_programs(0) + block
     at = tl.arange(0, TILES) * STEP
-    state = tl.zeros([TILES], tl.int32)
+    if fixed is None:
+        start, full_start, full_end, end = span[0] >> 1, span[1] >> 1, span[2] >> 1, span[3] >> 1
+    else:
+        start, end = tl.load(fixed + 4 * block), tl.load(fixed + 4 * block + 3)
+        full_start, full_end = tl.load(fixed + 4 * block + 1), tl.load(fixed + 4 * block + 2)
+    grain = at // GRAIN * GRAIN
+    certain = (grain >= full_start) & (grain + (STEP if STEP > GRAIN else GRAIN) <= full_end)
+    state, doubt = tl.zeros([TILES], tl.int32), own * 0
     for n in tl.static_range((OWN + GRAIN - 1) // GRAIN):
         # an index beyond the last grain is of a block that ends there, or of the one grain that all share
         mine = tl.minimum(block * OWN // GRAIN + n, own - 1) * (sizes[2] >> 1)
+        some = tl.zeros([TILES], tl.int32)
         for m in tl.static_range((STEP + GRAIN - 1) // GRAIN):
             theirs = tl.minimum(at // GRAIN + m, walked - 1) * (sizes[3] >> 1)
-            state |= tl.load(states + head * own * walked + mine + theirs).to(tl.int32)
-    start, end = tl.load(fixed + 4 * block), tl.load(fixed + 4 * block + 3)
-    full_start, full_end = tl.load(fixed + 4 * block + 1), tl.load(fixed + 4 * block + 2)
+            some |= tl.load(states + head * own * walked + mine + theirs).to(tl.int32)
+        state |= some
+        if SURE:
+            doubt |= 4 - tl.max(tl.where(certain, some & 4, 0), 0)
     live = ((state & 1) != 0) & (at >= start) & (at < end)
+    if SURE:
+        live = tl.where(doubt > 0, at < (sizes[5] >> 1), live)
     if order is None:
         first, last = tl.min(tl.where(live, at, 2147483647), 0), tl.max(tl.where(live, at + STEP, 0), 0)
         tl.store(ends + 4 * row, first)

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfx.cost import Question, gpu, instructions
+from attnfx.cost import Question, gpu, instructions, summaries
 from attnfx.cost.kernels import other, work
 from attnfx.cost.program import operations
 from attnfx.cost.throughput import Step, cycles, occupancy
@@ -111,8 +111,8 @@ def test_training_bytes_are_those_that_both_passes_allocate(spec):
 @pytest.mark.parametrize("axes", [(B, J), (B, I, J), (I, J)], ids=["padding", "any", "any, for all"])
 @pytest.mark.parametrize("training", [False, True])
 def test_bytes_with_a_summary_are_those_of_it_and_of_the_lists_of_tiles(axes, training):
-    question = ask(tensor_mask(*axes), T=3000, S=2500, training=training)
-    found = summary.worth(question.spec, question.dims, passes=3 if training else 1)
+    question = ask(tensor_mask(*axes), T=3000, S=2500, B=4, training=training)
+    found = gpu.summary(question, H100, "flash")
     call = on_meta(question)
     states = torch.empty(summary.shape(found.spec, call.sizes), dtype=torch.uint8, device="meta")
     call = replace(call, summary=states)
@@ -224,17 +224,77 @@ def test_a_summary_is_part_of_the_time_and_little_beside_the_kernels(monkeypatch
         return [c.predicted_ms for c in candidates(ask(tensor_mask(B, I, J), training=training, **shape), device)
                 if c.tier == "flash"]  # fmt: skip
 
-    shapes = dict(T=2048), dict(T=4096), dict(T=256, B=64)
+    shapes = dict(T=4096, H=16), dict(T=8192), dict(T=256)
     made = [flash(**shape) for shape in shapes]
-    monkeypatch.setattr(summary, "worth", lambda *_, **__: None)
+    monkeypatch.setattr(summaries, "pays", lambda *_: False)
     without = [flash(**shape) for shape in shapes]
     for more, less, shape in zip(made, without, shapes):
         added = [x - y for x, y in zip(more, less)]
-        if shape["T"] < summary.SHORTEST:
+        if shape["T"] == 256:
             assert not any(added)
         else:  # its launch and that of the lists, and every element of the mask once
             least = max(2 * device.launch / 1e3, 2 * shape["T"] ** 2 / device.bandwidth / 1e6)
-            assert all(least < x < y / 4 for x, y in zip(added, less))
+            assert all(least < x <= summaries.EMPTY * min(less) for x in added)
+
+
+ADDED = AttentionSpec(
+    score=A.add(SCORE, A.load(0, (B, A.const(0), I, J), "f")), out_dtype="bfloat16", captures=(Capture("f", 4),)
+)
+
+
+@pytest.mark.parametrize(
+    "spec, shape, training, pays",
+    [
+        (tensor_mask(B, J), dict(T=8192, B=1, H=1), False, True),
+        (tensor_mask(B, J), dict(T=1024, B=1, H=1), False, False),  # its launches take too long
+        (tensor_mask(B, I, J), dict(T=4096, B=1, H=16), False, True),
+        (tensor_mask(B, I, J), dict(T=4096, B=1, H=1), False, False),  # as many elements as scores
+        (tensor_mask(B, H, I, J), dict(T=4096), False, False),
+        (ADDED, dict(T=4096, B=1, H=32), False, True),
+        (ADDED, dict(T=4096, B=1, H=32), True, True),
+        (ADDED, dict(T=256, B=1, H=32), False, False),
+        (CAUSAL, dict(T=8192), False, False),
+        (ALIBI, dict(T=8192), False, False),
+    ],
+)  # fmt: skip
+def test_a_mask_is_summarised_where_that_takes_little_of_the_kernels_time(spec, shape, training, pays):
+    question = ask(spec, **shape, D=128, training=training)
+    found = gpu.summary(question, H100, "flash")
+    assert (found is not None) == pays
+    if pays:
+        cost = summaries.milliseconds(found, question.dims, H100, kernels=3 if training else 1)
+        flash = [c.predicted_ms for c in candidates(question) if c.tier == "flash"]
+        assert 0 < cost <= summaries.EMPTY * (min(flash) - cost)
+
+
+@pytest.mark.parametrize(
+    "shape, pays",
+    [
+        (dict(S=131072, B=4, H=32, G=8), True),
+        (dict(S=4096, B=1, H=32, G=8), False),  # a pass over so few keys takes no longer than two launches
+    ],
+)
+def test_a_cache_with_a_mask_is_summarised_where_its_keys_take_long_to_read(shape, pays):
+    spec = AttentionSpec(score=A.add(SCORE, A.load(0, (B, J), "f")), captures=(Capture("f", 2),))
+    question = ask(spec, T=1, D=128, **shape)
+    assert (gpu.summary(question, H100, "decode") is not None) == pays
+
+
+def test_a_summary_by_head_serves_no_heads_that_share_keys():
+    spec = AttentionSpec(score=A.add(SCORE, A.load(0, (H, J), "f")), captures=(Capture("f", 2),))
+    for groups in (8, 32):
+        question = ask(spec, T=1, D=128, S=262144, B=4, H=32, G=groups)
+        assert (gpu.summary(question, H100, "decode") is not None) == (groups == 32)
+
+
+def test_decoding_reads_the_keys_of_a_window_alone():
+    seen = A.lt(A.sub(A.const(65535), J), A.const(4096))
+    window = AttentionSpec(score=A.where(seen, SCORE, A.const(float("-inf"))), out_dtype="bfloat16")
+    question = ask(window, T=1, S=65536, D=128, H=32, G=8, B=4)
+    short = ask(T=1, S=4096, D=128, H=32, G=8, B=4)
+    for x, y in zip(candidates(question), candidates(short)):
+        if x.tier == "decode":
+            assert x.splits == y.splits and x.predicted_ms == pytest.approx(y.predicted_ms, rel=0.1)
 
 
 def test_with_dropout_the_kernels_choose_their_tile():

@@ -72,26 +72,34 @@ def launches(capability, head_dim):
 
 def summarised(capability):
     """A mask m[b, i, j] and its summary: the pass itself, the lists of tiles, and the kernels that walk over them."""
-    spec = AttentionSpec(
-        score=A.where(A.load(0, [B, I, J], "b"), A.mul(A.const(0.125), A.DOT), A.const(-3e38)), out_dtype="bfloat16",
-        captures=(Capture("b", 3),),
-    )  # fmt: skip
-    x, mask = (torch.empty(2, 8, 2048, 64, dtype=torch.bfloat16, device="meta"),
-               torch.empty(2, 2048, 2048, dtype=torch.bool, device="meta"))  # fmt: skip
-    found = summary.of(spec)
-    over = summarise.call_of([mask], (2, 8, 2048, 2048), found.spec)
-    states = torch.empty(summary.shape(found.spec, over.sizes), dtype=torch.uint8, device="meta")
-    call = Call(spec, x, x, x, (mask,), summary=states)
-    logsumexp = torch.empty(x.shape[:3], device="meta")
-    forward = launch.forward_launch(
-        call, x, logsumexp, tiles.pick(tiles.forward_table(spec), capability, 64), capability
-    )
-    back = Backward(call, x, x, logsumexp, tiles.pick(tiles.backward_table(spec), capability, 64), capability)
-    yield "summary", summarise.launch(over, states, tiles.Tile(0, 0, 4, 1))
-    yield "lists", forward.before[0]
-    yield "forward summarised", forward
-    yield "backward keys summarised", back.keys_launch(x, x)
-    yield "backward rows summarised", back.rows_launch(x)
+    scaled = A.mul(A.const(0.125), A.DOT)
+    for name, dtype, load in (("kept", torch.bool, "b"), ("added", torch.bfloat16, "f")):
+        held = A.load(0, [B, I, J], load)
+        score = A.where(held, scaled, A.const(-3e38)) if load == "b" else A.add(scaled, held)
+        spec = AttentionSpec(score=score, out_dtype="bfloat16", captures=(Capture(load, 3),))
+        for queries in (2048, 1):
+            key = torch.empty(2, 8, 2048, 64, dtype=torch.bfloat16, device="meta")
+            mask = torch.empty(2, queries, 2048, dtype=dtype, device="meta")
+            found, x = summary.of(spec), key[:, :, :queries]
+            over = summarise.call_of([mask], (2, 8, queries, 2048), found.spec)
+            states = torch.empty(summary.shape(found.spec, over.sizes), dtype=torch.uint8, device="meta")
+            call = Call(spec, x, key, key, (mask,), summary=states)
+            logsumexp = torch.empty(x.shape[:3], device="meta")
+            if queries == 1:
+                tile = tiles.pick(tiles.DECODE, capability, 64)
+                decoded = split.launches(call, x, logsumexp, tile, 132, capability)[0]
+                yield f"decode {name}", decoded
+                yield f"lists for decode {name}", decoded.before[0]
+                continue
+            tile = tiles.pick(tiles.forward_table(spec), capability, 64)
+            forward = launch.forward_launch(call, x, logsumexp, tile, capability)
+            pair = tiles.pick(tiles.backward_table(spec), capability, 64)
+            back = Backward(call, x, x, logsumexp, pair, capability)
+            yield f"summary {name}", summarise.launch(over, states, tiles.Tile(0, 0, 4, 1))
+            yield f"lists {name}", forward.before[0]
+            yield f"forward {name}", forward
+            yield f"backward keys {name}", back.keys_launch(key, key)
+            yield f"backward rows {name}", back.rows_launch(x)
 
 
 def biased(capability):

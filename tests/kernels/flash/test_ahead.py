@@ -48,12 +48,13 @@ def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(c
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_that_read_a_value_for_each_score_compile_and_do_not_spill(capability):
     found = {row["name"]: row for row in compiled(str(capability), "0")}
-    assert set(found) >= {"summary", "lists"} and len(found) == 8
+    assert len(found) == 17
     for name, row in found.items():
         assert row["shared"] <= SHARED[capability], row
-        if name.endswith(("summarised", "biased")):
-            allowed = 2 if (name, capability) == ("forward summarised", 90) else 0
-            assert row["matrix"] and row["loops"] >= 2 and row["spills"] <= allowed, row
+        if name.startswith(("forward", "backward", "decode")):
+            allowed = 2 if (name, capability) == ("forward kept", 90) else 0
+            assert row["matrix"] and row["loops"] >= (1 if name.startswith("decode") else 2), row
+            assert row["spills"] <= allowed, row
 
 
 def test_kernels_compile_for_an_amd_gpu():

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attnfx import deciding
+from attnfx.cost import summaries
 from attnfx.ir import algebra as A
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
@@ -139,7 +140,8 @@ def test_a_grain_is_live_or_dead_as_its_scores_are():
         for n in range(3):
             for m in range(4):
                 grain = holes[b, 16 * n : 16 * n + 16, 16 * m : 16 * m + 16]
-                assert states[b, 0, n, m] == summary.LIVE * grain.any() + summary.DEAD * (~grain).any()
+                state = summary.LIVE * grain.any() + summary.DEAD * (~grain).any() + summary.EVERY * grain.any(1).all()
+                assert states[b, 0, n, m] == state
 
 
 def test_what_is_empty_is_not_visited():
@@ -189,13 +191,14 @@ def passes(monkeypatch):
     """How often a mask is summarised, in graphs for which flash is chosen."""
     seen, original = [], tier.summarise
     monkeypatch.setattr(tier, "summarise", lambda *some: seen.append(1) or original(*some))
-    monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))
+    monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
+    monkeypatch.setattr(summaries, "pays", lambda *_: True)
     monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
     return seen
 
 
-def compiled(fn, **how):
-    options = {"rewrite": "always", "tiers": ["flash"], "inner": "aot_eager"}
+def compiled(fn, tier="flash", **how):
+    options = {"rewrite": "always", "tiers": [tier], "inner": "aot_eager"}
     return torch.compile(fn, backend="attnfx", options=options, **how)
 
 
