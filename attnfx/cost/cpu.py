@@ -13,7 +13,7 @@ from functools import lru_cache
 from attnfx.cost.question import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
-from attnfx.mask import key_ranges
+from attnfx.mask import visited
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
@@ -198,10 +198,8 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0
-    step = KEYS if fused and mask.causal else 1
-    ranges = key_ranges(spec, dims, BLOCK)
-    total = sum((r.i1 - r.i0) * min(-(-(r.j1 - r.j0) // step) * step, dims["S"]) for r in ranges)
-    return total / max(dims["T"] * dims["S"], 1)
+    found = visited(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
+    return found.scores / max(dims["T"] * dims["S"], 1)
 
 
 __all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]
