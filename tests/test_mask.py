@@ -191,6 +191,10 @@ stepped = st.builds(
     lambda a, b, c: A.le(A.floordiv(J, n(a)), A.add(A.floordiv(I, n(b)), n(c))),
     st.integers(1, 40), st.integers(1, 40), st.integers(-3, 3),
 )  # fmt: skip
+slanted = st.builds(
+    lambda a, b, c, d: A.le(A.floordiv(A.add(J, A.mul(n(a), I)), n(b)), A.add(A.mul(n(d), A.floordiv(I, n(c))), n(d))),
+    st.integers(-3, 3), st.integers(2, 9), st.integers(2, 9), st.integers(-2, 2),
+)  # fmt: skip
 of_intervals = st.one_of(
     st.sampled_from([CAUSAL, ALIGNED, A.lt(J, I)]),
     st.integers(1, 80).map(window),
@@ -202,6 +206,7 @@ of_intervals = st.one_of(
     st.integers(2, 70).map(lambda v: A.le(J, A.add(A.mod(I, n(v)), n(9)))),
     steep,
     stepped,
+    slanted,
 )
 longer = st.builds(lambda t, s: {"B": 1, "H": 1, "T": t, "S": s}, st.integers(1, 140), st.integers(1, 140))
 

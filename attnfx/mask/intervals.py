@@ -20,7 +20,7 @@ from attnfx.ir.interpret import evaluate
 from attnfx.mask.polyhedron import Formula
 
 TERMS = 8  # intervals of a row; beyond, a mask counts as none
-FACTOR, CONSTANT = 1 << 20, 1 << 40  # of a comparison: sums of their products with sizes fill 63 bits
+FACTOR, CONSTANT = 1 << 15, 1 << 40  # of a comparison; larger ones might not fit into 63 bits with sizes of 31
 MANY = 1 << 62
 
 Number = np.ndarray | int
@@ -156,6 +156,8 @@ class _Rows:
             found = [self.term(0, self.keys)]
             for part in parts:
                 found = [x.both(y) for x in found for y in part]
+                if len(found) > TERMS:
+                    break
         return found if len(found) <= TERMS else self.all_keys()
 
     def all_keys(self) -> list[_Term]:
@@ -187,6 +189,8 @@ class _Rows:
             inner, by = at.args[0], int(at.args[1].value)  # type: ignore[call-overload]
             if by > FACTOR or any(a.op == "floordiv" and "j" in a.free for atoms in poly.of(inner) for a in atoms):
                 raise _Apart
+            if not isinstance(rest, int) and "i" in inner.free:
+                self.monotone = False  # a bound may rise by one part and fall by the other
             return self.within(
                 inner, None if least is None else least * by, None if most is None else most * by + by - 1
             )
