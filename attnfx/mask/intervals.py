@@ -71,7 +71,7 @@ def _unions(terms: list[_Term], keys: int, found: _Rows) -> tuple[np.ndarray, np
         low[n], high[n], least[n], most[n] = x.low, x.high, x.least, x.most
     empty = least >= most
     if rows.shape[0] == 1:
-        proven = np.True_
+        proven = np.ones(rows.shape[1], bool)
     else:
         proven = np.broadcast_to(found.monotone, rows.shape[1])
         meet = found.gentle or low.max(1) <= high.min(1)
@@ -198,13 +198,14 @@ class _Rows:
 
     def split(self, e: Expr) -> tuple[int, Expr | None, Number]:
         """(factor, at, rest) with e = factor * at + rest, where `at` is j, a quotient of it, or None."""
-        factor, at, rest, signs = 0, None, 0, set()
+        factor, at, signs = 0, None, set()
+        rest: Number = 0
         for atoms, c in poly.of(e).items():
             free = frozenset().union(*(a.free for a in atoms))
             if free & {"b", "h"} or abs(c) > (FACTOR if atoms else CONSTANT):
                 raise _Apart
             if "j" not in free:
-                rest = rest + c * math.prod(evaluate(a, self.env) for a in atoms)  # type: ignore[arg-type,operator]
+                rest = rest + c * math.prod(evaluate(a, self.env) for a in atoms)  # type: ignore[assignment,arg-type,operator]
                 signs |= {_slope(a, self.step) * (1 if c > 0 else -1) for a in atoms if "i" in a.free}
                 self.gentle &= "i" not in free or (abs(c) == 1 and atoms[0].op == "var")
             elif at is None and len(atoms) == 1 and atoms[0].op in ("var", "floordiv"):
