@@ -1,34 +1,105 @@
-"""How long a choice takes: one site's decision for a GPU, of this thread's own CPU time.
+"""How long a choice takes: one site's decision, of this thread's own CPU time.
 
     python benchmarks/choice.py [--out benchmarks/results/choice.json]
 
-`first` is the first decision for a spec and its sizes, in which the mask's tiles are counted; `again` any later one, as
-for the other layers of a model. Nothing is compiled in either.
+`first` is the first decision for a spec and its sizes: the median over specs that differ in their constants. `again`
+is any later one, as for the other layers of a model. `mask` is the analysis of the mask that the rewrite makes before,
+once for a spec and its sizes, beside its words for the report, which are not counted. Nor is what is done once for a
+process: the tables are read. Nothing is compiled. Each device and mask has a process of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import statistics
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.mask import describe, prepare
 from attnfx.options import Options
-from attnfx.spec import AttentionSpec, I, J
+from attnfx.spec import AttentionSpec, H, I, J
 from attnfx.targets import Target
 
 OUT = Path(__file__).parent / "results" / "choice.json"
-SCORE = A.mul(A.const(0.125), A.DOT)
+SPECS = 7
+LENGTHS = (2048, 16384, 131072)
+DEVICES = ("h100-sxm", "a100-80gb", "rtx4090", "cpu")
 CAUSAL = A.ge(I, J)
-MASKS = {"plain": None, "causal": CAUSAL, "window": A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(1024)))}
 
 
-def milliseconds(ask: Question, target: Target) -> float:
+def within(reach: int) -> Expr:
+    return A.lt(A.sub(I, J), A.const(reach))
+
+
+def image(width: int) -> Expr:
+    rows, columns = (A.sub(f(I, A.const(width)), f(J, A.const(width))) for f in (A.floordiv, A.mod))
+    return A.and_(*(A.le(A.unary("abs", gap), A.const(4)) for gap in (rows, columns)))
+
+
+# n differs from spec to spec; the masks of the last three are not made of intervals of keys
+MASKS = {
+    "plain": lambda n: None,
+    "causal": lambda n: CAUSAL,
+    "window": lambda n: A.and_(CAUSAL, within(1000 + n)),
+    "sinks": lambda n: A.and_(CAUSAL, A.or_(within(1000 + n), A.lt(J, A.const(4)))),
+    "prefix": lambda n: A.or_(CAUSAL, A.lt(J, A.const(100 + n))),
+    "blocks": lambda n: A.eq(A.floordiv(I, A.const(64 + n)), A.floordiv(J, A.const(64 + n))),
+    "dilated": lambda n: A.and_(CAUSAL, A.eq(A.mod(A.sub(I, J), A.const(3 + n)), A.ZERO)),
+    "by head": lambda n: A.and_(CAUSAL, A.or_(within(1000 + n), A.lt(H, A.const(4)))),
+    "image": lambda n: image(48 + n),
+}
+
+
+def question(mask: str, n: int, device: str, length: int, training: bool) -> Question:
+    keep, score = MASKS[mask](n), A.mul(A.const(0.125 + n / 1024), A.DOT)
+    if keep is not None:
+        score = A.where(keep, score, A.const(float("-inf")))
+    dims = dict(B=1, H=32, G=8, T=length, S=length, D=128, Dv=128)
+    if device == "cpu":
+        refused, dtype, kind = dict.fromkeys(("flash", "decode"), "it runs on a GPU"), "float32", "cpu"
+    else:
+        refused, dtype, kind = {"library": "it runs on the CPU"}, "bfloat16", "cuda"
+    return Question(AttentionSpec(score=score), dims, dtype, kind, training=training, refused=refused)
+
+
+def milliseconds(run: Callable[[], object]) -> float:
     start = time.thread_time()
-    decide(ask, Options(), device=target)
+    run()
     return (time.thread_time() - start) * 1e3
+
+
+def measure(device: str, mask: str) -> list[dict[str, object]]:
+    target = None if device == "cpu" else Target.by_name(device)
+    rows, number = [], 0
+    for training in (False, True):  # the tables
+        decide(question(mask, 99, device, 512, training), Options(), device=target)
+    for length in LENGTHS:
+        for training in (False, True):
+            masks, first, again = [], [], []
+            for _ in range(SPECS):
+                number += 1
+                ask = question(mask, number, device, length + 128 * number, training)
+                describe(ask.spec, ask.dims)
+                masks.append(milliseconds(lambda ask=ask: prepare(ask.spec, ask.dims)))
+                choose = partial(decide, ask, Options(), device=target)
+                first.append(milliseconds(choose))
+                again += [milliseconds(choose) for _ in range(5)]
+            found = {
+                "mask": statistics.median(masks),
+                "first": statistics.median(first),
+                "first_worst": max(first),
+                "again": min(again),
+            }
+            rows.append(dict(target=device, of=mask, length=length, training=training)
+                        | {name: round(ms, 3) for name, ms in found.items()})  # fmt: skip
+    return rows
 
 
 def main() -> None:
@@ -36,21 +107,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT)
     options = parser.parse_args()
     rows = []
-    for device in ("h100-sxm", "a100-80gb", "rtx4090"):
-        target = Target.by_name(device)
-        for name, keep in MASKS.items():
-            score = SCORE if keep is None else A.where(keep, SCORE, A.const(float("-inf")))
-            for length in (2048, 16384):
-                for training in (False, True):
-                    dims = dict(B=1, H=32, G=8, T=length, S=length, D=128, Dv=128)
-                    spec, refused = AttentionSpec(score=score), {"library": "it runs on the CPU"}
-                    ask = Question(spec, dims, "bfloat16", "cuda", training=training, refused=refused)
-                    first = milliseconds(ask, target)
-                    again = min(milliseconds(ask, target) for _ in range(50))
-                    rows.append(dict(target=device, mask=name, length=length, training=training, first=round(first, 3),
-                                     again=round(again, 3)))  # fmt: skip
-                    print(f"{device:10} {name:7} {length:6} {'training' if training else 'forward':8} "
-                          f"first {first:8.3f} ms, again {again:6.3f} ms", flush=True)  # fmt: skip
+    with multiprocessing.get_context("fork").Pool(1, maxtasksperchild=1) as pool:
+        for found in pool.starmap(measure, [(d, m) for d in DEVICES for m in MASKS], chunksize=1):
+            rows += found
+    for row in rows:
+        print("{target:10} {of:8} {length:6} {way:8} mask {mask:6.3f}, first {first:6.3f} (worst {first_worst:6.3f}), "
+              "again {again:6.3f} ms".format(way="training" if row["training"] else "forward", **row))  # fmt: skip
     options.out.write_text(json.dumps({"unit": "ms of one thread's own time", "rows": rows}, indent=1) + "\n")
 
 

@@ -5,7 +5,9 @@ results/grid.json has per point the shape, the spec that was found, and `times`:
 `inductor_fused` says that Inductor's own patterns knew the function. Operands are laid out as in models: (B, T, H * D),
 split into heads and transposed inside the function. A point is measured in one process, the contenders in turn. With
 --threads 1, as for the table that the rule is fitted to, the clock is the thread's own time, which other programs on
-the machine do not touch. --fit fits the rule's numbers to the file and says what the choice by them costs.
+the machine touch little. --fit fits the rule's numbers to the file and says what the choice by them costs.
+
+results/grid_held_out.json (--held-out) has points of shapes that the grid does not have; nothing is fitted to it.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
+HELD_OUT_FILE = HERE / "results" / "grid_held_out.json"
 TIERS = ("library", "chunked")
 
 
@@ -102,6 +105,50 @@ def points() -> Iterator[Point]:
     for program in ("plain_upcast", "padding_upcast"):
         for t, s in ((1, 1024), (1, 4096), (32, 2048)):  # few queries against a cache
             yield Point(program, 1, 12, 12, t, s, 64, "float32", False)
+
+
+# Points that no number was fitted to, of shapes that the grid does not have: B, H, G, T, S, D.
+HELD_OUT = {
+    ("float32", False): {
+        "plain": ((2, 4, 4, 700, 700, 96),),
+        "plain_upcast": ((4, 12, 12, 197, 197, 48), (2, 8, 8, 64, 1500, 64), (8, 16, 16, 1, 777, 64)),
+        "causal": ((2, 4, 4, 800, 800, 80), (1, 8, 8, 96, 96, 160)),
+        "window": ((1, 8, 8, 1500, 1500, 64), (4, 6, 6, 200, 200, 32)),
+        "padding": ((8, 6, 6, 77, 77, 64), (2, 8, 8, 400, 400, 96)),
+        "padding_upcast": (
+            (2, 8, 8, 16, 1500, 64),
+            (4, 8, 8, 8, 512, 96),
+            (16, 12, 12, 32, 32, 32),
+            (1, 16, 16, 640, 640, 40),
+        ),
+        "alibi": ((2, 8, 8, 384, 384, 80),),
+        "relative": ((2, 6, 6, 200, 200, 32),),
+        "masked": ((1, 8, 8, 700, 700, 128),),
+        "softcap": ((1, 8, 8, 640, 640, 96),),
+        "grouped": ((1, 16, 4, 900, 900, 128),),
+    },
+    ("bfloat16", False): {
+        "plain_upcast": ((2, 8, 8, 400, 400, 64),),
+        "padding_upcast": ((2, 12, 12, 200, 200, 64),),
+        "causal": ((1, 8, 8, 1200, 1200, 96),),
+    },
+    ("float32", True): {
+        "plain_upcast": ((4, 8, 8, 197, 197, 64), (2, 8, 8, 100, 400, 64)),
+        "causal": ((2, 6, 6, 300, 300, 80), (1, 4, 4, 1500, 1500, 64)),
+        "dropout": ((2, 8, 8, 200, 200, 64), (1, 6, 6, 700, 700, 32)),
+        "padding_upcast": ((4, 8, 8, 160, 160, 64),),
+        "window": ((1, 8, 8, 900, 900, 64),),
+        "softcap": ((1, 6, 6, 300, 300, 64),),
+        "grouped": ((1, 8, 2, 600, 600, 64),),
+    },
+    ("bfloat16", True): {"causal": ((1, 8, 8, 600, 600, 64),)},
+}
+
+
+def held_out() -> Iterator[Point]:
+    for (dtype, train), programs in HELD_OUT.items():
+        for program, shapes in programs.items():
+            yield from (Point(program, *shape, dtype, train) for shape in shapes)
 
 
 def measure(point: Point, threads: int) -> dict[str, object]:
@@ -280,6 +327,8 @@ def report_fit(points: list[dict[str, Any]]) -> None:
         say(f"regret out of sample, half {number}", rest)
     use(points)
     say("regret by the rates below", points)
+    if HELD_OUT_FILE.exists():
+        say("the same, held out", json.loads(HELD_OUT_FILE.read_text())["points"])
     for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
         print(f"{name} = {{")
         for way, rates in table.items():
@@ -302,7 +351,8 @@ def main() -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--out", type=Path, default=HERE / "results" / "grid.json")
+    parser.add_argument("--out", type=Path, help="default: results/grid.json, or grid_held_out.json beside it")
+    parser.add_argument("--held-out", action="store_true", help="the points that nothing is fitted to")
     parser.add_argument("--program", action="append", help="only this one (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument("--fit", action="store_true", help="measure nothing: fit the cost rule to the file")
@@ -311,12 +361,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.work:
         return work(options.threads)
+    options.out = options.out or (HELD_OUT_FILE if options.held_out else HERE / "results" / "grid.json")
     if options.fit:
         return report_fit(json.loads(options.out.read_text())["points"])
     done: dict[str, dict[str, object]] = {}
     if options.out.exists() and not options.fresh:
         done = {key_of(got): got for got in json.loads(options.out.read_text())["points"]}
-    missing = [p for p in points() if key_of(asdict(p)) not in done]
+    missing = [p for p in (held_out() if options.held_out else points()) if key_of(asdict(p)) not in done]
     missing = [p for p in missing if p.program in (options.program or [p.program])]
     record: dict[str, object] = {"what": __doc__, "machine": machine(), "threads": options.threads}
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONWARNINGS": "ignore"}

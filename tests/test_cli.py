@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,15 @@ def test_targets_are_listed_and_shown_with_their_sources():
     assert shown["name"] == "h100-sxm" and shown["sources"]["bandwidth"]
     assert "GB/s" in attnfx("targets", "show", "h100-sxm")[0]
     assert "nearest is" in attnfx("targets", "show", "h1000", code=2)[1]
+
+
+def test_a_target_of_one_s_own_is_shown_or_refused_with_the_field_s_name(tmp_path):
+    mine = tmp_path / "mine.json"
+    record = dict(asdict(Target.by_name("a10")), name="mine")
+    mine.write_text(json.dumps(record))
+    assert json.loads(attnfx("targets", "show", str(mine), "--json")[0])["name"] == "mine"
+    mine.write_text(json.dumps(record | {"clock": 1695}))
+    assert "field 'clock' is 1695" in attnfx("targets", "show", str(mine), code=2)[1]
 
 
 def test_env_tells_versions_and_variables_and_no_path_but_the_cache_s(monkeypatch):

@@ -23,9 +23,13 @@ def grid():
     del sys.modules["grid"]
 
 
+def stored(name):
+    return json.loads((BENCHMARKS / "results" / name).read_text())["points"]
+
+
 @pytest.fixture(scope="module")
 def points():
-    return json.loads((BENCHMARKS / "results" / "grid.json").read_text())["points"]
+    return stored("grid.json")
 
 
 def test_the_grid_covers_what_the_rule_is_asked(points):
@@ -35,8 +39,16 @@ def test_the_grid_covers_what_the_rule_is_asked(points):
     assert min(p["T"] for p in points) == 1 and max(p["T"] for p in points) == 4096
 
 
-def test_the_chosen_is_near_the_best_and_never_much_slower_than_the_original(grid, points):
-    found = grid.regret(points)
+def test_every_point_of_the_grid_is_measured(grid, points):
+    of = {"grid.json": grid.points, "grid_held_out.json": grid.held_out}
+    for name, wanted in of.items():
+        assert {grid.key_of(p) for p in stored(name)} == {grid.key_of(vars(p)) for p in wanted()}, name
+    assert not {grid.key_of(p) for p in points} & {grid.key_of(p) for p in stored("grid_held_out.json")}
+
+
+@pytest.mark.parametrize("name", ["grid.json", "grid_held_out.json"])
+def test_the_chosen_is_near_the_best_and_never_much_slower_than_the_original(grid, name):
+    found = grid.regret(stored(name))
     assert found["mean"] <= 1.08 and found["p95"] <= 1.25
     assert found["over_original"] <= 1.05
 

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from attnfx.cli.loading import EXIT_CODES
 from attnfx.errors import OptionError
+from attnfx.options import Options
 from attnfx.targets import Target
 
 COLUMNS = {"kind": "kind", "capability": "capability", "bandwidth": "GB/s", "memory": "GiB", "multiprocessors": "SMs"}
@@ -41,11 +42,13 @@ def known(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def show(name: str, as_json: bool) -> None:
-    """Show every number of a device and where it is from. NAME is one of the list, or "detect": the device at hand."""
+    """Show every number of a device and where it is from. NAME is one of the list, the path of a JSON file, or
+    "detect": the device at hand."""
     try:
-        found = Target.detect() if name == "detect" else Target.by_name(name)
+        found = Options(target=name).target if name not in ("auto", "detect") else Target.detect()
     except OptionError as problem:
         raise click.UsageError(str(problem)) from None
+    assert isinstance(found, Target)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=1))
         return

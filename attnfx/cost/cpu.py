@@ -1,7 +1,7 @@
 """What a CPU takes for a site: for each way of computing it, a sum of what there is to do times what one of it takes.
 
 The rates are fitted to benchmarks/results/grid.json by `python benchmarks/grid.py --fit`, which prints this file's
-table (AMD EPYC with 32 MiB of shared cache, one thread's own time). Other processors differ in the rates, less in the
+tables (AMD EPYC with 32 MiB of shared cache, one thread's own time). Other processors differ in the rates, less in the
 ratios that decide; `attnfx bench --calibrate` corrects them.
 """
 
@@ -13,7 +13,7 @@ from functools import lru_cache
 from attnfx.cost.question import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
-from attnfx.mask import key_ranges
+from attnfx.mask import visited
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
@@ -23,52 +23,75 @@ class Rates:
     """Nanoseconds of one thread.
 
     call     of a call, and again where a score program must be evaluated in it
-    operand  of an element of query, key, value and output: copies and the first pass through memory
+    operand  of an element of query, key, value and output: the first pass through memory
+    copied   of one of them in a batch of more than one: batch and heads of a model's layout are no single axis then,
+             and batched products and Inductor's fused calls take copies; a single query is not multiplied in batches
     score    of a score that is computed, whatever the width
     width    of a score and unit of head width: the two contractions
     spilled  of a score that does not fit into the shared cache
     program  of a score and operation of the score program beyond a scaled product
     function of a score and function (tanh, exp, ...) of the score program
     draw     of a score that dropout decides on
-    half     of a score where operands have two bytes
+    narrow   the same as `width`, in its place, where operands have two bytes
     """
 
     call: float = 0.0
     operand: float = 0.0
+    copied: float = 0.0
     score: float = 0.0
     width: float = 0.0
     spilled: float = 0.0
     program: float = 0.0
     function: float = 0.0
     draw: float = 0.0
-    half: float = 0.0
+    narrow: float = 0.0
 
 
 # The original under Inductor, the same where Inductor's own patterns make it a fused call, and the tiers; forward, and
 # forward and backward together.
 FORWARD = {
-    # 40 points, mean error 8%
-    "inductor": Rates(operand=0.301, score=1.09, width=0.0382, spilled=1.96, program=0.485, function=1.89),
-    # 26 points, mean error 11%
-    "fused": Rates(call=16100, operand=0.26, score=0.992, width=0.0385, program=0.64),
-    # 63 points, mean error 10%
-    "library": Rates(call=248000, operand=0.483, score=0.878, width=0.041, program=1.22, half=0.41),
-    # 66 points, mean error 14%
-    "chunked": Rates(call=154000, operand=0.635, score=1.84, width=0.0567, program=0.748, function=1.82, half=0.54),
+    # 44 points, mean error 9%
+    "inductor": Rates(
+        operand=0.129, copied=0.239, score=1.73, width=0.0408, spilled=1.75, program=0.296, function=2.08, narrow=0.0231
+    ),
+    # 30 points, mean error 6%
+    "fused": Rates(call=20900, operand=0.48, copied=0.7, score=0.483, width=0.0414, program=1.74, narrow=0.0487),
+    # 71 points, mean error 8%
+    "library": Rates(call=224000, operand=0.576, copied=0.0904, score=0.735, width=0.0424, program=1.24, narrow=0.0483),
+    # 74 points, mean error 14%
+    "chunked": Rates(call=123000, operand=0.818, score=1.7, width=0.0576, program=0.743, function=1.87, narrow=0.0696),
     # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
     "sums": Rates(call=400000, score=2.5, width=0.02),
 }
 TRAINING = {
-    # 24 points, mean error 6%
+    # 29 points, mean error 5%
     "inductor": Rates(
-        call=174000, operand=2.05, score=2.9, width=0.163, spilled=5.01, program=0.175, function=2.68, draw=21.8
+        call=829000,
+        copied=1.57,
+        score=2.71,
+        width=0.178,
+        spilled=4.79,
+        program=0.248,
+        function=2.44,
+        draw=21.7,
+        narrow=0.0834,
     ),
-    # 5 points, mean error 1%
-    "fused": Rates(operand=2.27, score=2.84, width=0.144),
-    # 20 points, mean error 4%
-    "library": Rates(call=1.42e6, operand=1.72, score=1.8, width=0.17, program=1.11),
-    # 29 points, mean error 11%
-    "chunked": Rates(call=1.1e6, operand=1.4, score=6.55, width=0.249, program=0.305, function=7.11, draw=11.5),
+    # 7 points, mean error 3%
+    "fused": Rates(call=689000, score=2.43, width=0.164, program=0.518),
+    # 26 points, mean error 5%
+    "library": Rates(call=1.42e6, operand=2.05, score=1.37, width=0.171, program=1.21, narrow=0.148),
+    # 36 points, mean error 11%
+    "chunked": Rates(
+        call=1.24e6,
+        operand=0.47,
+        copied=0.132,
+        score=8.28,
+        width=0.243,
+        program=0.294,
+        function=6.24,
+        draw=10.6,
+        narrow=0.253,
+    ),
     # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
     "sums": Rates(call=1.2e6, score=7.8, width=0.062),
 }
@@ -78,8 +101,9 @@ SHARED_CACHE = 32 << 20  # bytes
 BLOCK = 256  # queries in a block, as kernels/library.py cuts them; kernels/chunked.py cuts some in two
 KEYS = 512  # that PyTorch's operator takes at a time: under its own causality it skips no less
 # Inductor's patterns know some spellings of a site and not others, and the spec does not tell which. Where a rewrite
-# would take more than this share of the fused call's time, the site counts as known; else as not known.
-ALIKE = 1.03
+# would take more than this share of the fused call's time, the site counts as known; else as not known. Plain sites are
+# alike in both, the same operator inside; what it saves there is less than what it may lose.
+ALIKE = 0.97
 
 
 def work(ask: Question, way: str) -> Rates:
@@ -87,6 +111,7 @@ def work(ask: Question, way: str) -> Rates:
     dims, scores = ask.dims, ask.scores
     width = (dims["D"] + dims["Dv"]) / 2
     operand = dims["B"] * (dims["H"] * dims["T"] + dims["G"] * dims["S"]) * (dims["D"] + dims["Dv"])
+    copied = operand if dims["B"] > 1 and dims["T"] > 1 else 0.0
     spilled, computed = 0.0, float(scores)
     operations = _operations(ask.spec.score)
     if way == "inductor":  # scores and weights are alive together
@@ -99,11 +124,12 @@ def work(ask: Question, way: str) -> Rates:
         operations = max(_mask(ask.spec).added, float(_mask(ask.spec).causal))
     functions = computed * sum(_on_scores(e) and e.op in FLOAT_UNARY for e in walk(ask.spec.score))
     draws = computed if ask.spec.random else 0.0
-    halves = computed if ask.element == 2 else 0.0
+    two_bytes = ask.element == 2
     calls = 2.0 if operations and way in ("library", "chunked") else 1.0
     return Rates(
-        call=calls, operand=operand, score=computed, width=computed * width, spilled=spilled,
-        program=computed * operations, function=functions, draw=draws, half=halves,
+        call=calls, operand=operand, copied=copied, score=computed,
+        width=0.0 if two_bytes else computed * width, spilled=spilled, program=computed * operations,
+        function=functions, draw=draws, narrow=computed * width * two_bytes,
     )  # fmt: skip
 
 
@@ -198,10 +224,8 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0
-    step = KEYS if fused and mask.causal else 1
-    ranges = key_ranges(spec, dims, BLOCK)
-    total = sum((r.i1 - r.i0) * min(-(-(r.j1 - r.j0) // step) * step, dims["S"]) for r in ranges)
-    return total / max(dims["T"] * dims["S"], 1)
+    found = visited(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
+    return found.scores / max(dims["T"] * dims["S"], 1)
 
 
 __all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]

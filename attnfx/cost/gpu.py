@@ -11,13 +11,13 @@ from functools import lru_cache
 
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, of_code, other, work
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, work
 from attnfx.cost.program import DROPOUT, Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
-from attnfx.mask import key_ranges, key_span, mask_of, rows_live
+from attnfx.mask import key_span, mask_of, rows_live, visited
 from attnfx.mask import summary as mask_summary
 from attnfx.mask.addend import LOST, addend
 from attnfx.mask.keep import kept
@@ -115,7 +115,7 @@ class _Site:
         dims, target = self.dims, self.target
         tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
         of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
-        running = min(self.heads, -(-target.multiprocessors // max(len(part.steps), 1)))
+        running = min(self.heads, -(-target.multiprocessors // max(part.blocks, 1)))
         again = 0.0 if running * of_head <= target.l2 else part.total * self.heads * tile
         return self.copied(self.operands + again * max(0.0, 1 - target.l2 / max(running * of_head, 1)))
 
@@ -221,7 +221,7 @@ class _Site:
         bytes_per_step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
         if turned:
             blocks = -(-self.dims["S"] // kernel.keys)
-            part = Work((-(-part.total // blocks),) * blocks, part.full)
+            part = even(blocks, -(-part.total // blocks), part.full)
             bytes_per_step = kernel.rows * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
         time = kernel.milliseconds(self.target, part, heads, bytes_per_step, repeat)
         return max(time, self.fetched(part, kernel.keys))
@@ -274,7 +274,7 @@ class _Site:
         out: dict[int, Candidate] = {}
         for waves in WAVES[:1] if single else WAVES:
             splits, chunk = splits_of(length, groups, keys, target.multiprocessors, waves)
-            part = Work((-(-chunk // keys),) * splits, 0.0 if self.masked or length % keys else 1.0)
+            part = even(splits, -(-chunk // keys), 0.0 if self.masked or length % keys else 1.0)
             step = keys * (dims["D"] + dims["Dv"]) * self.ask.element
             partial = groups * splits * rows * 4 * (padded(dims["Dv"]) + 2)
             busy = 0.0 if single else kernel.milliseconds(target, part, groups, step)
@@ -303,8 +303,7 @@ class _Site:
     def chunked(self) -> Candidate:
         """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
         ask, dims = self.ask, self.dims
-        ranges = key_ranges(ask.spec, dict(self.sizes), BLOCK_ROWS)
-        live = sum((r.i1 - r.i0) * (r.j1 - r.j0) for r in ranges) * self.heads
+        live = visited(ask.spec, dict(self.sizes), BLOCK_ROWS, 1).scores * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
         blocks = max(1, -(-live // BLOCK))
         time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)

@@ -26,7 +26,7 @@ from attnfx.cost.throughput import (
     warp_groups,
 )  # fmt: skip
 from attnfx.ir import algebra as A
-from attnfx.mask import key_ranges, tiles
+from attnfx.mask import visited
 from attnfx.mask.keep import kept
 from attnfx.spec import AttentionSpec
 from attnfx.targets import Target
@@ -39,30 +39,33 @@ L2_SHARE = 0.76  # the same of the last shared cache: 2155 of 2826 GB/s on a V10
 class Work(NamedTuple):
     """The tiles of one head.
 
-    steps   for each block of rows, the tiles that are visited
-    full    share of the visited tiles in which no score is masked and no bound tested
+    blocks             of rows
+    shortest, longest  tiles that one visits
+    total              tiles that all visit
+    full               share of them in which no score is masked and no bound tested
     """
 
-    steps: tuple[int, ...]
+    blocks: int
+    shortest: int
+    longest: int
+    total: int
     full: float
 
-    @property
-    def total(self) -> int:
-        return sum(self.steps)
+
+def even(blocks: int, each: int, full: float) -> Work:
+    """Blocks that all visit as many tiles."""
+    return Work(blocks, each, each, blocks * each, full)
 
 
 @lru_cache(maxsize=4096)
 def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
     """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes."""
     sizes = dict(dims)
-    queries, length = sizes["T"], sizes["S"]
-    blocks, columns = -(-queries // rows), -(-length // keys)
     if kept(spec) is A.TRUE:
-        return Work((columns,) * blocks, (length // keys) / max(columns, 1))
-    found = key_ranges(spec, sizes, rows)
-    steps = tuple(max(0, -(-r.j1 // keys) - r.j0 // keys) for r in found)
-    full = tiles(spec, sizes, rows, keys).full
-    return Work(steps, min(1.0, full / max(sum(steps), 1)))
+        columns = -(-sizes["S"] // keys)
+        return even(-(-sizes["T"] // rows), columns, (sizes["S"] // keys) / max(columns, 1))
+    found = visited(spec, sizes, rows, keys)
+    return Work(found.blocks, found.shortest, found.longest, found.total, min(1.0, found.full / max(found.total, 1)))
 
 
 @dataclass(frozen=True)
@@ -103,18 +106,17 @@ class Kernel:
 
     def milliseconds(self, target: Target, part: Work, heads: int, bytes_per_step: float, repeat: int = 1) -> float:
         """Of a launch with a program for each block of rows and head; a program walks its tiles `repeat` times."""
-        steps = [n * repeat for n in part.steps]
-        mean = sum(steps) / max(len(steps), 1)
-        if not steps or not self.resident:
-            return float("inf") if steps else 0.0
+        if not part.blocks or not self.resident:
+            return float("inf") if part.blocks else 0.0
+        mean = part.total * repeat / part.blocks
         # a launch too small to fill the multiprocessors leaves each program more of its own
-        held = max(1, min(self.resident, -(-len(steps) * heads // target.multiprocessors)))
+        held = max(1, min(self.resident, -(-part.blocks * heads // target.multiprocessors)))
         shared = max(1, self.streams * held // self.resident)
         alone = max(1, self.streams // self.resident)
         cost = self.program(target, part, mean, shared, bytes_per_step)
         slower = self.program(target, part, mean, alone, bytes_per_step) / cost if cost else 1.0
-        each = [cost * n / mean if mean else self.around for n in steps]
-        return on_all(target, each, heads, slower, self.longest_first)
+        shortest, longest = (n * repeat / mean if mean else 1.0 for n in (part.shortest, part.longest))
+        return on_all(target, part.blocks * heads, cost, shortest * cost, longest * cost, slower, self.longest_first)
 
 
 def of_code(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:

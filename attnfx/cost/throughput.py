@@ -13,7 +13,6 @@ them explicitly, as FlashAttention-3 does (Shah et al. 2024, section 3.1), which
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -91,19 +90,20 @@ def cycles(step: Step, streams: int, delay: float = 0.0) -> float:
     return total
 
 
-def on_all(target: Target, programs: Sequence[float], heads: int, alone: float, longest_first: bool) -> float:
-    """Milliseconds of a launch whose programs, for each head, take these cycles of a multiprocessor at full occupancy.
+def on_all(
+    target: Target, programs: int, mean: float, shortest: float, longest: float, alone: float, longest_first: bool
+) -> float:
+    """Milliseconds of a launch of programs that take these cycles of a multiprocessor at full occupancy.
 
     `alone` is the cycles of a program that has the multiprocessor for itself, over that share. A program goes to the
     multiprocessor that is free first. What is left over at the end is made of the shortest programs where the longest
     of a head start first; in another order, half of the longest one is waited for.
     """
-    left = -(len(programs) * heads) % target.multiprocessors
-    shortest, longest = min(programs), max(programs)
+    left = -programs % target.multiprocessors
     tail = left * shortest / target.multiprocessors
     if not longest_first and longest > shortest:
         tail = max(tail, longest / 2)
-    work = sum(programs) * heads / target.multiprocessors + tail
+    work = programs * mean / target.multiprocessors + tail
     return max(work, longest * alone) / (target.clock * 1e6)
 
 

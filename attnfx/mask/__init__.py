@@ -1,13 +1,17 @@
 """What a score program's mask keeps: as an expression, as key ranges, as tiles, and in words.
 
-`keep` is the predicate that the program tests; `polyhedron` translates it to integer sets; `ranges` and `tiles` ask
-those sets which scores need computing; `words` names the mask. Every answer is sound where the predicate is not affine:
-a key that may be live is never called dead, and a key that may be dead is never called live.
+`keep` is the predicate that the program tests; `polyhedron` translates it to integer sets, `spans` to intervals of keys
+where it is made of such; `ranges` and `tiles` ask these which scores need computing; `words` names the mask. Every
+answer is sound where the predicate is not affine: a key that may be live is never called dead, and a key that may be
+dead is never called live.
 """
 
 from attnfx.mask.keep import Mask, live, mask_of
 from attnfx.mask.ranges import KeyRange, key_ranges, key_span, rows_live
-from attnfx.mask.tiles import Tiles, tiles
+from attnfx.mask.tiles import Tiles, Visited, prepare, tiles, visited
 from attnfx.mask.words import describe
 
-__all__ = ["KeyRange", "Mask", "Tiles", "describe", "key_ranges", "key_span", "live", "mask_of", "rows_live", "tiles"]
+__all__ = [
+    "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of", "prepare",
+    "rows_live", "tiles", "visited",
+]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Mask predicates as integer sets: an expression becomes isl's text, approximated where it is not affine.
+"""Mask predicates as integer sets: an expression becomes a formula of affine comparisons, approximated where it is not
+affine, and isl's text of it.
 
 Sizes are numbers here. What is opaque (loads, floats, products of indices) becomes true or false, whichever keeps the
 answer on the safe side under the negations that surround it.
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
 
 import islpy as isl
 
@@ -65,12 +68,46 @@ def count(points: isl.Set) -> int:
 
 def numeric(e: Expr, sizes: Mapping[str, int]) -> Expr:
     """The predicate with numbers for sizes."""
-    return substitute(e, {a: A.const(sizes[str(a.value)]) for a in walk(e) if a.op == "size" and a.value in sizes})
+    return _numeric(e, tuple((name, sizes[name]) for name in _sizes(e) if name in sizes))
+
+
+@lru_cache(maxsize=1024)
+def _sizes(e: Expr) -> tuple[str, ...]:
+    return tuple(sorted({str(a.value) for a in walk(e) if a.op == "size"}))
+
+
+@lru_cache(maxsize=1024)
+def _numeric(e: Expr, named: tuple[tuple[str, int], ...]) -> Expr:
+    return substitute(e, {A.size(name): A.const(value) for name, value in named})
+
+
+@dataclass(frozen=True, eq=False)
+class Formula:
+    """A set of points (b, h, i, j).
+
+    text   isl's
+    op     "and", "or" or "not" of `parts`; "ge0" or "eq0" of `line`, an affine expression
+    """
+
+    text: str
+    op: str
+    parts: tuple[Formula, ...] = ()
+    line: Expr | None = None
+
+
+ALWAYS, NEVER = Formula(YES, "and"), Formula(NO, "or")
+
+
+@lru_cache(maxsize=4096)
+def formula(e: Expr, over: bool, splits: int = SPLITS) -> Formula:
+    """A set that contains every point where `e` holds (over) or none where it does not (not over)."""
+    made = _formula(e, over, splits)
+    return made if len(made.text) <= LONGEST else _unknown(over)
 
 
 def text(e: Expr, over: bool) -> str:
-    """isl's text of a set that contains every point where `e` holds (over) or none where it does not (not over)."""
-    return _Text().predicate(e, over, SPLITS)
+    """isl's text of that set."""
+    return formula(e, over).text
 
 
 def domain(sizes: Mapping[str, int], names: str) -> str:
@@ -88,58 +125,52 @@ def either(x: Expr, y: Expr, *shown: str) -> str:
     return "".join(dict.fromkeys(hidden(x, *shown) + hidden(y, *shown)))
 
 
-class _Text:
-    def __init__(self) -> None:
-        self.done: dict[tuple[Expr, bool, int], str] = {}
+def _formula(e: Expr, over: bool, splits: int) -> Formula:
+    match e.op:
+        case "const":
+            return ALWAYS if e.value else NEVER
+        case "ge0" | "eq0":
+            return _comparison(e, over, splits)
+        case "and" | "or":
+            return _join(e.op, [formula(a, over, splits) for a in e.args])
+        case "not":
+            inner = formula(e.args[0], not over, splits)
+            if inner in (ALWAYS, NEVER):
+                return NEVER if inner is ALWAYS else ALWAYS
+            return Formula(f"not ({inner.text})", "not", (inner,))
+        case "where":
+            c, x, y = e.args
+            return _choice(c, x, y, over, splits)
+    return _unknown(over)
 
-    def predicate(self, e: Expr, over: bool, splits: int) -> str:
-        key = (e, over, splits)
-        if key not in self.done:
-            made = self._predicate(e, over, splits)
-            self.done[key] = made if len(made) <= LONGEST else YES if over else NO
-        return self.done[key]
 
-    def _predicate(self, e: Expr, over: bool, splits: int) -> str:
-        match e.op:
-            case "const":
-                return YES if e.value else NO
-            case "ge0" | "eq0":
-                return self._compare(e, over, splits)
-            case "and":
-                return _join(" and ", [self.predicate(a, over, splits) for a in e.args], YES, NO)
-            case "or":
-                return _join(" or ", [self.predicate(a, over, splits) for a in e.args], NO, YES)
-            case "not":
-                inner = self.predicate(e.args[0], not over, splits)
-                return NO if inner == YES else YES if inner == NO else f"not ({inner})"
-            case "where":
-                c, x, y = e.args
-                return self._choice(c, x, y, over, splits)
-        return YES if over else NO
+def _choice(c: Expr, x: Expr, y: Expr, over: bool, splits: int) -> Formula:
+    first = _join("and", [formula(a, over, splits) for a in (c, x)])
+    second = _join("and", [formula(a, over, splits) for a in (A.not_(c), y)])
+    return _join("or", [first, second])
 
-    def _choice(self, c: Expr, x: Expr, y: Expr, over: bool, splits: int) -> str:
-        first = _join(" and ", [self.predicate(a, over, splits) for a in (c, x)], YES, NO)
-        second = _join(" and ", [self.predicate(a, over, splits) for a in (A.not_(c), y)], YES, NO)
-        return _join(" or ", [first, second], NO, YES)
 
-    def _compare(self, e: Expr, over: bool, splits: int) -> str:
-        choice = next((a for a in walk(e.args[0]) if a.op in _CHOICES and a.kind == INT), None)
-        if choice is not None:
-            if not splits:
-                return YES if over else NO
-            word = _extreme(e, choice)
-            if word:
-                x = choice.args[0]
-                values = (x, A.neg(x)) if choice.op == "abs" else choice.args
-                parts = [self.predicate(substitute(e, {choice: v}), over, splits - 1) for v in values]
-                return _join(" and ", parts, YES, NO) if word == "and" else _join(" or ", parts, NO, YES)
-            condition, x, y = _branches(choice)
-            x, y = (substitute(e, {choice: a}) for a in (x, y))
-            return self._choice(condition, x, y, over, splits - 1)
-        line = affine(e.args[0])
-        if line is None:
-            return YES if over else NO
-        return f"{line} {'>=' if e.op == 'ge0' else '='} 0"
+def _comparison(e: Expr, over: bool, splits: int) -> Formula:
+    choice = next((a for a in walk(e.args[0]) if a.op in _CHOICES and a.kind == INT), None)
+    if choice is not None:
+        if not splits:
+            return _unknown(over)
+        word = _extreme(e, choice)
+        if word:
+            x = choice.args[0]
+            values = (x, A.neg(x)) if choice.op == "abs" else choice.args
+            return _join(word, [formula(substitute(e, {choice: v}), over, splits - 1) for v in values])
+        condition, x, y = _branches(choice)
+        x, y = (substitute(e, {choice: a}) for a in (x, y))
+        return _choice(condition, x, y, over, splits - 1)
+    line = affine(e.args[0])
+    if line is None:
+        return _unknown(over)
+    return Formula(f"{line} {'>=' if e.op == 'ge0' else '='} 0", e.op, (), e.args[0])
+
+
+def _unknown(over: bool) -> Formula:
+    return ALWAYS if over else NEVER
 
 
 def _extreme(e: Expr, choice: Expr) -> str | None:
@@ -162,11 +193,14 @@ def _branches(choice: Expr) -> tuple[Expr, Expr, Expr]:
     return (A.le(x, rest) if choice.op == "min" else A.ge(x, rest)), x, rest
 
 
-def _join(word: str, parts: list[str], neutral: str, final: str) -> str:
-    parts = [p for p in dict.fromkeys(parts) if p != neutral]
+def _join(word: str, parts: list[Formula]) -> Formula:
+    neutral, final = (ALWAYS, NEVER) if word == "and" else (NEVER, ALWAYS)
+    parts = list({p.text: p for p in parts if p is not neutral}.values())
     if final in parts:
         return final
-    return word.join(f"({p})" for p in parts) if parts else neutral
+    if len(parts) < 2:
+        return parts[0] if parts else neutral
+    return Formula(f" {word} ".join(f"({p.text})" for p in parts), word, tuple(parts))
 
 
 def affine(e: Expr) -> str | None:

@@ -14,6 +14,7 @@ from attnfx.ir.expr import INT, Expr
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import polyhedron as P
 from attnfx.mask.keep import kept, live
+from attnfx.mask.spans import spans as by_row
 from attnfx.spec import AttentionSpec
 
 
@@ -44,6 +45,9 @@ def _key_ranges(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], bloc
     seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
         return tuple(KeyRange(*span, 0, S, True) for span in spans)
+    known = by_row(seen, keep, items, block)
+    if known.exact:
+        return tuple(KeyRange(*span, *r) for span, r in zip(spans, zip(*(x.tolist() for x in known.ranges(block)))))
     hidden = P.either(seen, keep, "j")
     within = f"{P.domain(sizes, hidden + 'j')} and {block} t <= i < {block} t + {block}"
     head = f"{{ [t] -> [j] : exists {', '.join(hidden)} : {within} and "

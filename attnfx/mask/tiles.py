@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import islpy as isl
+import numpy as np
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask import polyhedron as P
 from attnfx.mask.keep import kept, live
+from attnfx.mask.spans import spans
 from attnfx.spec import AXES, AttentionSpec
 
 
@@ -32,21 +34,21 @@ class Tiles:
     full: int
     partial: int
     live_fraction: float
-    _live: isl.PwAff | None = field(default=None, repr=False, compare=False)
-    _dead: isl.PwAff | None = field(default=None, repr=False, compare=False)
+    _touches: Callable[[int, int], tuple[bool, bool]] = field(
+        repr=False, compare=False
+    )  # (may hold a live score, a dead)
 
     def classify(self, qi: int, ki: int) -> str:
         """ "empty", "full" or "partial": the tile of the qi-th query tile and the ki-th key tile."""
         if not (0 <= qi < self.rows and 0 <= ki < self.columns):
             raise IndexError(f"tile ({qi}, {ki}) is outside {self.rows} x {self.columns} tiles")
-        if self._live is not None and not _holds(self._live, qi, ki):
-            return "empty"
-        if self.full and (self._dead is None or not _holds(self._dead, qi, ki)):
-            return "full"
-        return "partial"
+        live, dead = self._touches(qi, ki)
+        return "empty" if not live else "partial" if dead else "full"
 
 
-def _holds(indicator: isl.PwAff, qi: int, ki: int) -> bool:
+def _holds(indicator: isl.PwAff | None, qi: int, ki: int) -> bool:
+    if indicator is None:
+        return True
     context = indicator.get_ctx()
     context.reset_operations()
     point = isl.Point.zero(indicator.get_domain_space())
@@ -70,30 +72,93 @@ def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: i
     rows, columns = -(-T // tile_q), -(-S // tile_k)
     seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
-        return Tiles(rows, columns, 0, rows * columns, 0, 1.0)
-    hidden = P.either(seen, keep)
-    inside = P.domain(sizes, hidden)
-    bounds = f"{tile_q} q <= i < {tile_q} q + {tile_q} and {tile_k} k <= j < {tile_k} k + {tile_k}"
-    head = f"{{ [q, k] : exists {', '.join(hidden)} : {inside} and {bounds} and "
-    may, sure = P.text(seen, True), P.text(keep, False)
-    is_live, some = _tiles_with(f"{head} ({may}) }}", rows * columns)
-    is_dead, holes = _tiles_with(f"{head} not ({sure}) }}", rows * columns)
+        return Tiles(rows, columns, 0, rows * columns, 0, 1.0, lambda qi, ki: (True, False))
+    known, each = spans(seen, keep, items, tile_q), spans(seen, keep, items, 1)
+    if known.exact and each.exact:
+        some, holes = (known.tiles(tile_q, tile_k, dead) for dead in (False, True))
+        share, touches = each.live / (T * S), partial(known.touches, tile_q, tile_k)
+    else:
+        some, holes, share, touches = _by_sets(seen, keep, sizes, tile_q, tile_k)
     empty, full = rows * columns - some, rows * columns - holes
+    return Tiles(rows, columns, empty, full, rows * columns - empty - full, share, touches)
+
+
+@dataclass(frozen=True)
+class Visited:
+    """The tiles from the first live key of each block of rows to the last.
+
+    blocks             of rows
+    shortest, longest  tiles of one
+    total              tiles of all
+    full               those in which every score is live
+    scores             (i, j) in them, within the matrix
+    """
+
+    blocks: int
+    shortest: int
+    longest: int
+    total: int
+    full: int
+    scores: int
+
+
+def visited(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
+    """What `tiles` and `key_ranges` say of a mask whose rows see intervals of keys, in a fraction of their time; of
+    another mask a bound: not fewer tiles, and not more full ones."""
+    return _visited(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
+
+
+def prepare(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> None:
+    """Analyse a mask at its sizes, before `visited` is asked for many tiles of it."""
+    seen, keep = P.numeric(live(spec), sizes), P.numeric(kept(spec), sizes)
+    if keep is not A.TRUE:
+        spans(seen, keep, tuple(sizes.items()), 64)
+
+
+@lru_cache(maxsize=4096)
+def _visited(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Visited:
+    sizes = dict(items)
+    T, S = sizes["T"], sizes["S"]
+    rows, columns = -(-T // tile_q), -(-S // tile_k)
+    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
+    if keep is A.TRUE or not T * S:
+        return Visited(rows, columns, columns, rows * columns, rows * columns, T * S)
+    known = spans(seen, keep, items, tile_q)
+    low, high, _ = known.ranges(tile_q)
+    start, end = low // tile_k, -(-high // tile_k)
+    steps, widths = end - start, np.minimum(end * tile_k, S) - start * tile_k
+    scores = int(widths.sum()) * tile_q - int(widths[-1]) * (rows * tile_q - T)
+    holes = known.tiles(tile_q, tile_k, dead=True)
+    return Visited(rows, int(steps.min()), int(steps.max()), int(steps.sum()), rows * columns - holes, scores)
+
+
+def _by_sets(
+    seen: Expr, keep: Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int
+) -> tuple[int, int, float, Callable[[int, int], tuple[bool, bool]]]:
+    """(tiles that may hold a live score, a dead one, share of the scores that may be live, which of the two a tile
+    may hold) by the polyhedral library."""
+    hidden, may = P.either(seen, keep), P.text(seen, True)
+    is_live, some = _tiles_with(may, hidden, sizes, tile_q, tile_k)
+    is_dead, holes = _tiles_with(f"not ({P.text(keep, False)})", hidden, sizes, tile_q, tile_k)
     total = math.prod(sizes[AXES[name]] for name in hidden)
     try:
         with P.solver() as context:
-            elements = isl.Set(f"{{ [{', '.join(hidden)}] : {inside} and ({may}) }}", context)
+            elements = isl.Set(f"{{ [{', '.join(hidden)}] : {P.domain(sizes, hidden)} and ({may}) }}", context)
             share = P.count(elements) / total if may != P.YES else 1.0
     except P.TooHard:
-        share = min(1.0, (rows * columns - empty) * tile_q * tile_k / (T * S))
-    return Tiles(rows, columns, empty, full, rows * columns - empty - full, share, is_live, is_dead)
+        share = min(1.0, some * tile_q * tile_k / (sizes["T"] * sizes["S"]))
+    return some, holes, share, lambda qi, ki: (_holds(is_live, qi, ki), _holds(is_dead, qi, ki))
 
 
-def _tiles_with(points: str, all_tiles: int) -> tuple[isl.PwAff | None, int]:
-    """Which and how many tiles hold one of the points; (None, all) where that is too hard to say."""
+def _tiles_with(
+    holds: str, hidden: str, sizes: Mapping[str, int], tile_q: int, tile_k: int
+) -> tuple[isl.PwAff | None, int]:
+    """Which and how many tiles hold a point of isl's predicate; (None, all) where that is too hard to say."""
+    inside = f"{P.domain(sizes, hidden)} and {tile_q} q <= i < {tile_q} q + {tile_q}"
+    points = f"{inside} and {tile_k} k <= j < {tile_k} k + {tile_k} and ({holds})"
     try:
         with P.solver() as context:
-            found = isl.Set(points, context).coalesce()
+            found = isl.Set(f"{{ [q, k] : exists {', '.join(hidden)} : {points} }}", context).coalesce()
             return found.indicator_function(), P.count(found)
     except P.TooHard:
-        return None, all_tiles
+        return None, -(-sizes["T"] // tile_q) * -(-sizes["S"] // tile_k)

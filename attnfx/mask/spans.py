@@ -1,0 +1,92 @@
+"""Masks whose rows are intervals of keys: causal, windows, prefixes, sinks, blocks, and what is made of them.
+
+There every row sees the union of a few intervals [low, high) of keys, and the rest of it is the union of a few others.
+Arrays of their ends answer for blocks and tiles of any size what the polyhedral library answers for one size at a time,
+and a hundred times faster. Of other masks (remainders of keys, differences by batch or head) they are a bound.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+
+from attnfx.ir.expr import Expr
+from attnfx.mask import polyhedron as P
+from attnfx.mask.intervals import Intervals, intervals
+
+GRAINS = (64, 32, 1)  # rows; the largest that divides a block is what the block is made of
+
+
+class Spans:
+    """The intervals of one mask by blocks of `step` rows: `live` hold every score that may be live, `dead` every one
+    that may be dead, and where they are `exact` no other."""
+
+    def __init__(self, live: Intervals, dead: Intervals, rows: int, keys: int, step: int, exact: bool) -> None:
+        self.rows, self.keys, self.step, self.exact = rows, keys, step, exact
+        self._blocks = {step: (live, dead)}
+        self._ranges: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+
+    def blocks(self, size: int) -> tuple[Intervals, Intervals]:
+        """(live, dead) of each block of `size` rows, a multiple of the step."""
+        if size not in self._blocks:
+            starts = np.arange(0, -(-self.rows // self.step), size // self.step)
+            live, dead = (
+                Intervals(np.minimum.reduceat(x.low, starts, axis=1), np.maximum.reduceat(x.high, starts, axis=1))
+                for x in self._blocks[self.step]
+            )
+            self._blocks[size] = live, dead
+        return self._blocks[size]
+
+    def ranges(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """(j0, j1, full) of each block of `size` rows: it sees keys in [j0, j1) alone, which is [0, 0) where it sees
+        none, and all of them where full."""
+        if size not in self._ranges:
+            live, dead = self.blocks(size)
+            low, high = live.low.min(0, initial=self.keys), live.high.max(0, initial=0)
+            low = np.where(low < high, low, 0)
+            holes = np.maximum(low, dead.low) < np.minimum(high, dead.high)
+            self._ranges[size] = low, high, (low < high) & ~holes.any(0)
+        return self._ranges[size]
+
+    def tiles(self, size: int, step: int, dead: bool) -> int:
+        """How many tiles of `size` rows by `step` keys hold a score that may be dead; else, one that may be live."""
+        x = self.blocks(size)[dead]
+        return _covered(x.low // step, -(-x.high // step))
+
+    def touches(self, size: int, step: int, row: int, column: int) -> tuple[bool, bool]:
+        """Whether one of those tiles holds (a score that may be live, one that may be dead)."""
+        low, high = column * step, (column + 1) * step
+        live, dead = (bool(((x.low[:, row] < high) & (x.high[:, row] > low)).any()) for x in self.blocks(size))
+        return live, dead
+
+    @property
+    def live(self) -> int:
+        """How many (i, j) may be live; for a step of one row."""
+        return _covered(*self.blocks(1)[0])
+
+
+def _covered(low: np.ndarray, high: np.ndarray) -> int:
+    """How many numbers the intervals of each row hold, over all rows: from the first start to the last end, but for
+    the gaps, which begin where as many have ended as have started."""
+    if not len(low):
+        return 0
+    low = np.sort(np.minimum(low, high), axis=0)
+    high = np.sort(high, axis=0)
+    return int((high[-1] - low[0]).sum() - np.maximum(low[1:] - high[:-1], 0).sum())
+
+
+def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int) -> Spans:
+    """The intervals of what may be live by the predicate `seen`, and of what may be dead by `keep`, for blocks of
+    `size` rows; `items` has numbers for T and S, the predicates for all sizes."""
+    grain = next(n for n in GRAINS if size % n == 0)
+    return _spans(seen, keep, *(dict(items)[name] for name in "TS"), grain)
+
+
+@lru_cache(maxsize=256)
+def _spans(seen: Expr, keep: Expr, rows: int, keys: int, step: int) -> Spans:
+    live, dead, exact = intervals(P.formula(seen, True), P.formula(keep, False), rows, keys, step)
+    return Spans(live, dead, rows, keys, step, exact)
+
+
+__all__ = ["Spans", "spans"]
