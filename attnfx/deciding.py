@@ -157,14 +157,14 @@ class Deciding:
         site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
         values = number(found.weight) * number(held.shape[found.rows[finding.final]])
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
-        _, device = target_of(self.options, held.device)
-        decision = cost.decide_rows(
-            found.work, values, held.dtype.itemsize, number(held.shape[-1]), device.type, training, self.options,
-            found.gives_scores, torch.get_num_threads(),
-        )  # fmt: skip
+        target, device = target_of(self.options, held.device)
+        width = number(held.shape[-1])
+        asked = cost.Rows(found.work, values, held.dtype.itemsize, width, training, device.type)
+        decision = cost.decide_rows(asked, self.options, found.gives_scores, torch.get_num_threads(), target)
         try:
             if decision.tier != "kept":
-                replaced = replace_region(self.traced, facts, found, ROWS, self.carriers)
+                compiled = decision.kernel == cost.COMPILED
+                replaced = replace_region(self.traced, facts, found, ROWS, self.carriers, compiled)
                 if self.trial is not None:
                     self.trial.add(site, finding.final, replaced)
         except CannotEmit:

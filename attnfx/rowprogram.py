@@ -52,6 +52,7 @@ class RowProgram:
     """inputs   for each input the dimension that the rows lie along, or None: every chunk reads the whole of it
     grads    whether an input takes a gradient
     weight   elements of the largest value, for one row
+    compiled whether a chunk's calls run as one compiled function
     """
 
     inputs: tuple[int | None, ...]
@@ -59,6 +60,7 @@ class RowProgram:
     weight: int | Ref
     calls: tuple[Call, ...]
     results: tuple[Result, ...]
+    compiled: bool = False
 
     @property
     def random(self) -> bool:
@@ -72,6 +74,7 @@ class RowProgram:
                 "weight": _plain(self.weight),
                 "calls": [[c.op, _plain(c.args), {k: _plain(v) for k, v in c.kwargs}] for c in self.calls],
                 "results": [[r.value, r.row, _plain(r.shape), r.dtype] for r in self.results],
+                "compiled": self.compiled,
             },
             separators=(",", ":"),
         )
@@ -99,6 +102,7 @@ def from_json(text: str) -> RowProgram:
             _made(d["weight"]),
             tuple(calls),
             tuple(Result(value, row, _made(shape), dtype) for value, row, shape, dtype in d["results"]),
+            d["compiled"],
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"not the text of a row program: {problem!r}") from problem

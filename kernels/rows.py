@@ -11,21 +11,34 @@ import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnfx.kernels import bodies
+from attnfx.kernels.bodies import Factor
 from attnfx.kernels.chunked import mix
 from attnfx.kernels.heap import Heap
 from attnfx.rowprogram import Ref, RowProgram, from_json
 
 # Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
-TILE_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 ROWS = 16
 GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
+
+Draw = Callable[[torch.Size, torch.dtype, float], Tensor]
+
+
+class Chunk(NamedTuple):
+    """`inputs` are each input's own rows, or the whole of it."""
+
+    number: int
+    start: int
+    rows: int
+    inputs: list[Tensor]
 
 
 class Step(NamedTuple):
@@ -39,8 +52,9 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class RowCall:
-    """The operands of the operator, checked; `generator` is made anew for each chunk."""
+    """The operands of the operator, checked; `text` is the program's."""
 
+    text: str
     program: RowProgram
     steps: tuple[Step, ...]
     inputs: Sequence[Tensor]
@@ -78,7 +92,7 @@ def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: 
         raise ValueError(f"attnfx.attention_rows: the inputs have different numbers of rows: {lengths}")
     if made.random and seed is None:
         raise ValueError("attnfx.attention_rows: seed is None, but the program has dropout")
-    return RowCall(made, steps(program), inputs, sizes, seed)
+    return RowCall(program, made, steps(program), inputs, sizes, seed)
 
 
 @lru_cache(maxsize=512)
@@ -109,18 +123,65 @@ def _values(x: Any) -> Iterator[int]:
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    if name == "getitem":
-        return operator.getitem
-    if name == "dropout":
-        return _dropout
+    if name in OWN:
+        return OWN[name]
     packet, _, overload = name.partition(".")
     return getattr(getattr(torch.ops.aten, packet), overload)
 
 
-def _dropout(x: Tensor, p: float, generator: torch.Generator) -> Tensor:
-    if p >= 1.0:
-        return x * torch.zeros_like(x)
-    return x * torch.empty_like(x).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+def _dropout(x: Tensor, p: float, factor: Factor) -> Tensor:
+    return x * factor(x, p)
+
+
+def _triangle(lower: bool, x: Tensor, diagonal: int | Tensor = 0) -> Tensor:
+    """Of rows whose first one decides the diagonal: a tensor in a body, which is one for all chunks."""
+    if not isinstance(diagonal, Tensor):
+        return x.tril(diagonal) if lower else x.triu(diagonal)
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    distance = columns - rows[:, None] - diagonal
+    return torch.where(distance <= 0 if lower else distance >= 0, x, 0)
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "dropout": _dropout,
+    "tril.default": partial(_triangle, True),
+    "triu.default": partial(_triangle, False),
+}
+
+
+def evaluate(call: RowCall, inputs: Sequence[Tensor], start: int | Tensor, rows: int, factor: Factor) -> list[Tensor]:
+    """Some rows of each result, from the same rows of the inputs; `start` is the first of them."""
+    values: list[Any] = list(inputs)
+
+    def given(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [given(a) for a in x]
+        if not isinstance(x, Ref):
+            return x
+        match x.kind:
+            case "value":
+                return values[int(x.what)]
+            case "size":
+                return call.sizes[int(x.what)]
+            case "number":
+                return values[int(x.what)].item()
+            case "rows":
+                return rows
+            case "start":
+                return start + int(x.what)
+            case "device":
+                return torch.device(str(x.what))
+        return getattr(torch, str(x.what))
+
+    for step in call.steps:
+        args = [given(a) for a in step.args]
+        if step.call is _dropout:
+            args.append(factor)
+        values.append(step.call(*args, **{k: given(a) for k, a in step.kwargs.items()}))
+        for n in step.done:
+            values[n] = None
+    return [values[r.value] for r in call.program.results]
 
 
 class Runner:
@@ -131,60 +192,83 @@ class Runner:
         self.length = call.length
         self.device = next(x.device for x in call.inputs)
         self.first_seed = int(call.seed.item()) if call.program.random and call.seed is not None else 0
+        self.rows = self._rows()
 
-    def chunks(self) -> Iterator[tuple[int, int, int]]:
-        """(number, first row, rows): of equal size, but for the last."""
+    def _rows(self) -> int:
         weight = max(int(self.call.number(self.call.program.weight, self.length)), 1)
         most = max(TILE_ELEMENTS.get(self.device.type, 1 << 22) // weight, ROWS)
         count = max(-(-self.length // most), 1)
-        rows = max(-(-self.length // count), 1)
-        heap = Heap(GROWTH) if self.device.type == "cpu" and count > 1 else None
-        for n, start in enumerate(range(0, max(self.length, 1), rows)):
-            yield n, start, min(rows, self.length - start)
+        return max(-(-self.length // count), 1)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of `rows` rows, but for the last."""
+        several = self.rows < self.length
+        heap = Heap(GROWTH) if self.device.type == "cpu" and several else None
+        for n, start in enumerate(range(0, max(self.length, 1), self.rows)):
+            rows = min(self.rows, self.length - start)
+            along = self.call.program.inputs
+            inputs = [
+                x.detach() if d is None else x.detach().narrow(d, start, rows) for x, d in zip(self.call.inputs, along)
+            ]
+            yield Chunk(n, start, rows, inputs)
             if heap is not None:
                 heap.trim()
 
-    def inputs(self, start: int, rows: int) -> list[Tensor]:
-        """Each input's own rows, or the whole of it."""
-        along = self.call.program.inputs
-        return [x if d is None else x.narrow(d, start, rows) for x, d in zip(self.call.inputs, along)]
+    def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
+        """The chunk's rows of each result."""
+        _, start, rows, inputs = chunk
+        draw = self._draw(chunk)
+        if self._has_body(chunk):
+            body = bodies.forward(self.call.text, self._evaluate, inputs, rows)
+            if body is not None:
+                return body(start, inputs, [], draw)
+        with torch.no_grad():
+            return self._evaluate(inputs, start, rows, _factor(draw))
 
-    def run(self, number: int, start: int, rows: int, inputs: Sequence[Tensor]) -> list[Tensor]:
-        """The rows of each result."""
-        values: list[Any] = list(inputs)
-        generator = None
-        if self.call.program.random:
-            generator = torch.Generator(device=self.device)
-            generator.manual_seed(mix(self.first_seed, number))
+    def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of the chunk's inputs `wanted`, from those of whole results; None where none of these depends on
+        one."""
+        _, start, rows, inputs = chunk
+        of_rows = [
+            None if g is None else g.narrow(r.row, start, rows) for g, r in zip(grads, self.call.program.results)
+        ]
+        draw = self._draw(chunk)
+        if self._has_body(chunk):
+            body = bodies.backward(self.call.text, self._evaluate, inputs, rows, wanted, of_rows)
+            if body is not None:
+                with torch.no_grad():
+                    return body(start, inputs, [g for g in of_rows if g is not None], draw)
+        with _recorded():
+            return bodies.gradients(
+                lambda leaves: self._evaluate(leaves, start, rows, _factor(draw)), inputs, wanted, of_rows
+            )
 
-        def given(x: Any) -> Any:
-            if isinstance(x, tuple):
-                return [given(a) for a in x]
-            if not isinstance(x, Ref):
-                return x
-            match x.kind:
-                case "value":
-                    return values[int(x.what)]
-                case "size":
-                    return self.call.sizes[int(x.what)]
-                case "number":
-                    return values[int(x.what)].item()
-                case "rows":
-                    return rows
-                case "start":
-                    return start + int(x.what)
-                case "device":
-                    return torch.device(str(x.what))
-            return getattr(torch, str(x.what))
+    def _has_body(self, chunk: Chunk) -> bool:
+        """The last chunk's rows may be fewer: it runs without, which costs less than to compile another."""
+        return self.call.program.compiled and chunk.rows == self.rows
 
-        for step in self.call.steps:
-            args = [given(a) for a in step.args]
-            if step.call is _dropout:
-                args.append(generator)
-            values.append(step.call(*args, **{k: given(a) for k, a in step.kwargs.items()}))
-            for n in step.done:
-                values[n] = None
-        return [values[r.value] for r in self.call.program.results]
+    def _evaluate(self, inputs: Sequence[Tensor], start: int | Tensor, rows: int, factor: Factor) -> list[Tensor]:
+        return evaluate(self.call, inputs, start, rows, factor)
+
+    def _draw(self, chunk: Chunk) -> Draw:
+        """Gives the factors of a dropout, call for call those of the other pass."""
+        generator: torch.Generator | None = None
+
+        def draw(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
+            nonlocal generator
+            if generator is None:
+                generator = torch.Generator(device=self.device)
+                generator.manual_seed(mix(self.first_seed, chunk.number))
+            if p >= 1.0:
+                return torch.zeros(shape, dtype=dtype, device=self.device)
+            kept = torch.empty(shape, dtype=dtype, device=self.device).bernoulli_(1.0 - p, generator=generator)
+            return kept.div_(1.0 - p)
+
+        return draw
+
+
+def _factor(draw: Draw) -> Factor:
+    return lambda x, p: draw(x.shape, x.dtype, p)
 
 
 @contextmanager
@@ -214,10 +298,9 @@ def forward(call: RowCall) -> list[Tensor]:
         for shape, r in zip(call.shapes(), call.program.results)
     ]
     with _plainly(), torch.no_grad():
-        for number, start, rows in run.chunks():
-            parts = run.run(number, start, rows, run.inputs(start, rows))
-            for out, part, r in zip(outs, parts, call.program.results):
-                out.narrow(r.row, start, rows).copy_(part)
+        for chunk in run.chunks():
+            for out, part, r in zip(outs, run.forward(chunk), call.program.results):
+                out.narrow(r.row, chunk.start, chunk.rows).copy_(part)
     return outs
 
 
@@ -226,46 +309,30 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
     None."""
     run, program = Runner(call), call.program
     wanted = [n for n, g in enumerate(program.grads) if g]
-    sums = [_zeros(call.inputs[n], program.inputs[n] is None) for n in wanted]
+    sums: dict[int, Tensor] = {}
     with _plainly():
-        for number, start, rows in run.chunks():
-            found = _chunk_gradients(run, grads, wanted, number, start, rows)
-            if found is None:
-                break
-            for n, total in zip(wanted, sums):
-                part, d = found.pop(n), program.inputs[n]
+        for chunk in run.chunks():
+            for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
                 if part is None:
                     continue
-                if d is None:
-                    total.add_(part)
+                d = program.inputs[n]
+                if d is not None:
+                    if n not in sums:
+                        sums[n] = torch.empty_like(call.inputs[n], memory_format=torch.contiguous_format)
+                    sums[n].narrow(d, chunk.start, chunk.rows).copy_(part)
+                elif n in sums:
+                    sums[n].add_(part)
                 else:
-                    total.narrow(d, start, rows).copy_(part)
-    return [x.to(call.inputs[n].dtype) for n, x in zip(wanted, sums)]
+                    sums[n] = part.to(_wide(part.dtype), copy=True)
+    return [
+        sums[n].to(x.dtype).contiguous() if n in sums else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for n, x in ((n, call.inputs[n]) for n in wanted)
+    ]
 
 
-def _chunk_gradients(
-    run: Runner, grads: Sequence[Tensor | None], wanted: list[int], number: int, start: int, rows: int
-) -> dict[int, Tensor | None] | None:
-    """Of the inputs `wanted`, from one chunk, whose graph dies on return; None where no result depends on them."""
-    program = run.call.program
-    inputs = [x.detach().requires_grad_(g) for x, g in zip(run.inputs(start, rows), program.grads)]
-    with _recorded():
-        outs = run.run(number, start, rows, inputs)
-        pairs = [
-            (o, g.narrow(r.row, start, rows))
-            for o, g, r in zip(outs, grads, program.results)
-            if g is not None and o.requires_grad
-        ]
-        if not pairs:
-            return None
-        sources, of_outs = [inputs[n] for n in wanted], [g for _, g in pairs]
-        found = torch.autograd.grad([o for o, _ in pairs], sources, of_outs, allow_unused=True)
-    return dict(zip(wanted, found))
-
-
-def _zeros(x: Tensor, added_up: bool) -> Tensor:
-    narrow = added_up and x.dtype.itemsize < 4
-    return torch.zeros(x.shape, dtype=torch.float32 if narrow else x.dtype, device=x.device)
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What gradients are added up in."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
 
 
 __all__ = ["RowCall", "backward", "forward", "prepare"]

@@ -319,7 +319,7 @@ def _operands(made: Made) -> list[Along | Node]:
 
 # -- rewriting ---------------------------------------------------------------------------------------
 def replace_region(
-    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers
+    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers, compiled: bool
 ) -> list[tuple[Node, Node]]:
     """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
     each of these and what stands for it. Raises CannotEmit before changing users."""
@@ -329,7 +329,7 @@ def replace_region(
     if any(position[n] >= position[before] for n, _ in found.inputs):
         raise CannotEmit("an operand is computed after a result is read")
     emit = Emitter(gm, before, carriers)
-    program, inputs, sizes = _program(emit, found, facts)
+    program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
     made = emit.call(target, inputs, sizes, seed, program.to_json())
     replaced = []
@@ -349,7 +349,9 @@ def replace_region(
     return replaced
 
 
-def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, list[Node], list[int | Node]]:
+def _program(
+    emit: Emitter, found: Region, facts: Facts, compiled: bool
+) -> tuple[RowProgram, list[Node], list[int | Node]]:
     numbers: dict[Any, int] = {key: n for n, key in enumerate(found.inputs)}
     inputs = [n for n, _ in found.inputs]
     along = [d for _, d in found.inputs]
@@ -402,7 +404,7 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
     weight = size(found.weight)
     grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
-    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results))
+    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
     return program, inputs, [emit.size(e) for e in sizes]
 
 

@@ -2,5 +2,6 @@
 
 from attnfx.cost.decide import decide, decide_rows, evaluate, line
 from attnfx.cost.question import Question
+from attnfx.cost.rows import COMPILED, Rows
 
-__all__ = ["Question", "decide", "decide_rows", "evaluate", "line"]
+__all__ = ["COMPILED", "Question", "Rows", "decide", "decide_rows", "evaluate", "line"]

@@ -1,0 +1,208 @@
+"""The body of a chunk as one compiled function: what each chunk computes, forward or backward, made by Inductor once.
+
+A body is the row program traced on tensors of a chunk's sizes, on a GPU compiled into Triton kernels and on a CPU into
+C++; the backward body is the program and its derivative in one trace, so that what no gradient needs is not computed
+again. Bodies are made at the first call that needs them and kept by program, sizes and device. Where one cannot be
+made, a warning says why and the chunk runs call by call.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from torch._inductor import compile_fx
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+T = TypeVar("T")
+
+# (inputs, first row, rows, factor): the results. `factor(x, p)` is what dropout multiplies `x` by.
+Factor = Callable[[Tensor, float], Tensor]
+Evaluate = Callable[[Sequence[Tensor], Any, int, Factor], list[Tensor]]
+
+MOST = 128  # bodies that are kept
+CLASSES = 8  # bodies of one program; calls of further sizes run without
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Body:
+    """run     the compiled function: first row (int64), inputs, factors, gradients of results -> tensors
+    factors  shape, dtype and probability of each dropout's factors, in the order of their draws
+    given    which of the results it has; of gradients, those that depend on an input
+    """
+
+    run: Callable[..., Sequence[Tensor]]
+    factors: tuple[tuple[torch.Size, torch.dtype, float], ...]
+    given: tuple[bool, ...]
+
+    def __call__(
+        self, start: int, inputs: Sequence[Tensor], grads: Sequence[Tensor], draw: Callable[..., Tensor]
+    ) -> list[Tensor | None]:
+        factors = [draw(shape, dtype, p) for shape, dtype, p in self.factors]
+        made = iter(self.run(torch.tensor(start), *inputs, *factors, *grads))
+        return [next(made) if there else None for there in self.given]
+
+
+class Bodies:
+    """The bodies that were made, and what could not be: at most `MOST`, the oldest use goes first."""
+
+    def __init__(self) -> None:
+        self.made: OrderedDict[Any, Body | None] = OrderedDict()
+        self.lock = threading.RLock()
+
+    def get(self, key: tuple[str, Any], make: Callable[[], Body]) -> Body | None:
+        """The body of (program, all else that it depends on); None where it cannot be made."""
+        with self.lock:
+            if key not in self.made:
+                if Counter(program for program, _ in self.made)[key[0]] >= CLASSES or _capturing():
+                    return None
+                self.made[key] = self._try(make)
+                while len(self.made) > MOST:
+                    self.made.popitem(last=False)
+            self.made.move_to_end(key)
+            return self.made[key]
+
+    def _try(self, make: Callable[[], Body]) -> Body | None:
+        try:
+            return _apart(make)
+        except Exception as problem:
+            reason = str(problem).strip().split("\n")[0]
+            _log.warning(
+                "whole rows run call by call, their body does not compile: %s: %s", type(problem).__name__, reason
+            )
+            return None
+
+
+BODIES = Bodies()
+
+
+def _capturing() -> bool:
+    """Whether a CUDA graph is being captured, in which nothing can be compiled."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
+def _apart(make: Callable[[], T]) -> T:
+    """The result of a call in a thread of its own, whose modes, dispatch keys and compiler contexts are PyTorch's
+    defaults, whatever pass of whichever compiled graph asks."""
+    found: list[T] = []
+    problems: list[BaseException] = []
+    device = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+
+    def run() -> None:
+        try:
+            if device is not None:
+                torch.cuda.set_device(device)
+            found.append(make())
+        except BaseException as problem:
+            problems.append(problem)
+
+    thread = threading.Thread(target=run, name="attnfx-bodies")
+    thread.start()
+    thread.join()
+    if problems:
+        raise problems[0]
+    return found[0]
+
+
+def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a body depends on of its operands."""
+    return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
+
+
+def forward(program: str, evaluate: Evaluate, inputs: Sequence[Tensor], rows: int) -> Body | None:
+    """The body that gives the results of `rows` rows."""
+    return BODIES.get((program, (rows, like(inputs))), lambda: _compiled(evaluate, inputs, rows, None, ()))
+
+
+def backward(
+    program: str,
+    evaluate: Evaluate,
+    inputs: Sequence[Tensor],
+    rows: int,
+    wanted: Sequence[int],
+    grads: Sequence[Tensor | None],
+) -> Body | None:
+    """The body that gives the gradients of the inputs `wanted`, from those of the results; None is no gradient."""
+    there = tuple(g is not None for g in grads)
+    given = [g for g in grads if g is not None]
+    key = (rows, like(inputs), tuple(wanted), there, like(given))
+    return BODIES.get((program, key), lambda: _compiled(evaluate, inputs, rows, wanted, grads))
+
+
+def _compiled(
+    evaluate: Evaluate,
+    inputs: Sequence[Tensor],
+    rows: int,
+    wanted: Sequence[int] | None,
+    grads: Sequence[Tensor | None],
+) -> Body:
+    mode = FakeTensorMode()
+    with mode:
+        start, *fakes = [torch.zeros((), dtype=torch.int64), *(_fake(x) for x in inputs)]
+        of_results = [_fake(g) for g in grads if g is not None]
+        factors: list[Tensor] = []
+        chances: list[float] = []
+
+        def note(x: Tensor, p: float) -> Tensor:
+            factors.append(torch.empty_like(x, memory_format=torch.contiguous_format))
+            chances.append(p)
+            return factors[-1]
+
+        with torch.no_grad():
+            evaluate(fakes, start, rows, note)
+    given: tuple[bool, ...] = ()
+
+    def body(start: Tensor, *tensors: Tensor) -> list[Tensor]:
+        nonlocal given
+        read, rest = tensors[: len(inputs)], iter(tensors[len(inputs) :])
+        drawn = iter([next(rest) for _ in factors])
+        factor: Factor = lambda x, p: next(drawn)  # noqa: E731
+        if wanted is None:
+            made: Sequence[Tensor | None] = evaluate(read, start, rows, factor)
+        else:
+            grad_of = [None if g is None else next(rest) for g in grads]
+            made = gradients(lambda xs: evaluate(xs, start, rows, factor), read, wanted, grad_of)
+        given = tuple(x is not None for x in made)
+        return [x for x in made if x is not None]
+
+    operands = [start, *fakes, *factors, *of_results]
+    with torch.set_grad_enabled(wanted is not None):
+        gm = make_fx(body, tracing_mode="fake")(*operands)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    if not any(given):
+        return Body(lambda *_: (), (), given)
+    with torch.no_grad():
+        run = compile_fx.compile_fx(gm, operands, config_patches={"triton.cudagraphs": False})
+    return Body(run, tuple((x.shape, x.dtype, p) for x, p in zip(factors, chances)), given)
+
+
+def gradients(
+    evaluate: Callable[[Sequence[Tensor]], list[Tensor]],
+    inputs: Sequence[Tensor],
+    wanted: Sequence[int],
+    grads: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """Of the inputs `wanted`, by autograd; None where no result with a gradient depends on one."""
+    leaves = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(inputs)]
+    outs = evaluate(leaves)
+    pairs = [(o, g) for o, g in zip(outs, grads) if g is not None and o.requires_grad]
+    if not pairs:
+        return [None] * len(wanted)
+    sources = [leaves[n] for n in wanted]
+    return list(torch.autograd.grad([o for o, _ in pairs], sources, [g for _, g in pairs], allow_unused=True))
+
+
+def _fake(x: Tensor) -> Tensor:
+    return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
+
+
+__all__ = ["Body", "Factor", "backward", "forward", "gradients"]
