@@ -13,7 +13,7 @@ import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,18 +23,28 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 T = TypeVar("T")
 
-# (inputs, first row, rows, factor): the results. `factor(x, p)` is what dropout multiplies `x` by.
-Factor = Callable[[Tensor, float], Tensor]
-Evaluate = Callable[[Sequence[Tensor], Any, int, Factor], list[Tensor]]
-
-MOST = 128  # bodies that are kept
-CLASSES = 8  # bodies of one program; calls of further sizes run without
+MOST = 256  # bodies that are kept
+CLASSES = 16  # bodies of one program; calls of further sizes run without
 _log = logging.getLogger(__name__)
+
+
+class Place(NamedTuple):
+    """Where a chunk lies: how many rows and keys it has, its first row, and that less its first key; in a body the
+    latter two are tensors, of int64."""
+
+    rows: int
+    columns: int
+    start: int | Tensor
+    corner: int | Tensor
+
+
+Factor = Callable[[Tensor, float], Tensor]  # what dropout of a probability multiplies its operand by
+Evaluate = Callable[[Place, Sequence[Tensor], Factor], list[Tensor]]  # the results
 
 
 @dataclass(frozen=True)
 class Body:
-    """run     the compiled function: first row (int64), inputs, factors, gradients of results -> tensors
+    """run     the compiled function: first row, corner, inputs, factors, gradients of results -> tensors
     factors  shape, dtype and probability of each dropout's factors, in the order of their draws
     given    which of the results it has; of gradients, those that depend on an input
     """
@@ -44,10 +54,11 @@ class Body:
     given: tuple[bool, ...]
 
     def __call__(
-        self, start: int, inputs: Sequence[Tensor], grads: Sequence[Tensor], draw: Callable[..., Tensor]
+        self, place: Place, inputs: Sequence[Tensor], grads: Sequence[Tensor], draw: Callable[..., Tensor]
     ) -> list[Tensor | None]:
         factors = [draw(shape, dtype, p) for shape, dtype, p in self.factors]
-        made = iter(self.run(torch.tensor(start), *inputs, *factors, *grads))
+        corners = torch.tensor(place.start), torch.tensor(place.corner)
+        made = iter(self.run(*corners, *inputs, *factors, *grads))
         return [next(made) if there else None for there in self.given]
 
 
@@ -117,37 +128,37 @@ def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
-def forward(program: str, evaluate: Evaluate, inputs: Sequence[Tensor], rows: int) -> Body | None:
-    """The body that gives the results of `rows` rows."""
-    return BODIES.get((program, (rows, like(inputs))), lambda: _compiled(evaluate, inputs, rows, None, ()))
+def forward(program: str, evaluate: Evaluate, place: Place, inputs: Sequence[Tensor]) -> Body | None:
+    """The body that gives the results of a chunk."""
+    key = (place.rows, place.columns, like(inputs))
+    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()))
 
 
 def backward(
     program: str,
     evaluate: Evaluate,
+    place: Place,
     inputs: Sequence[Tensor],
-    rows: int,
     wanted: Sequence[int],
     grads: Sequence[Tensor | None],
 ) -> Body | None:
     """The body that gives the gradients of the inputs `wanted`, from those of the results; None is no gradient."""
     there = tuple(g is not None for g in grads)
     given = [g for g in grads if g is not None]
-    key = (rows, like(inputs), tuple(wanted), there, like(given))
-    return BODIES.get((program, key), lambda: _compiled(evaluate, inputs, rows, wanted, grads))
+    key = (place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
+    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, wanted, grads))
 
 
 def _compiled(
     evaluate: Evaluate,
+    place: Place,
     inputs: Sequence[Tensor],
-    rows: int,
     wanted: Sequence[int] | None,
     grads: Sequence[Tensor | None],
 ) -> Body:
-    mode = FakeTensorMode()
-    with mode:
-        start, *fakes = [torch.zeros((), dtype=torch.int64), *(_fake(x) for x in inputs)]
-        of_results = [_fake(g) for g in grads if g is not None]
+    with FakeTensorMode():
+        corners = [torch.zeros((), dtype=torch.int64) for _ in range(2)]
+        fakes, of_results = [_fake(x) for x in inputs], [_fake(g) for g in grads if g is not None]
         factors: list[Tensor] = []
         chances: list[float] = []
 
@@ -157,23 +168,24 @@ def _compiled(
             return factors[-1]
 
         with torch.no_grad():
-            evaluate(fakes, start, rows, note)
+            evaluate(place, fakes, note)
     given: tuple[bool, ...] = ()
 
-    def body(start: Tensor, *tensors: Tensor) -> list[Tensor]:
+    def body(start: Tensor, corner: Tensor, *tensors: Tensor) -> list[Tensor]:
         nonlocal given
+        at = place._replace(start=start, corner=corner)
         read, rest = tensors[: len(inputs)], iter(tensors[len(inputs) :])
         drawn = iter([next(rest) for _ in factors])
         factor: Factor = lambda x, p: next(drawn)  # noqa: E731
         if wanted is None:
-            made: Sequence[Tensor | None] = evaluate(read, start, rows, factor)
+            made: Sequence[Tensor | None] = evaluate(at, read, factor)
         else:
             grad_of = [None if g is None else next(rest) for g in grads]
-            made = gradients(lambda xs: evaluate(xs, start, rows, factor), read, wanted, grad_of)
+            made = gradients(lambda xs: evaluate(at, xs, factor), read, wanted, grad_of)
         given = tuple(x is not None for x in made)
         return [x for x in made if x is not None]
 
-    operands = [start, *fakes, *factors, *of_results]
+    operands = [*corners, *fakes, *factors, *of_results]
     with torch.set_grad_enabled(wanted is not None):
         gm = make_fx(body, tracing_mode="fake")(*operands)
     gm.graph.eliminate_dead_code()
@@ -205,4 +217,4 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-__all__ = ["Body", "Factor", "backward", "forward", "gradients"]
+__all__ = ["Body", "Factor", "Place", "backward", "forward", "gradients"]

@@ -7,6 +7,7 @@ forward pass, and adds the gradients of what all chunks read in float32 or bette
 
 from __future__ import annotations
 
+import json
 import operator
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,28 +18,44 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfx.ir.expr import Expr
+from attnfx.ir.text import parse
 from attnfx.kernels import bodies
-from attnfx.kernels.bodies import Factor
+from attnfx.kernels.bodies import Factor, Place
 from attnfx.kernels.chunked import mix
 from attnfx.kernels.heap import Heap
+from attnfx.mask import key_ranges
 from attnfx.rowprogram import Ref, RowProgram, from_json
 
 # Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 ROWS = 16
+WIDTHS, NARROW = 4, 16  # how many numbers of keys chunks have, where masks leave some out: compiled, and call by call
 GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
 
 Draw = Callable[[torch.Size, torch.dtype, float], Tensor]
 
 
 class Chunk(NamedTuple):
-    """`inputs` are each input's own rows, or the whole of it."""
+    """`rows` rows from `start` on, and of what has keys the `columns` from `first` on; `inputs` are each input's
+    own rows and keys, or the whole of it."""
 
     number: int
-    start: int
     rows: int
+    columns: int
+    start: int
+    first: int
     inputs: list[Tensor]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rows, self.columns, self.start, self.start - self.first)
+
+    def of(self, x: Tensor, row: int | None, column: int | None = None) -> Tensor:
+        """The chunk's part of a whole tensor, whose rows and keys lie along `row` and `column`."""
+        x = x if row is None else x.narrow(row, self.start, self.rows)
+        return x if column is None else x.narrow(column, self.first, self.columns)
 
 
 class Step(NamedTuple):
@@ -64,6 +81,27 @@ class RowCall:
     @property
     def length(self) -> int:
         return next(x.shape[d] for x, d in zip(self.inputs, self.program.inputs) if d is not None)
+
+    @property
+    def columns(self) -> Sequence[int | None]:
+        """For each input the dimension that its keys lie along, where chunks take some keys only."""
+        return self.program.live.columns if self.program.live else [None] * len(self.inputs)
+
+    def keys(self, rows: int) -> list[tuple[int, int]] | None:
+        """For each chunk of `rows` rows its first key and how many it takes, None where it takes all. Of few different
+        numbers: a body is made for each."""
+        live = self.program.live
+        if live is None or not self.length:
+            return None
+        count = next(x.shape[d] for x, d in zip(self.inputs, live.columns) if d is not None)
+        step = -(-count // (WIDTHS if self.program.compiled else NARROW)) or 1
+        least = min(max(live.least, 1), count)
+        found = []
+        for r in key_ranges(_score(live.score), {"B": 1, "H": 1, "T": self.length, "S": count}, rows):
+            first = min(r.j0 // step * step, count - least)
+            last = min(max(-(-r.j1 // step) * step, first + -(-least // step) * step), count)
+            found.append((first, last - first))
+        return found
 
     def number(self, x: int | Ref, rows: int) -> int:
         if not isinstance(x, Ref):
@@ -93,6 +131,11 @@ def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: 
     if made.random and seed is None:
         raise ValueError("attnfx.attention_rows: seed is None, but the program has dropout")
     return RowCall(program, made, steps(program), inputs, sizes, seed)
+
+
+@lru_cache(maxsize=512)
+def _score(text: str) -> Expr:
+    return parse(json.loads(text))[0]
 
 
 @lru_cache(maxsize=512)
@@ -150,8 +193,8 @@ OWN: dict[str, Callable[..., Any]] = {
 }
 
 
-def evaluate(call: RowCall, inputs: Sequence[Tensor], start: int | Tensor, rows: int, factor: Factor) -> list[Tensor]:
-    """Some rows of each result, from the same rows of the inputs; `start` is the first of them."""
+def evaluate(call: RowCall, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
+    """Some rows of each result, from the same rows of the inputs."""
     values: list[Any] = list(inputs)
 
     def given(x: Any) -> Any:
@@ -167,9 +210,13 @@ def evaluate(call: RowCall, inputs: Sequence[Tensor], start: int | Tensor, rows:
             case "number":
                 return values[int(x.what)].item()
             case "rows":
-                return rows
+                return place.rows
+            case "columns":
+                return place.columns
             case "start":
-                return start + int(x.what)
+                return place.start + int(x.what)
+            case "corner":
+                return place.corner + int(x.what)
             case "device":
                 return torch.device(str(x.what))
         return getattr(torch, str(x.what))
@@ -202,53 +249,49 @@ class Runner:
 
     def chunks(self) -> Iterator[Chunk]:
         """All of `rows` rows, but for the last."""
-        several = self.rows < self.length
+        call, several = self.call, self.rows < self.length
         heap = Heap(GROWTH) if self.device.type == "cpu" and several else None
+        keys = call.keys(self.rows)
         for n, start in enumerate(range(0, max(self.length, 1), self.rows)):
             rows = min(self.rows, self.length - start)
-            along = self.call.program.inputs
-            inputs = [
-                x.detach() if d is None else x.detach().narrow(d, start, rows) for x, d in zip(self.call.inputs, along)
-            ]
-            yield Chunk(n, start, rows, inputs)
+            first, columns = keys[n] if keys else (0, 0)
+            chunk = Chunk(n, rows, columns, start, first, [])
+            yield chunk._replace(
+                inputs=[chunk.of(x.detach(), d, c) for x, d, c in zip(call.inputs, call.program.inputs, call.columns)]
+            )
             if heap is not None:
                 heap.trim()
 
     def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
         """The chunk's rows of each result."""
-        _, start, rows, inputs = chunk
         draw = self._draw(chunk)
         if self._has_body(chunk):
-            body = bodies.forward(self.call.text, self._evaluate, inputs, rows)
+            body = bodies.forward(self.call.text, self._evaluate, chunk.place, chunk.inputs)
             if body is not None:
-                return body(start, inputs, [], draw)
+                return body(chunk.place, chunk.inputs, [], draw)
         with torch.no_grad():
-            return self._evaluate(inputs, start, rows, _factor(draw))
+            return self._evaluate(chunk.place, chunk.inputs, _factor(draw))
 
     def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of the chunk's inputs `wanted`, from those of whole results; None where none of these depends on
         one."""
-        _, start, rows, inputs = chunk
-        of_rows = [
-            None if g is None else g.narrow(r.row, start, rows) for g, r in zip(grads, self.call.program.results)
-        ]
+        of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
         draw = self._draw(chunk)
         if self._has_body(chunk):
-            body = bodies.backward(self.call.text, self._evaluate, inputs, rows, wanted, of_rows)
+            body = bodies.backward(self.call.text, self._evaluate, chunk.place, chunk.inputs, wanted, of_rows)
             if body is not None:
                 with torch.no_grad():
-                    return body(start, inputs, [g for g in of_rows if g is not None], draw)
+                    return body(chunk.place, chunk.inputs, [g for g in of_rows if g is not None], draw)
         with _recorded():
-            return bodies.gradients(
-                lambda leaves: self._evaluate(leaves, start, rows, _factor(draw)), inputs, wanted, of_rows
-            )
+            factor = _factor(draw)
+            return bodies.gradients(lambda x: self._evaluate(chunk.place, x, factor), chunk.inputs, wanted, of_rows)
 
     def _has_body(self, chunk: Chunk) -> bool:
         """The last chunk's rows may be fewer: it runs without, which costs less than to compile another."""
         return self.call.program.compiled and chunk.rows == self.rows
 
-    def _evaluate(self, inputs: Sequence[Tensor], start: int | Tensor, rows: int, factor: Factor) -> list[Tensor]:
-        return evaluate(self.call, inputs, start, rows, factor)
+    def _evaluate(self, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
+        return evaluate(self.call, place, inputs, factor)
 
     def _draw(self, chunk: Chunk) -> Draw:
         """Gives the factors of a dropout, call for call those of the other pass."""
@@ -300,7 +343,7 @@ def forward(call: RowCall) -> list[Tensor]:
     with _plainly(), torch.no_grad():
         for chunk in run.chunks():
             for out, part, r in zip(outs, run.forward(chunk), call.program.results):
-                out.narrow(r.row, chunk.start, chunk.rows).copy_(part)
+                chunk.of(out, r.row).copy_(part)
     return outs
 
 
@@ -315,15 +358,18 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
             for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
                 if part is None:
                     continue
-                d = program.inputs[n]
-                if d is not None:
-                    if n not in sums:
-                        sums[n] = torch.empty_like(call.inputs[n], memory_format=torch.contiguous_format)
-                    sums[n].narrow(d, chunk.start, chunk.rows).copy_(part)
-                elif n in sums:
-                    sums[n].add_(part)
-                else:
+                d, c = program.inputs[n], call.columns[n]
+                if n not in sums and d is None and c is None:
                     sums[n] = part.to(_wide(part.dtype), copy=True)
+                    continue
+                if n not in sums:
+                    like = call.inputs[n]
+                    made = torch.empty if c is None else torch.zeros
+                    sums[n] = made(
+                        like.shape, dtype=like.dtype if d is not None else _wide(like.dtype), device=like.device
+                    )
+                own = chunk.of(sums[n], d, c)
+                own.add_(part) if d is None else own.copy_(part)
     return [
         sums[n].to(x.dtype).contiguous() if n in sums else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
         for n, x in ((n, call.inputs[n]) for n in wanted)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.fx.node import map_aggregate
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
+from attnfx.ir.text import to_json
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
+from attnfx.passes.columns import find_columns
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
@@ -29,7 +31,7 @@ from attnfx.passes.reading import free
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.report import Refusal
-from attnfx.rowprogram import Call, Ref, Result, RowProgram
+from attnfx.rowprogram import Call, Live, Ref, Result, RowProgram
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
@@ -352,12 +354,26 @@ def replace_region(
 def _program(
     emit: Emitter, found: Region, facts: Facts, compiled: bool
 ) -> tuple[RowProgram, list[Node], list[int | Node]]:
-    numbers: dict[Any, int] = {key: n for n, key in enumerate(found.inputs)}
-    inputs = [n for n, _ in found.inputs]
-    along = [d for _, d in found.inputs]
+    narrowed = find_columns(facts, found.rows, found.calls, found.columns, found.results)
+    calls_of = narrowed.calls if narrowed else found.calls
+
+    def inside(x: Along) -> bool:
+        return x.node in found.calls and found.rows[x.node] == x.dim
+
+    read: dict[tuple[Node, int | None, int | None], None] = {}
+    for made in calls_of.values():
+        for x in _operands(made):
+            if isinstance(x, Along) and not inside(x):
+                read[(x.node, x.dim, x.column)] = None
+            elif isinstance(x, Node) and is_tensor(x):
+                read[(x, None, None)] = None
+    numbers: dict[Any, int] = {key: n for n, key in enumerate(read)}
+    inputs = [n for n, _, _ in read]
+    along = [d for _, d, _ in read]
+    columns = [c for _, _, c in read]
     sizes: dict[Expr, int] = {}
     scalars: dict[Node, Node] = {}
-    for made in found.calls.values():  # a computed float is the tensor that it was read from
+    for made in calls_of.values():  # a computed float is the tensor that it was read from
         for x in _operands(made):
             if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
                 if x.op != "call_method" or x.target != "item":
@@ -366,6 +382,7 @@ def _program(
                 numbers[x] = len(inputs)
                 inputs.append(scalars[x])
                 along.append(None)
+                columns.append(None)
     first = len(inputs)
     numbers |= {n: first + at for at, n in enumerate(found.calls)}
 
@@ -375,13 +392,12 @@ def _program(
 
     def text(x: Any) -> Any:
         if isinstance(x, Along):
-            key = x.node if found.rows.get(x.node) == x.dim and x.node in found.calls else (x.node, x.dim)
-            return Ref("value", numbers[key])
+            return Ref("value", numbers[x.node if inside(x) else (x.node, x.dim, x.column)])
         if isinstance(x, Node):
             held = value(x)
             if isinstance(held, int | torch.SymInt):
                 return size(held)
-            return Ref("value", numbers[(x, None)]) if is_tensor(x) else Ref("number", numbers[x])
+            return Ref("value", numbers[(x, None, None)]) if is_tensor(x) else Ref("number", numbers[x])
         if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
             kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
             return Ref(kind, str(x).removeprefix("torch."))
@@ -395,7 +411,7 @@ def _program(
 
     calls = [
         Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
-        for made in found.calls.values()
+        for made in calls_of.values()
     ]
     results = []
     for n in found.results:
@@ -405,6 +421,9 @@ def _program(
     weight = size(found.weight)
     grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
     program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
+    if narrowed is not None:
+        live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
+        program = replace(program, live=live)
     return program, inputs, [emit.size(e) for e in sizes]
 
 

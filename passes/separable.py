@@ -37,10 +37,11 @@ class NotSeparable(Exception):
 
 @dataclass(frozen=True)
 class Along:
-    """The rows of a node, which lie along `dim`."""
+    """The rows of a node, which lie along `dim`; and of these a chunk's keys alone, along `column`. None is all."""
 
     node: Node
-    dim: int
+    dim: int | None
+    column: int | None = None
 
 
 @dataclass(frozen=True)
