@@ -155,11 +155,15 @@ class Deciding:
         held = value(finding.final)
         lengths = {"T": found.extent, "S": found.columns}
         site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
-        values = number(found.weight) * number(held.shape[found.rows[finding.final]])
+        length = number(held.shape[found.rows[finding.final]])
+        values = number(found.weight) * length
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
         target, device = target_of(self.options, held.device)
         width = number(held.shape[-1])
-        asked = cost.Rows(found.work, values, held.dtype.itemsize, width, training, device.type)
+        live = 1.0
+        if found.narrowed is not None:
+            live = cost.live_share(found.narrowed.score, length, number(found.keys))
+        asked = cost.Rows(found.work, values, held.dtype.itemsize, width, training, device.type, live)
         decision = cost.decide_rows(asked, self.options, found.gives_scores, torch.get_num_threads(), target)
         try:
             if decision.tier != "kept":
@@ -169,6 +173,8 @@ class Deciding:
                     self.trial.add(site, finding.final, replaced)
         except CannotEmit:
             return False
+        if decision.tier != "kept" and live < 1:
+            site.notes = (*site.notes, f"chunks take live keys only: {live:.0%} of the scores")
         site.refusal, site.decision = None, decision
         return decision.tier != "kept" or self._shielded(finding, site)
 

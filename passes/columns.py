@@ -152,7 +152,16 @@ class _Walk:
             return all(x in self.zero for x in held) and len(held) == len(n.all_input_nodes)
         if name == "div":
             return n.args[0] in self.zero
-        return (name == "mul" or contraction_like(n)) and any(x in self.zero for x in held)
+        if name in ("exp", "exp2"):
+            return self._is_masked(held[0])
+        return (name == "mul" or _product(n)) and any(x in self.zero for x in held)
+
+    def _is_masked(self, x: Node) -> bool:
+        try:
+            self._masked(x)
+        except NotSeparable:
+            return False
+        return True
 
     def _masked(self, x: Node) -> None:
         """`x` is -inf where its mask of indices says so. Raises NotSeparable where it has none."""
@@ -179,7 +188,7 @@ def _own(e: Expr) -> list[Expr]:
     return [a for a in walk(e) if a.op != "size" or a not in (I.args[0], J.args[0])]
 
 
-def contraction_like(n: Node) -> bool:
+def _product(n: Node) -> bool:
     return is_tensor(n) and contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) is not None
 
 

@@ -21,7 +21,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.text import to_json
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
-from attnfx.passes.columns import find_columns
+from attnfx.passes.columns import Columns, find_columns
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
@@ -47,6 +47,7 @@ class Region:
     inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
     results   the nodes that leave: `final`, and what else is read outside
     scores    the products of queries with keys
+    narrowed  how a chunk takes live keys only; None where it takes all
     """
 
     final: Node
@@ -57,6 +58,7 @@ class Region:
     inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
     results: list[Node] = field(default_factory=list)
     scores: list[Node] = field(default_factory=list)
+    narrowed: Columns | None = None
 
     @property
     def random(self) -> bool:
@@ -75,6 +77,12 @@ class Region:
                 if hint > most:
                     most, weight = hint, elements
         return weight
+
+    @property
+    def keys(self) -> Any:
+        """The number of keys; maybe symbolic."""
+        n = self.scores[0]
+        return next(x for d, x in enumerate(value(n).shape) if dims(n)[d] is self.columns and d != self.rows[n])
 
     @property
     def work(self) -> Counter[str]:
@@ -169,6 +177,7 @@ class _Walk:
         self._descend()
         self._collect()
         self._check()
+        found.narrowed = find_columns(self.facts, found.rows, found.calls, found.columns, found.results)
         return found
 
     def large(self, n: Node, row: int) -> bool:
@@ -354,7 +363,7 @@ def replace_region(
 def _program(
     emit: Emitter, found: Region, facts: Facts, compiled: bool
 ) -> tuple[RowProgram, list[Node], list[int | Node]]:
-    narrowed = find_columns(facts, found.rows, found.calls, found.columns, found.results)
+    narrowed = found.narrowed
     calls_of = narrowed.calls if narrowed else found.calls
 
     def inside(x: Along) -> bool:

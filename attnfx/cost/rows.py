@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from attnfx.ir.expr import Expr
+from attnfx.mask import key_ranges
 from attnfx.report import Candidate
 from attnfx.targets import Target
 
@@ -30,6 +32,7 @@ CACHE = 64 << 20  # bytes of scores, from which on they do, and a body is worth 
 CALL = 1e4  # ns of an operator on one chunk
 CHUNK = {"cpu": 16 << 20, "gpu": 256 << 20}  # bytes of scores in a chunk
 HELD = 6  # values of their size that a chunk has alive
+BLOCKS, WIDTHS = 32, 4  # chunks of rows that are asked for their keys; how many numbers of keys chunks have
 
 GPU_PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
 GPU_SORTS = {"topk": 8, "kthvalue": 8, "sort": 24, "argsort": 24, "msort": 24, "median": 8, "mode": 24}  # passes; too
@@ -40,7 +43,7 @@ CACHE_SHARE = 0.5  # of the last cache that a chunk's scores may take, to be fou
 class Rows:
     """A region: how often each operator works on values of the scores' size, by name, "product" (with queries, keys or
     values) and "mix" (with a small matrix) among them; the number of scores, of `element` bytes each; the width of a
-    head; and the kind of device that it would run on."""
+    head; the kind of device that it would run on; and the share of the scores that chunks compute."""
 
     work: Mapping[str, int]
     values: int
@@ -48,6 +51,7 @@ class Rows:
     width: int
     training: bool
     device: str = "cpu"
+    live: float = 1.0
 
     @property
     def bytes(self) -> int:
@@ -91,7 +95,7 @@ def _on_cpu(ask: Rows, threads: int) -> tuple[Candidate, list[Candidate]]:
         last = PRODUCT[kernel] * ask.width if kernel == COMPILED else 0.0
         time = ask.several(products + sorts + passes, last, products, passes)
         calls = -(-ask.bytes // CHUNK["cpu"]) * sum(ask.work.values()) * CALL * (4 if ask.training else 1)
-        ms = (ask.values * time / threads + calls) / 1e6
+        ms = (ask.live * ask.values * time / threads + calls) / 1e6
         ways.append(Candidate("chunked", kernel, ms, min(HELD * CHUNK["cpu"], held)))
     return Candidate("kept", "inductor", ask.values * kept / threads / 1e6, held), ways
 
@@ -119,7 +123,16 @@ def _on_gpu(ask: Rows, device: Target) -> tuple[Candidate, list[Candidate]]:
     kernels = sum(ask.work.values()) * (4 if ask.training else 1)
     launches = -(-ask.bytes // max(chunk, 1)) * kernels * device.launch / 1e3
     kept = Candidate("kept", "inductor", times(device.bandwidth, False) + kernels * device.launch / 1e3, held)
-    return kept, [Candidate("chunked", COMPILED, times(cached, True) + launches, min(HELD * chunk, held))]
+    return kept, [Candidate("chunked", COMPILED, ask.live * times(cached, True) + launches, min(HELD * chunk, held))]
 
 
-__all__ = ["CALLS", "COMPILED", "Rows", "candidates"]
+def live_share(score: Expr, rows: int, columns: int) -> float:
+    """The share of the scores that chunks compute, which take the keys that some row of theirs may see: where(the key
+    may be live, 0, -inf) in `score`."""
+    blocks = key_ranges(score, {"B": 1, "H": 1, "T": rows, "S": columns}, max(rows // BLOCKS, 1))
+    step = -(-columns // WIDTHS) or 1
+    taken = sum((r.i1 - r.i0) * (min(-(-r.j1 // step) * step, columns) - r.j0 // step * step) for r in blocks)
+    return taken / max(rows * columns, 1)
+
+
+__all__ = ["CALLS", "COMPILED", "Rows", "candidates", "live_share"]
