@@ -128,14 +128,17 @@ def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
-def forward(program: str, evaluate: Evaluate, place: Place, inputs: Sequence[Tensor]) -> Body | None:
-    """The body that gives the results of a chunk."""
-    key = (place.rows, place.columns, like(inputs))
+def forward(
+    program: str, sizes: Sequence[int], evaluate: Evaluate, place: Place, inputs: Sequence[Tensor]
+) -> Body | None:
+    """The body that gives the results of a chunk; `sizes` are the program's."""
+    key = (tuple(sizes), place.rows, place.columns, like(inputs))
     return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()))
 
 
 def backward(
     program: str,
+    sizes: Sequence[int],
     evaluate: Evaluate,
     place: Place,
     inputs: Sequence[Tensor],
@@ -145,7 +148,7 @@ def backward(
     """The body that gives the gradients of the inputs `wanted`, from those of the results; None is no gradient."""
     there = tuple(g is not None for g in grads)
     given = [g for g in grads if g is not None]
-    key = (place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
+    key = (tuple(sizes), place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
     return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, wanted, grads))
 
 

@@ -137,8 +137,11 @@ class _Walk:
         elif name in LEAST and reduced:
             self._masked(next(iter(reduced)))
             if name == "topk":
-                k = Use(n, 0, A.ONE)["k"]
-                if not isinstance(k, int) or any(u.args[1] == 1 and u.users for u in n.users):
+                use = Use(n, 0, A.ONE)
+                k = use["k"]
+                if not isinstance(k, int) or use["largest"] is not True:
+                    raise NotSeparable("not the largest of a fixed number")
+                if any(u.args[1] == 1 and u.users for u in n.users):
                     raise NotSeparable("the places of the best keys are read")
                 self.least = max(self.least, k)
         elif reduced:
@@ -152,16 +155,7 @@ class _Walk:
             return all(x in self.zero for x in held) and len(held) == len(n.all_input_nodes)
         if name == "div":
             return n.args[0] in self.zero
-        if name in ("exp", "exp2"):
-            return self._is_masked(held[0])
-        return (name == "mul" or _product(n)) and any(x in self.zero for x in held)
-
-    def _is_masked(self, x: Node) -> bool:
-        try:
-            self._masked(x)
-        except NotSeparable:
-            return False
-        return True
+        return (name == "mul" or (_product(n) and name != "baddbmm")) and any(x in self.zero for x in held)
 
     def _masked(self, x: Node) -> None:
         """`x` is -inf where its mask of indices says so. Raises NotSeparable where it has none."""
@@ -229,6 +223,8 @@ def _both(row: Any, column: Any) -> Any:
         return Along(row.node, row.dim, column.dim) if isinstance(column, Along) else row
     if isinstance(row, Node):
         return Along(row, None, column.dim) if isinstance(column, Along) else row
+    if isinstance(column, Ref) and column != row:
+        raise NotSeparable("the first key decides a number")
     return row
 
 
