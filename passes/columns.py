@@ -38,6 +38,15 @@ LEAST = ("amax", "logsumexp", "topk")  # what -inf adds nothing to
 
 
 @dataclass(frozen=True)
+class Part:
+    """The rows of a node, which lie along `dim`, and of these a chunk's keys alone, along `column`; None is all."""
+
+    node: Node
+    dim: int | None
+    column: int | None
+
+
+@dataclass(frozen=True)
 class Columns:
     """calls  how each node is computed for some rows and keys
     score  where(a key may be live, 0, -inf), over i and j
@@ -83,7 +92,7 @@ class _Walk:
         score = A.where(A.or_(*self.live), A.const(0.0), A.const(-math.inf))
         return Columns({n: made[n] for n in self.calls}, score, self.least)
 
-    def _inside(self, x: Along) -> bool:
+    def _inside(self, x: Part) -> bool:
         return x.node in self.calls and self.rows[x.node] == x.dim
 
     # -- where the keys lie -------------------------------------------------------------------------
@@ -186,12 +195,19 @@ def _product(n: Node) -> bool:
     return is_tensor(n) and contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) is not None
 
 
-def operands(made: Made) -> list[Along]:
-    out: list[Along] = []
+def part(x: Along | Part | Node) -> Part:
+    if isinstance(x, Part):
+        return x
+    return Part(x.node, x.dim, None) if isinstance(x, Along) else Part(x, None, None)
+
+
+def operands(made: Made) -> list[Part]:
+    """All of a call that are tensors; a node is the whole of it."""
+    out: list[Part] = []
 
     def visit(x: Any) -> Any:
-        if isinstance(x, Along):
-            out.append(x)
+        if isinstance(x, Along | Part) or is_tensor(x):
+            out.append(part(x))
         return x
 
     map_aggregate((made.args, dict(made.kwargs)), visit)
@@ -203,8 +219,8 @@ def _with(made: Made, columns: Mapping[Node, int]) -> Made:
 
     def change(x: Any) -> Any:
         if isinstance(x, Along) and x.node in columns:
-            return Along(x.node, x.dim, columns[x.node])
-        return Along(x, None, columns[x]) if isinstance(x, Node) and x in columns else x
+            return Part(x.node, x.dim, columns[x.node])
+        return Part(x, None, columns[x]) if isinstance(x, Node) and x in columns else x
 
     return Made(made.op, map_aggregate(made.args, change), map_aggregate(dict(made.kwargs), change))
 
@@ -220,9 +236,9 @@ def _both(row: Any, column: Any) -> Any:
     if isinstance(row, dict):
         return {k: _both(v, column[k]) for k, v in row.items()}
     if isinstance(row, Along):
-        return Along(row.node, row.dim, column.dim) if isinstance(column, Along) else row
+        return Part(row.node, row.dim, column.dim) if isinstance(column, Along) else row
     if isinstance(row, Node):
-        return Along(row, None, column.dim) if isinstance(column, Along) else row
+        return Part(row, None, column.dim) if isinstance(column, Along) else row
     if isinstance(column, Ref) and column != row:
         raise NotSeparable("the first key decides a number")
     return row
@@ -236,7 +252,7 @@ def _of_triangle(made: Made, column: int) -> Made:
         if isinstance(x, Ref) and x.kind == "start":
             seen.append(x)
             return Ref("corner", x.what)
-        return Along(x.node, x.dim, column) if isinstance(x, Along) else x
+        return Part(x.node, x.dim, column) if isinstance(x, Along) else x
 
     out = Made(made.op, map_aggregate(made.args, change), map_aggregate(dict(made.kwargs), change))
     if not seen:
@@ -244,4 +260,4 @@ def _of_triangle(made: Made, column: int) -> Made:
     return out
 
 
-__all__ = ["Columns", "find_columns", "operands"]
+__all__ = ["Columns", "Part", "find_columns", "operands", "part"]

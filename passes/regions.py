@@ -21,7 +21,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.text import to_json
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
-from attnfx.passes.columns import Columns, find_columns
+from attnfx.passes.columns import Columns, Part, find_columns, operands, part
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
@@ -366,20 +366,14 @@ def _program(
     narrowed = found.narrowed
     calls_of = narrowed.calls if narrowed else found.calls
 
-    def inside(x: Along) -> bool:
+    def inside(x: Part) -> bool:
         return x.node in found.calls and found.rows[x.node] == x.dim
 
-    read: dict[tuple[Node, int | None, int | None], None] = {}
-    for made in calls_of.values():
-        for x in _operands(made):
-            if isinstance(x, Along) and not inside(x):
-                read[(x.node, x.dim, x.column)] = None
-            elif isinstance(x, Node) and is_tensor(x):
-                read[(x, None, None)] = None
-    numbers: dict[Any, int] = {key: n for n, key in enumerate(read)}
-    inputs = [n for n, _, _ in read]
-    along = [d for _, d, _ in read]
-    columns = [c for _, _, c in read]
+    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not inside(x)))
+    numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
+    inputs = [x.node for x in read]
+    along = [x.dim for x in read]
+    columns = [x.column for x in read]
     sizes: dict[Expr, int] = {}
     scalars: dict[Node, Node] = {}
     for made in calls_of.values():  # a computed float is the tensor that it was read from
@@ -400,13 +394,14 @@ def _program(
         return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
 
     def text(x: Any) -> Any:
-        if isinstance(x, Along):
-            return Ref("value", numbers[x.node if inside(x) else (x.node, x.dim, x.column)])
+        if isinstance(x, Along | Part):
+            x = part(x)
+            return Ref("value", numbers[x.node if inside(x) else x])
         if isinstance(x, Node):
             held = value(x)
             if isinstance(held, int | torch.SymInt):
                 return size(held)
-            return Ref("value", numbers[(x, None, None)]) if is_tensor(x) else Ref("number", numbers[x])
+            return Ref("value", numbers[part(x)]) if is_tensor(x) else Ref("number", numbers[x])
         if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
             kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
             return Ref(kind, str(x).removeprefix("torch."))

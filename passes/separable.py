@@ -37,11 +37,10 @@ class NotSeparable(Exception):
 
 @dataclass(frozen=True)
 class Along:
-    """The rows of a node, which lie along `dim`; and of these a chunk's keys alone, along `column`. None is all."""
+    """The rows of a node, which lie along `dim`."""
 
     node: Node
-    dim: int | None
-    column: int | None = None
+    dim: int
 
 
 @dataclass(frozen=True)
