@@ -197,7 +197,7 @@ def _compiled(
         return Body(lambda *_: (), (), given)
     with torch.no_grad():
         run = compile_fx.compile_fx(gm, operands, config_patches={"triton.cudagraphs": False})
-    return Body(run, tuple((x.shape, x.dtype, p) for x, p in zip(factors, chances)), given)
+    return Body(run, tuple((x.shape, x.dtype, p) for x, p in zip(factors, chances)), given)  # type: ignore[arg-type]
 
 
 def gradients(

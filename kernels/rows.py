@@ -164,7 +164,7 @@ def forward(call: RowCall) -> list[Tensor]:
     with _plainly(), torch.no_grad():
         for chunk in run.chunks():
             for out, part, r in zip(outs, run.forward(chunk), call.program.results):
-                chunk.of(out, r.row).copy_(part)
+                chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
     return outs
 
 

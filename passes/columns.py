@@ -78,7 +78,7 @@ class _Walk:
         self.least = 1
 
     def columns(self, results: list[Node]) -> Columns:
-        made = {n: self._narrowed(n) for n in reversed(self.calls)}
+        made = {n: self._narrowed(n) for n in reversed(list(self.calls))}
         if not self.at or any(n in self.at for n in results):
             raise NotSeparable("no product over keys ends it")
         for n in made:
