@@ -147,7 +147,7 @@ class Deciding:
     def _whole_rows(self, finding: Finding, site: Site, told: Decision | None, lean: bool = False) -> bool:
         """What no score program describes may still be computed row by row. True where the graph changed. `lean`: only
         where all that is read of the weights is computed with it, and they are not."""
-        if op_name(finding.final) in SDPA or (lean and told is not None and told.kernel != "rows"):
+        if op_name(finding.final) in SDPA or (lean and told is not None and told.kernel not in cost.ROW_KERNELS):
             return False
         if "chunked" not in self.options.tiers:
             if lean:
@@ -169,22 +169,28 @@ class Deciding:
         lengths = {"T": found.extent, "S": found.columns}
         if site.spec is None:
             site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
-        values = number(found.weight) * number(held.shape[found.rows[finding.final]])
+        length = number(held.shape[found.rows[finding.final]])
+        values = number(found.weight) * length
         training = torch.is_grad_enabled() and finding.final in facts.differentiable
-        _, device = target_of(self.options, held.device)
-        decision = told or cost.decide_rows(
-            found.work, values, held.dtype.itemsize, number(held.shape[-1]), device.type, training, self.options,
-            found.gives_scores, torch.get_num_threads(),
-        )  # fmt: skip
+        target, device = target_of(self.options, held.device)
+        width = number(held.shape[-1])
+        live = 1.0
+        if found.narrowed is not None:
+            live = cost.live_share(found.narrowed.score, length, number(found.keys))
+        asked = cost.Rows(found.work, values, held.dtype.itemsize, width, training, device.type, live)
+        decision = told or cost.decide_rows(asked, self.options, found.gives_scores, torch.get_num_threads(), target)
         if lean and decision.tier == "kept":
             return False
         try:
             if decision.tier != "kept":
-                replaced = replace_region(self.traced, facts, found, ROWS, self.carriers)
+                compiled = decision.kernel == cost.COMPILED
+                replaced = replace_region(self.traced, facts, found, ROWS, self.carriers, compiled)
                 if self.trial is not None:
                     self.trial.add(site, finding.final, replaced)
         except CannotEmit:
             return False
+        if decision.tier != "kept" and live < 1:
+            site.notes = (*site.notes, f"chunks take live keys only: {live:.0%} of the scores")
         site.refusal, site.decision = None, decision
         if others := [n for n in found.results if n is not found.final]:
             places = ", ".join(dict.fromkeys(where_in_source(n) or n.name for n in others))

@@ -21,6 +21,8 @@ class Ref:
     "number" n        the value of that number, a tensor of one element, as a Python number
     "rows" 0          how many rows the chunk has
     "start" n         the chunk's first row, plus the constant n
+    "columns" 0       how many keys the chunk has
+    "corner" n        the chunk's first row less its first key, plus the constant n
     "dtype" "int64"   and likewise "device", "layout", "memory_format"
     """
 
@@ -48,10 +50,26 @@ class Result:
 
 
 @dataclass(frozen=True)
+class Live:
+    """Which keys a chunk takes.
+
+    columns  for each input the dimension that the keys lie along, or None
+    score    where(a key may be live, 0, -inf) over row i and key j, as JSON
+    least    the fewest keys of a chunk
+    """
+
+    columns: tuple[int | None, ...]
+    score: str
+    least: int
+
+
+@dataclass(frozen=True)
 class RowProgram:
     """inputs   for each input the dimension that the rows lie along, or None: every chunk reads the whole of it
     grads    whether an input takes a gradient
     weight   elements of the largest value, for one row
+    compiled whether a chunk's calls run as one compiled function
+    live     which keys a chunk takes; None: all
     """
 
     inputs: tuple[int | None, ...]
@@ -59,6 +77,8 @@ class RowProgram:
     weight: int | Ref
     calls: tuple[Call, ...]
     results: tuple[Result, ...]
+    compiled: bool = False
+    live: Live | None = None
 
     @property
     def random(self) -> bool:
@@ -72,6 +92,8 @@ class RowProgram:
                 "weight": _plain(self.weight),
                 "calls": [[c.op, _plain(c.args), {k: _plain(v) for k, v in c.kwargs}] for c in self.calls],
                 "results": [[r.value, r.row, _plain(r.shape), r.dtype] for r in self.results],
+                "compiled": self.compiled,
+                "live": self.live and [self.live.columns, self.live.score, self.live.least],
             },
             separators=(",", ":"),
         )
@@ -99,6 +121,8 @@ def from_json(text: str) -> RowProgram:
             _made(d["weight"]),
             tuple(calls),
             tuple(Result(value, row, _made(shape), dtype) for value, row, shape, dtype in d["results"]),
+            d["compiled"],
+            d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"not the text of a row program: {problem!r}") from problem
@@ -119,8 +143,10 @@ def _made(x: Any) -> Any:
 
 def _text(x: Any) -> str:
     if isinstance(x, Ref):
-        return {"value": f"v{x.what}", "size": f"s{x.what}", "rows": "rows"}.get(x.kind, f"{x.kind}:{x.what}")
+        return {"value": f"v{x.what}", "size": f"s{x.what}", "rows": "rows", "columns": "columns"}.get(
+            x.kind, f"{x.kind}:{x.what}"
+        )
     return f"[{', '.join(map(_text, x))}]" if isinstance(x, tuple) else repr(x)
 
 
-__all__ = ["Call", "Ref", "Result", "RowProgram", "from_json"]
+__all__ = ["Call", "Live", "Ref", "Result", "RowProgram", "from_json"]

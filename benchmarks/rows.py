@@ -2,7 +2,11 @@
 
 A process per contender and program, each after a warm-up; operands (1, H, T, D) in float32. The step is one forward
 and backward pass. Peaks are over what is in memory before the step: `peak_MiB` of the process, as the system counts its
-pages; `live_MiB` of tensors that are alive, as the profiler counts PyTorch's allocations.
+pages; `live_MiB` of tensors that are alive, as the profiler counts PyTorch's allocations. Contenders that are not
+measured anew keep what the file has of the same machine and sizes.
+
+`activations` are of one program at three numbers of keys, a quarter, half and whole: what a training step saves beyond
+its operands and result, and what a forward pass has alive beyond them, call by call, for chunks of three sizes.
 """
 
 from __future__ import annotations
@@ -12,7 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
@@ -33,7 +39,15 @@ def best_keys(query: Tensor, key: Tensor, value: Tensor, before: Tensor, after: 
     return score.masked_fill(score < least, float("-inf")).softmax(-1) @ value
 
 
-PROGRAMS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (talking_heads, best_keys)}
+def best_causal_keys(query: Tensor, key: Tensor, value: Tensor, before: Tensor, after: Tensor) -> Tensor:
+    score = query @ key.mT * query.shape[-1] ** -0.5
+    future = torch.arange(query.shape[2])[:, None] < torch.arange(key.shape[2])
+    score = score.masked_fill(future, float("-inf"))
+    least = score.topk(32, dim=-1).values[..., -1:]
+    return score.masked_fill(score < least, float("-inf")).softmax(-1) @ value
+
+
+PROGRAMS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (talking_heads, best_keys, best_causal_keys)}
 LIMITS = {"peak": 0.15, "time": 1.15}  # of attnfx's to eager's
 
 
@@ -72,16 +86,45 @@ def measure(program: str, contender: str, heads: int, length: int, width: int, t
     return {"seconds": round(best, 3), "forward_seconds": round(forward, 3), **sizes}
 
 
-def live_peak(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that `run` has alive, beyond those before it."""
+def changes(run: Callable[[], object]) -> list[int]:
+    """Bytes of tensors that `run` takes, and gives back (negative), in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for e in sorted(events, key=lambda e: e.start_ns()):
-        now += e.nbytes()
-        most = max(most, now)
-    return most
+    return [e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())]
+
+
+def live_peak(run: Callable[[], object]) -> int:
+    """The most bytes of tensors that `run` has alive, beyond those before it."""
+    return max(accumulate(changes(run)))
+
+
+def activations(heads: int, length: int, width: int) -> list[dict[str, object]]:
+    """Of the best keys, a quarter of `length` rows on more and more keys."""
+    from attnfx.kernels import rows as kernel
+
+    found: list[dict[str, object]] = []
+    for n in (length // 4, length // 2, length):
+        sizes = (length // 4, n, n)
+        operands = [torch.randn(1, heads, size, width, requires_grad=True) for size in sizes]
+        mixing = [torch.eye(heads)] * 2
+        torch._dynamo.reset()
+        run = torch.compile(best_keys, backend="attnfx", dynamic=False, options={"rewrite": "always", "inner": "eager"})
+        whole = heads * sizes[0] * width * 4  # the result itself
+        kernel.TILE_ELEMENTS = {"cpu": heads * n * 64}
+        run(*operands, *mixing)
+        result: list[Tensor] = []
+        kept = sum(changes(lambda: result.append(run(*operands, *mixing))))  # noqa: B023
+        alive = {}
+        for rows in (64, 32, 16):
+            kernel.TILE_ELEMENTS = {"cpu": heads * n * rows}
+            with torch.no_grad():
+                run(*operands, *mixing)
+                # events of one time are in no order: the most of several runs
+                most = max(live_peak(lambda: run(*operands, *mixing)) for _ in range(5))  # noqa: B023
+            alive[rows] = round((most - whole) / 2**20, 2)
+        found.append({"rows": sizes[0], "keys": n, "saved_bytes": kept - whole, "chunk_MiB_by_rows": alive})
+    return found
 
 
 @click.command(help=__doc__)
@@ -89,29 +132,46 @@ def live_peak(run: Callable[[], object]) -> int:
 @click.option("--length", default=4096)
 @click.option("--width", default=64)
 @click.option("--threads", default=1)
-@click.option("--contenders", default="eager,attnfx", help="also: inductor")
+@click.option("--contenders", default="eager,attnfx", help="also: inductor; or none")
+@click.option("--programs", default=",".join(PROGRAMS))
 @click.option("--one", default="", hidden=True)
 @click.option("--out", default=str(HERE / "results" / "rows.json"), type=click.Path())
-def main(heads: int, length: int, width: int, threads: int, contenders: str, one: str, out: str) -> None:
+def main(heads: int, length: int, width: int, threads: int, contenders: str, programs: str, one: str, out: str) -> None:
+    if one == "activations":
+        print(json.dumps(activations(heads, length, width)))
+        return
     if one:
         program, contender = one.split(":")
         print(json.dumps(measure(program, contender, heads, length, width, threads)))
         return
-    rows = {}
-    for program in PROGRAMS:
-        found = {}
-        for contender in contenders.split(","):
-            job = ["--one", f"{program}:{contender}", "--heads", heads, "--length", length, "--width", width]
-            command = [sys.executable, str(HERE / "rows.py"), *map(str, job), "--threads", str(threads)]
-            text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[contender] = json.loads(text.splitlines()[-1])
-        eager, ours = found["eager"], found["attnfx"]
-        names = {"peak": "peak_MiB", "live": "live_MiB", "time": "seconds", "forward": "forward_seconds"}
-        ratios = {k: ours[name] / eager[name] for k, name in names.items()}
-        rows[program] = {**found, "ratios": {k: round(v, 3) for k, v in ratios.items()}, "limits": LIMITS}
-        click.echo(f"{program}: {json.dumps(rows[program])}")
-    result = {"machine": machine(), "shape": [1, heads, length, width], "threads": threads, "programs": rows}
+    about = {"machine": machine(), "shape": [1, heads, length, width], "threads": threads}
+    rows = _before(Path(out), about)
+
+    def measured(what: str) -> object:
+        job = ["--one", what, "--heads", heads, "--length", length, "--width", width, "--threads", threads]
+        command = [sys.executable, str(HERE / "rows.py"), *map(str, job)]
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()[-1])
+
+    for program in programs.split(","):
+        found = rows.setdefault(program, {})
+        for contender in contenders.split(",") if contenders else ():
+            found[contender] = measured(f"{program}:{contender}")
+        if {"eager", "attnfx"} <= found.keys():
+            names = {"peak": "peak_MiB", "live": "live_MiB", "time": "seconds", "forward": "forward_seconds"}
+            ratios = {k: found["attnfx"][name] / found["eager"][name] for k, name in names.items()}
+            found |= {"ratios": {k: round(v, 3) for k, v in ratios.items()}, "limits": LIMITS}
+        click.echo(f"{program}: {json.dumps(found)}")
+    result = {**about, "programs": rows, "activations": measured("activations")}
     Path(out).write_text(json.dumps(result, indent=1) + "\n")
+
+
+def _before(path: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The programs of the file, where they were measured on this machine with these sizes."""
+    if not path.exists():
+        return {}
+    old = json.loads(path.read_text())
+    same = all(old[k] == about[k] for k in ("shape", "threads")) and old["machine"]["cpu"] == about["machine"]["cpu"]
+    return old["programs"] if same else {}
 
 
 if __name__ == "__main__":

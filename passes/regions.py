@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,9 @@ from torch.fx.node import map_aggregate
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
+from attnfx.ir.text import to_json
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
+from attnfx.passes.columns import Columns, Part, find_columns, operands, part
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
@@ -29,7 +31,7 @@ from attnfx.passes.reading import free
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.report import Refusal
-from attnfx.rowprogram import Call, Ref, Result, RowProgram
+from attnfx.rowprogram import Call, Live, Ref, Result, RowProgram
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
@@ -46,6 +48,7 @@ class Region:
     inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
     results   the nodes that leave: `final`, and what else is read outside
     scores    the products of queries with keys
+    narrowed  how a chunk takes live keys only; None where it takes all
     """
 
     final: Node
@@ -56,6 +59,7 @@ class Region:
     inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
     results: list[Node] = field(default_factory=list)
     scores: list[Node] = field(default_factory=list)
+    narrowed: Columns | None = None
 
     @property
     def random(self) -> bool:
@@ -74,6 +78,12 @@ class Region:
                 if hint > most:
                     most, weight = hint, elements
         return weight
+
+    @property
+    def keys(self) -> Any:
+        """The number of keys; maybe symbolic."""
+        n = self.scores[0]
+        return next(x for d, x in enumerate(value(n).shape) if dims(n)[d] is self.columns and d != self.rows[n])
 
     @property
     def work(self) -> Counter[str]:
@@ -169,6 +179,7 @@ class _Walk:
         self._collect([self.final])
         self._grow()
         self._check()
+        found.narrowed = find_columns(self.facts, found.rows, found.calls, found.columns, found.results)
         return found
 
     def large(self, n: Node, row: int) -> bool:
@@ -212,10 +223,12 @@ class _Walk:
         that is not known."""
         if key is None or key == NONE:
             return key
+        if not (is_tensor(n) and is_tensor(x.node)):
+            return None
         try:
             found = [a.dim for a in _operands(split(n, key, dims(n)[key])) if isinstance(a, Along) and a.node is x.node]
         except NotSeparable:  # a softmax mixes keys, and leaves them where they are
-            return key if is_tensor(n) and dims(n) == dims(x.node) else None
+            return key if dims(n) == dims(x.node) else None
         return found[0] if len(found) == 1 else NONE if not found else None
 
     def _rows_of(self, n: Node, row: int) -> list[Along]:
@@ -382,7 +395,7 @@ def _operands(made: Made) -> list[Along | Node]:
 
 # -- rewriting ---------------------------------------------------------------------------------------
 def replace_region(
-    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers
+    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers, compiled: bool
 ) -> list[tuple[Node, Node]]:
     """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
     each of these and what stands for it. Raises CannotEmit before changing users."""
@@ -392,7 +405,7 @@ def replace_region(
     if any(position[n] >= position[before] for n, _ in found.inputs):
         raise CannotEmit("an operand is computed after a result is read")
     emit = Emitter(gm, before, carriers)
-    program, inputs, sizes = _program(emit, found, facts)
+    program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
     made = emit.call(target, inputs, sizes, seed, program.to_json())
     replaced = []
@@ -412,13 +425,23 @@ def replace_region(
     return replaced
 
 
-def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, list[Node], list[int | Node]]:
-    numbers: dict[Any, int] = {key: n for n, key in enumerate(found.inputs)}
-    inputs = [n for n, _ in found.inputs]
-    along = [d for _, d in found.inputs]
+def _program(
+    emit: Emitter, found: Region, facts: Facts, compiled: bool
+) -> tuple[RowProgram, list[Node], list[int | Node]]:
+    narrowed = found.narrowed
+    calls_of = narrowed.calls if narrowed else found.calls
+
+    def inside(x: Part) -> bool:
+        return x.node in found.calls and found.rows[x.node] == x.dim
+
+    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not inside(x)))
+    numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
+    inputs = [x.node for x in read]
+    along = [x.dim for x in read]
+    columns = [x.column for x in read]
     sizes: dict[Expr, int] = {}
     scalars: dict[Node, Node] = {}
-    for made in found.calls.values():  # a computed float is the tensor that it was read from
+    for made in calls_of.values():  # a computed float is the tensor that it was read from
         for x in _operands(made):
             if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
                 if x.op != "call_method" or x.target != "item":
@@ -427,6 +450,7 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
                 numbers[x] = len(inputs)
                 inputs.append(scalars[x])
                 along.append(None)
+                columns.append(None)
     first = len(inputs)
     numbers |= {n: first + at for at, n in enumerate(found.calls)}
 
@@ -435,14 +459,14 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
         return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
 
     def text(x: Any) -> Any:
-        if isinstance(x, Along):
-            key = x.node if found.rows.get(x.node) == x.dim and x.node in found.calls else (x.node, x.dim)
-            return Ref("value", numbers[key])
+        if isinstance(x, Along | Part):
+            x = part(x)
+            return Ref("value", numbers[x.node if inside(x) else x])
         if isinstance(x, Node):
             held = value(x)
             if isinstance(held, int | torch.SymInt):
                 return size(held)
-            return Ref("value", numbers[(x, None)]) if is_tensor(x) else Ref("number", numbers[x])
+            return Ref("value", numbers[part(x)]) if is_tensor(x) else Ref("number", numbers[x])
         if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
             kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
             return Ref(kind, str(x).removeprefix("torch."))
@@ -456,7 +480,7 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
 
     calls = [
         Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
-        for made in found.calls.values()
+        for made in calls_of.values()
     ]
     results = []
     for n in found.results:
@@ -465,7 +489,10 @@ def _program(emit: Emitter, found: Region, facts: Facts) -> tuple[RowProgram, li
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
     weight = size(found.weight)
     grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
-    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results))
+    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
+    if narrowed is not None:
+        live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
+        program = replace(program, live=live)
     return program, inputs, [emit.size(e) for e in sizes]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -82,34 +83,37 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
 
 
 def decide_rows(
-    work: Mapping[str, int],
-    values: int,
-    element: int,
-    width: int,
-    device: str,
-    training: bool,
-    options: Options,
-    weights_read: bool,
-    threads: int = 1,
+    ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
-    """A decision for a region of whole rows, whose largest value has `values` numbers of `element` bytes; `work` as
-    cost/rows.py has it. `weights_read` says that a value of their size leaves the region."""
-    kept, chunked = rows.candidates(work, values, element, width, training, threads)
+    """A decision for a region of whole rows, on a GPU, or on a CPU whose `threads` share the work. `weights_read` says
+    that a value of the scores' size leaves the region."""
+    on_gpu = device is not None and device.kind != "cpu"
+    kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
+    best = min(ways, key=lambda c: c.predicted_ms)
+    others = [kept, *(c for c in ways if c is not best)]
     if options.rewrite == "always":
-        return _of(chunked, "whole rows", [kept])
-    if device != "cpu":
-        return _of(kept, f"this version has no kernel that is faster on {device}", [chunked], "slower")
+        return _of(best, "whole rows", others)
+    if ask.device != "cpu" and not on_gpu:
+        return _of(kept, f"this version knows no rates of {ask.device}", ways, "no_rates")
     if weights_read:
-        return _of(kept, "values as large as the scores are read outside", [chunked], "weights_read")
-    ratio = chunked.predicted_ms / max(kept.predicted_ms, 1e-9)
-    if ratio <= GAIN and not training:  # no training step was measured that became faster
-        size = values * element >> 20
-        return _of(chunked, f"whole rows, whose scores take {size} MiB: {ratio:.2f} x the original's time", [kept])
-    why = f"chunks of rows are predicted to take {ratio:.2f} x the original's time"
-    if values * element < rows.CACHE:
-        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", [chunked], "slower")
-    where = "in training, " if training else ""
-    return _of(kept, f'{where}{why}, but less memory: rewrite="always" does it', [chunked], "slower")
+        return _of(kept, "values as large as the scores are read outside", ways, "weights_read")
+    ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
+    told = f"{ratio:.2f} x the original's time" + (", from the device's rates: no GPU was measured" if on_gpu else "")
+    size, memory = ask.bytes >> 20, device.memory if device is not None else _memory()
+    if kept.predicted_bytes > memory:
+        why = f"whole rows: with the scores of {size} MiB the original is larger than memory ({memory >> 20} MiB)"
+        return _of(best, f"{why}; {told}", others)
+    if ratio <= GAIN:
+        return _of(best, f"whole rows, whose scores take {size} MiB: {told}", others)
+    why = f"chunks of rows are predicted to take {told}"
+    if ask.bytes < rows.CACHE:
+        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
+    return _of(kept, f'{why}, but less memory: rewrite="always" does it', ways, "slower")
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:

@@ -139,7 +139,7 @@ def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
     for n in (128, 64, 32):
         monkeypatch.setattr(rows, "ROWS", n)
         step()
-        peaks[n] = live_peak(step)
+        peaks[n] = max(live_peak(step) for _ in range(3))  # events of one time are in no order
     assert 1.8 < (peaks[128] - peaks[64]) / (peaks[64] - peaks[32]) < 2.2
     with keep:
         torch.ops.attnfx.attention_rows(inputs, [H * length, 6], None, one)

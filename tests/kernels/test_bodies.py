@@ -1,0 +1,139 @@
+"""The body of a chunk, compiled once: it gives what the calls give, wherever it is made."""
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+
+from attnfx.kernels import bodies, rows
+from attnfx.rowprogram import Call, Ref, Result, RowProgram
+from tests.kernels.test_rows import H, S, operands, program
+from tests.support import rand
+
+
+@pytest.fixture(autouse=True)
+def chunks_of_seven_rows(monkeypatch):
+    """Three chunks of one body."""
+    monkeypatch.setattr(rows, "ROWS", 7)
+    monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
+    monkeypatch.setattr(bodies, "BODIES", bodies.Bodies())
+
+
+def step(made, seed=None, inputs=None):
+    """Results and gradients."""
+    inputs = operands() if inputs is None else inputs
+    out, weights = torch.ops.attnfx.attention_rows(inputs, [H * S, 6], seed, made.to_json())
+    ((out * 2).sum() + weights.square().sum()).backward()
+    return [out.detach(), weights.detach(), *(x.grad for x in inputs)]
+
+
+def made_bodies():
+    return list(bodies.BODIES.made.values())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+def test_a_body_gives_what_the_calls_give_with_the_same_draws(dropout):
+    seed = torch.tensor([5]) if dropout else None
+    for got, want in zip(step(replace(program(dropout), compiled=True), seed), step(program(dropout), seed)):
+        torch.testing.assert_close(got, want)
+    assert len(made_bodies()) == 2 and None not in made_bodies()
+
+
+def test_all_chunks_of_all_steps_share_a_body_and_a_shorter_one_runs_without():
+    made = replace(program(), compiled=True)
+    for length in (21, 21, 20):
+        inputs = operands()
+        inputs[0] = inputs[0].detach()[:, :length].requires_grad_()
+        own = [x.detach().clone().requires_grad_() for x in inputs]
+        for got, want in zip(step(made, inputs=inputs), step(program(), inputs=own)):
+            torch.testing.assert_close(got, want)
+    assert len(made_bodies()) == 3  # gradients of 20 rows lie otherwise
+
+
+def triangles():
+    """softmax(s where j <= i + 2, and j >= i - 4), of queries along 1."""
+    calls = [
+        Call("einsum.default", ("hid,hjd->hij", (Ref("value", 0), Ref("value", 1)))),
+        Call("ones_like.default", (Ref("value", 3),)),
+        Call("tril.default", (Ref("value", 4), Ref("start", 2))),
+        Call("triu.default", (Ref("value", 5), Ref("start", -4))),
+        Call("mul.Tensor", (Ref("value", 3), Ref("value", 6))),
+        Call("softmax.int", (Ref("value", 7), -1)),
+        Call("einsum.default", ("hij,hjd->hid", (Ref("value", 8), Ref("value", 2)))),
+    ]
+    result = Result(9, 1, (H, Ref("rows", 0), Ref("size", 1)), "float64")
+    return RowProgram((1, None, None), (True,) * 3, Ref("size", 0), tuple(calls), (result,))
+
+
+def test_a_triangle_follows_the_chunk():
+    found = []
+    for compiled in (True, False):
+        inputs = operands()[:3]
+        text = replace(triangles(), compiled=compiled).to_json()
+        (out,) = torch.ops.attnfx.attention_rows(inputs, [H * S, 6], None, text)
+        out.square().sum().backward()
+        found.append([out.detach(), *(x.grad for x in inputs)])
+    q, k, value = operands()[:3]
+    s = torch.einsum("hid,hjd->hij", q, k)
+    want = (s * torch.ones_like(s).tril(2).triu(-4)).softmax(-1) @ value
+    torch.testing.assert_close(found[0][0], want)
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want)
+    assert len(made_bodies()) == 2 and None not in made_bodies()
+
+
+def test_what_does_not_compile_runs_call_by_call_and_says_so(monkeypatch, caplog):
+    def fails(*_, **__):
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(bodies.compile_fx, "compile_fx", fails)
+    with caplog.at_level(logging.WARNING, "attnfx"):
+        got = step(replace(program(), compiled=True))
+    for x, want in zip(got, step(program())):
+        torch.testing.assert_close(x, want)
+    assert [r.getMessage().count("no compiler here") for r in caplog.records] == [1, 1]
+    assert made_bodies() == [None, None]
+
+
+def test_bodies_of_a_program_are_bounded(monkeypatch):
+    monkeypatch.setattr(bodies, "CLASSES", 0)
+    step(replace(program(), compiled=True))
+    assert not made_bodies()
+
+
+def test_a_body_is_made_under_whatever_mode_asks():
+    """Inference mode, autocast, a dispatch mode and no_grad are the caller's, not the body's."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    text = replace(program(), compiled=True).to_json()
+    with torch.inference_mode(), torch.autocast("cpu", dtype=torch.bfloat16), FlopCounterMode(display=False):
+        out, _ = torch.ops.attnfx.attention_rows(operands(), [H * S, 6], None, text)
+    torch.testing.assert_close(out, step(program())[0])
+    assert len(made_bodies()) == 1 and None not in made_bodies()
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_a_body_is_made_inside_a_compiled_step(mode, monkeypatch):
+    from attnfx.cost import rows as model
+
+    monkeypatch.setattr(model, "CACHE", 0)
+
+    def attention(q, k, v):
+        s = q @ k.mT
+        s = s.masked_fill(s < s.topk(4).values[..., -1:], float("-inf"))
+        return s.softmax(-1) @ v
+
+    own = [rand(1, H, 21, 8, seed=n).requires_grad_() for n in range(3)]
+    mine = [x.detach().clone().requires_grad_() for x in own]
+    torch._dynamo.reset()
+    options = {"options": {"rewrite": "always"}} if mode is None else {"mode": mode}
+    run = torch.compile(attention, backend="attnfx", **options)
+    for _ in range(2):
+        out, want = run(*mine), attention(*own)
+        torch.testing.assert_close(out, want)
+        out.sum().backward()
+        want.sum().backward()
+        for got, x in zip(mine, own):
+            torch.testing.assert_close(got.grad, x.grad)
+    assert mode is not None or (len(made_bodies()) == 2 and None not in made_bodies())
