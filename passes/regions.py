@@ -221,10 +221,8 @@ class _Walk:
     def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
         """Where an operand of `n` has the keys that lie along dimension `key` of it: NONE where it has none, None where
         that is not known."""
-        if key is None or key == NONE:
-            return key
-        if not (is_tensor(n) and is_tensor(x.node)):
-            return None
+        if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
+            return None  # what has no keys may be made of what has
         try:
             found = [a.dim for a in _operands(split(n, key, dims(n)[key])) if isinstance(a, Along) and a.node is x.node]
         except NotSeparable:  # a softmax mixes keys, and leaves them where they are
