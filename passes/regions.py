@@ -248,7 +248,8 @@ class _Walk:
 
     def _grow(self) -> None:
         """What is made of a large value beside the attention, a row of it from a row, as its maximum or its entropy."""
-        found, waiting, seen = self.found, list(self.found.calls), set(self.found.calls)
+        found, seen = self.found, set(self.found.calls)
+        waiting = [n for n in found.calls if n is not self.final]
         while waiting:
             n = waiting.pop()
             for u in n.users if self.large(n, found.rows[n]) else ():
