@@ -56,7 +56,12 @@ def unite(gm: GraphModule) -> int:
             continue
         if op_name(n) in CATS and _reaches_softmax(n):
             changed += _scores(gm, n)
-        elif op_name(n) == "add" and len(n.args) == 2 and not n.kwargs and all(map(batched, n.args)):  # type: ignore[arg-type]
+        elif (
+            op_name(n) == "add"
+            and len(n.args) == 2
+            and not n.kwargs
+            and all(is_tensor(x) and batched(x) for x in n.args)
+        ):  # type: ignore[arg-type]
             changed += _values(gm, n)
     if changed:
         gm.graph.eliminate_dead_code()
