@@ -18,7 +18,8 @@ from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
 from attnfx.passes.reductions import drawn_for_others, find_reductions
-from attnfx.passes.regions import Region, find_region, replace_region
+from attnfx.passes.region_rewrite import replace_region
+from attnfx.passes.regions import Region, find_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import trace

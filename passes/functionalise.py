@@ -58,7 +58,7 @@ def functionalise(gm: GraphModule) -> int:
         if views and op_name(views[-1].args[0]) in EMPTY:  # type: ignore[arg-type]
             continue
         # every other alias that is read after the write: the written tensor itself, or what comes from the result
-        renewed = {target, *(v.args[0] for v in views)}
+        renewed = [target, *(v.args[0] for v in views)]
         aliases = [n for n in families[key] if n is not node and n not in renewed]
         stale = [
             n for n in aliases if position[n] < position[node] and any(position[u] > position[node] for u in n.users)

@@ -8,30 +8,25 @@ the size of the scores enters it that was made of scores.
 
 from __future__ import annotations
 
-import operator
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
-from torch.fx.node import map_aggregate
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.ir.text import to_json
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
-from attnfx.passes.columns import Columns, Part, find_columns, operands, part
+from attnfx.passes.columns import Columns, find_columns
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, size_expr, value
+from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, value
 from attnfx.passes.lift import VIEWS
 from attnfx.passes.match import Finding, batched
 from attnfx.passes.reading import free
-from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.report import Refusal
-from attnfx.rowprogram import Call, Live, Ref, Result, RowProgram
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
@@ -224,7 +219,7 @@ class _Walk:
         if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
             return None  # what has no keys may be made of what has
         try:
-            found = [a.dim for a in _operands(split(n, key, dims(n)[key])) if isinstance(a, Along) and a.node is x.node]
+            found = [a.dim for a in split(n, key, dims(n)[key]).operands() if isinstance(a, Along) and a.node is x.node]
         except NotSeparable:  # a softmax mixes keys, and leaves them where they are
             return key if dims(n) == dims(x.node) else None
         return found[0] if len(found) == 1 else NONE if not found else None
@@ -234,7 +229,7 @@ class _Walk:
         if n.op != "call_function":
             return []
         try:
-            return [x for x in _operands(split(n, row, self.found.extent)) if isinstance(x, Along)]
+            return [x for x in split(n, row, self.found.extent).operands() if isinstance(x, Along)]
         except NotSeparable as problem:
             self.problem = self.problem or problem
             return []
@@ -269,8 +264,8 @@ class _Walk:
                 if size is not found.extent:
                     continue
                 try:
-                    read = _operands(split(one, d, found.extent))
-                    read = read if one is n else _operands(split(n, d, found.extent))
+                    read = split(one, d, found.extent).operands()
+                    read = read if one is n else split(n, d, found.extent).operands()
                 except NotSeparable:
                     continue
                 made = [x for x in read if isinstance(x, Along) and x.node is not n]
@@ -307,7 +302,7 @@ class _Walk:
                         stack.append(other)
             if len(found.calls) > LARGEST:
                 raise NotSeparable("the region is too large")
-            for x in _operands(made):
+            for x in made.operands():
                 if isinstance(x, Node):
                     if x in self.descendants:
                         raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
@@ -380,119 +375,4 @@ def _read_by(n: Node) -> bool:
     return bool(n.users) or n.op == "output" or bool(written_operands(n))
 
 
-def _operands(made: Made) -> list[Along | Node]:
-    out: list[Along | Node] = []
-
-    def visit(x: Any) -> Any:
-        if isinstance(x, Along | Node):
-            out.append(x)
-        return x
-
-    map_aggregate((made.args, dict(made.kwargs)), visit)
-    return out
-
-
-# -- rewriting ---------------------------------------------------------------------------------------
-def replace_region(
-    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers, compiled: bool
-) -> list[tuple[Node, Node]]:
-    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
-    each of these and what stands for it. Raises CannotEmit before changing users."""
-    position = facts.position
-    users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
-    before = min([found.final, *users], key=position.__getitem__)
-    if any(position[n] >= position[before] for n, _ in found.inputs):
-        raise CannotEmit("an operand is computed after a result is read")
-    emit = Emitter(gm, before, carriers)
-    program, inputs, sizes = _program(emit, found, facts, compiled)
-    seed = emit.seed(value(found.final).device) if found.random else None
-    made = emit.call(target, inputs, sizes, seed, program.to_json())
-    replaced = []
-    for at, old in enumerate(found.results):
-        replaced.append((old, like(emit, emit.call(operator.getitem, made, at), old)))
-    sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
-    for user, d in sizes_of.items():
-        source: Any = user.args[0]
-        if source not in found.results and user not in emit.sizes.values():
-            at = Emitter(gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
-            if at is not user:
-                user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
-    inside = set(found.calls)
-    for old, new in replaced:
-        new.meta = {**old.meta, **new.meta}
-        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside, propagate_meta=False)
-    return replaced
-
-
-def _program(
-    emit: Emitter, found: Region, facts: Facts, compiled: bool
-) -> tuple[RowProgram, list[Node], list[int | Node]]:
-    narrowed = found.narrowed
-    calls_of = narrowed.calls if narrowed else found.calls
-
-    def inside(x: Part) -> bool:
-        return x.node in found.calls and found.rows[x.node] == x.dim
-
-    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not inside(x)))
-    numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
-    inputs = [x.node for x in read]
-    along = [x.dim for x in read]
-    columns = [x.column for x in read]
-    sizes: dict[Expr, int] = {}
-    scalars: dict[Node, Node] = {}
-    for made in calls_of.values():  # a computed float is the tensor that it was read from
-        for x in _operands(made):
-            if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
-                if x.op != "call_method" or x.target != "item":
-                    raise CannotEmit(f"the number {x.name} is carried by no tensor")
-                scalars[x] = x.args[0]  # type: ignore[assignment]
-                numbers[x] = len(inputs)
-                inputs.append(scalars[x])
-                along.append(None)
-                columns.append(None)
-    first = len(inputs)
-    numbers |= {n: first + at for at, n in enumerate(found.calls)}
-
-    def size(n: Any) -> int | Ref:
-        e = size_expr(n)
-        return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
-
-    def text(x: Any) -> Any:
-        if isinstance(x, Along | Part):
-            x = part(x)
-            return Ref("value", numbers[x.node if inside(x) else x])
-        if isinstance(x, Node):
-            held = value(x)
-            if isinstance(held, int | torch.SymInt):
-                return size(held)
-            return Ref("value", numbers[part(x)]) if is_tensor(x) else Ref("number", numbers[x])
-        if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
-            kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
-            return Ref(kind, str(x).removeprefix("torch."))
-        if isinstance(x, torch.device):
-            return Ref("device", str(x))
-        if isinstance(x, list | tuple):
-            return tuple(text(a) for a in x)
-        if x is None or isinstance(x, bool | int | float | str | Ref):
-            return x
-        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be written down")
-
-    calls = [
-        Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
-        for made in calls_of.values()
-    ]
-    results = []
-    for n in found.results:
-        row = found.rows[n]
-        shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
-        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
-    weight = size(found.weight)
-    grads = [n in facts.differentiable and value(n).dtype.is_floating_point for n in inputs]
-    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
-    if narrowed is not None:
-        live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
-        program = replace(program, live=live)
-    return program, inputs, [emit.size(e) for e in sizes]
-
-
-__all__ = ["Region", "find_region", "replace_region"]
+__all__ = ["Region", "find_region"]

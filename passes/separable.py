@@ -51,6 +51,18 @@ class Made:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
+    def operands(self) -> list[Along | Node]:
+        """What it reads: a node is read as a whole."""
+        out: list[Along | Node] = []
+
+        def visit(x: Any) -> Any:
+            if isinstance(x, Along | Node):
+                out.append(x)
+            return x
+
+        map_aggregate((self.args, dict(self.kwargs)), visit)
+        return out
+
 
 class Use:
     """An operator in use, its rows along `row`; `given` holds its arguments by name, for a rule to change."""
