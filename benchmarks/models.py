@@ -21,12 +21,12 @@ def padded(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": tokens(batch, length), "attention_mask": mask}
 
 
-def decoder(kind: str, layers: int, length: int, how: dict[str, Any], **more: Any) -> Built:
-    """Llama or Mistral of hidden size 512, 8 heads of 64."""
+def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int = 8, **more: Any) -> Built:
+    """Llama or Mistral of so many heads of 64."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
-        hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, vocab_size=8192,
+        hidden_size=64 * heads, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=8192,
         max_position_embeddings=2 * length, use_cache=False, **more, **how,
     )  # fmt: skip
     return getattr(transformers, f"{kind}Model")(config), {"input_ids": tokens(1, length)}
@@ -39,6 +39,8 @@ def build(name: str, layers: int, size: int, batch: int = 1, implementation: str
     how = {"attn_implementation": implementation}
     if name == "llama":
         return decoder("Llama", layers, size, how, intermediate_size=1376, num_key_value_heads=8)
+    if name == "grouped":  # a Llama whose 12 heads share 4 pairs of keys and values
+        return decoder("Llama", layers, size, how, 12, intermediate_size=2048, num_key_value_heads=4)
     if name == "mistral":
         return decoder("Mistral", layers, size, how, intermediate_size=1792, num_key_value_heads=2, sliding_window=512)
     if name == "bert":

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -130,7 +131,7 @@ def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
 def _results(n: Node) -> tuple[Result, ...]:
     value = n.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return (Result(n.name, tensor_bytes(value)),)
+        return (_result(n.name, value),)
     if not isinstance(value, (list, tuple)):
         return ()
     parts = {}
@@ -138,10 +139,42 @@ def _results(n: Node) -> tuple[Result, ...]:
         if user.target is operator.getitem:
             parts.setdefault(user.args[1], user.name)
     return tuple(
-        Result(parts.get(i, f"{n.name}[{i}]"), tensor_bytes(x))
+        _result(parts.get(i, f"{n.name}[{i}]"), x)
         for i, x in enumerate(value)
         if isinstance(x, torch.Tensor)
     )
+
+
+def _result(name: str, x: torch.Tensor) -> Result:
+    return Result(name, tensor_bytes(x), str(x.dtype).removeprefix("torch."))
+
+
+def _aside(n: Node, held: set[str]) -> frozenset[str]:
+    """The operands of a loop whose elements it does not read in the order in which it writes its own."""
+    value = n.meta["val"]
+
+    def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
+        """(size, stride) of each dim that is not 1, of a tensor that broadcasts to a shape; neighbours as one."""
+        out: list[tuple[int, int]] = []
+        strides = [0] * (len(shape) - x.ndim) + [
+            number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
+        ]
+        for size, stride in zip(map(number, shape), strides):
+            if size == 1:
+                continue
+            if out and out[-1][1] == size * stride:
+                out[-1] = (out[-1][0] * size, stride)
+            else:
+                out.append((size, stride))
+        return out
+
+    def straight(x: Node) -> bool:
+        other = x.meta["val"]
+        if not isinstance(value, torch.Tensor) or other.ndim > value.ndim or numel(other) != numel(value):
+            return False
+        return number(other.storage_offset()) == 0 and steps(other, value.shape) == steps(value, value.shape)
+
+    return frozenset(x.name for x in n.all_input_nodes if x.name in held and not straight(x))
 
 
 def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
@@ -179,6 +212,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
+        _aside(n, held) if kind == "loop" else frozenset(),
         name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
 
