@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -32,6 +33,40 @@ def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int
     return getattr(transformers, f"{kind}Model")(config), {"input_ids": tokens(1, length)}
 
 
+class Chunked(nn.Module):
+    """A layer of a ViT-B whose attention is written as a loop over chunks of queries; 0: whole."""
+
+    def __init__(self, chunk: int, width: int = 768, heads: int = 12):
+        super().__init__()
+        self.chunk, self.heads = chunk, heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+        return weights @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        query, key, value = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        step = self.chunk or length
+        parts = [self.attend(query[:, :, i : i + step], key, value) for i in range(0, length, step)]
+        x = x + self.out(torch.cat(parts, 2).transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class ChunkedViT(nn.Module):
+    """Such layers over patches that are embedded already."""
+
+    def __init__(self, layers: int, chunk: int):
+        super().__init__()
+        self.layers = nn.Sequential(*(Chunked(chunk) for _ in range(layers)))
+
+    def forward(self, patches: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.layers(patches))
+
+
 def build(name: str, layers: int, size: int, batch: int = 1, implementation: str = "eager") -> Built:
     """A model and its inputs. `size` is the number of tokens, or the side of an image in pixels."""
     import transformers as hf
@@ -57,4 +92,7 @@ def build(name: str, layers: int, size: int, batch: int = 1, implementation: str
         side = (768, 816) if size == 2448 else (size, size)  # 48 x 51 patches, and the class token
         config = hf.ViTConfig(num_hidden_layers=layers, image_size=side, **how)
         return hf.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(batch, 3, *side)}
+    if name.startswith("vit-"):
+        chunk = name.removeprefix("vit-")
+        return ChunkedViT(layers, 0 if chunk == "whole" else int(chunk)), {"patches": torch.randn(batch, size, 768)}
     raise ValueError(f"no model is named {name!r}")

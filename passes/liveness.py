@@ -16,7 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx.memory.attention import workspace
+from attnfx.memory.attention import Operand, Use, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
@@ -75,11 +75,17 @@ def attention_workspace(n: Node, cpu: bool) -> int:
     backward = name.endswith("backward")
     if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
         return max((tensor_bytes(x) for x in tensors), default=0)  # blocks of whole rows: about an operand
-    query, key, value = tensors[1:4] if backward else tensors[:3]
-    b, h, t, d = map(number, query.shape)
-    dims = {"B": b, "H": h, "T": t, "D": d, "G": number(key.shape[1]), "S": number(key.shape[2])}
-    dims["Dv"] = number(value.shape[3])
-    return workspace(from_json(texts[0]), dims, query.element_size(), texts[1].split(",")[0], backward, cpu)
+    held = [x.meta["val"] for x in n.args[:4] if isinstance(x, Node)]
+    grad, query, key, value = held if backward else (None, *held[:3])
+    use = Use(
+        from_json(texts[0]), operand(query), operand(key), operand(value), None if grad is None else operand(grad),
+        cpu, torch.get_num_threads(),
+    )  # fmt: skip
+    return workspace(use, texts[1].split(",")[0])
+
+
+def operand(x: torch.Tensor) -> Operand:
+    return Operand(tuple(map(number, x.shape)), tuple(map(number, x.stride())), x.element_size())
 
 
 def near_readers(gm: GraphModule) -> GraphModule:
@@ -138,11 +144,7 @@ def _results(n: Node) -> tuple[Result, ...]:
     for user in n.users:
         if user.target is operator.getitem:
             parts.setdefault(user.args[1], user.name)
-    return tuple(
-        _result(parts.get(i, f"{n.name}[{i}]"), x)
-        for i, x in enumerate(value)
-        if isinstance(x, torch.Tensor)
-    )
+    return tuple(_result(parts.get(i, f"{n.name}[{i}]"), x) for i, x in enumerate(value) if isinstance(x, torch.Tensor))
 
 
 def _result(name: str, x: torch.Tensor) -> Result:

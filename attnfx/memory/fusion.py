@@ -226,7 +226,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         reads = dict.fromkeys(r for x in group.loops for r in x.reads if r not in own)
         results = [r for x in group.loops for r in x.op.results]
         # a loop of C++ reads what a reduction before it has made from memory
-        local = (r for x in group.loops if not (x.alone or cpu and x.op.kind == "reduce") for r in x.op.results)
+        local = (r for x in group.loops if not (x.alone or (cpu and x.op.kind == "reduce")) for r in x.op.results)
         inner = tuple(r for r in local if r.name not in outputs and all(of[n] == g for n in readers[r.name]))
         writes = tuple(r for r in results if r not in inner)
         first = group.loops[0].op

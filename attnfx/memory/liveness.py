@@ -110,7 +110,9 @@ class _Lines:
 
     def _write(self) -> None:
         phase = self.phase
-        last = {v: n for n, (_, k) in enumerate(self.order) for v in (*k.reads, *k.changes, *(w.name for w in k.writes))}
+        last = {
+            v: n for n, (_, k) in enumerate(self.order) for v in (*k.reads, *k.changes, *(w.name for w in k.writes))
+        }
         self.lines += [_Line(self.alive[value], 0, None) for value in phase.arrives]
         for value in [v for v in self.alive if v not in last and v not in phase.kept]:
             self.lines.append(_Line(self.alive.pop(value), 0, None, frees=True))
