@@ -2,8 +2,8 @@
 
 A phase is one compiled graph: its kernels. A value is allocated before the kernel that writes it and released after the
 last kernel that reads it or a view of it, so that a kernel's operands and results are alive together. Inductor adds
-three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait for
-a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
+three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait
+for a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
 """
 
 from __future__ import annotations
