@@ -30,6 +30,7 @@ class Kernel:
     over      result -> the operands that it may be written over, once nothing else reads them
     inner     results that only it reads, so that they are not stored
     own       the compiler allocates its results, not the kernel
+    joins     its result is written part by part, through views: the memory goes to no other value
     """
 
     name: str
@@ -41,6 +42,7 @@ class Kernel:
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner: tuple[Result, ...] = ()
     own: bool = False
+    joins: bool = False
     flops: int = 0
     dtype: str = "float32"
     where: str = ""
@@ -76,7 +78,7 @@ class _Loop:
 
     op: Op
     reads: dict[str, bool]
-    alone: bool  # a kernel: it fuses with nothing
+    alone: bool  # it fuses with nothing, as a kernel does
 
 
 def fused(graph: Graph, cpu: bool) -> list[Kernel]:
@@ -118,8 +120,10 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
         for s in sources:
             for r, crooked in (bodies[s].reads if s in bodies else {s: False}).items():
                 reads[r] = reads.get(r, False) or crooked or s in aside
-        if op.kind in ("reduce", "scatter") or (op.target == "cat" and not inlined):
-            loops[op.name] = _Loop(op, dict.fromkeys(reads, True) if op.kind == "scatter" else reads, False)
+        if op.kind in ("reduce", "scatter") or (op.target == "cat" and (cpu or not inlined)):
+            # on a CPU, each part of a `cat` is a loop over its own elements: none runs over those of a reader
+            apart = cpu and op.target == "cat"
+            loops[op.name] = _Loop(op, dict.fromkeys(reads, True) if op.kind == "scatter" else reads, apart)
             continue
         body = _Body(
             frozenset([op.name]).union(*(b.operations for b in inlined)), reads,
@@ -235,7 +239,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         made.append((g, Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
             {} if group.alone else _over(group.loops), inner,
-            first.kind != "kernel" or first.target in OUT,
+            first.kind != "kernel" or first.target in OUT, group.alone and first.target == "cat",
             first.flops, first.dtype, first.where, first.target,
         )))  # fmt: skip
     return _sorted(made)

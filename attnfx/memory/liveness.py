@@ -95,6 +95,7 @@ class _Lines:
         arrives = (Result(v, size) for v, size in phase.arrives.items())
         self.alive = {r.name: r for r in (*phase.released, *arrives)}
         self.own = {w.name for k in phase.kernels if k.own for w in k.writes}
+        self.joined = {w.name for k in phase.kernels if k.joins for w in k.writes}
         self.lines: list[_Line] = []
         self._write()
         if phase.alive:
@@ -157,7 +158,8 @@ class _Lines:
             if line.value.name not in self.own or line.old is not None:
                 continue
             if line.frees:
-                dead[key].append(line)
+                if line.value.name not in self.joined:
+                    dead[key].append(line)
             elif dead[key]:
                 before = dead[key][-1]
                 between = range(before.at + 1, line.at)

@@ -113,6 +113,11 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
 
     for k in kernels:
         sizes = {w.name: w.bytes for w in k.writes}
+        if k.joins:  # the parts count beside the whole that they lie in
+            parts, size = f"{k.name}()", sum(sizes.values())
+            add(k, size, {parts: size}, k.reads, k.changes)
+            add(k, size, sizes, [parts], ())
+            continue
         if k.loop or len(sizes) < 2:
             sizes |= {w.name: w.bytes for w in k.inner}
             add(k, sum(sizes.values()), sizes, k.reads, k.changes)
