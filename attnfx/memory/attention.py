@@ -187,10 +187,12 @@ def _library(use: Use) -> int:
         tile = prod(extents[name] for name in shape) * use.compute if shape else 0
         part = batch * heads * rows * use.width * use.query.element
         sums = batch * heads * rows * use.compute
-        kernel = tile + _kernel(use, rows, keys)
+        # of a tile the kernel makes a copy of its own
+        kernel = (tile if layout.single else 2 * tile) + _kernel(use, rows, keys)
         if use.grad_out is None:
-            most = max(most, before + evaluated, before + kernel + part + sums)
-            before = tile + part + sums  # the last block's are there until the next one's are
+            kept = 0 if before == 0 else part + sums  # the last block's are there until the next one's are
+            most = max(most, before + evaluated, kept + kernel + part + sums)
+            before = tile + part + sums
             continue
         key = batch * groups * keys * use.width * use.key.element
         if not (layout.single and use.grad_out.lies((0, 2, 1, 3))):
@@ -198,7 +200,7 @@ def _library(use: Use) -> int:
         if layout.single:  # the gradients are the kernel's own, then one after the other is laid out as promised
             most = max(evaluated, kernel, 0 if heads == 1 else max(part, key))
         else:
-            most = max(most, before + evaluated, before + kernel + part + 2 * key)
+            most = max(most, before + evaluated, kernel + part + 2 * key)
             before = tile
     return copies + most
 
