@@ -56,7 +56,13 @@ class Joint:
     @cached_property
     def forward(self) -> frozenset[str]:
         """Names of the operations that the forward pass's outputs come from. All others run in the backward pass."""
-        return frozenset(op.name for op in self.closure(self.graph.outputs[: self.outputs], ()))
+        return frozenset(op.name for op in self.closure(self.roots, ()))
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The forward pass's outputs, and what it writes into inputs."""
+        written = (r.name for op in self.graph.ops if op.changes and op.name not in self.later for r in op.results)
+        return (*self.graph.outputs[: self.outputs], *written)
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -80,10 +86,10 @@ class Joint:
         """The forward and backward graphs where these values are saved, and inputs that the backward pass reads."""
         backward = self._backward(frozenset(saved))
         kept = [op.name for op in backward.inputs if op.name not in self.arriving]
-        outputs = self.graph.outputs[: self.outputs]
         given = [op for op in self.graph.inputs if op.name not in self.later]
-        made = [op for op in self.closure([*outputs, *kept], ()) if op.kind != "input"]
-        return Part(Graph((*given, *made), (*outputs, *kept)), backward, self.outputs)
+        made = [op for op in self.closure([*self.roots, *kept], ()) if op.kind != "input"]
+        outputs = (*self.graph.outputs[: self.outputs], *kept)
+        return Part(Graph((*given, *made), outputs), backward, self.outputs)
 
     def _backward(self, saved: frozenset[str]) -> Graph:
         outputs = self.graph.outputs[self.outputs :]
