@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx.memory.attention import workspace
+from attnfx.memory.attention import Operand, Use, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
@@ -74,11 +75,17 @@ def attention_workspace(n: Node, cpu: bool) -> int:
     backward = name.endswith("backward")
     if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
         return max((tensor_bytes(x) for x in tensors), default=0)  # blocks of whole rows: about an operand
-    query, key, value = tensors[1:4] if backward else tensors[:3]
-    b, h, t, d = map(number, query.shape)
-    dims = {"B": b, "H": h, "T": t, "D": d, "G": number(key.shape[1]), "S": number(key.shape[2])}
-    dims["Dv"] = number(value.shape[3])
-    return workspace(from_json(texts[0]), dims, query.element_size(), texts[1].split(",")[0], backward, cpu)
+    held = [x.meta["val"] for x in n.args[:4] if isinstance(x, Node)]
+    grad, query, key, value = held if backward else (None, *held[:3])
+    use = Use(
+        from_json(texts[0]), operand(query), operand(key), operand(value), None if grad is None else operand(grad),
+        cpu, torch.get_num_threads(),
+    )  # fmt: skip
+    return workspace(use, texts[1].split(",")[0])
+
+
+def operand(x: torch.Tensor) -> Operand:
+    return Operand(tuple(map(number, x.shape)), tuple(map(number, x.stride())), x.element_size())
 
 
 def near_readers(gm: GraphModule) -> GraphModule:
@@ -130,18 +137,46 @@ def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
 def _results(n: Node) -> tuple[Result, ...]:
     value = n.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return (Result(n.name, tensor_bytes(value)),)
+        return (_result(n.name, value),)
     if not isinstance(value, (list, tuple)):
         return ()
     parts = {}
     for user in n.users:
         if user.target is operator.getitem:
             parts.setdefault(user.args[1], user.name)
-    return tuple(
-        Result(parts.get(i, f"{n.name}[{i}]"), tensor_bytes(x))
-        for i, x in enumerate(value)
-        if isinstance(x, torch.Tensor)
-    )
+    return tuple(_result(parts.get(i, f"{n.name}[{i}]"), x) for i, x in enumerate(value) if isinstance(x, torch.Tensor))
+
+
+def _result(name: str, x: torch.Tensor) -> Result:
+    return Result(name, tensor_bytes(x), str(x.dtype).removeprefix("torch."))
+
+
+def _aside(n: Node, held: set[str]) -> frozenset[str]:
+    """The operands of a loop whose elements it does not read in the order in which it writes its own."""
+    value = n.meta["val"]
+
+    def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
+        """(size, stride) of each dim that is not 1, of a tensor that broadcasts to a shape; neighbours as one."""
+        out: list[tuple[int, int]] = []
+        strides = [0] * (len(shape) - x.ndim) + [
+            number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
+        ]
+        for size, stride in zip(map(number, shape), strides):
+            if size == 1:
+                continue
+            if out and out[-1][1] == size * stride:
+                out[-1] = (out[-1][0] * size, stride)
+            else:
+                out.append((size, stride))
+        return out
+
+    def straight(x: Node) -> bool:
+        other = x.meta["val"]
+        if not isinstance(value, torch.Tensor) or other.ndim > value.ndim or numel(other) != numel(value):
+            return False
+        return number(other.storage_offset()) == 0 and steps(other, value.shape) == steps(value, value.shape)
+
+    return frozenset(x.name for x in n.all_input_nodes if x.name in held and not straight(x))
 
 
 def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
@@ -179,6 +214,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
+        _aside(n, held) if kind == "loop" else frozenset(),
         name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -33,7 +33,7 @@ class Part:
 def _resized(graph: Graph, size: Callable[[str, int], int]) -> Graph:
     ops = tuple(
         replace(
-            op, results=tuple(Result(r.name, size(r.name, r.bytes)) for r in op.results),
+            op, results=tuple(replace(r, bytes=size(r.name, r.bytes)) for r in op.results),
             workspace=size(op.results[0].name, op.workspace) if op.results else 0,
         )
         for op in graph.ops
@@ -60,7 +60,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
     for n, part in enumerate(parts):
         prefix, number = f"{n}.", f" {n}" if len(parts) > 1 else ""
         base = part.forward.bases()
-        size = {r.name: r.bytes for op in part.forward.ops for r in op.results}
+        values = {r.name: r for op in part.forward.ops for r in op.results}
         given = {op.name for op in part.forward.inputs}
         kept = {base[o] for o in part.forward.outputs} - given
         callers = {base[o] for o in part.forward.outputs[: part.outputs]} if part.backward is not None else kept
@@ -69,11 +69,12 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
             return prefix + value
 
         kernels = _kernels(part.forward, cpu, inlining, forward_name)
-        how: dict[str, Any] = dict(batched=cpu and inlining, hands_on=inlining)
+        how: dict[str, Any] = dict(batched=cpu and inlining, reuses=inlining)
         forward.append(Phase(f"forward{number}", kernels, frozenset(map(forward_name, kept)), **how))
         if part.backward is None:
             continue
-        saved |= {forward_name(v): size[v] for v in kept - callers}
+        leaves = sorted(kept - callers)
+        saved |= {forward_name(v): values[v].bytes for v in leaves}
         own = part.backward.bases()
         held = {op.name: base[op.name] for op in part.backward.inputs if op.name in base}
 
@@ -86,18 +87,20 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
         stays = {backward_name(own[o]) for o in part.backward.outputs} | set(map(forward_name, callers | given))
         backward.append(Phase(
             f"backward{number}", _kernels(part.backward, cpu, inlining, backward_name), frozenset(stays),
-            {forward_name(v): size[v] for v in kept - callers}, arrive, **how,
+            tuple(replace(values[v], name=forward_name(v)) for v in leaves), arrive, **how,
         ))  # fmt: skip
     return Step((*forward, *reversed(backward)), saved)
 
 
 def _kernels(graph: Graph, cpu: bool, inlining: bool, name: Callable[[str], str]) -> tuple[Kernel, ...]:
+    def renamed(results: Iterable[Result]) -> tuple[Result, ...]:
+        return tuple(replace(r, name=name(r.name)) for r in results)
+
     made = fused(graph, cpu) if inlining else unfused(graph)
     return tuple(
         replace(
-            k, reads=tuple(map(name, k.reads)), changes=tuple(map(name, k.changes)),
-            scatters=tuple(map(name, k.scatters)),
-            writes=tuple(Result(name(w.name), w.bytes) for w in k.writes),
+            k, reads=tuple(map(name, k.reads)), changes=tuple(map(name, k.changes)), writes=renamed(k.writes),
+            inner=renamed(k.inner), over={name(w): tuple(map(name, v)) for w, v in k.over.items()},
         )
         for k in made
     )  # fmt: skip
