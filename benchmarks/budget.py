@@ -6,7 +6,7 @@ Budgets go from the unplanned peak down to the smallest that can be had, in equa
 before the step (parameters and inputs), so "half" is half of what activations and gradients take. Attention is
 rewritten everywhere, with and without a budget. Gradients are compared for the same seed: the largest difference over
 the largest gradient. Times are the CPU time of one thread, the median of pairs of steps that take turns with the
-unplanned step's. Each budget has a process of its own. What is in the results already is not run again.
+unplanned step's.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import argparse
 import json
 import logging
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -52,7 +50,7 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A small GPT; the whole step is one call."""
 
-    def __init__(self, width: int = 256, heads: int = 4, layers: int = 4, vocabulary: int = 1024):
+    def __init__(self, width: int = 256, heads: int = 4, layers: int = 3, vocabulary: int = 1024):
         super().__init__()
         self.embed, self.head = nn.Embedding(vocabulary, width), nn.Linear(width, vocabulary)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(layers))
@@ -67,7 +65,7 @@ class Decoder(nn.Module):
 class Encoder(nn.Module):
     """BERT of the transformers library, two to six times narrower than its base; the whole step is one call."""
 
-    def __init__(self, width: int = 256, layers: int = 4):
+    def __init__(self, width: int = 256, layers: int = 3):
         super().__init__()
         import transformers as hf
 
@@ -84,10 +82,10 @@ class Encoder(nn.Module):
 def built(name: str) -> Built:
     torch.manual_seed(0)
     if name == "decoder":
-        return Decoder(), {"tokens": torch.randint(1024, (16, 256))}
-    mask = torch.ones(16, 256, dtype=torch.int64)
+        return Decoder(), {"tokens": torch.randint(1024, (8, 256))}
+    mask = torch.ones(8, 256, dtype=torch.int64)
     mask[::2, 192:] = 0
-    return Encoder(), {"input_ids": torch.randint(1024, (16, 256)), "attention_mask": mask}
+    return Encoder(), {"input_ids": torch.randint(1024, (8, 256)), "attention_mask": mask}
 
 
 def budgets(name: str, count: int) -> list[int]:
@@ -124,70 +122,64 @@ def gradients(step: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
     return [p.grad for p in model.parameters() if p.grad is not None]
 
 
-def one(name: str, budget: int, whole: int, pairs: int) -> dict[str, Any]:
-    """A step under a budget beside the unplanned one."""
+def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], None]) -> None:
+    """Steps under budgets from the unplanned peak to the smallest, and under half of it, beside the unplanned step."""
     import attnfx
 
+    wanted = budgets(name, count)
     free, free_model, held = stepper(name, None)
+    whole = wanted[0] - held
     expected = gradients(free, free_model)
-    start = time.thread_time()
-    planned, model, _ = stepper(name, budget)
-    found = gradients(planned, model)
-    compile_s = time.thread_time() - start
-    (note,) = [n for n in attnfx.reports()[-1].notes if n.startswith("memory_budget")]
-    error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(found, expected))
-    del expected, found
-    for m in (free_model, model):
-        m.zero_grad(set_to_none=True)
+    free_model.zero_grad(set_to_none=True)
     unplanned, _ = peak_over_base(free)
-    measured, _ = peak_over_base(planned)
-    times: dict[str, list[float]] = {"free": [], "planned": []}
-    for n in range(pairs):
-        for which in ("free", "planned") if n % 2 else ("planned", "free"):
-            start = time.thread_time()
-            (free if which == "free" else planned)()
-            times[which].append(time.thread_time() - start)
-    ratio = statistics.median(b / a for a, b in zip(times["free"], times["planned"])) if pairs else 0.0
-    return {
-        "budget": budget - held, "share": round((budget - held) / (whole - held), 4), "measured": measured,
-        "unplanned": unplanned, "within": measured <= budget - held, "gradient_error": error,
-        "time_ratio": round(ratio, 3), "unplanned_s": round(statistics.median(times["free"] or [0.0]), 3),
-        "compile_s": round(compile_s, 1), "note": note,
-    }  # fmt: skip
+    for budget in sorted({*wanted, held + whole // 2}, reverse=True):
+        start = time.thread_time()
+        planned, model, _ = stepper(name, budget)
+        found = gradients(planned, model)
+        compile_s = time.thread_time() - start
+        (note,) = [n for n in attnfx.reports()[-1].notes if n.startswith("memory_budget")]
+        error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(found, expected))
+        del found
+        model.zero_grad(set_to_none=True)
+        measured, _ = peak_over_base(planned)
+        times: dict[str, list[float]] = {"free": [], "planned": []}
+        for n in range(pairs):
+            for which in ("free", "planned") if n % 2 else ("planned", "free"):
+                start = time.thread_time()
+                (free if which == "free" else planned)()
+                times[which].append(time.thread_time() - start)
+        ratio = statistics.median(b / a for a, b in zip(times["free"], times["planned"])) if pairs else 0.0
+        done({
+            "budget": budget - held, "share": round((budget - held) / whole, 4), "measured": measured,
+            "unplanned": unplanned, "within": measured <= budget - held, "gradient_error": error,
+            "time_ratio": round(ratio, 3), "unplanned_s": round(statistics.median(times["free"] or [0.0]), 3),
+            "compile_s": round(compile_s, 1), "note": note,
+        })  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--budgets", type=int, default=10)
     parser.add_argument("--only")
-    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "budget.json")
-    parser.add_argument("--job")
     chosen = parser.parse_args()
+    logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    if chosen.job:
-        logging.disable(logging.WARNING)
-        print(json.dumps(one(*json.loads(chosen.job))))
-        return
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "models": {}}
     for name in ("decoder", "encoder"):
         if chosen.only not in (None, name):
             continue
-        rows = held["models"].setdefault(name, {})
-        wanted = budgets(name, chosen.budgets)
-        middle = (wanted[0] - stepper(name, None)[2]) // 2 + stepper(name, None)[2]
-        for budget in sorted({*wanted, middle}, reverse=True):
-            if str(budget) in rows:
-                continue
-            job = json.dumps([name, budget, wanted[0], chosen.pairs])
-            ran = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True)
-            if ran.returncode:
-                print(f"{name} {budget}: {ran.stderr[-1500:]}", file=sys.stderr)
-                continue
-            rows[str(budget)] = json.loads(ran.stdout.splitlines()[-1])
+        rows: list[dict[str, Any]] = []
+        held["models"][name] = rows
+
+        def done(row: dict[str, Any], rows: list[dict[str, Any]] = rows) -> None:
+            rows.append(row)
             file.write_text(json.dumps(held, indent=1) + "\n")
-            print(name, rows[str(budget)], flush=True)
+            print(row, flush=True)
+
+        sweep(name, chosen.budgets, chosen.pairs, done)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ runs again stands right before the first that needs it (reordering_to_mimic_auto
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from attnfx.memory.ops import Graph, Op, Result
@@ -96,7 +96,7 @@ class Joint:
         body = [op for op in self.closure(outputs, saved) if op.kind != "input"]
         read = {r for op in body for r in op.reads} | set(outputs)
         inputs = [
-            Op(name, "input", (), (Result(name, self._held(name)),))
+            Op(name, "input", (), (replace(self._result(name), bytes=self._held(name)),))
             for name in sorted(read, key=lambda r: self.order[self.makers[r].name])
             if name in saved or self.makers[name].kind == "input"
         ]
@@ -107,6 +107,9 @@ class Joint:
                 if x.kind != "input":
                     placed[x.name] = x
         return Graph((*inputs, *placed.values()), outputs)
+
+    def _result(self, name: str) -> Result:
+        return next(r for r in self.makers[name].results if r.name == name)
 
     def _held(self, name: str) -> int:
         return self.size[name] or self.size[self.bases[name]]
