@@ -17,6 +17,7 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from attnfx import pipeline, verify
+from attnfx.breaks import ended_by
 from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
@@ -65,6 +66,8 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
         told.append(f"attention is computed in chunks of {way.chunk} scores")
     if marks.again:
         told.append(f"{len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}")
+    if ended_by(gm) is not None:
+        told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
     chosen.report.notes.append("; ".join(told))
     return chosen, _partitioner(marks) if marks.again else None
 

@@ -157,7 +157,9 @@ class Plan:
     so does their dropout.
     """
 
-    def __init__(self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device, elements: int = 0):
+    def __init__(
+        self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device, elements: int = 0
+    ):
         kind = device.type if device.type in ROWS else "cuda"
         self.spec, self.sizes, self.groups = spec, sizes, groups
         self.tile = TILE_ELEMENTS[kind]

@@ -51,10 +51,14 @@ def parse(tiers: str) -> tuple[Configuration, ...]:
         name, *numbers = found.groups()
         rows, keys, warps, stages, splits, elements = (int(n or 0) for n in numbers)
         if numbers[5] is not None and (name != "chunked" or not elements):
-            raise ValueError(f"attnfx.attention: tier {part!r}: only the chunked tier takes a number of scores, above 0")
+            raise ValueError(
+                f"attnfx.attention: tier {part!r}: only the chunked tier takes a number of scores, above 0"
+            )
         if numbers[0] is not None and not all(_power(n) for n in (rows, keys, warps)):
             raise ValueError(f"attnfx.attention: tier {part!r}: rows, keys and warps of a tile are powers of two")
-        out.append(Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements))
+        out.append(
+            Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements)
+        )
     return tuple(out)
 
 

@@ -1,7 +1,7 @@
 """What is saved and what is computed again: the best trades, and the graphs that PyTorch makes of them."""
 
 import random
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import pytest
 import torch
@@ -29,7 +29,9 @@ def chain(seed, length=7):
     last, read = ops[-1].name, draw.sample(names[1:-1], 3)
     ops.append(Op("out", "loop", (*names[1:],), (Result("out", 1),)))
     ops.append(Op("grad", "loop", ("g", *read, last), (Result("grad", 8),)))
-    return Joint(Graph(tuple(ops), ("out", "grad")), 1, frozenset(["g"])), {f"f{n}": draw.randint(1, 9) for n in range(length)}
+    return Joint(Graph(tuple(ops), ("out", "grad")), 1, frozenset(["g"])), {
+        f"f{n}": draw.randint(1, 9) for n in range(length)
+    }
 
 
 def every(joint, price):
@@ -53,12 +55,12 @@ def test_no_other_choice_takes_less_time_for_as_few_bytes_on_the_hull(seed):
         # values count for a little more the longer they live: as much as that, another choice may be better
         assert not any(t < s.milliseconds and b <= s.bytes / (1 + 1 / 16) for t, b in possible)
     assert found[0].milliseconds == 0 and found[-1].bytes == min(b for _, b in possible)
-    for one, other in zip(found, found[1:]):
+    for one, other in pairwise(found):
         assert one.again <= other.again and one.milliseconds <= other.milliseconds
 
 
 def test_what_gives_something_else_when_run_again_is_not():
-    joint, price = chain(3)
+    joint, _ = chain(3)
     for s in Trades(joint, lambda op: None if op.name in ("f2", "out") else 1.0).solutions():
         assert "f2" not in s.again
 
