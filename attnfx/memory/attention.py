@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from math import prod
 
 from attnfx.ir import algebra as A
-from attnfx.ir.diagonal import toeplitz
+from attnfx.ir.diagonal import opaque, toeplitz
 from attnfx.ir.expr import FLOAT, INT, Expr
-from attnfx.mask import key_ranges, mask_of
+from attnfx.mask import KeyRange, key_ranges, mask_of
 from attnfx.spec import AttentionSpec, I, J, additive
 
 # kernels/library.py: queries of a block; kernels/chunked.py: elements of a tile of scores, and rows of a block
@@ -100,22 +100,21 @@ def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> 
     total = 0
 
     def size(e: Expr) -> int:
-        element = compute if e.kind == FLOAT else 8 if e.kind == INT else 1
-        return prod(extents[name] for name in e.free if name in extents) * element
+        names = extents if opaque(e) else e.free & extents.keys()
+        return prod(extents[name] for name in names) * (compute if e.kind == FLOAT else 8 if e.kind == INT else 1)
 
     stack = list(programs)
     while stack:
         e = stack.pop()
-        if e in seen or e.op in ("const", "size", "detach") or _scaled_dot(e):
+        if _scaled_dot(e):
+            e = A.DOT
+        if e in seen or e.op in ("const", "size", "prob"):
             continue
         seen.add(e)
-        if e.op in ("dot", "prob"):
-            continue
         total += size(e)
         if not ({"i", "j"} <= e.free and toeplitz(e) is not None):
             stack.extend(e.args)
-    tiles = {e for e in seen if e.op == "dot"}
-    return total + len(tiles) * prod(extents.values()) * compute
+    return total
 
 
 def _scaled_dot(e: Expr) -> bool:
@@ -126,20 +125,37 @@ def _scaled_dot(e: Expr) -> bool:
 # -- library --------------------------------------------------------------------------------------------------------
 
 
-def _additive_mask(spec: AttentionSpec) -> tuple[bool, Expr]:
-    """(whether one call serves all queries, what is added to the scores), as in kernels/library.py's layout."""
-    found = mask_of(spec.score)
-    keep, score = (A.TRUE if found is None else found.keep), spec.score
+@dataclass(frozen=True)
+class _Layout:
+    """As in kernels/library.py: whether one call serves all queries, the bias, the mask that is added, the blocks."""
+
+    single: bool
+    bias: Expr
+    mask: Expr
+    blocks: tuple[KeyRange, ...]
+
+
+def _layout(use: Use) -> _Layout:
+    found = mask_of(use.spec.score)
+    keep, score = (A.TRUE if found is None else found.keep), use.spec.score
     if score.op == "where" and score.args[0] is keep:
         score = score.args[1]
     parts = additive(score)
     bias = A.const(0.0) if parts is None else parts[1]
     conjuncts = keep.args if keep.op == "and" else () if keep is A.TRUE else (keep,)
-    rest = [e for e in conjuncts if not (e.op == "ge0" and e.args[0] is A.sub(I, J))]
+    rest = tuple(e for e in conjuncts if not (e.op == "ge0" and e.args[0] is A.sub(I, J)))
     single = not any("i" in e.free for e in (*rest, bias))
-    if not single:
-        rest = list(conjuncts)
-    return single, A.where(A.and_(*rest), bias, A.const(-float("inf"))) if rest else bias
+    mask = A.where(A.and_(*(rest if single else conjuncts)), bias, A.const(-float("inf")))
+    if single:
+        return _Layout(True, bias, mask, (KeyRange(0, use.sizes["T"], 0, use.sizes["S"], not rest),))
+    blocks: list[KeyRange] = []
+    for r in key_ranges(use.spec, use.sizes, BLOCK):
+        last = blocks[-1] if blocks else None
+        if last and bias is A.const(0.0) and last.full and r.full and (last.j0, last.j1) == (r.j0, r.j1):
+            blocks[-1] = last._replace(i1=r.i1)
+        else:
+            blocks.append(r)
+    return _Layout(False, bias, mask, tuple(blocks))
 
 
 def _kernel(use: Use, rows: int, keys: int) -> int:
@@ -156,33 +172,40 @@ def _kernel(use: Use, rows: int, keys: int) -> int:
 
 
 def _library(use: Use) -> int:
-    single, mask = _additive_mask(use.spec)
-    batch, heads, rows, _ = use.query.shape
-    keys, groups = use.key.shape[2], use.key.shape[1]
+    layout = _layout(use)
+    batch, heads = use.query.shape[:2]
+    groups = use.key.shape[1]
     copies = sum(
         prod(x.shape[:3]) * use.width * x.element
         for x in (use.query, use.key, use.value, use.grad_out)
         if x is not None and (x.strides[3] != 1 or x.shape[3] < use.width)
     )
-    block = rows if single else min(BLOCK, rows)
-    extents = {"b": batch, "h": heads, "i": 1 if single else block, "j": keys}
-    tiles = held([mask], extents, use.compute)
-    tile = prod(n for name, n in extents.items() if name in mask.free or (name == "i" and not single)) * use.compute
-    tile = tile if mask.free else 0
-    part = batch * heads * block * use.width * use.query.element
-    sums = batch * heads * block * use.compute
-    running = tile + _kernel(use, block, keys)
-    if use.grad_out is None:
-        # of one block after another, the last one's mask and result are there until the next one's are
-        before = 0 if single else tile + part + sums
-        return copies + max(before + tiles, before + running + part + sums)
-    key = batch * groups * keys * use.width * use.key.element
-    grad = use.grad_out
-    if not grad.lies((0, 2, 1, 3)):
-        running += batch * heads * block * grad.shape[3] * grad.element
-    if single:  # the gradients are the kernel's own, then one after the other is laid out as promised
-        return copies + max(tiles, running, 0 if heads == 1 else max(part, key))
-    return copies + max(tiles, running + part + 2 * key)
+    most = before = 0
+    for r in layout.blocks:
+        rows, keys = r.i1 - r.i0, r.j1 - r.j0
+        if not keys:
+            continue
+        extents = {"b": batch, "h": heads, "i": 1 if layout.single else rows, "j": keys}
+        program = layout.bias if r.full else layout.mask
+        evaluated = held([program], extents, use.compute)
+        shape = program.free & extents.keys() if program.free else set()
+        tile = prod(extents[name] for name in shape) * use.compute if shape else 0
+        part = batch * heads * rows * use.width * use.query.element
+        sums = batch * heads * rows * use.compute
+        kernel = tile + _kernel(use, rows, keys)
+        if use.grad_out is None:
+            most = max(most, before + evaluated, before + kernel + part + sums)
+            before = tile + part + sums  # the last block's are there until the next one's are
+            continue
+        key = batch * groups * keys * use.width * use.key.element
+        if not (layout.single and use.grad_out.lies((0, 2, 1, 3))):
+            kernel += part  # the kernel wants its rows without holes
+        if layout.single:  # the gradients are the kernel's own, then one after the other is laid out as promised
+            most = max(evaluated, kernel, 0 if heads == 1 else max(part, key))
+        else:
+            most = max(most, before + evaluated, before + kernel + part + 2 * key)
+            before = tile
+    return copies + most
 
 
 # -- chunked --------------------------------------------------------------------------------------------------------
@@ -209,8 +232,9 @@ def _chunked(use: Use, elements: int) -> int:
             continue
         fit = max(1, limit // (rows * keys * shared))
         b, g = (min(max(1, fit // groups), sizes["B"]), groups) if fit >= groups else (1, fit)
-        drawn = b * g * shared * rows * keys if spec.dropout else 0
-        if elements and elements < limit:  # blocks are computed in parts
+        drawn = 0
+        if elements and elements < limit:  # blocks are computed in parts, and their dropout is drawn at once
+            drawn = b * g * shared * rows * keys if spec.dropout else 0
             rows = min(max(elements // (keys * shared), LEAST_ROWS), rows)
             fit = max(1, elements // (keys * shared * rows))
             b, g = (min(fit // g, b), g) if fit >= g else (1, fit)
@@ -221,9 +245,12 @@ def _chunked(use: Use, elements: int) -> int:
         if spec.weight is not A.PROB:
             evaluated += held([spec.weight], extents, use.compute) + tile
         dropped = bool(spec.dropout)
-        made = (3 + dropped) if use.grad_out is not None else (1 + 2 * dropped)
-        block = 2 * b * g * shared * rows * use.width * use.compute  # queries and results of the block
-        most = max(most, evaluated + made * tile + block + drawn)
+        block = b * g * shared * rows * use.width * use.compute  # of queries, or of results
+        if use.grad_out is None:
+            made = (1 + 2 * dropped) * tile + (0 if dropped else block)
+        else:
+            made = (3 + dropped) * tile + (1 + dropped) * block
+        most = max(most, evaluated + made + drawn)
     return copies + most
 
 

@@ -2,8 +2,8 @@
 
 A phase is one compiled graph: its kernels. A value is allocated before the kernel that writes it and released after the
 last kernel that reads it or a view of it, so that a kernel's operands and results are alive together. Inductor adds
-three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait for
-a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
+three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait
+for a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 
 from attnfx.memory.fusion import Kernel
 from attnfx.memory.ops import Result
-from attnfx.memory.order import best
 
 WORKSPACE = "workspace of "
 
@@ -30,7 +29,8 @@ class Phase:
     arrives   values that come with its call (the gradients of the outputs); it owns them too
     batched   loops that follow each other run as one function, and what dies in one is released after the last: so
               Inductor compiles them for a CPU (torch/_inductor/codegen/cpp.py, KernelGroup)
-    reuses    the compiler orders the kernels, and values take the memory of others
+    places    of each kernel, in the compiler's own count; none: as they stand
+    alive     bytes at each place, as the compiler estimates them; none: no value takes the memory of one that died
     """
 
     name: str
@@ -39,7 +39,8 @@ class Phase:
     released: tuple[Result, ...] = ()
     arrives: Mapping[str, int] = field(default_factory=dict)
     batched: bool = False
-    reuses: bool = False
+    places: tuple[int, ...] = ()
+    alive: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,23 +91,14 @@ class _Lines:
 
     def __init__(self, phase: Phase):
         self.phase = phase
-        given = {r.name: r.bytes for r in phase.released}
-        self.schedule = best(phase.kernels, given, phase.kept) if phase.reuses else None
-        self.order = list(enumerate(phase.kernels))
-        if self.schedule is not None:
-            nodes = enumerate(self.schedule.nodes)
-            places: dict[str, int] = {}
-            for n, node in nodes:  # a call's parts come after it
-                places.setdefault(node.kernel.name, n)
-            kernels = {k.name: k for k in phase.kernels}
-            self.order = [(n, kernels[name]) for name, n in places.items()]
+        self.order = list(zip(phase.places or range(len(phase.kernels)), phase.kernels))
         arrives = (Result(v, size) for v, size in phase.arrives.items())
         self.alive = {r.name: r for r in (*phase.released, *arrives)}
         self.own = {w.name for k in phase.kernels if k.own for w in k.writes}
         self.lines: list[_Line] = []
         self._write()
-        if self.schedule is not None:
-            self._reuse(self.schedule.alive())
+        if phase.alive:
+            self._reuse(list(phase.alive))
 
     def _write(self) -> None:
         phase = self.phase

@@ -16,7 +16,7 @@ Kind = Literal["input", "view", "loop", "reduce", "scatter", "kernel"]
 
 @dataclass(frozen=True)
 class Result:
-    """A tensor that an operation makes: its name, the bytes of the memory that it needs, if it has its own, its dtype."""
+    """A tensor that an operation makes: its name, the bytes of its memory, if it has its own, and its dtype."""
 
     name: str
     bytes: int

@@ -47,6 +47,13 @@ class Schedule:
     given: Mapping[str, int]
     kept: frozenset[str]
 
+    def kernels(self) -> dict[int, Kernel]:
+        """By place. The parts of a call's result are nodes of their own after it."""
+        first: dict[str, int] = {}
+        for n, node in enumerate(self.nodes):
+            first.setdefault(node.kernel.name, n)
+        return {n: self.nodes[n].kernel for n in first.values()}
+
     def alive(self) -> list[int]:
         """Bytes at each node, what died in the one before left out."""
         change = [0] * (len(self.nodes) + 1)

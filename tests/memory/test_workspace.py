@@ -72,5 +72,7 @@ def compare(tier, name, call, use, tolerance):
     forward = measured(lambda: tier.forward(call))
     assert held(made) + workspace(use, name) == pytest.approx(forward, rel=tolerance)
     backward = measured(lambda: tier.backward(call, grad, *made))
-    use = Use(use.spec, use.query, use.key, use.value, Operand(tuple(grad.shape), grad.stride(), 4), threads=use.threads)
+    use = Use(
+        use.spec, use.query, use.key, use.value, Operand(tuple(grad.shape), grad.stride(), 4), threads=use.threads
+    )
     assert held(gradients) + workspace(use, name) == pytest.approx(backward, rel=tolerance)
