@@ -7,7 +7,7 @@ runs again stands right before the first that needs it (reordering_to_mimic_auto
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -71,7 +71,7 @@ class Joint:
         read = {r for op in after for r in op.reads} | set(self.graph.outputs[self.outputs :])
         return frozenset(r for r in read if self.makers[r].name in self.forward)
 
-    def closure(self, wanted: Iterable[str], held: Collection[str]) -> list[Op]:
+    def closure(self, wanted: Iterable[str], held: Container[str]) -> list[Op]:
         """The operations that give the wanted values where those `held` are there, in order."""
         found: dict[str, Op] = {}
         stack = [w for w in wanted if w not in held]
