@@ -45,7 +45,8 @@ class Scaled:
 
     def events(self, s: Sizes) -> list[Event]:
         cpu = self.choice.target.kind == "cpu"
-        return step(self.table.parts(self.choice.parts, s, cpu), cpu, self.choice.inlining).events()
+        parts = self.table.parts(self.choice.parts, s, cpu, self.choice.chunk)
+        return step(parts, cpu, self.choice.inlining).events()
 
 
 @dataclass

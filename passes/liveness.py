@@ -66,9 +66,11 @@ def flops(n: Node) -> int:
     return int(formula(*args, **kwargs, out_val=n.meta["val"]))
 
 
-def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None) -> int:
+def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
+                        ) -> int:  # fmt: skip
     """The bytes that one of attnfx's operators takes while it runs; 0 for any other. `shape` gives an operand's shape,
-    where it is not the one that it has in the graph."""
+    where it is not the one that it has in the graph; `chunk` is the most scores that the chunked tier computes at once,
+    0 for what the graph says."""
     name = op_name(n)
     if not name.startswith("attnfx::attention"):
         return 0
@@ -80,7 +82,8 @@ def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int
         return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about an operand
     grad, query, key, value = operands[:4] if backward else (None, *operands[:3])
     use = Use(from_json(texts[0]), query, key, value, grad, cpu, torch.get_num_threads())
-    return workspace(use, texts[1].split(",")[0])
+    tier = texts[1].split(",")[0]
+    return workspace(use, f"chunked:{chunk}" if chunk and tier.partition(":")[0] == "chunked" else tier)
 
 
 def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:

@@ -18,6 +18,7 @@ from attnfx.spec import AttentionSpec, I, J, additive
 
 # kernels/library.py: queries of a block; kernels/chunked.py: elements of a tile of scores, and rows of a block
 BLOCK, TILE, ROWS = 256, {"cpu": 1 << 20, "cuda": 1 << 26}, {"cpu": 128, "cuda": 512}
+LEAST_ROWS = 16  # of a part of a block in kernels/chunked.py
 KEYS = 512  # aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: keys of a block there
 
 
@@ -75,15 +76,19 @@ class Use:
 
 
 def workspace(use: Use, tier: str) -> int:
-    """Bytes alive only while one call of `attnfx::attention`, or with `grad_out` of its backward operator, runs."""
+    """Bytes alive only while one call of `attnfx::attention`, or with `grad_out` of its backward operator, runs.
+
+    `tier` is the first of the operator's `tier` argument, with its tile.
+    """
     if not all((*use.query.shape, *use.key.shape)):
         return 0
+    tier, _, tile = tier.partition(":")
     if tier == "library":
         return _library(use)
     if tier in ("flash", "decode"):
         # the backward pass adds up row sums of out * grad_out, a float32 a row; a split writes float32 partial results
         return 4 * use.rows if use.grad_out else (4 * use.rows * (use.value.shape[3] + 2) if tier == "decode" else 0)
-    return _chunked(use)
+    return _chunked(use, int(tile or 0) if tier == "chunked" else 0)
 
 
 def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> int:
@@ -208,7 +213,8 @@ def _library(use: Use) -> int:
 # -- chunked --------------------------------------------------------------------------------------------------------
 
 
-def _chunked(use: Use) -> int:
+def _chunked(use: Use, elements: int) -> int:
+    """`elements` are the most scores at once, 0 for a tile's."""
     spec, sizes, groups = use.spec, use.sizes, use.key.shape[1]
     kind = "cpu" if use.cpu else "cuda"
     factor = use.query.element if kind == "cuda" and use.query.element == 2 else use.compute
@@ -228,6 +234,12 @@ def _chunked(use: Use) -> int:
             continue
         fit = max(1, limit // (rows * keys * shared))
         b, g = (min(max(1, fit // groups), sizes["B"]), groups) if fit >= groups else (1, fit)
+        drawn = 0
+        if elements and elements < limit:  # blocks are computed in parts, and their dropout is drawn at once
+            drawn = b * g * shared * rows * keys if spec.dropout else 0
+            rows = min(max(elements // (keys * shared), LEAST_ROWS), rows)
+            fit = max(1, elements // (keys * shared * rows))
+            b, g = (min(fit // g, b), g) if fit >= g else (1, fit)
         extents = {"b": b, "h": g * shared, "i": rows, "j": keys}
         tile = prod(extents.values()) * use.compute
         score = spec.score.args[1] if r.full and spec.score.op == "where" else spec.score
@@ -240,7 +252,7 @@ def _chunked(use: Use) -> int:
             made = (1 + 2 * dropped) * tile + (0 if dropped else block)
         else:
             made = (3 + dropped) * tile + (1 + dropped) * block
-        most = max(most, evaluated + made)
+        most = max(most, evaluated + made + drawn)
     return copies + most
 
 

@@ -7,7 +7,6 @@ from torch.profiler import ProfilerActivity, profile
 import attnfx
 from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.fusion import fused, unfused
-from attnfx.memory.knapsack import order, prefixes
 from attnfx.memory.liveness import Event, Phase, events, peak
 from attnfx.memory.ops import Graph, Op, Result
 from attnfx.memory.optimizer import by_name, state_bytes
@@ -132,18 +131,6 @@ def test_a_gpus_allocator_rounds_and_keeps_what_was_freed():
 def test_eight_bit_states_are_a_byte_and_a_scale_for_each_block():
     assert state_bytes(by_name("adam8bit"), [(1 << 20, 4 << 20)]) == 2 * ((1 << 20) + 4 * (1 << 12))
     assert state_bytes(by_name("adam"), [(10, 40), (5, 20)]) == 120
-
-
-def test_the_knapsack_takes_what_costs_least_for_a_byte_and_sees_what_becomes_dearer():
-    """c is cheap while b is there to compute it from."""
-    alone = {"a": 8.0, "b": 1.0, "c": 2.0}
-
-    def cost(dropped):
-        return sum(alone[d] for d in dropped) + (20.0 if {"b", "c"} <= dropped else 0.0)
-
-    found = order({"a": 10, "b": 10, "c": 10}, cost)
-    assert found == ["b", "a", "c"]
-    assert prefixes(found, {"a": 10, "b": 10, "c": 10}, 2) == [["b", "a"], ["b", "a", "c"]]
 
 
 class Net(nn.Module):
