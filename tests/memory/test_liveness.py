@@ -9,7 +9,7 @@ from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events, peak
 from attnfx.memory.ops import Graph, Op, Result
-from attnfx.memory.optimizer import by_name, state_bytes
+from attnfx.memory.optimizer import given, state_bytes
 from attnfx.memory.step import Part, step
 
 
@@ -129,8 +129,8 @@ def test_a_gpus_allocator_rounds_and_keeps_what_was_freed():
 
 
 def test_eight_bit_states_are_a_byte_and_a_scale_for_each_block():
-    assert state_bytes(by_name("adam8bit"), [(1 << 20, 4 << 20)]) == 2 * ((1 << 20) + 4 * (1 << 12))
-    assert state_bytes(by_name("adam"), [(10, 40), (5, 20)]) == 120
+    assert state_bytes(given("adam8bit"), [(1 << 20, 4 << 20)]) == 2 * ((1 << 20) + 4 * (1 << 12))
+    assert state_bytes(given("adam"), [(10, 40), (5, 20)]) == 120
 
 
 class Net(nn.Module):
