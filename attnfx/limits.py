@@ -3,7 +3,8 @@
 The graphs are captured once more with the batch near what the peak at hand lets expect, where decisions are made, and
 values are chosen to be computed again, as they would be there. Where the decisions are the same, the two captures say
 how each size depends on batch and length; else (and where a batch of one makes another graph) there is a third, with
-the decisions of the second.
+the decisions of the second. The size that is found so is captured itself, and the one above it: where other decisions
+are made there, it is looked for from there on.
 """
 
 from __future__ import annotations
@@ -158,9 +159,32 @@ class Limits:
         return self._bytes(chosen, scaled, s)
 
     def _bytes(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
+        return self._least(chosen, s, [x.events(s) for x in scaled])
+
+    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[Sequence[Event]]) -> int:
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
-        return min(total(x.events(s), resident, self.choice.target) for x in scaled)
+        return min(total(events, resident, self.choice.target) for events in steps)
+
+    def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
+        """The last size that fits by what is decided, and chosen to be computed again, at that size itself. `scaled`
+        says where to look; where it is right, that is two captures."""
+        found = self._largest(lambda n: self._bytes(chosen, scaled, at(n)), start)
+        options = self.choice.captured[0].options
+        assert options is not None
+        if not found:
+            return found
+
+        def own(n: int) -> int:
+            try:
+                there = self._captured(chosen, at(n), options)
+            except Exception:  # as where a table of positions ends
+                return self._bytes(chosen, scaled, at(n))
+            first = as_decided(there, self.choice.target, self.choice.inlining)
+            ways = [first] if self.lowest is None or self.ways is None else self.ways(there)
+            return self._least(chosen, at(n), (way.events for way in ways))
+
+        return self._largest(own, found)
 
     @cached_property
     def batch(self) -> int | None:
@@ -168,7 +192,7 @@ class Limits:
         if self._scaled is None or not self._scaled[0].sizes.batch:
             return None
         chosen, scaled = self._scaled
-        return self._largest(lambda n: self._bytes(chosen, scaled, replace(chosen.sizes, batch=n)), chosen.sizes.batch)
+        return self._last(chosen, scaled, lambda n: replace(chosen.sizes, batch=n), chosen.sizes.batch)
 
     @cached_property
     def length(self) -> int | None:
@@ -177,7 +201,7 @@ class Limits:
             return None
         chosen = self._scaled[0]
         rows = min((r for c in self.choice.captured for r in position_rows(c)), default=None)
-        found = self._largest(lambda n: self._bytes(chosen, self._long, replace(s, length=n)), s.length)
+        found = self._last(chosen, self._long, lambda n: replace(s, length=n), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
         self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")
