@@ -37,6 +37,10 @@ class Capture(Protocol):
     def __call__(self, inputs: Any, options: Options, told: Sequence[Report] = ()) -> list[Captured]: ...
 
 
+# the ways to compile some captured graphs, and those that the function captures with every site rewritten
+Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Choice]]
+
+
 @dataclass
 class Scaled:
     """One way to compile, at any sizes."""
@@ -67,7 +71,7 @@ class Limits:
     resident: Resident
     limit: int
     capture: Capture
-    ways: Callable[[Sequence[Captured]], Iterable[Choice]] | None = None
+    ways: Ways | None = None
     lowest: Choice | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -119,8 +123,8 @@ class Limits:
         assert options is not None
         there = self._captured(chosen, then, options)
         if last:
-            assert self.ways is not None
-            *_, choice = self.ways(there)
+            *_, choice = self._ways(chosen, then, there, options)
+            there = choice.captured
         else:
             choice = as_decided(there, way.target, way.inlining)
         if _decided(way.captured) == _decided(there):
@@ -129,6 +133,10 @@ class Limits:
         base = Sizes(then.batch if then.batch == at.batch else prime(then.batch + 1, 1), length)
         first = self._captured(chosen, base, options, [c.report for c in there])
         return Scaled(choice, Table(there, first, then, base))
+
+    def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Choice]:
+        assert self.ways is not None
+        return self.ways(there, lambda: self._captured(chosen, s, replace(options, rewrite="always")))
 
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
         found = self.capture(chosen.resized(self.inputs, s), options, told)
@@ -180,8 +188,10 @@ class Limits:
                 there = self._captured(chosen, at(n), options)
             except Exception:  # as where a table of positions ends
                 return self._bytes(chosen, scaled, at(n))
-            first = as_decided(there, self.choice.target, self.choice.inlining)
-            ways = [first] if self.lowest is None or self.ways is None else self.ways(there)
+            if self.lowest is None:
+                ways: Iterable[Choice] = [as_decided(there, self.choice.target, self.choice.inlining)]
+            else:
+                ways = self._ways(chosen, at(n), there, options)
             return self._least(chosen, at(n), (way.events for way in ways))
 
         return self._largest(own, found)
