@@ -94,7 +94,7 @@ def budgets(name: str, count: int) -> list[int]:
 
     model, inputs = built(name)
     plan = attnfx.plan(model.train(), train=True, memory_budget="20GiB", **OPTIONS)(**inputs)
-    assert plan.ways is not None
+    assert plan.limited is not None
     *_, last = plan.limited().ways()
     whole, least = plan.choice.peak, last.peak
     return [plan.resident.total + round(whole + (least - whole) * n / (count - 1)) for n in range(count)]
