@@ -9,6 +9,7 @@ from attnfx.ir import algebra as A
 from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
 from attnfx.memory.attention import Operand, Use, workspace
+from attnfx.passes.liveness import operand
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.memory.test_liveness import measured
 
@@ -80,3 +81,18 @@ def compare(tier, name, call, use, tolerance):
         use.spec, use.query, use.key, use.value, Operand(tuple(grad.shape), grad.stride(), 4), threads=use.threads
     )
     assert held(gradients) + workspace(use, name) == pytest.approx(backward, rel=tolerance)
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda b, t: torch.empty(b, t, 3 * 2 * 8).view(b, t, 3, 2, 8).permute(2, 0, 3, 1, 4)[1],
+        lambda b, t: torch.empty(b, 2, t, 8).mT,
+        lambda b, t: torch.empty(b, 1, t, 8).expand(b, 4, t, 8),
+        lambda b, t: torch.empty(b, t, 8).unsqueeze(1),
+    ],
+    ids=["packed", "transposed", "expanded", "one head"],
+)
+def test_an_operand_of_another_shape_lies_in_memory_as_it_did(made):
+    there = made(5, 14)
+    assert operand(made(2, 6), tuple(there.shape)) == operand(there)
