@@ -19,6 +19,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
 from attnfx.passes.facts import Facts, storage, written_operands
+from attnfx.passes.functionalise import EMPTY
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.match import SDPA, batched
 from attnfx.passes.rewrite import STACK, Emitter, like, size_carriers
@@ -28,7 +29,6 @@ from attnfx.rowprogram import Ref
 aten = torch.ops.aten
 CATS = ("cat", "concat", "concatenate")
 NEAR = 16  # nodes from a part back to the product that it comes from
-EMPTY = ("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros")
 
 
 def join(gm: GraphModule) -> int:

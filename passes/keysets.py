@@ -56,12 +56,16 @@ def unite(gm: GraphModule) -> int:
             continue
         if op_name(n) in CATS and _reaches_softmax(n):
             changed += _scores(gm, n)
-        elif op_name(n) == "add" and len(n.args) == 2 and not n.kwargs and all(map(batched, n.args)):  # type: ignore[arg-type]
+        elif op_name(n) == "add" and _of_products(n):
             changed += _values(gm, n)
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()
     return changed
+
+
+def _of_products(n: Node) -> bool:
+    return len(n.args) == 2 and not n.kwargs and all(isinstance(x, Node) and batched(x) for x in n.args)
 
 
 def _reaches_softmax(n: Node) -> bool:

@@ -280,6 +280,36 @@ def _cat(lifter: Lifter, at: Node, index: Index) -> Expr:
     return out
 
 
+@rule(INDEXING, "slice_scatter")
+def _slice_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    part = at.args[1]
+    dim = axis(at, 2)
+    given, step = argument(at, 3, "start"), argument(at, 5, "step", 1)
+    start = A.ZERO if given is None else whole(given)
+    if step != 1 or not isinstance(part, Node) or (start.op != "const" and not poly.nonnegative(poly.bounds(start)[0])):
+        raise Opaque
+    if start.op == "const" and start.value < 0:  # type: ignore[operator]
+        start = A.maximum(A.add(start, dims(at)[dim]), A.ZERO)
+    here = A.sub(index[dim], start)
+    inside = A.and_(A.le(start, index[dim]), A.lt(here, dims(part)[dim]))
+    written = lifter.lift(part, (*index[:dim], here, *index[dim + 1 :]))
+    return A.where(inside, written, lifter.lift(source(at), index))
+
+
+@rule(INDEXING, "select_scatter")
+def _select_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    dim, place = axis(at, 2), whole(at.args[3])
+    if place.op == "const" and place.value < 0:  # type: ignore[operator]
+        place = A.add(place, dims(at)[dim])
+    written = lifter.operand(at.args[1], (*index[:dim], *index[dim + 1 :]))
+    return A.where(A.eq(index[dim], place), written, lifter.lift(source(at), index))
+
+
+@rule(INDEXING, "copy", "fill")
+def _copy(lifter: Lifter, at: Node, index: Index) -> Expr:
+    return lifter.operand(at.args[1], index)
+
+
 @rule(INDEXING, "stack")
 def _stack(lifter: Lifter, at: Node, index: Index) -> Expr:
     parts = at.args[0]

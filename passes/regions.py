@@ -221,10 +221,8 @@ class _Walk:
     def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
         """Where an operand of `n` has the keys that lie along dimension `key` of it: NONE where it has none, None where
         that is not known."""
-        if key is None or key == NONE:
-            return key
-        if not (is_tensor(n) and is_tensor(x.node)):
-            return None
+        if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
+            return None  # what has no keys may be made of what has
         try:
             found = [a.dim for a in _operands(split(n, key, dims(n)[key])) if isinstance(a, Along) and a.node is x.node]
         except NotSeparable:  # a softmax mixes keys, and leaves them where they are
@@ -250,7 +248,8 @@ class _Walk:
 
     def _grow(self) -> None:
         """What is made of a large value beside the attention, a row of it from a row, as its maximum or its entropy."""
-        found, waiting, seen = self.found, list(self.found.calls), set(self.found.calls)
+        found, seen = self.found, set(self.found.calls)
+        waiting = [n for n in found.calls if n is not self.final]
         while waiting:
             n = waiting.pop()
             for u in n.users if self.large(n, found.rows[n]) else ():

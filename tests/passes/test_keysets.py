@@ -121,4 +121,4 @@ OTHERS = [of_other_queries, with_a_gap, overlapping, written_in_between]
 
 @pytest.mark.parametrize("fn", OTHERS, ids=[fn.__name__ for fn in OTHERS])
 def test_what_is_not_one_attention_stays_right(fn):
-    check(fn, *given(), sites=None)
+    check(fn, *given(), sites=None, train=False)
