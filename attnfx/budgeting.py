@@ -17,9 +17,11 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from attnfx import pipeline, verify
+from attnfx.breaks import ended_by
 from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
+from attnfx.passes.chunks import limit as limit_chunks
 from attnfx.passes.recompute import forward_nodes, mark
 from attnfx.peaks import Resident, fitting, total
 from attnfx.planning import Marks, choices
@@ -58,14 +60,16 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
     way = fitting(ways, limit, resident, target, first.joint is not None)
     chosen = results[id(way.captured[0].report)]
     marks = way.marks[0]
-    chosen.report.notes.append(
-        f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"
-        + (
-            f"; {len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}"
-            if marks.again
-            else ""
-        )
-    )
+    if way.chunk and chosen.gm is not None:
+        limit_chunks(chosen.gm, way.chunk)
+    told = [f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"]
+    if way.chunk:
+        told.append(f"attention is computed in chunks of {way.chunk} scores")
+    if marks.again:
+        told.append(f"{len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}")
+    if ended_by(gm) is not None:
+        told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
+    chosen.report.notes.append("; ".join(told))
     return chosen, _partitioner(marks) if marks.again else None
 
 
@@ -74,14 +78,20 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: 
 
 
 def _resident(example_inputs: Sequence[Any]) -> Resident:
-    """The graph's inputs; those that share memory count once."""
+    """The graph's inputs, parameters among them; those that share memory count once."""
     sizes: dict[object, int] = {}
+    parameters = set()
     for n, x in enumerate(example_inputs):
         if isinstance(x, torch.Tensor):
             size = number(x.untyped_storage().nbytes())
             fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
-            sizes[n if fake else x.untyped_storage().data_ptr() or n] = size
-    return Resident(given=tuple(sizes.values()))
+            key = n if fake else x.untyped_storage().data_ptr() or n
+            sizes[key] = size
+            if isinstance(x, torch.nn.Parameter):
+                parameters.add(key)
+    held = tuple(size for key, size in sizes.items() if key in parameters)
+    given = tuple(size for key, size in sizes.items() if key not in parameters)
+    return Resident(sum(held), held=held, given=given)
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,8 @@
 The graphs are captured once more with the batch near what the peak at hand lets expect, where decisions are made, and
 values are chosen to be computed again, as they would be there. Where the decisions are the same, the two captures say
 how each size depends on batch and length; else (and where a batch of one makes another graph) there is a third, with
-the decisions of the second.
+the decisions of the second. The size that is found so is captured itself, and the one above it: where other decisions
+are made there, it is looked for from there on.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ class Capture(Protocol):
     def __call__(self, inputs: Any, options: Options, told: Sequence[Report] = ()) -> list[Captured]: ...
 
 
+# the ways to compile some captured graphs, and those that the function captures with every site rewritten
+Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Choice]]
+
+
 @dataclass
 class Scaled:
     """One way to compile, at any sizes."""
@@ -45,7 +50,8 @@ class Scaled:
 
     def events(self, s: Sizes) -> list[Event]:
         cpu = self.choice.target.kind == "cpu"
-        return step(self.table.parts(self.choice.parts, s, cpu), cpu, self.choice.inlining).events()
+        parts = self.table.parts(self.choice.parts, s, cpu, self.choice.chunk)
+        return step(parts, cpu, self.choice.inlining).events()
 
 
 @dataclass
@@ -65,7 +71,7 @@ class Limits:
     resident: Resident
     limit: int
     capture: Capture
-    ways: Callable[[Sequence[Captured]], Iterable[Choice]] | None = None
+    ways: Ways | None = None
     lowest: Choice | None = None
     notes: list[str] = field(default_factory=list)
 
@@ -117,8 +123,8 @@ class Limits:
         assert options is not None
         there = self._captured(chosen, then, options)
         if last:
-            assert self.ways is not None
-            *_, choice = self.ways(there)
+            *_, choice = self._ways(chosen, then, there, options)
+            there = choice.captured
         else:
             choice = as_decided(there, way.target, way.inlining)
         if _decided(way.captured) == _decided(there):
@@ -127,6 +133,10 @@ class Limits:
         base = Sizes(then.batch if then.batch == at.batch else prime(then.batch + 1, 1), length)
         first = self._captured(chosen, base, options, [c.report for c in there])
         return Scaled(choice, Table(there, first, then, base))
+
+    def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Choice]:
+        assert self.ways is not None
+        return self.ways(there, lambda: self._captured(chosen, s, replace(options, rewrite="always")))
 
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
         found = self.capture(chosen.resized(self.inputs, s), options, told)
@@ -157,9 +167,34 @@ class Limits:
         return self._bytes(chosen, scaled, s)
 
     def _bytes(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
+        return self._least(chosen, s, [x.events(s) for x in scaled])
+
+    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[Sequence[Event]]) -> int:
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
-        return min(total(x.events(s), resident, self.choice.target) for x in scaled)
+        return min(total(events, resident, self.choice.target) for events in steps)
+
+    def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
+        """The last size that fits by what is decided, and chosen to be computed again, at that size itself. `scaled`
+        says where to look; where it is right, that is two captures."""
+        found = self._largest(lambda n: self._bytes(chosen, scaled, at(n)), start)
+        options = self.choice.captured[0].options
+        assert options is not None
+        if not found:
+            return found
+
+        def own(n: int) -> int:
+            try:
+                there = self._captured(chosen, at(n), options)
+            except Exception:  # as where a table of positions ends
+                return self._bytes(chosen, scaled, at(n))
+            if self.lowest is None:
+                ways: Iterable[Choice] = [as_decided(there, self.choice.target, self.choice.inlining)]
+            else:
+                ways = self._ways(chosen, at(n), there, options)
+            return self._least(chosen, at(n), (way.events for way in ways))
+
+        return self._largest(own, found)
 
     @cached_property
     def batch(self) -> int | None:
@@ -167,7 +202,7 @@ class Limits:
         if self._scaled is None or not self._scaled[0].sizes.batch:
             return None
         chosen, scaled = self._scaled
-        return self._largest(lambda n: self._bytes(chosen, scaled, replace(chosen.sizes, batch=n)), chosen.sizes.batch)
+        return self._last(chosen, scaled, lambda n: replace(chosen.sizes, batch=n), chosen.sizes.batch)
 
     @cached_property
     def length(self) -> int | None:
@@ -176,7 +211,7 @@ class Limits:
             return None
         chosen = self._scaled[0]
         rows = min((r for c in self.choice.captured for r in position_rows(c)), default=None)
-        found = self._largest(lambda n: self._bytes(chosen, self._long, replace(s, length=n)), s.length)
+        found = self._last(chosen, self._long, lambda n: replace(s, length=n), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
         self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")

@@ -209,8 +209,10 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
         resident = _resident(model, inputs, keeps, training, device.kind == "cpu")
         more = lru_cache(lambda: [c for c in captured(inputs, replace(chosen, rewrite="always")) if not c.problem])
 
-        def ways(graphs: Sequence[Captured] = first) -> Iterable[Choice]:
-            return choices(graphs, device, chosen.inner == "inductor", more if graphs is first else None)
+        def ways(
+            graphs: Sequence[Captured] = first, rewritten: Callable[[], Sequence[Captured]] = more
+        ) -> Iterable[Choice]:
+            return choices(graphs, device, chosen.inner == "inductor", rewritten)
 
         way = fitting(ways(), limit, resident, device, training)
 

@@ -169,8 +169,8 @@ class Table:
                 if "attnfx" in _operator(node):
                     self.attention[f"{n}.{node.name}"] = node
 
-    def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool) -> list[Part]:
-        """The graphs' records at other sizes."""
+    def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool, chunk: int = 0) -> list[Part]:
+        """The graphs' records at other sizes, with chunked attention in chunks of so many scores."""
         shares: dict[tuple[Dim, ...], Fraction] = {}
 
         def share(name: str) -> Fraction:
@@ -195,7 +195,8 @@ class Table:
             outer = here if op.kind != "scatter" or not op.reads else share(f"{n}.{op.reads[-1]}")
             inner = share(f"{n}.{op.reads[0]}") / here if op.kind == "reduce" and here else Fraction(1)
             node = self.attention.get(f"{n}.{op.name}")
-            workspace = op.workspace if node is None else attention_workspace(node, cpu, partial(self._shape, n, s))
+            shape = partial(self._shape, n, s)
+            workspace = op.workspace if node is None else attention_workspace(node, cpu, shape, chunk)
             return replace(
                 op, results=made, outer=round(op.outer * outer), inner=round(op.inner * inner), workspace=workspace
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -21,15 +22,49 @@ def padded(batch: int, length: int) -> dict[str, Tensor]:
     return {"input_ids": tokens(batch, length), "attention_mask": mask}
 
 
-def decoder(kind: str, layers: int, length: int, how: dict[str, Any], **more: Any) -> Built:
-    """Llama or Mistral of hidden size 512, 8 heads of 64."""
+def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int = 8, **more: Any) -> Built:
+    """Llama or Mistral of so many heads of 64."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
-        hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, vocab_size=8192,
+        hidden_size=64 * heads, num_hidden_layers=layers, num_attention_heads=heads, vocab_size=8192,
         max_position_embeddings=2 * length, use_cache=False, **more, **how,
     )  # fmt: skip
     return getattr(transformers, f"{kind}Model")(config), {"input_ids": tokens(1, length)}
+
+
+class Chunked(nn.Module):
+    """A layer of a ViT-B whose attention is written as a loop over chunks of queries; 0: whole."""
+
+    def __init__(self, chunk: int, width: int = 768, heads: int = 12):
+        super().__init__()
+        self.chunk, self.heads = chunk, heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        weights = (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(-1)
+        return weights @ value
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, length, width = x.shape
+        query, key, value = self.qkv(self.norm1(x)).view(batch, length, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        step = self.chunk or length
+        parts = [self.attend(query[:, :, i : i + step], key, value) for i in range(0, length, step)]
+        x = x + self.out(torch.cat(parts, 2).transpose(1, 2).reshape(batch, length, width))
+        return x + self.down(nn.functional.gelu(self.up(self.norm2(x))))
+
+
+class ChunkedViT(nn.Module):
+    """Such layers over patches that are embedded already."""
+
+    def __init__(self, layers: int, chunk: int):
+        super().__init__()
+        self.layers = nn.Sequential(*(Chunked(chunk) for _ in range(layers)))
+
+    def forward(self, patches: Tensor) -> SimpleNamespace:
+        return SimpleNamespace(last_hidden_state=self.layers(patches))
 
 
 def build(name: str, layers: int, size: int, batch: int = 1, implementation: str = "eager") -> Built:
@@ -39,6 +74,8 @@ def build(name: str, layers: int, size: int, batch: int = 1, implementation: str
     how = {"attn_implementation": implementation}
     if name == "llama":
         return decoder("Llama", layers, size, how, intermediate_size=1376, num_key_value_heads=8)
+    if name == "grouped":  # a Llama whose 12 heads share 4 pairs of keys and values
+        return decoder("Llama", layers, size, how, 12, intermediate_size=2048, num_key_value_heads=4)
     if name == "mistral":
         return decoder("Mistral", layers, size, how, intermediate_size=1792, num_key_value_heads=2, sliding_window=512)
     if name == "bert":
@@ -55,4 +92,7 @@ def build(name: str, layers: int, size: int, batch: int = 1, implementation: str
         side = (768, 816) if size == 2448 else (size, size)  # 48 x 51 patches, and the class token
         config = hf.ViTConfig(num_hidden_layers=layers, image_size=side, **how)
         return hf.ViTModel(config, add_pooling_layer=False), {"pixel_values": torch.randn(batch, 3, *side)}
+    if name.startswith("vit-"):
+        chunk = name.removeprefix("vit-")
+        return ChunkedViT(layers, 0 if chunk == "whole" else int(chunk)), {"patches": torch.randn(batch, size, 768)}
     raise ValueError(f"no model is named {name!r}")

@@ -1,9 +1,14 @@
 """The peak that `attnfx.plan` predicts for a compiled step, against the peak that the allocator's events show.
 
-    python benchmarks/plan.py [--layers 2] [--only NAME] [--output benchmarks/results/plan.json]
+    python benchmarks/plan.py [--only NAME] [--again] [--output benchmarks/results/plan.json]
 
-Each step is measured in a process of its own: loss and backward pass in training, the last hidden state in inference.
-Both numbers are over what is there before the step. Results are written as they come; a step that is there is skipped.
+A step is the loss and the backward pass in training, the last hidden state in inference. Each is measured in a process
+of its own, on one thread. Both numbers are over what is there before the step. Results are written as they come; what
+has been measured is not measured again, and predicted again with `--again`.
+
+Two tables: "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B of 2448 tokens
+whose attention is written whole, or as a loop over chunks of queries: as its code would run without a compiler
+(inner="aot_eager", rewrite="never"), and with attnfx. Its rows of twelve layers follow from those of one and two.
 """
 
 from __future__ import annotations
@@ -16,7 +21,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from measure import machine
@@ -24,10 +29,32 @@ from models import Built, build
 from peak import peak_over_base
 from torch import Tensor, nn
 
-# name, tokens (or pixels; 2448: an image of 2448 tokens), batches
-STEPS = [
-    ("gpt2", 256, (1, 2, 4)), ("bert", 256, (1, 2, 4)), ("mistral", 512, (1, 2, 4)), ("t5", 512, (1, 2, 4)),
-    ("vit", 2448, (1, 2, 3)),
+import attnfx
+
+
+class Case(NamedTuple):
+    """A model of `models.py` (of so many layers, for so many tokens) and how it is compiled; `options` as JSON."""
+
+    name: str
+    layers: int
+    size: int
+    batch: int
+    train: bool
+    options: str = "{}"
+
+    def __str__(self) -> str:
+        how = "".join(f", {k}={v}" for k, v in json.loads(self.options).items())
+        kind = "training" if self.train else "inference"
+        return f"{self.name}, {self.layers} layers, {self.size} tokens, batch {self.batch}, {kind}{how}"
+
+
+MODELS = [("gpt2", 512), ("bert", 512), ("grouped", 512), ("t5", 512), ("vit", 2448)]
+STEPS = [Case(name, 12, size, batch, train) for batch in (1, 2, 4) for name, size in MODELS for train in (False, True)]
+UNCOMPILED = json.dumps({"inner": "aot_eager", "rewrite": "never"})
+WRITTEN = ("whole", 256, 128, 64)  # queries of a chunk
+CHUNKS = [
+    Case(f"vit-{chunk}", layers, 2448, 1, True, options)
+    for chunk in WRITTEN for options in (UNCOMPILED, "{}") for layers in (1, 2)
 ]  # fmt: skip
 
 
@@ -49,66 +76,100 @@ def batched(built: Built, batch: int) -> Built:
     return model, {k: x if len(x) == batch else x.expand(batch, *x.shape[1:]).contiguous() for k, x in inputs.items()}
 
 
-def one(name: str, layers: int, size: int, batch: int, train: bool) -> dict[str, Any]:
-    """Predicted on meta tensors, then measured."""
-    import attnfx
+def built(case: Case) -> tuple[Step, dict[str, Tensor]]:
+    model, inputs = batched(build(case.name, case.layers, case.size, case.batch), case.batch)
+    return Step(model).train(case.train), inputs
 
+
+def predicted(case: Case) -> dict[str, Any]:
+    """By a plan on meta tensors."""
     with torch.device("meta"):
-        model, inputs = batched(build(name, layers, size, batch), batch)
+        step, inputs = built(case)
     start = time.process_time()
-    plan = attnfx.plan(Step(model).train(train), train=train)(**inputs)
-    predicted, seconds = plan.choice.peak, time.process_time() - start
+    plan = attnfx.plan(step, train=case.train, **json.loads(case.options))(**inputs)
+    return {"predicted": plan.choice.peak, "plan_cpu_s": round(time.process_time() - start, 2)}
 
+
+def measured(case: Case) -> dict[str, Any]:
+    """By the allocator's events of a real step, after one that compiled it."""
     torch.manual_seed(0)
-    model, inputs = batched(build(name, layers, size, batch), batch)
-    whole = Step(model).train(train)
-    run = torch.compile(whole, backend="attnfx", dynamic=False)
+    whole, inputs = built(case)
+    run = torch.compile(whole, backend="attnfx", dynamic=False, options=json.loads(case.options))
 
-    def step() -> Tensor:
-        with torch.set_grad_enabled(train):
+    def step(backward: bool = case.train) -> Tensor:
+        with torch.set_grad_enabled(case.train):
             out = run(**inputs)
-            if train:
+            if backward:
                 out.backward()
         return out
 
-    del model
-    step()
-    whole.zero_grad(set_to_none=True)
-    measured, _ = peak_over_base(step)
-    error = predicted / measured - 1
-    return {"predicted": predicted, "measured": measured, "error": round(error, 4), "plan_cpu_s": round(seconds, 2)}
+    step(backward=False)  # compiles the backward pass too
+    peak, _ = peak_over_base(step)
+    tiers = [s.decision.tier if s.decision else "refused" for r in attnfx.reports() for s in r]
+    return {"measured": peak, "tiers": {t: tiers.count(t) for t in dict.fromkeys(tiers)}}
+
+
+def job(what: str, case: Case) -> dict[str, Any] | None:
+    command = [sys.executable, __file__, "--job", json.dumps([what, *case])]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    if ran.returncode:
+        print(f"{case}: {ran.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """The mean and the worst error of a table, each row's noted in it."""
+    for row in table.values():
+        row["error"] = round(row["predicted"] / row["measured"] - 1, 4)
+    errors = [abs(row["error"]) for row in table.values()]
+    return {"mean": round(statistics.mean(errors), 4), "worst": max(errors), "rows": len(errors)}
+
+
+def of_twelve(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each layer adds the same bytes: those of twelve layers from those of one and two."""
+    out: dict[str, dict[str, Any]] = {}
+    for case in CHUNKS:
+        one, two = (table.get(str(case._replace(layers=n))) for n in (1, 2))
+        if one and two and case.layers == 1:
+            row = {k: one[k] + 11 * (two[k] - one[k]) for k in ("predicted", "measured")}
+            out[str(case._replace(layers=12))] = row
+    return out
 
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--layers", type=int, default=2)
     parser.add_argument("--only")
+    parser.add_argument("--again", action="store_true")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
     parser.add_argument("--job")
     chosen = parser.parse_args()
     if chosen.job:
         logging.disable(logging.WARNING)
         torch.set_num_threads(1)
-        print(json.dumps(one(*json.loads(chosen.job))))
+        what, *case = json.loads(chosen.job)
+        print(json.dumps({"predicted": predicted, "measured": measured}[what](Case(*case))))
         return
     file: Path = chosen.output
-    held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "steps": {}}
-    for name, size, batches in STEPS:
-        for batch in batches:
-            for train in (False, True):
-                key = f"{name}, {chosen.layers} layers, {size}, batch {batch}, {'training' if train else 'inference'}"
-                if key in held["steps"] or chosen.only not in (None, name):
-                    continue
-                job = json.dumps([name, chosen.layers, size, batch, train])
-                ran = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True)
-                if ran.returncode:
-                    print(f"{key}: {ran.stderr[-2000:]}", file=sys.stderr)
-                    continue
-                held["steps"][key] = found = json.loads(ran.stdout.splitlines()[-1])
-                errors = [abs(s["error"]) for s in held["steps"].values()]
-                held["error"] = {"mean": round(statistics.mean(errors), 4), "worst": max(errors), "steps": len(errors)}
-                file.write_text(json.dumps(held, indent=1) + "\n")
-                print(key, found, flush=True)
+    held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "steps": {}, "chunks": {}}
+    for table, cases in (("steps", STEPS), ("chunks", CHUNKS)):
+        rows = held[table]
+        for case in cases:
+            old = rows.get(str(case), {})
+            if chosen.only not in (None, case.name) or (old and not chosen.again):
+                continue
+            row = old if "measured" in old else job("measured", case)
+            plan = job("predicted", case)
+            if row is None or plan is None:
+                continue
+            rows[str(case)] = row | plan
+            held[f"error of {table}"] = with_errors(rows)
+            if table == "chunks":
+                held["chunks of twelve layers"] = twelve = of_twelve(rows)
+                if twelve:
+                    with_errors(twelve)
+            file.write_text(json.dumps(held, indent=1) + "\n")
+            print(case, rows[str(case)], flush=True)
 
 
 if __name__ == "__main__":

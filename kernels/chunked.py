@@ -32,7 +32,7 @@ from attnfx.spec import AttentionSpec, fill_of
 # 1 MiB of L2 each and 32 MiB of L3 (8 heads x 4096 x 64, float32). On a GPU each operator is a launch: larger.
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 ROWS = {"cpu": 128, "cuda": 512}
-
+LEAST_ROWS = 16  # of a part of a block
 
 _ZERO = A.const(0.0)
 
@@ -133,6 +133,7 @@ class Block(NamedTuple):
     number  seeds its dropout
     full    every key of it is live
     live    every row of it is known to have a live key
+    whole   the block that it is a part of, whose dropout is drawn at once; None where it is no part
     """
 
     number: int
@@ -146,15 +147,23 @@ class Block(NamedTuple):
     j1: int
     full: bool
     live: bool
+    whole: Block | None = None
 
 
 class Plan:
-    """How a call is cut into blocks. Both passes make the same one."""
+    """How a call is cut into blocks. Both passes make the same one.
 
-    def __init__(self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device):
+    Where fewer `elements` than a tile's are allowed, each block is computed in parts. The blocks stay as they are, and
+    so does their dropout.
+    """
+
+    def __init__(
+        self, spec: AttentionSpec, sizes: dict[str, int], groups: int, device: torch.device, elements: int = 0
+    ):
         kind = device.type if device.type in ROWS else "cuda"
         self.spec, self.sizes, self.groups = spec, sizes, groups
         self.tile = TILE_ELEMENTS[kind]
+        self.elements = min(elements or self.tile, self.tile)
         heads, rows = sizes["B"] * sizes["H"], sizes["T"]
         step = ROWS[kind]
         while step > 16 and step // 2 >= rows:
@@ -205,13 +214,33 @@ class Plan:
                     number = (n * size_b + b) * size_g + g
                     live = self.doubtful is not None and n not in self.doubtful
                     out.append(Block(number, b, min(b + step_b, size_b), g, min(g + step_g, size_g), *r, live))
-            yield out
+            if self.elements == self.tile:
+                yield out
+            else:
+                for block in out:
+                    yield from self._parts(block, per_group)
+
+    def _parts(self, whole: Block, per_group: int) -> Iterator[list[Block]]:
+        """A block in parts of no more than `elements` scores, as far as a group of heads and LEAST_ROWS allow it; for
+        each range of rows, its parts."""
+        row = max(1, (whole.j1 - whole.j0) * per_group)
+        rows = min(max(self.elements // row, LEAST_ROWS), max(whole.i1 - whole.i0, 1))
+        fit, groups = max(1, self.elements // (row * rows)), whole.g1 - whole.g0
+        step_b, step_g = (fit // groups, groups) if fit >= groups else (1, fit)
+        for i in range(whole.i0, max(whole.i1, whole.i0 + 1), rows):
+            yield [
+                whole._replace(
+                    b0=b, b1=min(b + step_b, whole.b1), g0=g, g1=min(g + step_g, whole.g1), i0=i,
+                    i1=min(i + rows, whole.i1), whole=whole,
+                )
+                for b in range(whole.b0, whole.b1, step_b) for g in range(whole.g0, whole.g1, step_g)
+            ]  # fmt: skip
 
 
 class Run:
     """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, elements: int = 0):
         self.call = call
         self.spec, self.program = call.spec, program_of(call.spec)
         self.compute = call.compute
@@ -226,8 +255,9 @@ class Run:
         self.factor = query.dtype if halves else self.compute
         self.key = key.to(self.factor).contiguous()
         self.value = self.key if call.value is key else call.value.to(self.factor).contiguous()
-        self.plan = Plan(self.spec, self.sizes, self.groups, query.device)
+        self.plan = Plan(self.spec, self.sizes, self.groups, query.device, elements)
         self._first_seed: int | None = None
+        self._drawn: tuple[int, Tensor] | None = None  # of the block that parts are computed of: its number, what stays
 
     def keys(self, x: Tensor, at: Block) -> Tensor:
         """(B, G, S, E) to the block's (b * g, s, E)."""
@@ -312,14 +342,30 @@ class Run:
         p = self.spec.dropout
         if p <= 0.0:
             return None
+        if p >= 1.0:
+            return torch.zeros_like(like)
+        if at.whole is None:
+            kept = self._draw(at, p)
+        else:
+            if self._drawn is None or self._drawn[0] != at.number:
+                self._drawn = (at.number, self._draw(at.whole, p))
+            (h0, h1), first, _ = self.heads(at), *self.heads(at.whole)
+            kept = self._drawn[1][
+                at.b0 - at.whole.b0 : at.b1 - at.whole.b0, h0 - first : h1 - first,
+                at.i0 - at.whole.i0 : at.i1 - at.whole.i0,
+            ]  # fmt: skip
+        return kept.to(like.dtype).div_(1.0 - p)
+
+    def _draw(self, at: Block, p: float) -> Tensor:
+        """Which weights of a block stay, as bool."""
         if self._first_seed is None:
             assert self.call.seed is not None
             self._first_seed = int(self.call.seed.item())
         generator = torch.Generator(device=self.device)
         generator.manual_seed(mix(self._first_seed, at.number))
-        if p >= 1.0:
-            return torch.zeros_like(like)
-        return torch.empty_like(like).bernoulli_(1.0 - p, generator=generator).div_(1.0 - p)
+        h0, h1 = self.heads(at)
+        shape = (at.b1 - at.b0, h1 - h0, at.i1 - at.i0, at.j1 - at.j0)
+        return torch.empty(shape, dtype=torch.bool, device=self.device).bernoulli_(1.0 - p, generator=generator)
 
 
 def mix(seed: int, number: int) -> int:
@@ -330,12 +376,12 @@ def mix(seed: int, number: int) -> int:
     return (x ^ (x >> 31)) >> 1
 
 
-def forward(call: Call, run: Run | None = None) -> tuple[Tensor, Tensor]:
+def forward(call: Call, run: Run | None = None, elements: int = 0) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
-    `run` is one of this call, where its dropout is another."""
+    `run` is one of this call, where its dropout is another; `elements` are the most scores at once, 0 for a tile's."""
     out = output_like(call.query, call.value.shape[-1], call.out_dtype)
     logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
-    forward_rows(Run(call) if run is None else run, None, out, logsumexp)
+    forward_rows(Run(call, elements) if run is None else run, None, out, logsumexp)
     return out, logsumexp
 
 
@@ -380,10 +426,10 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, run: Run | None = None
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, run: Run | None = None, elements: int = 0
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = Run(call) if run is None else run
+    run = Run(call, elements) if run is None else run
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
     grads = Gradients(run)

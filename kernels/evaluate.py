@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, INT, Expr, node, rebuild, substitute, walk
+from attnfx.ir.diagonal import OPAQUE, SPAN, opaque, toeplitz
+from attnfx.ir.expr import FLOAT, INT, Expr, walk
 
 Value = Tensor | bool | int | float
 
@@ -48,48 +49,18 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }  # fmt: skip
 _PLAIN: dict[str, Callable] = {"add": operator.add, "mul": operator.mul, "and": operator.and_, "or": operator.or_}
 _INTEGER: dict[str, Callable] = {"floordiv": operator.floordiv, "mod": operator.mod, "min": min, "max": max}
-_OPAQUE = frozenset(("dot", "prob"))
-
-
-@lru_cache(maxsize=10_000)
-def opaque(e: Expr) -> bool:
-    """Whether the expression depends on the block's own scores."""
-    return any(x.op in _OPAQUE for x in walk(e))
 
 
 @lru_cache(maxsize=10_000)
 def _offset(index: Expr) -> tuple[str | None, Expr] | None:
     """(variable, index - variable), or (None, index) of an index without one; None where it is neither."""
     variables = [x for x in walk(index) if x.op == "var"]
-    if len(variables) > 1 or any(x.op == "load" or x.op in _OPAQUE for x in walk(index)):
+    if len(variables) > 1 or any(x.op == "load" or x.op in OPAQUE for x in walk(index)):
         return None
     if not variables:
         return None, index
     offset = A.sub(index, variables[0])
     return None if offset.free else (str(variables[0].value), offset)
-
-
-_SPAN = "w"  # the variable of a diagonal: w = j - i + T - 1, from 0 to T + S - 2
-
-
-@lru_cache(maxsize=10_000)
-def toeplitz(e: Expr) -> Expr | None:
-    """The expression over the diagonal `w` alone (and b, h), where it depends on i and j through j - i only."""
-    if not {"i", "j"} <= e.free or opaque(e):
-        return None
-    variables = {str(x.value): x for x in walk(e) if x.op == "var"}
-    i, j = variables["i"], variables["j"]
-    last_row = A.sub(i.args[0], A.ONE)
-    along = A.var(_SPAN, A.add(last_row, j.args[0]))
-    by = {j: A.sub(A.add(i, along), last_row)}
-
-    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        # a sum of converted indices is converted as a whole: only among integers do terms cancel
-        whole = A.as_integer(old) if old.kind == FLOAT and old.op in ("add", "mul") else None
-        return by.get(old) if whole is None else node("float", FLOAT, (substitute(whole, by),))
-
-    moved = rebuild(e, change)
-    return None if {"i", "j"} & moved.free else moved
 
 
 class Evaluator:
@@ -151,7 +122,7 @@ class Evaluator:
             return self.sizes[str(e.value)]
         if e.op == "var":
             return self._index(self.axes[str(e.value)])
-        if e.op in _OPAQUE:
+        if e.op in OPAQUE:
             raise KeyError(f"{e.op} has no value in this block")
         if (along := self._along_diagonals(e)) is not None:
             return along
@@ -243,7 +214,7 @@ class Evaluator:
             first = j.start - (i.stop - 1) + self.sizes["T"] - 1
             length = (j.stop - j.start) + (i.stop - i.start) - 1
             axes = {name: a for name, a in self.axes.items() if name not in ("i", "j")}
-            self._diagonal = self._like({**axes, _SPAN: Axis(first, first + length, -1)})
+            self._diagonal = self._like({**axes, SPAN: Axis(first, first + length, -1)})
         return self._diagonal
 
     def _diagonal_form(self, e: Expr) -> Expr | None:
@@ -257,7 +228,7 @@ class Evaluator:
         if form is None:
             return None
         values = self.diagonal()(form)
-        if not isinstance(values, Tensor) or _SPAN not in form.free:
+        if not isinstance(values, Tensor) or SPAN not in form.free:
             return self._tensor(values, e.kind)
         i, j = self.axes["i"], self.axes["j"]
         if i.stop - i.start == 1:

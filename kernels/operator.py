@@ -40,12 +40,13 @@ class Tier(NamedTuple):
     supports(call) is the same for one call.
     forward(call) -> (out, logsumexp), as the operator gives them; `tile` and `splits` where a configuration names them.
     backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
+    The chunked tier's take `elements` where a configuration names them.
     """
 
     expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int, int | None], str | None]
     supports: Callable[[Call], str | None]
     forward: Callable[..., tuple[Tensor, Tensor]]
-    backward: Callable[[Call, Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor, list[Tensor]]]
+    backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
 TIERS: dict[str, Tier] = {
@@ -65,11 +66,15 @@ def choose(tiers: str, call: Call) -> Tier:
     reasons = []
     if tiers == "auto":
         tiers = ",".join(AUTO.get(call.query.device.type, ("chunked",)))
-    for name, tile, splits in parse(tiers):
+    for name, tile, splits, elements in parse(tiers):
         if name not in TIERS:
             raise ValueError(f"attnfx.attention: tier {name!r} is none of {', '.join(['auto', *TIERS])}")
         tier = TIERS[name]
         why = tier.supports(call)
+        if why is None and elements:
+            return tier._replace(
+                forward=partial(tier.forward, elements=elements), backward=partial(tier.backward, elements=elements)
+            )
         if why is None:
             return tier if tile is None else tier._replace(forward=partial(tier.forward, tile=tile, splits=splits))
         reasons.append(f"the {name} tier cannot run this call: {why}")

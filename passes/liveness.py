@@ -6,10 +6,10 @@ kernel) is read off Inductor's own tables of lowerings.
 
 from __future__ import annotations
 
-import math
 import operator
 import re
 from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx.memory.attention import workspace
+from attnfx.memory.attention import Operand, Use, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
@@ -66,24 +66,37 @@ def flops(n: Node) -> int:
     return int(formula(*args, **kwargs, out_val=n.meta["val"]))
 
 
-def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None) -> int:
+def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
+                        ) -> int:  # fmt: skip
     """The bytes that one of attnfx's operators takes while it runs; 0 for any other. `shape` gives an operand's shape,
-    where it is not the one that it has in the graph."""
+    where it is not the one that it has in the graph; `chunk` is the most scores that the chunked tier computes at once,
+    0 for what the graph says."""
     name = op_name(n)
     if not name.startswith("attnfx::attention"):
         return 0
-    operands = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
-    tensors = [x.meta["val"] for x in operands]
-    shapes = [[number(s) for s in x.meta["val"].shape] if shape is None else shape(x) for x in operands]
+    nodes = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
+    operands = [operand(x.meta["val"], None if shape is None else shape(x)) for x in nodes]
     texts = [a for a in n.args if isinstance(a, str)]
     backward = name.endswith("backward")
     if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
-        # blocks of whole rows: about an operand
-        return max((math.prod(s) * x.element_size() for s, x in zip(shapes, tensors)), default=0)
-    query, key, value = shapes[1:4] if backward else shapes[:3]
-    dims = dict(zip("BHTD", query)) | {"G": key[1], "S": key[2], "Dv": value[3]}
-    element = tensors[int(backward)].element_size()
-    return workspace(from_json(texts[0]), dims, element, texts[1].split(",")[0], backward, cpu)
+        return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about an operand
+    grad, query, key, value = operands[:4] if backward else (None, *operands[:3])
+    use = Use(from_json(texts[0]), query, key, value, grad, cpu, torch.get_num_threads())
+    tier = texts[1].split(",")[0]
+    return workspace(use, f"chunked:{chunk}" if chunk and tier.partition(":")[0] == "chunked" else tier)
+
+
+def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
+    """What the model knows of a tensor; with another shape, of one whose dims lie in memory in the same order."""
+    sizes, strides = tuple(map(number, x.shape)), list(map(number, x.stride()))
+    if shape is None:
+        return Operand(sizes, tuple(strides), x.element_size())
+    inner = Fraction(1)  # how many times as far apart, by the dims further in
+    for d in sorted(range(x.ndim), key=lambda d: (strides[d], -d)):
+        if strides[d]:
+            strides[d] = round(strides[d] * inner)
+            inner *= Fraction(shape[d], sizes[d] or 1)
+    return Operand(tuple(shape), tuple(strides), x.element_size())
 
 
 def near_readers(gm: GraphModule) -> GraphModule:
@@ -135,18 +148,46 @@ def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
 def _results(n: Node) -> tuple[Result, ...]:
     value = n.meta.get("val")
     if isinstance(value, torch.Tensor):
-        return (Result(n.name, tensor_bytes(value)),)
+        return (_result(n.name, value),)
     if not isinstance(value, (list, tuple)):
         return ()
     parts = {}
     for user in n.users:
         if user.target is operator.getitem:
             parts.setdefault(user.args[1], user.name)
-    return tuple(
-        Result(parts.get(i, f"{n.name}[{i}]"), tensor_bytes(x))
-        for i, x in enumerate(value)
-        if isinstance(x, torch.Tensor)
-    )
+    return tuple(_result(parts.get(i, f"{n.name}[{i}]"), x) for i, x in enumerate(value) if isinstance(x, torch.Tensor))
+
+
+def _result(name: str, x: torch.Tensor) -> Result:
+    return Result(name, tensor_bytes(x), str(x.dtype).removeprefix("torch."))
+
+
+def _aside(n: Node, held: set[str]) -> frozenset[str]:
+    """The operands of a loop whose elements it does not read in the order in which it writes its own."""
+    value = n.meta["val"]
+
+    def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
+        """(size, stride) of each dim that is not 1, of a tensor that broadcasts to a shape; neighbours as one."""
+        out: list[tuple[int, int]] = []
+        strides = [0] * (len(shape) - x.ndim) + [
+            number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
+        ]
+        for size, stride in zip(map(number, shape), strides):
+            if size == 1:
+                continue
+            if out and out[-1][1] == size * stride:
+                out[-1] = (out[-1][0] * size, stride)
+            else:
+                out.append((size, stride))
+        return out
+
+    def straight(x: Node) -> bool:
+        other = x.meta["val"]
+        if not isinstance(value, torch.Tensor) or other.ndim > value.ndim or numel(other) != numel(value):
+            return False
+        return number(other.storage_offset()) == 0 and steps(other, value.shape) == steps(value, value.shape)
+
+    return frozenset(x.name for x in n.all_input_nodes if x.name in held and not straight(x))
 
 
 def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
@@ -184,6 +225,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
+        _aside(n, held) if kind == "loop" else frozenset(),
         name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
 

@@ -10,6 +10,7 @@ reads is not stored after all.
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnfx.memory.ops import Graph, Op, Result
@@ -26,8 +27,10 @@ class Kernel:
     """Operations that run as one. It reads and writes stored values.
 
     loop      the compiler's own code: it may write over an operand that dies
-    scatters  results that it writes to computed places: they lie over nothing, and nothing over them
+    over      result -> the operands that it may be written over, once nothing else reads them
+    inner     results that only it reads, so that they are not stored
     own       the compiler allocates its results, not the kernel
+    joins     its result is written part by part, through views: the memory goes to no other value
     """
 
     name: str
@@ -36,8 +39,10 @@ class Kernel:
     changes: tuple[str, ...] = ()
     workspace: int = 0
     loop: bool = False
-    scatters: tuple[str, ...] = ()
+    over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    inner: tuple[Result, ...] = ()
     own: bool = False
+    joins: bool = False
     flops: int = 0
     dtype: str = "float32"
     where: str = ""
@@ -57,25 +62,28 @@ def unfused(graph: Graph) -> list[Kernel]:
 
 @dataclass
 class _Body:
-    """A value that is not stored: the operations that its readers would run, and the stored values they would read."""
+    """A value that is not stored: the operations that its readers would run, and the stored values they would read.
+
+    reads   in order; each with whether any of the reads is not of the very element that is computed
+    """
 
     operations: frozenset[str]
-    reads: frozenset[str]
+    reads: dict[str, bool]
     heavy: bool
 
 
 @dataclass
 class _Loop:
-    """A stored value and the loop that computes it, or a kernel."""
+    """A stored value and the loop that computes it, or a kernel. `reads` as in a body."""
 
     op: Op
-    reads: set[str]
-    alone: bool  # a kernel: it fuses with nothing
+    reads: dict[str, bool]
+    alone: bool  # it fuses with nothing, as a kernel does
 
 
 def fused(graph: Graph, cpu: bool) -> list[Kernel]:
     """The kernels of a graph, in an order in which they can run."""
-    return _merged(_stored(graph, cpu), graph)
+    return _merged(_stored(graph, cpu), graph, cpu)
 
 
 def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
@@ -94,7 +102,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
     def store(name: str) -> None:
         body = bodies.pop(name, None)
         if body is not None:
-            loops[name] = _Loop(ops[name], set(body.reads), False)
+            loops[name] = _Loop(ops[name], body.reads, False)
             written[name] = name
 
     for op in graph.ops:
@@ -104,12 +112,18 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
         if op.kind == "kernel":
             for s in sources:
                 store(s)
-            loops[op.name] = _Loop(op, set(sources), True)
+            loops[op.name] = _Loop(op, dict.fromkeys(sources, True), True)
             continue
         inlined = [bodies[s] for s in sources if s in bodies]
-        reads = frozenset(s for s in sources if s not in bodies).union(*(b.reads for b in inlined))
-        if op.kind in ("reduce", "scatter") or (op.target == "cat" and not inlined):
-            loops[op.name] = _Loop(op, set(reads), False)
+        aside = {base[r] for r in op.aside}
+        reads: dict[str, bool] = {}
+        for s in sources:
+            for r, crooked in (bodies[s].reads if s in bodies else {s: False}).items():
+                reads[r] = reads.get(r, False) or crooked or s in aside
+        if op.kind in ("reduce", "scatter") or (op.target == "cat" and (cpu or not inlined)):
+            # on a CPU, each part of a `cat` is a loop over its own elements: none runs over those of a reader
+            apart = cpu and op.target == "cat"
+            loops[op.name] = _Loop(op, dict.fromkeys(reads, True) if op.kind == "scatter" else reads, apart)
             continue
         body = _Body(
             frozenset([op.name]).union(*(b.operations for b in inlined)), reads,
@@ -155,7 +169,7 @@ def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
     return counts <= {outer, outer * inner} if last else counts <= {outer}
 
 
-def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
+def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     base = graph.bases()
     size = {r.name: r.bytes for op in graph.ops for r in op.results}
     owner = {r.name: n for n, x in enumerate(loops) for r in x.op.results}
@@ -213,21 +227,48 @@ def _merged(loops: list[_Loop], graph: Graph) -> list[Kernel]:
     made = []
     for g, group in groups.items():
         own = {r.name for x in group.loops for r in x.op.results}
-        reads = dict.fromkeys(r for x in group.loops for r in sorted(x.reads) if r not in own)
-        writes = tuple(
-            r for x in group.loops for r in x.op.results
-            if x.alone or r.name in outputs or any(of[n] != g for n in readers[r.name])
-        )  # fmt: skip
+        reads = dict.fromkeys(r for x in group.loops for r in x.reads if r not in own)
+        results = [r for x in group.loops for r in x.op.results]
+        # a loop of C++ reads what a reduction before it has made from memory
+        local = (r for x in group.loops if not (x.alone or (cpu and x.op.kind == "reduce")) for r in x.op.results)
+        inner = tuple(r for r in local if r.name not in outputs and all(of[n] == g for n in readers[r.name]))
+        writes = tuple(r for r in results if r not in inner)
         first = group.loops[0].op
         changes = tuple(base[c] for x in group.loops for c in x.op.changes)
         workspace = sum(x.op.workspace for x in group.loops)
         made.append((g, Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
-            tuple(x.op.name for x in group.loops if x.op.kind == "scatter"),
-            first.kind != "kernel" or first.target in OUT,
+            {} if group.alone else _over(group.loops), inner,
+            first.kind != "kernel" or first.target in OUT, group.alone and first.target == "cat",
             first.flops, first.dtype, first.where, first.target,
         )))  # fmt: skip
     return _sorted(made)
+
+
+def _over(loops: list[_Loop]) -> dict[str, tuple[str, ...]]:
+    """What each loop of a kernel may write over: what it reads at the element that it writes, if the kernel's other
+    loops read it there too, and only before (torch/_inductor/scheduler.py, decide_inplace_update)."""
+    maker = {r.name: x for x in loops for r in x.op.results}
+
+    def before(loop: _Loop) -> set[str]:
+        seen: set[str] = set()
+        stack = [loop]
+        while stack:
+            for r in stack.pop().reads:
+                if r in maker and maker[r].op.name not in seen:
+                    seen.add(maker[r].op.name)
+                    stack.append(maker[r])
+        return seen
+
+    out: dict[str, tuple[str, ...]] = {}
+    for loop in loops:
+        earlier = before(loop)
+        free = tuple(
+            r for r in loop.reads
+            if all(r not in x.reads or (not x.reads[r] and (x is loop or x.op.name in earlier)) for x in loops)
+        )  # fmt: skip
+        out |= {w.name: free for w in loop.op.results}
+    return out
 
 
 def _sorted(made: list[tuple[int, Kernel]]) -> list[Kernel]:

@@ -1,17 +1,19 @@
 """When each stored value of a step is allocated and released, and what is alive at each moment.
 
-A phase is one compiled graph: its kernels in the order they run. A value is allocated before the kernel that writes it
-and released after the last kernel that reads it or a view of it, so that a kernel's operands and results are alive
-together. A loop whose operand dies in it writes its result over the operand, where both are of one size.
+A phase is one compiled graph: its kernels. A value is allocated before the kernel that writes it and released after the
+last kernel that reads it or a view of it, so that a kernel's operands and results are alive together. Inductor adds
+three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait
+for a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from attnfx.memory.fusion import Kernel
+from attnfx.memory.ops import Result
 
 WORKSPACE = "workspace of "
 
@@ -27,23 +29,25 @@ class Phase:
     arrives   values that come with its call (the gradients of the outputs); it owns them too
     batched   loops that follow each other run as one function, and what dies in one is released after the last: so
               Inductor compiles them for a CPU (torch/_inductor/codegen/cpp.py, KernelGroup)
-    hands_on  what dies waits to be written over by a later value of its size, where that does not raise the peak
+    places    of each kernel, in the compiler's own count; none: as they stand
+    alive     bytes at each place, as the compiler estimates them; none: no value takes the memory of one that died
     """
 
     name: str
     kernels: tuple[Kernel, ...]
     kept: frozenset[str]
-    released: Mapping[str, int] = field(default_factory=dict)
+    released: tuple[Result, ...] = ()
     arrives: Mapping[str, int] = field(default_factory=dict)
     batched: bool = False
-    hands_on: bool = False
+    places: tuple[int, ...] = ()
+    alive: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Event:
     """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase.
 
-    own   the compiler allocates it, so it may hand it the memory of a value that died before
+    A value that takes the memory of another is a release and an allocation, one right after the other.
     """
 
     value: str
@@ -51,19 +55,11 @@ class Event:
     kernel: str
     phase: str
     where: str = ""
-    own: bool = False
 
 
 def events(phases: Sequence[Phase]) -> list[Event]:
     """The allocator's events of a step, in order."""
-    out: list[Event] = []
-    gone: set[int] = set()
-    for phase in phases:
-        found = _phase(phase)
-        if phase.hands_on:
-            gone |= {len(out) + n for n in _handed_on(found, sum(phase.released.values()))}
-        out += found
-    return _renamed(out, gone)
+    return [e for phase in phases for e in _Lines(phase).events()]
 
 
 def peak(found: Iterable[Event], start: int = 0) -> int:
@@ -75,110 +71,112 @@ def peak(found: Iterable[Event], start: int = 0) -> int:
     return most
 
 
-def _last_readers(kernels: Sequence[Kernel]) -> dict[str, int]:
-    last: dict[str, int] = {}
-    for n, k in enumerate(kernels):
-        for value in (*k.reads, *k.changes, *(w.name for w in k.writes)):
-            last[value] = n
-    return last
+@dataclass
+class _Line:
+    """A line of a compiled graph's code: `value` is allocated, freed, or takes the memory of `old`.
 
-
-def _phase(phase: Phase) -> list[Event]:
-    last = _last_readers(phase.kernels)
-    alive = {**phase.released, **phase.arrives}
-    out: list[Event] = []
-
-    own = {w.name for k in phase.kernels if k.own for w in k.writes}
-
-    def event(value: str, size: int, kernel: Kernel | None) -> None:
-        name, where = (kernel.name, kernel.where) if kernel else ("", "")
-        if size:
-            out.append(Event(value, size, name, phase.name, where, value in own))
-
-    for value, size in phase.arrives.items():
-        event(value, size, None)
-    for value in list(alive):
-        if value not in last and value not in phase.kept:
-            event(value, -alive.pop(value), None)
-    fixed = {v for k in phase.kernels for v in k.scatters}
-    late: list[tuple[str, Kernel]] = []
-
-    def release(value: str, kernel: Kernel) -> None:
-        if phase.batched and kernel.loop:
-            late.append((value, kernel))
-        else:
-            event(value, -alive.pop(value), kernel)
-
-    def flush() -> None:
-        for value, kernel in late:
-            event(value, -alive.pop(value), kernel)
-        late.clear()
-
-    for n, k in enumerate(phase.kernels):
-        if not k.loop:
-            flush()
-        dying = [v for v in dict.fromkeys((*k.reads, *k.changes)) if last[v] == n and v in alive]
-        dying = [v for v in dying if v not in phase.kept]
-        free = [v for v in dying if v not in fixed] if k.loop else []
-        for w in k.writes:
-            taken = next((v for v in free if alive[v] == w.bytes and w.name not in fixed), None)
-            if taken is not None:  # written in place: the memory changes its name
-                free.remove(taken)
-                dying.remove(taken)
-                del alive[taken]
-                event(taken, -w.bytes, k)
-            event(w.name, w.bytes, k)
-            alive[w.name] = w.bytes
-        event(f"{WORKSPACE}{k.name}", k.workspace, k)
-        event(f"{WORKSPACE}{k.name}", -k.workspace, k)
-        for v in dying:
-            release(v, k)
-        for w in k.writes:
-            if last[w.name] == n and w.name not in phase.kept:
-                release(w.name, k)
-    flush()
-    return out
-
-
-def _handed_on(found: list[Event], start: int) -> set[int]:
-    """Where a value takes over the memory of the last one of its size that died: neither is an event then.
-
-    As torch/_inductor/codegen/wrapper.py does it (AllocateLine.should_reuse_buffer), which knows nothing of workspaces.
+    at   the place in the compiler's order
     """
-    level, known = [], start
-    for e in found:
-        unseen = e.value.startswith(WORKSPACE) or e.value.endswith("]")  # a part of a kernel's result that none reads
-        known += 0 if unseen else e.bytes
-        level.append(known)
-    most = max(level, default=0)
-    dead: dict[int, list[int]] = defaultdict(list)
-    gone: set[int] = set()
-    for n, e in enumerate(found):
-        if e.value.startswith(WORKSPACE):
-            continue
-        if e.bytes < 0 and e.own:
-            dead[-e.bytes].append(n)
-        elif e.bytes > 0 and e.own and dead[e.bytes]:
-            before = dead[e.bytes][-1]
-            if max(level[before:n]) + e.bytes <= most:
-                dead[e.bytes].pop()
-                gone |= {before, n}
-                for m in range(before, n):
-                    level[m] += e.bytes
-    return gone
+
+    value: Result
+    at: int
+    kernel: Kernel | None
+    frees: bool = False
+    old: Result | None = None
+    void: bool = False
 
 
-def _renamed(found: list[Event], gone: set[int]) -> list[Event]:
-    """Without the events that are gone; a release bears the name that its memory was allocated under."""
-    out: list[Event] = []
-    free: dict[int, list[str]] = defaultdict(list)
-    first: dict[str, str] = {}
-    for n, e in enumerate(found):
-        if n in gone:
-            if e.bytes < 0:
-                free[-e.bytes].append(first.pop(e.value, e.value))
-            else:
-                first[e.value] = free[e.bytes].pop()
-        else:
-            out.append(replace(e, value=first.pop(e.value, e.value)) if e.bytes < 0 else e)
-    return out
+class _Lines:
+    """The lines of a phase, and the events that follow from them."""
+
+    def __init__(self, phase: Phase):
+        self.phase = phase
+        self.order = list(zip(phase.places or range(len(phase.kernels)), phase.kernels))
+        arrives = (Result(v, size) for v, size in phase.arrives.items())
+        self.alive = {r.name: r for r in (*phase.released, *arrives)}
+        self.own = {w.name for k in phase.kernels if k.own for w in k.writes}
+        self.joined = {w.name for k in phase.kernels if k.joins for w in k.writes}
+        self.lines: list[_Line] = []
+        self._write()
+        if phase.alive:
+            self._reuse(list(phase.alive))
+
+    def _write(self) -> None:
+        phase = self.phase
+        last = {
+            v: n for n, (_, k) in enumerate(self.order) for v in (*k.reads, *k.changes, *(w.name for w in k.writes))
+        }
+        self.lines += [_Line(self.alive[value], 0, None) for value in phase.arrives]
+        for value in [v for v in self.alive if v not in last and v not in phase.kept]:
+            self.lines.append(_Line(self.alive.pop(value), 0, None, frees=True))
+        late: list[tuple[Result, Kernel]] = []
+
+        def flush(at: int) -> None:
+            self.lines.extend(_Line(value, at, k, frees=True) for value, k in late)
+            late.clear()
+
+        before = 0
+        for n, (at, k) in enumerate(self.order):
+            if not (k.loop and phase.batched):
+                flush(before)
+            before = at
+            dying = [v for v in dict.fromkeys((*k.reads, *k.changes)) if last[v] == n and v in self.alive]
+            dying = [v for v in dying if v not in phase.kept]
+            for w in k.writes:
+                taken = next((v for v in k.over.get(w.name, ()) if v in dying and self._fits(self.alive[v], w)), None)
+                old = None
+                if taken is not None:
+                    dying.remove(taken)
+                    old = self.alive.pop(taken)
+                    w = Result(w.name, old.bytes, w.dtype)
+                self.lines.append(_Line(w, at, k, old=old))
+                self.alive[w.name] = w
+            if k.workspace:
+                room = Result(f"{WORKSPACE}{k.name}", k.workspace)
+                self.lines += [_Line(room, at, k), _Line(room, at, k, frees=True)]
+            dying += [w.name for w in k.writes if last[w.name] == n and w.name not in phase.kept]
+            late += [(self.alive.pop(v), k) for v in dying]
+            if not (k.loop and phase.batched):
+                flush(at)
+        flush(before)
+
+    def _fits(self, old: Result, new: Result) -> bool:
+        """can_match_buffer_size in torch/_inductor/codegen/wrapper.py. What came with the call is not written over."""
+        return (
+            old.name not in self.phase.arrives and old.dtype == new.dtype and 0.95 * old.bytes <= new.bytes <= old.bytes
+        )
+
+    def _reuse(self, alive: list[int]) -> None:
+        """Where a value takes the memory of the last one of its size and dtype that died.
+
+        `alive` are the bytes at each place that the compiler counts with.
+        """
+        most = max(alive, default=0)
+        dead: dict[tuple[str, int], list[_Line]] = defaultdict(list)
+        for line in self.lines:
+            key = line.value.dtype, line.value.bytes
+            if line.value.name not in self.own or line.old is not None:
+                continue
+            if line.frees:
+                if line.value.name not in self.joined:
+                    dead[key].append(line)
+            elif dead[key]:
+                before = dead[key][-1]
+                between = range(before.at + 1, line.at)
+                if not between or max(alive[n] for n in between) + line.value.bytes <= most:
+                    for n in between:
+                        alive[n] += line.value.bytes
+                    dead[key].pop()
+                    before.void, line.old = True, before.value
+
+    def events(self) -> list[Event]:
+        out: list[Event] = []
+        for line in self.lines:
+            name, where = (line.kernel.name, line.kernel.where) if line.kernel else ("", "")
+            size = line.value.bytes
+            if line.void or not size:
+                continue
+            if line.old is not None:
+                out.append(Event(line.old.name, -size, name, self.phase.name, where))
+            out.append(Event(line.value.name, -size if line.frees else size, name, self.phase.name, where))
+        return out

@@ -16,10 +16,11 @@ Kind = Literal["input", "view", "loop", "reduce", "scatter", "kernel"]
 
 @dataclass(frozen=True)
 class Result:
-    """A tensor that an operation makes: its name, and the bytes of the memory that it needs, if it has its own."""
+    """A tensor that an operation makes: its name, the bytes of its memory, if it has its own, and its dtype."""
 
     name: str
     bytes: int
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,7 @@ class Op:
     rows       the reduced dims are the last ones
     changes    names of the values that it writes into
     workspace  bytes that are alive only while it runs
+    aside      of `reads`, those of which it reads not the very element that it writes: transposed, repeated, in part
     heavy      an exponential or the like: a CPU does not compute it twice
     target     the operator's name
     flops      of a kernel: floating point operations
@@ -49,6 +51,7 @@ class Op:
     rows: bool = True
     changes: tuple[str, ...] = ()
     workspace: int = 0
+    aside: frozenset[str] = frozenset()
     heavy: bool = False
     target: str = ""
     flops: int = 0

@@ -7,8 +7,8 @@ runs again stands right before the first that needs it (reordering_to_mimic_auto
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from attnfx.memory.ops import Graph, Op, Result
@@ -56,7 +56,13 @@ class Joint:
     @cached_property
     def forward(self) -> frozenset[str]:
         """Names of the operations that the forward pass's outputs come from. All others run in the backward pass."""
-        return frozenset(op.name for op in self.closure(self.graph.outputs[: self.outputs], ()))
+        return frozenset(op.name for op in self.closure(self.roots, ()))
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The forward pass's outputs, and what it writes into inputs."""
+        written = (r.name for op in self.graph.ops if op.changes and op.name not in self.later for r in op.results)
+        return (*self.graph.outputs[: self.outputs], *written)
 
     @cached_property
     def needed(self) -> frozenset[str]:
@@ -65,7 +71,7 @@ class Joint:
         read = {r for op in after for r in op.reads} | set(self.graph.outputs[self.outputs :])
         return frozenset(r for r in read if self.makers[r].name in self.forward)
 
-    def closure(self, wanted: Iterable[str], held: Collection[str]) -> list[Op]:
+    def closure(self, wanted: Iterable[str], held: Container[str]) -> list[Op]:
         """The operations that give the wanted values where those `held` are there, in order."""
         found: dict[str, Op] = {}
         stack = [w for w in wanted if w not in held]
@@ -80,17 +86,17 @@ class Joint:
         """The forward and backward graphs where these values are saved, and inputs that the backward pass reads."""
         backward = self._backward(frozenset(saved))
         kept = [op.name for op in backward.inputs if op.name not in self.arriving]
-        outputs = self.graph.outputs[: self.outputs]
         given = [op for op in self.graph.inputs if op.name not in self.later]
-        made = [op for op in self.closure([*outputs, *kept], ()) if op.kind != "input"]
-        return Part(Graph((*given, *made), (*outputs, *kept)), backward, self.outputs)
+        made = [op for op in self.closure([*self.roots, *kept], ()) if op.kind != "input"]
+        outputs = (*self.graph.outputs[: self.outputs], *kept)
+        return Part(Graph((*given, *made), outputs), backward, self.outputs)
 
     def _backward(self, saved: frozenset[str]) -> Graph:
         outputs = self.graph.outputs[self.outputs :]
         body = [op for op in self.closure(outputs, saved) if op.kind != "input"]
         read = {r for op in body for r in op.reads} | set(outputs)
         inputs = [
-            Op(name, "input", (), (Result(name, self._held(name)),))
+            Op(name, "input", (), (replace(self._result(name), bytes=self._held(name)),))
             for name in sorted(read, key=lambda r: self.order[self.makers[r].name])
             if name in saved or self.makers[name].kind == "input"
         ]
@@ -102,12 +108,15 @@ class Joint:
                     placed[x.name] = x
         return Graph((*inputs, *placed.values()), outputs)
 
+    def _result(self, name: str) -> Result:
+        return next(r for r in self.makers[name].results if r.name == name)
+
     def _held(self, name: str) -> int:
         return self.size[name] or self.size[self.bases[name]]
 
 
 @dataclass(frozen=True)
-class _Held:
+class _Held(Container[str]):
     """Saved values, and those of operations that have run."""
 
     saved: frozenset[str]
@@ -115,7 +124,7 @@ class _Held:
     makers: Mapping[str, Op]
 
     def __contains__(self, value: object) -> bool:
-        return value in self.saved or self.makers[value].name in self.placed  # type: ignore[index]
+        return value in self.saved or self.makers[str(value)].name in self.placed
 
 
 __all__ = ["Joint"]

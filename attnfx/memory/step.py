@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from attnfx.memory.fusion import Kernel, fused, unfused
+from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events
 from attnfx.memory.ops import Graph, Op, Result
+from attnfx.memory.order import best
+
+# torch/_inductor/utils.py, is_nonfreeable_buffers
+NEVER_FREED = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 
 
 @dataclass(frozen=True)
@@ -52,7 +56,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
     for n, part in enumerate(parts):
         prefix, number = f"{n}.", f" {n}" if len(parts) > 1 else ""
         base = part.forward.bases()
-        size = {r.name: r.bytes for op in part.forward.ops for r in op.results}
+        values = {r.name: r for op in part.forward.ops for r in op.results}
         given = {op.name for op in part.forward.inputs}
         kept = {base[o] for o in part.forward.outputs} - given
         callers = {base[o] for o in part.forward.outputs[: part.outputs]} if part.backward is not None else kept
@@ -60,12 +64,12 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
         def forward_name(value: str, prefix: str = prefix) -> str:
             return prefix + value
 
-        kernels = _kernels(part.forward, cpu, inlining, forward_name)
-        how: dict[str, Any] = dict(batched=cpu and inlining, hands_on=inlining)
-        forward.append(Phase(f"forward{number}", kernels, frozenset(map(forward_name, kept)), **how))
+        stays = frozenset(map(forward_name, kept))
+        forward.append(_phase(f"forward{number}", part.forward, stays, cpu, inlining, forward_name))
         if part.backward is None:
             continue
-        saved |= {forward_name(v): size[v] for v in kept - callers}
+        leaves = sorted(kept - callers)
+        saved |= {forward_name(v): values[v].bytes for v in leaves}
         own = part.backward.bases()
         held = {op.name: base[op.name] for op in part.backward.inputs if op.name in base}
 
@@ -75,21 +79,35 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
         arrive = {
             backward_name(op.name): op.results[0].bytes for op in part.backward.inputs if op.name not in held
         }  # fmt: skip
-        stays = {backward_name(own[o]) for o in part.backward.outputs} | set(map(forward_name, callers | given))
-        backward.append(Phase(
-            f"backward{number}", _kernels(part.backward, cpu, inlining, backward_name), frozenset(stays),
-            {forward_name(v): size[v] for v in kept - callers}, arrive, **how,
+        gradients = {backward_name(own[o]) for o in part.backward.outputs}
+        backward.append(_phase(
+            f"backward{number}", part.backward, frozenset(gradients | set(map(forward_name, callers | given))), cpu,
+            inlining, backward_name,
+            released=tuple(replace(values[v], name=forward_name(v)) for v in leaves), arrives=arrive,
         ))  # fmt: skip
     return Step((*forward, *reversed(backward)), saved)
 
 
-def _kernels(graph: Graph, cpu: bool, inlining: bool, name: Callable[[str], str]) -> tuple[Kernel, ...]:
-    made = fused(graph, cpu) if inlining else unfused(graph)
-    return tuple(
+def _phase(name: str, graph: Graph, kept: frozenset[str], cpu: bool, inlining: bool, rename: Callable[[str], str],
+           **more: Any) -> Phase:  # fmt: skip
+    """One run of a graph, its kernels in the compiler's order. `kept` and `more` are of a phase, renamed already."""
+
+    def renamed(results: Iterable[Result]) -> tuple[Result, ...]:
+        return tuple(replace(r, name=rename(r.name)) for r in results)
+
+    if inlining:
+        base = graph.bases()
+        # by its names alone, Inductor takes saved views of parameters for memory that it will free
+        given = {op.name: op.results[0].bytes for op in graph.inputs if not op.name.startswith(NEVER_FREED)}
+        schedule = best(fused(graph, cpu), given, {base[o] for o in graph.outputs})
+        made, more = schedule.kernels(), more | {"alive": tuple(schedule.alive()), "batched": cpu}
+    else:
+        made = dict(enumerate(unfused(graph)))
+    kernels = tuple(
         replace(
-            k, reads=tuple(map(name, k.reads)), changes=tuple(map(name, k.changes)),
-            scatters=tuple(map(name, k.scatters)),
-            writes=tuple(Result(name(w.name), w.bytes) for w in k.writes),
+            k, reads=tuple(map(rename, k.reads)), changes=tuple(map(rename, k.changes)), writes=renamed(k.writes),
+            inner=renamed(k.inner), over={rename(w): tuple(map(rename, v)) for w, v in k.over.items()},
         )
-        for k in made
+        for k in made.values()
     )  # fmt: skip
+    return Phase(name, kernels, kept, places=tuple(made), **more)

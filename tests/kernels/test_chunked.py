@@ -154,6 +154,21 @@ def test_halves_are_no_less_exact_than_eager(dtype):
         assert (x.double() - z).norm() <= (y.double() - z).norm()
 
 
+@pytest.mark.parametrize("elements", [1 << 16, 1 << 13, 1])
+def test_smaller_chunks_give_the_same_with_the_same_dropout(elements):
+    inputs = tensors(T=200, S=300)
+    spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)
+    call = Call(spec, *inputs, seed=torch.tensor([7]))
+    expected = chunked.forward(call)
+    grad = torch.randn_like(expected[0])
+    for one, other in zip(chunked.forward(call, elements=elements), expected):
+        torch.testing.assert_close(one, other)
+    *some, _ = chunked.backward(call, grad, *expected, elements=elements)
+    *wanted, _ = chunked.backward(call, grad, *expected)
+    for one, other in zip(some, wanted):
+        torch.testing.assert_close(one, other)
+
+
 def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
     inputs = tensors(T=200, S=300)
     spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)

@@ -7,10 +7,9 @@ from torch.profiler import ProfilerActivity, profile
 import attnfx
 from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.fusion import fused, unfused
-from attnfx.memory.knapsack import order, prefixes
 from attnfx.memory.liveness import Event, Phase, events, peak
 from attnfx.memory.ops import Graph, Op, Result
-from attnfx.memory.optimizer import by_name, state_bytes
+from attnfx.memory.optimizer import given, state_bytes
 from attnfx.memory.step import Part, step
 
 
@@ -61,6 +60,54 @@ def test_a_row_sum_and_the_loop_that_reads_it_are_one_kernel():
     assert [[w.name for w in k.writes] for k in fused(graph, cpu=False)] == [["d"]]
 
 
+def names(found):
+    return [(e.value, e.bytes) for e in found]
+
+
+def test_a_loop_is_not_written_over_what_it_reads_in_another_order():
+    graph = Graph(
+        (op("x", "input"), op("m", "kernel", "x", target="mm"),
+         op("t", "loop", "m", aside=frozenset(["m"])), op("n", "kernel", "t", target="mm")), ("n",),
+    )  # fmt: skip
+    kernels = fused(graph, cpu=True)
+    assert {k.name: k.over for k in kernels}["t"] == {"t": ()}
+    assert peak(events([Phase("forward", tuple(kernels), frozenset({"n"}))])) == 200
+
+
+def test_what_dies_waits_for_a_later_value_of_its_size_where_the_peak_is_no_higher():
+    """a is dead once b is there; c takes its memory, as the step is larger yet when it runs."""
+    graph = Graph(
+        (op("x", "input"), op("a", "kernel", "x", target="mm"), op("b", "kernel", "a", target="mm", size=40),
+         op("e", "kernel", "b", target="mm", size=60), op("c", "kernel", "e", target="mm"),
+         op("big", "kernel", "c", target="mm", size=300)), ("big",),
+    )  # fmt: skip
+    assert names(step([Part(graph)], cpu=True).events()) == [
+        ("0.a", 100), ("0.b", 40), ("0.e", 60), ("0.b", -40), ("0.a", -100), ("0.c", 100), ("0.e", -60), ("0.big", 300),
+        ("0.c", -100),
+    ]  # fmt: skip
+
+
+def test_kernels_run_in_the_order_with_the_lowest_peak():
+    """Two large values, each summed up: one after the other, not both at once."""
+    graph = Graph(
+        (op("x", "input"), op("a", "kernel", "x", target="mm", size=1000),
+         op("b", "kernel", "x", target="mm", size=990), op("p", "kernel", "a", target="mm", size=10),
+         op("q", "kernel", "b", target="mm", size=12)), ("p", "q"),
+    )  # fmt: skip
+    kernels = tuple(fused(graph, cpu=False))
+    assert peak(events([Phase("forward", kernels, frozenset({"p", "q"}))])) == 2000
+    assert peak(step([Part(graph)], cpu=False).events()) == 1022  # b, q, a, p
+
+
+def test_a_loop_of_c_reads_a_sum_from_memory():
+    graph = Graph(
+        (op("x", "input"), op("s", "reduce", "x", size=16, outer=4, inner=5), op("d", "loop", "x", "s", outer=20)),
+        ("d",),
+    )
+    written = {cpu: [[w.name for w in k.writes] for k in fused(graph, cpu)] for cpu in (True, False)}
+    assert written == {True: [["s", "d"]], False: [["d"]]}
+
+
 def test_saved_values_live_until_the_backward_pass_has_read_them():
     forward = Graph((op("x", "input"), op("a", "kernel", "x"), op("b", "kernel", "a", size=4)), ("b", "a"))
     backward = Graph((op("a", "input"), op("t", "input", size=4), op("g", "kernel", "a", "t", size=60)), ("g",))
@@ -82,20 +129,8 @@ def test_a_gpus_allocator_rounds_and_keeps_what_was_freed():
 
 
 def test_eight_bit_states_are_a_byte_and_a_scale_for_each_block():
-    assert state_bytes(by_name("adam8bit"), [(1 << 20, 4 << 20)]) == 2 * ((1 << 20) + 4 * (1 << 12))
-    assert state_bytes(by_name("adam"), [(10, 40), (5, 20)]) == 120
-
-
-def test_the_knapsack_takes_what_costs_least_for_a_byte_and_sees_what_becomes_dearer():
-    """c is cheap while b is there to compute it from."""
-    alone = {"a": 8.0, "b": 1.0, "c": 2.0}
-
-    def cost(dropped):
-        return sum(alone[d] for d in dropped) + (20.0 if {"b", "c"} <= dropped else 0.0)
-
-    found = order({"a": 10, "b": 10, "c": 10}, cost)
-    assert found == ["b", "a", "c"]
-    assert prefixes(found, {"a": 10, "b": 10, "c": 10}, 2) == [["b", "a"], ["b", "a", "c"]]
+    assert state_bytes(given("adam8bit"), [(1 << 20, 4 << 20)]) == 2 * ((1 << 20) + 4 * (1 << 12))
+    assert state_bytes(given("adam"), [(10, 40), (5, 20)]) == 120
 
 
 class Net(nn.Module):

@@ -74,7 +74,7 @@ def test_a_plan_says_what_is_alive_without_allocating_it():
     found = plan(optimizer="adamw")
     held = sum(p.numel() for p in net()[0].parameters()) * 4
     assert found.resident.parameters == held and found.resident.state == 2 * held
-    assert found.peak_bytes > 4 * held + sum(found.saved.values())
+    assert found.peak_bytes > 3 * held + sum(found.saved.values())  # all saved, before the first gradient is there
     assert found.timeline[-1].bytes >= 4 * held  # parameters, two moments, gradients
     assert sum(found.parts().values()) == pytest.approx(found.peak_bytes, rel=0.05)
     assert [d.tier for d in found.decisions] and len(found.sites) == 2

@@ -1,0 +1,224 @@
+"""In which order a compiler runs kernels, and what it thinks is alive while each runs.
+
+Inductor compares four orders by an estimate of their peak and takes the best (torch/_inductor/memory.py,
+reorder_for_peak_memory): the graph's own; the ready kernel that leaves least memory; the one whose operands were ready
+first; and depth first, light operands first. The estimate counts values that only their own kernel reads, and knows of
+no value that is written over another.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from attnfx.memory.fusion import Kernel
+
+
+@dataclass(eq=False)
+class Node:
+    """A step of the compiler's schedule: a kernel, or one part of a kernel's results.
+
+    index      its place in the graph's own order
+    takes      bytes that are allocated for it
+    gives      value -> bytes that are free after its last reader
+    after      what it must run after; `before` what must run after it
+    """
+
+    kernel: Kernel
+    index: int
+    takes: int
+    gives: Mapping[str, int]
+    reads: tuple[str, ...]
+    after: set[Node] = field(default_factory=set)
+    before: set[Node] = field(default_factory=set)
+
+
+@dataclass
+class Schedule:
+    """Nodes in an order, the values that are freed (by name, in bytes), and which of them outlive the graph.
+
+    given   the values that are there before and are the graph's own to free
+    kept    the values that stay
+    """
+
+    nodes: list[Node]
+    given: Mapping[str, int]
+    kept: frozenset[str]
+
+    def kernels(self) -> dict[int, Kernel]:
+        """By place. The parts of a call's result are nodes of their own after it."""
+        first: dict[str, int] = {}
+        for n, node in enumerate(self.nodes):
+            first.setdefault(node.kernel.name, n)
+        return {n: self.nodes[n].kernel for n in first.values()}
+
+    def alive(self) -> list[int]:
+        """Bytes at each node, what died in the one before left out."""
+        change = [0] * (len(self.nodes) + 1)
+        last = {value: n for n, node in enumerate(self.nodes) for value in (*node.gives, *node.reads)}
+        for value, size in self.given.items():
+            change[0] += size
+            if value not in self.kept and value in last:
+                change[last[value] + 1] -= size
+        for n, node in enumerate(self.nodes):
+            change[n] += node.takes
+            for value, size in node.gives.items():
+                if value not in self.kept:
+                    change[last[value] + 1] -= size
+        out, now = [], 0
+        for c in change:
+            now += c
+            out.append(now)
+        return out
+
+    def peak(self) -> int:
+        return max(self.alive())
+
+    def readers(self) -> dict[str, int]:
+        """How many nodes read each value."""
+        count: dict[str, int] = defaultdict(int)
+        for node in self.nodes:
+            for value in node.reads:
+                count[value] += 1
+        return count
+
+
+def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str]) -> Schedule:
+    """The order that a compiler takes. `given` are values in bytes that it may free, `kept` those that it may not."""
+    nodes = _nodes(kernels)
+    read = {value for node in nodes for value in node.reads}
+    first = Schedule(nodes, {v: size for v, size in given.items() if v in read}, frozenset(kept))
+    orders = [nodes, _least(first), _first_ready(nodes), _depth_first(first)]
+    return min((Schedule(order, first.given, first.kept) for order in orders), key=Schedule.peak)
+
+
+def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
+    out: list[Node] = []
+    made: dict[str, Node] = {}  # value -> who wrote it last
+    users: dict[str, list[Node]] = defaultdict(list)  # value -> who read it since
+    read = {r for k in kernels for r in (*k.reads, *k.changes)}
+
+    def add(kernel: Kernel, takes: int, gives: Mapping[str, int], reads: Sequence[str], changes: Sequence[str]) -> Node:
+        node = Node(kernel, len(out), takes, gives, tuple(dict.fromkeys((*reads, *changes))))
+        out.append(node)
+        node.after = {made[r] for r in node.reads if r in made} | {u for c in changes for u in users[c]}
+        for value in node.reads:
+            users[value].append(node)
+        for value in (*gives, *changes):
+            made[value] = node
+            users[value] = []
+        return node
+
+    for k in kernels:
+        sizes = {w.name: w.bytes for w in k.writes}
+        if k.joins:  # the parts count beside the whole that they lie in
+            parts, size = f"{k.name}()", sum(sizes.values())
+            add(k, size, {parts: size}, k.reads, k.changes)
+            add(k, size, sizes, [parts], ())
+            continue
+        if k.loop or len(sizes) < 2:
+            sizes |= {w.name: w.bytes for w in k.inner}
+            add(k, sum(sizes.values()), sizes, k.reads, k.changes)
+            continue
+        # a call that gives several tensors, and each of those that is asked for
+        parts = {name: size for name, size in sizes.items() if name in read or not name.endswith("]")}
+        whole = f"{k.name}()"
+        add(k, sum(parts.values()), {whole: 0}, k.reads, k.changes)
+        for name, size in parts.items():
+            add(k, 0, {name: size}, [whole], ())
+    for node in out:
+        node.after.discard(node)
+        for source in node.after:
+            source.before.add(node)
+    return out
+
+
+def _least(schedule: Schedule) -> list[Node]:
+    """Of the nodes that are ready: one that does not raise the peak so far and leaves least (topological_sort_lpmf)."""
+    nodes, kept = schedule.nodes, schedule.kept
+    left = schedule.readers()
+    size = dict(schedule.given) | {value: b for node in nodes for value, b in node.gives.items()}
+    users: dict[str, list[Node]] = defaultdict(list)
+    for node in nodes:
+        for value in node.reads:
+            users[value].append(node)
+    for value in kept:
+        left[value] = left.get(value, 0) + 1
+    waits = {node: len(node.after) for node in nodes}
+    frees = {
+        node: sum(size.get(v, 0) for v in node.reads if left[v] == 1)
+        + sum(b for v, b in node.gives.items() if not left.get(v, 0))
+        for node in nodes
+    }
+    live = sum(schedule.given.values())
+    most = max(live, sum(size.get(v, 0) for v in kept))
+    ready = [node for node in nodes if not waits[node]]
+    out: list[Node] = []
+    while ready:
+        gap = most - live
+        node = min(ready, key=lambda n: (n.takes if n.takes > gap else 0, n.takes - frees[n], n.index))
+        ready.remove(node)
+        out.append(node)
+        live += node.takes
+        most = max(most, live)
+        live -= frees[node]
+        for reader in node.before:
+            waits[reader] -= 1
+            if not waits[reader]:
+                ready.append(reader)
+        for value in node.reads:
+            left[value] -= 1
+            if left[value] == 1:
+                for user in users[value]:
+                    frees[user] += size.get(value, 0)
+    return out
+
+
+def _first_ready(nodes: Sequence[Node]) -> list[Node]:
+    """The node whose operands were computed first (topological_sort_bfs)."""
+    waits = {node: len(node.after) for node in nodes}
+    place: dict[Node, int] = {}
+    ready: list[tuple[list[int], int, Node]] = [([], node.index, node) for node in nodes if not waits[node]]
+    heapq.heapify(ready)
+    out: list[Node] = []
+    while ready:
+        node = heapq.heappop(ready)[2]
+        place[node] = len(out)
+        out.append(node)
+        for reader in node.before:
+            waits[reader] -= 1
+            if not waits[reader]:
+                heapq.heappush(ready, (sorted(place[a] for a in reader.after), reader.index, reader))
+    return out
+
+
+def _depth_first(schedule: Schedule) -> list[Node]:
+    """Each node after its operands, those that hold and read little first (topological_sort_dfs)."""
+    size = dict(schedule.given) | {value: b for node in schedule.nodes for value, b in node.gives.items()}
+    weight = {node: node.takes + sum(size.get(v, 0) for v in node.reads) for node in schedule.nodes}
+
+    def light(nodes: Iterable[Node]) -> list[Node]:
+        return sorted(nodes, key=lambda n: (weight[n], n.index))
+
+    seen: set[Node] = set()
+    out: list[Node] = []
+    for start in light(schedule.nodes):
+        if start in seen:
+            continue
+        seen.add(start)
+        stack = [(start, iter(light(start.after)))]
+        while stack:
+            node, rest = stack[-1]
+            following = next((n for n in rest if n not in seen), None)
+            if following is None:
+                out.append(node)
+                stack.pop()
+            else:
+                seen.add(following)
+                stack.append((following, iter(light(following.after))))
+    return out
+
+
+__all__ = ["Node", "Schedule", "best"]
