@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch._inductor import compile_fx
 from torch._subclasses import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnfx.compiled import compiled
 
 T = TypeVar("T")
 
@@ -189,14 +189,7 @@ def _compiled(
         return [x for x in made if x is not None]
 
     operands = [*corners, *fakes, *factors, *of_results]
-    with torch.set_grad_enabled(wanted is not None):
-        gm = make_fx(body, tracing_mode="fake")(*operands)
-    gm.graph.eliminate_dead_code()
-    gm.recompile()
-    if not any(given):
-        return Body(lambda *_: (), (), given)
-    with torch.no_grad():
-        run = compile_fx.compile_fx(gm, operands, config_patches={"triton.cudagraphs": False})
+    run = compiled(body, operands, grad=wanted is not None)
     return Body(run, tuple((x.shape, x.dtype, p) for x, p in zip(factors, chances)), given)  # type: ignore[arg-type]
 
 

@@ -98,8 +98,10 @@ def wrong_number_of_inputs():
 
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch):
-    """What a command puts on the path for the user's modules does not stay for other tests."""
+    """What a command puts on the path for the user's modules, and these, do not stay for other tests."""
     monkeypatch.setattr(sys, "path", list(sys.path))
+    yield
+    sys.modules.pop("models", None)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from attnfx import deciding, spec, verify
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import rebuild, substitute
 from attnfx.kernels import operator
-from attnfx.passes import regions
+from attnfx.passes import region_rewrite
 from attnfx.passes.match import Match
 from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
@@ -201,7 +201,7 @@ def test_wrong_sums_of_the_weights_are_caught(tmp_path, monkeypatch, capsys):
 
 
 def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
-    original = regions._program
+    original = region_rewrite._program
 
     def planted(*args):
         program, *rest = original(*args)
@@ -212,7 +212,7 @@ def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
         assert calls != list(program.calls)
         return dataclasses.replace(program, calls=tuple(calls)), *rest
 
-    monkeypatch.setattr(regions, "_program", planted)
+    monkeypatch.setattr(region_rewrite, "_program", planted)
     shows(caught(best_keys, qkv(t=T), tmp_path, train=False)[1], capsys)
 
 

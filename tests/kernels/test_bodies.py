@@ -87,7 +87,7 @@ def test_what_does_not_compile_runs_call_by_call_and_says_so(monkeypatch, caplog
     def fails(*_, **__):
         raise RuntimeError("no compiler here\nand more")
 
-    monkeypatch.setattr(bodies.compile_fx, "compile_fx", fails)
+    monkeypatch.setattr(bodies, "compiled", fails)
     with caplog.at_level(logging.WARNING, "attnfx"):
         got = step(replace(program(), compiled=True))
     for x, want in zip(got, step(program())):
