@@ -25,7 +25,7 @@ from attnfx.passes.layout import UNIT, accesses
 from attnfx.passes.lift import POINTWISE, VIEWS, Index, Lifter
 from attnfx.passes.match import batched
 from attnfx.passes.reading import Operand
-from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
+from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
 NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
@@ -59,8 +59,7 @@ def unite(gm: GraphModule) -> int:
         elif op_name(n) == "add" and _of_products(n):
             changed += _values(gm, n)
     if changed:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        clean(gm)
     return changed
 
 
