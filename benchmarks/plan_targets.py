@@ -23,24 +23,12 @@ from typing import Any
 import torch
 from measure import machine
 from models import Built, build, tokens
-from torch import Tensor, nn
+from plan import Step
 
 TARGETS = ("h100-sxm", "rtx4090", "a100-80gb")
 # name -> layers, and tokens (2448: an image of 2448 tokens)
 MODELS = {"gpt2": (12, 1024), "bert": (12, 512), "vit": (12, 2448), "t5": (12, 512), "llama": (16, 2048)}
 BATCH = 4
-
-
-class Step(nn.Module):
-    """A model whose whole step is one call: the loss in training, else the last hidden state."""
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-
-    def forward(self, **batch: Tensor) -> Tensor:
-        out = self.model(**batch).last_hidden_state
-        return out.square().mean() if self.training else out
 
 
 def made(name: str, batch: int, length: int | None = None) -> Built:

@@ -24,7 +24,7 @@ from attnfx.passes.joins import CATS
 from attnfx.passes.layout import UNIT, accesses
 from attnfx.passes.lift import POINTWISE, VIEWS, Index, Lifter
 from attnfx.passes.match import batched
-from attnfx.passes.reading import Operand
+from attnfx.passes.reading import Operand, free
 from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
@@ -51,13 +51,20 @@ class Half:
 def unite(gm: GraphModule) -> int:
     """Gives how many products became part of another."""
     changed = 0
+    facts: Facts | None = None
     for n in list(gm.graph.nodes):
         if n.op != "call_function" or not is_tensor(n):
             continue
         if op_name(n) in CATS and _reaches_softmax(n):
-            changed += _scores(gm, n)
+            how = _scores
         elif op_name(n) == "add" and _of_products(n):
-            changed += _values(gm, n)
+            how = _values
+        else:
+            continue
+        facts = facts or Facts(gm)
+        made = how(gm, facts, n)
+        if made:
+            facts, changed = None, changed + made
     if changed:
         clean(gm)
     return changed
@@ -93,10 +100,6 @@ def _variables(n: Node) -> Index:
     return tuple(A.var(f"u{d}", extent) for d, extent in enumerate(dims(n)))
 
 
-def _free(x: Operand) -> frozenset[str]:
-    return frozenset(name for e in x.index for name in e.free)
-
-
 def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
     """A product as common and own: `axis`, or the reduced variable where it is None, runs over the set."""
     c = contraction(n, at)
@@ -106,7 +109,7 @@ def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
     for common, own in ((left, right), (right, left)):
         if axis is None:
             yield Half(n, common, own, c.reduced, c.reduced)
-        elif axis.free & _free(own) and not axis.free & _free(common):
+        elif axis.free & free(own.index) and not axis.free & free(common.index):
             yield Half(n, common, own, c.reduced, axis)
 
 
@@ -119,23 +122,22 @@ def _before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
 def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half], out: Index, axis: Expr) -> Node:
     """The product of `common` with all sets, whose elements run along `axis`: a variable of `out`, or `summed`."""
     # a dimension of size 1 may be in neither operand, and is the sets' then
-    of_sets = frozenset().union(*(_free(h.own) for h in halves))
-    shared = [v for v in out if v is not axis and (v.value in of_sets or v.value not in _free(common))]
+    of_sets = frozenset().union(*(free(h.own.index) for h in halves))
+    shared = [v for v in out if v is not axis and (v.value in of_sets or v.value not in free(common.index))]
     rest = [axis] if axis is summed else [axis, summed]
     sets = []
     for h in halves:
         axes = [*shared, h.axis] if axis is summed else [*shared, h.axis, h.reduced]
         sets.append(emit.shaped(emit.operand(h.own, axes), axes, [a.args[0] for a in axes]))
     joined = emit.call(aten.cat.default, sets, len(shared))
-    axes = [v for v in (*out, summed) if v.value in _free(common)]
+    axes = [v for v in (*out, summed) if v.value in free(common.index)]
     letters = {v: LETTERS[n] for n, v in enumerate(dict.fromkeys((*out, summed)))}
     terms = ["".join(letters[v] for v in vs) for vs in (axes, [*shared, *rest], out)]
     return emit.call(aten.einsum.default, f"{terms[0]},{terms[1]}->{terms[2]}", [emit.operand(common, axes), joined])
 
 
 # -- products of one query with several sets of keys ----------------------------------------------
-def _scores(gm: GraphModule, at: Node) -> int:
-    facts = Facts(gm)
+def _scores(gm: GraphModule, facts: Facts, at: Node) -> int:
     lifter = Lifter(facts.written, facts.frozen)
     given: list[Node] = list(at.args[0])  # type: ignore[arg-type]
     dim = at.args[1] if len(at.args) > 1 else at.kwargs.get("dim", 0)
@@ -231,8 +233,7 @@ def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
 
 
 # -- several parts of the weights with the values of each -----------------------------------------
-def _values(gm: GraphModule, at: Node) -> int:
-    facts = Facts(gm)
+def _values(gm: GraphModule, facts: Facts, at: Node) -> int:
     left, right = at.args
     assert isinstance(left, Node) and isinstance(right, Node)
     if left is right or _written(facts, [left, right]) or len({facts.regions[n] for n in (at, left, right)}) != 1:
