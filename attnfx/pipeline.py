@@ -27,7 +27,7 @@ from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
 from attnfx.passes.stages import Recorder
-from attnfx.passes.trace import Untraceable, trace, uses_functorch
+from attnfx.passes.trace import Transformed, Untraceable, trace
 from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
@@ -91,16 +91,16 @@ def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial
     if options.rewrite == "never":
         report.notes.append('rewrite="never": nothing was looked for')
         return Result(None, report)
-    if uses_functorch(gm):
-        report.notes.append("the graph uses functorch transforms and passes through untouched")
-        _file_others(report, unread(gm, "functorch", "the graph uses functorch transforms"))
-        return Result(None, report)
     if not _worth_tracing(gm):
         log.debug("a graph of %d nodes holds no normaliser: not traced", len(gm.graph.nodes))
         return Result(None, report)
     try:
         kept = stages or options.dump_dir is not None or traces()
         traced, changed = _graph(gm, Wanted(options, report, ended, kept, trial, told=told or {}))
+    except Transformed as problem:
+        report.notes.append(f"{problem} and passes through untouched")
+        _file_others(report, unread(gm, "functorch", str(problem)))
+        return Result(None, report)
     except Untraceable as problem:
         report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
         _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
@@ -201,10 +201,13 @@ def _bodies(traced: GraphModule, wanted: Wanted) -> bool:
             if not isinstance(operand, Node) or operand.op != "get_attr":
                 continue
             body = getattr(traced, str(operand.target))
-            if not isinstance(body, GraphModule) or not _worth_tracing(body) or uses_functorch(body):
+            if not isinstance(body, GraphModule) or not _worth_tracing(body):
                 continue
             try:
                 new, touched = _graph(body, wanted.body(str(operand.target)))
+            except Transformed as problem:
+                _file_others(wanted.report, unread(body, "functorch", str(problem)))
+                continue
             except Untraceable as problem:
                 wanted.report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
                 _file_others(wanted.report, unread(body, "untraceable", f"the body could not be traced: {problem}"))

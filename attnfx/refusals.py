@@ -219,9 +219,10 @@ _OTHERS = {
     ),
     "functorch": Code(
         "The graph is inside a functorch transform",
-        "vmap and func.grad must see the graph exactly as it was made, so it passes through untouched.",
+        "func.grad, and a vmap that draws random numbers, changes a tensor or switches autocast or gradients, must see "
+        "the graph exactly as it was made, so it passes through untouched. Any other vmap is written out.",
         "the model compiled inside of the transform, or without it",
-        "Write the batch dimension out instead of using vmap, or compile a function that takes no functorch transform.",
+        "Move what is named out of vmap's function, or write the batch dimension out; compile a function without func.grad.",
     ),
     "higher_order": Code(
         "The body of a control-flow operator",

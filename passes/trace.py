@@ -21,10 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_te
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.passes.checkpoints import unwrap
-
-# Operators of functorch and of Dynamo that must see the graph exactly as it was made.
-FUNCTORCH = ("_functorch", "functorch", "_vmap_increment_nesting", "_grad_increment_nesting")
-
+from attnfx.passes.vmaps import flatten, uses_functorch
 
 aten = torch.ops.aten
 # Functions that are one operator with a result of its own on tensors and numbers. To dispatch them would tell nothing
@@ -40,14 +37,8 @@ class Untraceable(Exception):
     """The graph cannot be brought to ATen; the message says what stood in the way."""
 
 
-def uses_functorch(gm: GraphModule) -> bool:
-    """Whether vmap or func.grad operators stand in the graph: it must pass through untouched."""
-    for node in gm.graph.nodes:
-        if node.op == "call_function":
-            name = f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
-            if any(mark in name for mark in FUNCTORCH):
-                return True
-    return False
+class Transformed(Untraceable):
+    """The graph uses functorch transforms that cannot be written out: it must be compiled exactly as it was made."""
 
 
 def example(value: Any, mode: FakeTensorMode) -> Any:
@@ -174,7 +165,10 @@ def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
         raise Untraceable("an input has no example value")
     mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
     inputs = [example(v, mode) for v in fakes]
-    run = _Retrace(unwrap(gm), mode)
+    flat = flatten(unwrap(gm), lambda x: example(x, mode))
+    if uses_functorch(flat):
+        raise Transformed("the graph uses functorch transforms")
+    run = _Retrace(flat, mode)
     try:
         with fx_traceback.preserve_node_meta():
             traced = make_fx(run.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)

@@ -285,11 +285,11 @@ def scores_without_a_gradient(q, k, v):
 
 
 @obstacle("functorch", **ALWAYS)
-def inside_vmap(q, k, v):
+def draws_inside_vmap(q, k, v):
     def one(q, k, v):
-        return scores(q, k).softmax(-1) @ v  # here
+        return F.dropout(scores(q, k).softmax(-1)) @ v  # here
 
-    return torch.vmap(one)(q, k, v)
+    return torch.vmap(one, randomness="different")(q, k, v)
 
 
 @obstacle("higher_order", **ALWAYS)
