@@ -222,7 +222,7 @@ _OTHERS = {
         "func.grad, and a vmap that draws random numbers, changes a tensor or switches autocast or gradients, must see "
         "the graph exactly as it was made, so it passes through untouched. Any other vmap is written out.",
         "the model compiled inside of the transform, or without it",
-        "Move what is named out of vmap's function, or write the batch dimension out; compile a function without func.grad.",
+        "Move what is named out of vmap's function, or write the batch dimension out; apply func.grad outside.",
     ),
     "higher_order": Code(
         "The body of a control-flow operator",
