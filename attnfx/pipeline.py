@@ -26,6 +26,7 @@ from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
+from attnfx.passes.spellings import respell
 from attnfx.passes.stages import Recorder
 from attnfx.passes.trace import Transformed, Untraceable, trace
 from attnfx.report import Decision, Refusal, Report, Site
@@ -140,6 +141,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     publish("traced", lambda: readable(traced))
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
+    respell(traced)
     join(traced)
     unite(traced)
     check(traced)

@@ -69,7 +69,7 @@ def _einsum(at: Node, index: Index) -> Contraction:
     equation, operands = at.args[:2]
     if not isinstance(equation, str) or len(operands) != 2 or argument(at, 2, "path") not in (None, [0, 1]):  # type: ignore[arg-type]
         raise Opaque
-    left_term, right_term, out_term = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[union-attr,arg-type]
+    (left_term, right_term), out_term = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[union-attr,arg-type]
     if any(len(set(t)) != len(t) for t in (left_term, right_term, out_term)):
         raise Opaque
     extents: dict[str, Expr] = {}
@@ -89,12 +89,11 @@ def _einsum(at: Node, index: Index) -> Contraction:
     return Contraction(at, operands[0], maps[0], operands[1], maps[1], r)  # type: ignore[index]
 
 
-def terms(equation: str, ranks: list[int]) -> tuple[str, str, str]:
-    """The three index strings of a two-operand einsum, ellipses spelt out with capital stand-ins."""
-    equation = equation.replace(" ", "")
-    inputs, _, output = equation.partition("->")
+def terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """The index strings of an einsum's operands and of its result, ellipses spelt out with capital stand-ins."""
+    inputs, _, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
-    if len(terms) != 2:
+    if len(terms) != len(ranks):
         raise Opaque
     hidden = max(r - len(t.replace("...", "")) for t, r in zip(terms, ranks, strict=True))
     names = "".join(chr(0x391 + n) for n in range(max(hidden, 0)))  # letters that einsum itself does not allow
@@ -105,7 +104,7 @@ def terms(equation: str, ranks: list[int]) -> tuple[str, str, str]:
     for term, rank in zip(terms, ranks, strict=True):
         count = rank - len(term.replace("...", ""))
         full.append(term.replace("...", names[len(names) - count :]) if "..." in term else term)
-    return full[0], full[1], output.replace("...", names)
+    return full, output.replace("...", names)
 
 
 @rule(INDEXING, "baddbmm")

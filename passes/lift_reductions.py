@@ -62,11 +62,25 @@ def _sum(lifter: Lifter, at: Node, index: Index) -> Expr:
     return total if op_name(at) == "sum" else A.div(total, A.to_float(extent))
 
 
-@rule(REDUCTIONS, "amax")
+@rule(REDUCTIONS, "amax", "max")
 def reduce_max(lifter: Lifter, at: Node, index: Index) -> Expr:
-    dim, kept = _one_dim(at)
-    inside, extent, _ = body(lifter, at, _without(index, dim, kept), dim)
-    return A.reduction("rmax", bound(at), extent, inside)
+    """Over one dimension or several: a maximum of maxima."""
+    x = source(at)
+    rank, over = len(shape(x)), argument(at, 1, "dim")
+    over = [over] if isinstance(over, int) else over or range(rank)
+    if not isinstance(over, list | tuple | range) or not all(isinstance(d, int) for d in over) or not rank:
+        raise Opaque
+    reduced = sorted(d % rank for d in over)
+    variables = {d: A.var(bound(at) + (f"_{d}" if len(reduced) > 1 else ""), dims(x)[d]) for d in reduced}
+    kept = list(index)
+    if argument(at, 2, "keepdim", False):
+        kept = [e for d, e in enumerate(index) if d not in variables]
+    for d in reduced:
+        kept.insert(d, variables[d])
+    made = A.to_float(lifter.lift(x, tuple(kept)))
+    for v in variables.values():
+        made = A.reduction("rmax", str(v.value), v.args[0], made)
+    return made
 
 
 @rule(REDUCTIONS, "getitem")

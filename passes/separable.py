@@ -291,9 +291,9 @@ def _linear(use: Use) -> None:
 def _einsum(use: Use) -> None:
     operands: Sequence[Node] = use["tensors"]
     try:
-        *inputs, out = terms(use["equation"], [len(shape(x)) for x in operands])
+        inputs, out = terms(use["equation"], [len(shape(x)) for x in operands])
     except Opaque:
-        raise use.refuse("has not two operands") from None
+        raise use.refuse("has no index for each dimension") from None
     letter = out[use.row]
     if any(len(set(t)) != len(t) for t in (*inputs, out)):
         raise use.refuse("reads a diagonal")

@@ -1,0 +1,140 @@
+"""Operators that spell a masked fill or a product of matrices differently: read as these, and right where they are not."""
+
+import pytest
+import torch
+
+from tests.support import check, compiled, new_reports, qkv, rand
+
+INF = float("inf")
+
+
+def causal(q, k):
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+
+
+# -- writes under a mask ------------------------------------------------------------------------------
+def written(index, fill=-INF):
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[index(s, causal(q, k))] = fill
+        return s.softmax(-1) @ v
+
+    return fn
+
+
+MASKS = {
+    "after two dimensions": lambda s, keep: (slice(None), slice(None), ~keep),
+    "as large as the scores": lambda s, keep: (~keep).expand_as(s),
+    "after an ellipsis": lambda s, keep: (..., ~keep),
+}
+
+
+@pytest.mark.parametrize("fill", [-INF, -1e9])
+@pytest.mark.parametrize("index", MASKS.values(), ids=MASKS)
+def test_scores_written_under_a_mask(index, fill):
+    check(written(index, fill), *qkv())
+
+
+def test_whole_rows_of_keys_are_written():
+    dead = torch.tensor([[False, True, False], [True, False, False]])  # batch, head
+
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[dead] = 0.5
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    check(fn, q, k, v)
+
+
+def test_numbers_of_many_are_no_fill():
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+
+    def fn(q, k, v, numbers):
+        s = (q @ k.mT) * 0.3
+        s[:, :, mask] = numbers
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    check(fn, q, k, v, rand(int(mask.sum())), sites=None)
+
+
+def test_a_tensor_of_one_number_is_a_fill_with_a_gradient():
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+
+    def fn(q, k, v, number):
+        s = (q @ k.mT) * 0.3
+        s[:, :, ~mask] = number
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    check(fn, q, k, v, rand(1), sites=None)
+
+
+def test_integers_as_an_index_are_no_mask():
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[..., torch.tensor([1, 4])] = -INF
+        return s.softmax(-1) @ v
+
+    check(fn, *qkv(), sites=None)
+
+
+# -- products that are written as a sum ---------------------------------------------------------------
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_products_by_broadcasting(keepdim):
+    def fn(q, k, v):
+        s = (q[:, :, :, None] * k[:, :, None]).sum(-1, keepdim=keepdim) * 0.3
+        return ((s[..., 0] if keepdim else s).softmax(-1)[..., None] * v[:, :, None]).sum(dim=-2)
+
+    check(fn, *qkv())
+
+
+def test_products_of_expanded_operands():
+    def fn(q, k, v):
+        t, s = q.shape[2], k.shape[2]
+        wide, other = q[:, :, :, None].expand(-1, -1, -1, s, -1), k[:, :, None].expand(-1, -1, t, -1, -1)
+        return ((wide * other).sum(-1) * 0.3).softmax(-1) @ v
+
+    check(fn, *qkv())
+
+
+def test_a_sum_in_an_autocast_region_keeps_its_precision():
+    def fn(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+
+    q, k, _ = qkv()
+    torch.testing.assert_close(compiled(fn)(q, k, None), fn(q, k, None), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "equation, order",
+    [("bqhk,bkhd,hde->bqe", (0, 1, 2)), ("hde,bkhd,bqhk->bqe", (2, 1, 0)), ("...qhk,...khd,hde->...qe", (0, 1, 2))],
+)
+def test_the_output_projection_stands_in_the_same_einsum(equation, order):
+    def fn(q, k, v, o):
+        weights = (torch.einsum("bqhd,bkhd->bqhk", q, k) * 0.3).softmax(-1)
+        given = (weights, v, o)
+        return torch.einsum(equation, *(given[n] for n in order))
+
+    check(fn, rand(2, 24, 3, 8), rand(2, 20, 3, 8), rand(2, 20, 3, 8), rand(3, 8, 5))
+
+
+# -- a maximum of all scores --------------------------------------------------------------------------
+@pytest.mark.parametrize("most", [lambda s: s.max(), lambda s: s.amax((1, 2, 3), keepdim=True), lambda s: s.amax()])
+def test_the_largest_of_all_scores_is_subtracted(most):
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        e = (s - most(s)).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v, (s - most(s)).softmax(-1) @ v
+
+    check(fn, *qkv(), sites=2)
+
+
+def test_the_largest_of_other_numbers_stays():
+    def fn(q, k, v, b):
+        return ((q @ k.mT) * b.max() + b.amax((0, 1))).softmax(-1) @ v
+
+    with new_reports():
+        check(fn, *qkv(), rand(3, 4))
