@@ -1,4 +1,4 @@
-"""Operators that spell a masked fill or a product of matrices differently: read as these, and right where they are not."""
+"""Operators that only spell a masked fill or a product of matrices differently are read as these, others left alone."""
 
 import pytest
 import torch
