@@ -15,13 +15,14 @@ from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
 from attnfx.passes.checkpoints import unmark
+from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
 from attnfx.passes.joins import join
 from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
-from attnfx.passes.match import Finder
+from attnfx.passes.match import GATES, Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import check, clean, size_carriers
@@ -34,8 +35,9 @@ from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)
 
-# A graph without one of these words in its operators' names holds no normaliser: it is not traced.
-HINTS = ("softmax", "softmin", "exp", "sigmoid", "sort", "scaled_dot_product", "multi_head")
+# A graph without one of these words in its operators' names holds no normaliser: it is not traced. A gate, which many
+# linear layers have, may be one where there are products as well.
+HINTS = ("softmax", "softmin", "exp", "sort", "scaled_dot_product", "multi_head")
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -125,13 +127,18 @@ def _file_others(report: Report, found: Iterable[tuple[Node, Refusal]]) -> None:
 
 
 def _worth_tracing(gm: GraphModule) -> bool:
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            for n in module.graph.nodes:
-                name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
-                if n.op in ("call_function", "call_method") and any(h in name for h in HINTS):
-                    return True
-    return False
+    names = [
+        str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
+        for module in gm.modules()
+        if isinstance(module, GraphModule)
+        for n in module.graph.nodes
+        if n.op in ("call_function", "call_method")
+    ]
+
+    def some(words: Iterable[str]) -> bool:
+        return any(word in name for name in names for word in words)
+
+    return some(HINTS) or (some(GATES) and some(PRODUCTS))
 
 
 def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.fx import Node
 
@@ -135,6 +137,23 @@ def _composed(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.maximum(x, A.ZERO if x.kind == INT else A.const(0.0))
 
 
+@rule(POINTWISE, "silu", "silu_", "gelu", "gelu_")
+def _smooth(lifter: Lifter, at: Node, index: Index) -> Expr:
+    """x sigmoid(x), and x times the normal distribution function or the tanh that approximates it."""
+    x = A.to_float(lifter.operand(at.args[0], index))
+    exact = _exact(lifter, at, str(at.target).split(".")[1].rstrip("_"), [x])
+    if exact is not None:
+        return exact
+    if "silu" in str(at.target):
+        return A.mul(x, A.unary("sigmoid", x))
+    if argument(at, 1, "approximate", "none") == "none":
+        inner = A.unary("erf", A.mul(A.const(math.sqrt(0.5)), x))
+    else:
+        inner = A.mul(A.const(math.sqrt(2 / math.pi)), A.add(x, A.mul(A.const(0.044715), x, x, x)))
+        inner = A.unary("tanh", inner)
+    return A.mul(A.const(0.5), x, A.add(A.const(1.0), inner))
+
+
 @rule(POINTWISE, "pow", "pow_")
 def _pow(lifter: Lifter, at: Node, index: Index) -> Expr:
     x, y = _operands(lifter, at, index)
@@ -149,12 +168,14 @@ def _pow(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(POINTWISE, "minimum", "maximum", "min", "max", "fmin", "fmax")
 def _extreme(lifter: Lifter, at: Node, index: Index) -> Expr:
+    name = str(at.target).split(".")[1]
     if len(at.args) != 2 or not isinstance(at.args[1], Node):
         from attnfx.passes.lift_reductions import reduce_max
 
+        if name != "max":
+            raise Opaque
         return reduce_max(lifter, at, index)
     x, y = _operands(lifter, at, index)
-    name = str(at.target).split(".")[1]
     return _exact(lifter, at, name, [x, y]) or (A.minimum if "min" in name else A.maximum)(x, y)
 
 

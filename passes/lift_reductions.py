@@ -62,7 +62,7 @@ def _sum(lifter: Lifter, at: Node, index: Index) -> Expr:
     return total if op_name(at) == "sum" else A.div(total, A.to_float(extent))
 
 
-@rule(REDUCTIONS, "amax", "max")
+@rule(REDUCTIONS, "amax")
 def reduce_max(lifter: Lifter, at: Node, index: Index) -> Expr:
     """Over one dimension or several: a maximum of maxima."""
     x = source(at)

@@ -1,6 +1,6 @@
 """From a contraction with a normalised weight to a spec: the matcher.
 
-`find(gm)` looks at each contraction whose one operand descends from a softmax (or an exponential, or a sigmoid),
+`find(gm)` looks at each contraction whose one operand descends from a softmax (or an exponential, or a gate),
 lifts that operand, and gives a `Match` or a `Refusal` for it. The graph is not changed.
 
     out[.., i, .., e] = sum_j  W(.., i, j) * V(.., j, e)        W = weight(normalise_j(score))
@@ -35,7 +35,8 @@ from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batc
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, fill_of
 
-ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", "sigmoid")
+GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
+ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
 PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
@@ -201,7 +202,8 @@ class Finder:
                 if seeds:
                     found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
                     # a gate or an exponential between two products is no attention until it is proved to be one
-                    proved = found.match is not None or (found.refusal and found.refusal.code in PROVED)
+                    proved = found.match is not None and not _layers(found.match)
+                    proved |= found.refusal is not None and found.refusal.code in PROVED
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
                         continue
@@ -432,6 +434,17 @@ def batched(n: Node) -> bool:
 
 def _computed(x: Node) -> bool:
     return x.op == "call_function" and op_name(x) not in VIEWS
+
+
+def _layers(match: Match) -> bool:
+    """Whether keys and values are both parameters: linear layers, one for each element of a batch (experts)."""
+    return all(_parameter(x.node) for x in (match.key, match.value))
+
+
+def _parameter(x: Node) -> bool:
+    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
 
 
 def _plane(n: Node) -> Counter[Expr]:

@@ -16,6 +16,7 @@ from attnfx.ir import poly
 from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes.lift_reductions import softmax
 
+GATES = ("sigmoid", "softplus", "max", "erf", "tanh")  # what functions that stand in a softmax's place are made of
 MAX_EXTRA = 8  # columns of the softmax beyond the keys
 
 
@@ -71,9 +72,9 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
             raise NotNormalised(
                 "normaliser", "the weights are divided by something that is no sum of their exponentials"
             )
-        if not any(e.op == "sigmoid" for e in outside(weight)):
+        if not any(e.op in GATES for e in outside(weight)):
             raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
-        return _sigmoid(weight, dropout, draw)
+        return _gated(weight, dropout, draw)
     if len(found) > 1:
         raise NotNormalised("several_softmaxes", "the weights combine several softmaxes")
     made = found[0]
@@ -94,7 +95,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
 
 
-def _sigmoid(weight: Expr, dropout: float, draw: object) -> Normalised:
+def _gated(weight: Expr, dropout: float, draw: object) -> Normalised:
     """No normaliser: the whole weight is a function of the score, which the matcher finds in it."""
     weight = rebuild(weight, lambda old, args: args[0] if old.op == "half" and old.args[0].op == "sigmoid" else None)
     return Normalised(weight, A.PROB, (), dropout, draw, False, "none")
