@@ -40,6 +40,7 @@ ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2",
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 SDPA = ("scaled_dot_product_attention",)
 PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
+DISTANCES = ("cdist", "_cdist_forward")
 SORTING = ("sort", "topk", "argsort")
 NEAR = 5  # nodes in which a number for each row must meet the scores again
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
@@ -132,6 +133,7 @@ class Finder:
         self.reader = Reader(self.facts, self.lifter)
         self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
         self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
+        self.met = self._met()
 
     def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
         """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds. `unknown` passes
@@ -153,6 +155,14 @@ class Finder:
                 if found:
                     out[n] = list(dict.fromkeys(found))[:8]
         return out
+
+    def _met(self) -> frozenset[Node]:
+        """Softmaxes of what some nodes are made of at which rows of two batches meet without a product."""
+        met: set[Node] = set()
+        for n in self.gm.graph.nodes:
+            if meeting(n) or (not batched(n) and any(a in met for a in n.all_input_nodes)):
+                met.add(n)
+        return frozenset(n for n in met if "softmax" in op_name(n) and not self.from_scores(n))
 
     def _loosely(self, seeds: Iterable[Node]) -> dict[Node, dict[Node, int]]:
         """Nodes that descend from a seed through any operators but products, where its last two dimensions are kept or
@@ -212,10 +222,16 @@ class Finder:
                         findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
                         continue
                     self.doubtful.append(found)
+                met = [s for a in n.all_input_nodes for s in self.weights.get(a, ()) if s in self.met]
                 if n in loose:
                     message = "operators that no score program expresses stand between the weights and the values"
                     why = refusal("not_lifted", message, n, *loose[n])
                     findings.append(Finding(n, refusal=why, anchors=loose[n], loose=True))
+                elif met and not seeds:
+                    message = "queries and keys meet in no product"
+                    findings.append(
+                        Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
+                    )
         return findings
 
     def from_scores(self, anchor: Node) -> bool:
@@ -432,6 +448,22 @@ def batched(n: Node) -> bool:
     return all(len(shape(x)) > 2 for x in operands)
 
 
+def meeting(n: Node) -> bool:
+    """Whether rows of two batches meet one by one in a node that is no product: by broadcasting, each operand with a
+    dimension of its own (additive attention), or as distances."""
+    if n.op != "call_function" or not is_tensor(n) or not value(n).is_floating_point():
+        return False
+    if op_name(n) in DISTANCES:
+        return True
+    x, y = operands = (*n.all_input_nodes, None, None)[:2]
+    if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
+        return False
+    rank = len(shape(n))
+    sizes = [[A.ONE] * (rank - len(dims(a))) + list(dims(a)) for a in (x, y)]  # type: ignore[arg-type]
+    alone = [sum(a is not A.ONE and b is A.ONE for a, b in zip(*pair, strict=True)) for pair in (sizes, sizes[::-1])]
+    return all(alone) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
+
+
 def _computed(x: Node) -> bool:
     return x.op == "call_function" and op_name(x) not in VIEWS
 
@@ -460,4 +492,4 @@ def _plain(c: Contraction) -> bool:
     )
 
 
-__all__ = ["Finder", "Finding", "Match", "Reduction", "batched", "over_dot"]
+__all__ = ["Finder", "Finding", "Match", "Reduction", "batched", "meeting", "over_dot"]

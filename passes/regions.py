@@ -23,7 +23,7 @@ from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, value
 from attnfx.passes.lift import VIEWS
-from attnfx.passes.match import Finding, batched
+from attnfx.passes.match import Finding, batched, meeting
 from attnfx.passes.reading import free
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.report import Refusal
@@ -195,7 +195,7 @@ class _Walk:
                 if x.node in seen or small > NEAR:
                     continue
                 seen.add(x.node)
-                if batched(x.node) and not small and not any(
+                if (batched(x.node) or meeting(x.node)) and not small and not any(
                     self._has_keys(a, self._key_of(x.node, at, a)) for a in self._rows_of(x.node, x.dim)
                 ):  # fmt: skip
                     out.append(x.node)

@@ -273,6 +273,15 @@ def _factors(use: Use, x: Node, y: Node) -> tuple[Along | Node, Along | Node]:
     return use.broadcast(x), use.broadcast(y)
 
 
+@rule("cdist", "_cdist_forward")
+def _cdist(use: Use) -> None:
+    x, y = use["x1"], use["x2"]
+    if use.row < use.rank() - 1:
+        use.given["x1"], use.given["x2"] = _factors(use, x, y)
+    else:
+        use.given["x2"] = use.along(y, len(shape(y)) - 2)
+
+
 @rule("baddbmm", "addmm")
 def _baddbmm(use: Use) -> None:
     left, right = use.names("batch1", "mat1"), use.names("batch2", "mat2")
