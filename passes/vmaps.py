@@ -11,6 +11,7 @@ its operators would mean something else outside.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -51,11 +52,15 @@ def flatten(gm: GraphModule, example: Callable[[Any], Any]) -> GraphModule:
         found = _written_out(gm, level, example)
         if found is not None:
             written[level[0]] = level, *found
-    graph, values, skipped = Graph(), {}, set()
+    graph, values, skipped, held = Graph(), {}, set(), {}
     for n in gm.graph.nodes:
         if n in written:
             level, body, given, results = written[n]
             skipped.update(level)
+            for x in body.graph.nodes:
+                if x.op == "get_attr":
+                    held[f"{n.name}{x.target}"] = attrgetter(str(x.target))(body)
+                    x.target = f"{n.name}{x.target}"
             holders = (x for x in body.graph.nodes if x.op == "placeholder")
             inner = dict(zip(holders, (values[x] for x in given), strict=True))
             made = graph.graph_copy(body.graph, inner)
@@ -64,7 +69,9 @@ def flatten(gm: GraphModule, example: Callable[[Any], Any]) -> GraphModule:
                 new.meta["example_value"] = x.meta["example_value"]
         elif n not in skipped and n.target is not PREPARE:
             values[n] = graph.node_copy(n, values.__getitem__)
-    flat = GraphModule(gm, graph)
+            if n.op in ("get_attr", "call_module"):
+                held[str(n.target)] = attrgetter(str(n.target))(gm)
+    flat = GraphModule(held, graph)
     flat.meta.update(gm.meta)
     return flat
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch._C._functorch import maybe_current_level
 
 from attnfx.passes.vmaps import ENTER, LEAVE, flatten, uses_functorch
-from tests.support import check, compiled, new_reports, qkv
+from tests.support import check, compiled, new_reports, qkv, rand
 
 
 def attend(q, k, v):
@@ -73,6 +73,17 @@ def test_a_mask_made_by_vmap_reads_a_tensor():
 def test_the_place_in_the_code_survives():
     (site,) = check(lambda q, k, v: torch.vmap(attend)(q, k, v), *qkv())
     assert "test_vmaps.py" in site.where
+
+
+def test_a_constant_stands_in_the_body():
+    def one(q, k, v):
+        return (q @ k.mT * torch.tensor(0.3) + torch.tensor([0.5, -0.5]).repeat(k.shape[-2] // 2)).softmax(-1) @ v
+
+    check(
+        lambda q, k, v: torch.vmap(one)(q, k, v) + torch.vmap(one)(q, k, v),
+        *(rand(2, 3, 24, 8) for _ in range(3)),
+        sites=2,
+    )
 
 
 # -- what is left alone -------------------------------------------------------------------------------
