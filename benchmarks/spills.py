@@ -65,10 +65,8 @@ def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
         ("f", 1, True): (8,), ("f", 2, True): (257, 8), ("f", 3, True): (8, queries, SIZE),
         ("b", 2, False): (2, SIZE), ("b", 3, False): (2, queries, SIZE), ("f", 3, False): (2, queries, SIZE),
     }  # fmt: skip
-    captures = [
-        torch.empty(shapes[c.kind, c.ndim, c.grad], dtype=torch.bool if c.kind == "b" else torch.bfloat16, device="meta")
-        for c in spec.captures
-    ]
+    types = {"f": torch.bfloat16, "b": torch.bool}
+    captures = [torch.empty(shapes[c.kind, c.ndim, c.grad], dtype=types[c.kind], device="meta") for c in spec.captures]
     seed = torch.empty(1, dtype=torch.int64, device="meta") if spec.random else None
     found, states = summary.of(spec), None
     if found is not None and queries == SIZE:

@@ -37,10 +37,10 @@ def decode_kernel(
     EXTRAS: tl.constexpr,
 ):  # fmt: skip
     """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to `end`, but for the whole tiles
-    of a gap, (first, length) or None, `chunk` keys each, a multiple of BN; `end` and the gap have a number n as 2 n + 1.
-    Or they share evenly the tiles of a list of each group, where `walks` and `order` have one, as `walks.py` makes
-    them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), all
-    of float32. With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
+    of a gap, (first, length) or None, `chunk` keys each, a multiple of BN; `end` and the gap have a number n as
+    2 n + 1. Or they share evenly the tiles of a list of each group, where `walks` and `order` have one, as `walks.py`
+    makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), of float32.
+    With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, BM)[:, None]

@@ -200,7 +200,7 @@ PAST = A.add(I, A.size("past"))
 BACK = A.sub(PAST, J)
 DECODED = {
     "sink and window": A.and_(A.ge(BACK, n(0)), A.or_(A.lt(BACK, n(40)), A.lt(J, n(5)))),
-    "a window that is not one condition": A.or_(A.and_(A.ge(BACK, n(0)), A.lt(BACK, n(40))), A.lt(J, A.sub(A.size("past"), n(300)))),
+    "a window or nothing": A.or_(A.and_(A.ge(BACK, n(0)), A.lt(BACK, n(40))), A.lt(J, A.sub(A.size("past"), n(300)))),
     "a prefix": A.or_(A.lt(J, n(20)), A.lt(J, A.sub(n(30), I))),
     "a hole": A.not_(A.eq(A.floordiv(J, n(64)), n(1))),
 }
