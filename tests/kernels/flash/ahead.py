@@ -119,7 +119,7 @@ def biased(capability):
 
 
 def masks(capability):
-    """What reaches the wide tiles most often: causal, padding with its summary, linear biases, a bias for each score."""
+    """What reaches the wide tiles most often: causal, padding and its summary, linear biases, a bias of each score."""
     size, head_dim = 4096, 128
     dot, causal = A.mul(A.const(head_dim**-0.5), A.DOT), A.ge(I, J)
     linear = A.add(dot, A.mul(SLOPES, A.to_float(A.sub(J, I))))
