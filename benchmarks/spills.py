@@ -114,7 +114,8 @@ def main() -> None:
             for kernel, made in launches(spec, head_dim, capability, tile):
                 name = f"{program}-{kernel}-{capability}-{head_dim}"
                 if re.search(options.only, name):
-                    rows.append(row := {"kernel": name} | spilled(made, capability))
+                    row: dict[str, Any] = {"kernel": name} | spilled(made, capability)
+                    rows.append(row)
                     print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

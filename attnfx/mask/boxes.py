@@ -65,7 +65,8 @@ class _Boxes:
                     return high >= 0, low < 0
                 return (low <= 0) & (high >= 0), (low != 0) | (high != 0)
             case "not":
-                return self.truth(e.args[0])[::-1]
+                holds, fails = self.truth(e.args[0])
+                return fails, holds
             case "and" | "or":
                 every, some = (np.logical_and, np.logical_or) if e.op == "and" else (np.logical_or, np.logical_and)
                 parts = [self.truth(a) for a in e.args]
