@@ -29,7 +29,7 @@ from attnfx.mask import summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 ARCHITECTURES, HEAD_DIMS = (80, 86, 90, 100), (64, 128, 256)
-CAUSAL, MASK = A.ge(I, J), A.load(0, [B, I, J], "b")
+CAUSAL, MASK, PADDING = A.ge(I, J), A.load(0, [B, I, J], "b"), A.load(0, [B, J], "b")
 FILL = A.const(-3e38)
 SIZE = 4096
 
@@ -48,7 +48,9 @@ def programs(head_dim: int) -> dict[str, AttentionSpec]:
         "alibi": AttentionSpec(score=A.where(CAUSAL, alibi, FILL), captures=slopes),
         "relative": AttentionSpec(score=relative, captures=table),
         "bias": AttentionSpec(score=bias, captures=pairs),
+        "padding": AttentionSpec(score=A.where(PADDING, dot, FILL), captures=(Capture("b", 2),)),
         "mask": AttentionSpec(score=masked, captures=mask),
+        "added": AttentionSpec(score=A.add(dot, A.load(0, [B, I, J], "f")), captures=(Capture("f", 3),)),
         "dropout": AttentionSpec(score=dot, dropout=0.1),
         "causal dropout": AttentionSpec(score=A.where(CAUSAL, dot, FILL), dropout=0.1),
         "mask dropout": AttentionSpec(score=masked, captures=mask, dropout=0.1),
@@ -59,11 +61,12 @@ def programs(head_dim: int) -> dict[str, AttentionSpec]:
 def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
     """Two of a batch, eight heads; a mask that stands in a tensor has its summary."""
     x = torch.empty(2, 8, SIZE, head_dim, dtype=torch.bfloat16, device="meta")
-    shapes = {("f", 1): (8,), ("f", 2): (257, 8), ("f", 3): (8, queries, SIZE), ("b", 3): (2, queries, SIZE)}
-    captures = [
-        torch.empty(shapes[c.kind, c.ndim], dtype=torch.bool if c.kind == "b" else torch.bfloat16, device="meta")
-        for c in spec.captures
-    ]
+    shapes = {
+        ("f", 1, True): (8,), ("f", 2, True): (257, 8), ("f", 3, True): (8, queries, SIZE),
+        ("b", 2, False): (2, SIZE), ("b", 3, False): (2, queries, SIZE), ("f", 3, False): (2, queries, SIZE),
+    }  # fmt: skip
+    types = {"f": torch.bfloat16, "b": torch.bool}
+    captures = [torch.empty(shapes[c.kind, c.ndim, c.grad], dtype=types[c.kind], device="meta") for c in spec.captures]
     seed = torch.empty(1, dtype=torch.int64, device="meta") if spec.random else None
     found, states = summary.of(spec), None
     if found is not None and queries == SIZE:
@@ -111,7 +114,8 @@ def main() -> None:
             for kernel, made in launches(spec, head_dim, capability, tile):
                 name = f"{program}-{kernel}-{capability}-{head_dim}"
                 if re.search(options.only, name):
-                    rows.append(row := {"kernel": name} | spilled(made, capability))
+                    row: dict[str, Any] = {"kernel": name} | spilled(made, capability)
+                    rows.append(row)
                     print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
     if options.out is not None:
         options.out.write_text(json.dumps(rows, indent=1) + "\n")

@@ -37,6 +37,11 @@ def key_ranges(spec: AttentionSpec | Expr, sizes: Mapping[str, int], block: int)
     return _key_ranges(live(spec), kept(spec), tuple(sorted(sizes.items())), block)
 
 
+def ranges_of(keep: Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
+    """The same of a softmax whose mask is `keep`."""
+    return _key_ranges(keep, keep, tuple(sorted(sizes.items())), block)
+
+
 @lru_cache(maxsize=1024)
 def _key_ranges(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], block: int) -> tuple[KeyRange, ...]:
     sizes = dict(items)

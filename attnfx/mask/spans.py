@@ -49,6 +49,17 @@ class Spans:
             self._ranges[size] = low, high, (low < high) & ~holes.any(0)
         return self._ranges[size]
 
+    def full(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """[low, high) of each block of `size` rows: the longest run of keys in its range of which none may be dead."""
+        first, last, _ = self.ranges(size)
+        dead = self.blocks(size)[1]
+        by_start = np.argsort(dead.low, axis=0)
+        starts, ends = (np.take_along_axis(x, by_start, 0) for x in dead)
+        low = np.concatenate([first[None], np.maximum(np.maximum.accumulate(ends, axis=0), first)])
+        high = np.concatenate([np.minimum(starts, last), last[None]])
+        longest = np.argmax(high - low, axis=0)[None]
+        return np.take_along_axis(low, longest, 0)[0], np.take_along_axis(high, longest, 0)[0]
+
     def tiles(self, size: int, step: int, dead: bool) -> int:
         """How many tiles of `size` rows by `step` keys hold a score that may be dead; else, one that may be live."""
         x = self.blocks(size)[dead]

@@ -40,30 +40,32 @@ def delta_kernel(
 
 
 @triton.jit
-def row_statistics(
-    statistics, correction, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCORE: tl.constexpr
-):
-    """logsumexp and its correction in units of log 2, and delta, of the BM rows from where the pointers stand, of which
-    `left` exist: (BM, 1), or TURNED (1, BM)."""
+def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr):
+    """A number of each of BM rows, STEP apart from where the pointer stands: (BM, 1), or TURNED (1, BM). With CHECK,
+    zero beyond the `left` rows that exist."""
     n = tl.arange(0, BM)
-    if SCORE is None:
-        l2_i, delta_i = n * 0.0, n * 0.0
+    if CHECK:
+        x = tl.load(at + STEP * n, mask=n < left, other=0.0)
     else:
-        at = statistics + (2 * n[:, None] + tl.arange(0, 2)[None, :])
-        if CHECK:
-            both = tl.load(at, mask=n[:, None] < left, other=0.0)
-        else:
-            both = tl.load(at)
-        l2_i, delta_i = tl.split(both)
-    if correction is None or SCORE is None:
-        c2 = delta_i
-    else:
-        c2 = tl.load(correction + n, mask=n < left, other=0.0)
+        x = tl.load(at + STEP * n)
     if TURNED:
-        l2_i, c2, delta_i = l2_i[None, :], c2[None, :], delta_i[None, :]
+        x = x[None, :]
     else:
-        l2_i, c2, delta_i = l2_i[:, None], c2[:, None], delta_i[:, None]
-    return l2_i, c2, delta_i
+        x = x[:, None]
+    return x
+
+
+@triton.jit
+def row_statistics(at, correction, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr,
+                   SCORE: tl.constexpr):  # fmt: skip
+    """logsumexp and its correction, in units of log 2, of rows as `row_number` has them; zeros without a softmax."""
+    if SCORE is None:
+        l2, c2 = 0.0, 0.0
+    elif correction is None:
+        l2, c2 = row_number(at, left, BM, 2, TURNED, CHECK), 0.0
+    else:
+        l2, c2 = row_number(at, left, BM, 2, TURNED, CHECK), row_number(correction, left, BM, 1, TURNED, True)
+    return l2, c2
 
 
 @triton.jit
@@ -83,7 +85,7 @@ def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
 
 @triton.jit
 def tile_gradients(
-    dot, dp, l2, c2, delta, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
+    dot, dp, l2, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
@@ -97,7 +99,8 @@ def tile_gradients(
     prob  the normalised weight
     live  where neither the mask nor an end masks; of no meaning without CHECK
 
-    With NATURAL, SCORE and l2 are in natural units.
+    `at` is where the tile's statistics stand. Delta is read from there once the weights are known: before, it would
+    take registers beside both products. With NATURAL, SCORE and l2 are in natural units.
     """
     X: tl.constexpr = BN if TURNED else BM
     Y: tl.constexpr = BM if TURNED else BN
@@ -125,6 +128,7 @@ def tile_gradients(
         else:
             prob = tl.exp2(s * SCALE - l2)
         w = prob
+        delta = row_number(at + 1, (sizes[2] >> 1) - i0, BM, 2, TURNED, CHECK or not TURNED)
         if WEIGHT is None:
             ds = prob * (dw - delta)
         else:

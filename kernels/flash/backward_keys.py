@@ -22,19 +22,20 @@ def _keys_step(
     size_t = sizes[2] >> 1
     i = i0 + tl.arange(0, BM)[None, :]
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
-    if correction is None:
-        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, True, CHECK, SCORE)
-    else:
-        l2_i, c2, delta_i = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
-    if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, statistics, i, i, size_t, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
+    # read where they are needed, they do not take registers from the products
+    if correction is None:
+        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, True, CHECK, SCORE)
+    else:
+        l2_i, c2 = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
+    if NATURAL:
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, i, i, size_t, True)
     w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
+        dot, dp, l2_i, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip
@@ -105,7 +106,6 @@ def keys_kernel(
             start, full_start, full_end, end = f.walk(walks, place)
             inside = j0 + BN <= size_s
             full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
-        before = (full_start - start) // STEP
         at = of_head + 2 * full_start  # moved along: an offset made of i0 would widen the loop's counter to 64 bits
         for t in range(full_start, full_end, STEP):
             i0 = f.tile_at(order, place, t, BM)
@@ -117,6 +117,7 @@ def keys_kernel(
                 RESCALE, PRECISION, LEAF, False, ROWS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
             )  # fmt: skip
             at += 2 * BM
+        before = (full_start - start) // STEP
         for t in range(0, before + tl.cdiv(end - full_end, STEP)):
             n = tl.where(t < before, start + t * STEP, full_end + (t - before) * STEP)
             i0 = f.tile_at(order, place, n, BM)

@@ -9,7 +9,7 @@ from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statis
 
 @triton.jit
 def _rows_step(
-    total, sums, q_tile, do, k, v, l2, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+    total, sums, q_tile, do, k, v, l2, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
@@ -25,7 +25,7 @@ def _rows_step(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
+        dot, dp, l2, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
         THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip
@@ -68,9 +68,9 @@ def rows_kernel(
     first_row = (b.to(tl.int64) * size_h + h) * size_t
     at = statistics + 2 * (first_row + i0)
     if LEAF is None or not CORRECT:
-        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
+        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
     else:
-        l2_i, c2, delta_i = row_statistics(at, correction + first_row + i0, size_t - i0, BM, False, True, SCORE)
+        l2_i, c2 = row_statistics(at, correction + first_row + i0, size_t - i0, BM, False, True, SCORE)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     sums = tl.zeros([BM], tl.float32)
@@ -94,7 +94,7 @@ def rows_kernel(
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            total, sums, q_tile, do, k, v, l2_i, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
             COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
@@ -103,7 +103,7 @@ def rows_kernel(
         t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
         j0 = f.tile_at(order, place, t, BN)
         total, sums = _rows_step(
-            total, sums, q_tile, do, k, v, l2_i, c2, delta_i, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+            total, sums, q_tile, do, k, v, l2_i, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
             COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
         )  # fmt: skip
@@ -125,7 +125,7 @@ def rows_kernel(
             parts = tl.zeros([BM], tl.float32)
             for j0 in range(0, size_s, BN):
                 total, parts = _rows_step(
-                    total, parts, q_tile, do, k, v, lse, share, delta_i, k_strides, v_strides, captures, sizes, seed, H,
+                    total, parts, q_tile, do, k, v, lse, share, at, k_strides, v_strides, captures, sizes, seed, H,
                     R, b, h, i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF,
                     True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
                 )  # fmt: skip

@@ -28,18 +28,19 @@ def _finite(m, NATURAL: tl.constexpr):
 
 @triton.jit
 def decode_kernel(
-    q, k, v, acc_out, m_out, l_out, q_strides, k_strides, v_strides, captures, sizes, seed, first, end, chunk, walks,
-    order,
+    q, k, v, acc_out, m_out, l_out, q_strides, k_strides, v_strides, captures, sizes, seed, first, end, gap, chunk,
+    walks, order,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, NATURAL: tl.constexpr, EXTRAS_COUNT: tl.constexpr, HEADS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to the number n that `end` has as
-    2 n + 1, `chunk` keys each, a multiple of BN; or evenly the tiles of a list, where `walks` and `order` have one, as
-    `walks.py` makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), all
-    of float32. With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
+    """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to `end`, but for the whole tiles
+    of a gap, (first, length) or None, `chunk` keys each, a multiple of BN; `end` and the gap have a number n as
+    2 n + 1. Or they share evenly the tiles of a list of each group, where `walks` and `order` have one, as `walks.py`
+    makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), of float32.
+    With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, BM)[:, None]
@@ -68,16 +69,21 @@ def decode_kernel(
     STEP: tl.constexpr = BN if order is None else 1
     if order is None:
         place = 0
+        last = end >> 1
+        if gap is not None:
+            last -= gap[1] >> 1
         low = first + split * chunk
-        high = tl.minimum(low + chunk, end >> 1)
+        high = tl.minimum(low + chunk, last)
     else:
-        place = f.walk_at(walks, b, g * PER_GROUP, 0)
+        place = f.walk_at(walks, b, g, 0)
         listed = tl.load(walks[0] + 4 * place + 3)
         share = tl.cdiv(listed, tl.num_programs(0))
         low = split * share
         high = tl.minimum(low + share, listed)
     for n in range(low, high, STEP):
         j0 = f.tile_at(order, place, n, BN)
+        if gap is not None:
+            j0 = tl.multiple_of(j0 + tl.where(j0 < (gap[0] >> 1), 0, gap[1] >> 1), BN)
         j = j0 + tl.arange(0, BN)[None, :]
         k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
         dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)

@@ -32,9 +32,9 @@ def _part(
     row = (tl.cast(b, tl.int64) * size_h + h) * size_t
     at = statistics + 2 * (row + i0)
     if correction is None:
-        l2_i, c2, delta_i = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
+        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
     else:
-        l2_i, c2, delta_i = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
+        l2_i, c2 = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
     if NATURAL:
         _lost, l2_i, c2 = dead_statistics(dead, statistics, row + i, i, size_t, True)
     H = HEADS(captures, sizes, b, h)
@@ -42,7 +42,7 @@ def _part(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, delta_i, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
+        dot, dp, l2_i, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
         NATURAL,
     )  # fmt: skip

@@ -85,7 +85,9 @@ def launches(
     # where a row may be without a live key, what masks it takes part in the softmax like any other score
     natural = some.dead_rows_average()
     shared = over_splits(call, some.program.keep, tile, natural)
-    splits, chunk = splits_of(max(shared.end - shared.first, 1), batch * groups, tile, processors, wanted)
+    low, high = shared.gap or (0, 0)
+    keys = shared.end - shared.first - (high - low)
+    splits, chunk = splits_of(max(keys, 1), batch * groups, tile, processors, wanted)
     listed = Walks(dict(walks=None, order=None)) if shared.listed is None else shared.listed
     constants = some.constants() | dict(BM=tile.rows)
     if natural:
@@ -99,6 +101,7 @@ def launches(
         dict(
             q=query, acc_out=acc, m_out=m, l_out=total, q_strides=query.stride(), captures=some.captures,
             sizes=some.encoded, seed=call.seed, first=shared.first, end=2 * shared.end + 1, chunk=chunk,
+            gap=None if shared.gap is None else (2 * low + 1, 2 * (high - low) + 1),
             **listed.arguments,
             **tiled("k:k v:v", (call.key, call.value), tile.keys, target),
         ),

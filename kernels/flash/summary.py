@@ -54,12 +54,14 @@ def summary_kernel(
 
 @triton.jit
 def lists_kernel(
-    states, fixed, span, ends, order, sizes,
+    states, fixed, table, span, ends, order, sizes,
     OWN: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, TILES: tl.constexpr, SURE: tl.constexpr,
+    PER_GROUP: tl.constexpr,
 ):  # fmt: skip
     """Grid (blocks, H or 1, B or 1) of the kernel's own index, each OWN long; it walks along the other in steps of
-    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them; of one block it may be None, and
-    `span` has the four numbers n as 2 n + 1.
+    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them, and `table` (blocks, tiles) the
+    states there or None; of one block `fixed` may be None, and `span` has the four numbers and a gap in between,
+    [first, end), each n as 2 n + 1. The PER_GROUP heads of a group share a list.
 
     ends (B or 1, H or 1, blocks, 4) becomes [0, 0, full, live], and order (B or 1, H or 1, blocks, tiles) the first
     index of `full` tiles without a dead score, then of the others up to `live` in all. Where order is None, ends
@@ -80,17 +82,26 @@ def lists_kernel(
     grain = at // GRAIN * GRAIN
     certain = (grain >= full_start) & (grain + (STEP if STEP > GRAIN else GRAIN) <= full_end)
     state, doubt = tl.zeros([TILES], tl.int32), own * 0
-    for n in tl.static_range((OWN + GRAIN - 1) // GRAIN):
+    GRAINS: tl.constexpr = (OWN + GRAIN - 1) // GRAIN
+    for n in tl.static_range(PER_GROUP * GRAINS):
         # an index beyond the last grain is of a block that ends there, or of the one grain that all share
-        mine = tl.minimum(block * OWN // GRAIN + n, own - 1) * (sizes[2] >> 1)
+        mine = tl.minimum(block * OWN // GRAIN + n % GRAINS, own - 1) * (sizes[2] >> 1)
+        matrix = (head * PER_GROUP + n // GRAINS) * own * walked
         some = tl.zeros([TILES], tl.int32)
         for m in tl.static_range((STEP + GRAIN - 1) // GRAIN):
             theirs = tl.minimum(at // GRAIN + m, walked - 1) * (sizes[3] >> 1)
-            some |= tl.load(states + head * own * walked + mine + theirs).to(tl.int32)
+            some |= tl.load(states + matrix + mine + theirs).to(tl.int32)
         state |= some
         if SURE:
             doubt |= 4 - tl.max(tl.where(certain, some & 4, 0), 0)
     live = ((state & 1) != 0) & (at >= start) & (at < end)
+    inside = (at >= full_start) & (at + STEP <= full_end)
+    if fixed is None:
+        live = live & ((at < (span[4] >> 1)) | (at >= (span[5] >> 1)))
+    if table is not None:
+        tiles = sizes[4] >> 1
+        known = tl.load(table + block * tiles + tl.minimum(at // STEP, tiles - 1)).to(tl.int32)
+        live, inside = live & ((known & 1) != 0), (known & 2) == 0
     if SURE:
         live = tl.where(doubt > 0, at < (sizes[5] >> 1), live)
     if order is None:
@@ -100,7 +111,7 @@ def lists_kernel(
         tl.store(ends + 4 * row + 2, first)
         tl.store(ends + 4 * row + 3, last)
     else:
-        full = live & ((state & 2) == 0) & (at >= full_start) & (at + STEP <= full_end)
+        full = live & ((state & 2) == 0) & inside
         some, every = full.to(tl.int32), live.to(tl.int32)
         count = tl.sum(some, 0)
         place = tl.where(full, tl.cumsum(some, 0) - 1, count + tl.cumsum(every - some, 0) - 1)

@@ -118,6 +118,37 @@ def biased(capability):
     yield "backward rows biased", back.rows_launch(x)
 
 
+def masks(capability):
+    """What reaches the wide tiles most often: causal, padding and its summary, linear biases, a bias of each score."""
+    size, head_dim = 4096, 128
+    dot, causal = A.mul(A.const(head_dim**-0.5), A.DOT), A.ge(I, J)
+    linear = A.add(dot, A.mul(SLOPES, A.to_float(A.sub(J, I))))
+    bias = A.add(dot, A.load(0, [H, I, J], "f"))
+    x = torch.empty(2, 8, size, head_dim, dtype=torch.bfloat16, device="meta")
+    bf16 = dict(dtype=torch.bfloat16, device="meta")
+    for name, score, kinds, captures in (
+        ("causal", A.where(causal, dot, A.const(-3e38)), (), ()),
+        ("padding", A.where(A.load(0, [B, J], "b"), dot, A.const(-3e38)), (Capture("b", 2),),
+         (torch.empty(2, size, dtype=torch.bool, device="meta"),)),
+        ("alibi", A.where(causal, linear, A.const(-3e38)), (Capture("f", 1, True),), (torch.empty(8, **bf16),)),
+        ("bias", bias, (Capture("f", 3, True),), (torch.empty(8, size, size, **bf16),)),
+    ):  # fmt: skip
+        spec = AttentionSpec(score=score, captures=kinds, out_dtype="bfloat16")
+        call = Call(spec, x, x, x, captures)
+        found = summary.of(spec) if name == "padding" else None
+        if found is not None:
+            over = summarise.call_of(captures, (2, 8, size, size), found.spec)
+            shape = summary.shape(found.spec, over.sizes)
+            call = replace(call, summary=torch.empty(shape, dtype=torch.uint8, device="meta"))
+        logsumexp = torch.empty(x.shape[:3], device="meta")
+        tile = tiles.pick(tiles.forward_table(spec), capability, head_dim)
+        yield f"forward {name}", launch.forward_launch(call, x, logsumexp, tile, capability)
+        back = Backward(call, x, x, logsumexp, tiles.pick(tiles.backward_table(spec), capability, head_dim), capability)
+        yield f"backward keys {name}", back.keys_launch(x, x)
+        if name == "causal":  # the others' rows are further from the edge
+            yield f"backward rows {name}", back.rows_launch(x)
+
+
 def loops(listing):
     """The instructions of each innermost backward jump that holds a matrix instruction."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+)([^;]*);", listing)
@@ -138,10 +169,11 @@ def loops(listing):
 
 def main():
     found = []
+    others = {"loads": lambda capability: (*summarised(capability), *biased(capability)), "masks": masks}
     for capability in map(int, sys.argv[1].split(",")):
-        for head_dim in map(int, sys.argv[2].split(",")):
-            some = launches(capability, head_dim) if head_dim else (*summarised(capability), *biased(capability))
-            for name, made in some:
+        for what in sys.argv[2].split(","):
+            head_dim = int(what) if what.isdigit() else 0
+            for name, made in launches(capability, head_dim) if head_dim else others[what](capability):
                 built = made.compile(capability)
                 with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
                     file.write(built.asm["cubin"])

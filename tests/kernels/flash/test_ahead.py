@@ -33,8 +33,8 @@ def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
         assert row["shared"] <= SHARED[capability], row
 
 
-# of (kernel, capability, head dim): two products of 128 wide keys and values beside two accumulators
-SPILLED = {("backward keys plain", 90, 128): 4, ("backward keys plain", 90, 256): 3}
+# of (kernel, capability, head dim): one address, made again for every tile, beside two accumulators 256 wide
+SPILLED = {("backward keys plain", 90, 256): 1}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -47,14 +47,29 @@ def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(c
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_kernels_that_read_a_value_for_each_score_compile_and_do_not_spill(capability):
-    found = {row["name"]: row for row in compiled(str(capability), "0")}
+    found = {row["name"]: row for row in compiled(str(capability), "loads")}
     assert len(found) == 17
     for name, row in found.items():
         assert row["shared"] <= SHARED[capability], row
         if name.startswith(("forward", "backward", "decode")):
-            allowed = 2 if (name, capability) == ("forward kept", 90) else 0
             assert row["matrix"] and row["loops"] >= (1 if name.startswith("decode") else 2), row
-            assert row["spills"] <= allowed, row
+            assert row["spills"] == 0, row
+
+
+# of (kernel, capability), at a head dim of 128: tiles that spill nothing take a sixth more instructions, or a third
+MASKED = {
+    ("backward keys causal", 90): 1, ("backward keys alibi", 90): 1,
+    ("forward causal", 80): 2, ("forward padding", 80): 7,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_masks_and_biases_leave_the_steady_loop_without_spills(capability):
+    found = {row["name"]: row for row in compiled(str(capability), "masks")}
+    assert len(found) == 9
+    for name, row in found.items():
+        assert row["matrix"] and row["loops"] >= 2 and row["shared"] <= SHARED[capability], row
+        assert row["spills"] <= MASKED.get((name, capability), 0), row
 
 
 def test_kernels_compile_for_an_amd_gpu():

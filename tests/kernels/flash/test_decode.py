@@ -96,7 +96,26 @@ def test_a_mask_by_head():
     call = kept_call(kept, FINITE, True, index=(H, J), heads=2, groups=2)
     assert call.summary.shape[1] == 2
     compare(call)
-    compare(kept_call(kept, FINITE, True, index=(H, J), heads=2, groups=1))  # heads that share keys share no list
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+def test_heads_that_share_keys_share_a_list(fill, rows):
+    """What one of them sees, all of them visit; with a finite fill, where each of them sees something."""
+    starts = torch.tensor([5, 30, 100, 120])[:, None]
+    kept = (torch.arange(S) >= starts) & (torch.arange(S) < starts + 20)  # (H, S)
+    tiles = -(-S // STEP)
+    counts = [len({j // STEP for h in some for j in kept[h].nonzero().view(-1).tolist()}) for some in ((0, 1), (2, 3))]
+    call = kept_call(kept, fill, False, rows=rows, index=(H, J), heads=4, groups=2)
+    compare(call)
+    decoded, _ = split.launches(call, *call.outputs(), TILE, wanted=5)
+    for made in decoded.before:
+        made.run(call.query.device)
+    assert decoded.arguments["walks"][0][0, :, 0, 3].tolist() == counts and max(counts) < tiles
+    blind = kept.clone()
+    blind[1] = False  # a head without a key averages over all where the fill is finite
+    call = kept_call(blind, fill, False, rows=rows, index=(H, J), heads=4, groups=2)
+    compare(call)
 
 
 def test_what_is_empty_is_not_visited():
