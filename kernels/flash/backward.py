@@ -69,6 +69,19 @@ def row_statistics(at, correction, left, BM: tl.constexpr, TURNED: tl.constexpr,
 
 
 @triton.jit
+def both_statistics(at, left, BM: tl.constexpr, CHECK: tl.constexpr):
+    """logsumexp and delta of rows, (1, BM) each, by one read, which takes fewer instructions and more registers."""
+    n = tl.arange(0, BM)[:, None]
+    at += 2 * n + tl.arange(0, 2)[None, :]
+    if CHECK:
+        both = tl.load(at, mask=n < left, other=0.0)
+    else:
+        both = tl.load(at)
+    l2, delta = tl.split(both)
+    return l2[None, :], delta[None, :]
+
+
+@triton.jit
 def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
     """Of the rows i without a live key, logsumexp in natural units, which their fill survives, and the logarithm of
     the sum of exp(score - logsumexp), zero unless SUMMED; infinity for all other rows.
@@ -85,7 +98,7 @@ def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
 
 @triton.jit
 def tile_gradients(
-    dot, dp, l2, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
+    dot, dp, l2, c2, delta, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j,
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
@@ -99,8 +112,8 @@ def tile_gradients(
     prob  the normalised weight
     live  where neither the mask nor an end masks; of no meaning without CHECK
 
-    `at` is where the tile's statistics stand. Delta is read from there once the weights are known: before, it would
-    take registers beside both products. With NATURAL, SCORE and l2 are in natural units.
+    `at` is where the tile's statistics stand. Where delta is None, it is read from there once the weights are known:
+    before, it would take registers beside both products. With NATURAL, SCORE and l2 are in natural units.
     """
     X: tl.constexpr = BN if TURNED else BM
     Y: tl.constexpr = BM if TURNED else BN
@@ -128,7 +141,8 @@ def tile_gradients(
         else:
             prob = tl.exp2(s * SCALE - l2)
         w = prob
-        delta = row_number(at + 1, (sizes[2] >> 1) - i0, BM, 2, TURNED, CHECK or not TURNED)
+        if delta is None:
+            delta = row_number(at + 1, (sizes[2] >> 1) - i0, BM, 2, TURNED, CHECK or not TURNED)
         if WEIGHT is None:
             ds = prob * (dw - delta)
         else:

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.kernels.flash.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.backward import both_statistics, dead_statistics, leaf_part, row_statistics, tile_gradients
 
 
 @triton.jit
@@ -28,14 +28,18 @@ def _keys_step(
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
     # read where they are needed, they do not take registers from the products
-    if correction is None:
+    delta = None
+    if BD <= 64 and correction is None and SCORE is not None:
+        l2_i, delta = both_statistics(at, size_t - i0, BM, CHECK)
+        c2 = 0.0
+    elif correction is None:
         l2_i, c2 = row_statistics(at, None, size_t - i0, BM, True, CHECK, SCORE)
     else:
         l2_i, c2 = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
     if NATURAL:
         _lost, l2_i, c2 = dead_statistics(dead, statistics, i, i, size_t, True)
     w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
+        dot, dp, l2_i, c2, delta, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip

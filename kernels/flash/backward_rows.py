@@ -25,7 +25,7 @@ def _rows_step(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
+        dot, dp, l2, c2, None, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
         THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
         NATURAL,
     )  # fmt: skip

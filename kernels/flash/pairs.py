@@ -42,7 +42,7 @@ def _part(
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
     _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
+        dot, dp, l2_i, c2, None, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
         NATURAL,
     )  # fmt: skip
