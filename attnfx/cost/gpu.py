@@ -9,9 +9,10 @@ import math
 from dataclasses import replace
 from functools import lru_cache
 
+from attnfx import fused
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, work
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, backward_share, even, of_code, other, work
 from attnfx.cost.program import DROPOUT, Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
@@ -38,6 +39,7 @@ SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold wi
 DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
 SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
 PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
+SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves with or without dropout
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -50,6 +52,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
         out += site.flash()
     if ask.can("decode") and not ask.training:
         out += site.decode()
+    if ask.can("library") and not ask.native and (found := site.fused("library")) is not None:
+        out.append(found)
     if ask.can("chunked"):
         out.append(site.chunked())
     return site.original(), out
@@ -323,8 +327,8 @@ class _Site:
     def original(self) -> Candidate:
         """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""
         ask = self.ask
-        if ask.native and ask.dtype != "float32" and self.target.capability >= 80 and self.target.kind == "cuda":
-            return self.fused()
+        if ask.native and (found := self.fused("kept")) is not None:
+            return found
         size = ask.scores * ask.element
         drop = DROPOUT_PASSES if ask.spec.random else 0
         passes, launches = PASSES + drop, LAUNCHES
@@ -336,20 +340,31 @@ class _Site:
         saved = size * (1 + bool(drop)) if ask.training else 0
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
-    def fused(self) -> Candidate:
-        """PyTorch's fused operator: cuDNN's kernel where it has one for the chip, else FlashAttention-2. Masks that are
-        tensors are not skipped."""
-        ask = self.ask
-        name = "cudnn" if self.target.capability in (90, 100) else "flash-attention-2"
-        kernel = other(name, self.target, ask.dtype, self.width)
+    def fused(self, tier: str) -> Candidate | None:
+        """PyTorch's fused operator, where cuDNN or FlashAttention-2 has a kernel for it. Masks that are tensors are not
+        skipped."""
+        ask, dims, target = self.ask, self.dims, self.target
+        if target.kind != "cuda":
+            return None
+        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn)
+        if name is None:
+            return None
+        width = fused.rounded(max(dims["D"], dims["Dv"]))
+        one = other(name, target, ask.dtype, width)
         spec = AttentionSpec() if ask.spec.captures else ask.spec
-        part = work(spec, self.sizes, kernel.rows, kernel.keys)
-        step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * ask.element
-        time = max(kernel.milliseconds(self.target, part, self.heads, step), self.fetched(part, kernel.keys))
-        logsumexp = 4 * self.rows
+        part = work(spec, self.sizes, one.rows, one.keys)
+        step = one.keys * (dims["D"] + dims["Dv"]) * ask.element
+        time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
+        held = saved = 4 * self.rows  # logsumexp
         if ask.training:
-            time *= 3.5  # five products instead of two, and their exponentials again
-        return Candidate("kept", "aten", time + self.launched(), logsumexp, logsumexp if ask.training else 0)
+            time *= 1 + 2.5 / backward_share(name, width)  # five products instead of two
+            time += 2 * self.launched()  # sums of out * grad_out, and the conversion of the query's gradient
+            query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
+            held += SEEDS + fused.workspace(query, key, dims["Dv"], ask.element)
+            saved += SEEDS
+        return Candidate(
+            tier, name if tier == "library" else "aten", time + self.launched(), held, saved * ask.training
+        )
 
 
 @lru_cache(maxsize=4096)

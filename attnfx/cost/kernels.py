@@ -153,10 +153,20 @@ def _others() -> Mapping[tuple[str, int], Mapping]:
     return {(row["name"], row["width"]): row for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]}
 
 
-def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
-    """A published kernel at the nearest head width that is known of it, by the instructions that others.json states."""
+def _other(name: str, width: int) -> Mapping:
+    """What others.json states of a published kernel at the nearest head width that is known of it."""
     widths = sorted(w for n, w in _others() if n == name)
-    row = _others()[name, next((w for w in widths if w >= width), widths[-1])]
+    return _others()[name, next((w for w in widths if w >= width), widths[-1])]
+
+
+def backward_share(name: str, width: int) -> float:
+    """FLOPs in a second of a published kernel's backward pass, over those of its forward pass."""
+    return _other(name, width)["backward"]
+
+
+def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
+    """A published kernel by the instructions that others.json states."""
+    row = _other(name, width)
     rows, keys = row["tile"]
     scores = rows * keys
     special = target.exponentials / (target.multiprocessors * target.clock)
