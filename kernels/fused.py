@@ -1,4 +1,4 @@
-"""PyTorch's fused operator on a GPU, `aten.scaled_dot_product_attention`: which specs it computes, and how it is called.
+"""PyTorch's fused operator on a GPU, `aten.scaled_dot_product_attention`: which specs it computes, and its call.
 
 It is called as it is, not from an operator of ours, so that PyTorch chooses among its kernels, saves for the backward
 pass and differentiates as for any such call. It gets no mask tensor: of a row that one empties its kernels make zeros,

@@ -12,7 +12,7 @@ from functools import lru_cache
 from attnfx import fused
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, backward_share, even, of_code, other, work
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, other_backward, work
 from attnfx.cost.program import DROPOUT, Operations, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
@@ -357,8 +357,7 @@ class _Site:
         time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
         held = saved = 4 * self.rows  # logsumexp
         if ask.training:
-            time *= 1 + 2.5 / backward_share(name, width)  # five products instead of two
-            time += 2 * self.launched()  # sums of out * grad_out, and the conversion of the query's gradient
+            time += other_backward(name, target, width, time, self.rows * dims["Dv"], ask.element)
             query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
             held += SEEDS + fused.workspace(query, key, dims["Dv"], ask.element)
             saved += SEEDS

@@ -159,9 +159,12 @@ def _other(name: str, width: int) -> Mapping:
     return _others()[name, next((w for w in widths if w >= width), widths[-1])]
 
 
-def backward_share(name: str, width: int) -> float:
-    """FLOPs in a second of a published kernel's backward pass, over those of its forward pass."""
-    return _other(name, width)["backward"]
+def other_backward(name: str, target: Target, width: int, forward: float, elements: int, element: int) -> float:
+    """Milliseconds of a published kernel's backward pass after a forward one of so many; `elements` are those of the
+    query, of so many bytes. Beside its five products it sums out * grad_out, fills a float32 gradient of the query with
+    zeros, and converts it."""
+    passed = elements * (2 * element + 4 + 4 + element) / (COPY * target.bandwidth * 1e6)
+    return 2.5 * forward / _other(name, width)["backward"] + passed + 3 * target.launch / 1e3
 
 
 def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
