@@ -65,7 +65,7 @@ def question(mask: str, n: int, device: str, length: int, training: bool) -> Que
     if device == "cpu":
         refused, dtype, kind = dict.fromkeys(("flash", "decode"), "it runs on a GPU"), "float32", "cpu"
     else:
-        refused, dtype, kind = {"library": "it runs on the CPU"}, "bfloat16", "cuda"
+        refused, dtype, kind = {}, "bfloat16", "cuda"
     return Question(AttentionSpec(score=score), dims, dtype, kind, training=training, refused=refused)
 
 

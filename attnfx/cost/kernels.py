@@ -26,7 +26,7 @@ from attnfx.cost.throughput import (
     warp_groups,
 )  # fmt: skip
 from attnfx.ir import algebra as A
-from attnfx.mask import visited
+from attnfx.mask import ANALYSED, visited
 from attnfx.mask.keep import kept
 from attnfx.spec import AttentionSpec
 from attnfx.targets import Target
@@ -59,13 +59,15 @@ def even(blocks: int, each: int, full: float) -> Work:
 
 @lru_cache(maxsize=4096)
 def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
-    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes."""
+    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes.
+    Blocks of fewer rows than the mask was analysed in count as parts of such a block, a bound."""
     sizes = dict(dims)
     if kept(spec) is A.TRUE:
         columns = -(-sizes["S"] // keys)
         return even(-(-sizes["T"] // rows), columns, (sizes["S"] // keys) / max(columns, 1))
-    found = visited(spec, sizes, rows, keys)
-    return Work(found.blocks, found.shortest, found.longest, found.total, min(1.0, found.full / max(found.total, 1)))
+    found, blocks = visited(spec, sizes, max(rows, ANALYSED), keys), -(-sizes["T"] // rows)
+    total = -(-found.total * blocks // max(found.blocks, 1))
+    return Work(blocks, found.shortest, found.longest, total, min(1.0, found.full / max(found.total, 1)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Kernel:
     def program(self, target: Target, part: Work, steps: float, streams: int, bytes_per_step: float) -> float:
         """Cycles of a multiprocessor for a program of `steps` steps, when `streams` streams share it."""
         step = self.full.times(part.full).plus(self.checked, 1.0 - part.full)
-        hidden = (self.stages - 1) * sum(vars(step).values())
+        hidden = (self.stages - 1) * sum(step)
         stall = max(0.0, LATENCY - hidden) if self.stages > 1 else LATENCY
         # a program's work is cut among its streams; each of them waits
         inner = max(1, self.streams // max(self.resident, 1))

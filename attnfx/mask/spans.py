@@ -7,7 +7,7 @@ and a hundred times faster. Of other masks (remainders of keys, differences by b
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -16,6 +16,9 @@ from attnfx.mask import polyhedron as P
 from attnfx.mask.intervals import Intervals, intervals
 
 GRAINS = (64, 32, 1)  # rows; the largest that divides a block is what the block is made of
+# Of a matrix of more rows than so many groups of so many, a sample is counted: that many groups.
+GROUP, GROUPS = 256, 64
+GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, and meet no period of a mask's
 
 
 class Spans:
@@ -24,6 +27,7 @@ class Spans:
 
     def __init__(self, live: Intervals, dead: Intervals, rows: int, keys: int, step: int, exact: bool) -> None:
         self.rows, self.keys, self.step, self.exact = rows, keys, step, exact
+        self.share = 1.0  # groups of rows that each stands for, but for the first and the last
         self._blocks = {step: (live, dead)}
         self._ranges: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
@@ -52,7 +56,35 @@ class Spans:
     def tiles(self, size: int, step: int, dead: bool) -> int:
         """How many tiles of `size` rows by `step` keys hold a score that may be dead; else, one that may be live."""
         x = self.blocks(size)[dead]
-        return _covered(x.low // step, -(-x.high // step))
+        return self.total(_covered(x.low // step, -(-x.high // step)), size)
+
+    def total(self, counts: np.ndarray, size: int) -> int:
+        """The sum of a count of each block of `size` rows."""
+        if self.share == 1.0:
+            return int(counts.sum())
+        ends = GROUP // size, -(-(self.rows % GROUP or GROUP) // size)
+        outer = counts[: ends[0]].sum() + counts[-ends[1] :].sum()
+        return round(float(outer + self.share * counts[ends[0] : -ends[1]].sum()))
+
+    def sampled(self, size: int) -> Spans:
+        """Of many rows the first group, the last one and some between, for blocks of `size` rows that a group is made
+        of. Sums over its blocks are estimates then; of few rows all, and the sums are exact."""
+        groups = -(-self.rows // GROUP)
+        return self if groups <= GROUPS or GROUP % size else self._sample
+
+    @cached_property
+    def _sample(self) -> Spans:
+        groups, inner = -(-self.rows // GROUP), np.arange(GROUPS - 2)
+        share = (groups - 2) / len(inner)
+        between = 1 + ((inner + inner * GOLDEN % 1) * share).astype(np.int64)
+        starts = np.concatenate([[0], between, [groups - 1]]) * (GROUP // self.step)
+        columns = (starts[:, None] + np.arange(GROUP // self.step)).ravel()
+        columns = columns[columns < -(-self.rows // self.step)]
+        live, dead = (Intervals(x.low[:, columns], x.high[:, columns]) for x in self._blocks[self.step])
+        rows = (GROUPS - 1) * GROUP + (self.rows % GROUP or GROUP)
+        made = Spans(live, dead, rows, self.keys, self.step, False)
+        made.share = share
+        return made
 
     def touches(self, size: int, step: int, row: int, column: int) -> tuple[bool, bool]:
         """Whether one of those tiles holds (a score that may be live, one that may be dead)."""
@@ -63,17 +95,17 @@ class Spans:
     @property
     def live(self) -> int:
         """How many (i, j) may be live; for a step of one row."""
-        return _covered(*self.blocks(1)[0])
+        return int(_covered(*self.blocks(1)[0]).sum())
 
 
-def _covered(low: np.ndarray, high: np.ndarray) -> int:
-    """How many numbers the intervals of each row hold, over all rows: from the first start to the last end, but for
-    the gaps, which begin where as many have ended as have started."""
+def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
+    """How many numbers the intervals of each row hold: from the first start to the last end, but for the gaps, which
+    begin where as many have ended as have started."""
     if not len(low):
-        return 0
+        return np.zeros(low.shape[1], np.int64)
     low = np.sort(np.minimum(low, high), axis=0)
     high = np.sort(high, axis=0)
-    return int((high[-1] - low[0]).sum() - np.maximum(low[1:] - high[:-1], 0).sum())
+    return high[-1] - low[0] - np.maximum(low[1:] - high[:-1], 0).sum(0)
 
 
 def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int) -> Spans:
