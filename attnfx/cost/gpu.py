@@ -18,7 +18,7 @@ from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
-from attnfx.mask import key_span, mask_of, rows_live, visited
+from attnfx.mask import key_span, mask_of, rows_live, visited_scores
 from attnfx.mask import summary as mask_summary
 from attnfx.mask.addend import LOST, addend
 from attnfx.mask.keep import kept
@@ -307,7 +307,7 @@ class _Site:
     def chunked(self) -> Candidate:
         """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
         ask, dims = self.ask, self.dims
-        live = visited(ask.spec, dict(self.sizes), BLOCK_ROWS, 1).scores * self.heads
+        live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
         blocks = max(1, -(-live // BLOCK))
         time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)

@@ -116,7 +116,9 @@ class Kernel:
         shared = max(1, self.streams * held // self.resident)
         alone = max(1, self.streams // self.resident)
         cost = self.program(target, part, mean, shared, bytes_per_step)
-        slower = self.program(target, part, mean, alone, bytes_per_step) / cost if cost else 1.0
+        slower = 1.0
+        if cost and alone != shared:
+            slower = self.program(target, part, mean, alone, bytes_per_step) / cost
         shortest, longest = (n * repeat / mean if mean else 1.0 for n in (part.shortest, part.longest))
         return on_all(target, part.blocks * heads, cost, shortest * cost, longest * cost, slower, self.longest_first)
 
