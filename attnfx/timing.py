@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-GIVEN = 0.85  # share of its threads' time that an undisturbed process gets at least: 0.98 to 0.99 measured on two idle cores
+GIVEN = 0.85  # share of its threads' time that an undisturbed process gets: 0.98 to 0.99 measured on two idle cores
 
 
 def shortest(

@@ -71,8 +71,8 @@ class Site:
 
 
 def standard(device: torch.device, many: bool) -> list[Site]:
-    """The sites for a device; `many` for calibration, a dozen: forward and training in turn, so that the first few stand
-    for all."""
+    """The sites for a device; `many` for calibration, a dozen: forward and training in turn, so that the first few
+    stand for all."""
     dtype, lengths = ("float32", (128, 512, 1024)) if device.type == "cpu" else ("bfloat16", (512, 2048, 8192))
     heads, width = (8, 64) if device.type == "cpu" else (16, 128)
     if not many:
