@@ -10,7 +10,6 @@ from torch.fx import GraphModule, Node
 
 from attnfx import calibration, cost, tuning
 from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
-from attnfx.mask import summary as mask_summary
 from attnfx.options import Options
 from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
@@ -90,7 +89,10 @@ class Deciding:
         tier = tiers[0].partition(":")[0]
         summary = None if target is None or tier in here else cost.summary(question, target, tier)
         try:
-            replaced = carry_out(self.traced, match, tiers, self.carriers, reductions, summary)
+            call = None if tier in here else fused_call(match, tier)
+            replaced = rewrite(
+                self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary, fused=call
+            )
         except CannotEmit as problem:
             site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
             return self._shielded(finding, site)
@@ -231,20 +233,11 @@ def refusals(
     return found
 
 
-def carry_out(
-    gm: GraphModule, match: Match, tiers: Sequence[str], carriers: Carriers, reductions: Sequence[Reduction] = (),
-    summary: mask_summary.Summary | None = None,
-) -> list[tuple[Node, Node]]:  # fmt: skip
-    """As `rewrite`, for the operator's tiers: on a GPU the library tier is a call of PyTorch's own operator."""
-    call = fused_call(match, tiers)
-    return rewrite(gm, match, OPERATORS, ",".join(tiers), carriers, reductions, summary=summary, fused=call)
-
-
-def fused_call(match: Match, tiers: Sequence[str]) -> fused.Fused | None:
-    """How PyTorch's fused operator is called for a match, where the graph calls it itself."""
+def fused_call(match: Match, tier: str) -> fused.Fused | None:
+    """How PyTorch's fused operator is called for a match, where the graph itself calls it: a GPU's library tier."""
     call = fused.call_of(match.spec)
     gpu = value(match.query.node).device.type == "cuda"
-    return call if gpu and tiers[0] == "library" and isinstance(call, fused.Fused) else None
+    return call if gpu and tier == "library" and isinstance(call, fused.Fused) else None
 
 
 def tiers_of(
@@ -279,7 +272,8 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
             return None
         find_reductions(finder, [found])
         tiers = tiers_of(candidate, {}, value(found.query.node).device, found.reductions)
-        carry_out(again, found, tiers, size_carriers(again), found.reductions)
+        call = fused_call(found, candidate.tier)
+        rewrite(again, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions, fused=call)
         clean(again)
         check(again)
         return again
@@ -287,4 +281,4 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
     return build
 
 
-__all__ = ["OPERATORS", "Deciding", "carry_out", "fused_call", "refusals", "target_of", "tiers_of"]
+__all__ = ["OPERATORS", "Deciding", "fused_call", "refusals", "target_of", "tiers_of"]

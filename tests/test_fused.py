@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnfx import Target, deciding, fused, pipeline
 from attnfx.cost import Question, decide
@@ -28,9 +29,9 @@ def graphs(monkeypatch):
     """As on a GPU, the library tier is a call of PyTorch's operator; the graphs that it is written into."""
     made = []
 
-    def written(match, tiers):
+    def written(match, tier):
         found = call.call_of(match.spec)
-        return found if tiers[0] == "library" and isinstance(found, call.Fused) else None
+        return found if tier == "library" and isinstance(found, call.Fused) else None
 
     def run(gm, *rest):
         made.append(original(gm, *rest))
@@ -54,7 +55,7 @@ def plain(q, k, v):
 
 
 def causal(q, k, v):
-    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).triu(1)
+    hidden = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     return torch.softmax((q @ k.mT * 0.3).masked_fill(hidden, -math.inf), -1) @ v
 
 
@@ -228,3 +229,24 @@ def test_a_plan_for_a_gpu_counts_the_same_workspace():
     use = Use(CAUSAL, query, query, query, cpu=False)
     assert workspace(use, "library") == 0
     assert workspace(replace(use, grad_out=query), "library") == 4 * 16 * 4096 * 129
+
+
+def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
+    """With fake tensors, which stand on a device that is not there."""
+    monkeypatch.setattr(call, "expresses", lambda *of: None)
+    options, made = Options.make({"target": "h100-sxm"}), []
+
+    def backend(gm, _):
+        made.append(pipeline.run(gm, options))
+        return gm.forward
+
+    with FakeTensorMode(), torch.no_grad():
+        q, k = (torch.empty(4, h, 4096, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
+        torch.compile(lambda q, k, v: grouped(q, k, v), backend=backend)(q, k, k)
+    (site,) = made[0].report.sites
+    assert (site.decision.tier, site.decision.kernel) == ("library", fused.CUDNN) and not site.notes
+    (written,) = calls(made)
+    assert written.args[1].meta["val"].shape == (4, 2, 4096, 128) and written.kwargs == {
+        "scale": 0.3,
+        "enable_gqa": True,
+    }
