@@ -209,6 +209,15 @@ def test_it_costs_what_the_same_call_of_a_model_costs():
         assert library("a100-80gb", training=training, native=True) is None
 
 
+@pytest.mark.parametrize("width", [100, 512])
+def test_a_call_of_a_model_holds_no_scores_whatever_its_kernel(width):
+    dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=width, Dv=width)
+    ask = Question(PLAIN, dims, "bfloat16", "cuda", native=True)
+    decision = decide(ask, Options(), device=Target.by_name("h100-sxm"))
+    kept = next(c for c in (decision, *decision.alternatives) if c.tier == "kept")
+    assert kept.kernel == "aten" and kept.predicted_bytes == 4 * 16 * 4096
+
+
 def test_an_older_cudnn_is_not_taken_first():
     new, old = library(), library(cudnn=False)
     assert (new.kernel, old.kernel) == (fused.CUDNN, fused.FLASH) and new.predicted_ms < 0.75 * old.predicted_ms

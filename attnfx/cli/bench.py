@@ -115,14 +115,14 @@ def measure(site: Site, device: torch.device) -> Decision | None:
     return decision if decision is not None and decision.measured_ms is not None else None
 
 
-def timed(sites: Iterable[Site], device: torch.device) -> list[tuple[Site, Decision]]:
-    """The sites that could be timed, with their decisions; what could not is said on the error output. Where several
-    threads share the work, times of a machine that is busy with something else are not kept: they say nothing of it."""
+def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tuple[Site, Decision]]:
+    """The sites that could be timed, with their decisions; what could not is said on the error output. With `alone`,
+    times of a processor that other programs kept busy are left out: they say nothing of it."""
     found = []
-    free = timing.undisturbed(device)
+    free = not alone or timing.undisturbed(device)
     for site in sites:
         decision, before = measure(site, device), free
-        free = timing.undisturbed(device)
+        free = not alone or timing.undisturbed(device)
         if decision is None:
             click.echo(f"attnfx bench: {site} could not be timed", err=True)
         elif not (before and free):
@@ -178,7 +178,7 @@ def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None
     sites = standard(at, calibrate)
     shown = timing.with_progress(sites, "standard sites")
     with calibration.uncorrected() if calibrate else nullcontext():
-        found = timed(in_time(shown, seconds) if calibrate else shown, at)
+        found = timed(in_time(shown, seconds) if calibrate else shown, at, alone=calibrate)
     rows = [row(site, decision) for site, decision in found]
     factors = calibration.fit((decision, site.training) for site, decision in found)
     if calibrate and not factors:

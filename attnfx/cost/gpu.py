@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
 from attnfx import fused
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
 from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, other_backward, work
-from attnfx.cost.program import DROPOUT, Operations, operations
+from attnfx.cost.program import DROPOUT, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
@@ -216,7 +215,7 @@ class _Site:
     def kernel(self, code: Code, products: float) -> Kernel:
         """`products`: matrix FLOPs of each score, over all of the kernel's products."""
         extra = self.extra if code.kernel == "decode" else self.beside
-        return _kernel(code, self.target, self.ask.dtype, products, extra)
+        return of_code(code, self.target, self.ask.dtype, products, extra)
 
     def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
         """Milliseconds of a launch over blocks of rows; `turned`, over blocks of keys: each walks along the rows of
@@ -341,12 +340,12 @@ class _Site:
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
     def fused(self, tier: str) -> Candidate | None:
-        """PyTorch's fused operator, where cuDNN or FlashAttention-2 has a kernel for it. Masks that are tensors are not
-        skipped."""
+        """PyTorch's fused operator, where cuDNN or FlashAttention-2 has a kernel for it. One that the graph calls
+        already is taken to be no slower with another kernel. Masks that are tensors are not skipped."""
         ask, dims, target = self.ask, self.dims, self.target
-        if target.kind != "cuda":
-            return None
         name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn)
+        if name is None and tier == "kept" and target.kind == "cuda" and target.capability >= fused.LEAST_CAPABILITY:
+            name = fused.FLASH if ask.dtype in fused.DTYPES else None
         if name is None:
             return None
         width = fused.rounded(max(dims["D"], dims["Dv"]))
@@ -364,11 +363,6 @@ class _Site:
         return Candidate(
             tier, name if tier == "library" else "aten", time + self.launched(), held, saved * ask.training
         )
-
-
-@lru_cache(maxsize=4096)
-def _kernel(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
-    return of_code(code, target, dtype, products, extra)
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:

@@ -123,6 +123,7 @@ class Kernel:
         return on_all(target, part.blocks * heads, cost, shortest * cost, longest * cost, slower, self.longest_first)
 
 
+@lru_cache(maxsize=4096)
 def of_code(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
     """A kernel of ours, whose products take `products` matrix FLOPs for each score."""
     rows, keys, warps, stages = code.tile
