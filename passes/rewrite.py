@@ -212,8 +212,9 @@ def rewrite(
         keep = [letter for letter, axes in r.axes.items() if r.kind == "rows" or any(a.value in named for a in axes)]
         given = [*operands, *_arguments(emit, r), drawn, r.spec.to_json()]
         if r.kind in ("max", "argmax"):
-            keep = ["b", "h", "i"]
-            weights = emit.call(operator.getitem, emit.call(operators.largest, *given), int(r.kind == "argmax"))
+            keep = [letter for letter in AXES if letter != r.over]
+            largest = emit.call(operators.largest, *given, r.over)
+            weights = emit.call(operator.getitem, largest, int(r.kind == "argmax"))
         else:
             weights = emit.call(operators.weights, *given, "".join(keep))
         left = [a for letter in keep for a in r.axes[letter]]
