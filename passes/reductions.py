@@ -43,6 +43,8 @@ def _asked(n: Node) -> tuple[Node, str] | None:
         return source, "rows"  # type: ignore[return-value]
     if name == "argmax" and is_tensor(source):
         return source, "argmax"  # type: ignore[return-value]
+    if name == "amax" and is_tensor(source):
+        return source, "max"  # type: ignore[return-value]
     if name == "getitem" and isinstance(source, Node) and op_name(source) == "max" and len(source.args) > 1:
         return source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[return-value,index]
     return None
@@ -78,6 +80,8 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
         return None  # asked for in a wider type than the weights have
     if facts.regions[final] != facts.regions[match.final]:
         return None
+    if op_name(final) == "amax" and final in facts.differentiable:
+        return None  # equal weights share its gradient
     dimensions = _dimensions(weights)
     try:
         lifted = finder.lifter.lift(weights, dimensions)
@@ -121,12 +125,15 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
         axes["i"] = [row]
         *programs, weight = (substitute(p, {S.I: A.add(S.I, A.const(start))}) for p in (*programs, weight))
     else:
-        at = final if op_name(final) == "argmax" else final.args[0]
+        at = final.args[0] if op_name(final) == "getitem" else final
         dim = argument(at, 1, "dim")  # type: ignore[arg-type]
+        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
         plain = match.spec.normaliser == "softmax" and weight is A.PROB
         if not isinstance(dim, int) or not plain or index[dim] not in (match.column, match.row):
             return None
         over = "j" if index[dim] is match.column else "i"
+        if op_name(final) == "amax" and over == "j":
+            return None  # it is computed with its row
         kept = [x for x in index if x is not index[dim]]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
     spec, captures, sizes = renumbered(draft, programs, match, reading)

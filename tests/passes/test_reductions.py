@@ -207,6 +207,18 @@ def test_rows_of_the_weights_and_their_largest_are_computed_without_them(fn, sha
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
 
 
+def test_the_largest_of_each_key_without_its_row_is_computed_where_it_has_no_gradient(shapes_left):
+    def fn(q, k, v):
+        w = causal(q, k)
+        return w @ v, w.amax(-2), w.amax((2,), keepdim=True)
+
+    (site,) = check(fn, *inputs(), dynamic=False, train=False)
+    assert "parts of its weights are computed without them" in site.notes[-1]
+    assert not {s for s in shapes_left if s[-2:] == (T, S)}
+    (site,) = check(fn, *inputs())
+    assert not site.notes
+
+
 def smallest_key(q, k, v):
     w = weights_of(q, k)
     return w @ v, w.amin(-1), w.amax(-1, keepdim=True)
