@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.checkpoint import checkpoint
 
 from attnfx import Target, deciding, fused, pipeline
 from attnfx.cost import Question, decide
@@ -33,8 +34,8 @@ def graphs(monkeypatch):
         found = call.call_of(match.spec)
         return found if tier == "library" and isinstance(found, call.Fused) else None
 
-    def run(gm, *rest):
-        made.append(original(gm, *rest))
+    def run(*args, **kwargs):
+        made.append(original(*args, **kwargs))
         return made[-1]
 
     original = pipeline.run
@@ -115,6 +116,25 @@ def test_sizes_may_be_symbolic(graphs):
         args = qkv(t=t)
         torch.testing.assert_close(fn(*args), causal(*args), rtol=1e-4, atol=1e-5)
     assert calls(graphs) and len(graphs) == 1
+
+
+@pytest.mark.parametrize("sizes", [dict(t=0, s=5), dict(t=5, s=0)], ids=str)
+def test_sizes_may_be_zero(graphs, sizes):
+    check(plain, *qkv(**sizes), train=False, sites=None, tiers=("library",))
+
+
+def test_it_is_compared_with_the_original_on_request(graphs, tmp_path):
+    check(causal, *qkv(), tiers=("library",), verify="first", dump_dir=str(tmp_path))
+    assert len(calls(graphs[-1:])) == 1
+
+
+def test_autocast_and_checkpoints_keep_their_meaning(graphs):
+    def cast(q, k, v):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return torch.softmax(q @ k.mT / 8, -1).to(v.dtype) @ v
+
+    check(cast, *qkv(), train=False, exact=False, sites=None, tolerance=3e-2, tiers=("library",))
+    check(lambda *x: checkpoint(causal, *x, use_reentrant=False), *qkv(), sites=None, tiers=("library",))
 
 
 def test_a_site_that_shares_its_weights_stays_an_operator_of_ours(graphs):
