@@ -6,7 +6,9 @@ They are kept in the cache under the device's name and the versions of what ran,
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from statistics import fmean
 
 import torch
@@ -18,6 +20,7 @@ from attnfx.report import Candidate, Decision
 
 CORRECTIONS = cache.JsonCache("calibration")
 MOST = 1e3  # a correction beyond this is a mistake, not a device
+_off: ContextVar[bool] = ContextVar("_off", default=False)
 
 
 def fit(measured: Iterable[tuple[Decision, bool]]) -> dict[str, float]:
@@ -38,8 +41,20 @@ def store(device: torch.device, factors: dict[str, float]) -> None:
     CORRECTIONS.put(_key(device), factors)
 
 
+@contextmanager
+def uncorrected() -> Iterator[None]:
+    """Predictions in this context are the model's own, as `fit` wants them."""
+    token = _off.set(True)
+    try:
+        yield
+    finally:
+        _off.reset(token)
+
+
 def corrections(device: torch.device) -> dict[str, float]:
     """The device's corrections, {} where none were measured or what is kept makes no sense."""
+    if _off.get():
+        return {}
     held = CORRECTIONS.entries()
     found = held.get(_key(device)) if held else None
     if not isinstance(found, dict):

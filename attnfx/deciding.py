@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx import calibration, cost, tuning
-from attnfx.kernels import configuration, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
+from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
 from attnfx.options import Options
 from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
@@ -20,7 +20,7 @@ from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
 from attnfx.passes.reductions import drawn_for_others, find_reductions
 from attnfx.passes.region_rewrite import replace_region
 from attnfx.passes.regions import Region, find_region
-from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, rewrite, size_carriers
+from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.trace import trace
 from attnfx.report import Candidate, Decision, Site
@@ -78,7 +78,7 @@ class Deciding:
             site.refusal = refusal("one_draw", message, *finding.anchors, apart)
             return self._shielded(finding, site)
         query = value(match.query.node)
-        here = operator.refusals(match.spec, query.dtype, query.device, sizes["D"], sizes["Dv"])
+        here = refusals(match, sizes, query.device)
         question = self._question(match, finding, sizes, reader, here)
         site.decision = told or self._choose(question, match, site, reader)
         if site.decision.tier == "kept":
@@ -89,8 +89,9 @@ class Deciding:
         tier = tiers[0].partition(":")[0]
         summary = None if target is None or tier in here else cost.summary(question, target, tier)
         try:
+            call = None if tier in here else fused_call(match, tier)
             replaced = rewrite(
-                self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary
+                self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary, fused=call
             )
         except CannotEmit as problem:
             site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
@@ -107,7 +108,7 @@ class Deciding:
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
-            refused = operator.refusals(match.spec, query.dtype, device, sizes["D"], sizes["Dv"], target.capability)
+            refused = refusals(match, sizes, device, target.capability)
         return cost.Question(
             match.spec,
             sizes,
@@ -117,6 +118,7 @@ class Deciding:
             native=op_name(finding.final) in SDPA,
             sums=0 if reader is not None else sum(r.kind != "rows" for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
+            cudnn=isinstance(target, Target) or fused.prefers_cudnn(),
             refused=refused,
         )
 
@@ -136,9 +138,9 @@ class Deciding:
         self, site: Site, match: Match, reductions: Sequence[Reduction], tiers: Sequence[str], here: Mapping[str, str]
     ) -> None:
         target = self.options.target
-        if isinstance(target, Target) and site.decision is not None and site.decision.tier in here:
+        present = value(match.query.node).device.type
+        if isinstance(target, Target) and (tiers[0].partition(":")[0] in here or target.kind != present):
             instead = next(t for t in tiers if t.partition(":")[0] not in here)
-            present = value(match.query.node).device.type
             site.notes = (*site.notes, f"decided for {target.name}; the {present} at hand runs it as {instead}")
         if reductions:
             places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
@@ -216,6 +218,28 @@ def target_of(options: Options, present: torch.device) -> tuple[Target | None, t
     return None, present
 
 
+def refusals(
+    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None
+) -> dict[str, str]:
+    """Why each tier that cannot run a site cannot, on a device or on any with that compute capability."""
+    dtype, extents = value(match.query.node).dtype, dimensions(match)
+    found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
+    if device.type == "cuda" and "library" not in found:
+        call = fused.call_of(match.spec)
+        if match.reductions:
+            found["library"] = "parts of the weights are read, and it gives no log-sum-exp to compute them from"
+        elif isinstance(call, fused.Fused) and call.causal and extents["T"] is not extents["S"]:
+            found["library"] = "its kernels are causal where there are as many queries as keys"
+    return found
+
+
+def fused_call(match: Match, tier: str) -> fused.Fused | None:
+    """How PyTorch's fused operator is called for a match, where the graph itself calls it: a GPU's library tier."""
+    call = fused.call_of(match.spec)
+    gpu = value(match.query.node).device.type == "cuda"
+    return call if gpu and tier == "library" and isinstance(call, fused.Fused) else None
+
+
 def tiers_of(
     chosen: Candidate, here: Mapping[str, str], present: torch.device, reductions: Sequence[Reduction] = ()
 ) -> list[str]:
@@ -248,7 +272,8 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
             return None
         find_reductions(finder, [found])
         tiers = tiers_of(candidate, {}, value(found.query.node).device, found.reductions)
-        rewrite(again, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions)
+        call = fused_call(found, candidate.tier)
+        rewrite(again, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions, fused=call)
         clean(again)
         check(again)
         return again
@@ -256,4 +281,4 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
     return build
 
 
-__all__ = ["OPERATORS", "Deciding", "target_of", "tiers_of"]
+__all__ = ["OPERATORS", "Deciding", "fused_call", "refusals", "target_of", "tiers_of"]

@@ -19,9 +19,12 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
+from attnfx.kernels.operator import refusals
 from attnfx.mask import describe, prepare
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, H, I, J
@@ -62,11 +65,11 @@ def question(mask: str, n: int, device: str, length: int, training: bool) -> Que
     if keep is not None:
         score = A.where(keep, score, A.const(float("-inf")))
     dims = dict(B=1, H=32, G=8, T=length, S=length, D=128, Dv=128)
-    if device == "cpu":
-        refused, dtype, kind = dict.fromkeys(("flash", "decode"), "it runs on a GPU"), "float32", "cpu"
-    else:
-        refused, dtype, kind = {"library": "it runs on the CPU"}, "bfloat16", "cuda"
-    return Question(AttentionSpec(score=score), dims, dtype, kind, training=training, refused=refused)
+    dtype, kind = ("float32", "cpu") if device == "cpu" else ("bfloat16", "cuda")
+    spec = AttentionSpec(score=score, out_dtype=dtype)
+    capability = None if device == "cpu" else Target.by_name(device).capability
+    refused = refusals(spec, getattr(torch, dtype), torch.device(kind), dims["D"], dims["Dv"], capability)
+    return Question(spec, dims, dtype, kind, training=training, refused=refused)
 
 
 def milliseconds(run: Callable[[], object]) -> float:

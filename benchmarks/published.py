@@ -1,4 +1,4 @@
-"""The cost model against published numbers: forward TFLOP/s of attention kernels whose authors measured them.
+"""The cost model against published numbers: TFLOP/s of attention kernels whose authors measured them.
 
     python benchmarks/published.py [--out benchmarks/results/published.json]
 
@@ -8,6 +8,8 @@ as one stream, and single warps as streams, was settled with the table in sight.
 papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, FLOPs of a causal mask counted half. `held` marks
 the points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds; shorter rows are mostly what
 happens before and after a kernel's loop, and little is published of the kernels' schedules at head width 256.
+The products of a backward pass are predicted as a share of the forward pass's rate, which others.json has from this
+table's 16384 tokens; what it passes through memory beside them shows in the shorter rows.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from attnfx.cost.kernels import other, work
+from attnfx.cost.kernels import other, other_backward, work
 from attnfx.ir import algebra as A
 from attnfx.spec import AttentionSpec, I, J
 from attnfx.targets import Target
@@ -26,6 +28,7 @@ from attnfx.targets import Target
 OUT = Path(__file__).parent / "results" / "published.json"
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 FA3 = "Shah et al. 2024, FlashAttention-3 (arXiv:2407.08608), figure 5: attention forward speed, H100 80GB SXM5"
+BACK = "Shah et al. 2024, FlashAttention-3 (arXiv:2407.08608), figure 6: attention backward speed, H100 80GB SXM5"
 FA2 = "Dao 2023, FlashAttention-2 (arXiv:2307.08691): about 70% (at most 73%) of an A100's peak of 312 TFLOP/s"
 UPSTREAM = "PyTorch benchmark repository, pull request 2391: Triton's tutorial kernel, H100"
 BEST = "upstream Triton's best tutorial kernel, H100 SXM, 16k, as this project's survey found it"
@@ -48,6 +51,14 @@ TABLE = (
     ("flash-attention-2", "h100-sxm", 128, True, (191, 260, 298, 319, 333, 335), FA3),
     ("flash-attention-2", "a100-80gb", 128, False, (None, None, None, None, None, 0.7 * 312), FA2),
 )
+BACKWARD = (
+    ("flash-attention-3", "h100-sxm", 64, (272, 363, 422, 453, 472, 474)),
+    ("flash-attention-3", "h100-sxm", 128, (316, 424, 501, 542, 559, 561)),
+    ("cudnn", "h100-sxm", 64, (266, 348, 395, 417, 432, 433)),
+    ("cudnn", "h100-sxm", 128, (305, 408, 465, 499, 518, 516)),
+    ("flash-attention-2", "h100-sxm", 64, (198, 238, 264, 279, 287, 291)),
+    ("flash-attention-2", "h100-sxm", 128, (214, 260, 291, 310, 318, 322)),
+)
 PLAIN = A.mul(A.const(0.125), A.DOT)
 SPECS = {
     False: AttentionSpec(score=PLAIN),
@@ -67,20 +78,25 @@ class Point(NamedTuple):
     predicted: float
     held: bool
     source: str
+    backward: bool = False
 
     @property
     def error(self) -> float:
         return self.predicted / self.published - 1
 
 
-def predict(kernel: str, device: str, width: int, causal: bool, length: int, tokens: int = 16384) -> float:
-    """TFLOP/s of a forward pass over `tokens` tokens in rows of `length`, hidden size 2048."""
+def predict(
+    kernel: str, device: str, width: int, causal: bool, length: int, backward: bool = False, tokens: int = 16384
+) -> float:
+    """TFLOP/s of a forward or a backward pass over `tokens` tokens in rows of `length`, hidden size 2048."""
     target, heads, batch = Target.by_name(device), 2048 // width, tokens // length
     one = other(kernel, target, "bfloat16", width)
     sizes = (("B", batch), ("H", heads), ("S", length), ("T", length))
     part = work(SPECS[causal], sizes, one.rows, one.keys)
     ms = one.milliseconds(target, part, batch * heads, one.keys * 2 * width * 2) + target.launch / 1e3
-    return 4 * batch * heads * length**2 * width * (0.5 if causal else 1) / ms / 1e9
+    if backward:
+        ms = other_backward(kernel, target, width, ms, tokens * 2048, 2)
+    return (10 if backward else 4) * batch * heads * length**2 * width * (0.5 if causal else 1) / ms / 1e9
 
 
 def points() -> Iterator[Point]:
@@ -90,6 +106,10 @@ def points() -> Iterator[Point]:
                 found = predict(kernel, device, width, causal, length)
                 held = length >= 1024 and width <= 128
                 yield Point(kernel, device, width, causal, length, published, found, held, source)
+    for kernel, device, width, numbers in BACKWARD:
+        for length, published in zip(LENGTHS, numbers):
+            found = predict(kernel, device, width, False, length, backward=True)
+            yield Point(kernel, device, width, False, length, published, found, length >= 1024, BACK, backward=True)
 
 
 def main() -> None:
@@ -98,14 +118,14 @@ def main() -> None:
     options = parser.parse_args()
     found = list(points())
     for p in found:
-        mask = "causal" if p.causal else ""
-        print(f"{p.kernel:18} {p.device:10} {p.width:4} {mask:7} {p.length:6} {p.published:7.0f} {p.predicted:7.0f} "
+        mask = "causal" if p.causal else "backward" if p.backward else ""
+        print(f"{p.kernel:18} {p.device:10} {p.width:4} {mask:8} {p.length:6} {p.published:7.0f} {p.predicted:7.0f} "
               f"{p.error:+6.1%} {'' if p.held else '(not held)'}")  # fmt: skip
     held = [abs(p.error) for p in found if p.held]
     print(f"{len(held)} points held: error {sum(held) / len(held):.1%} in the mean, {max(held):.1%} at most; "
           f"{sum(e <= 0.15 for e in held)} within 15%")  # fmt: skip
     rows = [p._asdict() | {"predicted": round(p.predicted, 1), "error": round(p.error, 3)} for p in found]
-    data = {"unit": "TFLOP/s forward; predicted by attnfx.cost, published by the sources", "rows": rows}
+    data = {"unit": "TFLOP/s; predicted by attnfx.cost, published by the sources", "rows": rows}
     options.out.write_text(json.dumps(data, indent=1) + "\n")
 
 

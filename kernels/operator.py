@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from attnfx.kernels import chunked, library
+from attnfx.kernels import chunked, fused, library
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import parse
 from attnfx.kernels.flash import tier as flash
@@ -90,10 +90,12 @@ def refusals(
     capability: int | None = None,
 ) -> dict[str, str]:
     """Why each tier that cannot run a spec, whatever the other sizes, cannot. With `capability`, on a device of that
-    compute capability, which need not be there."""
+    compute capability, which need not be there. On a GPU the library tier is a call that the graph itself makes."""
     reasons = {}
     for name, tier in TIERS.items():
-        if name in AUTO.get(device.type, ("chunked",)):
+        if name == "library" and device.type == "cuda":
+            reasons[name] = fused.expresses(spec, dtype, device, head_dim, value_width, capability)
+        elif name in AUTO.get(device.type, ("chunked",)):
             reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width, capability)
         else:
             reasons[name] = f"it is no tier of {device.type}"

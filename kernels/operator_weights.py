@@ -18,9 +18,9 @@ from attnfx.spec import from_json
 _SHARED = "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec"
 _FORWARD = f"attention_weights({_SHARED}, str keep) -> Tensor"
 _BACKWARD = f"attention_weights_backward(Tensor grad_out, {_SHARED}, str keep) -> (Tensor, Tensor, Tensor[])"
-_MAX = f"attention_weights_max({_SHARED}) -> (Tensor, Tensor)"
+_MAX = f"attention_weights_max({_SHARED}, str over) -> (Tensor, Tensor)"
 _MAX_BACKWARD = (
-    f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}) -> (Tensor, Tensor, Tensor[])"
+    f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}, str over) -> (Tensor, Tensor, Tensor[])"
 )
 
 
@@ -91,51 +91,58 @@ def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__
     return 3 * _flops(query_shape, key_shape)
 
 
-# -- the largest of each row ----------------------------------------------------------------------
+# -- the largest of each row, or of each key --------------------------------------------------------
 def _max_call(*given) -> Call:
-    call = _call(*given)
+    call, over = _call(*given[:-1]), given[-1]
+    require(over in ("i", "j"), f"over is {over!r}, expected 'i' or 'j'")
     plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
     require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
-    require(call.key.shape[2] > 0, "there is no key to be the largest")
+    size, what = (call.query.shape[2], "row") if over == "i" else (call.key.shape[2], "key")
+    require(size > 0, f"there is no {what} to be the largest")
     return call
 
 
+def _shape_of_max(call: Call, over: str) -> list[int]:
+    return weights.shape_of(call, weights.AXES.replace(over, ""))
+
+
 def _max(query, key, logsumexp, *rest):
-    return weights.largest(_max_call(query, key, logsumexp, *rest), logsumexp)
+    return weights.largest(_max_call(query, key, logsumexp, *rest), logsumexp, rest[-1])
 
 
 def _max_backward(grad_out, index, query, key, logsumexp, *rest):
     call = _max_call(query, key, logsumexp, *rest)
+    wanted = _shape_of_max(call, rest[-1])
     for name, x in (("grad_out", grad_out), ("index", index)):
-        require(x.shape == query.shape[:3], f"{name} is {tuple(x.shape)}, expected {tuple(query.shape[:3])}")
-    return weights.largest_backward(call, grad_out, index, logsumexp)
+        require(list(x.shape) == wanted, f"{name} is {tuple(x.shape)}, expected {tuple(wanted)}")
+    return weights.largest_backward(call, grad_out, index, logsumexp, rest[-1])
 
 
 def _fake_max(query, key, logsumexp, *rest):
     call = _max_call(query, key, logsumexp, *rest)
-    shape = query.shape[:3]
+    shape = _shape_of_max(call, rest[-1])
     return query.new_empty(shape, dtype=call.compute), query.new_empty(shape, dtype=torch.int64)
 
 
 def _fake_max_backward(grad_out, index, *operands):
-    return _fake_weights_backward(grad_out, *operands)
+    return _fake_weights_backward(grad_out, *operands[:-1])
 
 
 def _setup_max(ctx, inputs, output):
-    query, key, logsumexp, captures, sizes, _, spec = inputs
+    query, key, logsumexp, captures, sizes, _, spec, over = inputs
     ctx.save_for_backward(query, key, logsumexp, output[1], *captures)
-    ctx.sizes, ctx.spec = sizes, spec
+    ctx.sizes, ctx.spec, ctx.over = sizes, spec, over
     ctx.mark_non_differentiable(output[1])
 
 
 def _differentiate_max(ctx, grad_out, _):
     query, key, logsumexp, index, *captures = ctx.saved_tensors
     of_query, of_key, found = torch.ops.attnfx.attention_weights_max_backward(
-        grad_out, index, query, key, logsumexp, captures, ctx.sizes, None, ctx.spec
+        grad_out, index, query, key, logsumexp, captures, ctx.sizes, None, ctx.spec, ctx.over
     )
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
-    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None
+    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
 
 
 register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2)

@@ -1,5 +1,5 @@
 """The weights of an attention, added up over some of their axes: their mean over heads, what each key received. Or
-the largest of each row, and its key.
+the largest of each row, and its key, or of each key, and its row.
 
 They are computed again, block by block as `chunked` does, and never exist beyond one block of them, unless all four
 axes are asked for. The blocks and the dropout are those of the attention's own passes.
@@ -89,29 +89,44 @@ def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Te
     return _gradients(run, of_weights)
 
 
-def largest(call: Call, logsumexp: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, H, T) the largest weight of each row, in the compute type, and the first key that has it. Weights are
-    probabilities, not dropped: a key outside a block's range has none that is larger."""
-    run = _run(call, logsumexp)
-    most = torch.zeros(call.query.shape[:3], dtype=call.compute, device=call.query.device)
-    key = torch.zeros(call.query.shape[:3], dtype=torch.int64, device=call.query.device)
+def largest(call: Call, logsumexp: Tensor, over: str = "j") -> tuple[Tensor, Tensor]:
+    """The largest weight over the axis `over`, "i" or "j", in the compute type, and the first place that has it: of
+    each row (B, H, T) and its key, or of each key (B, H, S) and its row. Weights are probabilities, not dropped: a key
+    outside a block's range has none that is larger."""
+    run, shape = _run(call, logsumexp), shape_of(call, AXES.replace(over, ""))
+    most = torch.zeros(shape, dtype=call.compute, device=call.query.device)
+    place = torch.zeros(shape, dtype=torch.int64, device=call.query.device)
     for at, weight in _blocks(run):
-        where = _region(run, at)[:3]
-        most[where], found = weight.max(-1)
-        key[where] = found + at.j0
-    return most, key
+        where, start = _others(run, at, over)
+        best, found = weight.max(AXES.index(over))
+        before = most[where]  # of a key, in rows of other blocks, which came first where they are as large
+        better = (best > before) | (best.isnan() & ~before.isnan())
+        most[where] = torch.where(better, best, before)
+        place[where] = torch.where(better, found + start, place[where])
+    return most, place
 
 
-def largest_backward(call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients as `backward` gives them, of the weights at the keys `index`, whose gradient is `grad`."""
-    run = _run(call, logsumexp)
+def largest_backward(
+    call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor, over: str = "j"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients as `backward` gives them, of the weights at the places `index`, whose gradient is `grad`."""
+    run, dim = _run(call, logsumexp), AXES.index(over)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
-        where = _region(run, at)[:3]
-        at_key = (index[where] - at.j0).unsqueeze(-1)
-        return torch.zeros_like(weight).scatter_(-1, at_key, grad[where].to(weight.dtype).unsqueeze(-1))
+        where, start = _others(run, at, over)
+        place = index[where] - start
+        inside = (place >= 0) & (place < weight.shape[dim])
+        value = torch.where(inside, grad[where].to(weight.dtype), 0.0)
+        place = place.clamp(0, weight.shape[dim] - 1)
+        return torch.zeros_like(weight).scatter_(dim, place.unsqueeze(dim), value.unsqueeze(dim))
 
     return _gradients(run, of_weights)
+
+
+def _others(run: Run, at: Block, over: str) -> tuple[tuple[slice, ...], int]:
+    """(the block's region without an axis, where it starts along that)."""
+    region = _region(run, at)
+    return tuple(r for r, a in zip(region, AXES) if a != over), region[AXES.index(over)].start
 
 
 def _gradients(run: Run, of_weights: Callable[[Block, Tensor], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:

@@ -91,7 +91,8 @@ class Reduction:
     """What is read of the weights of a match beside the attention, which an operator computes again.
 
     `kind` is "sum" (a mean where `count` is given, the number that it is over), "rows" (those from `start` on, as many
-    as the axis i has), or what is asked of the keys of each row: "max" or "argmax".
+    as the axis i has), or what is asked along the axis `over`, of the keys of each row or of the rows of each key:
+    "max" or "argmax".
     `spec`, `captures` and `sizes` describe the weights that are added up, over b, h, i, j of the match; `axes` what
     these are made of; `kept` gives, for each dimension that is left, its index over the axes.
     """
@@ -105,6 +106,7 @@ class Reduction:
     count: Expr | None = None
     kind: str = "sum"
     start: int = 0
+    over: str = "j"
 
 
 @dataclass(eq=False)

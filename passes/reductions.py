@@ -2,8 +2,8 @@
 
 A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
 the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
-weights of some of the queries, and the largest of each row and its key. `find_reductions` reads them off the graph;
-`needed` says whether something else still reads the weights.
+weights of some of the queries, and the largest of each row and its key, or of each key and its row. `find_reductions`
+reads them off the graph; `needed` says whether something else still reads the weights.
 """
 
 from __future__ import annotations
@@ -43,6 +43,8 @@ def _asked(n: Node) -> tuple[Node, str] | None:
         return source, "rows"  # type: ignore[return-value]
     if name == "argmax" and is_tensor(source):
         return source, "argmax"  # type: ignore[return-value]
+    if name == "amax" and is_tensor(source):
+        return source, "max"  # type: ignore[return-value]
     if name == "getitem" and isinstance(source, Node) and op_name(source) == "max" and len(source.args) > 1:
         return source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[return-value,index]
     return None
@@ -78,6 +80,8 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
         return None  # asked for in a wider type than the weights have
     if facts.regions[final] != facts.regions[match.final]:
         return None
+    if op_name(final) == "amax" and final in facts.differentiable:
+        return None  # equal weights share its gradient
     dimensions = _dimensions(weights)
     try:
         lifted = finder.lifter.lift(weights, dimensions)
@@ -102,11 +106,11 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
     weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
     index = [substitute(x, common.ours) for x in reading.out]
-    count, start = None, 0
+    count, start, over = None, 0, "j"
     if kind == "sum":
-        over = argument(final, 1, "dim")
-        over = [over] if isinstance(over, int) else over
-        gone = {d % len(dimensions) for d in over} if over else set(range(len(dimensions)))  # type: ignore[union-attr]
+        asked = argument(final, 1, "dim")
+        asked = [asked] if isinstance(asked, int) else asked
+        gone = {d % len(dimensions) for d in asked} if asked else set(range(len(dimensions)))  # type: ignore[union-attr]
         kept = [x for d, x in enumerate(index) if d not in gone]
         if op_name(final) == "mean":
             count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone)))
@@ -121,15 +125,19 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
         axes["i"] = [row]
         *programs, weight = (substitute(p, {S.I: A.add(S.I, A.const(start))}) for p in (*programs, weight))
     else:
-        at = final if op_name(final) == "argmax" else final.args[0]
+        at = final.args[0] if op_name(final) == "getitem" else final
         dim = argument(at, 1, "dim")  # type: ignore[arg-type]
+        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
         plain = match.spec.normaliser == "softmax" and weight is A.PROB
-        if not isinstance(dim, int) or index[dim] is not match.column or not plain:
+        if not isinstance(dim, int) or not plain or index[dim] not in (match.column, match.row):
             return None
-        kept = [x for x in index if x is not match.column]
+        over = "j" if index[dim] is match.column else "i"
+        if op_name(final) == "amax" and over == "j":
+            return None  # it is computed with its row
+        kept = [x for x in index if x is not index[dim]]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
     spec, captures, sizes = renumbered(draft, programs, match, reading)
-    return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start)
+    return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start, over)
 
 
 def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> tuple[int, Expr] | None:

@@ -161,11 +161,12 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 def rewrite(
     gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers,
-    reductions: Sequence[Reduction], summary: Summary | None = None,
+    reductions: Sequence[Reduction], summary: Summary | None = None, fused: tuple[float, bool] | None = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
-    weights. With `summary`, the mask is summarised first. Gives each node that was replaced, `match.final` first, and
-    what stands for it. Raises CannotEmit before changing users.
+    weights. With `summary`, the mask is summarised first. With `fused`, (scale, causal), PyTorch's own operator is
+    called instead; it gives no sums. Gives each node that was replaced, `match.final` first, and what stands for it.
+    Raises CannotEmit before changing users.
 
     `operators` are given by the caller: passes know no kernels.
     """
@@ -185,6 +186,11 @@ def rewrite(
         q, k, v = (
             x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
         )
+    full = [*kv, *match.group_axes, match.row, match.value_width]
+    if fused is not None:
+        assert not reductions
+        out = _fused(emit, q, k, v, *fused, grouped=n["G"] is not n["H"])
+        return _instead([(final, like(emit, _ordered(emit, out, full, match.out_index), final))])
     seed = emit.seed(value(q).device) if match.spec.random else None
     captures, given = _arguments(emit, match)
     states = []
@@ -194,7 +200,6 @@ def rewrite(
         states = [emit.call(operators.summary, [captures[s] for s in summary.slots], sizes, summary.spec.to_json())]
     made = emit.call(operators.attention, q, k, v, captures, given, seed, match.spec.to_json(), tier, *states)
     out = emit.call(operator.getitem, made, 0)
-    full = [*kv, *match.group_axes, match.row, match.value_width]
     replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]
     for r in reductions:
         logsumexp = emit.call(operator.getitem, made, 1)
@@ -207,12 +212,25 @@ def rewrite(
         keep = [letter for letter, axes in r.axes.items() if r.kind == "rows" or any(a.value in named for a in axes)]
         given = [*operands, *_arguments(emit, r), drawn, r.spec.to_json()]
         if r.kind in ("max", "argmax"):
-            keep = ["b", "h", "i"]
-            weights = emit.call(operator.getitem, emit.call(operators.largest, *given), int(r.kind == "argmax"))
+            keep = [letter for letter in AXES if letter != r.over]
+            largest = emit.call(operators.largest, *given, r.over)
+            weights = emit.call(operator.getitem, largest, int(r.kind == "argmax"))
         else:
             weights = emit.call(operators.weights, *given, "".join(keep))
         left = [a for letter in keep for a in r.axes[letter]]
         replaced.append((r.final, like(emit, _total(emit, weights, left, r), r.final)))
+    return _instead(replaced)
+
+
+def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, grouped: bool) -> Node:
+    """The call of PyTorch's fused operator, whose kernels want the last dim without holes."""
+    packed = (x if value(x).stride(-1) == 1 else emit.call(aten.contiguous.default, x) for x in (q, k, v))
+    call = aten.scaled_dot_product_attention.default
+    return emit.call(call, *packed, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+
+
+def _instead(replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
+    """Lets the users of each first node read the second."""
     for old, new in replaced:
         new.meta = {**old.meta, **new.meta}
         old.replace_all_uses_with(new, propagate_meta=False)

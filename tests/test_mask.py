@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 from attnfx.ir import algebra as A
 from attnfx.ir.interpret import evaluate
-from attnfx.mask import describe, key_ranges, live, mask_of, polyhedron, rows_live, tiles, visited
+from attnfx.mask import describe, key_ranges, live, mask_of, polyhedron, rows_live, tiles, visited, visited_scores
+from attnfx.mask import spans as module
 from attnfx.mask.spans import spans
 from attnfx.spec import AttentionSpec, B, H, I, J
 
@@ -233,7 +234,24 @@ def test_what_a_block_of_rows_visits_is_exact_where_rows_are_intervals(keep, siz
         assert (found.shortest, found.longest) == (min(visits), max(visits))
         seen = {(i, j) for i in range(sizes["T"]) for low, high in [bounds[i // block]]
                 for j in range(low // step * step, min(-(-high // step) * step, sizes["S"]))}  # fmt: skip
-        assert found.scores == len(seen)
+        assert visited_scores(score, sizes, block, step) == len(seen)
+
+
+@pytest.mark.parametrize("keep", [
+    CAUSAL, window(300), A.and_(CAUSAL, A.or_(window(1000), A.lt(J, n(4)))), A.or_(CAUSAL, A.lt(J, n(9000))),
+    same_block(1500), same_block(4096), A.and_(CAUSAL, same_block(5000)), documents(),
+])  # fmt: skip
+@pytest.mark.parametrize("rows", [32768 + 100, 50000, 131072])
+@pytest.mark.parametrize("block", [64, 128])
+def test_what_is_visited_of_many_rows_is_estimated_from_some(keep, rows, block, monkeypatch):
+    score, sizes = masked(keep), {"B": 1, "H": 1, "T": rows, "S": rows}
+    found, scores = visited(score, sizes, block, 64), visited_scores(score, sizes, block)
+    monkeypatch.setattr(module, "GROUPS", 1 << 30)
+    exact = visited(score, sizes | {"B": 2}, block, 64), visited_scores(score, sizes | {"B": 2}, block)
+    assert found.blocks == exact[0].blocks and found.longest <= exact[0].longest
+    for name in ("total", "full"):
+        assert getattr(found, name) == pytest.approx(getattr(exact[0], name), rel=0.03, abs=found.blocks)
+    assert scores == pytest.approx(exact[1], rel=0.03)
 
 
 @pytest.mark.parametrize("keep", [

@@ -26,27 +26,44 @@ def causal(q, k, v):
     return (q @ k.mT * 0.125).masked_fill(~keep, float("-inf")).softmax(-1) @ v
 
 
-def site(target, length=512, queries=None):
-    torch._dynamo.reset()
-    k = torch.randn(1, 8, length, 64, dtype=torch.bfloat16)
-    q = k if queries is None else k[:, :, :queries]
-    (found,) = attnfx.explain(causal if queries is None else plain, target=target)(q, k, k).sites
-    return found
-
-
 def plain(q, k, v):
     return (q @ k.mT * 0.125).softmax(-1) @ v
 
 
+def capped(q, k, v):
+    keep = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).tril()
+    return (torch.tanh(q @ k.mT * 0.125) * 20).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+def site(target, length=512, queries=None, fn=causal, batch=1, width=64):
+    torch._dynamo.reset()
+    k = torch.randn(batch, 8, length, width, dtype=torch.bfloat16)
+    q = k if queries is None else k[:, :, :queries]
+    (found,) = attnfx.explain(fn, target=target)(q, k, k).sites
+    return found
+
+
 # -- a target that is not there -----------------------------------------------------------------
 def test_explain_decides_for_the_gpu_that_is_named():
-    found = site("H100 SXM")
+    found = site("H100 SXM", 2048, fn=capped)
     assert found.decision.tier == "flash" and found.decision.tile and found.decision.warps and found.decision.stages
     by_tier = {c.tier for c in (found.decision, *found.decision.alternatives)}
     assert by_tier == {"flash", "kept", "chunked"}
     assert all(c.predicted_ms > 0 for c in found.decision.alternatives)
-    assert "decided for h100-sxm; the cpu at hand runs it as library" in found.notes
-    assert site("h100-sxm", 8192, queries=1).decision.tier == "decode"
+    assert "decided for h100-sxm; the cpu at hand runs it as chunked" in found.notes
+    assert site("h100-sxm", 8192, queries=1, fn=plain).decision.tier == "decode"
+
+
+@pytest.mark.parametrize("target", ["h100-sxm", "a100-80gb", "rtx4090", "b200"])
+@pytest.mark.parametrize("fn", [plain, causal])
+def test_pytorchs_fused_operator_is_a_candidate_where_it_computes_the_same(target, fn):
+    found = site(target, 4096, fn=fn, batch=4, width=128)
+    every = (found.decision, *found.decision.alternatives)
+    (library,) = [c for c in every if c.tier == "library"]
+    assert library.kernel == ("cudnn" if target in ("h100-sxm", "b200") else "flash-attention-2")
+    assert (found.decision is library) == (library.predicted_ms <= min(c.predicted_ms for c in every))
+    assert found.decision.tier == "library" or fn is causal
+    assert f"decided for {target}; the cpu at hand runs it as library" in found.notes
 
 
 @pytest.mark.parametrize("target", ["v100", "t4", "mi300x"])

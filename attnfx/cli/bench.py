@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import zip_longest
 
 import click
 import torch
@@ -68,14 +71,30 @@ class Site:
 
 
 def standard(device: torch.device, many: bool) -> list[Site]:
-    """The sites for a device; `many` for calibration, a dozen."""
+    """The sites for a device; `many` for calibration, a dozen: forward and training in turn, so that the first few
+    stand for all."""
     dtype, lengths = ("float32", (128, 512, 1024)) if device.type == "cpu" else ("bfloat16", (512, 2048, 8192))
     heads, width = (8, 64) if device.type == "cpu" else (16, 128)
     if not many:
         return [Site(p, 1, heads, lengths[1], width, dtype, t) for t in (False, True) for p in ("plain", "causal")]
     shapes = [(p, n) for p in PROGRAMS for n in lengths if p != "plain" or n != lengths[1]]
     forward = [Site(p, 1, heads, n, width, dtype, False) for p, n in shapes[:8]]
-    return forward + [Site(p, 1, heads, n, width, dtype, True) for p, n in shapes if n == lengths[1] or p == "causal"]
+    training = [Site(p, 1, heads, n, width, dtype, True) for p, n in shapes if n == lengths[1] or p == "causal"]
+    ways = (sorted(x, key=lambda s: abs(s.T - lengths[1])) for x in (forward, training))
+    return [site for pair in zip_longest(*ways) for site in pair if site is not None]
+
+
+def in_time(sites: Iterable[Site], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Iterator[Site]:
+    """The sites, until one that takes as long as the longest so far would end after so many seconds. At least two, so
+    that there is one of each direction."""
+    start = last = clock()
+    longest = 0.0
+    for n, site in enumerate(sites):
+        now = clock()
+        longest, last = max(longest, now - last), now
+        if n >= 2 and now - start + longest > seconds:
+            return
+        yield site
 
 
 def measure(site: Site, device: torch.device) -> Decision | None:
@@ -94,6 +113,23 @@ def measure(site: Site, device: torch.device) -> Decision | None:
         torch.compile(PROGRAMS[site.program], backend=backend, dynamic=False)(*operands)
     decision = found[0] if found else None
     return decision if decision is not None and decision.measured_ms is not None else None
+
+
+def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tuple[Site, Decision]]:
+    """The sites that could be timed, with their decisions; what could not is said on the error output. With `alone`,
+    times of a processor that other programs kept busy are left out: they say nothing of it."""
+    found = []
+    free = not alone or timing.undisturbed(device)
+    for site in sites:
+        decision, before = measure(site, device), free
+        free = not alone or timing.undisturbed(device)
+        if decision is None:
+            click.echo(f"attnfx bench: {site} could not be timed", err=True)
+        elif not (before and free):
+            click.echo(f"attnfx bench: {site} is left out: other programs kept the processor busy", err=True)
+        else:
+            found.append((site, decision))
+    return found
 
 
 def row(site: Site, decision: Decision) -> dict[str, object]:
@@ -132,22 +168,21 @@ def _best(found: dict, tier: str) -> dict | None:
 
 @click.command(epilog=EXIT_CODES)
 @click.option("--calibrate", is_flag=True, help="Correct the cost model of this device by a dozen measured sites.")
+@click.option("--seconds", type=click.FloatRange(min=0), default=150, show_default=True,
+              help="How long --calibrate may take; it starts no site that would end later.")  # fmt: skip
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
-def command(calibrate: bool, device: str, as_json: bool) -> None:
+def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None:
     """Time a few standard sites on this device, tier by tier. A star marks the fastest."""
     at = _device(device)
-    if calibrate:
-        calibration.store(at, {})
-    found: list[tuple[Site, Decision]] = []
-    for site in timing.with_progress(standard(at, calibrate), "standard sites"):
-        decision = measure(site, at)
-        if decision is None:
-            click.echo(f"attnfx bench: {site} could not be timed", err=True)
-        else:
-            found.append((site, decision))
+    sites = standard(at, calibrate)
+    shown = timing.with_progress(sites, "standard sites")
+    with calibration.uncorrected() if calibrate else nullcontext():
+        found = timed(in_time(shown, seconds) if calibrate else shown, at, alone=calibrate)
     rows = [row(site, decision) for site, decision in found]
     factors = calibration.fit((decision, site.training) for site, decision in found)
+    if calibrate and not factors:
+        raise click.ClickException("no site was timed: the corrections that there were are kept")
     if calibrate:
         calibration.store(at, factors)
     if as_json:
@@ -157,7 +192,8 @@ def command(calibrate: bool, device: str, as_json: bool) -> None:
     console = Console(file=sys.stdout)
     console.print(table(rows, device_name(at)))
     if calibrate:
-        corrected = Table(title="corrections, measured over predicted", title_justify="left")
+        corrected = Table(title=f"corrections by {len(found)} of {len(sites)} sites, measured over predicted")
+        corrected.title_justify = "left"
         corrected.add_column("tier and direction")
         corrected.add_column("factor", justify="right")
         for name, factor in factors.items():

@@ -13,7 +13,7 @@ from functools import lru_cache
 from attnfx.cost.question import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
-from attnfx.mask import visited
+from attnfx.mask import visited_scores
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
@@ -224,8 +224,8 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0
-    found = visited(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
-    return found.scores / max(dims["T"] * dims["S"], 1)
+    found = visited_scores(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
+    return found / max(dims["T"] * dims["S"], 1)
 
 
 __all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]

@@ -68,9 +68,11 @@ def decide(
 def likeliest(some: list[Candidate]) -> Candidate:
     """The candidate with the shortest predicted time; of one tier, a configuration that is not much faster than the
     tier's first gives way to it."""
-    best = min(some, key=lambda c: c.predicted_ms)
-    default = next(c for c in some if c.tier == best.tier)
-    return best if best.predicted_ms <= TILE_GAIN * default.predicted_ms else default
+    tiers: dict[str, Candidate] = {}
+    for c in sorted(some, key=lambda c: c.predicted_ms):
+        default = next(d for d in some if d.tier == c.tier)
+        tiers.setdefault(c.tier, c if c.predicted_ms <= TILE_GAIN * default.predicted_ms else default)
+    return min(tiers.values(), key=lambda c: c.predicted_ms)
 
 
 def line(tier: str, training: bool) -> str:

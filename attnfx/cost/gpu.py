@@ -7,17 +7,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from functools import lru_cache
 
+from attnfx import fused
 from attnfx.cost import summaries
 from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, work
-from attnfx.cost.program import DROPOUT, Operations, operations
+from attnfx.cost.kernels import COPY, L2_SHARE, Kernel, Work, even, of_code, other, other_backward, work
+from attnfx.cost.program import DROPOUT, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import float_lanes, matrix_rate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
-from attnfx.mask import key_span, mask_of, rows_live, visited
+from attnfx.mask import key_span, mask_of, rows_live, visited_scores
 from attnfx.mask import summary as mask_summary
 from attnfx.mask.addend import LOST, addend
 from attnfx.mask.keep import kept
@@ -38,6 +38,7 @@ SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold wi
 DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
 SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
 PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
+SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves with or without dropout
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -50,6 +51,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
         out += site.flash()
     if ask.can("decode") and not ask.training:
         out += site.decode()
+    if ask.can("library") and not ask.native and (found := site.fused("library")) is not None:
+        out.append(found)
     if ask.can("chunked"):
         out.append(site.chunked())
     return site.original(), out
@@ -212,7 +215,7 @@ class _Site:
     def kernel(self, code: Code, products: float) -> Kernel:
         """`products`: matrix FLOPs of each score, over all of the kernel's products."""
         extra = self.extra if code.kernel == "decode" else self.beside
-        return _kernel(code, self.target, self.ask.dtype, products, extra)
+        return of_code(code, self.target, self.ask.dtype, products, extra)
 
     def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
         """Milliseconds of a launch over blocks of rows; `turned`, over blocks of keys: each walks along the rows of
@@ -303,7 +306,7 @@ class _Site:
     def chunked(self) -> Candidate:
         """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
         ask, dims = self.ask, self.dims
-        live = visited(ask.spec, dict(self.sizes), BLOCK_ROWS, 1).scores * self.heads
+        live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
         blocks = max(1, -(-live // BLOCK))
         time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)
@@ -323,8 +326,8 @@ class _Site:
     def original(self) -> Candidate:
         """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""
         ask = self.ask
-        if ask.native and ask.dtype != "float32" and self.target.capability >= 80 and self.target.kind == "cuda":
-            return self.fused()
+        if ask.native and (found := self.fused("kept")) is not None:
+            return found
         size = ask.scores * ask.element
         drop = DROPOUT_PASSES if ask.spec.random else 0
         passes, launches = PASSES + drop, LAUNCHES
@@ -336,25 +339,30 @@ class _Site:
         saved = size * (1 + bool(drop)) if ask.training else 0
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
-    def fused(self) -> Candidate:
-        """PyTorch's fused operator: cuDNN's kernel where it has one for the chip, else FlashAttention-2. Masks that are
-        tensors are not skipped."""
-        ask = self.ask
-        name = "cudnn" if self.target.capability in (90, 100) else "flash-attention-2"
-        kernel = other(name, self.target, ask.dtype, self.width)
+    def fused(self, tier: str) -> Candidate | None:
+        """PyTorch's fused operator, where cuDNN or FlashAttention-2 has a kernel for it. One that the graph calls
+        already is taken to be no slower with another kernel. Masks that are tensors are not skipped."""
+        ask, dims, target = self.ask, self.dims, self.target
+        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn)
+        if name is None and tier == "kept" and target.kind == "cuda" and target.capability >= fused.LEAST_CAPABILITY:
+            name = fused.FLASH if ask.dtype in fused.DTYPES else None
+        if name is None:
+            return None
+        width = fused.rounded(max(dims["D"], dims["Dv"]))
+        one = other(name, target, ask.dtype, width)
         spec = AttentionSpec() if ask.spec.captures else ask.spec
-        part = work(spec, self.sizes, kernel.rows, kernel.keys)
-        step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * ask.element
-        time = max(kernel.milliseconds(self.target, part, self.heads, step), self.fetched(part, kernel.keys))
-        logsumexp = 4 * self.rows
+        part = work(spec, self.sizes, one.rows, one.keys)
+        step = one.keys * (dims["D"] + dims["Dv"]) * ask.element
+        time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
+        held = saved = 4 * self.rows  # logsumexp
         if ask.training:
-            time *= 3.5  # five products instead of two, and their exponentials again
-        return Candidate("kept", "aten", time + self.launched(), logsumexp, logsumexp if ask.training else 0)
-
-
-@lru_cache(maxsize=4096)
-def _kernel(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
-    return of_code(code, target, dtype, products, extra)
+            time += other_backward(name, target, width, time, self.rows * dims["Dv"], ask.element)
+            query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
+            held += SEEDS + fused.workspace(query, key, dims["Dv"], ask.element)
+            saved += SEEDS
+        return Candidate(
+            tier, name if tier == "library" else "aten", time + self.launched(), held, saved * ask.training
+        )
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:

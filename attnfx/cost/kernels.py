@@ -26,7 +26,7 @@ from attnfx.cost.throughput import (
     warp_groups,
 )  # fmt: skip
 from attnfx.ir import algebra as A
-from attnfx.mask import visited
+from attnfx.mask import ANALYSED, visited
 from attnfx.mask.keep import kept
 from attnfx.spec import AttentionSpec
 from attnfx.targets import Target
@@ -59,13 +59,15 @@ def even(blocks: int, each: int, full: float) -> Work:
 
 @lru_cache(maxsize=4096)
 def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
-    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes."""
+    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes.
+    Blocks of fewer rows than the mask was analysed in count as parts of such a block, a bound."""
     sizes = dict(dims)
     if kept(spec) is A.TRUE:
         columns = -(-sizes["S"] // keys)
         return even(-(-sizes["T"] // rows), columns, (sizes["S"] // keys) / max(columns, 1))
-    found = visited(spec, sizes, rows, keys)
-    return Work(found.blocks, found.shortest, found.longest, found.total, min(1.0, found.full / max(found.total, 1)))
+    found, blocks = visited(spec, sizes, max(rows, ANALYSED), keys), -(-sizes["T"] // rows)
+    total = -(-found.total * blocks // max(found.blocks, 1))
+    return Work(blocks, found.shortest, found.longest, total, min(1.0, found.full / max(found.total, 1)))
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ class Kernel:
     def program(self, target: Target, part: Work, steps: float, streams: int, bytes_per_step: float) -> float:
         """Cycles of a multiprocessor for a program of `steps` steps, when `streams` streams share it."""
         step = self.full.times(part.full).plus(self.checked, 1.0 - part.full)
-        hidden = (self.stages - 1) * sum(vars(step).values())
+        hidden = (self.stages - 1) * sum(step)
         stall = max(0.0, LATENCY - hidden) if self.stages > 1 else LATENCY
         # a program's work is cut among its streams; each of them waits
         inner = max(1, self.streams // max(self.resident, 1))
@@ -114,11 +116,14 @@ class Kernel:
         shared = max(1, self.streams * held // self.resident)
         alone = max(1, self.streams // self.resident)
         cost = self.program(target, part, mean, shared, bytes_per_step)
-        slower = self.program(target, part, mean, alone, bytes_per_step) / cost if cost else 1.0
+        slower = 1.0
+        if cost and alone != shared:
+            slower = self.program(target, part, mean, alone, bytes_per_step) / cost
         shortest, longest = (n * repeat / mean if mean else 1.0 for n in (part.shortest, part.longest))
         return on_all(target, part.blocks * heads, cost, shortest * cost, longest * cost, slower, self.longest_first)
 
 
+@lru_cache(maxsize=4096)
 def of_code(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
     """A kernel of ours, whose products take `products` matrix FLOPs for each score."""
     rows, keys, warps, stages = code.tile
@@ -153,10 +158,23 @@ def _others() -> Mapping[tuple[str, int], Mapping]:
     return {(row["name"], row["width"]): row for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]}
 
 
-def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
-    """A published kernel at the nearest head width that is known of it, by the instructions that others.json states."""
+def _other(name: str, width: int) -> Mapping:
+    """What others.json states of a published kernel at the nearest head width that is known of it."""
     widths = sorted(w for n, w in _others() if n == name)
-    row = _others()[name, next((w for w in widths if w >= width), widths[-1])]
+    return _others()[name, next((w for w in widths if w >= width), widths[-1])]
+
+
+def other_backward(name: str, target: Target, width: int, forward: float, elements: int, element: int) -> float:
+    """Milliseconds of a published kernel's backward pass after a forward one of so many; `elements` are those of the
+    query, of so many bytes. Beside its five products it sums out * grad_out, fills a float32 gradient of the query with
+    zeros, and converts it."""
+    passed = elements * (2 * element + 4 + 4 + element) / (COPY * target.bandwidth * 1e6)
+    return 2.5 * forward / _other(name, width)["backward"] + passed + 3 * target.launch / 1e3
+
+
+def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
+    """A published kernel by the instructions that others.json states."""
+    row = _other(name, width)
     rows, keys = row["tile"]
     scores = rows * keys
     special = target.exponentials / (target.multiprocessors * target.clock)

@@ -19,6 +19,7 @@ class Question:
     native        the graph calls PyTorch's fused operator itself
     sums          how many sums of the weights are computed again
     weights_read  where the weights themselves are read, so that they exist whatever is decided
+    cudnn         whether PyTorch's fused operator takes cuDNN's kernel first, on GPUs where it may
     refused       for each tier that cannot run the site, why
     """
 
@@ -30,6 +31,7 @@ class Question:
     native: bool = False
     sums: int = 0
     weights_read: str = ""
+    cudnn: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def can(self, tier: str) -> bool:

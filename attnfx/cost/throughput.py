@@ -13,8 +13,8 @@ them explicitly, as FlashAttention-3 does (Shah et al. 2024, section 3.1), which
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 from attnfx.targets import Target
 
@@ -33,8 +33,7 @@ LATENCY = 700
 TRIPS = 4  # of them one after the other around a program's loop: key ranges, query, first keys, output
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """Cycles that one step of one program asks of each unit of a multiprocessor."""
 
     matrix: float
@@ -44,10 +43,12 @@ class Step:
 
     def plus(self, other: Step, share: float = 1.0) -> Step:
         """This and a share of another."""
-        return Step(*(a + share * b for a, b in zip(vars(self).values(), vars(other).values())))
+        (a, b, c, d), (e, f, g, h) = self, other
+        return Step(a + share * e, b + share * f, c + share * g, d + share * h)
 
     def times(self, factor: float) -> Step:
-        return Step(*(factor * a for a in vars(self).values()))
+        a, b, c, d = self
+        return Step(factor * a, factor * b, factor * c, factor * d)
 
 
 def warp_groups(target: Target) -> bool:
@@ -80,11 +81,10 @@ def occupancy(target: Target, warps: int, registers: int, shared: int) -> int:
 def cycles(step: Step, streams: int, delay: float = 0.0) -> float:
     """Cycles of the multiprocessor for one step when `streams` streams share it, each of which waits `delay` cycles for
     memory in every step: exact mean value analysis of a closed network with one queue for each unit."""
-    demands = tuple(vars(step).values())
-    waiting = [0.0] * len(demands)
+    waiting = [0.0] * len(step)
     total = 1.0
     for n in range(1, max(streams, 1) + 1):
-        times = [d * (1.0 + q) for d, q in zip(demands, waiting)]
+        times = [d * (1.0 + q) for d, q in zip(step, waiting)]
         total = (sum(times) + delay) / n
         waiting = [t / total for t in times]
     return total

@@ -33,7 +33,8 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import lru_cache
 from weakref import WeakValueDictionary
 
 BOOL, INT, FLOAT = "b", "i", "f"
@@ -104,18 +105,21 @@ def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) 
         return _interned.setdefault(key, made)
 
 
-def walk(root: Expr) -> Iterator[Expr]:
+@lru_cache(maxsize=4096)
+def walk(root: Expr) -> tuple[Expr, ...]:
     """Every distinct node below and including `root`, operands before their users."""
     seen: set[Expr] = set()
+    found: list[Expr] = []
     stack = [(root, False)]
     while stack:
         at, ready = stack.pop()
         if ready:
-            yield at
+            found.append(at)
         elif at not in seen:
             seen.add(at)
             stack.append((at, True))
-            stack.extend((a, False) for a in reversed(at.args))
+            stack.extend([(a, False) for a in reversed(at.args)])
+    return tuple(found)
 
 
 def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:

@@ -8,10 +8,10 @@ dead is never called live.
 
 from attnfx.mask.keep import Mask, live, mask_of
 from attnfx.mask.ranges import KeyRange, key_ranges, key_span, ranges_of, rows_live
-from attnfx.mask.tiles import Tiles, Visited, prepare, tiles, visited
+from attnfx.mask.tiles import ANALYSED, Tiles, Visited, prepare, tiles, visited, visited_scores
 from attnfx.mask.words import describe
 
 __all__ = [
-    "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of", "prepare",
-    "ranges_of", "rows_live", "tiles", "visited",
+    "ANALYSED", "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of",
+    "prepare", "ranges_of", "rows_live", "tiles", "visited", "visited_scores",
 ]  # fmt: skip

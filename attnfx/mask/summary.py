@@ -46,6 +46,8 @@ class Summary:
 @lru_cache(maxsize=1024)
 def of(spec: AttentionSpec) -> Summary | None:
     """What can be summarised of a spec's mask; None where no tensor takes part in it, or the scores do."""
+    if not spec.captures:
+        return None
     added = addend(spec.score) if spec.normaliser == "softmax" else None
     keep = kept(spec)
     parts = keep.args if keep.op == "and" else (keep,)

@@ -17,6 +17,8 @@ from attnfx.mask.keep import kept, live
 from attnfx.mask.spans import spans
 from attnfx.spec import AXES, AttentionSpec
 
+ANALYSED = 64  # rows of a block that `prepare` analyses a mask in
+
 
 @dataclass(frozen=True)
 class Tiles:
@@ -91,7 +93,6 @@ class Visited:
     shortest, longest  tiles of one
     total              tiles of all
     full               those in which every score is live
-    scores             (i, j) in them, within the matrix
     """
 
     blocks: int
@@ -99,20 +100,25 @@ class Visited:
     longest: int
     total: int
     full: int
-    scores: int
 
 
 def visited(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
     """What `tiles` and `key_ranges` say of a mask whose rows see intervals of keys, in a fraction of their time; of
-    another mask a bound: not fewer tiles, and not more full ones."""
+    another mask a bound: not fewer tiles, and not more full ones. Of more than 32768 rows it is an estimate from some
+    of them."""
     return _visited(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
+
+
+def visited_scores(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int = 1) -> int:
+    """How many (i, j) of the matrix are in those tiles."""
+    return _visited_scores(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
 def prepare(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> None:
     """Analyse a mask at its sizes, before `visited` is asked for many tiles of it."""
     seen, keep = P.numeric(live(spec), sizes), P.numeric(kept(spec), sizes)
     if keep is not A.TRUE:
-        spans(seen, keep, tuple(sizes.items()), 64)
+        spans(seen, keep, tuple(sizes.items()), ANALYSED)
 
 
 @lru_cache(maxsize=4096)
@@ -122,14 +128,25 @@ def _visited(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q:
     rows, columns = -(-T // tile_q), -(-S // tile_k)
     seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE or not T * S:
-        return Visited(rows, columns, columns, rows * columns, rows * columns, T * S)
-    known = spans(seen, keep, items, tile_q)
-    low, high, _ = known.ranges(tile_q)
-    start, end = low // tile_k, -(-high // tile_k)
-    steps, widths = end - start, np.minimum(end * tile_k, S) - start * tile_k
-    scores = int(widths.sum()) * tile_q - int(widths[-1]) * (rows * tile_q - T)
-    holes = known.tiles(tile_q, tile_k, dead=True)
-    return Visited(rows, int(steps.min()), int(steps.max()), int(steps.sum()), rows * columns - holes, scores)
+        return Visited(rows, columns, columns, rows * columns, rows * columns)
+    known = spans(seen, keep, items, tile_q).sampled(tile_q)
+    low, high = known.ends(tile_q)
+    steps = -(-high // tile_k) - low // tile_k
+    full = rows * columns - known.tiles(tile_q, tile_k, dead=True)
+    return Visited(rows, int(steps.min()), int(steps.max()), known.total(steps, tile_q), max(0, full))
+
+
+@lru_cache(maxsize=4096)
+def _visited_scores(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> int:
+    sizes = dict(items)
+    T, S = sizes["T"], sizes["S"]
+    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
+    if keep is A.TRUE or not T * S:
+        return T * S
+    known = spans(seen, keep, items, tile_q).sampled(tile_q)
+    low, high = known.ends(tile_q)
+    widths = np.minimum(-(-high // tile_k) * tile_k, S) - low // tile_k * tile_k
+    return known.total(widths, tile_q) * tile_q - int(widths[-1]) * (-T % tile_q)
 
 
 def _by_sets(

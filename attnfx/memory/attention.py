@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
+from attnfx import fused
 from attnfx.ir import algebra as A
 from attnfx.ir.diagonal import opaque, toeplitz
 from attnfx.ir.expr import FLOAT, INT, Expr
@@ -84,7 +85,7 @@ def workspace(use: Use, tier: str) -> int:
         return 0
     tier, _, tile = tier.partition(":")
     if tier == "library":
-        return _library(use)
+        return _library(use) if use.cpu else _fused(use)
     if tier in ("flash", "decode"):
         # the backward pass adds up row sums of out * grad_out, a float32 a row; a split writes float32 partial results
         return 4 * use.rows if use.grad_out else (4 * use.rows * (use.value.shape[3] + 2) if tier == "decode" else 0)
@@ -208,6 +209,13 @@ def _library(use: Use) -> int:
             most = max(most, before + evaluated, kernel + part + 2 * key)
             before = tile
     return copies + most
+
+
+def _fused(use: Use) -> int:
+    """On a GPU: of PyTorch's fused operator."""
+    if use.grad_out is None:
+        return 0
+    return fused.workspace(use.query.shape[:3], use.key.shape, use.value.shape[3], use.query.element)
 
 
 # -- chunked --------------------------------------------------------------------------------------------------------

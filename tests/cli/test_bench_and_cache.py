@@ -22,6 +22,7 @@ def small(monkeypatch):
     monkeypatch.setenv("ATTNFX_INNER", "eager")
     sites = [bench.Site("causal", 1, 2, 16, 8, "float32", False), bench.Site("softcap", 1, 2, 16, 8, "float32", True)]
     monkeypatch.setattr(bench, "standard", lambda device, many: sites)
+    monkeypatch.setattr(bench.timing, "undisturbed", lambda device: True)
 
 
 def said(*arguments, code=0):
@@ -51,6 +52,34 @@ def test_calibrating_keeps_a_factor_for_each_tier_and_direction(small):
     assert set(found["corrections"]) == names
     assert calibration.CORRECTIONS.entries() != {}
     assert "corrections" in said("bench", "--device", "cpu", "--calibrate")
+
+
+def test_a_busy_processor_s_times_correct_nothing(small, monkeypatch):
+    calibration.store(torch.device("cpu"), {"kept/forward": 2.0})
+    monkeypatch.setattr(bench.timing, "undisturbed", lambda device: False)
+    text = said("bench", "--device", "cpu", "--calibrate", code=1)
+    assert "is left out: other programs kept the processor busy" in text
+    assert "the corrections that there were are kept" in text
+    assert calibration.corrections(torch.device("cpu")) == {"kept/forward": 2.0}
+
+
+def test_calibrating_starts_no_site_that_would_end_too_late():
+    sites = bench.standard(torch.device("cpu"), True)
+    now = iter([0, *range(0, 1000, 10)])  # each site takes ten seconds
+    assert list(bench.in_time(sites, 45, lambda: next(now))) == sites[:4]
+    assert {s.training for s in sites[:2]} == {s.training for s in bench.in_time(sites, 0)} == {False, True}
+
+
+def test_calibrating_leaves_a_damaged_or_missing_cache_behind(small, own_cache, monkeypatch):
+    (own_cache / "calibration.json").write_text("{")
+    with pytest.warns(RuntimeWarning, match="cannot be read and is made anew"):
+        said("bench", "--device", "cpu", "--calibrate")
+    assert "kept/forward" in calibration.corrections(torch.device("cpu"))
+    (own_cache / "file").touch()
+    monkeypatch.setenv("ATTNFX_CACHE_DIR", str(own_cache / "file" / "below"))
+    with pytest.warns(RuntimeWarning, match="cannot be written"):
+        said("bench", "--device", "cpu", "--calibrate")
+    assert "kept/forward" in calibration.corrections(torch.device("cpu"))
 
 
 def test_calibrating_twice_corrects_the_model_and_not_its_corrections(small, monkeypatch):

@@ -106,21 +106,23 @@ def test_empty_sizes_work(shape):
         assert [x.shape for x in found[:2]] == [query.shape, key.shape]
 
 
+@pytest.mark.parametrize("over", ["i", "j"])
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "dense_bias", "sinks"])
-def test_the_largest_weight_of_each_row_and_its_key_are_those_of_the_whole_matrix(name):
+def test_the_largest_weight_of_each_row_or_key_and_its_place_are_those_of_the_whole_matrix(name, over, monkeypatch):
+    monkeypatch.setitem(chunked.ROWS, "cpu", 16)  # several blocks of rows
     fields, captures = CASES[name]
     spec = AttentionSpec(**fields, **DOUBLE)
     query, key, _ = tensors()
     leaves = [x.clone().requires_grad_() for x in (query, key)]
     floats = [c.clone().requires_grad_() if c.is_floating_point() else c for c in captures]
-    want, index = whole_weights(spec, *leaves, floats).max(-1)
+    want, index = whole_weights(spec, *leaves, floats).max("bhij".index(over))
     call, logsumexp = attention_of(spec, query, key, captures)
-    most, keys = weights.largest(call, logsumexp)
+    most, keys = weights.largest(call, logsumexp, over)
     torch.testing.assert_close(most, want.detach())
     assert torch.equal(keys, index)
     grad = torch.randn_like(want)
     wanted = [*leaves, *(f for f, c in zip(floats, spec.captures) if c.grad)]
-    of_query, of_key, of_captures = weights.largest_backward(call, grad, keys, logsumexp)
+    of_query, of_key, of_captures = weights.largest_backward(call, grad, keys, logsumexp, over)
     for got, expected in zip([of_query, of_key, *of_captures], torch.autograd.grad(want, wanted, grad)):
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-9)
 
@@ -130,10 +132,11 @@ def test_the_largest_weight_of_each_row_and_its_key_are_those_of_the_whole_matri
 def test_rows_without_a_live_key_have_the_key_of_eager(fill, safe):
     spec = AttentionSpec(score=masked(A.and_(CAUSAL, PAD), fill), safe=safe, captures=(Capture("b", 2),), **DOUBLE)
     query, key, _ = tensors()
-    want, index = whole_weights(spec, query, key, (padding,)).max(-1)
-    most, keys = weights.largest(*attention_of(spec, query, key, (padding,)))
-    torch.testing.assert_close(most, want, equal_nan=True)
-    assert torch.equal(keys, index)
+    for over in "ij":
+        want, index = whole_weights(spec, query, key, (padding,)).max("bhij".index(over))
+        most, keys = weights.largest(*attention_of(spec, query, key, (padding,)), over)
+        torch.testing.assert_close(most, want, equal_nan=True)
+        assert torch.equal(keys, index)
 
 
 def test_of_equal_weights_the_first_key_counts():
@@ -146,7 +149,7 @@ def test_the_largest_weight_is_asked_of_probabilities_only():
     query, key, _ = tensors()
     call, logsumexp = attention_of(AttentionSpec(score=DOT, weight=A.mul(A.PROB, A.PROB), **DOUBLE), query, key)
     with pytest.raises(ValueError, match="only known of probabilities"):
-        torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json())
+        torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "j")
 
 
 BIASED = AttentionSpec(score=masked(CAUSAL, score=A.add(DOT, slope)), captures=CASES["sinks"][0]["captures"])
@@ -174,13 +177,14 @@ def test_pytorchs_own_checks_of_an_operator_pass(spec, count, seed):
     )
 
 
-def test_pytorchs_own_checks_of_the_largest_pass():
+@pytest.mark.parametrize("over", ["i", "j"])
+def test_pytorchs_own_checks_of_the_largest_pass(over):
     query, key, value = (x.requires_grad_() for x in tensors(T=9, S=11, dtype=torch.float32))
     rest = [torch.randn(4, requires_grad=True)], [], None, BIASED.to_json()
     _, logsumexp = torch.ops.attnfx.attention(query, key, value, *rest, "auto")
     torch.library.opcheck(
         torch.ops.attnfx.attention_weights_max.default,
-        (query, key, logsumexp.detach(), *rest),
+        (query, key, logsumexp.detach(), *rest, over),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_static"),
     )
 
@@ -193,6 +197,8 @@ def test_what_does_not_fit_is_an_error_that_names_it():
         run(query, key, logsumexp, [], [], None, call.spec.to_json(), "jb")
     with pytest.raises(ValueError, match="logsumexp is"):
         run(query, key, logsumexp[:1], [], [], None, call.spec.to_json(), "bj")
+    with pytest.raises(ValueError, match="over is 'h', expected 'i' or 'j'"):
+        torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "h")
 
 
 def test_under_autocast_the_operands_are_cast_as_those_of_a_product():

@@ -185,13 +185,19 @@ def largest(q, k, v):
     return w @ v, most, at.double()
 
 
+def of_each_key(q, k, v):
+    w = causal(q, k)
+    most, at = w.max(2)
+    return w @ v, most, at.double(), w.argmax(-2, keepdim=True).double()
+
+
 def of_rows_without_a_key(q, k, v):
     dead = torch.arange(q.shape[2])[:, None] < 3
     w = ((q @ k.mT) * 0.25).masked_fill(dead, float("-inf")).softmax(-1)
     return (w @ v)[:, :, 3:], w.argmax(-1).double(), w.max(-1).values[:, :, 3:], w[:, :, 3]
 
 
-PARTS = [of_the_class_token, of_the_last_rows, best_key, largest, of_rows_without_a_key]
+PARTS = [of_the_class_token, of_the_last_rows, best_key, largest, of_each_key, of_rows_without_a_key]
 
 
 @pytest.mark.parametrize("fn", PARTS, ids=[fn.__name__ for fn in PARTS])
@@ -199,6 +205,18 @@ def test_rows_of_the_weights_and_their_largest_are_computed_without_them(fn, sha
     (site,) = check(fn, *inputs(), dynamic=False, train=fn is not of_rows_without_a_key)
     assert "parts of its weights are computed without them" in site.notes[-1]
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
+
+
+def test_the_largest_of_each_key_without_its_row_is_computed_where_it_has_no_gradient(shapes_left):
+    def fn(q, k, v):
+        w = causal(q, k)
+        return w @ v, w.amax(-2), w.amax((2,), keepdim=True)
+
+    (site,) = check(fn, *inputs(), dynamic=False, train=False)
+    assert "parts of its weights are computed without them" in site.notes[-1]
+    assert not {s for s in shapes_left if s[-2:] == (T, S)}
+    (site,) = check(fn, *inputs())
+    assert not site.notes
 
 
 def smallest_key(q, k, v):
@@ -247,7 +265,7 @@ def test_what_is_made_of_each_row_of_the_weights_is_computed_with_it(fn, dynamic
 def test_what_mixes_rows_is_read_off_the_weights():
     def fn(q, k, v):
         w = weights_of(q, k)
-        return w @ v, w.std(-1), w.max(2).values, w.diagonal(dim1=-2, dim2=-1)
+        return w @ v, w.std(-1), w.std(2), w.diagonal(dim1=-2, dim2=-1)
 
     (site,) = check(fn, *inputs())
     assert not site.notes
@@ -300,7 +318,7 @@ def test_chunks_whose_dropped_weights_are_returned_are_of_one_draw():
 def test_rows_of_dropped_weights_and_parts_along_other_dims_are_read_off_the_weights():
     def fn(q, k, v):
         w = weights_of(q, k)
-        return w @ v, F.dropout(w, 0.4, True)[:, :, 0].sum() * 0, w[:, 1], w[..., 0], w.max(2).values, w.max()
+        return w @ v, F.dropout(w, 0.4, True)[:, :, 0].sum() * 0, w[:, 1], w[..., 0], w.max(1).values, w.max()
 
     for site in check(fn, *inputs(), dynamic=False, sites=None):
         assert not site.notes
