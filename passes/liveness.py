@@ -114,8 +114,26 @@ def near_readers(gm: GraphModule) -> GraphModule:
     return made
 
 
+def lay_out(gm: GraphModule) -> None:
+    """Bring the strides in `meta["val"]` up to date: where a pass puts a kernel in the place of others, what is made of
+    its result keeps the strides that it had of theirs."""
+    changed: set[Node] = set()
+    for n in gm.graph.nodes:
+        old = n.meta.get("val")
+        if not isinstance(n.target, OpOverload) or not isinstance(old, torch.Tensor):
+            continue
+        if not is_view(n) and changed.isdisjoint(n.all_input_nodes):
+            continue
+        args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+        new = n.target(*args, **kwargs)
+        if [*map(number, new.stride())] != [*map(number, old.stride())]:
+            n.meta["val"] = new
+            changed.add(n)
+
+
 def read(gm: GraphModule, cpu: bool) -> Graph:
     """The records of a graph that will run on a CPU, or on a GPU."""
+    lay_out(gm)
     ops: list[Op] = []
     held: set[str] = set()
     outputs: tuple[str, ...] = ()
@@ -225,9 +243,15 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
-        _aside(n, held) if kind == "loop" else frozenset(),
-        name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
+        _aside(n, held) if kind == "loop" else frozenset(), name == "clone" and _same(n), name in HEAVY, name,
+        flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
+
+
+def _same(n: Node) -> bool:
+    """Whether a copy has its operand's own layout."""
+    made, source = n.meta["val"], n.all_input_nodes[0].meta["val"]
+    return [*map(number, made.stride())] == [*map(number, source.stride())]
 
 
 def is_view(n: Node) -> bool:

@@ -229,7 +229,9 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     outputs = {base[o] for o in graph.outputs}
     # written to after they were made, or in parts: the compiler does not hand their memory on
     mended = {base[c] for op in graph.ops for c in op.changes}
-    mended |= {r.name for x in loops if x.op.kind == "scatter" or (x.alone and x.op.target == "cat") for r in x.op.results}
+    mended |= {
+        r.name for x in loops if x.op.kind == "scatter" or (x.alone and x.op.target == "cat") for r in x.op.results
+    }
     made = []
     for g, group in groups.items():
         own = {r.name for x in group.loops for r in x.op.results}
@@ -245,7 +247,8 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         made.append((g, Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
             {} if group.alone else _over(group.loops, mended), inner,
-            first.kind != "kernel" or first.target in OUT, first.kind == "kernel" and first.target not in WHOLE, group.alone and first.target == "cat",
+            first.kind != "kernel" or first.target in OUT, first.kind == "kernel" and first.target not in WHOLE,
+            group.alone and first.target == "cat",
             first.flops, first.dtype, first.where, first.target,
         )))  # fmt: skip
     return _sorted(made)
@@ -271,7 +274,8 @@ def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
         earlier = before(loop)
         free = tuple(
             r for r in loop.reads
-            if r not in never and all(r not in x.reads or (not x.reads[r] and (x is loop or x.op.name in earlier)) for x in loops)
+            if r not in never
+            and all(r not in x.reads or (not x.reads[r] and (x is loop or x.op.name in earlier)) for x in loops)
         )  # fmt: skip
         out |= {w.name: free for w in loop.op.results}
     return out
