@@ -8,7 +8,7 @@ has been measured is not measured again; with `--again` it is predicted again, a
 
 Two tables: "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B of 2448 tokens
 whose attention is written whole, or as a loop over chunks of queries: as its code would run without a compiler
-(inner="aot_eager", rewrite="never"), and with attnfx. Its rows of twelve layers follow from those of one and two.
+(inner="aot_eager", rewrite="never"), and with attnfx. The former's rows of twelve layers follow from those of one and two.
 """
 
 from __future__ import annotations
@@ -134,11 +134,11 @@ def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def of_twelve(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each layer adds the same bytes: those of twelve layers from those of one and two."""
+    """Uncompiled, each layer adds the same bytes: those of twelve layers from those of one and two."""
     out: dict[str, dict[str, Any]] = {}
     for case in CHUNKS:
         one, two = (table.get(str(case._replace(layers=n))) for n in (1, 2))
-        if one and two and case.layers == 1:
+        if one and two and case.layers == 1 and case.options == UNCOMPILED:
             row = {k: one[k] + 11 * (two[k] - one[k]) for k in ("predicted", "measured")}
             out[str(case._replace(layers=12))] = row
     return out
