@@ -8,7 +8,8 @@ has been measured is not measured again; with `--again` it is predicted again, a
 
 Two tables: "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B of 2448 tokens
 whose attention is written whole, or as a loop over chunks of queries: as its code would run without a compiler
-(inner="aot_eager", rewrite="never"), and with attnfx. The former's rows of twelve layers follow from those of one and two.
+(inner="aot_eager", rewrite="never"), and with attnfx. The former's rows of twelve layers follow from those of one and
+two.
 """
 
 from __future__ import annotations
