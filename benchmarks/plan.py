@@ -4,11 +4,12 @@
 
 A step is the loss and the backward pass in training, the last hidden state in inference. Each is measured in a process
 of its own, on one thread. Both numbers are over what is there before the step. Results are written as they come; what
-has been measured is not measured again, and predicted again with `--again`.
+has been measured is not measured again; with `--again` it is predicted again, and measured where the tiers are others.
 
 Two tables: "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B of 2448 tokens
 whose attention is written whole, or as a loop over chunks of queries: as its code would run without a compiler
-(inner="aot_eager", rewrite="never"), and with attnfx. Its rows of twelve layers follow from those of one and two.
+(inner="aot_eager", rewrite="never"), and with attnfx. The former's rows of twelve layers follow from those of one and
+two.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from peak import peak_over_base
 from torch import Tensor, nn
 
 import attnfx
+from attnfx.report import Site
 
 
 class Case(NamedTuple):
@@ -87,7 +90,13 @@ def predicted(case: Case) -> dict[str, Any]:
         step, inputs = built(case)
     start = time.process_time()
     plan = attnfx.plan(step, train=case.train, **json.loads(case.options))(**inputs)
-    return {"predicted": plan.choice.peak, "plan_cpu_s": round(time.process_time() - start, 2)}
+    seconds = round(time.process_time() - start, 2)
+    return {"predicted": plan.choice.peak, "planned": _tiers(plan.sites), "plan_cpu_s": seconds}
+
+
+def _tiers(sites: Iterable[Site]) -> dict[str, int]:
+    tiers = [s.decision.tier if s.decision else "refused" for s in sites]
+    return {t: tiers.count(t) for t in dict.fromkeys(tiers)}
 
 
 def measured(case: Case) -> dict[str, Any]:
@@ -105,8 +114,7 @@ def measured(case: Case) -> dict[str, Any]:
 
     step(backward=False)  # compiles the backward pass too
     peak, _ = peak_over_base(step)
-    tiers = [s.decision.tier if s.decision else "refused" for r in attnfx.reports() for s in r]
-    return {"measured": peak, "tiers": {t: tiers.count(t) for t in dict.fromkeys(tiers)}}
+    return {"measured": peak, "tiers": _tiers(s for r in attnfx.reports() for s in r)}
 
 
 def job(what: str, case: Case) -> dict[str, Any] | None:
@@ -127,11 +135,11 @@ def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def of_twelve(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each layer adds the same bytes: those of twelve layers from those of one and two."""
+    """Uncompiled, each layer adds the same bytes: those of twelve layers from those of one and two."""
     out: dict[str, dict[str, Any]] = {}
     for case in CHUNKS:
         one, two = (table.get(str(case._replace(layers=n))) for n in (1, 2))
-        if one and two and case.layers == 1:
+        if one and two and case.layers == 1 and case.options == UNCOMPILED:
             row = {k: one[k] + 11 * (two[k] - one[k]) for k in ("predicted", "measured")}
             out[str(case._replace(layers=12))] = row
     return out
@@ -158,8 +166,9 @@ def main() -> None:
             old = rows.get(str(case), {})
             if chosen.only not in (None, case.name) or (old and not chosen.again):
                 continue
-            row = old if "measured" in old else job("measured", case)
             plan = job("predicted", case)
+            same = plan is not None and plan["planned"] == old.get("tiers")  # what was measured is what is planned
+            row = old if same else job("measured", case)
             if row is None or plan is None:
                 continue
             rows[str(case)] = row | plan

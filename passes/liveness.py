@@ -17,7 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx.memory.attention import Operand, Use, workspace
+from attnfx.memory.attention import Operand, Use, fused_kernel, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
@@ -29,6 +29,7 @@ REDUCTIONS = frozenset("sum mean prod amax amin max min var var_mean any all arg
 # Lowered, but to a call of a kernel, or to writes at computed places.
 KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod "
                     "_scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
+FUSED = "_scaled_dot_product_flash_attention_for_cpu"
 SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ "
                      "_unsafe_index_put _unsafe_masked_index_put_accumulate copy_".split())  # fmt: skip
 
@@ -68,10 +69,16 @@ def flops(n: Node) -> int:
 
 def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
                         ) -> int:  # fmt: skip
-    """The bytes that one of attnfx's operators takes while it runs; 0 for any other. `shape` gives an operand's shape,
-    where it is not the one that it has in the graph; `chunk` is the most scores that the chunked tier computes at once,
-    0 for what the graph says."""
+    """The bytes that an operator of attention takes while it runs, attnfx's or ATen's for the CPU; 0 for any other.
+    `shape` gives an operand's shape, where it is not the one that it has in the graph; `chunk` is the most scores that
+    the chunked tier computes at once, 0 for what the graph says."""
     name = op_name(n)
+    if name.startswith(FUSED):  # ATen's own, which one of Inductor's patterns put there
+        backward = name.endswith("backward")
+        query, key = (x for x in n.args[backward : backward + 2] if isinstance(x, Node))
+        (*_, rows, width), (*_, keys, _) = (x.meta["val"].shape if shape is None else shape(x) for x in (query, key))
+        element = query.meta["val"].element_size()
+        return fused_kernel(number(rows), number(keys), number(width), element, backward, torch.get_num_threads())
     if not name.startswith("attnfx::attention"):
         return 0
     nodes = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
@@ -114,8 +121,26 @@ def near_readers(gm: GraphModule) -> GraphModule:
     return made
 
 
+def lay_out(gm: GraphModule) -> None:
+    """Bring the strides in `meta["val"]` up to date: where a pass puts a kernel in the place of others, what is made of
+    its result keeps the strides that it had of theirs."""
+    changed: set[Node] = set()
+    for n in gm.graph.nodes:
+        old = n.meta.get("val")
+        if not isinstance(n.target, OpOverload) or not isinstance(old, torch.Tensor):
+            continue
+        if not is_view(n) and changed.isdisjoint(n.all_input_nodes):
+            continue
+        args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+        new = n.target(*args, **kwargs)
+        if [*map(number, new.stride())] != [*map(number, old.stride())]:
+            n.meta["val"] = new
+            changed.add(n)
+
+
 def read(gm: GraphModule, cpu: bool) -> Graph:
     """The records of a graph that will run on a CPU, or on a GPU."""
+    lay_out(gm)
     ops: list[Op] = []
     held: set[str] = set()
     outputs: tuple[str, ...] = ()
@@ -225,9 +250,15 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         inner, rows = _reduced(n, outer)
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
-        _aside(n, held) if kind == "loop" else frozenset(),
-        name in HEAVY, name, flops(n) if kind == "kernel" else 0, dtype, where,
+        _aside(n, held) if kind == "loop" else frozenset(), name == "clone" and _same(n), name in HEAVY, name,
+        flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
+
+
+def _same(n: Node) -> bool:
+    """Whether a copy has its operand's own layout."""
+    made, source = n.meta["val"], n.all_input_nodes[0].meta["val"]
+    return [*map(number, made.stride())] == [*map(number, source.stride())]
 
 
 def is_view(n: Node) -> bool:

@@ -160,16 +160,17 @@ def _layout(use: Use) -> _Layout:
 
 
 def _kernel(use: Use, rows: int, keys: int) -> int:
-    """Bytes of the buffers of ATen's fused kernel, for the longest block of each thread."""
-    block = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows)
-    tile, half = block * min(KEYS, keys), use.query.element < 4
-    if use.grad_out is not None:
-        return use.threads * (
-            2 * tile * use.compute + block * use.compute + (2 * tile * use.query.element if half else 0)
-        )
-    return use.threads * (
-        (tile + 2 * block + block * use.width) * use.compute + (tile * use.query.element if half else 0)
-    )
+    return fused_kernel(rows, keys, use.width, use.query.element, use.grad_out is not None, use.threads)
+
+
+def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool, threads: int) -> int:
+    """Bytes of the buffers of ATen's fused kernel for the CPU, for the longest block of each thread. `element` is the
+    bytes of one of its operands' elements."""
+    block, compute = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows), max(element, 4)
+    tile, half = block * min(KEYS, keys), element if element < 4 else 0
+    if backward:
+        return threads * (2 * tile * compute + block * compute + 2 * tile * half)
+    return threads * ((tile + 2 * block + block * width) * compute + tile * half)
 
 
 def _library(use: Use) -> int:
@@ -264,4 +265,4 @@ def _chunked(use: Use, elements: int) -> int:
     return copies + most
 
 
-__all__ = ["Operand", "Use", "held", "workspace"]
+__all__ = ["Operand", "Use", "fused_kernel", "held", "workspace"]

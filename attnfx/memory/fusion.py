@@ -20,6 +20,7 @@ from attnfx.memory.ops import Graph, Op, Result
 READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
 
 OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
+WHOLE = OUT | {"convolution"}  # kernels whose result is no step of its own
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Kernel:
     over      result -> the operands that it may be written over, once nothing else reads them
     inner     results that only it reads, so that they are not stored
     own       the compiler allocates its results, not the kernel
+    parts     a call that makes its own results: each is a step of its own in the compiler's schedule
     joins     its result is written part by part, through views: the memory goes to no other value
     """
 
@@ -42,6 +44,7 @@ class Kernel:
     over: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     inner: tuple[Result, ...] = ()
     own: bool = False
+    parts: bool = False
     joins: bool = False
     flops: int = 0
     dtype: str = "float32"
@@ -224,6 +227,11 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         merge(a, b)
 
     outputs = {base[o] for o in graph.outputs}
+    # written to after they were made, or in parts: the compiler does not hand their memory on
+    mended = {base[c] for op in graph.ops for c in op.changes}
+    mended |= {
+        r.name for x in loops if x.op.kind == "scatter" or (x.alone and x.op.target == "cat") for r in x.op.results
+    }
     made = []
     for g, group in groups.items():
         own = {r.name for x in group.loops for r in x.op.results}
@@ -238,14 +246,15 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         workspace = sum(x.op.workspace for x in group.loops)
         made.append((g, Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
-            {} if group.alone else _over(group.loops), inner,
-            first.kind != "kernel" or first.target in OUT, group.alone and first.target == "cat",
+            {} if group.alone else _over(group.loops, mended), inner,
+            first.kind != "kernel" or first.target in OUT, first.kind == "kernel" and first.target not in WHOLE,
+            group.alone and first.target == "cat",
             first.flops, first.dtype, first.where, first.target,
         )))  # fmt: skip
     return _sorted(made)
 
 
-def _over(loops: list[_Loop]) -> dict[str, tuple[str, ...]]:
+def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
     """What each loop of a kernel may write over: what it reads at the element that it writes, if the kernel's other
     loops read it there too, and only before (torch/_inductor/scheduler.py, decide_inplace_update)."""
     maker = {r.name: x for x in loops for r in x.op.results}
@@ -265,7 +274,8 @@ def _over(loops: list[_Loop]) -> dict[str, tuple[str, ...]]:
         earlier = before(loop)
         free = tuple(
             r for r in loop.reads
-            if all(r not in x.reads or (not x.reads[r] and (x is loop or x.op.name in earlier)) for x in loops)
+            if r not in never
+            and all(r not in x.reads or (not x.reads[r] and (x is loop or x.op.name in earlier)) for x in loops)
         )  # fmt: skip
         out |= {w.name: free for w in loop.op.results}
     return out

@@ -95,11 +95,24 @@ class _Lines:
         arrives = (Result(v, size) for v, size in phase.arrives.items())
         self.alive = {r.name: r for r in (*phase.released, *arrives)}
         self.own = {w.name for k in phase.kernels if k.own for w in k.writes}
-        self.joined = {w.name for k in phase.kernels if k.joins for w in k.writes}
+        read = {r for k in phase.kernels for r in (*k.reads, *k.changes)}
+        self.waiting = {w.name for k in phase.kernels if not k.joins for w in k.writes if k.own or w.name in read}
+        if phase.batched:
+            self.waiting -= self._unaligned()
         self.lines: list[_Line] = []
         self._write()
         if phase.alive:
             self._reuse(list(phase.alive))
+
+    def _unaligned(self) -> set[str]:
+        """Results of calls that read an input, or such a result. On a CPU Inductor takes no input to be aligned, nor
+        what a call makes of it; its own values are (FallbackKernel.create in torch/_inductor/ir.py)."""
+        made = {w.name for k in self.phase.kernels for w in k.writes}
+        out: set[str] = set()
+        for k in self.phase.kernels:
+            if k.parts and any(r not in made or r in out for r in k.reads):
+                out.update(w.name for w in k.writes)
+        return out
 
     def _write(self) -> None:
         phase = self.phase
@@ -128,6 +141,8 @@ class _Lines:
                 if taken is not None:
                     dying.remove(taken)
                     old = self.alive.pop(taken)
+                    if taken not in self.waiting:
+                        self.waiting.discard(w.name)
                     w = Result(w.name, old.bytes, w.dtype)
                 self.lines.append(_Line(w, at, k, old=old))
                 self.alive[w.name] = w
@@ -155,12 +170,10 @@ class _Lines:
         dead: dict[tuple[str, int], list[_Line]] = defaultdict(list)
         for line in self.lines:
             key = line.value.dtype, line.value.bytes
-            if line.value.name not in self.own or line.old is not None:
-                continue
             if line.frees:
-                if line.value.name not in self.joined:
+                if line.value.name in self.waiting:
                     dead[key].append(line)
-            elif dead[key]:
+            elif line.value.name in self.own and line.old is None and dead[key]:
                 before = dead[key][-1]
                 between = range(before.at + 1, line.at)
                 if not between or max(alive[n] for n in between) + line.value.bytes <= most:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 # input   a value that is there before the graph runs
@@ -35,6 +35,7 @@ class Op:
     changes    names of the values that it writes into
     workspace  bytes that are alive only while it runs
     aside      of `reads`, those of which it reads not the very element that it writes: transposed, repeated, in part
+    same       a copy in its operand's own layout: a compiler reads the operand instead
     heavy      an exponential or the like: a CPU does not compute it twice
     target     the operator's name
     flops      of a kernel: floating point operations
@@ -52,6 +53,7 @@ class Op:
     changes: tuple[str, ...] = ()
     workspace: int = 0
     aside: frozenset[str] = frozenset()
+    same: bool = False
     heavy: bool = False
     target: str = ""
     flops: int = 0
@@ -74,6 +76,20 @@ class Graph:
     @property
     def inputs(self) -> tuple[Op, ...]:
         return tuple(op for op in self.ops if op.kind == "input")
+
+    def without_copies(self) -> Graph:
+        """The graph with views in the place of copies that change nothing, as Inductor drops them: not where an output
+        would come to lie in another's memory, or in an input's (remove_noop_ops in torch/_inductor/fx_passes)."""
+        base = self.bases()
+        outputs = {base[o] for o in self.outputs}
+        apart = outputs | {op.name for op in self.inputs}
+
+        def dropped(op: Op) -> Op:
+            if not op.same or (op.name in outputs and base[op.reads[0]] in apart):
+                return op
+            return replace(op, kind="view", results=tuple(replace(r, bytes=0) for r in op.results))
+
+        return Graph(tuple(map(dropped, self.ops)), self.outputs)
 
     def bases(self) -> dict[str, str]:
         """The value in whose memory each value lies: itself, or what it is a view of."""

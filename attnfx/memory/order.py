@@ -118,11 +118,11 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
             add(k, size, {parts: size}, k.reads, k.changes)
             add(k, size, sizes, [parts], ())
             continue
-        if k.loop or len(sizes) < 2:
+        if not k.parts:
             sizes |= {w.name: w.bytes for w in k.inner}
             add(k, sum(sizes.values()), sizes, k.reads, k.changes)
             continue
-        # a call that gives several tensors, and each of those that is asked for
+        # a call that makes its own results, and each of them that is asked for
         parts = {name: size for name, size in sizes.items() if name in read or not name.endswith("]")}
         whole = f"{k.name}()"
         add(k, sum(parts.values()), {whole: 0}, k.reads, k.changes)

@@ -30,11 +30,14 @@ class Part:
 
     def resized(self, other: Callable[[Op], Op]) -> Part:
         """The same with `other(op)` in the place of each operation."""
+        return self._made(lambda graph: Graph(tuple(map(other, graph.ops)), graph.outputs))
 
-        def made(graph: Graph) -> Graph:
-            return Graph(tuple(map(other, graph.ops)), graph.outputs)
+    def without_copies(self) -> Part:
+        """The same without copies that change nothing."""
+        return self._made(Graph.without_copies)
 
-        return Part(made(self.forward), None if self.backward is None else made(self.backward), self.outputs)
+    def _made(self, of: Callable[[Graph], Graph]) -> Part:
+        return Part(of(self.forward), None if self.backward is None else of(self.backward), self.outputs)
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
     backward: list[Phase] = []
     saved: dict[str, int] = {}
     for n, part in enumerate(parts):
+        if inlining:
+            part = part.without_copies()
         prefix, number = f"{n}.", f" {n}" if len(parts) > 1 else ""
         base = part.forward.bases()
         values = {r.name: r for op in part.forward.ops for r in op.results}

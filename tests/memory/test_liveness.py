@@ -87,6 +87,45 @@ def test_what_dies_waits_for_a_later_value_of_its_size_where_the_peak_is_no_high
     ]  # fmt: skip
 
 
+def test_what_a_call_made_waits_for_a_later_value_where_the_call_read_no_input():
+    """On a CPU Inductor does not take inputs to be aligned, nor what a call makes of them."""
+
+    def until(operand):
+        """What is allocated right after the call's result is released."""
+        graph = Graph(
+            (op("x", "input"), op("m", "kernel", "x", target="mm", size=30), op("a", "kernel", operand, target="call"),
+             op("b", "kernel", "a", target="mm", size=40), op("e", "kernel", "b", target="mm", size=60),
+             op("c", "kernel", "e", target="mm"), op("big", "kernel", "c", "m", target="mm", size=300)), ("big",),
+        )  # fmt: skip
+        found = names(step([Part(graph)], cpu=True).events())
+        return found[found.index(("0.a", -100)) + 1]
+
+    assert until("m") == ("0.c", 100)
+    assert until("x") == ("0.e", 60)
+
+
+def test_a_loop_is_not_written_over_what_was_scattered_into():
+    graph = Graph(
+        (op("x", "input"), op("g", "scatter", "x"), op("d", "loop", "g"), op("n", "kernel", "d", target="mm")), ("n",),
+    )  # fmt: skip
+    assert [k.over["d"] for k in fused(graph, cpu=True) if "d" in k.over] == [()]
+
+
+def test_a_copy_in_its_operands_own_layout_is_no_value():
+    """But an output comes to lie in no other output's memory, nor in an input's."""
+
+    def copied(*outputs):
+        graph = Graph(
+            (op("x", "input"), op("a", "kernel", "x", target="mm"), op("c", "loop", "a", same=True),
+             op("n", "kernel", "c", target="mm", size=60)), outputs,
+        )  # fmt: skip
+        return [v for v, size in names(step([Part(graph)], cpu=True).events()) if size > 0]
+
+    assert copied("n") == ["0.a", "0.n"]
+    assert copied("n", "c") == ["0.a", "0.n"]
+    assert copied("n", "c", "a") == ["0.a", "0.c", "0.n"]
+
+
 def test_kernels_run_in_the_order_with_the_lowest_peak():
     """Two large values, each summed up: one after the other, not both at once."""
     graph = Graph(
