@@ -19,7 +19,6 @@ from torch.utils._pytree import tree_leaves
 
 from attnfx.capture import Captured
 from attnfx.memory.liveness import Event
-from attnfx.memory.step import step
 from attnfx.options import Options
 from attnfx.peaks import Resident, total
 from attnfx.planning import Choice, as_decided
@@ -51,7 +50,7 @@ class Scaled:
     def events(self, s: Sizes) -> list[Event]:
         cpu = self.choice.target.kind == "cpu"
         parts = self.table.parts(self.choice.parts, s, cpu, self.choice.chunk)
-        return step(parts, cpu, self.choice.inlining).events()
+        return self.choice.step_of(parts).events()
 
 
 @dataclass
