@@ -19,6 +19,9 @@ from attnfx.memory.ops import Graph, Op, Result
 # CPU twin), max_fusion_size
 READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
 
+# Lowered to loops that are stored, whoever reads them (torch/_inductor/lowering.py: inductor_random, bucketize).
+STORED = frozenset(["prims::inductor_random", "bucketize"])
+
 OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
 
 
@@ -131,7 +134,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
         )  # fmt: skip
         bodies[op.name] = body
         users, large = readers[op.name], len(body.operations) > OPERATIONS
-        if op.name in outputs or op.name in changed:
+        if op.name in outputs or op.name in changed or op.target in STORED:
             store(op.name)
         elif len(users) > 1:
             wanted = any(u.kind == "kernel" for u in users) and len(reads) > 1
