@@ -122,7 +122,8 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
 
     for op in graph.ops:
         if op.kind == "view":
-            shared(base[op.name], readers[op.name])
+            for r in op.results:
+                shared(base[r.name], readers[r.name])
         if op.kind in ("input", "view"):
             continue
         sources = list(dict.fromkeys(base[r] for r in op.reads))
