@@ -4,9 +4,9 @@
 
 Budgets go from the peak that is predicted of the unplanned step down to the smallest that can be had, in equal parts.
 Peaks are over what is there before the step (parameters and inputs), so "half" is half of what activations and
-gradients take. Attention is rewritten everywhere, with and without a budget. Gradients are compared for the same seed: the largest difference over
-the largest gradient. Times are the CPU time of one thread, the median of pairs of steps that take turns with the
-unplanned step's.
+gradients take. Attention is rewritten everywhere, with and without a budget. Gradients are compared for the same
+seed: the largest difference over the largest gradient. Times are the CPU time of one thread, the median of pairs of
+steps that take turns with the unplanned step's.
 """
 
 from __future__ import annotations
