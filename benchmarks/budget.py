@@ -164,11 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--budgets", type=int, default=10)
     parser.add_argument("--only")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "budget.json")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    # each budget compiles the same code again, and what Dynamo would run without a compiler is no result
+    torch._dynamo.config.recompile_limit = 1 << 10
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "models": {}}
     for name in ("decoder", "encoder"):

@@ -159,6 +159,32 @@ def test_what_is_computed_again_has_the_same_dropout():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_the_gradient_of_a_bias_that_layers_share_is_planned():
+    """It comes in a list among the results of the attention's backward operator."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.project = nn.Parameter(torch.zeros(128, 128)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.tanh(self.project(torch.softmax(x @ x.mT + self.bias, -1) @ x))
+            return x.square().mean()
+
+    options = {"inner": "aot_eager", "rewrite": "always", "tiers": "chunked"}
+    model, x = Biased(), torch.randn(2, 128, WIDTH)
+    *_, last = attnfx.plan(model, train=True, memory_budget="1GiB", **options)(x).limited().ways()
+    found = []
+    for more in ({}, {"memory_budget": round(1.04 * last.peak) + attnfx.plan(model, **options)(x).resident.total}):
+        torch._dynamo.reset()
+        torch.compile(model, backend="attnfx", options=options | more)(x).backward()
+        found.append(model.bias.grad)
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+    assert any("computed again" in n for n in attnfx.reports()[-1].notes)
+
+
 def test_a_budget_that_cannot_be_met_names_the_least_that_can():
     with pytest.raises(Exception, match=r"BudgetError.*smallest peak that can be had is .* \(.*gradients"):
         gradients(1 << 19)
