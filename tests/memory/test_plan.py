@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -196,6 +197,11 @@ def test_a_budget_that_makes_no_sense_is_an_error(bad):
         Options.make({"memory_budget": bad})
 
 
+def test_a_size_that_is_nearly_one_is_taken_for_it():
+    with pytest.raises(OptionError, match=r"'16 gigs' is not valid, the nearest is '16GiB'"):
+        Options.make({"memory_budget": "16 gigs"})
+
+
 def test_a_budget_in_units_and_one_beyond_the_device():
     assert check("it", "1.5GiB") == 3 << 29 and check("it", "10 MB") == 10**7 and check("it", 0.5) == 0.5
     assert in_bytes(0.5, 100, 0, "x") == 50 and in_bytes("auto", 100, 7, "x") == 7
@@ -232,6 +238,13 @@ def test_a_size_is_read_off_two_traces():
     assert fit(64, 64, at, then).at(Sizes(3, 10)) == 64
     with pytest.raises(Unknown):
         fit(3, 1000, at, then)
+
+
+def test_a_plan_reads_by_module_and_by_site():
+    found = str(plan(memory_budget="2.6MiB"))
+    assert re.search(r"attention_0 to attention_1 \(2\) +│ test_plan.py:\d+ +│", found)
+    assert re.search(r"peak +│ 2.\d\d MiB of 2.60 MiB, in the backward pass at blocks.\d", found)
+    assert re.search(r"blocks\.\*\.up +│ +│ +\d", found), found  # saved: nothing; computed again: some bytes
 
 
 def test_a_plan_is_drawn(tmp_path):
