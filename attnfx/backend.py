@@ -45,23 +45,25 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     refused = next((s for s in result.report.sites if s.refusal is not None), None)
     if chosen.strict and refused is not None:
         raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
-    partitioner = None
+    more: dict[str, Any] = {}
     if chosen.memory_budget is not None:
         from attnfx.budgeting import fit
 
-        result, partitioner = fit(gm, example_inputs, chosen, result)
+        fitted = fit(gm, example_inputs, chosen, result)
+        result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}
     report.file(result.report)
-    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode, partitioner)
+    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode, **more)
 
 
 def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None,
-          partitioner: Any = None) -> Callable[..., Any]:  # fmt: skip
-    """Hand a graph to the compiler of the rest; `partitioner` says what is saved for the backward pass."""
+          partitioner: Any = None, patches: Mapping[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
+    """Hand a graph to the compiler of the rest; `partitioner` says what is saved for the backward pass, `patches` what
+    Inductor's configuration is meanwhile."""
     if options.inner == "eager":
         return gm.forward
     from torch._inductor import list_mode_options
 
     from attnfx.capture import compile_rest
 
-    patches = list_mode_options(mode) if mode and mode != "default" else None
-    return compile_rest(gm, list(example_inputs), options.inner, patches, partitioner)
+    asked = list_mode_options(mode) if mode and mode != "default" else {}
+    return compile_rest(gm, list(example_inputs), options.inner, {**asked, **(patches or {})}, partitioner)

@@ -34,12 +34,18 @@ _limits: dict[int, int] = {}
 _watched: list[bool] = []
 
 
-def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result
-        ) -> tuple[pipeline.Result, Partitioner | None]:  # fmt: skip
-    """The pipeline's result that fits the budget, and the partitioner that carries out what is computed again.
+@dataclass(frozen=True)
+class Fitted:
+    """How a graph is compiled within a budget: what becomes of it, who carries out what is computed again, and what
+    Inductor is told."""
 
-    Raises BudgetError where nothing fits.
-    """
+    result: pipeline.Result
+    partitioner: Partitioner | None
+    patches: dict[str, Any]
+
+
+def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Fitted:
+    """A graph and its rewrite to what fits the budget. Raises BudgetError where nothing does."""
     device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
     target = options.target if isinstance(options.target, Target) else detected(device)
     resident = _resident(example_inputs)
@@ -70,7 +76,8 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
     if ended_by(gm) is not None:
         told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
     chosen.report.notes.append("; ".join(told))
-    return chosen, _partitioner(marks) if marks.again else None
+    patches = {} if way.waits else {"allow_buffer_reuse": False}
+    return Fitted(chosen, _partitioner(marks) if marks.again else None, patches)
 
 
 def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Captured:

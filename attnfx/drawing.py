@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +11,12 @@ from attnfx.memory.budget import text
 if TYPE_CHECKING:
     from attnfx.plans import Plan
 
-ROWS = 12  # of the largest values, in a table
+ROWS = 16  # of modules, in a table
 
 
 def table(plan: Plan) -> Any:
-    """A rich renderable: the peak and what is in it, the limits, each site's decision, what is computed again."""
+    """A rich renderable: the peak and what is in it, the limits, each site's decision, what is saved and what computed
+    again."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -25,7 +27,9 @@ def table(plan: Plan) -> Any:
     facts.add_column()
     facts.add_column(overflow="fold")
     limit = plan.budget if plan.budget is not None else plan.target.memory
-    facts.add_row("peak", f"{text(plan.peak_bytes)} of {text(limit)}")
+    top = max(plan.timeline, key=lambda m: m.bytes, default=None)
+    place = "" if top is None else f", in the {top.phase} pass" + (f" at {top.where}" if top.where else "")
+    facts.add_row("peak", f"{text(plan.peak_bytes)} of {text(limit)}{place}")
     for name, size in plan.parts().items():
         facts.add_row(f"  {name}", text(size))
     if plan.reserved_bytes is not None:
@@ -36,23 +40,56 @@ def table(plan: Plan) -> Any:
     if plan.recomputed:
         size = sum(plan.recomputed.values())
         facts.add_row("computed again", f"{len(plan.recomputed)} values, {text(size)} that are not saved")
+    if not plan.choice.waits:
+        facts.add_row("dead memory", "is given back at once, no value waits for it")
 
     sites = Table(title="attention", title_justify="left")
     for column in ("site", "where", "tier", "reason"):
         sites.add_column(column, overflow="fold")
+    for names, row in _sites(plan):
+        sites.add_row(names, *row)
+
+    held = Table(title="for the backward pass, by module", title_justify="left")
+    for column in ("module", "saved", "computed again"):
+        held.add_column(column, overflow="fold")
+    rows = by_module(plan)
+    for module, sizes in list(rows.items())[:ROWS]:
+        held.add_row(module or "(no module)", *(text(size) if size else "" for size in sizes))
+    if len(rows) > ROWS:
+        rest = [sum(sizes[n] for sizes in list(rows.values())[ROWS:]) for n in (0, 1)]
+        held.add_row(f"{len(rows) - ROWS} others", *(text(size) if size else "" for size in rest))
+    shown = [facts, *([sites] if plan.sites else []), *([held] if rows else [])]
+    return Group(*shown, *(Text(f"note: {n}") for n in plan.notes))
+
+
+def _sites(plan: Plan) -> list[tuple[str, tuple[str, str, str]]]:
+    """The sites, those that follow each other with the same decision as one row: (names, (where, tier, reason))."""
+    rows: list[tuple[list[str], tuple[str, str, str]]] = []
     for site in plan.sites:
         chosen = site.decision
         tier = chosen.tier if chosen else "kept"
-        sites.add_row(site.name, site.where, tier, chosen.reason if chosen else str(site.refusal or ""))
+        if tier == "chunked" and plan.choice.chunk:
+            tier += f", {plan.choice.chunk} scores at once"
+        row = site.where, tier, chosen.reason if chosen else str(site.refusal or "")
+        if rows and rows[-1][1] == row:
+            rows[-1][0].append(site.name)
+        else:
+            rows.append(([site.name], row))
+    return [(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})", row) for names, row in rows]
 
-    largest = sorted(plan.saved.items(), key=lambda e: -e[1])[:ROWS]
-    saved = Table(title=f"saved for the backward pass ({len(plan.saved)} values)", title_justify="left")
-    for column in ("value", "size"):
-        saved.add_column(column)
-    for name, size in largest:
-        saved.add_row(name, text(size))
-    shown = [facts, *([sites] if plan.sites else []), *([saved] if largest else [])]
-    return Group(*shown, *(Text(f"note: {n}") for n in plan.notes))
+
+def by_module(plan: Plan) -> dict[str, tuple[int, int]]:
+    """Bytes that are saved, and bytes that are computed again instead, by module; layers of a list are one: "h.*.mlp".
+    The largest come first."""
+    made = {
+        f"{n}.{r.name}": re.sub(r"\b\d+\b", "*", op.where)
+        for n, part in enumerate(plan.choice.parts) for op in part.forward.ops for r in op.results
+    }  # fmt: skip
+    sums: dict[str, list[int]] = {}
+    for which, values in enumerate((plan.saved, plan.recomputed)):
+        for name, size in values.items():
+            sums.setdefault(made.get(name, ""), [0, 0])[which] += size
+    return {m: (a, b) for m, (a, b) in sorted(sums.items(), key=lambda e: -sum(e[1]))}
 
 
 def plot(plan: Plan, path: str | PathLike[str]) -> None:

@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from attnfx.capture import Captured
 from attnfx.memory.liveness import Event
-from attnfx.memory.step import step
 from attnfx.options import Options
-from attnfx.peaks import Resident, total
+from attnfx.peaks import Resident, reserve, total
 from attnfx.planning import Choice, as_decided
 from attnfx.report import Report
 from attnfx.sizes import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
@@ -51,7 +50,7 @@ class Scaled:
     def events(self, s: Sizes) -> list[Event]:
         cpu = self.choice.target.kind == "cpu"
         parts = self.table.parts(self.choice.parts, s, cpu, self.choice.chunk)
-        return step(parts, cpu, self.choice.inlining).events()
+        return self.choice.step_of(parts).events()
 
 
 @dataclass
@@ -62,7 +61,7 @@ class Limits:
     inputs    (args, kwargs)
     limit     bytes that the step must fit
     ways      the ways to compile some captured graphs; None where what was decided stays
-    lowest    the last of them for the graphs at hand
+    lowest    under a budget, the last of them for the graphs at hand; what fits is then held against the reserve too
     notes     takes why a limit is not known
     """
 
@@ -98,7 +97,7 @@ class Limits:
         assert self._scaled is not None
         chosen, scaled = self._scaled
         s = chosen.sizes
-        longest = self._largest(lambda n: self._bytes(chosen, scaled, replace(s, length=n)), s.length)
+        longest = self._largest(lambda n: self._asked(chosen, scaled, replace(s, length=n)), s.length)
         if longest is None or longest <= s.length:
             return scaled if s.batch > 1 else self._both(chosen, near(s, s.batch).length)
         try:
@@ -164,20 +163,25 @@ class Limits:
         s = Sizes(batch, chosen.sizes.length if length is None else length)
         if chosen.sizes.length and batch == chosen.sizes.batch:
             scaled = self._long
-        return self._bytes(chosen, scaled, s)
+        return self._least(chosen, s, self._events(scaled, s), reserved=False)
 
-    def _bytes(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
-        return self._least(chosen, s, [x.events(s) for x in scaled])
+    def _events(self, scaled: Sequence[Scaled], s: Sizes) -> list[tuple[Choice, list[Event]]]:
+        return [(x.choice, x.events(s)) for x in scaled]
 
-    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[Sequence[Event]]) -> int:
+    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[tuple[Choice, Sequence[Event]]], reserved: bool) -> int:
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
-        return min(total(events, resident, self.choice.target) for events in steps)
+        found = [(way, total(events, resident, self.choice.target)) for way, events in steps]
+        return min(size + (reserve(way, size, resident) if reserved else 0) for way, size in found)
+
+    def _asked(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
+        """What must fit: the least peak, and its reserve where there is a budget."""
+        return self._least(chosen, s, self._events(scaled, s), self.lowest is not None)
 
     def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
         """The last size that fits by what is decided, and chosen to be computed again, at that size itself. `scaled`
         says where to look; where it is right, that is two captures."""
-        found = self._largest(lambda n: self._bytes(chosen, scaled, at(n)), start)
+        found = self._largest(lambda n: self._asked(chosen, scaled, at(n)), start)
         options = self.choice.captured[0].options
         assert options is not None
         if not found:
@@ -187,12 +191,13 @@ class Limits:
             try:
                 there = self._captured(chosen, at(n), options)
             except Exception:  # as where a table of positions ends
-                return self._bytes(chosen, scaled, at(n))
+                return self._asked(chosen, scaled, at(n))
             if self.lowest is None:
                 ways: Iterable[Choice] = [as_decided(there, self.choice.target, self.choice.inlining)]
             else:
                 ways = self._ways(chosen, at(n), there, options)
-            return self._least(chosen, at(n), (way.events for way in ways))
+            steps = ((way, way.events) for way in ways)
+            return self._least(chosen, at(n), steps, self.lowest is not None)
 
         return self._largest(own, found)
 

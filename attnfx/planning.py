@@ -1,8 +1,9 @@
 """From captured graphs to the choices that a memory budget leaves: what each takes, and the first that fits.
 
-The choices are in order of the time that they cost: the decisions as they are; every site rewritten that can be; then
-more and more of the forward pass computed again in the backward pass. Each is tried with smaller and smaller chunks of
-attention. The first that fits is taken, so that a smaller budget never gives a larger peak.
+The choices are in order of the time that they cost: the decisions as they are; every site rewritten that can be; memory
+given back when what lies in it dies; then more and more of the forward pass computed again in the backward pass. Each
+of the last two is tried with smaller and smaller chunks of attention. The first that fits is taken, so that a smaller
+budget never gives a larger peak.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ class Choice:
     """One way to compile the graphs; `parts` is what they become.
 
     chunk   the most scores that the chunked tier computes at once; 0 for its own choice
+    waits   what died may wait for a later value of its size and dtype, as Inductor does unless it is told otherwise
     """
 
     captured: Sequence[Captured]
@@ -52,10 +54,16 @@ class Choice:
     target: Target
     inlining: bool = True
     chunk: int = 0
+    waits: bool = True
+
+    def step_of(self, parts: Sequence[Part]) -> Step:
+        """The step of such graphs, its sizes perhaps others."""
+        made = step(parts, self.target.kind == "cpu", self.inlining)
+        return made if self.waits else replace(made, phases=tuple(replace(p, alive=()) for p in made.phases))
 
     @cached_property
     def step(self) -> Step:
-        return step(self.parts, self.target.kind == "cpu", self.inlining)
+        return self.step_of(self.parts)
 
     @cached_property
     def events(self) -> list[Event]:
@@ -80,7 +88,7 @@ class Choice:
 
 def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
             more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Choice]:  # fmt: skip
-    """The ways to compile, in order of the time they cost, each with a smaller peak than those before it. `more`
+    """The ways to compile, in order of the time they cost, each with a peak no larger than those before it. `more`
     captures the graphs with every site rewritten."""
     best = as_decided(captured, target, inlining)
     yield best
@@ -94,12 +102,15 @@ def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
             if other.peak < least:
                 yield other
                 best, least = other, other.peak
-    base, sizes = best, _chunks(best)
+    base, sizes = replace(best, waits=False) if inlining else best, _chunks(best)
+    if base is not best:
+        yield base  # what is predicted of it is nearer to what is measured
+        least = min(least, base.peak)
 
     def ways() -> Iterator[Choice]:
         yield base
         for marks, parts in _recomputing(base):
-            yield Choice(base.captured, parts, marks, target, inlining)
+            yield replace(base, parts=parts, marks=marks)
 
     for way in ways():
         for one in (way, *(_in_chunks(way, size, found) for size, found in sizes)):
@@ -126,7 +137,7 @@ def _in_chunks(way: Choice, size: int, found: Sequence[Mapping[str, int]]) -> Ch
         replace(p, forward=graph(p.forward, taken), backward=None if p.backward is None else graph(p.backward, taken))
         for p, taken in zip(way.parts, found)
     ]
-    return Choice(way.captured, parts, way.marks, way.target, way.inlining, size)
+    return replace(way, parts=parts, chunk=size)
 
 
 def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> Choice:

@@ -218,7 +218,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
         def limits() -> Limits:
             lowest = None
-            if limit is not None and training:
+            if limit is not None:
                 *_, lowest = ways()
             most = limit if limit is not None else device.memory
             return Limits(way, inputs, resident, most, captured, ways, lowest, notes)

@@ -2,11 +2,11 @@
 
     python benchmarks/budget.py [--only NAME] [--budgets 10] [--output benchmarks/results/budget.json]
 
-Budgets go from the unplanned peak down to the smallest that can be had, in equal parts. Peaks are over what is there
-before the step (parameters and inputs), so "half" is half of what activations and gradients take. Attention is
-rewritten everywhere, with and without a budget. Gradients are compared for the same seed: the largest difference over
-the largest gradient. Times are the CPU time of one thread, the median of pairs of steps that take turns with the
-unplanned step's.
+Budgets go from the peak that is predicted of the unplanned step down to the smallest that can be had, in equal parts.
+Peaks are over what is there before the step (parameters and inputs), so "half" is half of what activations and
+gradients take. Attention is rewritten everywhere, with and without a budget. Gradients are compared for the same
+seed: the largest difference over the largest gradient. Times are the CPU time of one thread, the median of pairs of
+steps that take turns with the unplanned step's.
 """
 
 from __future__ import annotations
@@ -88,16 +88,14 @@ def built(name: str) -> Built:
     return Encoder(), {"input_ids": torch.randint(1024, (8, 256)), "attention_mask": mask}
 
 
-def budgets(name: str, count: int) -> list[int]:
-    """Bytes from the unplanned peak to the smallest, as a budget counts them: with parameters and inputs."""
+def choices(name: str) -> tuple[Any, list[Any]]:
+    """(a plan of the unplanned step, the ways to compile it that budgets leave)."""
     import attnfx
 
     model, inputs = built(name)
     plan = attnfx.plan(model.train(), train=True, memory_budget="20GiB", **OPTIONS)(**inputs)
     assert plan.limited is not None
-    *_, last = plan.limited().ways()
-    whole, least = plan.choice.peak, last.peak
-    return [plan.resident.total + round(whole + (least - whole) * n / (count - 1)) for n in range(count)]
+    return plan, list(plan.limited().ways())
 
 
 def stepper(name: str, budget: int | None) -> tuple[Callable[[], Tensor], nn.Module, int]:
@@ -125,10 +123,13 @@ def gradients(step: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
 def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], None]) -> None:
     """Steps under budgets from the unplanned peak to the smallest, and under half of it, beside the unplanned step."""
     import attnfx
+    from attnfx.peaks import fitting, reserve
 
-    wanted = budgets(name, count)
+    plan, ways = choices(name)
     free, free_model, held = stepper(name, None)
-    whole = wanted[0] - held
+    whole, last = plan.choice.peak, ways[-1]
+    least = last.peak + reserve(last, held + last.peak, plan.resident)
+    wanted = [held + whole + (least - whole) * n // (count - 1) for n in range(count - 1)] + [held + least]
     expected = gradients(free, free_model)
     free_model.zero_grad(set_to_none=True)
     unplanned, _ = peak_over_base(free)
@@ -137,6 +138,7 @@ def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], No
         planned, model, _ = stepper(name, budget)
         found = gradients(planned, model)
         compile_s = time.thread_time() - start
+        predicted = fitting(ways, budget, plan.resident, plan.target, True).peak
         (note,) = [n for n in attnfx.reports()[-1].notes if n.startswith("memory_budget")]
         error = max(float((a - b).abs().max() / b.abs().max().clamp(min=1e-12)) for a, b in zip(found, expected))
         del found
@@ -150,10 +152,11 @@ def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], No
                 times[which].append(time.thread_time() - start)
         ratio = statistics.median(b / a for a, b in zip(times["free"], times["planned"])) if pairs else 0.0
         done({
-            "budget": budget - held, "share": round((budget - held) / whole, 4), "measured": measured,
-            "unplanned": unplanned, "within": measured <= budget - held, "gradient_error": error,
-            "time_ratio": round(ratio, 3), "unplanned_s": round(statistics.median(times["free"] or [0.0]), 3),
-            "compile_s": round(compile_s, 1), "note": note,
+            "budget": budget - held, "share": round((budget - held) / whole, 4), "predicted": predicted,
+            "measured": measured, "error": round(predicted / measured - 1, 4), "unplanned": unplanned,
+            "within": measured <= budget - held, "gradient_error": error, "time_ratio": round(ratio, 3),
+            "unplanned_s": round(statistics.median(times["free"] or [0.0]), 3), "compile_s": round(compile_s, 1),
+            "note": note,
         })  # fmt: skip
 
 
@@ -161,11 +164,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--budgets", type=int, default=10)
     parser.add_argument("--only")
-    parser.add_argument("--pairs", type=int, default=7)
+    parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "budget.json")
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
+    # each budget compiles the same code again, and what Dynamo would run without a compiler is no result
+    torch._dynamo.config.recompile_limit = 1 << 10
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "models": {}}
     for name in ("decoder", "encoder"):

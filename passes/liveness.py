@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
@@ -171,16 +171,21 @@ def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
 
 
 def _results(n: Node) -> tuple[Result, ...]:
-    value = n.meta.get("val")
+    """The tensors that an operator gives; those in lists too, by the names of the nodes that take them out."""
+    return tuple(_parts(n, n.name, n.meta.get("val")))
+
+
+def _parts(n: Node | None, name: str, value: Any) -> Iterator[Result]:
     if isinstance(value, torch.Tensor):
-        return (_result(n.name, value),)
-    if not isinstance(value, (list, tuple)):
-        return ()
-    parts = {}
-    for user in n.users:
-        if user.target is operator.getitem:
-            parts.setdefault(user.args[1], user.name)
-    return tuple(_result(parts.get(i, f"{n.name}[{i}]"), x) for i, x in enumerate(value) if isinstance(x, torch.Tensor))
+        yield _result(name, value)
+    elif isinstance(value, (list, tuple)):
+        takers: dict[Any, Node] = {}
+        for user in n.users if n is not None else ():
+            if user.target is operator.getitem:
+                takers.setdefault(user.args[1], user)
+        for i, x in enumerate(value):
+            taker = takers.get(i)
+            yield from _parts(taker, f"{name}[{i}]" if taker is None else taker.name, x)
 
 
 def _result(name: str, x: torch.Tensor) -> Result:
@@ -225,8 +230,10 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if not results:
         return None
     where = module_of(n)
-    if n.target is operator.getitem:  # a part asked for again
+    if n.target is operator.getitem:  # a part asked for again, or a list whose parts are named already
         source = n.args[0]
+        if not isinstance(n.meta["val"], torch.Tensor):
+            return None
         same = next((u.name for u in source.users if u.name in held and u.args[1:] == n.args[1:]), None)  # type: ignore[union-attr]
         return Op(n.name, "view", (same,) if same else reads, (Result(n.name, 0),), where=where)
     if is_view(n):

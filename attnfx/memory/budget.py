@@ -9,9 +9,10 @@ from attnfx.errors import OptionError
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]i?)?B", re.IGNORECASE)
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 WANTED = (
-    "the nearest is None (or a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, "
-    "or 'auto')"
+    "the nearest is {} (of a number of bytes, a size such as '16GiB', a fraction of the device's memory such as 0.8, "
+    "'auto' and None)"
 )
+NEAR = re.compile(r"\W*(\d+(?:\.\d+)?)\s*([KMGT])", re.IGNORECASE)
 MOST = 1 << 60  # bytes; no device has more
 
 
@@ -21,25 +22,32 @@ def size(value: str) -> int | None:
     return None if found is None else round(float(found[1]) * _UNITS[(found[2] or "").lower()])
 
 
+def _nearest(value: object) -> str:
+    """What a user may have meant."""
+    found = NEAR.match(value) if isinstance(value, str) else None
+    return f"'{found[1]}{found[2].upper()}iB'" if found and float(found[1]) else "None"
+
+
 def check(source: str, value: object) -> int | float | str | None:
     """A budget as a number of bytes, a fraction, or "auto". Raises OptionError for anything else."""
     if value is None or value == "auto":
         return value  # pyright: ignore[reportReturnType]
+    wanted = WANTED.format(_nearest(value))
     if isinstance(value, str):
         found = size(value)
         if found is None:
-            raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
+            raise OptionError(f"{source}: {value!r} is not valid, {wanted}")
         value = found
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise OptionError(f"{source}: {value!r} is not valid, {WANTED}")
+        raise OptionError(f"{source}: {value!r} is not valid, {wanted}")
     if isinstance(value, float) and 1 < value < MOST and value == int(value):
         value = int(value)
     if value > MOST:
-        raise OptionError(f"{source}: no device has {value!r} bytes, {WANTED}")
+        raise OptionError(f"{source}: no device has {value!r} bytes, {wanted}")
     if value <= 0:
-        raise OptionError(f"{source}: a budget of {value!r} holds nothing, {WANTED}")
+        raise OptionError(f"{source}: a budget of {value!r} holds nothing, {wanted}")
     if isinstance(value, float) and not 0 < value <= 1:
-        raise OptionError(f"{source}: {value!r} is neither a whole number of bytes nor a fraction, {WANTED}")
+        raise OptionError(f"{source}: {value!r} is neither a whole number of bytes nor a fraction, {wanted}")
     return value
 
 

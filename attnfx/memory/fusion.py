@@ -19,6 +19,9 @@ from attnfx.memory.ops import Graph, Op, Result
 # CPU twin), max_fusion_size
 READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
 
+# Lowered to loops that are stored, whoever reads them (torch/_inductor/lowering.py: inductor_random, bucketize).
+STORED = frozenset(["prims::inductor_random", "bucketize"])
+
 OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
 WHOLE = OUT | {"convolution"}  # kernels whose result is no step of its own
 
@@ -102,13 +105,28 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
     ops = {r.name: op for op in graph.ops for r in op.results}
     written: dict[str, str] = {}  # value -> the loop that stores it
 
+    def large(body: _Body) -> bool:
+        return len(body.operations) > OPERATIONS
+
     def store(name: str) -> None:
         body = bodies.pop(name, None)
         if body is not None:
             loops[name] = _Loop(ops[name], body.reads, False)
             written[name] = name
 
+    def shared(name: str, users: list[Op]) -> None:
+        """Store a value, or what a view shows, where that is what its several readers are taken to want."""
+        body = bodies.get(name)
+        if body is None or len(users) < 2:
+            return
+        wanted = any(u.kind == "kernel" for u in users) and len(body.reads) > 1
+        if wanted or large(body) or len(body.reads) > READS or (cpu and body.heavy):
+            store(name)
+
     for op in graph.ops:
+        if op.kind == "view":
+            for r in op.results:
+                shared(base[r.name], readers[r.name])
         if op.kind in ("input", "view"):
             continue
         sources = list(dict.fromkeys(base[r] for r in op.reads))
@@ -133,14 +151,10 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
             op.heavy or any(b.heavy for b in inlined),
         )  # fmt: skip
         bodies[op.name] = body
-        users, large = readers[op.name], len(body.operations) > OPERATIONS
-        if op.name in outputs or op.name in changed:
+        if op.name in outputs or op.name in changed or op.target in STORED:
             store(op.name)
-        elif len(users) > 1:
-            wanted = any(u.kind == "kernel" for u in users) and len(reads) > 1
-            if wanted or large or len(reads) > READS or (cpu and body.heavy):
-                store(op.name)
-        if op.name in bodies and len(reads) > 1 and (large or len(reads) > (ALL_READS_CPU if cpu else ALL_READS)):
+        shared(op.name, readers[op.name])
+        if len(reads) > 1 and (large(body) or len(reads) > (ALL_READS_CPU if cpu else ALL_READS)):
             store(op.name)
     return list(loops.values())
 

@@ -6,6 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import attnfx
+from attnfx.peaks import reserve
 
 OPTIONS = {"rewrite": "always", "inner": "aot_eager", "tiers": "chunked"}
 BUDGETS = 10
@@ -82,15 +83,16 @@ def test_peaks_fall_with_the_budget_and_stay_within_it_and_gradients_are_the_sam
     """Predicted and measured. Where nothing is fused, the prediction is exact but for attention's workspaces."""
     plan = attnfx.plan(kind(), train=True, memory_budget="8GiB", **OPTIONS)(torch.randn(4, 128, 64))
     ways = list(plan.limited().ways())
-    whole, least = ways[0].peak, ways[-1].peak
+    held, whole, least = plan.resident.total, ways[0].peak, ways[-1].peak
+    least += reserve(ways[-1], held + least, plan.resident)
     assert least < 0.6 * whole
     expected, unplanned, _ = ran(kind, None)
     before, chosen = unplanned, set()
     for n in range(BUDGETS):
         over = round(whole + (least - whole) * n / (BUDGETS - 1))
-        found, measured, notes = ran(kind, plan.resident.total + over)
+        found, measured, notes = ran(kind, held + over)
         chosen.add(tuple(notes))
-        assert measured <= over * 1.02 and measured <= before * 1.005
+        assert measured <= over and measured <= before * 1.005
         before = measured
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-7)

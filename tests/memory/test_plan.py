@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 from dataclasses import replace
 from functools import cache
 
@@ -11,10 +12,11 @@ from torch import nn
 
 import attnfx
 from attnfx.budgeting import _free, ran_out
+from attnfx.drawing import by_module
 from attnfx.errors import BudgetError, OptionError
 from attnfx.memory.budget import check, in_bytes
 from attnfx.options import Options
-from attnfx.peaks import fitting, total
+from attnfx.peaks import fitting, reserve, total
 from attnfx.sizes import Sizes, Unknown, fit
 
 WIDTH, HEADS = 64, 2
@@ -159,6 +161,32 @@ def test_what_is_computed_again_has_the_same_dropout():
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
+def test_the_gradient_of_a_bias_that_layers_share_is_planned():
+    """It comes in a list among the results of the attention's backward operator."""
+
+    class Biased(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias, self.project = nn.Parameter(torch.zeros(128, 128)), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            for _ in range(3):
+                x = torch.tanh(self.project(torch.softmax(x @ x.mT + self.bias, -1) @ x))
+            return x.square().mean()
+
+    options = {"inner": "aot_eager", "rewrite": "always", "tiers": "chunked"}
+    model, x = Biased(), torch.randn(2, 128, WIDTH)
+    *_, last = attnfx.plan(model, train=True, memory_budget="1GiB", **options)(x).limited().ways()
+    found = []
+    for more in ({}, {"memory_budget": round(1.04 * last.peak) + attnfx.plan(model, **options)(x).resident.total}):
+        torch._dynamo.reset()
+        torch.compile(model, backend="attnfx", options=options | more)(x).backward()
+        found.append(model.bias.grad)
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+    assert any("computed again" in n for n in attnfx.reports()[-1].notes)
+
+
 def test_a_budget_that_cannot_be_met_names_the_least_that_can():
     with pytest.raises(Exception, match=r"BudgetError.*smallest peak that can be had is .* \(.*gradients"):
         gradients(1 << 19)
@@ -168,6 +196,11 @@ def test_a_budget_that_cannot_be_met_names_the_least_that_can():
 def test_a_budget_that_makes_no_sense_is_an_error(bad):
     with pytest.raises(OptionError, match=r"memory_budget.*16GiB"):
         Options.make({"memory_budget": bad})
+
+
+def test_a_size_that_is_nearly_one_is_taken_for_it():
+    with pytest.raises(OptionError, match=r"'16 gigs' is not valid, the nearest is '16GiB'"):
+        Options.make({"memory_budget": "16 gigs"})
 
 
 def test_a_budget_in_units_and_one_beyond_the_device():
@@ -206,6 +239,19 @@ def test_a_size_is_read_off_two_traces():
     assert fit(64, 64, at, then).at(Sizes(3, 10)) == 64
     with pytest.raises(Unknown):
         fit(3, 1000, at, then)
+
+
+def test_a_plan_reads_by_module_and_by_site():
+    free = plan()
+    *_, last = free.limited().ways()
+    size = total(last.events, free.resident, free.target)
+    shown = plan(memory_budget=size + reserve(last, size, free.resident))
+    assert re.search(r"attention_0 to attention_1 \(2\) +│ test_plan.py:\d+ +│", str(shown))
+    assert re.search(r"peak +│ \d.\d\d MiB of \d.\d\d MiB, in the backward pass at blocks.\d", str(shown))
+    assert "blocks.*.up" in str(shown)
+    rows = by_module(shown).values()
+    assert sum(b for _, b in rows) == sum(shown.recomputed.values()) > 0
+    assert sum(a for a, _ in rows) == sum(shown.saved.values())
 
 
 def test_a_plan_is_drawn(tmp_path):
