@@ -124,9 +124,9 @@ _SITES = {
     ),
     "contraction": Code(
         "The product with the values is of a form that is not understood",
-        "It is no sum over the keys of weight times value: repeated letters in an einsum, several operands.",
+        "It is no sum over the keys of weight times value: repeated letters in an einsum, a sum over heads as well.",
         "`w @ v` or `einsum('bhij,bhjd->bhid', w, v)`",
-        "Write the product of weights and values as one matmul or a two-operand einsum.",
+        "Write the product of weights and values as one matmul, or as an einsum that sums over the keys alone.",
     ),
     "values": Code(
         "The values have no width of their own",

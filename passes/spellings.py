@@ -112,7 +112,7 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     names = dict(zip(dict.fromkeys("".join(inputs)), LETTERS + LETTERS.upper(), strict=False))
     if len(names) < len(sizes):
         return None
-    left = list(zip(inputs, operands, strict=True))  # type: ignore[arg-type]
+    left: list[tuple[str, Any]] = list(zip(inputs, operands, strict=True))  # type: ignore[arg-type]
     emit = Emitter(gm, n)
 
     def result(pair: tuple[int, int]) -> str:
@@ -120,17 +120,19 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         both = dict.fromkeys(left[pair[0]][0] + left[pair[1]][0])
         return output if len(left) == 2 else "".join(c for c in both if c in needed)
 
-    def size(term: str) -> int:
+    def elements(term: str) -> int:
         return prod(sizes[c] for c in term)
 
     while len(left) > 1:
-        pair = min(combinations(range(len(left)), 2), key=lambda p: size(result(p)) - sum(size(left[k][0]) for k in p))
+        pair = min(
+            combinations(range(len(left)), 2), key=lambda p: elements(result(p)) - sum(elements(left[k][0]) for k in p)
+        )
         made = result(pair)
         (one, x), (two, y) = left[pair[0]], left[pair[1]]
         spelt = ["".join(names[c] for c in t) for t in (one, two, made)]
         node = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{spelt[2]}", [x, y])
         left = [pair_ for k, pair_ in enumerate(left) if k not in pair] + [(made, node)]
-    return left[0][1]  # type: ignore[return-value]
+    return left[0][1]
 
 
 __all__ = ["respell"]

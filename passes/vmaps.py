@@ -64,7 +64,7 @@ def flatten(gm: GraphModule, example: Callable[[Any], Any]) -> GraphModule:
             holders = (x for x in body.graph.nodes if x.op == "placeholder")
             inner = dict(zip(holders, (values[x] for x in given), strict=True))
             made = graph.graph_copy(body.graph, inner)
-            for x, new in zip(results, made, strict=True):
+            for x, new in zip(results, made, strict=True):  # type: ignore[arg-type]
                 values[x] = new
                 new.meta["example_value"] = x.meta["example_value"]
         elif n not in skipped and n.target is not PREPARE:

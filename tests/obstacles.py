@@ -206,9 +206,9 @@ def weights_rolled(q, k, v):
 
 
 @obstacle("contraction", **ALWAYS)
-def product_of_three(q, k, v):
+def sum_over_keys_and_heads(q, k, v):
     weights = scores(q, k).softmax(-1)
-    return torch.einsum("bhij,bhjd,hde->bhie", weights, v, torch.ones(H, D, D))  # here
+    return torch.einsum("bhij,bhjd->bid", weights, v)  # here
 
 
 @obstacle("values", **NO_ROWS)
