@@ -22,6 +22,7 @@ from attnfx.passes.region_rewrite import replace_region
 from attnfx.passes.regions import Region, find_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
+from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import trace
 from attnfx.report import Candidate, Decision, Site
 from attnfx.sites import number
@@ -266,7 +267,7 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
             return made[0]
         again = trace(made[0])
         functionalise(again)
-        finder = Finder(again)
+        finder = Finder(again, find_tables(again))
         (found, *more) = [f.match for f in finder.find() if f.match is not None] or [None]
         if found is None or more:
             return None

@@ -29,6 +29,7 @@ from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
 from attnfx.passes.spellings import respell
 from attnfx.passes.stages import Recorder
+from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import Transformed, Untraceable, trace
 from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
@@ -157,7 +158,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     changed = _bodies(traced, wanted)
     known = hints(traced.graph)
     deciding = Deciding(traced, options, size_carriers(traced), wanted.trial)
-    finder = Finder(traced)
+    finder = Finder(traced, find_tables(traced))
     deciding.facts = finder.facts
     findings = merge(finder, finder.find())
     matches = [f.match for f in findings if f.match is not None]

@@ -11,13 +11,14 @@ Needs a graph with `meta["val"]` on each node, without in-place operators on the
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node, walk
+from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node, substitute, walk
 from attnfx.passes.graphs import dims, is_tensor, kind_of, op_name, shape, size_expr, value
 
 Index = tuple[Expr, ...]
@@ -35,17 +36,36 @@ class Opaque(Exception):
     """This operator has no scalar meaning here: the node is loaded."""
 
 
+@dataclass(frozen=True)
+class LookedUp:
+    """A float node at the index `out`, of variables, is the element `index` of another one."""
+
+    node: Node
+    out: Index
+    index: Index
+
+    def load(self, at: Index) -> Expr:
+        there = dict(zip(self.out, at, strict=True))
+        return A.load(self.node, tuple(substitute(x, there) for x in self.index), FLOAT)
+
+
 class Lifter:
     """Memoises the expressions of one graph.
 
     `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `frozen` are those
-    computed under no_grad: no gradient flows through them. `reductions` says which node, read where, each reduction
-    came from.
+    computed under no_grad: no gradient flows through them. `tables` are products that are loaded as elements of smaller
+    ones. `reductions` says which node, read where, each reduction came from.
     """
 
-    def __init__(self, written: frozenset[Node] = frozenset(), frozen: frozenset[Node] = frozenset()) -> None:
+    def __init__(
+        self,
+        written: frozenset[Node] = frozenset(),
+        frozen: frozenset[Node] = frozenset(),
+        tables: Mapping[Node, LookedUp] | None = None,
+    ) -> None:
         self.written = written
         self.frozen = frozen
+        self.tables = tables or {}
         self.reductions: dict[Expr, tuple[Node, Index]] = {}
         self.memo: dict[tuple[Node, Index, bool], Expr] = {}
         self.exact = False  # inside a float computation that decides an integer: operators stay as they were
@@ -67,6 +87,8 @@ class Lifter:
         return found
 
     def _lift(self, at: Node, index: Index) -> Expr:
+        if at in self.tables:
+            return self.tables[at].load(index)
         if at.op == "call_function" and at not in self.written:
             name = op_name(at)
             if name in VIEWS:

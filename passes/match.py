@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ from attnfx.passes.contraction import PRODUCTS, Contraction, contraction, slot_n
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, shape, value
 from attnfx.passes.layout import radix
-from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, Opaque, broadcast
+from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, LookedUp, Opaque, broadcast
 from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free, of_batch
 from attnfx.report import Refusal
 from attnfx.spec import AttentionSpec, fill_of
@@ -124,14 +124,14 @@ class Finding:
 class Finder:
     """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
     gate between two products that did not prove to be an attention; `near` the softmaxes of what is shaped as a product
-    of two batches of matrices that it comes from, by whatever operators."""
+    of two batches of matrices that it comes from, by whatever operators. `tables` are as `find_tables` gives them."""
 
-    def __init__(self, gm: GraphModule):
+    def __init__(self, gm: GraphModule, tables: Mapping[Node, LookedUp] | None = None):
         self.gm = gm
         self.doubtful: list[Finding] = []
         self.near: frozenset[Node] = frozenset()
         self.facts = Facts(gm)
-        self.lifter = Lifter(self.facts.written, self.facts.frozen)
+        self.lifter = Lifter(self.facts.written, self.facts.frozen, tables)
         self.reader = Reader(self.facts, self.lifter)
         self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
         self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
