@@ -50,7 +50,7 @@ def test_no_tensor_of_a_vector_for_each_score_is_left(product, dynamic):
         return ((q @ k.mT + product(q, k, table)) * 0.3).softmax(-1) @ v
 
     (site,) = check(fn, *inputs(), dynamic=dynamic)
-    assert [c.ndim for c in site.spec.captures] == [4]  # batch, head, row, row of the table
+    assert len(site.spec.captures) == 1 and "min" in str(site.spec)  # the place is computed for each score
 
 
 def test_both_sides_and_two_tables():
