@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -61,15 +62,21 @@ MASKED = {
     ("backward keys causal", 90): 1, ("backward keys alibi", 90): 1,
     ("forward causal", 80): 2, ("forward padding", 80): 7,
 }  # fmt: skip
+MASKED_BY_OLDER = {  # Triton before 3.7
+    ("backward keys causal", 90): 2, ("backward keys alibi", 90): 14, ("backward keys padding", 90): 2,
+    ("forward causal", 80): 3, ("forward padding", 80): 7,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_masks_and_biases_leave_the_steady_loop_without_spills(capability):
     found = {row["name"]: row for row in compiled(str(capability), "masks")}
     assert len(found) == 9
+    older = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
+    known = MASKED_BY_OLDER if older else MASKED
     for name, row in found.items():
         assert row["matrix"] and row["loops"] >= 2 and row["shared"] <= SHARED[capability], row
-        assert row["spills"] <= MASKED.get((name, capability), 0), row
+        assert row["spills"] <= known.get((name, capability), 0), row
 
 
 def test_kernels_compile_for_an_amd_gpu():
