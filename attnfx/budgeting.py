@@ -22,11 +22,11 @@ from attnfx.capture import Captured, Partitioner, capture_graph
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.chunks import limit as limit_chunks
+from attnfx.passes.graphs import number
 from attnfx.passes.recompute import forward_nodes, mark
 from attnfx.peaks import Resident, fitting, total
 from attnfx.planning import Marks, choices
 from attnfx.present import detected, free_bytes
-from attnfx.sites import number
 from attnfx.targets import Target
 
 # What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.

@@ -15,7 +15,7 @@ from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import op_name, refusal, value, where_in_source
+from attnfx.passes.graphs import number, op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
 from attnfx.passes.reductions import drawn_for_others, find_reductions
 from attnfx.passes.region_rewrite import replace_region
@@ -25,7 +25,6 @@ from attnfx.passes.shield import shield
 from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import trace
 from attnfx.report import Candidate, Decision, Site
-from attnfx.sites import number
 from attnfx.targets import Target
 
 OPERATORS = Operators(

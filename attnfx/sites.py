@@ -10,7 +10,7 @@ from torch.fx import Graph
 from attnfx import cost
 from attnfx.ir import algebra as A
 from attnfx.mask import describe, mask_of, prepare
-from attnfx.passes.graphs import dims, value, where_in_source
+from attnfx.passes.graphs import dims, number, value, where_in_source
 from attnfx.passes.match import Finding, Match
 from attnfx.passes.rewrite import dimensions
 from attnfx.report import Site
@@ -62,14 +62,6 @@ def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
     return out
 
 
-def number(n: Any) -> int:
-    """A size, or the example's size of a symbolic one."""
-    if isinstance(n, int):
-        return n
-    hint = n.node.hint if isinstance(n, torch.SymInt) else None
-    return int(hint) if hint is not None else 1024
-
-
 def hints(graph: Graph) -> dict[str, int]:
     """The example value of each symbolic size in a graph."""
     out: dict[str, int] = {}
@@ -93,4 +85,4 @@ def _known(shape_env: Any, symbol: Any) -> Any:
     return None
 
 
-__all__ = ["describe_site", "hints", "number", "numeric_dims"]
+__all__ = ["describe_site", "hints", "numeric_dims"]

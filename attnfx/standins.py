@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from attnfx.sites import number
+from attnfx.passes.graphs import number
 
 
 def stand_ins(gm: GraphModule, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:

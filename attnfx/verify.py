@@ -25,8 +25,8 @@ from attnfx.comparison import Difference
 from attnfx.options import Options
 from attnfx.passes.extract import Pair, Trial, weight
 from attnfx.passes.facts import Facts
+from attnfx.passes.graphs import number
 from attnfx.pipeline import Result
-from attnfx.sites import number
 
 # Higher-order operators whose bodies run here: from the operands, which of them is the body, and what it is given.
 BODIES = {

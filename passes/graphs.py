@@ -60,6 +60,19 @@ def dims(node: Node) -> tuple[Expr, ...]:
     return tuple(size_expr(n) for n in shape(node))
 
 
+def number(n: Any) -> int:
+    """A size, or the example's size of a symbolic one."""
+    if isinstance(n, int):
+        return n
+    hint = n.node.hint if isinstance(n, torch.SymInt) else None
+    return int(hint) if hint is not None else 1024
+
+
+def spanned(x: Node, rank: int) -> frozenset[int]:
+    """The dimensions of a result of that many that an operand of it is not broadcast along."""
+    return frozenset(d for d, size in enumerate(dims(x), rank - len(dims(x))) if size is not A.ONE)
+
+
 def size_expr(n: int | torch.SymInt) -> Expr:
     """A size as an expression; what is not a polynomial of symbols becomes one named size."""
     if isinstance(n, int):

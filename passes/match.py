@@ -28,7 +28,7 @@ from attnfx.mask import rows_live
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import PRODUCTS, Contraction, contraction, slot_node
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, shape, value
+from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, shape, spanned, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import INDEXING, POINTWISE, VIEWS, Index, Lifter, LookedUp, Opaque, broadcast
 from attnfx.passes.reading import Operand, Parts, Reader, Reading, Refused, batch_and_heads, extent, free, of_batch
@@ -460,10 +460,8 @@ def meeting(n: Node) -> bool:
     x, y = operands = (*n.all_input_nodes, None, None)[:2]
     if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
         return False
-    rank = len(shape(n))
-    sizes = [[A.ONE] * (rank - len(dims(a))) + list(dims(a)) for a in (x, y)]  # type: ignore[arg-type]
-    alone = [sum(a is not A.ONE and b is A.ONE for a, b in zip(*pair, strict=True)) for pair in (sizes, sizes[::-1])]
-    return all(alone) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
+    left, right = (spanned(a, len(shape(n))) for a in (x, y))  # type: ignore[arg-type]
+    return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
 
 
 def _computed(x: Node) -> bool:

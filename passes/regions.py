@@ -21,7 +21,7 @@ from attnfx.passes import separable_views  # noqa: F401  (its rules are added by
 from attnfx.passes.columns import Columns, find_columns
 from attnfx.passes.contraction import contraction
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, value
+from attnfx.passes.graphs import dims, is_tensor, number, op_name, refusal, value
 from attnfx.passes.lift import VIEWS
 from attnfx.passes.match import Finding, batched, meeting
 from attnfx.passes.reading import free
@@ -134,9 +134,7 @@ def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
             found += [(d, c.reduced.args[0]) for d in alone if dims(final)[d] is not A.ONE]
 
     def size(candidate: tuple[int, Expr]) -> tuple[int, int]:
-        n = value(final).shape[candidate[0]]
-        hint = n if isinstance(n, int) else n.node.hint
-        return -int(hint if hint is not None else 1024), -candidate[0]
+        return -number(value(final).shape[candidate[0]]), -candidate[0]
 
     return sorted(found, key=size)
 

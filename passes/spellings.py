@@ -17,10 +17,9 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.ir import algebra as A
 from attnfx.passes.contraction import terms
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import dims, is_tensor, op_name, shape, value
+from attnfx.passes.graphs import is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift import Opaque, argument
 from attnfx.passes.rewrite import Emitter
 
@@ -78,10 +77,9 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     rank = len(shape(whole))  # type: ignore[arg-type]
     if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(LETTERS):  # type: ignore[index]
         return None
-    has = [[False] * (rank - len(dims(x))) + [size is not A.ONE for size in dims(x)] for x in operands]
+    left, right = (spanned(x, rank) for x in operands)
     summed = over[0] % rank
-    alone = [{d for d in range(rank) if mine[d] and not other[d]} for mine, other in (has, has[::-1])]
-    if not (has[0][summed] and has[1][summed] and all(alone)):
+    if summed not in left & right or not (left - right and right - left):
         return None
     letters = [LETTERS[rank - len(shape(x)) : rank] for x in operands]
     out = LETTERS[:summed] + LETTERS[summed + 1 : rank]
@@ -108,7 +106,7 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     sizes: dict[str, int] = {}
     for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
         for letter, size in zip(term, shape(x), strict=True):
-            sizes[letter] = max(sizes.get(letter, 1), size if isinstance(size, int) else size.node.hint or 1024)
+            sizes[letter] = max(sizes.get(letter, 1), number(size))
     names = dict(zip(dict.fromkeys("".join(inputs)), LETTERS + LETTERS.upper(), strict=False))
     if len(names) < len(sizes):
         return None

@@ -19,7 +19,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT
 from attnfx.passes.contraction import PRODUCTS, contraction
 from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import dims, is_tensor, op_name, value
+from attnfx.passes.graphs import dims, is_tensor, number, op_name, value
 from attnfx.passes.lift import VIEWS, Lifter, LookedUp
 from attnfx.passes.rewrite import Emitter
 
@@ -45,11 +45,6 @@ def _looked_up(x: Node) -> bool:
     return op_name(x) in LOOKUPS
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    known = size if isinstance(size, int) else size.node.hint
-    return 1024 if known is None else int(known)
-
-
 def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp | None:
     out = tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
     c = contraction(n, out)
@@ -66,8 +61,8 @@ def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp |
         width = row.args.index(c.reduced)
         place = row.args[1 - width]
         apart = {str(v.value) for v in out} & place.free - {name for e in other_at for name in e.free}
-        rows = _hint(value(table).shape[1 - width])
-        places = prod(_hint(size) for v, size in zip(out, value(n).shape, strict=True) if str(v.value) in apart)
+        rows = number(value(table).shape[1 - width])
+        places = prod(number(size) for v, size in zip(out, value(n).shape, strict=True) if str(v.value) in apart)
         if place.kind != INT or not apart or 2 * rows > places:
             continue
         if facts.regions[table] != facts.regions[n] or facts.regions[other] != facts.regions[n]:
