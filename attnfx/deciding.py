@@ -225,11 +225,11 @@ def refusals(
     dtype, extents = value(match.query.node).dtype, dimensions(match)
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
     if device.type == "cuda" and "library" not in found:
-        call = fused.call_of(match.spec)
+        shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
         if match.reductions:
             found["library"] = "parts of the weights are read, and it gives no log-sum-exp to compute them from"
-        elif isinstance(call, fused.Fused) and call.causal and extents["T"] is not extents["S"]:
-            found["library"] = "its kernels are causal where there are as many queries as keys"
+        elif why := fused.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
+            found["library"] = why
     return found
 
 

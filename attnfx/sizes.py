@@ -166,7 +166,7 @@ class Table:
                     if pair not in cache:
                         cache[pair] = fit(*pair, at, then)
                 self.dims[f"{n}.{name}"] = tuple(cache[p] for p in pairs)
-                if "attnfx" in _operator(node):
+                if any(name in _operator(node) for name in ("attnfx", "_scaled_dot_product_")):
                     self.attention[f"{n}.{node.name}"] = node
 
     def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool, chunk: int = 0) -> list[Part]:

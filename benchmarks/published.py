@@ -95,7 +95,7 @@ def predict(
     part = work(SPECS[causal], sizes, one.rows, one.keys)
     ms = one.milliseconds(target, part, batch * heads, one.keys * 2 * width * 2) + target.launch / 1e3
     if backward:
-        ms = other_backward(kernel, target, width, ms, tokens * 2048, 2)
+        ms = other_backward(kernel, target, "bfloat16", width, ms, tokens * 2048, 2)
     return (10 if backward else 4) * batch * heads * length**2 * width * (0.5 if causal else 1) / ms / 1e9
 
 

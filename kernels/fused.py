@@ -53,23 +53,34 @@ def expresses(
     head_dim: int,
     value_width: int,
     target: int | None = None,
+    *,
+    grouped: bool = False,
+    square: bool = True,
 ) -> str | None:
-    """Why no such call is made of a spec, one sentence, or None; with `target`, on a GPU of that compute capability."""
-    found, name = call_of(spec), str(dtype).removeprefix("torch.")
-    if isinstance(found, str):
-        return found
+    """Why no such call is made of a spec, one sentence, or None; with `target`, on a GPU of that compute capability.
+    `grouped`: heads share keys; `square`: there are as many queries as keys."""
+    call, name = call_of(spec), str(dtype).removeprefix("torch.")
+    if isinstance(call, str):
+        return call
     if spec.compute != "float32" or spec.out_dtype != name:
         return f"it computes in float32 and gives {name}, the spec asks for {spec.compute} and {spec.out_dtype}"
     if device.type != "cuda" or (target is None and (torch.version.hip is not None or not torch.cuda.is_available())):
         return "its kernels are for NVIDIA GPUs"
-    found = capability(device) if target is None else target
+    capable = capability(device) if target is None else target
     cudnn = target is not None or prefers_cudnn()
-    chosen = fused.kernel(name, found, head_dim, value_width, cudnn)
+    plain = square or not call.causal
+    chosen = fused.kernel(name, capable, head_dim, value_width, cudnn, grouped, plain)
     if chosen is None:
         widths = f"{head_dim}" if head_dim == value_width else f"{head_dim} and {value_width}"
-        return f"cuDNN and FlashAttention-2 have no kernel for {name} of width {widths} on {found // 10}.{found % 10}"
-    if target is None and chosen == fused.FLASH and not torch.backends.cuda.flash_sdp_enabled():
+        shared = ", with heads that share keys," if grouped else ""
+        return f"its kernels take no {name} of width {widths}{shared} on {capable // 10}.{capable % 10}"
+    if chosen == fused.CUDNN and not plain:
+        return "cuDNN's kernel is causal where there are as many queries as keys"
+    cuda = torch.backends.cuda
+    if target is None and chosen == fused.FLASH and not cuda.flash_sdp_enabled():
         return "torch.backends.cuda has turned FlashAttention off"
+    if target is None and chosen == fused.EFFICIENT and not cuda.mem_efficient_sdp_enabled():
+        return "torch.backends.cuda has turned memory-efficient attention off"
     return None
 
 

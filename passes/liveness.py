@@ -17,6 +17,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from attnfx import fused
 from attnfx.memory.attention import Operand, Use, fused_kernel, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
@@ -29,7 +30,7 @@ REDUCTIONS = frozenset("sum mean prod amax amin max min var var_mean any all arg
 # Lowered, but to a call of a kernel, or to writes at computed places.
 KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod "
                     "_scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
-FUSED = "_scaled_dot_product_flash_attention_for_cpu"
+FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?(_backward)?")
 SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ "
                      "_unsafe_index_put _unsafe_masked_index_put_accumulate copy_".split())  # fmt: skip
 
@@ -69,16 +70,18 @@ def flops(n: Node) -> int:
 
 def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
                         ) -> int:  # fmt: skip
-    """The bytes that an operator of attention takes while it runs, attnfx's or ATen's for the CPU; 0 for any other.
+    """The bytes that an operator of attention takes while it runs, attnfx's or one of ATen's; 0 for any other.
     `shape` gives an operand's shape, where it is not the one that it has in the graph; `chunk` is the most scores that
     the chunked tier computes at once, 0 for what the graph says."""
     name = op_name(n)
-    if name.startswith(FUSED):  # ATen's own, which one of Inductor's patterns put there
+    if FUSED.fullmatch(name):  # which the model called, or a rewrite, or one of Inductor's patterns
         backward = name.endswith("backward")
-        query, key = (x for x in n.args[backward : backward + 2] if isinstance(x, Node))
-        (*_, rows, width), (*_, keys, _) = (x.meta["val"].shape if shape is None else shape(x) for x in (query, key))
-        element = query.meta["val"].element_size()
-        return fused_kernel(number(rows), number(keys), number(width), element, backward, torch.get_num_threads())
+        of = [x for x in n.args[backward : backward + 3] if isinstance(x, Node)]
+        query, key, value = ([*map(number, x.meta["val"].shape if shape is None else shape(x))] for x in of)
+        element = of[0].meta["val"].element_size()
+        if not cpu:  # a graph that was captured on a CPU has its operator, and is planned for a GPU
+            return fused.workspace(query, key, value[-1], element) if backward else 0
+        return fused_kernel(query[-2], key[-2], query[-1], element, backward, torch.get_num_threads())
     if not name.startswith("attnfx::attention"):
         return 0
     nodes = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
@@ -223,10 +224,17 @@ def rewrite(
 
 
 def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, grouped: bool) -> Node:
-    """The call of PyTorch's fused operator, whose kernels want the last dim without holes."""
-    packed = (x if value(x).stride(-1) == 1 else emit.call(aten.contiguous.default, x) for x in (q, k, v))
+    """The call of PyTorch's fused operator, whose kernels want the last dim without holes, and rows that start where
+    they can load 16 bytes at once."""
+    packed = (x if _loads_whole(value(x)) else emit.call(aten.contiguous.default, x) for x in (q, k, v))
     call = aten.scaled_dot_product_attention.default
     return emit.call(call, *packed, None, 0.0, causal, scale=scale, enable_gqa=grouped)
+
+
+def _loads_whole(x: torch.Tensor) -> bool:
+    step = 16 // x.element_size()
+    starts = (*x.stride()[:-1], x.storage_offset())
+    return x.stride(-1) == 1 and all(statically_known_true(n % step == 0) for n in starts)
 
 
 def _instead(replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:

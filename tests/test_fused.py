@@ -16,6 +16,7 @@ from attnfx.kernels import fused as call
 from attnfx.kernels.operator import refusals
 from attnfx.memory.attention import Operand, Use, workspace
 from attnfx.options import Options
+from attnfx.passes.liveness import attention_workspace
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 from tests.support import check, compiled, qkv, rand
 
@@ -192,22 +193,70 @@ def test_what_it_would_compute_otherwise_is_refused(spec, reason):
         ("bfloat16", 90, (128, 128), False, fused.FLASH),
         ("bfloat16", 90, (192, 192), True, fused.FLASH),
         ("float16", 80, (256, 256), True, fused.FLASH),
-        ("bfloat16", 80, (128, 64), True, None),
+        ("bfloat16", 80, (128, 64), True, fused.EFFICIENT),
         ("bfloat16", 89, (192, 192), True, fused.FLASH),
-        ("bfloat16", 89, (200, 200), True, None),
-        ("bfloat16", 80, (264, 264), True, None),
+        ("bfloat16", 89, (200, 200), True, fused.EFFICIENT),
+        ("bfloat16", 80, (264, 264), True, fused.EFFICIENT),
         ("bfloat16", 90, (100, 100), True, None),
-        ("float32", 90, (128, 128), True, None),
-        ("float16", 75, (128, 128), True, None),
+        ("bfloat16", 80, (100, 64), True, None),
+        ("bfloat16", 75, (128, 128), True, None),
+        ("bfloat16", 130, (128, 128), True, None),
+        ("float32", 90, (128, 128), True, fused.EFFICIENT),
+        ("float32", 80, (36, 12), True, fused.EFFICIENT),
+        ("float32", 80, (34, 34), True, None),
+        ("float32", 75, (33, 7), True, fused.EFFICIENT),
+        ("float32", 61, (64, 64), True, None),
+        ("float16", 75, (128, 128), True, fused.EFFICIENT),
+        ("float16", 70, (100, 100), True, None),
+        ("float64", 80, (64, 64), True, None),
     ],
 )
 def test_the_kernel_is_the_one_that_pytorch_takes(dtype, capability, widths, cudnn, expected):
     assert fused.kernel(dtype, capability, *widths, cudnn=cudnn) == expected
 
 
+def test_masks_and_oblong_causality_go_past_flash_attention_and_shared_heads_past_the_last_kernel():
+    assert fused.kernel("bfloat16", 80, 64, 64, plain=False) == fused.EFFICIENT
+    assert fused.kernel("bfloat16", 80, 64, 64, grouped=True) == fused.FLASH
+    assert fused.kernel("bfloat16", 80, 64, 64, grouped=True, plain=False) is None
+    assert fused.kernel("float32", 80, 64, 64, grouped=True) is None
+
+
 def test_a_gpu_that_is_not_there_has_none_unless_it_is_named():
     assert call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64) == "its kernels are for NVIDIA GPUs"
-    assert "no kernel for bfloat16 of width 64 on 7.5" in call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64, 75)
+    assert "take no bfloat16 of width 64 on 7.5" in call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64, 75)
+
+
+def test_float32_has_a_kernel_on_every_gpu_where_no_heads_share_keys():
+    single = replace(CAUSAL, out_dtype="float32")
+
+    def why(capability, **shape):
+        return call.expresses(single, torch.float32, GPU, 64, 64, capability, **shape)
+
+    assert all(why(c) is None and why(c, square=False) is None for c in (70, 75, 80, 89, 90, 100, 120))
+    assert why(75, grouped=True) == "its kernels take no float32 of width 64, with heads that share keys, on 7.5"
+
+
+def test_oblong_causality_is_left_to_the_kernel_that_counts_from_the_first_key():
+    half = torch.bfloat16
+    assert "causal where there are as many" in call.expresses(CAUSAL, half, GPU, 64, 64, 90, square=False)
+    assert call.expresses(CAUSAL, half, GPU, 64, 64, 80, square=False) is None
+    assert call.expresses(PLAIN, half, GPU, 64, 64, 90, square=False) is None
+
+
+def test_rows_that_start_at_odd_places_are_copied_first(graphs):
+    """The kernels load 16 bytes at once, and one of them raises where it cannot."""
+
+    def parts(x):
+        q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in x[..., :96].split(32, -1))
+        return plain(q, k, v)
+
+    check(parts, rand(2, 40, 99), tiers=("library",))
+    (made,) = calls(graphs)
+    assert all(x.target is torch.ops.aten.contiguous.default for x in made.args[:3])
+    check(lambda x: parts(torch.nn.functional.pad(x, (0, 1))), rand(2, 40, 99), tiers=("library",))
+    made = calls(graphs)[-1]
+    assert all(x.target is not torch.ops.aten.contiguous.default for x in made.args[:3])
 
 
 # -- what it costs ------------------------------------------------------------------------------
@@ -238,6 +287,43 @@ def test_a_call_of_a_model_holds_no_scores_whatever_its_kernel(width):
     assert kept.kernel == "aten" and kept.predicted_bytes == 4 * 16 * 4096
 
 
+def test_float32_is_fused_and_holds_no_scores():
+    dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=64, Dv=64)
+    for device in ("v100", "t4", "a100-80gb"):
+        gpu = Target.by_name(device)
+        refused = {} if gpu.capability >= 80 else {"flash": "8.0", "decode": "8.0"}
+        ask = Question(replace(CAUSAL, out_dtype="float32"), dims, "float32", "cuda", training=True, refused=refused)
+        found = decide(ask, Options(), device=gpu)
+        assert (found.tier, found.kernel) == ("library", fused.EFFICIENT)
+        assert found.saved_bytes == 4 * 16 * 4096 + 16
+        kept = decide(replace(ask, native=True), Options(), device=gpu)
+        kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
+        assert (kept.kernel, kept.predicted_ms) == ("aten", found.predicted_ms)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "heads", "length", "width", "published"),
+    [
+        ("a100-80gb", "float16", 4096, 4096, 64, 189.4),
+        ("a100-80gb", "float16", 320, 8192, 128, 121.7),
+        ("a100-80gb", "float32", 4096, 4096, 64, 656.6),
+        ("a100-80gb", "float32", 320, 8192, 128, 458.2),
+        ("v100", "float16", 1024, 1024, 128, 15.2),
+        ("v100", "float32", 1024, 1024, 64, 25.2),
+    ],
+)
+def test_the_memory_efficient_kernel_takes_what_was_measured_of_it(device, dtype, heads, length, width, published):
+    """Milliseconds; sources in attnfx/cost/others.json."""
+    dims = dict(B=1, H=heads, G=heads, T=length, S=length, D=width, Dv=width)
+    gpu = Target.by_name(device)
+    ask = Question(replace(PLAIN, out_dtype=dtype), dims, dtype, "cuda", native=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fused, "FLASH_WIDTH", 0)  # as where FlashAttention takes no such call
+        kept = decide(ask, Options(), device=gpu)
+    kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
+    assert kept.predicted_ms == pytest.approx(published, rel=0.03)
+
+
 def test_an_older_cudnn_is_not_taken_first():
     new, old = library(), library(cudnn=False)
     assert (new.kernel, old.kernel) == (fused.CUDNN, fused.FLASH) and new.predicted_ms < 0.75 * old.predicted_ms
@@ -262,7 +348,7 @@ def test_a_plan_for_a_gpu_counts_the_same_workspace():
 
 def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
     """With fake tensors, which stand on a device that is not there."""
-    monkeypatch.setattr(call, "expresses", lambda *of: None)
+    monkeypatch.setattr(call, "expresses", lambda *of, **shape: None)
     options, made = Options.make({"target": "h100-sxm"}), []
 
     def backend(gm, _):
@@ -279,3 +365,22 @@ def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
         "scale": 0.3,
         "enable_gqa": True,
     }
+
+
+@pytest.mark.parametrize("groups", [16, 4])
+def test_the_models_own_call_counts_it_too(groups):
+    """Captured on a CPU, or with a kernel for GPUs: the query's gradient in float32, and each head's of shared keys."""
+    query, key = torch.empty(2, 16, 200, 64, device="meta"), torch.empty(2, groups, 300, 64, device="meta")
+    expected = fused.workspace(query.shape, key.shape, 64, 4)
+    assert expected >= 4 * 2 * 16 * 256 * 65
+    for name in ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu"):
+        for suffix in ("", "_backward"):
+            graph = torch.fx.Graph()
+            operands = [graph.placeholder(n) for n in "gqkv"]
+            for x, held in zip(operands, (query, query, key, key), strict=True):
+                x.meta["val"] = held
+            target = getattr(torch.ops.aten, f"_scaled_dot_product_{name}{suffix}").default
+            node = graph.call_function(target, tuple(operands[not suffix :]))
+            assert attention_workspace(node, cpu=False) == (expected if suffix else 0)
+            shorter = attention_workspace(node, cpu=False, shape=lambda x: [*x.meta["val"].shape[:2], 128, 64])
+            assert shorter == (fused.workspace((2, 16, 128), (2, groups, 128, 64), 64, 4) if suffix else 0)

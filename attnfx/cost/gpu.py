@@ -340,11 +340,15 @@ class _Site:
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
     def fused(self, tier: str) -> Candidate | None:
-        """PyTorch's fused operator, where cuDNN or FlashAttention-2 has a kernel for it. One that the graph calls
-        already is taken to be no slower with another kernel. Masks that are tensors are not skipped."""
+        """PyTorch's fused operator, where it has a kernel that holds no scores. One that the graph calls already is
+        taken to be no slower with another kernel. Masks that are tensors are not skipped."""
         ask, dims, target = self.ask, self.dims, self.target
-        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn)
-        if name is None and tier == "kept" and target.kind == "cuda" and target.capability >= fused.LEAST_CAPABILITY:
+        if target.kind != "cuda":
+            return None
+        grouped = dims["H"] != dims["G"]
+        plain = dims["T"] == dims["S"] or not self.masked
+        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn, grouped, plain)
+        if name is None and tier == "kept" and target.capability >= fused.LEAST_CAPABILITY:
             name = fused.FLASH if ask.dtype in fused.DTYPES else None
         if name is None:
             return None
@@ -354,15 +358,13 @@ class _Site:
         part = work(spec, self.sizes, one.rows, one.keys)
         step = one.keys * (dims["D"] + dims["Dv"]) * ask.element
         time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
-        held = saved = 4 * self.rows  # logsumexp
-        if ask.training:
-            time += other_backward(name, target, width, time, self.rows * dims["Dv"], ask.element)
-            query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
-            held += SEEDS + fused.workspace(query, key, dims["Dv"], ask.element)
-            saved += SEEDS
-        return Candidate(
-            tier, name if tier == "library" else "aten", time + self.launched(), held, saved * ask.training
-        )
+        if not ask.training:
+            return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), 4 * self.rows)
+        time += other_backward(name, target, ask.dtype, width, time, self.rows * dims["Dv"], ask.element)
+        saved = 4 * self.heads * fused.logsumexp(name, dims["T"]) + SEEDS
+        query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
+        held = saved + fused.workspace(query, key, dims["Dv"], ask.element)
+        return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), held, saved)
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:

@@ -154,36 +154,53 @@ def of_code(code: Code, target: Target, dtype: str, products: float, extra: Oper
 
 
 @lru_cache
-def _others() -> Mapping[tuple[str, int], Mapping]:
-    return {(row["name"], row["width"]): row for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]}
+def _others() -> Mapping[str, list[Mapping]]:
+    found: dict[str, list[Mapping]] = {}
+    for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]:
+        found.setdefault(row["name"], []).append(row)
+    return found
 
 
-def _other(name: str, width: int) -> Mapping:
-    """What others.json states of a published kernel at the nearest head width that is known of it."""
-    widths = sorted(w for n, w in _others() if n == name)
-    return _others()[name, next((w for w in widths if w >= width), widths[-1])]
+@lru_cache(maxsize=1024)
+def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
+    """What others.json states of a published kernel: for the dtype, the newest of the architectures that are no newer,
+    and the nearest head width."""
+    kind = "float32" if dtype == "float32" else "float16"
+    rows = [r for r in _others()[name] if r.get("dtype", kind) == kind]
+    newest = max((r["capability"] for r in rows if r["capability"] <= capability), default=rows[0]["capability"])
+    rows = sorted((r for r in rows if r["capability"] == newest), key=lambda r: r["width"])
+    return next((r for r in rows if r["width"] >= width), rows[-1])
 
 
-def other_backward(name: str, target: Target, width: int, forward: float, elements: int, element: int) -> float:
+def other_backward(
+    name: str, target: Target, dtype: str, width: int, forward: float, elements: int, element: int
+) -> float:
     """Milliseconds of a published kernel's backward pass after a forward one of so many; `elements` are those of the
     query, of so many bytes. Beside its five products it sums out * grad_out, fills a float32 gradient of the query with
     zeros, and converts it."""
     passed = elements * (2 * element + 4 + 4 + element) / (COPY * target.bandwidth * 1e6)
-    return 2.5 * forward / _other(name, width)["backward"] + passed + 3 * target.launch / 1e3
+    slower = _other(name, target.capability, dtype, width)["backward"]
+    return 2.5 * forward / slower + passed + 3 * target.launch / 1e3
 
 
 def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
-    """A published kernel by the instructions that others.json states."""
-    row = _other(name, width)
+    """A published kernel by the instructions that others.json states, or by the share of the matrix unit's rate that
+    it was measured to hold."""
+    row = _other(name, target.capability, dtype, width)
     rows, keys = row["tile"]
     scores = rows * keys
-    special = target.exponentials / (target.multiprocessors * target.clock)
-    one = Step(
-        matrix=4.0 * scores * width / matrix_rate(target, dtype, row["single_warps"]),
-        special=row["special"] * scores / special,
-        issue=row["instructions"] * scores / WARP / SCHEDULERS,
-        shared=row["shared"] * scores / SHARED_BYTES,
-    )
+    flops = 4.0 * scores * width
+    if "share" in row:
+        rate = matrix_rate(target, row.get("unit", dtype), single_warps=True) / row.get("products", 1)
+        one = Step(flops / (row["share"] * rate), 0, 0, 0)
+    else:
+        special = target.exponentials / (target.multiprocessors * target.clock)
+        one = Step(
+            matrix=flops / matrix_rate(target, dtype, row["single_warps"]),
+            special=row["special"] * scores / special,
+            issue=row["instructions"] * scores / WARP / SCHEDULERS,
+            shared=row["shared"] * scores / SHARED_BYTES,
+        )
     # a tile that the mask cuts costs a comparison and a selection for each score
     cut = one.plus(Step(0, 0, 2 * scores / WARP / SCHEDULERS, 0))
     # the output: a rescaling, a conversion, an address and a store for each four numbers

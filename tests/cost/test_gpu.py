@@ -369,7 +369,7 @@ def published():
                     kernel.rows, kernel.keys)  # fmt: skip
         ms = kernel.milliseconds(target, part, batch * heads, kernel.keys * 4 * row["width"]) + target.launch / 1e3
         if row["backward"]:
-            ms = other_backward(row["kernel"], target, row["width"], ms, 16384 * 2048, 2)
+            ms = other_backward(row["kernel"], target, "bfloat16", row["width"], ms, 16384 * 2048, 2)
         flops = (10 if row["backward"] else 4) * batch * heads * n**2 * row["width"]
         yield row, flops * (0.5 if row["causal"] else 1) / ms / 1e9
 
