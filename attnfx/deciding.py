@@ -11,13 +11,14 @@ from torch.fx import GraphModule, Node
 from attnfx import calibration, cost, tuning
 from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
 from attnfx.options import Options
+from attnfx.passes.beside import drawn_for_others
 from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
 from attnfx.passes.facts import Facts
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import number, op_name, refusal, value, where_in_source
 from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
-from attnfx.passes.reductions import drawn_for_others, find_reductions
+from attnfx.passes.reductions import find_reductions
 from attnfx.passes.region_rewrite import replace_region
 from attnfx.passes.regions import Region, find_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
@@ -116,7 +117,7 @@ class Deciding:
             device.type,
             training=torch.is_grad_enabled() and match.training,
             native=op_name(finding.final) in SDPA,
-            sums=0 if reader is not None else sum(r.kind != "rows" for r in match.reductions),
+            sums=0 if reader is not None else sum(r.kind not in ("rows", "logsumexp") for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
             cudnn=isinstance(target, Target) or fused.prefers_cudnn(),
             refused=refused,
@@ -144,7 +145,7 @@ class Deciding:
             site.notes = (*site.notes, f"decided for {target.name}; the {present} at hand runs it as {instead}")
         if reductions:
             places = ", ".join(dict.fromkeys(where_in_source(r.final) or r.final.name for r in reductions))
-            what = "sums" if all(r.kind == "sum" for r in reductions) else "parts"
+            what = "sums" if all(r.kind in ("sum", "logsumexp") for r in reductions) else "parts"
             site.notes = (*site.notes, f"{what} of its weights are computed without them ({places})")
 
     def _whole_rows(self, finding: Finding, site: Site, told: Decision | None, lean: bool = False) -> bool:
@@ -249,7 +250,7 @@ def tiers_of(
     the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped weights are computed in blocks, and
     other tiers drop others.
     """
-    if any(r.spec.random for r in reductions):
+    if any(r.spec.random and r.kind != "logsumexp" for r in reductions):
         return ["chunked"]
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
     return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))

@@ -14,6 +14,7 @@ from attnfx.deciding import OPERATORS, Deciding
 from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
+from attnfx.passes.beside import needed
 from attnfx.passes.checkpoints import unmark
 from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.extract import Trial
@@ -24,7 +25,7 @@ from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
 from attnfx.passes.match import GATES, Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
-from attnfx.passes.reductions import find_reductions, needed
+from attnfx.passes.reductions import find_reductions
 from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
 from attnfx.passes.spellings import respell

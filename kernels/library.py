@@ -23,7 +23,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels import chunked
 from attnfx.kernels.call import Call
-from attnfx.kernels.chunked import Run
+from attnfx.kernels.chunked_run import Run
 from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
 from attnfx.spec import AttentionSpec, I, J, additive
@@ -281,12 +281,12 @@ def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Te
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """As `chunked.backward`, which computes it where a capture's gradient is asked for."""
-    run = None if any(c.grad for c in call.spec.captures) else _Run(call)
+    """As `chunked.backward`, which computes it where a capture's gradient is asked for, or the logsumexp has one."""
+    run = None if grad_logsumexp is not None or any(c.grad for c in call.spec.captures) else _Run(call)
     if run is None or not run.safe_range:
-        return chunked.backward(call, grad_out, out, logsumexp)
+        return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp)
     bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
     rest, which = None, set()
     grad = grad_out

@@ -28,7 +28,7 @@ _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier, 
 _FORWARD = f"attention(Tensor query, Tensor key, Tensor value, {_SHARED}) -> (Tensor, Tensor)"
 _BACKWARD = (
     "attention_backward(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor logsumexp, "
-    f"{_SHARED}) -> (Tensor, Tensor, Tensor, Tensor[])"
+    f"{_SHARED}, Tensor? grad_logsumexp=None) -> (Tensor, Tensor, Tensor, Tensor[])"
 )
 
 
@@ -39,7 +39,8 @@ class Tier(NamedTuple):
     such call; `capability` is that of the device, None to ask it.
     supports(call) is the same for one call.
     forward(call) -> (out, logsumexp), as the operator gives them; `tile` and `splits` where a configuration names them.
-    backward(call, grad_out, out, logsumexp) -> gradients of query, key, value, and of the captures that have one.
+    backward(call, grad_out, out, logsumexp, grad_logsumexp) -> gradients of query, key, value, and of the captures that
+    have one; `grad_logsumexp` is None where nothing is made of the logsumexp.
     The chunked tier's take `elements` where a configuration names them.
     """
 
@@ -160,11 +161,17 @@ def _attention(query, key, value, captures, sizes, seed, spec, tier, summary=Non
     return choose(tier, call).forward(call)
 
 
-def _attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier, summary=None):
+def _attention_backward(
+    grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier, summary=None, grad_logsumexp=None
+):
     call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
     require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
-    return choose(tier, call).backward(call, grad_out, out, logsumexp)
+    if grad_logsumexp is not None:
+        require(call.spec.normaliser == "softmax", "grad_logsumexp is given, but the spec has no softmax")
+        have, want = tuple(grad_logsumexp.shape), tuple(logsumexp.shape)
+        require(have == want, f"grad_logsumexp is {have}, but logsumexp is {want}")
+    return choose(tier, call).backward(call, grad_out, out, logsumexp, grad_logsumexp)
 
 
 def _fake_attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
@@ -185,14 +192,17 @@ def _setup(ctx, inputs, output):
     out, logsumexp = output
     ctx.save_for_backward(query, key, value, out, logsumexp, seed, summary, *captures)
     ctx.sizes, ctx.spec, ctx.tier = sizes, spec, tier
-    ctx.mark_non_differentiable(logsumexp)
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx, grad_out, _):
+def _differentiate(ctx, grad_out, grad_logsumexp):
     query, key, value, out, logsumexp, seed, summary, *captures = ctx.saved_tensors
+    if grad_out is None:
+        grad_out = torch.zeros_like(out)
     *grads, found = torch.ops.attnfx.attention_backward(
-        grad_out, query, key, value, out, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.tier, summary
-    )
+        grad_out, query, key, value, out, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.tier, summary,
+        grad_logsumexp,
+    )  # fmt: skip
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
     # register_autograd takes an empty list for a list of tensors, and any other list of numbers for one leaf

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnfx.kernels import bodies
 from attnfx.kernels.bodies import Factor, Place
-from attnfx.kernels.chunked import mix
+from attnfx.kernels.chunked_run import mix
 from attnfx.kernels.heap import Heap
 from attnfx.kernels.rowcall import RowCall, evaluate, prepare
 

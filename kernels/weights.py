@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.call import Call
-from attnfx.kernels.chunked import Block, Gradients, Run
+from attnfx.kernels.chunked import Gradients
+from attnfx.kernels.chunked_plan import Block
+from attnfx.kernels.chunked_run import Run
 
 AXES = "bhij"
 

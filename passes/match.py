@@ -92,7 +92,7 @@ class Reduction:
 
     `kind` is "sum" (a mean where `count` is given, the number that it is over), "rows" (those from `start` on, as many
     as the axis i has), or what is asked along the axis `over`, of the keys of each row or of the rows of each key:
-    "max" or "argmax".
+    "max" or "argmax". "logsumexp" is what the attention's operator gives beside its output, and differentiates.
     `spec`, `captures` and `sizes` describe the weights that are added up, over b, h, i, j of the match; `axes` what
     these are made of; `kept` gives, for each dimension that is left, its index over the axes.
     """

@@ -2,8 +2,9 @@
 
 A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
 the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
-weights of some of the queries, and the largest of each row and its key, or of each key and its row. `find_reductions`
-reads them off the graph; `needed` says whether something else still reads the weights.
+weights of some of the queries, and the largest of each row and its key, or of each key and its row. The logarithm of
+the sum of the scores' exponentials, which a loss may hold down, is what the attention computes anyway.
+`find_reductions` reads them off the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
-from attnfx.passes.facts import written_operands
+from attnfx.passes.exponentials import every_row_live, exponentials, normalised
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import VIEWS, Index, Opaque, argument
@@ -27,16 +28,19 @@ from attnfx.passes.reading import Parts, Reading, Refused, batch_and_heads, exte
 from attnfx.spec import AttentionSpec
 
 SUMS = ("sum", "mean")
-
-
 ROWS = ("select", "slice", "narrow")
 
 
 def _asked(n: Node) -> tuple[Node, str] | None:
-    """(weights, kind of reduction), where a node reads some of what may be weights."""
+    """(weights, kind of reduction), where a node reads some of what may be weights; for the logarithm of a sum, the
+    scores, as nearly as the node itself shows them."""
     if n.op != "call_function" or not is_tensor(n):
         return None
     name, source = op_name(n), n.args[0] if n.args else None
+    if name in ("logsumexp", "log") and is_tensor(source):
+        return source, "logsumexp"  # type: ignore[return-value]
+    if name == "add" and (logs := [x for x in n.all_input_nodes if op_name(x) == "log"]):
+        return logs[0], "logsumexp"  # a largest score that was subtracted comes back
     if name in SUMS and is_tensor(source):
         return source, "sum"  # type: ignore[return-value]
     if name in ROWS and is_tensor(source):
@@ -52,14 +56,19 @@ def _asked(n: Node) -> tuple[Node, str] | None:
 
 def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     """Fills in `reductions` of each match; splits its batch axes where a sum has a part of one."""
-    of_anchor: dict[Node, list[Match]] = {}
+    of: dict[Node, dict[Match, None]] = {}  # the matches of a normaliser, and of a product that it comes from
     for match in matches:
         for anchor in match.anchors:
-            of_anchor.setdefault(anchor, []).append(match)
+            products = (s for a in anchor.all_input_nodes for s in finder.scores.get(a, ()))
+            for n in (anchor, *products):
+                of.setdefault(n, {})[match] = None
     asked: dict[Match, list[Node]] = {}
-    for n in finder.gm.graph.nodes if of_anchor else ():
-        found = _asked(n)
-        for match in {m: None for s in finder.weights.get(found[0], ()) for m in of_anchor.get(s, ())} if found else ():
+    for n in finder.gm.graph.nodes if of else ():
+        if (found := _asked(n)) is None:
+            continue
+        weights, kind = found
+        starts = finder.scores if kind == "logsumexp" else finder.weights
+        for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
             asked.setdefault(match, []).append(n)
     for match, nodes in asked.items():
         for n in nodes:
@@ -75,24 +84,33 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
     asked, facts = _asked(final), finder.facts
     assert asked is not None
     weights, kind = asked
-    held = value(final) if kind == "sum" else value(weights)
+    held = value(final) if kind in ("sum", "logsumexp") else value(weights)
     if torch.finfo(held.dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
         return None  # asked for in a wider type than the weights have
     if facts.regions[final] != facts.regions[match.final]:
         return None
     if op_name(final) == "amax" and final in facts.differentiable:
         return None  # equal weights share its gradient
-    dimensions = _dimensions(weights)
+    dimensions = _dimensions(final if kind == "logsumexp" else weights)
     try:
-        lifted = finder.lifter.lift(weights, dimensions)
+        if kind == "logsumexp":
+            ways = exponentials(finder.lifter.lift(final, dimensions), final, match)
+        else:
+            ways = normalised(finder.lifter.lift(weights, dimensions), dimensions)
     except Opaque:
         return None
-    for j in reversed(dimensions):
-        if found := _same_scores(finder, match, final, dimensions, lifted, j):
-            sources = [match.query.node, match.key.node, match.value.node, *match.captures, *found[0].captures]
-            # none that stands before something that the attention needs
-            return found if all(facts.position[x] < facts.position[final] for x in sources) else None
+    for way, j in ways:
+        at = (*dimensions, j) if kind == "logsumexp" else dimensions
+        if found := _same_scores(finder, match, final, at, way, j):
+            return found if _all_before(finder, match, found[0], final) else None
     return None
+
+
+def _all_before(finder: Finder, match: Match, reading: Reading, final: Node) -> bool:
+    """Whether all that the attention needs stands before a node."""
+    position = finder.facts.position
+    sources = [match.query.node, match.key.node, match.value.node, *match.captures, *reading.captures]
+    return all(position[x] < position[final] for x in sources)
 
 
 def _dimensions(weights: Node) -> Index:
@@ -101,12 +119,14 @@ def _dimensions(weights: Node) -> Index:
 
 def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction | None:
     weights, kind = _asked(final)  # type: ignore[misc]
-    dimensions = _dimensions(weights)
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
     weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
     index = [substitute(x, common.ours) for x in reading.out]
     count, start, over = None, 0, "j"
+    if kind == "logsumexp":
+        return Reduction(final, match.spec, [], [], axes, tuple(index[:-1]), kind=kind)
+    dimensions = _dimensions(weights)
     if kind == "sum":
         asked = argument(final, 1, "dim")
         asked = [asked] if isinstance(asked, int) else asked
@@ -213,13 +233,12 @@ def renumbered(
 
 
 def _same_scores(
-    finder: Finder, match: Match, final: Node, dimensions: Index, lifted: Expr, j: Expr
+    finder: Finder, match: Match, final: Node, dimensions: Index, found: N.Normalised, j: Expr
 ) -> tuple[Reading, Common] | None:
     """The weights as read with j as the key, where their softmax is that of the match."""
     if j.args[0] is not match.column.args[0]:
         return None
     try:
-        found = N.normalise(lifted, j)
         if found.dropout and found.draw != match.draw:
             return None
         out = tuple(x for x in dimensions if x is not j)
@@ -296,7 +315,10 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     if ours.dropout and ours.dropout != theirs.dropout:
         return False
     mine = [over_axes(x, reading, common.ours) for x in (ours.score, *ours.extra)]
-    return mine == [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    other = [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    # where the match puts an added fill in the place of what it swallows, so may the reading
+    settled = not match.training or every_row_live(match)
+    return mine == other or (settled and [A.in_place(x) for x in mine] == other)
 
 
 def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
@@ -319,42 +341,9 @@ def of_nodes(program: Expr, source: Reading | Match) -> Expr:
     return rebuild(program, change)
 
 
-def needed(matches: Iterable[Match]) -> dict[Node, Node]:
-    """For the `final` of each match whose weights are read by more than attentions and sums of them: what is read."""
-    matches = list(matches)
-    ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    found = (
-        (m, _read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors
-    )  # else it makes no weights
-    return {m.final: n for m, n in found if n is not None}
-
-
-def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node | None:
-    """What else is made of the weights that a match drops, which would be of another draw than the attention."""
-    names = {match.draw} if match.spec.dropout else set()
-    dropped = [n for n in match.final.graph.nodes if n.name in names]
-    return _read_beside(dropped, {match.final, *(r.final for r in reductions)})
-
-
-def _read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
-    """A node through which something of the starts leaves the graph, other than through the ends."""
-    stack = list(starts)
-    seen = set(stack)
-    while stack:
-        n = stack.pop()
-        if any(u.op == "output" or written_operands(u) for u in n.users):
-            return n
-        fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return None
-
-
 __all__ = [
-    "drawn_for_others",
     "find_reductions",
     "names_its_length",
-    "needed",
     "of_nodes",
     "over_axes",
     "over_letters",

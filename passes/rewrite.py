@@ -204,6 +204,10 @@ def rewrite(
     replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]
     for r in reductions:
         logsumexp = emit.call(operator.getitem, made, 1)
+        if r.kind == "logsumexp":
+            rows = [a for letter in "bhi" for a in r.axes[letter]]
+            replaced.append((r.final, like(emit, _ordered(emit, logsumexp, rows, r.kept), r.final)))
+            continue
         drawn = seed if r.spec.random else None
         operands = [q, k, logsumexp]
         if r.kind == "rows":

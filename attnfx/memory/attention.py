@@ -17,9 +17,9 @@ from attnfx.ir.expr import FLOAT, INT, Expr
 from attnfx.mask import KeyRange, key_ranges, mask_of
 from attnfx.spec import AttentionSpec, I, J, additive
 
-# kernels/library.py: queries of a block; kernels/chunked.py: elements of a tile of scores, and rows of a block
+# kernels/library.py: queries of a block; kernels/chunked_plan.py: elements of a tile, rows of a block
 BLOCK, TILE, ROWS = 256, {"cpu": 1 << 20, "cuda": 1 << 26}, {"cpu": 128, "cuda": 512}
-LEAST_ROWS = 16  # of a part of a block in kernels/chunked.py
+LEAST_ROWS = 16  # of a part of a block in kernels/chunked_plan.py
 KEYS = 512  # aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: keys of a block there
 
 

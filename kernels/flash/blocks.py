@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnfx.kernels import chunked
+from attnfx.kernels import chunked, chunked_run
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked_plan import Block
 
 _ROUNDS = 7
 _M0, _M1, _K0, _K1 = 0xD2511F53, 0xCD9E8D57, 0x9E3779B9, 0xBB67AE85  # Philox4x32, Salmon et al. 2011
@@ -29,10 +30,10 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Te
     return c0, c1, c2, c3
 
 
-class Run(chunked.Run):
+class Run(chunked_run.Run):
     """A chunked run whose dropout is that of the kernels."""
 
-    def drop(self, at: chunked.Block, like: Tensor) -> Tensor | None:
+    def drop(self, at: Block, like: Tensor) -> Tensor | None:
         p = self.spec.dropout
         if p <= 0.0 or self.call.seed is None:
             return None
@@ -57,7 +58,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As the tier's backward pass."""
-    return chunked.backward(call, grad_out, out, logsumexp, Run(call))
+    return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run(call))

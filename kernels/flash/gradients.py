@@ -29,7 +29,12 @@ PAIR_ELEMENTS = 1 << 24  # float32, of a gradient by row and key before it is ad
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: tuple[Tile, Tile] | None = None
+    call: Call,
+    grad_out: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    tiles: tuple[Tile, Tile] | None = None,
+    grad_logsumexp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
 
@@ -39,8 +44,9 @@ def backward(
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
     some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec)
     return first_that_runs(
-        "backward", call, some, lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients()
-    )
+        "backward", call, some,
+        lambda tiles: Backward(call, grad_out, out, logsumexp, tiles).gradients(grad_logsumexp),
+    )  # fmt: skip
 
 
 class Backward:
@@ -148,11 +154,13 @@ class Backward:
         )  # fmt: skip
 
     # -- the whole ------------------------------------------------------------------------------
-    def gradients(self) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    def gradients(self, grad_logsumexp: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         call, device = self.call, self.call.query.device
         softmax = self.program.softmax
         if softmax:
             self.delta_launch().run(device)
+            if grad_logsumexp is not None:  # whose derivative by a score is the score's probability
+                self.statistics[..., 1] -= grad_logsumexp
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.query, call.key, call.value))
         self.rows_launch(dq).run(device)
         self.keys_launch(dk, dv).run(device)

@@ -92,7 +92,7 @@ def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tens
 
 
 def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each of its tensor's dtype. What
     either tier's forward pass gave is taken."""
@@ -100,9 +100,9 @@ def backward(
     from attnfx.kernels.flash.fallback import CannotLaunch
 
     try:
-        return gradients.backward(call, grad_out, out, logsumexp)
+        return gradients.backward(call, grad_out, out, logsumexp, grad_logsumexp=grad_logsumexp)
     except CannotLaunch:
-        return blocks.backward(call, grad_out, out, logsumexp)
+        return blocks.backward(call, grad_out, out, logsumexp, grad_logsumexp)
 
 
 def supports_decode(call: Call) -> str | None:

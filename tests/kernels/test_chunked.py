@@ -7,7 +7,7 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
-from attnfx.kernels import chunked
+from attnfx.kernels import chunked, chunked_plan, chunked_program
 from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec, Capture, H, I, J, additive
 from tests.kernels.cases import (
@@ -31,8 +31,8 @@ from tests.kernels.cases import (
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of rows, of batches and of heads, whatever the size."""
-    monkeypatch.setitem(chunked.ROWS, "cpu", 16)
-    monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1500)
+    monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)
+    monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1500)
 
 
 def compare(spec, captures=(), sizes=(), tier=chunked, tolerance=1e-9, **shape):
@@ -208,7 +208,7 @@ def test_any_layout_of_the_inputs_gives_the_same():
 
 def test_a_scale_is_only_moved_into_the_queries_where_it_multiplies_every_dot():
     def scale(score):
-        return chunked.program_of(AttentionSpec(score=score)).scale
+        return chunked_program.program_of(AttentionSpec(score=score)).scale
 
     assert scale(masked(CAUSAL)) == 0.3
     assert scale(A.add(DOT, A.mul(A.const(0.2), A.unary("tanh", A.DOT)))) == 1.0
@@ -226,7 +226,7 @@ def test_a_reduction_over_a_capture_that_needs_a_gradient_is_refused():
     m = A.var("m", A.const(4))
     spec = AttentionSpec(score=A.add(A.DOT, A.reduction("rsum", "m", A.const(4), A.load(0, [m], "f"))), captures=(G1,))
     with pytest.raises(ValueError, match="reduction over a capture"):
-        chunked.program_of(spec)
+        chunked_program.program_of(spec)
 
 
 def test_only_the_live_keys_are_read():
@@ -238,8 +238,8 @@ def test_only_the_live_keys_are_read():
 
 
 def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
-    monkeypatch.setitem(chunked.ROWS, "cpu", 64)
-    monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1 << 16)
+    monkeypatch.setitem(chunked_plan.ROWS, "cpu", 64)
+    monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1 << 16)
     largest = 0
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, library
+from attnfx.kernels import chunked, chunked_plan, library
 from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.cases import CAUSAL, DOT, DOUBLE, FINITE, INF, PAD, WINDOW, masked, slope, tensors
@@ -17,7 +17,7 @@ pad_capture = (Capture("b", 2),)
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     monkeypatch.setattr(library, "ROWS", 16)
-    monkeypatch.setitem(chunked.ROWS, "cpu", 8)
+    monkeypatch.setitem(chunked_plan.ROWS, "cpu", 8)
 
 
 @pytest.fixture

@@ -108,14 +108,16 @@ def test_a_second_derivative_is_an_error_and_not_a_zero():
         torch.autograd.grad(grad.sum(), key)
 
 
-def test_the_logsumexp_is_the_natural_logarithm_of_the_denominator_and_has_no_gradient():
+def test_the_logsumexp_is_the_natural_logarithm_of_the_denominator_and_has_a_gradient():
     query, key, value = tensors(groups=4)
     spec = AttentionSpec(score=DOT, extra=(A.const(0.5),))
     _, logsumexp = torch.ops.attnfx.attention(query, key, value, [], [], None, spec.to_json(), "auto")
     scores = 0.3 * query @ key.mT
     want = torch.cat([scores, torch.full((2, 4, 9, 1), 0.5)], -1).logsumexp(-1)
-    torch.testing.assert_close(logsumexp, want.detach())
-    assert not logsumexp.requires_grad
+    torch.testing.assert_close(logsumexp, want)
+    slope = torch.randn(want.shape)
+    found, expected = (torch.autograd.grad(x, (query, key), slope) for x in (logsumexp, want))
+    torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("name", "dynamic"), [("captured", False), ("sized", True)], ids=["static", "dynamic"])

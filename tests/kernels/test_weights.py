@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, operator_weights, weights  # noqa: F401  (registers the operators)
+from attnfx.kernels import chunked, chunked_plan, operator_weights, weights  # noqa: F401  (registers the operators)
 from attnfx.kernels.call import Call
 from attnfx.spec import AttentionSpec, Capture
 from tests.kernels.cases import (
@@ -29,8 +29,8 @@ KEPT = ["", "b", "bh", "bhi", "bi", "bij", "bj", "bhj", "hij", "j", "bhij"]
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
     """Several blocks of rows, of batches and of heads, whatever the size."""
-    monkeypatch.setitem(chunked.ROWS, "cpu", 16)
-    monkeypatch.setitem(chunked.TILE_ELEMENTS, "cpu", 1500)
+    monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)
+    monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1500)
 
 
 def attention_of(spec, query, key, captures=(), sizes=(), seed=None):
@@ -109,7 +109,7 @@ def test_empty_sizes_work(shape):
 @pytest.mark.parametrize("over", ["i", "j"])
 @pytest.mark.parametrize("name", ["plain", "causal", "window", "dense_bias", "sinks"])
 def test_the_largest_weight_of_each_row_or_key_and_its_place_are_those_of_the_whole_matrix(name, over, monkeypatch):
-    monkeypatch.setitem(chunked.ROWS, "cpu", 16)  # several blocks of rows
+    monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)  # several blocks of rows
     fields, captures = CASES[name]
     spec = AttentionSpec(**fields, **DOUBLE)
     query, key, _ = tensors()
