@@ -1,4 +1,4 @@
-"""What a GPU takes for a site without kernels of ours: PyTorch's fused operator, its operators in blocks, the original."""
+"""What a GPU takes for a site without kernels of ours: PyTorch's fused operator, blocks of others, the original."""
 
 from __future__ import annotations
 
