@@ -16,9 +16,7 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     """For the `final` of each match whose weights are read by more than attentions and sums of them: what is read."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    found = (
-        (m, _read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors
-    )  # else it makes no weights
+    found = ((m, read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors)  # else it makes no weights
     return {m.final: n for m, n in found if n is not None}
 
 
@@ -26,10 +24,10 @@ def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node
     """What else is made of the weights that a match drops, which would be of another draw than the attention."""
     names = {match.draw} if match.spec.dropout else set()
     dropped = [n for n in match.final.graph.nodes if n.name in names]
-    return _read_beside(dropped, {match.final, *(r.final for r in reductions)})
+    return read_beside(dropped, {match.final, *(r.final for r in reductions)})
 
 
-def _read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
+def read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
     """A node through which something of the starts leaves the graph, other than through the ends."""
     stack = list(starts)
     seen = set(stack)
@@ -43,4 +41,4 @@ def _read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
     return None
 
 
-__all__ = ["drawn_for_others", "needed"]
+__all__ = ["drawn_for_others", "needed", "read_beside"]

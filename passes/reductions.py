@@ -19,6 +19,7 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
+from attnfx.passes.beside import read_beside
 from attnfx.passes.exponentials import every_row_live, exponentials, normalised
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.layout import radix
@@ -56,6 +57,8 @@ def _asked(n: Node) -> tuple[Node, str] | None:
 
 def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     """Fills in `reductions` of each match; splits its batch axes where a sum has a part of one."""
+    matches = list(matches)
+    ends = {match.final for match in matches}
     of: dict[Node, dict[Match, None]] = {}  # the matches of a normaliser, and of a product that it comes from
     for match in matches:
         for anchor in match.anchors:
@@ -69,7 +72,8 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         weights, kind = found
         starts = finder.scores if kind == "logsumexp" else finder.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
-            asked.setdefault(match, []).append(n)
+            if kind != "logsumexp" or read_beside([n], ends):  # a softmax by hand may read it for itself alone
+                asked.setdefault(match, []).append(n)
     for match, nodes in asked.items():
         for n in nodes:
             if found := _same_weights(finder, match, n):

@@ -156,6 +156,15 @@ def test_nothing_else_is_taken_for_it(fn):
     assert not any(NOTE in note for note in site.notes)
 
 
+def test_a_softmax_by_hand_reads_it_for_itself():
+    def fn(q, k, v):
+        s = scores_of(q, k)
+        return (s - s.logsumexp(-1, keepdim=True)).exp() @ v
+
+    (site,) = check(fn, *qkv(t=T, s=S))
+    assert not site.notes
+
+
 def test_dropped_weights_leave_it_whole():
     def fn(q, k, v):
         s = scores_of(q, k)
