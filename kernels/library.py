@@ -169,7 +169,8 @@ def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> boo
 class _Run:
     """One call's tensors as the operator wants them, and the blocks that it is made in."""
 
-    def __init__(self, call: Call):
+    def __init__(self, call: Call, columns: int = 0):
+        """`columns` of zeros are added to the operands' width."""
         form = form_of(call.spec)
         assert isinstance(form, Form)
         self.spec, self.form = call.spec, form
@@ -179,7 +180,7 @@ class _Run:
         self.compute = call.compute
         one = Axis(0, 1, -2), Axis(0, 1, -1)
         self.scale = float(self.evaluator(*one)(form.scale) if isinstance(form.scale, Expr) else form.scale)
-        width = max(call.query.shape[3], call.value.shape[3])
+        width = max(call.query.shape[3], call.value.shape[3]) + columns
         self.query, self.key, self.value = (self.widened(x, width) for x in (call.query, call.key, call.value))
         self.value_width = call.value.shape[3]
         self.safe_range = self._in_range()
@@ -283,9 +284,15 @@ def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Te
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """As `chunked.backward`, which computes it where a capture's gradient is asked for, or the logsumexp has one."""
-    run = None if grad_logsumexp is not None or any(c.grad for c in call.spec.captures) else _Run(call)
-    if run is None or not run.safe_range:
+    """As `chunked.backward`, which computes it where a capture's gradient is asked for.
+
+    The operator sums out * grad_out over the width of a row and takes that from the gradient of its weights. With a
+    column more, of -grad_logsumexp in the output and ones in its gradient, it takes that too.
+    """
+    column = grad_logsumexp is not None
+    run = None if any(c.grad for c in call.spec.captures) else _Run(call, columns=int(column))
+    rounded = column and call.query.dtype.itemsize < 4  # as the column would be
+    if run is None or rounded or not run.safe_range:
         return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp)
     bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
     rest, which = None, set()
@@ -300,6 +307,8 @@ def backward(
         out, grad = out.masked_fill(at, 0.0), grad_out.masked_fill(at, 0.0)
         logsumexp = logsumexp.masked_fill(at.squeeze(-1), math.inf)
     grad, out = (run.widened(x.to(call.query.dtype), run.query.shape[-1]) for x in (grad, out))
+    if grad_logsumexp is not None:
+        grad[..., -1], out[..., -1] = 1.0, -grad_logsumexp
     sums = _Sums(call)
     for r in run.layout.blocks:
         if r.j0 >= r.j1:
@@ -314,7 +323,8 @@ def backward(
     query, key, value = sums.result()
     if rest is None:
         return query, key, value, []
-    more, through = chunked.Gradients(rest, query), chunked.ThroughValues(rest, grad_out)
+    more = chunked.Gradients(rest, query, grad_logsumexp)
+    through = chunked.ThroughValues(rest, grad_out)
     for blocks in rest.plan.blocks(which):
         more.add_blocks(blocks, through)
     return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []

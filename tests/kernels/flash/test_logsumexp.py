@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
+from attnfx.kernels import operator  # noqa: F401  (registers the operators)
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 from tests.kernels.cases import whole
