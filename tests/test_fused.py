@@ -278,6 +278,20 @@ def test_it_costs_what_the_same_call_of_a_model_costs():
         assert library("a100-80gb", training=training, native=True) is None
 
 
+def test_a_call_of_a_model_with_a_mask_goes_past_flash_attention():
+    dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=64, Dv=64)
+    window = masked(A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(4096))))
+    times = {}
+    for device in ("a100-80gb", "h100-sxm"):
+        for spec in (CAUSAL, window):
+            ask = Question(spec, dims, "bfloat16", "cuda", native=True)
+            found = decide(ask, Options(), device=Target.by_name(device))
+            kept = next(c for c in (found, *found.alternatives) if c.tier == "kept")
+            times.setdefault(device, []).append(kept.predicted_ms)
+    assert times["a100-80gb"][1] > 1.5 * times["a100-80gb"][0]
+    assert times["h100-sxm"][1] == pytest.approx(times["h100-sxm"][0], rel=0.05)  # cuDNN's kernel takes masks
+
+
 @pytest.mark.parametrize("width", [100, 512])
 def test_a_call_of_a_model_holds_no_scores_whatever_its_kernel(width):
     dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=width, Dv=width)

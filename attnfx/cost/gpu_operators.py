@@ -14,7 +14,7 @@ from attnfx.mask import summary as mask_summary
 from attnfx.mask import visited_scores
 from attnfx.mask.keep import kept
 from attnfx.report import Candidate
-from attnfx.spec import AttentionSpec, reads_pairs
+from attnfx.spec import AttentionSpec, I, J, reads_pairs
 from attnfx.targets import Target
 
 # How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
@@ -127,8 +127,9 @@ class Operators:
         ask, dims, target = self.ask, self.dims, self.target
         if target.kind != "cuda":
             return None
-        grouped = dims["H"] != dims["G"]
-        plain = dims["T"] == dims["S"] or not self.masked
+        grouped, keep = dims["H"] != dims["G"], kept(ask.spec)
+        square = dims["T"] == dims["S"]
+        plain = not ask.spec.captures and (keep is A.TRUE or (square and keep is A.ge(I, J)))
         name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn, grouped, plain)
         if name is None and tier == "kept" and target.capability >= fused.LEAST_CAPABILITY:
             name = fused.FLASH if ask.dtype in fused.DTYPES else None
