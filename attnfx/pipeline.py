@@ -16,13 +16,14 @@ from attnfx.options import Options
 from attnfx.passes import flops
 from attnfx.passes.checkpoints import unmark
 from attnfx.passes.contraction import PRODUCTS
+from attnfx.passes.descent import GATES
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
 from attnfx.passes.joins import join
 from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
-from attnfx.passes.match import GATES, Finder
+from attnfx.passes.match import Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import check, clean, size_carriers

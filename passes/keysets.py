@@ -18,12 +18,12 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.passes.contraction import contraction
+from attnfx.passes.descent import batched
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.joins import CATS
 from attnfx.passes.layout import UNIT, accesses
 from attnfx.passes.lift import POINTWISE, VIEWS, Index, Lifter
-from attnfx.passes.match import batched
 from attnfx.passes.reading import Operand, free
 from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 

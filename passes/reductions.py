@@ -19,10 +19,11 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.facts import written_operands
+from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import VIEWS, Index, Opaque, argument
-from attnfx.passes.match import Finder, Match, Reduction, over_dot
+from attnfx.passes.match import Finder, over_dot
 from attnfx.passes.reading import Parts, Reading, Refused, batch_and_heads, extent, flat, free, unflatten
 from attnfx.spec import AttentionSpec
 
@@ -59,7 +60,8 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     asked: dict[Match, list[Node]] = {}
     for n in finder.gm.graph.nodes if of_anchor else ():
         found = _asked(n)
-        for match in {m: None for s in finder.weights.get(found[0], ()) for m in of_anchor.get(s, ())} if found else ():
+        anchors = finder.descent.weights.get(found[0], ()) if found else ()
+        for match in dict.fromkeys(m for s in anchors for m in of_anchor.get(s, ())):
             asked.setdefault(match, []).append(n)
     for match, nodes in asked.items():
         for n in nodes:

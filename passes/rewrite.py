@@ -18,10 +18,10 @@ from attnfx.ir.expr import Expr
 from attnfx.mask.summary import Summary
 from attnfx.passes.checkpoints import MARKS
 from attnfx.passes.facts import written_operands
+from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import Index
-from attnfx.passes.match import Match, Reduction
 from attnfx.passes.reading import Operand, extent
 from attnfx.spec import AXES
 
