@@ -32,6 +32,7 @@ from attnfx.passes.spellings import respell
 from attnfx.passes.stages import Recorder
 from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import Transformed, Untraceable, trace
+from attnfx.passes.widths import widen
 from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
@@ -153,6 +154,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     respell(traced)
     join(traced)
     unite(traced)
+    widen(traced)
     check(traced)
     if wanted.trial is not None:
         wanted.trial.begin(traced)

@@ -35,6 +35,7 @@ from attnfx.passes.lift import VIEWS, Index, Lifter, LookedUp, Opaque, broadcast
 from attnfx.passes.reading import Parts, Reader, Reading, Refused, extent, free
 from attnfx.spec import fill_of
 
+COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")
 PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
 
 
@@ -180,22 +181,25 @@ class Finder:
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
         if len(width) != 1:
             raise Refused("values", "the values have no width of their own", [values])
-        row = self.row(dot, load, left, right, out, in_values)
+        row = self.row(found.score, load, dot, j, out, in_values)
         pairs = (left, right, (values, values_at))
         found = over_dot(found, load, dot)
         return self._match(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
 
-    def row(self, dot: Contraction, load: Expr, left: tuple[Node, Index], right: tuple[Node, Index], out: Index,
-             in_values: frozenset[str]) -> Expr:  # fmt: skip
-        """The query's row: the last dimension of the scores that the query has alone."""
-        alone = [
-            v for v in out if v.value in free(left[1]) and v.value not in free(right[1]) and v.value not in in_values
-        ]
+    def row(self, score: Expr, load: Expr, dot: Contraction, j: Expr, out: Index, in_values: frozenset[str]) -> Expr:
+        """The query's row: the last dimension of the scores that the query has alone, and that a mask compares with
+        the keys, where there is one."""
+        query, key = free(dot.left_index), free(dot.right_index)
+        if j.value in query:
+            query, key = key, query
+        alone = [v for v in out if v.value in query - key and v.value not in in_values]
         if not alone:  # a single query, or one per batch element
             ones = [v for v in out if v.args[0] is A.ONE]
             if ones:
                 return ones[-1]
             raise Refused("rows", "the scores have no row that the query has alone", [dot.node])
+        compared = frozenset().union(*(e.free for e in walk(score) if e.op in COMPARISONS and j.value in e.free))
+        alone = [v for v in alone if v.value in compared] or alone
         order = {v: n for n, v in enumerate(out)}
         for x in reversed(load.args):
             inside = [v for v in alone if v.value in x.free]

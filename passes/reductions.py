@@ -229,7 +229,7 @@ def _same_scores(
             left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
             if j.value in free(left[1]):
                 left, right = right, left
-            row = finder.row(dot, load, left, right, out, frozenset())
+            row = finder.row(found.score, load, dot, j, out, frozenset())
             whole = over_dot(found, load, dot)
             parts = Parts(final, dimensions, row, j, dot.reduced, None, (left, right), whole, dot.node)
             reading = finder.reader.read(parts, (match.query.node, match.key.node))

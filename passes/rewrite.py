@@ -319,7 +319,7 @@ def _layout_matters(final: Node, out: torch.Tensor) -> bool:
         try:
             with fake_mode(args, held):
                 made = n.target(*args[0], **args[1])
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # what example values raise for a view that the strides forbid
             return True
         if made.stride() != held.stride():
             changed[n] = made
