@@ -25,6 +25,7 @@ from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
 from attnfx.passes.match import Finder
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
+from attnfx.passes.outer import unpair
 from attnfx.passes.reductions import find_reductions, needed
 from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
@@ -151,6 +152,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     publish("traced", lambda: readable(traced))
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
+    unpair(traced)
     respell(traced)
     join(traced)
     unite(traced)

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.ir import algebra as A
 from attnfx.passes.contraction import terms
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import is_tensor, number, op_name, shape, spanned, value
+from attnfx.passes.graphs import dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift import Opaque, argument
 from attnfx.passes.rewrite import Emitter
 
@@ -88,6 +89,10 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
 
 
+def _squeezed(emit: Emitter, x: Node, single: list[int]) -> Node:
+    return emit.call(aten.squeeze.dims, x, single) if single else x
+
+
 def _unexpanded(x: Any) -> Any:
     while isinstance(x, Node) and op_name(x) in EXPANDS:
         x = x.args[0]
@@ -110,8 +115,11 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     names = dict(zip(dict.fromkeys("".join(inputs)), LETTERS + LETTERS.upper(), strict=False))
     if len(names) < len(sizes):
         return None
-    left: list[tuple[str, Any]] = list(zip(inputs, operands, strict=True))  # type: ignore[arg-type]
     emit = Emitter(gm, n)
+    left: list[tuple[str, Any]] = []
+    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+        single = [d for d, c in enumerate(term) if sizes[c] != 1 and dims(x)[d] is A.ONE]  # broadcast by the einsum
+        left.append(("".join(c for d, c in enumerate(term) if d not in single), _squeezed(emit, x, single)))
 
     def result(pair: tuple[int, int]) -> str:
         needed = set(output).union(*(t for k, (t, _) in enumerate(left) if k not in pair))

@@ -1,4 +1,4 @@
-"""Scores that are a sum of products are one product over all widths; tables that are read at i - j are not among them."""
+"""Scores that are a sum of products are one product over all widths; a table that is read at i - j is none of them."""
 
 import pytest
 import torch
