@@ -24,6 +24,7 @@ from attnfx.passes.joins import join
 from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
 from attnfx.passes.match import Finder
+from attnfx.passes.ones import split_ones
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.outer import unpair
 from attnfx.passes.reductions import find_reductions, needed
@@ -153,6 +154,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
     unpair(traced)
+    split_ones(traced)
     respell(traced)
     join(traced)
     unite(traced)

@@ -1,4 +1,4 @@
-"""Linear layers over pairs of a query and a key are layers over the rows, and the attention that they score is found."""
+"""Linear layers over pairs of a query and a key are layers over the rows, and the attention scored by them is found."""
 
 import pytest
 import torch
