@@ -41,7 +41,8 @@ from attnfx.sites import describe_site, hints, numeric_dims
 log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced. A gate, which many
-# linear layers have, may be one where there are products as well.
+# linear layers have, may be one where there are products as well, and so may what is divided by a sum.
+SHARES = (("div", "normalize"), ("sum", "norm", "mean"))
 HINTS = ("softmax", "softmin", "exp", "sort", "scaled_dot_product", "multi_head")
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
@@ -143,7 +144,7 @@ def _worth_tracing(gm: GraphModule) -> bool:
     def some(words: Iterable[str]) -> bool:
         return any(word in name for name in names for word in words)
 
-    return some(HINTS) or (some(GATES) and some(PRODUCTS))
+    return some(HINTS) or ((some(GATES) or all(map(some, SHARES))) and some(PRODUCTS))
 
 
 def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:

@@ -23,6 +23,7 @@ NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "r
 DISTANCES = ("cdist", "_cdist_forward")
 SORTING = ("sort", "topk", "argsort")
 NEAR = 5  # nodes in which a number for each row must meet the scores again
+KEEPING = ("add", "clamp", "clamp_min", "clip", "maximum", "detach", "to")  # what a total is guarded by
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
 
@@ -34,7 +35,7 @@ class Descent:
     def __init__(self, gm: GraphModule):
         self.gm = gm
         self.near: frozenset[Node] = frozenset()
-        self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS)
+        self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS or shared(n))
         self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
         self.met = self._met()
 
@@ -131,6 +132,24 @@ def meeting(n: Node) -> bool:
     return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
 
 
+def shared(n: Node) -> bool:
+    """Whether a node is divided by a sum of something as large, whatever function made that: by a total for each row,
+    not by a length or a deviation."""
+    if op_name(n) not in ("div", "true_divide") or not all(is_tensor(x) for x in n.args[:2]):
+        return False
+    at: object = n.args[1]
+    for _ in range(NEAR):
+        if not isinstance(at, Node) or at.op != "call_function" or not is_tensor(at):
+            return False
+        total = op_name(at) == "sum" or (op_name(at) in ("linalg_vector_norm", "norm") and 1 in at.args[1:2])
+        if total:
+            return is_tensor(at.args[0]) and dims(at.args[0]) == dims(n) != dims(at)  # type: ignore[arg-type]
+        if op_name(at) not in VIEWS and op_name(at) not in KEEPING:
+            return False
+        at = at.args[0]
+    return False
+
+
 def _computed(x: Node) -> bool:
     return x.op == "call_function" and op_name(x) not in VIEWS
 
@@ -140,4 +159,4 @@ def _plane(n: Node) -> Counter[Expr]:
     return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])
 
 
-__all__ = ["ANCHORS", "GATES", "Descent", "batched", "meeting"]
+__all__ = ["ANCHORS", "GATES", "Descent", "batched", "meeting", "shared"]

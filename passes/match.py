@@ -25,7 +25,7 @@ from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.mask import rows_live
 from attnfx.passes import normalise as N
 from attnfx.passes.contraction import Contraction, contraction, slot_node
-from attnfx.passes.descent import Descent, batched
+from attnfx.passes.descent import Descent, batched, shared
 from attnfx.passes.facts import Facts
 from attnfx.passes.finding import Finding, Match
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal, value
@@ -71,7 +71,7 @@ class Finder:
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
                         continue
-                    if found.refusal is not None and found.refusal.code == "normaliser":
+                    if found.refusal is not None and (found.refusal.code == "normaliser" or any(map(shared, seeds))):
                         # exponentials over something like their sum (a small number is added): loosely an attention
                         findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
                         continue
