@@ -3,6 +3,7 @@
     index_put(x, [.., mask], number)   is masked_fill(x, mask, number)
     sum(x[.., None, :] * y[.., None, :, :], d)   is a product of matrices, an einsum
     einsum(.., x, y, z)   is an einsum of two operands after another
+    tensordot, inner   are einsums
 
 Needs `meta["val"]`, and no in-place operators (`functionalise`); changes the graph in place; promises the same results
 up to rounding.
@@ -31,7 +32,10 @@ EXPANDS = ("expand", "expand_as")
 
 def respell(gm: GraphModule) -> int:
     """Gives how many operators were written as others."""
-    rules = {"index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs}
+    rules = {
+        "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
+        "inner": _tensordot, "linalg_matmul": _matmul,
+    }  # fmt: skip
     found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
     if not found:
         return 0
@@ -97,6 +101,26 @@ def _unexpanded(x: Any) -> Any:
     while isinstance(x, Node) and op_name(x) in EXPANDS:
         x = x.args[0]
     return x
+
+
+def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    return Emitter(gm, n).call(aten.matmul.default, *n.args)
+
+
+def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """A product over some dimensions of both operands: of the last ones, for `inner`."""
+    x, y = n.args[:2]
+    ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
+    given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
+    over = [[int(d) % rank for d in dims_] for dims_, rank in zip(given, ranks, strict=True)]  # type: ignore[union-attr]
+    if not over[0] or 0 in ranks or sum(ranks) > len(LETTERS):
+        return None
+    left, right = list(LETTERS[: ranks[0]]), list(LETTERS[ranks[0] : sum(ranks)])
+    for a, b in zip(*over, strict=True):
+        right[b] = left[a]
+    out = [c for c in left if c not in right] + [c for c in right if c not in left]
+    equation = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+    return Emitter(gm, n).call(aten.einsum.default, equation, [x, y])
 
 
 def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
