@@ -25,6 +25,7 @@ from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
 from attnfx.passes.match import Finder
 from attnfx.passes.ones import split_ones
+from attnfx.passes.online import gather
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
 from attnfx.passes.outer import unpair
 from attnfx.passes.reductions import find_reductions, needed
@@ -158,6 +159,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     split_ones(traced)
     respell(traced)
     join(traced)
+    gather(traced)
     unite(traced)
     widen(traced)
     check(traced)
