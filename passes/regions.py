@@ -48,7 +48,8 @@ def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
 
 
 def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
-    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first."""
+    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first, and then
+    those that the values have too, which are values of each row's own."""
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
     c = contraction(final, out)
     if c is None:
@@ -57,13 +58,15 @@ def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
     found = []
     for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
         if w in weights:
-            alone = [d for d, v in enumerate(out) if v.value in free(at) and v.value not in free(other)]
-            found += [(d, c.reduced.args[0]) for d in alone if dims(final)[d] is not A.ONE]
+            for d, v in enumerate(out):
+                if v.value in free(at) and dims(final)[d] is not A.ONE:
+                    found.append((v.value in free(other), d, c.reduced.args[0]))
 
-    def size(candidate: tuple[int, Expr]) -> tuple[int, int]:
-        return -number(value(final).shape[candidate[0]]), -candidate[0]
+    def likeliest(candidate: tuple[bool, int, Expr]) -> tuple[bool, int, int]:
+        shared, d, _ = candidate
+        return shared, -number(value(final).shape[d]), -d
 
-    return sorted(found, key=size)
+    return [(d, columns) for _, d, columns in sorted(found, key=likeliest)]
 
 
 def _below(final: Node, finding: Finding) -> set[Node]:
