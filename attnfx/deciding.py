@@ -15,12 +15,15 @@ from attnfx.passes.beside import drawn_for_others
 from attnfx.passes.cut import cut
 from attnfx.passes.extract import Trial
 from attnfx.passes.facts import Facts
+from attnfx.passes.finding import Finding, Match, Reduction
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import number, op_name, refusal, value, where_in_source
-from attnfx.passes.match import SDPA, Finder, Finding, Match, Reduction
+from attnfx.passes.library_call import SDPA
+from attnfx.passes.match import Finder
 from attnfx.passes.reductions import find_reductions
+from attnfx.passes.region import Region
 from attnfx.passes.region_rewrite import replace_region
-from attnfx.passes.regions import Region, find_region
+from attnfx.passes.regions import find_region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
 from attnfx.passes.shield import shield
 from attnfx.passes.tables import find_tables

@@ -17,14 +17,18 @@ from attnfx.passes import flops
 from attnfx.passes.beside import needed
 from attnfx.passes.checkpoints import unmark
 from attnfx.passes.contraction import PRODUCTS
+from attnfx.passes.descent import GATES
 from attnfx.passes.extract import Trial
 from attnfx.passes.functionalise import functionalise
 from attnfx.passes.graphs import where_in_source
 from attnfx.passes.joins import join
 from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
-from attnfx.passes.match import GATES, Finder
+from attnfx.passes.match import Finder
+from attnfx.passes.ones import split_ones
+from attnfx.passes.online import gather
 from attnfx.passes.others import others, unread, unread_bodies, with_reasons
+from attnfx.passes.outer import unpair
 from attnfx.passes.reductions import find_reductions
 from attnfx.passes.rewrite import check, clean, size_carriers
 from attnfx.passes.share import share
@@ -32,13 +36,15 @@ from attnfx.passes.spellings import respell
 from attnfx.passes.stages import Recorder
 from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import Transformed, Untraceable, trace
+from attnfx.passes.widths import widen
 from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced. A gate, which many
-# linear layers have, may be one where there are products as well.
+# linear layers have, may be one where there are products as well, and so may what is divided by a sum.
+SHARES = (("div", "normalize"), ("sum", "norm", "mean"))
 HINTS = ("softmax", "softmin", "exp", "sort", "scaled_dot_product", "multi_head")
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
@@ -140,7 +146,7 @@ def _worth_tracing(gm: GraphModule) -> bool:
     def some(words: Iterable[str]) -> bool:
         return any(word in name for name in names for word in words)
 
-    return some(HINTS) or (some(GATES) and some(PRODUCTS))
+    return some(HINTS) or ((some(GATES) or all(map(some, SHARES))) and some(PRODUCTS))
 
 
 def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
@@ -150,9 +156,13 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     publish("traced", lambda: readable(traced))
     text = readable(traced) if options.dump_dir is not None and not path else ""
     functionalise(traced)
+    unpair(traced)
+    split_ones(traced)
     respell(traced)
     join(traced)
+    gather(traced)
     unite(traced)
+    widen(traced)
     check(traced)
     if wanted.trial is not None:
         wanted.trial.begin(traced)

@@ -10,8 +10,8 @@ from torch.fx import Graph
 from attnfx import cost
 from attnfx.ir import algebra as A
 from attnfx.mask import describe, mask_of, prepare
+from attnfx.passes.finding import Finding, Match
 from attnfx.passes.graphs import dims, number, value, where_in_source
-from attnfx.passes.match import Finding, Match
 from attnfx.passes.rewrite import dimensions
 from attnfx.report import Site
 

@@ -8,8 +8,8 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from attnfx.passes.facts import written_operands
+from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import op_name
-from attnfx.passes.match import Match, Reduction
 
 
 def needed(matches: Iterable[Match]) -> dict[Node, Node]:

@@ -15,9 +15,9 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnfx.passes.facts import Facts
+from attnfx.passes.finding import Match
 from attnfx.passes.graphs import is_tensor, op_name, value
 from attnfx.passes.lift import VIEWS
-from attnfx.passes.match import Match
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 

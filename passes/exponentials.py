@@ -12,8 +12,8 @@ from attnfx.ir.expr import Expr, rebuild, substitute
 from attnfx.mask import rows_live
 from attnfx.mask.keep import kept
 from attnfx.passes import normalise as N
+from attnfx.passes.finding import Match
 from attnfx.passes.lift import Index
-from attnfx.passes.match import Match
 from attnfx.passes.reading import extent
 
 

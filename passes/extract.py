@@ -17,8 +17,8 @@ from torch.fx import Graph, GraphModule, Node
 from attnfx import rowprogram
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import op_name, value
+from attnfx.passes.library_call import SDPA
 from attnfx.passes.lift import argument
-from attnfx.passes.match import SDPA
 from attnfx.report import Site
 from attnfx.spec import from_json
 

@@ -35,7 +35,7 @@ class Facts:
     position        where a node stands
     mutations       positions at which each memory is written in place
     given           the memory of inputs
-    regions         for each node the grad mode set in the graph (None: none), and how deep in autocast regions it is
+    regions         for each node the grad mode set in the graph (None: none), and what autocast regions change there
     differentiable  nodes whose value may take a gradient (example values are snapshots that do not know)
     """
 
@@ -118,17 +118,33 @@ class Facts:
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
 
-def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, int]]:
-    """For each node: the grad mode set in the graph, and how deep in autocast regions it stands."""
+Autocast = frozenset[tuple[str, torch.dtype | None]]
+
+
+def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, Autocast]]:
+    """For each node: the grad mode set in the graph, and what autocast regions change there: by device, the type that
+    is cast to, None where casting is switched off. A region that changes nothing is none."""
     grad: bool | None = None
-    depth = 0
-    out: dict[Node, tuple[bool | None, int]] = {}
+    open_regions: dict[Node, tuple[str, torch.dtype | None]] = {}
+    out: dict[Node, tuple[bool | None, Autocast]] = {}
     for n in gm.graph.nodes:
         if n.target is torch._C._set_grad_enabled:
             grad = bool(n.args[0])
         elif n.target is torch.amp.autocast_mode._enter_autocast:
-            depth += 1
+            open_regions[n] = _cast_to(n)
         elif n.target is torch.amp.autocast_mode._exit_autocast:
-            depth -= 1
-        out[n] = (grad, depth)
+            open_regions.pop(n.args[0], None)  # type: ignore[arg-type]
+        inner = dict(open_regions.values())  # the innermost of a device counts
+        out[n] = (grad, frozenset((d, to) for d, to in inner.items() if to != _around(d)))
     return out
+
+
+def _cast_to(enter: Node) -> tuple[str, torch.dtype | None]:
+    device, dtype, enabled, *_ = (*enter.args, None, True)
+    dtype = dtype or torch.get_autocast_dtype(device)  # type: ignore[arg-type]
+    return device, dtype if enabled else None  # type: ignore[return-value]
+
+
+def _around(device: str) -> torch.dtype | None:
+    """What the caller's own autocast casts to: Dynamo compiles anew where that changes."""
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None

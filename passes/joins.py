@@ -18,10 +18,11 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
+from attnfx.passes.descent import batched
 from attnfx.passes.facts import Facts, storage, written_operands
 from attnfx.passes.functionalise import EMPTY
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.match import SDPA, batched
+from attnfx.passes.library_call import SDPA
 from attnfx.passes.rewrite import STACK, Emitter, like, size_carriers
 from attnfx.passes.separable import Along, Made, NotSeparable, split
 from attnfx.rowprogram import Ref

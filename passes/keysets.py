@@ -18,12 +18,12 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.passes.contraction import contraction
+from attnfx.passes.descent import batched
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.joins import CATS
 from attnfx.passes.layout import UNIT, accesses
 from attnfx.passes.lift import POINTWISE, VIEWS, Index, Lifter
-from attnfx.passes.match import batched
 from attnfx.passes.reading import Operand, free
 from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
@@ -55,7 +55,7 @@ def unite(gm: GraphModule) -> int:
     for n in list(gm.graph.nodes):
         if n.op != "call_function" or not is_tensor(n):
             continue
-        if op_name(n) in CATS and _reaches_softmax(n):
+        if op_name(n) in CATS and reaches_softmax(n):
             how = _scores
         elif op_name(n) == "add" and _of_products(n):
             how = _values
@@ -74,7 +74,7 @@ def _of_products(n: Node) -> bool:
     return len(n.args) == 2 and not n.kwargs and all(isinstance(x, Node) and batched(x) for x in n.args)
 
 
-def _reaches_softmax(n: Node) -> bool:
+def reaches_softmax(n: Node) -> bool:
     at, seen = [n], {n}
     for _ in range(NEAR):
         at = [u for x in at for u in x.users if u not in seen]
@@ -96,7 +96,7 @@ def _comes_from_softmax(n: Node) -> bool:
     return False
 
 
-def _variables(n: Node) -> Index:
+def variables(n: Node) -> Index:
     return tuple(A.var(f"u{d}", extent) for d, extent in enumerate(dims(n)))
 
 
@@ -113,7 +113,7 @@ def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
             yield Half(n, common, own, c.reduced, axis)
 
 
-def _before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
+def before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
     """Sizes are read off what stands before `at`: what is put in its place has no size of its own yet."""
     carriers = {e: c for e, c in size_carriers(gm).items() if facts.position.get(c[0], -1) < facts.position[at]}
     return Emitter(gm, at, carriers)
@@ -151,9 +151,9 @@ def _scores(gm: GraphModule, facts: Facts, at: Node) -> int:
             found.append((n, half))
     if len(found) < 2:
         return 0
-    first, emit = found[0][1], _before(gm, facts, at)
+    first, emit = found[0][1], before(gm, facts, at)
     total = A.var(str(first.axis.value), A.add(*(h.axis.args[0] for _, h in found)))
-    out = tuple(total if v is first.axis else v for v in _variables(first.product))
+    out = tuple(total if v is first.axis else v for v in variables(first.product))
     try:
         product = _einsum(emit, first.common, first.reduced, [h for _, h in found], out, total)
     except CannotEmit:
@@ -194,12 +194,12 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
         return []
     (product,) = products
     between = [n for n in found if facts.descends(n, product)]
-    if len({facts.regions[n] for n in between}) != 1 or _written(facts, between):
+    if len({facts.regions[n] for n in between}) != 1 or written(facts, between):
         return []
     return sorted(between, key=facts.position.__getitem__)
 
 
-def _written(facts: Facts, nodes: Sequence[Node]) -> bool:
+def written(facts: Facts, nodes: Sequence[Node]) -> bool:
     """Whether something writes in place to what nodes are or read."""
     return any(x in facts.written for n in nodes for x in (n, *n.all_input_nodes))
 
@@ -212,7 +212,7 @@ def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
             continue
         places = [d for d, x in enumerate(e.args) if at[dim].free & x.free]
         if len(places) == 1 and e.args[places[0]] is at[dim]:
-            here = _variables(e.value)
+            here = variables(e.value)
             return next(_halves(e.value, here, here[places[0]]), None)
     return None
 
@@ -220,7 +220,7 @@ def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
 def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
     """Whether two products differ in their set of keys alone."""
     mine, theirs = (
-        [None if v is h.axis else v for v in _variables(h.product)] + [value(h.product).dtype, h.reduced.args[0]]
+        [None if v is h.axis else v for v in variables(h.product)] + [value(h.product).dtype, h.reduced.args[0]]
         for h in (one, other)
     )
     if mine != theirs:
@@ -236,11 +236,11 @@ def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
 def _values(gm: GraphModule, facts: Facts, at: Node) -> int:
     left, right = at.args
     assert isinstance(left, Node) and isinstance(right, Node)
-    if left is right or _written(facts, [left, right]) or len({facts.regions[n] for n in (at, left, right)}) != 1:
+    if left is right or written(facts, [left, right]) or len({facts.regions[n] for n in (at, left, right)}) != 1:
         return 0
     if dims(left) != dims(right) or len({value(n).dtype for n in (at, left, right)}) != 1:
         return 0
-    lifter, out = Lifter(facts.written, facts.frozen), _variables(left)
+    lifter, out = Lifter(facts.written, facts.frozen), variables(left)
     pairs = [(x, y) for x in _halves(left, out, None) for y in _halves(right, out, None)]
     for one, other in (*pairs, *((y, x) for x, y in pairs)):
         total = A.var("united", A.add(one.reduced.args[0], other.reduced.args[0]))
@@ -248,7 +248,7 @@ def _values(gm: GraphModule, facts: Facts, at: Node) -> int:
         if whole is None or not _comes_from_softmax(whole.node):
             continue
         try:
-            made = _einsum(_before(gm, facts, at), whole, total, [one, other], out, total)
+            made = _einsum(before(gm, facts, at), whole, total, [one, other], out, total)
         except CannotEmit:
             continue
         made.meta = {**at.meta, **made.meta}
@@ -267,4 +267,4 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
     return None
 
 
-__all__ = ["unite"]
+__all__ = ["LETTERS", "before", "reaches_softmax", "unite", "variables", "written"]

@@ -209,6 +209,6 @@ def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None
     return dim % max(rank, 1)
 
 
-from attnfx.passes import lift_indexing, lift_pointwise, lift_reductions  # noqa: E402  (they fill the tables)
+from attnfx.passes import lift_indexing, lift_pointwise, lift_reductions, lift_views  # noqa: E402  (they fill the tables)
 
-__all__ = ["BOOL", "Lifter", "Opaque", "lift_indexing", "lift_pointwise", "lift_reductions"]
+__all__ = ["BOOL", "Lifter", "Opaque", "lift_indexing", "lift_pointwise", "lift_reductions", "lift_views"]

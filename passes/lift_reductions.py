@@ -8,7 +8,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, Expr, node
 from attnfx.passes.graphs import dims, op_name, shape
 from attnfx.passes.lift import REDUCTIONS, Index, Lifter, Opaque, argument, axis, rule
-from attnfx.passes.lift_indexing import source
+from attnfx.passes.lift_views import source
 
 
 def bound(at: Node) -> str:

@@ -20,10 +20,11 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute
 from attnfx.passes.beside import drawn_for_others
+from attnfx.passes.finding import Finding, Match
 from attnfx.passes.graphs import dims, op_name
 from attnfx.passes.joins import CATS, parts
 from attnfx.passes.lift import VIEWS, Index
-from attnfx.passes.match import Finder, Finding, Match
+from attnfx.passes.match import Finder
 from attnfx.passes.reading import Operand
 from attnfx.passes.reductions import names_its_length, of_nodes
 from attnfx.passes.rolls import common, out_index, roll

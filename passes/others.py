@@ -12,8 +12,10 @@ from torch.fx import GraphModule, Node
 
 from attnfx.breaks import Break, begun_by
 from attnfx.passes.contraction import PRODUCTS
+from attnfx.passes.descent import batched
+from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal
-from attnfx.passes.match import Finder, Finding, batched
+from attnfx.passes.match import Finder
 from attnfx.report import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
@@ -25,12 +27,12 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
     """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break at the graph's end."""
     products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
     flat = [p for p in products if not batched(p)]
-    of_flat = finder.descendants(flat)
-    meeting = {s for p in products for a in p.all_input_nodes for s in finder.weights.get(a, ())}
+    of_flat = finder.descent.descendants(flat)
+    meeting = {s for p in products for a in p.all_input_nodes for s in finder.descent.weights.get(a, ())}
     for n in finder.gm.graph.nodes:
         if n.op != "call_function" or op_name(n) not in SOFTMAXES or n in anchors:
             continue
-        if finder.from_scores(n) or n in finder.near:
+        if finder.descent.from_scores(n) or n in finder.descent.near:
             if ended is not None and _leaves(finder, n):
                 yield n, _broken(n, ended, "the weights leave the graph before they meet the values")
             else:
@@ -67,7 +69,7 @@ def with_reasons(
         anchor = stack.pop()
         if anchor not in seen:
             seen.add(anchor)
-            stack.extend(s for a in anchor.all_input_nodes for s in finder.weights.get(a, ()))
+            stack.extend(s for a in anchor.all_input_nodes for s in finder.descent.weights.get(a, ()))
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
     byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
@@ -101,7 +103,7 @@ def _broken(n: Node, at: Break, what: str) -> Refusal:
 def _leaves(finder: Finder, n: Node) -> bool:
     """Whether the weights, or what is made of them, are an output of the graph."""
     output = next(x for x in finder.gm.graph.nodes if x.op == "output")
-    return any(n in finder.weights.get(a, ()) for a in output.all_input_nodes)
+    return any(n in finder.descent.weights.get(a, ()) for a in output.all_input_nodes)
 
 
 def _from_input(n: Node) -> bool:

@@ -21,10 +21,11 @@ from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes import normalise as N
 from attnfx.passes.beside import read_beside
 from attnfx.passes.exponentials import every_row_live, exponentials, normalised
+from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import VIEWS, Index, Opaque, argument
-from attnfx.passes.match import Finder, Match, Reduction, over_dot
+from attnfx.passes.match import Finder, over_dot
 from attnfx.passes.reading import Parts, Reading, Refused, batch_and_heads, extent, flat, free, unflatten
 from attnfx.spec import AttentionSpec
 
@@ -62,7 +63,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     of: dict[Node, dict[Match, None]] = {}  # the matches of a normaliser, and of a product that it comes from
     for match in matches:
         for anchor in match.anchors:
-            products = (s for a in anchor.all_input_nodes for s in finder.scores.get(a, ()))
+            products = (s for a in anchor.all_input_nodes for s in finder.descent.scores.get(a, ()))
             for n in (anchor, *products):
                 of.setdefault(n, {})[match] = None
     asked: dict[Match, list[Node]] = {}
@@ -70,7 +71,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         if (found := _asked(n)) is None:
             continue
         weights, kind = found
-        starts = finder.scores if kind == "logsumexp" else finder.weights
+        starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
             if kind != "logsumexp" or read_beside([n], ends):  # a softmax by hand may read it for itself alone
                 asked.setdefault(match, []).append(n)
@@ -250,7 +251,7 @@ def _same_scores(
             left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
             if j.value in free(left[1]):
                 left, right = right, left
-            row = finder.row(dot, load, left, right, out, frozenset())
+            row = finder.row(found.score, load, dot, j, out, frozenset())
             whole = over_dot(found, load, dot)
             parts = Parts(final, dimensions, row, j, dot.reduced, None, (left, right), whole, dot.node)
             reading = finder.reader.read(parts, (match.query.node, match.key.node))

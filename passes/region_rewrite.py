@@ -17,7 +17,7 @@ from attnfx.ir.text import to_json
 from attnfx.passes.columns import Part, operands, part
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.regions import Region
+from attnfx.passes.region import Region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along
 from attnfx.rowprogram import Call, Live, Ref, Result, RowProgram

@@ -8,100 +8,27 @@ the size of the scores enters it that was made of scores.
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, field
-from typing import Any
-
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes import separable_views  # noqa: F401  (its rules are added by its import)
-from attnfx.passes.columns import Columns, find_columns
+from attnfx.passes.columns import find_columns
 from attnfx.passes.contraction import contraction
+from attnfx.passes.descent import batched, meeting
 from attnfx.passes.facts import Facts, written_operands
+from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import dims, is_tensor, number, op_name, refusal, value
-from attnfx.passes.lift import VIEWS
-from attnfx.passes.match import Finding, batched, meeting
 from attnfx.passes.reading import free
-from attnfx.passes.separable import Along, Made, NotSeparable, split
+from attnfx.passes.region import Region
+from attnfx.passes.separable import Along, NotSeparable, split
 from attnfx.report import Refusal
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region
 NONE = -1  # no dimension
 NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
-
-
-@dataclass
-class Region:
-    """final     the node that the attention ends with; its rows lie along `rows[final]`, `extent` of them
-    columns   the number of keys
-    rows      the nodes inside, and where the rows of each lie
-    calls     how each of them is computed for some rows
-    inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
-    results   the nodes that leave: `final`, and what else is read outside
-    scores    the products of queries with keys
-    narrowed  how a chunk takes live keys only; None where it takes all
-    """
-
-    final: Node
-    extent: Expr
-    columns: Expr
-    rows: dict[Node, int] = field(default_factory=dict)
-    calls: dict[Node, Made] = field(default_factory=dict)
-    inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
-    results: list[Node] = field(default_factory=list)
-    scores: list[Node] = field(default_factory=list)
-    narrowed: Columns | None = None
-
-    @property
-    def random(self) -> bool:
-        return any(c.op == "dropout" for c in self.calls.values())
-
-    @property
-    def weight(self) -> Any:
-        """Elements of the largest value, for one row; maybe symbolic."""
-        most, weight = -1, 1
-        for n, row in self.rows.items():
-            if n in self.calls and is_tensor(n):
-                elements: Any = 1
-                for d, x in enumerate(value(n).shape):
-                    elements = elements * (x if d != row else 1)
-                hint = elements if isinstance(elements, int) else elements.node.hint or 0
-                if hint > most:
-                    most, weight = hint, elements
-        return weight
-
-    @property
-    def keys(self) -> Any:
-        """The number of keys; maybe symbolic."""
-        n = self.scores[0]
-        return next(x for d, x in enumerate(value(n).shape) if dims(n)[d] is self.columns and d != self.rows[n])
-
-    @property
-    def work(self) -> Counter[str]:
-        """How often each operator works on values that have a number for each row and key: by name, "product" for one
-        of queries, keys or values, "mix" for one of scores with what is smaller."""
-        found: Counter[str] = Counter()
-
-        def large(n: Node) -> bool:
-            at = self.rows.get(n)
-            return at is not None and is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != at)
-
-        for n in self.calls:
-            made, read = large(n), any(large(a) for a in n.all_input_nodes)
-            if contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) if is_tensor(n) else None:
-                found["mix" if made and read else "product"] += 1
-            elif (made or read) and op_name(n) not in (*VIEWS, "getitem"):
-                found[op_name(n)] += 1
-        return found
-
-    @property
-    def gives_scores(self) -> bool:
-        """Whether something with a number for each row and key leaves."""
-        return any(n is not self.final and self.columns in dims(n) for n in self.results)
 
 
 def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
@@ -121,7 +48,8 @@ def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
 
 
 def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
-    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first."""
+    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first, and then
+    those that the values have too, which are values of each row's own."""
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
     c = contraction(final, out)
     if c is None:
@@ -130,13 +58,15 @@ def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
     found = []
     for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
         if w in weights:
-            alone = [d for d, v in enumerate(out) if v.value in free(at) and v.value not in free(other)]
-            found += [(d, c.reduced.args[0]) for d in alone if dims(final)[d] is not A.ONE]
+            for d, v in enumerate(out):
+                if v.value in free(at) and dims(final)[d] is not A.ONE:
+                    found.append((v.value in free(other), d, c.reduced.args[0]))
 
-    def size(candidate: tuple[int, Expr]) -> tuple[int, int]:
-        return -number(value(final).shape[candidate[0]]), -candidate[0]
+    def likeliest(candidate: tuple[bool, int, Expr]) -> tuple[bool, int, int]:
+        shared, d, _ = candidate
+        return shared, -number(value(final).shape[d]), -d
 
-    return sorted(found, key=size)
+    return [(d, columns) for _, d, columns in sorted(found, key=likeliest)]
 
 
 def _below(final: Node, finding: Finding) -> set[Node]:
@@ -373,4 +303,4 @@ def _read_by(n: Node) -> bool:
     return bool(n.users) or n.op == "output" or bool(written_operands(n))
 
 
-__all__ = ["Region", "find_region"]
+__all__ = ["find_region"]

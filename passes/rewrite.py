@@ -19,10 +19,10 @@ from attnfx.ir.expr import Expr
 from attnfx.mask.summary import Summary
 from attnfx.passes.checkpoints import MARKS
 from attnfx.passes.facts import written_operands
+from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
 from attnfx.passes.lift import Index
-from attnfx.passes.match import Match, Reduction
 from attnfx.passes.reading import Operand, extent
 from attnfx.spec import AXES
 
@@ -331,7 +331,7 @@ def _layout_matters(final: Node, out: torch.Tensor) -> bool:
         try:
             with fake_mode(args, held):
                 made = n.target(*args[0], **args[1])
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # what example values raise for a view that the strides forbid
             return True
         if made.stride() != held.stride():
             changed[n] = made

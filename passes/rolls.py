@@ -18,10 +18,11 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT, Expr, substitute, walk
+from attnfx.passes.finding import Match
 from attnfx.passes.graphs import dims, op_name, value
 from attnfx.passes.layout import UNIT, accesses, apply_splits, needed_splits, radix
 from attnfx.passes.lift import VIEWS, Index, Opaque
-from attnfx.passes.match import Finder, Match
+from attnfx.passes.match import Finder
 from attnfx.passes.reading import Operand, batch_and_heads, flat, free
 from attnfx.passes.reductions import over_axes, over_letters, renumbered
 from attnfx.passes.rewrite import Emitter

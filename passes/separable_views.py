@@ -66,7 +66,9 @@ def _expand(use: Use) -> None:
 
 @rule("expand_as", "view_as", "reshape_as")
 def _as(use: Use) -> None:
-    raise use.refuse("is not known to keep rows apart")
+    x, rank = use["self"], use.rank()
+    use.given["self"] = use.broadcast(x) if use.op.startswith("expand_as") else _same_place(use, x)
+    use.given["other"] = use.along(use["other"], use.row - rank + len(shape(use["other"])))
 
 
 @rule("permute")

@@ -14,8 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.passes.contraction import PRODUCTS
+from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import op_name, value
-from attnfx.passes.match import Finding
 from attnfx.passes.rewrite import Emitter
 
 aten = torch.ops.aten

@@ -3,6 +3,7 @@
     index_put(x, [.., mask], number)   is masked_fill(x, mask, number)
     sum(x[.., None, :] * y[.., None, :, :], d)   is a product of matrices, an einsum
     einsum(.., x, y, z)   is an einsum of two operands after another
+    tensordot, inner   are einsums
 
 Needs `meta["val"]`, and no in-place operators (`functionalise`); changes the graph in place; promises the same results
 up to rounding.
@@ -17,9 +18,10 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.ir import algebra as A
 from attnfx.passes.contraction import terms
 from attnfx.passes.facts import Facts, written_operands
-from attnfx.passes.graphs import is_tensor, number, op_name, shape, spanned, value
+from attnfx.passes.graphs import dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift import Opaque, argument
 from attnfx.passes.rewrite import Emitter
 
@@ -30,7 +32,10 @@ EXPANDS = ("expand", "expand_as")
 
 def respell(gm: GraphModule) -> int:
     """Gives how many operators were written as others."""
-    rules = {"index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs}
+    rules = {
+        "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
+        "inner": _tensordot, "linalg_matmul": _matmul,
+    }  # fmt: skip
     found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
     if not found:
         return 0
@@ -88,10 +93,34 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
 
 
+def _squeezed(emit: Emitter, x: Node, single: list[int]) -> Node:
+    return emit.call(aten.squeeze.dims, x, single) if single else x
+
+
 def _unexpanded(x: Any) -> Any:
     while isinstance(x, Node) and op_name(x) in EXPANDS:
         x = x.args[0]
     return x
+
+
+def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    return Emitter(gm, n).call(aten.matmul.default, *n.args)
+
+
+def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """A product over some dimensions of both operands: of the last ones, for `inner`."""
+    x, y = n.args[:2]
+    ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
+    given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
+    over = [[int(d) % rank for d in dims_] for dims_, rank in zip(given, ranks, strict=True)]  # type: ignore[union-attr]
+    if not over[0] or 0 in ranks or sum(ranks) > len(LETTERS):
+        return None
+    left, right = list(LETTERS[: ranks[0]]), list(LETTERS[ranks[0] : sum(ranks)])
+    for a, b in zip(*over, strict=True):
+        right[b] = left[a]
+    out = [c for c in left if c not in right] + [c for c in right if c not in left]
+    equation = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+    return Emitter(gm, n).call(aten.einsum.default, equation, [x, y])
 
 
 def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
@@ -110,8 +139,11 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     names = dict(zip(dict.fromkeys("".join(inputs)), LETTERS + LETTERS.upper(), strict=False))
     if len(names) < len(sizes):
         return None
-    left: list[tuple[str, Any]] = list(zip(inputs, operands, strict=True))  # type: ignore[arg-type]
     emit = Emitter(gm, n)
+    left: list[tuple[str, Any]] = []
+    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+        single = [d for d, c in enumerate(term) if sizes[c] != 1 and dims(x)[d] is A.ONE]  # broadcast by the einsum
+        left.append(("".join(c for d, c in enumerate(term) if d not in single), _squeezed(emit, x, single)))
 
     def result(pair: tuple[int, int]) -> str:
         needed = set(output).union(*(t for k, (t, _) in enumerate(left) if k not in pair))

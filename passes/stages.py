@@ -12,8 +12,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx.graphs import GraphNode, Place, Stage, collapse
 from attnfx.passes.facts import written_operands
+from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import op_name, value, where_in_source
-from attnfx.passes.match import Finding
 
 KINDS = {"placeholder": "input", "get_attr": "constant", "output": "output"}
 LARGEST = 1000  # nodes of one site

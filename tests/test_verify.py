@@ -17,7 +17,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import rebuild, substitute
 from attnfx.kernels import operator
 from attnfx.passes import region_rewrite
-from attnfx.passes.match import Match
+from attnfx.passes.finding import Match
 from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
 

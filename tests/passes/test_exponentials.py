@@ -35,3 +35,38 @@ def test_a_small_number_beside_the_sum_is_computed_row_by_row():
 
     (site,) = check(fn, *qkv())
     assert site.spec is None and site.decision.tier == "chunked"
+
+
+def of_a_polynomial(s):
+    a = 1 + s + s**2 / 2
+    return a / a.sum(-1, keepdim=True)
+
+
+def of_squares(s):
+    return F.normalize(s.square(), p=1, dim=-1)
+
+
+def of_what_is_masked(s):
+    a = (F.elu(s) + 1).masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), 0)
+    return a / (a.sum(-1, keepdim=True) + 1e-6)
+
+
+def of_detached_lengths(s):
+    return s / s.detach().abs().sum(-1, keepdim=True).clamp(max=5e4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("shares", [of_a_polynomial, of_squares, of_what_is_masked, of_detached_lengths])
+def test_shares_of_any_function_are_computed_row_by_row(shares, dynamic):
+    def fn(q, k, v):
+        return shares(q @ k.mT * 0.3) @ v
+
+    assert check(fn, *qkv(), dynamic=dynamic)[0].decision.tier == "chunked"
+
+
+def test_rows_over_their_length_are_no_shares():
+    def fn(q, k, v):
+        x = (q @ k.mT * 0.3).softmax(-1) @ v
+        return (x / x.norm(dim=-1, keepdim=True)) @ k.mT, (x / x.square().sum(-1, keepdim=True).sqrt()) @ k.mT
+
+    check(fn, *qkv())

@@ -392,3 +392,17 @@ def keys_taken(monkeypatch):
 
     monkeypatch.setattr(rows.RowCall, "keys", keys)
     return found
+
+
+def test_values_of_each_rows_own():
+    """Relative positions on the values' side (Shaw et al. 2018): rows of queries are a batch of the second product."""
+    i = torch.arange(T)
+
+    def fn(q, k, v, table):
+        a = (q @ k.mT * 0.25).softmax(-1)
+        near = table[(i[None] - i[:, None]).clamp(-4, 4) + 4]
+        rows = a.permute(2, 0, 1, 3).reshape(T, -1, T) @ near
+        return a @ v + rows.reshape(T, *a.shape[:2], -1).permute(1, 2, 0, 3)
+
+    q, k, v = (torch.randn(2, 3, T, 8) for _ in range(3))
+    check(fn, q, k, v, torch.randn(9, 8), sites=2)

@@ -138,3 +138,23 @@ def test_a_number_made_of_other_numbers_stays(pick):
         return ((q @ k.mT) * pick(b) + b[0, 0]).softmax(-1) @ v
 
     check(fn, *qkv(), rand(3, 4), sites=None)
+
+
+# -- other names of products ----------------------------------------------------------------------
+def by_tensordot(q, k, v):
+    heads = [torch.tensordot(x, y, dims=([1], [1])) for x, y in zip(q.flatten(0, 1), k.flatten(0, 1))]
+    return torch.stack([torch.tensordot((s * 0.3).softmax(-1), z, dims=1) for s, z in zip(heads, v.flatten(0, 1))])
+
+
+def by_inner(q, k, v):
+    heads = [torch.inner(x, y) for x, y in zip(q.flatten(0, 1), k.flatten(0, 1))]
+    return torch.stack([(s * 0.3).softmax(-1) @ z for s, z in zip(heads, v.flatten(0, 1))])
+
+
+def by_linalg(q, k, v):
+    return torch.linalg.matmul((torch.linalg.matmul(q, k.mT) * 0.3).softmax(-1), v)
+
+
+@pytest.mark.parametrize("fn", [by_tensordot, by_inner, by_linalg], ids=["tensordot", "inner", "linalg"])
+def test_other_names_of_products(fn):
+    check(fn, *qkv(h=2))

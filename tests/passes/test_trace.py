@@ -98,6 +98,16 @@ def test_both_branches_of_a_cond_are_right():
     check(fn, -q.abs(), k, v, train=False, sites=None)  # compiled already
 
 
+def test_a_view_that_the_outputs_own_strides_forbid():
+    """Blocks of queries that are merged by a view: the output has to be laid out as it was."""
+
+    def fn(q, k, v):
+        q, k, v = (x.unfold(2, 8, 8).mT for x in (q, k, v))
+        return ((q @ k.mT) * SCALE).softmax(-1).matmul(v).view(2, 4, 40, 8)
+
+    check(fn, *qkv())
+
+
 # -- regions --------------------------------------------------------------------------------------
 def test_an_autocast_region_gives_eagers_dtypes_and_values():
     def fn(q, k, v):
@@ -134,6 +144,19 @@ def test_attention_across_the_border_of_an_autocast_region_is_right():
     q, k, v = qkv()
     assert compiled(fn)(q, k, v).dtype == torch.float32
     check(fn, q, k, v, sites=None, tolerance=1e-2, exact=False)
+
+
+def test_a_region_that_switches_off_what_is_off_is_no_border():
+    def fn(q, k, v):
+        with torch.autocast("cpu", enabled=False):
+            scores = (q.float() @ k.float().mT) * SCALE
+        return scores.softmax(-1).to(v.dtype) @ v
+
+    check(fn, *(x.bfloat16() for x in qkv()), exact=False)
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # now it is one
+        assert compiled(fn)(q, k, v).dtype == fn(q, k, v).dtype
+        check(fn, q, k, v, sites=None, tolerance=2e-2, exact=False)
 
 
 def test_ambient_autocast_gives_eagers_dtypes_and_values():
