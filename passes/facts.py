@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -140,9 +142,11 @@ def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, Autocast]]:
 
 
 def _cast_to(enter: Node) -> tuple[str, torch.dtype | None]:
-    device, dtype, enabled, *_ = (*enter.args, None, True)
-    dtype = dtype or torch.get_autocast_dtype(device)  # type: ignore[arg-type]
-    return device, dtype if enabled else None  # type: ignore[return-value]
+    named = ("device_type", "dtype", "enabled")
+    given: dict[str, Any] = dict(zip(named, enter.args, strict=False)) | dict(enter.kwargs)
+    device = given["device_type"]
+    dtype = given.get("dtype") or torch.get_autocast_dtype(device)
+    return device, dtype if given.get("enabled", True) else None
 
 
 def _around(device: str) -> torch.dtype | None:

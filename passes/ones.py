@@ -19,7 +19,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name
 from attnfx.passes.lift import VIEWS, Index, Lifter, Opaque
 from attnfx.passes.reading import Operand
-from attnfx.passes.rewrite import Emitter, size_carriers
+from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
 
 aten = torch.ops.aten
 PRODUCTS = ("matmul", "bmm", "__matmul__")
@@ -51,13 +51,17 @@ def split_ones(gm: GraphModule) -> int:
             continue
         lifter = Lifter(facts.written, facts.frozen)
         parts = [_part(lifter, n, r) for r in readers]
-        if all(p is not None for p in parts) and {p.ones for p in parts if p is not None} == {True, False}:
-            for p in parts:
-                assert p is not None
-                made = _computed(Emitter(gm, n, size_carriers(gm)), n, p)
-                made.meta = {**p.node.meta, **made.meta}
-                p.node.replace_all_uses_with(made, propagate_meta=False)
-            changed += 1
+        found = [p for p in parts if p is not None]
+        if len(found) < len(parts) or {p.ones for p in found} != {True, False}:
+            continue
+        try:
+            made = [_computed(Emitter(gm, n, size_carriers(gm)), n, p) for p in found]
+        except CannotEmit:
+            continue
+        for p, new in zip(found, made, strict=True):
+            new.meta = {**p.node.meta, **new.meta}
+            p.node.replace_all_uses_with(new, propagate_meta=False)
+        changed += 1
     if changed:
         gm.graph.eliminate_dead_code()
         gm.recompile()

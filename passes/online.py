@@ -26,13 +26,14 @@ from attnfx.passes.descent import batched
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
 from attnfx.passes.keysets import variables, written
-from attnfx.passes.lift import Lifter
+from attnfx.passes.lift import Index, Lifter
 from attnfx.passes.normalise import exponent, outside
 from attnfx.passes.rewrite import Emitter, clean
 
 aten = torch.ops.aten
 LAST = ("div", "add", "mul")  # what a combination may end with
 EXPONENTIALS = ("exp", "exp2")
+CASTS = ("to", "_to_copy", "type_as")
 MOST = 64  # chunks
 ZERO = A.const(0.0)
 Core = Callable[[Expr], bool]
@@ -44,12 +45,29 @@ class NotOnline(Exception):
 
 @dataclass(frozen=True)
 class Chunk:
-    """weights @ values of one chunk of keys, the weights exp of something that the node `scores` is a part of."""
+    """`product`, of the node `read` with `values`, at a chunk of keys. `weights` are what is read, before it is cast:
+    exp of something that the node `scores` is a part of."""
 
     product: Contraction
+    read: Node
     weights: Node
     values: Node
     scores: Node
+
+    @property
+    def index(self) -> Index:
+        """How the product reads the weights."""
+        return self.product.left_index if self.read is self.product.left else self.product.right_index
+
+    @property
+    def values_index(self) -> Index:
+        return self.product.right_index if self.read is self.product.left else self.product.left_index
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What all chunks have in common: how the product reads its operands."""
+        places = [None if x is self.product.reduced else x for x in (*self.index, *self.values_index)]
+        return len(self.index), *places, value(self.read).dtype
 
 
 @dataclass(frozen=True)
@@ -76,10 +94,16 @@ def gather(gm: GraphModule) -> int:
 
 
 def _of_exponentials(n: Node) -> Node | None:
-    """The exponential that a product reads, directly."""
+    """The operand of a product that is an exponential, or a cast of one."""
     if n.op != "call_function" or not batched(n) or op_name(n) == "baddbmm":
         return None
-    return next((x for x in n.all_input_nodes if op_name(x) in EXPONENTIALS), None)
+    return next((x for x in n.all_input_nodes if op_name(_uncast(x)) in EXPONENTIALS), None)
+
+
+def _uncast(x: Node) -> Node:
+    while op_name(x) in CASTS and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return x
 
 
 def _after(gm: GraphModule, products: set[Node]) -> list[Node]:
@@ -107,12 +131,14 @@ def _gathered(gm: GraphModule, n: Node) -> Node | None:
         _prove(lifter, [t for _, t in both], chunks)
     except NotOnline:
         return None
-    nodes = [x for c in chunks for x in (c.weights, c.scores, c.values, c.product.node)]
-    if written(facts, nodes) or len({facts.regions[x] for x in (n, *(c.product.node for c in chunks))}) > 1:
+    nodes = [x for c in chunks for x in (c.read, c.weights, c.product.node)]
+    if written(facts, nodes) or len({facts.regions[x] for x in (n, *nodes)}) > 1:
         return None
     made = _softmax(Emitter(gm, n), chunks)
-    if dims(made) != dims(n) or value(made).dtype != value(n).dtype:
+    if dims(made) != dims(n):
         return None
+    if value(made).dtype != value(n).dtype:
+        made = Emitter(gm, n).call(aten.to.dtype, made, value(n).dtype)
     made.meta = {**n.meta, **made.meta}
     n.replace_all_uses_with(made, propagate_meta=False)
     return made
@@ -192,21 +218,26 @@ def _chunk(t: Term, out: tuple[Expr, ...]) -> Chunk:
         raise NotOnline
     if tuple(load.args) != tuple(A.ZERO if v.args[0] is A.ONE else v for v in out):
         raise NotOnline
-    c, weights = contraction(slot_node(load.value), out), _of_exponentials(load.value)
-    if c is None or weights not in (c.left, c.right):
+    c, read = contraction(load.value, out), _of_exponentials(load.value)
+    if c is None or read not in (c.left, c.right) or c.left is c.right or not is_tensor(read):
         raise NotOnline
-    inside = weights.args[0]  # type: ignore[union-attr]
+    assert read is not None
+    weights = _uncast(read)
+    inside = weights.args[0]
     scores = inside.args[0] if op_name(inside) == "sub" and len(inside.args) == 2 else inside  # type: ignore[union-attr,arg-type]
     if not is_tensor(scores) or dims(scores) != dims(weights):  # type: ignore[arg-type]
         raise NotOnline
-    return Chunk(c, weights, c.right if weights is c.left else c.left, scores)  # type: ignore[arg-type]
+    made = Chunk(c, read, weights, c.right if read is c.left else c.left, scores)  # type: ignore[arg-type]
+    if c.reduced not in made.index or c.reduced not in made.values_index:
+        raise NotOnline
+    return made
 
 
 def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
     """Raises NotOnline where the weights are not shares of the sum of all exponentials, or differ by chunk. The chunks
     are in the order of the graph."""
     over = terms[0].over
-    if over is None:
+    if over is None or len({c.form for c in chunks}) > 1:
         raise NotOnline
     below = [_term(factors) for factors in _expanded(over, _sum)]
     sums = [t for t in below if t is not None]
@@ -214,7 +245,7 @@ def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
         raise NotOnline
     rest, shifts = list(sums), set()
     for t, c in zip(terms, chunks, strict=True):
-        j, at = c.product.reduced, _index(c)
+        j, at = c.product.reduced, c.index
         inside = exponent(_lifted(lifter, c.weights, at))
         if inside is None:
             raise NotOnline
@@ -227,15 +258,11 @@ def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
     if len(shifts) != 1 or any(c.product.reduced.value in s.free for s in shifts for c in chunks):
         raise NotOnline
     first = chunks[0]
-    score = substitute(_lifted(lifter, first.scores, _index(first)), {first.product.reduced: A.ZERO})
+    score = substitute(_lifted(lifter, first.scores, first.index), {first.product.reduced: A.ZERO})
     minus_infinity = any(e.op == "const" and e.value == -math.inf for e in walk(score))
     loads = [e for e in walk(score) if e.op == "load" and e.kind == "f" and not batched(slot_node(e.value))]
     if minus_infinity or loads:
         raise NotOnline
-
-
-def _index(c: Chunk) -> tuple[Expr, ...]:
-    return c.product.left_index if c.weights is c.product.left else c.product.right_index
 
 
 def _summed(t: Term, j: Expr) -> Expr | None:
@@ -272,16 +299,14 @@ def _plain(e: Expr) -> Expr:
 # -- one softmax ----------------------------------------------------------------------------------
 def _softmax(emit: Emitter, chunks: list[Chunk]) -> Node:
     first = chunks[0]
-    at, other = _index(first), first.product.right_index
-    if first.weights is not first.product.left:
-        other = first.product.left_index
-    j = first.product.reduced
-    key, row = at.index(j), other.index(j)
+    j, node = first.product.reduced, first.product.node
+    key, row = first.index.index(j), first.values_index.index(j)
     scores = emit.call(aten.cat.default, [c.scores for c in chunks], key)
     weights = emit.call(aten.softmax.int, scores, key)
+    if value(weights).dtype != value(first.read).dtype:
+        weights = emit.call(aten.to.dtype, weights, value(first.read).dtype)
     values = emit.call(aten.cat.default, [c.values for c in chunks], row)
-    by = {first.weights: weights, first.values: values}
-    node = first.product.node
+    by = {first.read: weights, first.values: values}
     return emit.call(node.target, *torch.fx.map_arg(node.args, lambda x: by.get(x, x)), **node.kwargs)  # type: ignore[arg-type]
 
 

@@ -20,7 +20,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.joins import CATS
 from attnfx.passes.lift import argument
-from attnfx.passes.rewrite import Emitter
+from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
 
 aten = torch.ops.aten
 LAYERS = ("linear", "matmul", "mm")
@@ -41,12 +41,15 @@ def unpair(gm: GraphModule) -> int:
         if len(shape(n.args[1])) > 2 or not _pairs(leaves, len(shape(n.args[0]))) or not _to_softmax(n):
             continue
         facts = Facts(gm)
-        within = {n, n.args[0], *parts}
+        within = {n, n.args[0], *(x for part in parts for x in (part, *_passed(part)))}
         if any(x in facts.written for x in (*within, *leaves)) or len({facts.regions[x] for x in within}) > 1:
             continue
         if facts.regions[n][1]:
             continue  # autocast rounds what a layer reads
-        made = _apart(Emitter(gm, n), n, parts)
+        try:
+            made = _apart(Emitter(gm, n, size_carriers(gm)), n, parts)
+        except CannotEmit:
+            continue
         made.meta = {**n.meta, **made.meta}
         n.replace_all_uses_with(made, propagate_meta=False)
         changed += 1
@@ -83,6 +86,19 @@ def _compact(x: Node) -> Node:
     return x
 
 
+def _passed(x: Node) -> list[Node]:
+    """The expansions between a part and its factors, which are left out."""
+    out = []
+    ends = _factors(x)
+    stack = [a for a in (x.args if len(ends) > 1 else (x,)) if isinstance(a, Node)]
+    while stack:
+        at = stack.pop()
+        if at not in ends:
+            out.append(at)
+            stack.append(at.args[0])  # type: ignore[arg-type]
+    return out
+
+
 def _pairs(leaves: Sequence[Node], rank: int) -> bool:
     """Whether rows of two operands meet, each with a dimension of its own."""
     spans = [spanned(x, rank) for x in leaves]
@@ -103,14 +119,14 @@ def _apart(emit: Emitter, n: Node, parts: list[Node]) -> Node:
     """The sum of what the layer gives for each part of the width."""
     weight, turned = n.args[1], op_name(n) == "linear"
     bias = argument(n, 2, "bias") if turned else None
-    dtype, start, total = value(n).dtype, 0, None
+    dtype, start, total = value(n).dtype, A.ZERO, None
 
     def wide(x: Node) -> Node:
         return emit.call(aten.to.dtype, x, torch.float32) if dtype in NARROW else x
 
     for part in parts:
-        end = start + int(shape(part)[-1])
-        piece = wide(emit.call(aten.slice.Tensor, weight, 1 if turned else 0, start, end))
+        end = A.add(start, dims(part)[-1])
+        piece = wide(emit.call(aten.slice.Tensor, weight, 1 if turned else 0, emit.size(start), emit.size(end)))
         made = _layer(emit, n, [wide(x) for x in _factors(part)], piece, turned)
         total, start = made if total is None else emit.call(aten.add.Tensor, total, made), end
     assert total is not None

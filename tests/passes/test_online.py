@@ -74,6 +74,18 @@ def in_both_loops(q, k, v):
     return torch.cat([running(x, k, v) for x in q.split(20, 2)], 2)
 
 
+def weights_cast(q, k, v):
+    """Statistics in float32, the products as narrow as the values."""
+    out, total = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(q[..., :1], dtype=torch.float32)
+    top = torch.full_like(total, -INF)
+    for kc, vc in chunks(k, v):
+        s = scores(q, kc).float()
+        new = torch.maximum(top, s.amax(-1, keepdim=True))
+        p, c = torch.exp(s - new), torch.exp(top - new)
+        out, total, top = out * c + (p.to(vc.dtype) @ vc).float(), total * c + p.sum(-1, keepdim=True), new
+    return (out / total).to(q.dtype)
+
+
 def causal(s, start, fill=-INF):
     i, j = torch.arange(s.shape[-2])[:, None], torch.arange(start, start + s.shape[-1])
     return s.masked_fill(j > i, fill)
@@ -87,9 +99,19 @@ def test_one_attention(fn):
     check(fn, *qkv())
 
 
+@pytest.mark.parametrize("fn", [running, weights_cast], ids=["as they are", "cast"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_narrow_types(dtype):
-    check(running, *(x.to(dtype) for x in qkv()))
+def test_narrow_types(dtype, fn):
+    check(fn, *(x.to(dtype) for x in qkv()), exact=fn is running)
+
+
+def test_values_that_lie_otherwise_in_one_chunk_are_not_joined():
+    def fn(q, k, v):
+        a, b = scores(q, k[:, :, :8]).exp(), scores(q, k[:, :, 8:]).exp()
+        out = torch.einsum("bhij,bhjd->bhid", a, v[:, :, :8]) + torch.einsum("bhij,bhdj->bhid", b, v[:, :, 8:].mT)
+        return out / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
+
+    check(fn, *qkv(), sites=None)
 
 
 @pytest.mark.parametrize("fill", [-INF, -1e9])
