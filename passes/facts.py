@@ -119,6 +119,11 @@ class Facts:
         writes = [at for at in self.mutations[key] if first < at < self.position[final]]
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
+    def casts(self, n: Node) -> bool:
+        """Whether autocast rounds what a product would read in the place of the node."""
+        device, changed = value(n).device.type, dict(self.regions[n][1])
+        return (changed[device] if device in changed else _around(device)) is not None
+
 
 Autocast = frozenset[tuple[str, torch.dtype | None]]
 

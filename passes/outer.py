@@ -44,7 +44,7 @@ def unpair(gm: GraphModule) -> int:
         within = {n, n.args[0], *(x for part in parts for x in (part, *_passed(part)))}
         if any(x in facts.written for x in (*within, *leaves)) or len({facts.regions[x] for x in within}) > 1:
             continue
-        if facts.regions[n][1]:
+        if facts.casts(n):
             continue  # autocast rounds what a layer reads
         try:
             made = _apart(Emitter(gm, n, size_carriers(gm)), n, parts)

@@ -77,7 +77,7 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     if op_name(whole) != "mul" or len(whole.users) > 1 or len(over) != 1 or not isinstance(over[0], int):  # type: ignore[union-attr,arg-type]
         return None
     operands = [_unexpanded(x) for x in whole.args[:2]]  # type: ignore[union-attr]
-    if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.regions[n][1]:
+    if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.casts(n):
         return None  # autocast leaves a sum as it is, and rounds the operands of an einsum
     rank = len(shape(whole))  # type: ignore[arg-type]
     if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(LETTERS):  # type: ignore[index]

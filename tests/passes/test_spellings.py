@@ -158,3 +158,17 @@ def by_linalg(q, k, v):
 @pytest.mark.parametrize("fn", [by_tensordot, by_inner, by_linalg], ids=["tensordot", "inner", "linalg"])
 def test_other_names_of_products(fn):
     check(fn, *qkv(h=2))
+
+
+def test_a_sum_of_products_is_not_rounded_by_the_callers_autocast():
+    """Autocast leaves a sum in float32, where the product of matrices that it could be written as is not."""
+
+    def fn(q, k, v):
+        s = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).masked_fill(~causal(q, k), torch.finfo(torch.float32).min)
+        return s, s.softmax(-1) @ v
+
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (scores, out), (want, want_out) = compiled(fn)(q, k, v), fn(q, k, v)
+    torch.testing.assert_close(scores, want)
+    torch.testing.assert_close(out, want_out, atol=1e-2, rtol=1e-2)
