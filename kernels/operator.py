@@ -235,10 +235,12 @@ def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_sha
 _library = torch.library.Library("attnfx", "DEF")
 
 
-def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0) -> None:
-    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are."""
+def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0, capturable: bool = True) -> None:
+    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are. One that
+    is not `capturable` waits for numbers of the device: Inductor leaves it out of its CUDA graphs."""
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag,) if capturable else (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    _library.define(schema, tags=tags)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
     torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
