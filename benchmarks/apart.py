@@ -60,8 +60,8 @@ class Apart:
 
 
 def serve(answer: Callable[[Any], dict[str, Any]], sound: Callable[[], object]) -> None:
-    """Answers the parent's jobs until there are no more. `sound` raises where the process is of no further use, as after
-    a fault on a GPU: the next job then has another."""
+    """Answers the jobs that the parent has. `sound` raises where the process is of no further use, as after a fault on
+    a GPU: the next job then has another."""
     for job in sys.stdin:
         try:
             found = answer(json.loads(job))

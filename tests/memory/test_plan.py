@@ -219,7 +219,7 @@ def test_running_out_of_memory_limits_the_next_plan(monkeypatch, wanted, most, f
     held = {"now": 500}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: held["now"])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 700)
-    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda _: 900)
+    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda *_: 900)
     monkeypatch.setattr("attnfx.budgeting._limits", {})
     gpu = torch.device("cuda", 7)
     assert _free(SMALL, gpu) == 900
