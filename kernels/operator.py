@@ -276,11 +276,12 @@ def attention(
     run the call.
     """
     made = from_json(spec) if isinstance(spec, str) else spec
-    text = spec if isinstance(spec, str) else _text(spec)
+    compiling = torch.compiler.is_compiling()
+    text = spec if isinstance(spec, str) else made.to_json() if compiling else _text(made)
     if made.random and seed is None:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
     summary = None
-    if not torch.compiler.is_compiling():
+    if not compiling:
         summary = _summary(Call(made, query, key, value, captures, sizes, seed), tier)
     return torch.ops.attnfx.attention(query, key, value, list(captures), list(sizes), seed, text, tier, summary)[0]
 
@@ -298,13 +299,12 @@ def _summary(call: Call, tier: str) -> Tensor | None:
     return flash.summarise([call.captures[s] for s in found.slots], sizes, found.spec)
 
 
-@torch.compiler.assume_constant_result
-def _text(spec: AttentionSpec) -> str:
-    return _cached_text(spec)
+# Dynamo calls it while it traces. A spec cannot be the argument of such a function, but its owner.
+torch.compiler.assume_constant_result(AttentionSpec.to_json)
 
 
 @lru_cache(maxsize=1024)
-def _cached_text(spec: AttentionSpec) -> str:
+def _text(spec: AttentionSpec) -> str:
     return spec.to_json()
 
 
