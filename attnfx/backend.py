@@ -14,6 +14,7 @@ from torch.fx import GraphModule
 from attnfx import dumping, report, verify
 from attnfx.errors import RefusalError
 from attnfx.options import Options
+from attnfx.passes.chunks import draws
 
 
 def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -66,4 +67,6 @@ def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode
     from attnfx.capture import compile_rest
 
     asked = list_mode_options(mode) if mode and mode != "default" else {}
+    if draws(gm):
+        asked = {**asked, "triton.cudagraphs": False}
     return compile_rest(gm, list(example_inputs), options.inner, {**asked, **(patches or {})}, partitioner)

@@ -126,7 +126,7 @@ def _free(target: Target, device: torch.device) -> int:
         return free_bytes(target)
     _watch()
     index = device.index if device.index is not None else torch.cuda.current_device()
-    free = free_bytes(target)
+    free = free_bytes(target, device)
     return min(free, max(_limits[index] - torch.cuda.memory_allocated(index), 0)) if index in _limits else free
 
 

@@ -10,6 +10,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx import calibration, cost, tuning
 from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
+from attnfx.kernels.flash import tier as flash
 from attnfx.options import Options
 from attnfx.passes.beside import drawn_for_others
 from attnfx.passes.cut import cut
@@ -228,6 +229,8 @@ def refusals(
     """Why each tier that cannot run a site cannot, on a device or on any with that compute capability."""
     dtype, extents = value(match.query.node).dtype, dimensions(match)
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
+    if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
+        found = {"decode": why, "flash": why, **found}
     if device.type == "cuda" and "library" not in found:
         shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
         if match.reductions:

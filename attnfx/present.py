@@ -19,8 +19,8 @@ def detected(device: torch.device | str | None) -> Target:
     return Target.detect(device)
 
 
-def free_bytes(target: Target) -> int:
-    """What this process can still have of the device at hand."""
+def free_bytes(target: Target, device: torch.device | None = None) -> int:
+    """What this process can still have of the device at hand; of several GPUs, of `device`, None for the current."""
     if target.kind == "cpu":
         try:
             with open("/proc/meminfo", encoding="utf-8") as file:
@@ -29,8 +29,8 @@ def free_bytes(target: Target) -> int:
         except (OSError, KeyError):
             return target.memory
     if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        return free + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return target.memory
 
 

@@ -5,6 +5,9 @@ PyTorch's fused operator with its flash and its cuDNN kernels where these can ex
 in ms, TFLOP/s of the scores that are not masked, the share of a matrix product's measured rate, and the largest error
 against float64 over the largest value, on some rows of one head.
 
+A fault on a GPU ends a process, so the cases run in one of their own. Where it did not survive one, or one took more
+than LIMIT seconds, the row of that case has an "error" and the next begins in another process.
+
 The cost model is asked about every case too: "choice" says what its choices cost beside the best of the ways measured
 (attnfx's kernels, and the code as it was under Inductor), and how far its predicted times are from the measured ones.
 """
@@ -13,6 +16,7 @@ from __future__ import annotations
 
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -23,6 +27,7 @@ from typing import Any
 
 import click
 import torch
+from apart import Apart, said, serve
 from gpu_programs import DECODE, PROGRAMS, Program, Tensors, live_share, reference
 from measure import machine
 from rich.console import Console
@@ -34,7 +39,8 @@ import attnfx
 HERE = Path(__file__).resolve().parent
 TOKENS, WIDTH = 16384, 2048  # of a batch, and of all heads together
 DEVICE = "cuda"
-FLUSH = 256 << 20  # bytes, more than any second-level cache
+FLUSH, FLUSHES = 256 << 20, 16  # bytes, more than any second-level cache; together a ms, in which the host gets ahead
+LIMIT = 150  # seconds of a case
 NAIVE = 8192  # the longest that is run under Inductor as well: its scores take gigabytes
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -110,8 +116,8 @@ def flex(program: Program, x: Tensors, q: Tensor, k: Tensor) -> Run:
     mask = None
     if keep is not None:
         batch = q.shape[0] if program.make in (PROGRAMS[5].make, PROGRAMS[6].make) else None
-        made = torch.compile(create_block_mask, dynamic=False)
-        mask = made(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], device=DEVICE)
+        # not compiled: its sort takes the assembler a minute for each length
+        mask = create_block_mask(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], DEVICE)
     fast = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: fast(q, k, v, score_mod, mask, enable_gqa=program.groups > 1)  # type: ignore[return-value]
 
@@ -120,7 +126,7 @@ def fused(program: Program, kernel: str) -> Run:
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     assert program.fused is not None
-    backend = SDPBackend[kernel]
+    backend = getattr(SDPBackend, kernel)
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
@@ -163,14 +169,16 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Of each in turn, round after round, with a cold second-level cache: least and median ms by the GPU's clock."""
+    """Of each in turn, round after round, with a cold second-level cache: least and median ms by the GPU's clock, which
+    starts when the host has launched the call already, where that takes less than the flushing."""
     flush = torch.empty(FLUSH, dtype=torch.int8, device=DEVICE)
     found: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + seconds, 0
     while rounds < 100 and (rounds < 5 or time.perf_counter() < end):
         rounds += 1
         for name, run in runs.items():
-            flush.zero_()
+            for _ in range(FLUSHES):
+                flush.zero_()
             found[name].append(milliseconds(run))
     return {n: {"min_ms": min(t), "median_ms": statistics.median(t), "rounds": len(t)} for n, t in found.items()}
 
@@ -183,13 +191,13 @@ def errors(program: Program, case: Case, run: Run, some: list[Tensor], x: Tensor
     grad = torch.randn_like(some[0]) if case.train else None
     out = call(run, some, grad)
     with torch.enable_grad():
-        query = some[0].detach().clone().requires_grad_()
+        query = some[0].detach().double().requires_grad_()
         want = reference(program, query, some[1].detach(), some[2].detach(), x, rows)
         pairs = {"out": (out[-1, -1, rows], want.detach())}
         if grad is not None:
             want.backward(grad[-1, -1, rows].double())
             assert some[0].grad is not None and query.grad is not None
-            pairs["dq"] = some[0].grad[-1, -1, rows], query.grad[-1, -1, rows].double()
+            pairs["dq"] = some[0].grad[-1, -1, rows], query.grad[-1, -1, rows]
     return {n: ((got.double() - w).abs().max() / w.abs().max()).item() for n, (got, w) in pairs.items()}
 
 
@@ -212,8 +220,7 @@ def measure(case: Case, seconds: float, peak: float, copy: float) -> dict[str, A
             call(run, some, grad)
             ready[name] = partial(call, run, some, grad)
         except Exception as problem:
-            words = str(problem).strip().splitlines()
-            row["by"][name] = {"error": f"{type(problem).__name__}: {words[0] if words else ''}"[:300]}
+            row["by"][name] = {"error": said(problem)}
         torch.cuda.empty_cache()
     for name, found in times(ready, seconds).items() if ready else ():
         rate = flops / found["min_ms"] / 1e9
@@ -280,8 +287,17 @@ def rates() -> tuple[float, float]:
 
 def line(row: dict[str, Any]) -> str:
     what = f"{row['program']:12} {row['length']:6} D{row['head_dim']:<4}{'step' if row['train'] else 'forward':8}"
+    if "error" in row:
+        return f"{what}[red]{row['error']}[/]"
     parts = [f"{n} {b['tflops']:.0f}" if "tflops" in b else f"[red]{n} failed[/]" for n, b in row["by"].items()]
     return what + ", ".join(parts) + " TFLOP/s"
+
+
+def answer(job: dict[str, Any]) -> dict[str, Any]:
+    """What the process of the cases is asked: the rates, or a case."""
+    if "case" not in job:
+        return dict(zip(("peak", "copy"), rates()))
+    return measure(Case(**job["case"]), job["seconds"], job["peak"], job["copy"])
 
 
 @click.command(help=__doc__)
@@ -289,11 +305,19 @@ def line(row: dict[str, Any]) -> str:
 @click.option("--seconds", default=0.4, help="Of each measurement, beside compiling.")
 @click.option("--only", default="", help="Programs with this in their name.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "gpu.json")
-def main(minutes: float, seconds: float, only: str, out: Path) -> None:
+@click.option("--cases", "apart", is_flag=True, hidden=True)
+def main(minutes: float, seconds: float, only: str, out: Path, apart: bool) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("no GPU that PyTorch can use: torch.cuda.is_available() is False")
+    if apart:
+        serve(answer, torch.cuda.synchronize)
+        return
     console, end = Console(), time.monotonic() + 60 * minutes
-    peak, copy = rates()
+    process = Apart([sys.executable, __file__, "--cases"], LIMIT)
+    found = process.ask({})
+    if "error" in found:
+        raise click.ClickException(f"the GPU's rates cannot be measured: {found['error']}")
+    peak, copy = found["peak"], found["copy"]
     properties = torch.cuda.get_device_properties(0)
     record: dict[str, Any] = {
         "machine": machine(), "gpu": properties.name, "capability": [properties.major, properties.minor],
@@ -307,7 +331,8 @@ def main(minutes: float, seconds: float, only: str, out: Path) -> None:
         for case in chosen:
             progress.update(task, description=f"{case.program} {case.length} D{case.head_dim}")
             if time.monotonic() < end:
-                record["rows"].append(measure(case, seconds, peak, copy))
+                row = process.ask({"case": asdict(case), "seconds": seconds, **found})
+                record["rows"].append({**asdict(case), "by": {}, **row})
                 record["choice"] = choice(record["rows"])
                 console.print(line(record["rows"][-1]))
             else:
@@ -315,6 +340,7 @@ def main(minutes: float, seconds: float, only: str, out: Path) -> None:
             progress.advance(task)
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(record, indent=1) + "\n")
+    process.close()
     console.print(f"choice: {record.get('choice')}")
     if record["left"]:
         console.print(

@@ -4,11 +4,13 @@
 
 `error` is that of the predicted peak against `torch.cuda.max_memory_allocated`, parameters and gradients among them. A
 process that may take no more than --budget of the GPU's memory then runs the predicted largest batch, which must work,
-and a tenth more, which must not: "fits" and "more_fits". Every step is a process of its own.
+and a tenth more, which must not: "fits" and "more_fits". Every step is a process of its own, which may take LIMIT
+seconds; what went wrong in one is "failed" in its row.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import statistics
@@ -28,6 +30,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 DEVICE = "cuda"
+LIMIT = 150  # seconds
 # name, layers, tokens (2448: an image of 2448 tokens), batch
 STEPS = (("gpt2", 12, 1024, 4), ("bert", 12, 512, 8), ("vit", 12, 2448, 2), ("mistral", 8, 2048, 4), ("t5", 12, 512, 4))
 
@@ -99,11 +102,14 @@ JOBS = {job.__name__: job for job in (peak, largest, fits)}
 
 
 def run(job: str, *arguments: Any) -> dict[str, Any]:
-    """A job in a process of its own; what it printed last where it failed."""
+    """A job in a process of its own; as "failed", what it printed last where it did."""
     command = [sys.executable, __file__, "--job", json.dumps([job, *arguments])]
-    ran = subprocess.run(command, capture_output=True, text=True)
+    try:
+        ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"{job} took more than {LIMIT} s"}
     if ran.returncode:
-        return {"error_text": (ran.stderr.strip().splitlines() or [""])[-1][:300]}
+        return {"failed": f"{job}: {(ran.stderr.strip().splitlines() or [''])[-1][:300]}"}
     return json.loads(ran.stdout.splitlines()[-1])
 
 
@@ -115,8 +121,9 @@ def measure(step: tuple[str, int, int, int], train: bool, budget: str) -> dict[s
     row |= limit
     if limit.get("max_batch"):
         n = limit["max_batch"]
-        row["fits"] = run("fits", name, layers, size, n, train, budget).get("fits")
-        row["more_fits"] = run("fits", name, layers, size, -(-11 * n // 10), train, budget).get("fits")
+        for key, number in (("fits", n), ("more_fits", -(-11 * n // 10))):
+            found = run("fits", name, layers, size, number, train, budget)
+            row |= {key: found.pop("fits", None), **found}
     return row
 
 
@@ -138,6 +145,8 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 def main(minutes: float, budget: str, only: str, out: Path, job: str | None) -> None:
     if not torch.cuda.is_available():
         raise click.ClickException("no GPU that PyTorch can use: torch.cuda.is_available() is False")
+    if importlib.util.find_spec("transformers") is None:
+        raise click.ClickException("the models are of the transformers library, which is not installed")
     if job:
         logging.disable(logging.WARNING)
         name, *arguments = json.loads(job)

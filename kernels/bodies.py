@@ -22,6 +22,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
 from attnfx.compiled import compiled
+from attnfx.kernels.flash.device import capturing
 
 T = TypeVar("T")
 
@@ -83,7 +84,7 @@ class Bodies:
         """The body of (program, all else that it depends on); None where it cannot be made, or fails its trial."""
         with self.lock:
             if key not in self.made:
-                if Counter(program for program, _ in self.made)[key[0]] >= CLASSES or _capturing():
+                if Counter(program for program, _ in self.made)[key[0]] >= CLASSES or capturing():
                     return None
                 self.made[key] = self._try(make, trial)
                 while len(self.made) > MOST:
@@ -105,11 +106,6 @@ class Bodies:
 
 
 BODIES = Bodies()
-
-
-def _capturing() -> bool:
-    """Whether a CUDA graph is being captured, in which nothing can be compiled."""
-    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _apart(make: Callable[[], T]) -> T:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.chunked_program import program_of
+from attnfx.kernels.flash.device import capturing
 from attnfx.mask import KeyRange, key_ranges, rows_live
 from attnfx.spec import AttentionSpec
 
@@ -73,14 +74,19 @@ class Plan:
         self.doubtful: set[int] | None = None  # unknown
 
     def widen(self, logsumexp: Tensor) -> set[int]:
-        """Finds the rows without a live key. Those that leave keys out take all keys instead: gives their numbers."""
+        """Finds the ranges with rows without a live key. Those that leave keys out take all keys instead: gives their
+        numbers. A CUDA graph that is being captured runs for other numbers too: there every range may have such rows.
+        """
         self.doubtful = set()
         if self.exact or self.fill is None or not logsumexp.numel() or rows_live(self.spec, self.sizes):
             return set()
-        dead = ~(logsumexp > self.fill / 2).all(dim=1).all(dim=0)  # NaN counts as dead
-        if not bool(dead.any()):
-            return set()
-        self.doubtful = self.holding(dead)
+        if capturing():
+            self.doubtful = set(range(len(self.rows)))
+        else:
+            dead = ~(logsumexp > self.fill / 2).all(dim=1).all(dim=0)  # NaN counts as dead
+            if not bool(dead.any()):
+                return set()
+            self.doubtful = self.holding(dead)
         wide = {n for n in self.doubtful if (self.rows[n].j0, self.rows[n].j1) != (0, self.sizes["S"])}
         for n in wide:
             self.rows[n] = KeyRange(self.rows[n].i0, self.rows[n].i1, 0, self.sizes["S"], False)

@@ -245,10 +245,12 @@ def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_sha
 _library = torch.library.Library("attnfx", "DEF")
 
 
-def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0) -> None:
-    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are."""
+def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0, capturable: bool = True) -> None:
+    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are. One that
+    is not `capturable` waits for numbers of the device: Inductor leaves it out of its CUDA graphs."""
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    tags = (torch.Tag.pt2_compliant_tag,) if capturable else (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
+    _library.define(schema, tags=tags)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
     torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
@@ -284,11 +286,12 @@ def attention(
     run the call.
     """
     made = from_json(spec) if isinstance(spec, str) else spec
-    text = spec if isinstance(spec, str) else _text(spec)
+    compiling = torch.compiler.is_compiling()
+    text = spec if isinstance(spec, str) else made.to_json() if compiling else _text(made)
     if made.random and seed is None:
         seed = torch.randint(2**62, (1,), dtype=torch.int64, device=query.device)
     summary = None
-    if not torch.compiler.is_compiling():
+    if not compiling:
         summary = _summary(Call(made, query, key, value, captures, sizes, seed), tier)
     return torch.ops.attnfx.attention(query, key, value, list(captures), list(sizes), seed, text, tier, summary)[0]
 
@@ -306,13 +309,12 @@ def _summary(call: Call, tier: str) -> Tensor | None:
     return flash.summarise([call.captures[s] for s in found.slots], sizes, found.spec)
 
 
-@torch.compiler.assume_constant_result
-def _text(spec: AttentionSpec) -> str:
-    return _cached_text(spec)
+# Dynamo calls it while it traces. A spec cannot be the argument of such a function, but its owner.
+torch.compiler.assume_constant_result(AttentionSpec.to_json)
 
 
 @lru_cache(maxsize=1024)
-def _cached_text(spec: AttentionSpec) -> str:
+def _text(spec: AttentionSpec) -> str:
     return spec.to_json()
 
 

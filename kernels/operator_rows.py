@@ -55,5 +55,5 @@ def _differentiate(ctx, grads):
     return of_inputs, [] if not ctx.sizes else None, None, None
 
 
-register(_FORWARD, _rows, _fake_rows, _differentiate, _setup)
-register(_BACKWARD, _rows_backward, _fake_rows_backward, twice)
+register(_FORWARD, _rows, _fake_rows, _differentiate, _setup, capturable=False)
+register(_BACKWARD, _rows_backward, _fake_rows_backward, twice, capturable=False)

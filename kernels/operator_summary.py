@@ -28,7 +28,7 @@ def _shape(captures, sizes, spec) -> tuple[int, ...]:
 
 def _summary(captures, sizes, spec):
     shape = _shape(captures, sizes, spec)
-    if flash.missing(captures[0].device) is not None:
+    if flash.missing(captures[0].device) or flash.beyond(*shape[:2]):
         return captures[0].new_full(shape, summary.LIVE | summary.DEAD, dtype=torch.uint8)
     return flash.summarise(captures, sizes, from_json(spec))
 

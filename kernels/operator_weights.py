@@ -145,10 +145,10 @@ def _differentiate_max(ctx, grad_out, _):
     return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
 
 
-register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2)
-register(_BACKWARD, _weights_backward, _fake_weights_backward, twice)
-register(_MAX, _max, _fake_max, _differentiate_max, _setup_max, autocast=2)
-register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice)
+register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2, capturable=False)
+register(_BACKWARD, _weights_backward, _fake_weights_backward, twice, capturable=False)
+register(_MAX, _max, _fake_max, _differentiate_max, _setup_max, autocast=2, capturable=False)
+register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice, capturable=False)
 register_flop_formula(torch.ops.attnfx.attention_weights)(_flops)
 register_flop_formula(torch.ops.attnfx.attention_weights_backward)(_flops_backward)
 register_flop_formula(torch.ops.attnfx.attention_weights_max)(_flops)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import sympy
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
 from torch.fx import Node
@@ -45,11 +47,13 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
-def fake_mode(*held: object):  # type: ignore[no-untyped-def]
-    """The mode that the example values belong to."""
+@contextmanager
+def fake_mode(*held: object) -> Iterator[None]:
+    """The mode that the example values belong to, in which operators take symbolic sizes."""
     mode = detect_fake_mode(list(held))
     assert mode is not None
-    return mode
+    with mode, enable_python_dispatcher():
+        yield
 
 
 def kind_of(dtype: torch.dtype) -> str:

@@ -161,7 +161,7 @@ def _row_of_tuple(at: Node, row: int) -> int:
 @rule("to", "_to_copy", "detach", "contiguous", "lift_fresh_copy", "__and__", "__or__", "floor_divide", "where",
       "masked_fill", "zeros_like", "ones_like", "full_like", "true_divide", "subtract", "multiply", "divide", "greater",
       "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid",
-      "fix", "absolute", "negative")  # fmt: skip
+      "fix", "absolute", "negative", "leaky_relu")  # fmt: skip
 def _pointwise(use: Use) -> None:
     for name, x in use.given.items():
         if name != "other" or not use.op.startswith("to."):

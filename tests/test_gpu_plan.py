@@ -42,9 +42,12 @@ def test_a_limit_is_true_where_it_runs_and_a_tenth_more_does_not(gpu_plan, monke
     row = gpu_plan.measure(gpu_plan.STEPS[0], True, "4GiB")
     assert asked == [("peak", 4), ("largest", 4), ("fits", 11), ("fits", 13)]
     assert row["fits"] and not row["more_fits"] and row["train"]
-    found = gpu_plan.summary([row, row | {"error": -0.06, "more_fits": True}, {"error_text": "no"}])
+    found = gpu_plan.summary([row, row | {"error": -0.06, "more_fits": True}, {"failed": "no"}])
     assert found == {"steps": 2, "limits": 2, "mean": 0.05, "worst": 0.06, "limits_true": 1}
 
 
-def test_a_job_that_fails_says_why(gpu_plan):
-    assert "no GPU" in gpu_plan.run("peak", "bert", 1, 32, 2, True)["error_text"]
+def test_a_job_that_fails_says_why(gpu_plan, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert "peak: Error: no GPU" in gpu_plan.run("peak", "bert", 1, 32, 2, True)["failed"]
+    monkeypatch.setattr(gpu_plan, "LIMIT", 0.01)
+    assert gpu_plan.run("peak", "bert", 1, 32, 2, True) == {"failed": "peak took more than 0.01 s"}

@@ -110,3 +110,30 @@ def test_the_choice_is_held_against_the_fastest_way(gpu):
     assert found["mean"] == pytest.approx((1 + 2 + 1.5) / 3, abs=1e-4)
     assert found["error_mean"] == pytest.approx(0.1, abs=1e-4) and found["error_p95"] == 0.2
     assert gpu.choice([]) == {"cases": 0}
+
+
+def test_a_case_that_takes_its_process_down_or_never_ends_loses_no_other(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(_path.parent))
+    apart = importlib.import_module("apart")
+    script = tmp_path / "jobs.py"
+    script.write_text(
+        f"import os, sys, time; sys.path.insert(0, {str(_path.parent)!r}); from apart import serve\n"
+        "def answer(job):\n"
+        "    print('a library says something')\n"
+        "    return {'die': lambda: os._exit(3), 'hang': lambda: time.sleep(600)}.get(job, lambda: {'x': 1 / job})()\n"
+        "asked = []\n"
+        "def sound():\n"
+        "    asked.append(0)\n"
+        "    assert len(asked) < 3, 'a fault'\n"
+        "serve(answer, sound)\n"
+    )
+    process = apart.Apart([sys.executable, str(script)], 20)
+    told = [process.ask(job) for job in (1, 0, 2, 4, "die", 8)]
+    assert [t.get("x") for t in told] == [1, None, 0.5, 0.25, None, 0.125]
+    assert [t.get("error") for t in told] == [
+        None, "ZeroDivisionError: division by zero", "AssertionError: a fault", None, "took the process down", None
+    ]  # fmt: skip
+    process.limit = 0.5
+    assert process.ask("hang") == {"error": "took more than 0.5 s"}
+    process.close()
+    del sys.modules["apart"]

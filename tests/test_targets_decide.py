@@ -13,6 +13,7 @@ from attnfx import Options, Target, deciding
 from attnfx.kernels import operator
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import Configuration, parse
+from attnfx.kernels.flash import tier as flash_tier
 from attnfx.kernels.flash.tiles import Tile, decode_tiles, forward_tiles
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec
@@ -91,6 +92,19 @@ def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
         compiled(fn, target="h100-sxm", rewrite="always")(q, k, v)
     (found,) = filed[0].sites
     assert found.decision.tier == "flash" and "the cpu at hand runs it as chunked" in " ".join(found.notes)
+
+
+def test_more_batches_than_a_launch_has_programs_for_run_in_blocks():
+    some = [rand(1, 1, 2, 4).expand(70_000, 1, 2, 4) for _ in range(3)]
+
+    def fn(q, k, v):
+        return (q @ k.mT * 0.25).softmax(-1) @ v
+
+    (found,) = attnfx.explain(fn, target="h100-sxm", rewrite="always")(*some).sites
+    assert found.decision.tier == "chunked"
+    assert "70000 batches" in str(flash_tier.beyond(*some[0].shape[:2]))
+    out = torch.ops.attnfx.attention(*some, [], [], None, AttentionSpec().to_json(), "decode,flash,chunked")[0]
+    assert out.shape == (70_000, 1, 2, 4)
 
 
 def test_a_device_that_is_known_by_its_architecture_alone_is_said_to_be(monkeypatch):

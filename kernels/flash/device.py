@@ -1,4 +1,4 @@
-"""The GPU at hand: its compute capability."""
+"""The GPU at hand: its compute capability, and what a CUDA graph that is being captured asks of it."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ def lasting(make: Callable[[], T], device: torch.device) -> T:
         return thread.submit(make).result()
 
 
+def capturing() -> bool:
+    """Whether this thread captures a CUDA graph, in which nothing can be compiled and the host can wait for nothing."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def capability(device: torch.device) -> int:
     """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
     if device.type != "cuda":
@@ -31,4 +36,4 @@ def capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-__all__ = ["capability", "lasting"]
+__all__ = ["capability", "capturing", "lasting"]

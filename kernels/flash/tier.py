@@ -17,6 +17,7 @@ from attnfx.kernels.flash.tiles import Tile
 from attnfx.spec import AttentionSpec
 
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
+MOST_PROGRAMS = 65535  # of a grid's second and third dim (CUDA programming guide): heads and batches
 
 
 def missing(device: torch.device, target: int | None = None) -> str | None:
@@ -33,6 +34,14 @@ def missing(device: torch.device, target: int | None = None) -> str | None:
         found = capability(device) if target is None else target
         if found < LEAST_CAPABILITY:
             return f"the GPU is of compute capability {found // 10}.{found % 10}, the kernels need 8.0"
+    return None
+
+
+def beyond(batches: int, heads: int) -> str | None:
+    """Why no kernel has a program for each batch and head, or None."""
+    for name, number in (("batches", batches), ("heads", heads)):
+        if number > MOST_PROGRAMS:
+            return f"there are {number} {name}, and a launch takes {MOST_PROGRAMS}"
     return None
 
 
@@ -70,7 +79,7 @@ def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionS
 
 def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
-    if (why := missing(call.query.device)) is not None:
+    if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
     from attnfx.kernels.flash import launch
 
@@ -107,7 +116,7 @@ def backward(
 
 def supports_decode(call: Call) -> str | None:
     """Why the decode tier cannot run the call, one sentence, or None."""
-    if (why := missing(call.query.device)) is not None:
+    if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
     from attnfx.kernels.flash import split
 

@@ -103,6 +103,16 @@ def test_what_is_not_a_number_spreads_as_in_eager(bad, which):
     torch.testing.assert_close(out, whole(spec, *inputs), equal_nan=True)
 
 
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+def test_a_pass_that_a_cuda_graph_captures_is_right_and_asks_the_device_for_nothing(fill, monkeypatch):
+    spec = AttentionSpec(score=masked(A.and_(WINDOW, PAD), fill), captures=(Capture("b", 2),), **DOUBLE)
+    monkeypatch.setattr(chunked_plan, "capturing", lambda: True)
+    monkeypatch.setattr(chunked_plan.Plan, "holding", lambda *_: pytest.fail("what the device holds is read"))
+    empty = padding.clone()
+    empty[1] = False
+    compare(spec, (empty,))
+
+
 def test_huge_scores_keep_their_precision_in_the_backward_pass():
     """exp(score - logsumexp) would lose them: at 1e6, float32 tells numbers 0.06 apart."""
     query, key, value = tensors(dtype=torch.float32)

@@ -219,8 +219,9 @@ def test_running_out_of_memory_limits_the_next_plan(monkeypatch, wanted, most, f
     held = {"now": 500}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: held["now"])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 700)
-    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda _: 900)
+    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda *_: 900)
     monkeypatch.setattr("attnfx.budgeting._limits", {})
+    monkeypatch.setattr("attnfx.budgeting._watched", [True])  # PyTorch for CUDA would ask a driver
     gpu = torch.device("cuda", 7)
     assert _free(SMALL, gpu) == 900
     with pytest.warns(UserWarning, match=r"cuda:7 ran out.*_dynamo.reset"):

@@ -34,14 +34,17 @@ def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
         assert row["shared"] <= SHARED[capability], row
 
 
+OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
 # of (kernel, capability, head dim): one address, made again for every tile, beside two accumulators 256 wide
 SPILLED = {("backward keys plain", 90, 256): 1}
+SPILLED_BY_OLDER = SPILLED | {("backward keys masked", 100, 64): 1}  # Triton before 3.7
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(capability):
+    known = SPILLED_BY_OLDER if OLDER else SPILLED
     for row in compiled(str(capability), "64,128,256"):
-        assert row["spills"] <= SPILLED.get((row["name"], capability, row["head_dim"]), 0), row
+        assert row["spills"] <= known.get((row["name"], capability, row["head_dim"]), 0), row
         if row["name"].startswith(("forward", "backward keys", "backward rows")):
             assert row["loops"] >= 2, row
 
@@ -62,7 +65,7 @@ MASKED = {
     ("backward keys causal", 90): 1, ("backward keys alibi", 90): 1,
     ("forward causal", 80): 2, ("forward padding", 80): 7,
 }  # fmt: skip
-MASKED_BY_OLDER = {  # Triton before 3.7
+MASKED_BY_OLDER = {
     ("backward keys causal", 90): 2, ("backward keys alibi", 90): 14, ("backward keys padding", 90): 2,
     ("forward causal", 80): 3, ("forward padding", 80): 7,
 }  # fmt: skip
@@ -72,8 +75,7 @@ MASKED_BY_OLDER = {  # Triton before 3.7
 def test_masks_and_biases_leave_the_steady_loop_without_spills(capability):
     found = {row["name"]: row for row in compiled(str(capability), "masks")}
     assert len(found) == 9
-    older = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
-    known = MASKED_BY_OLDER if older else MASKED
+    known = MASKED_BY_OLDER if OLDER else MASKED
     for name, row in found.items():
         assert row["matrix"] and row["loops"] >= 2 and row["shared"] <= SHARED[capability], row
         assert row["spills"] <= known.get((name, capability), 0), row

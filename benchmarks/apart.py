@@ -1,0 +1,79 @@
+"""Jobs one after the other in a process of their own: one that takes it down, or never ends, loses no other."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from typing import Any
+
+MARK = "answer "  # before what is meant for the parent: libraries print as well
+
+
+class Apart:
+    """A process that answers jobs with `serve`, started when it is needed and again after one that it did not survive.
+
+    command  starts it
+    limit    seconds that a job may take
+    """
+
+    def __init__(self, command: Sequence[str], limit: float) -> None:
+        self.command, self.limit = command, limit
+        self.child: subprocess.Popen[str] | None = None
+
+    def ask(self, job: Any) -> dict[str, Any]:
+        """The answer; {"error": why} where there is none."""
+        if self.child is None:
+            self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        child, late = self.child, threading.Event()
+
+        def end() -> None:
+            late.set()
+            child.kill()
+
+        timer = threading.Timer(self.limit, end)
+        timer.start()
+        try:
+            assert child.stdin is not None and child.stdout is not None
+            child.stdin.write(json.dumps(job) + "\n")
+            child.stdin.flush()
+            found = next((x for x in child.stdout if x.startswith(MARK)), None)
+        except BrokenPipeError:
+            found = None
+        finally:
+            timer.cancel()
+        if found is None:
+            self.close()
+            return {"error": f"took more than {self.limit:g} s" if late.is_set() else "took the process down"}
+        answer = json.loads(found.removeprefix(MARK))
+        if answer.pop("last", False):
+            self.close()
+        return answer
+
+    def close(self) -> None:
+        if self.child is not None:
+            self.child.kill()
+            self.child.wait()
+            self.child = None
+
+
+def serve(answer: Callable[[Any], dict[str, Any]], sound: Callable[[], object]) -> None:
+    """Answers the jobs that the parent has. `sound` raises where the process is of no further use, as after a fault on
+    a GPU: the next job then has another."""
+    for job in sys.stdin:
+        try:
+            found = answer(json.loads(job))
+        except Exception as problem:
+            found = {"error": said(problem)}
+        try:
+            sound()
+        except Exception as problem:
+            found |= {"error": said(problem), "last": True}
+        print(MARK + json.dumps(found), flush=True)
+
+
+def said(problem: Exception) -> str:
+    words = str(problem).strip().splitlines()
+    return f"{type(problem).__name__}: {words[0] if words else ''}"[:300]
