@@ -2,8 +2,10 @@
 
 A body is the row program traced on tensors of a chunk's sizes, on a GPU compiled into Triton kernels and on a CPU into
 C++; the backward body is the program and its derivative in one trace, so that what no gradient needs is not computed
-again. Bodies are made at the first call that needs them and kept by program, sizes and device. Where one cannot be
-made, a warning says why and the chunk runs call by call.
+again. Bodies are made at the first call that needs them and kept by program, sizes and device. The first chunk of each
+also runs call by call, and the two are compared: Inductor up to PyTorch 2.13 has been seen to give wrong results on a
+CPU (pytorch/pytorch#185702). Where a body cannot be made, or gives something else, a warning says so and its chunks run
+call by call.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from attnfx.compiled import compiled
 T = TypeVar("T")
 
 MOST = 256  # bodies that are kept
+FAR = 0.02  # of the norm of what the calls give; rounding in bfloat16 and a few ties that fall otherwise stay below it
 CLASSES = 16  # bodies of one program; calls of further sizes run without
 _log = logging.getLogger(__name__)
 
@@ -62,6 +65,13 @@ class Body:
         return [next(made) if there else None for there in self.given]
 
 
+Trial = Callable[[Body], tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]  # what it gives, what the calls give
+
+
+class WrongResults(Exception):
+    """A body gives something else than the calls it was made of."""
+
+
 class Bodies:
     """The bodies that were made, and what could not be: at most `MOST`, the oldest use goes first."""
 
@@ -69,25 +79,27 @@ class Bodies:
         self.made: OrderedDict[Any, Body | None] = OrderedDict()
         self.lock = threading.RLock()
 
-    def get(self, key: tuple[str, Any], make: Callable[[], Body]) -> Body | None:
-        """The body of (program, all else that it depends on); None where it cannot be made."""
+    def get(self, key: tuple[str, Any], make: Callable[[], Body], trial: Trial) -> Body | None:
+        """The body of (program, all else that it depends on); None where it cannot be made, or fails its trial."""
         with self.lock:
             if key not in self.made:
                 if Counter(program for program, _ in self.made)[key[0]] >= CLASSES or _capturing():
                     return None
-                self.made[key] = self._try(make)
+                self.made[key] = self._try(make, trial)
                 while len(self.made) > MOST:
                     self.made.popitem(last=False)
             self.made.move_to_end(key)
             return self.made[key]
 
-    def _try(self, make: Callable[[], Body]) -> Body | None:
+    def _try(self, make: Callable[[], Body], trial: Trial) -> Body | None:
         try:
-            return _apart(make)
+            body = _apart(make)
+            _compare(*trial(body))
+            return body
         except Exception as problem:
             reason = str(problem).strip().split("\n")[0]
             _log.warning(
-                "whole rows run call by call, their body does not compile: %s: %s", type(problem).__name__, reason
+                "whole rows run call by call, their body cannot be used: %s: %s", type(problem).__name__, reason
             )
             return None
 
@@ -123,17 +135,37 @@ def _apart(make: Callable[[], T]) -> T:
     return found[0]
 
 
+def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
+    """Raises WrongResults. A tensor that should be zero, as the gradient of a number that is added to a whole row, is
+    measured by the largest of the tensors."""
+    if [x is None for x in found] != [x is None for x in wanted]:
+        raise WrongResults("it gives other tensors than the calls")
+    pairs = [(g, w) for g, w in zip(found, wanted) if g is not None and w is not None and w.numel()]
+    largest = max((float(_finite(w).square().mean().sqrt()) for _, w in pairs), default=0.0)
+    for n, (got, want) in enumerate(pairs):
+        rounding = torch.finfo(want.dtype).eps if want.is_floating_point() else 0.0
+        limit = FAR * float(_finite(want).norm()) + 16 * rounding * largest * want.numel() ** 0.5
+        distance = float((_finite(got) - _finite(want)).norm())
+        if not distance <= limit or not torch.equal(got.isfinite(), want.isfinite()):
+            raise WrongResults(f"tensor {n} differs from that of the calls by {distance:.3g}, more than {limit:.3g}")
+
+
+def _finite(x: Tensor) -> Tensor:
+    x = torch.where(x.isfinite(), x, 0)
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a body depends on of its operands."""
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
 def forward(
-    program: str, sizes: Sequence[int], evaluate: Evaluate, place: Place, inputs: Sequence[Tensor]
+    program: str, sizes: Sequence[int], evaluate: Evaluate, place: Place, inputs: Sequence[Tensor], trial: Trial
 ) -> Body | None:
     """The body that gives the results of a chunk; `sizes` are the program's."""
     key = (tuple(sizes), place.rows, place.columns, like(inputs))
-    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()))
+    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()), trial)
 
 
 def backward(
@@ -144,12 +176,13 @@ def backward(
     inputs: Sequence[Tensor],
     wanted: Sequence[int],
     grads: Sequence[Tensor | None],
+    trial: Trial,
 ) -> Body | None:
     """The body that gives the gradients of the inputs `wanted`, from those of the results; None is no gradient."""
     there = tuple(g is not None for g in grads)
     given = [g for g in grads if g is not None]
     key = (tuple(sizes), place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
-    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, wanted, grads))
+    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, wanted, grads), trial)
 
 
 def _compiled(
@@ -213,4 +246,4 @@ def _fake(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
 
 
-__all__ = ["Body", "Factor", "Place", "backward", "forward", "gradients"]
+__all__ = ["Body", "Factor", "Place", "Trial", "backward", "forward", "gradients"]

@@ -69,8 +69,8 @@ def _scale(score: Expr) -> float:
     scales: set[float] = set()
     for e in walk(score):
         if A.DOT in e.args:
-            head = e.args[0]
-            scales.add(float(head.value) if e.op == "mul" and head.op == "const" else 1.0)  # type: ignore[arg-type]
+            head, once = e.args[0], e.args.count(A.DOT) == 1  # not so in a power of dot
+            scales.add(float(head.value) if e.op == "mul" and head.op == "const" and once else 1.0)  # type: ignore[arg-type]
     scale = scales.pop() if len(scales) == 1 else 1.0
     return scale if math.isfinite(scale) and scale != 0.0 else 1.0
 

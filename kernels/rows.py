@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels import bodies
-from attnfx.kernels.bodies import Factor, Place
+from attnfx.kernels.bodies import Body, Factor, Place
 from attnfx.kernels.chunked import mix
 from attnfx.kernels.heap import Heap
 from attnfx.kernels.rowcall import RowCall, evaluate, prepare
@@ -84,28 +84,41 @@ class Runner:
 
     def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
         """The chunk's rows of each result."""
-        draw = self._draw(chunk)
+
+        def calls() -> Sequence[Tensor | None]:
+            with torch.no_grad():
+                return self._evaluate(chunk.place, chunk.inputs, _factor(self._draw(chunk)))
+
+        def run(body: Body) -> Sequence[Tensor | None]:
+            return body(chunk.place, chunk.inputs, [], self._draw(chunk))
+
         if self._has_body(chunk):
-            body = bodies.forward(self.call.text, self.call.sizes, self._evaluate, chunk.place, chunk.inputs)
+            operands = self._evaluate, chunk.place, chunk.inputs
+            body = bodies.forward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
             if body is not None:
-                return body(chunk.place, chunk.inputs, [], draw)
-        with torch.no_grad():
-            return self._evaluate(chunk.place, chunk.inputs, _factor(draw))
+                return run(body)
+        return calls()
 
     def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
         """Gradients of the chunk's inputs `wanted`, from those of whole results; None where none of these depends on
         one."""
         of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
-        draw = self._draw(chunk)
+
+        def calls() -> Sequence[Tensor | None]:
+            factor = _factor(self._draw(chunk))
+            with _recorded():
+                return bodies.gradients(lambda x: self._evaluate(chunk.place, x, factor), chunk.inputs, wanted, of_rows)
+
+        def run(body: Body) -> Sequence[Tensor | None]:
+            with torch.no_grad():
+                return body(chunk.place, chunk.inputs, [g for g in of_rows if g is not None], self._draw(chunk))
+
         if self._has_body(chunk):
             operands = self._evaluate, chunk.place, chunk.inputs, wanted, of_rows
-            body = bodies.backward(self.call.text, self.call.sizes, *operands)
+            body = bodies.backward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
             if body is not None:
-                with torch.no_grad():
-                    return body(chunk.place, chunk.inputs, [g for g in of_rows if g is not None], draw)
-        with _recorded():
-            factor = _factor(draw)
-            return bodies.gradients(lambda x: self._evaluate(chunk.place, x, factor), chunk.inputs, wanted, of_rows)
+                return run(body)
+        return calls()
 
     def _has_body(self, chunk: Chunk) -> bool:
         """The last chunk's rows may be fewer: it runs without, which costs less than to compile another."""

@@ -282,6 +282,25 @@ def test_two_added_finite_minima_overflow_to_minus_infinity_as_in_eager():
     check(fn, *qkv(), keep, train=False, sites=None)
 
 
+@pytest.mark.parametrize("padding_first", [False, True])
+def test_a_finite_minimum_added_to_minus_infinity_leaves_it(padding_first):
+    """A row whose every causal key is padding averages over these, and never over the keys after it."""
+
+    def fn(q, k, v, keep):
+        i = torch.arange(40)
+        bias = (1.0 - keep[:, None, None, :].float()) * LOW
+        scores = (q @ k.mT) * SCALE
+        if padding_first:
+            scores = scores + bias + torch.where(i[None, :] <= i[:, None], 0.0, INF)
+        else:
+            scores = scores.masked_fill(i[None, :] > i[:, None], INF) + bias
+        return scores.softmax(-1) @ v
+
+    keep = torch.ones(2, 40, dtype=torch.bool)
+    keep[1, :15] = False
+    check(fn, *qkv(), keep)
+
+
 def test_a_softmax_by_hand_without_the_maximum_is_nan_where_all_keys_are_masked():
     """exp(finfo.min) is zero: 0 / 0, where the operator would average."""
 

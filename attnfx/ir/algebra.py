@@ -156,11 +156,9 @@ def add(*xs: Expr) -> Expr:
                 if any(_number(a) is not None for a in x.args[1:]):
                     return where(x.args[0], add(*rest, x.args[1]), add(*rest, x.args[2]))
                 continue
-            # two finite fills may add up to -inf: then both stay
-            if any(_finite_fill(r) for r in rest):
-                continue
             for branch, other in ((2, 1), (1, 2)):
-                if drowning(x.args[branch]):
+                # -inf takes whatever is added; a finite fill nothing that has a fill of its own, -inf least of all
+                if drowning(x.args[branch]) and (_number(x.args[branch]) == -math.inf or not _has_fill(rest)):
                     moved, fill = add(*rest, x.args[other]), x.args[branch]
                     if _number(x.args[other]) is not None:  # else the fill stands in the place of something
                         fill = added(fill)
@@ -176,7 +174,7 @@ def add(*xs: Expr) -> Expr:
                 terms[atoms] = terms.get(atoms, 0.0) + factor
     out_terms = [_product(c, atoms) for atoms, c in sorted(terms.items(), key=lambda t: [a.digest for a in t[0]])]
     if seen_constant and (constant != 0.0 or not out_terms):
-        out_terms.insert(0, const(constant))
+        out_terms.insert(0, _combined(constant, xs))
     return out_terms[0] if len(out_terms) == 1 else node("add", FLOAT, tuple(out_terms))
 
 
@@ -220,7 +218,7 @@ def mul(*xs: Expr) -> Expr:
         else:
             atoms.append(x)
     if not atoms:
-        return const(coefficient)
+        return _combined(coefficient, xs)
     if coefficient != 1.0 and len(atoms) == 1:
         only = atoms[0]
         if only.op == "add" and abs(coefficient) <= LARGE and not _cancels(only):
@@ -251,9 +249,9 @@ def _number(x: Expr) -> float | None:
     return float(x.value) if x.op == "const" and x.kind != BOOL else None  # type: ignore[arg-type]
 
 
-def _finite_fill(x: Expr) -> bool:
-    """Whether an addend is, at some index, a finite number that swallows a score."""
-    return any(drowning(e) and math.isfinite(float(e.value)) for e in walk(x))  # type: ignore[arg-type]
+def _has_fill(addends: Sequence[Expr]) -> bool:
+    """Whether one of them is, at some index, a number that swallows a score."""
+    return any(drowning(e) for x in addends for e in walk(x))
 
 
 def drowning(x: Expr) -> bool:
@@ -266,6 +264,12 @@ def added(fill: Expr) -> Expr:
     """The fill as one that was added; -inf leaves no gradient that is a number."""
     value = float(fill.value)  # type: ignore[arg-type]
     return node("const", FLOAT, (), Added(value)) if math.isfinite(value) else fill
+
+
+def _combined(value: float, parts: Sequence[Expr]) -> Expr:
+    """A number that others give: added where one of them was."""
+    made = const(value)
+    return added(made) if any(type(x.value) is Added for x in parts) else made
 
 
 def in_place(e: Expr) -> Expr:

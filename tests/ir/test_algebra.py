@@ -186,6 +186,7 @@ def test_an_added_fill_is_the_number_that_it_is_and_lets_the_gradient_through():
     assert added is not put and show(added) == show(put) and A.in_place(added) is put
     assert parse(dump([added, put])) == [added, put]
     assert gradient(added, [DOT]) == [n(1.0)] and gradient(put, [DOT]) == [A.where(PAD, n(1.0), n(0.0))]
+    assert gradient(A.mul(n(0.5), added), [DOT]) == [n(0.5)] and gradient(A.add(n(1.0), added), [DOT]) == [n(1.0)]
     assert A.add(DOT, A.where(PAD, n(0.0), NEG)) is A.where(PAD, DOT, NEG)  # no number comes out of -inf
 
 

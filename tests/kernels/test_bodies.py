@@ -96,6 +96,55 @@ def test_what_does_not_compile_runs_call_by_call_and_says_so(monkeypatch, caplog
     assert made_bodies() == [None, None]
 
 
+def test_a_body_that_gives_something_else_is_not_used_and_says_so(monkeypatch, caplog):
+    own = bodies.compiled
+
+    def wrong(*args, **kwargs):
+        run = own(*args, **kwargs)
+        return lambda *operands: [x * 1.1 for x in run(*operands)]
+
+    monkeypatch.setattr(bodies, "compiled", wrong)
+    with caplog.at_level(logging.WARNING, "attnfx"):
+        got = step(replace(program(), compiled=True))
+    for x, want in zip(got, step(program())):
+        torch.testing.assert_close(x, want)
+    assert ["differs from that of the calls" in r.getMessage() for r in caplog.records] == [True, True]
+    assert made_bodies() == [None, None]
+
+
+def transposed_scores():
+    """An attention over scores that lie transposed, whose weights are a result as well, their gradient one for all
+    rows: Inductor of PyTorch 2.13 gives wrong gradients on a CPU with AVX-512 (pytorch/pytorch#185702)."""
+    calls = [
+        Call("matmul.default", (Ref("value", 0), Ref("value", 1))),
+        Call("mT.default", (Ref("value", 3),)),
+        Call("softmax.int", (Ref("value", 4), -1)),
+        Call("mean.dim", (Ref("value", 5), (0,), True)),
+        Call("add.Tensor", (Ref("value", 5), Ref("value", 6))),
+        Call("matmul.default", (Ref("value", 7), Ref("value", 2))),
+        Call("max.dim", (Ref("value", 7), -1)),
+        Call("getitem", (Ref("value", 9), 0)),
+    ]
+    shapes = (7, (4, Ref("rows", 0), 12)), (8, (4, Ref("rows", 0), 8)), (10, (4, Ref("rows", 0)))
+    results = tuple(Result(n, 1, shape, "float32") for n, shape in shapes)
+    return RowProgram((None, 2, None), (True,) * 3, 48, tuple(calls), results)
+
+
+def test_what_inductor_gets_wrong_is_computed_by_the_calls(monkeypatch):
+    monkeypatch.setattr(rows, "ROWS", 16)
+    found = []
+    for compiled in (True, False):
+        key, value = (rand(4, 12, 8, seed=n).requires_grad_() for n in (1, 2))
+        query = rand(4, 16, 8, seed=0).requires_grad_()
+        text = replace(transposed_scores(), compiled=compiled).to_json()
+        weights, out, largest = torch.ops.attnfx.attention_rows([key, query.mT, value], [], None, text)
+        products = (weights.sum(-2) * rand(4, 12, seed=3), out * rand(4, 16, 8, seed=4), largest * rand(4, 16, seed=5))
+        sum(x.sum() for x in products).backward()
+        found.append([x.grad for x in (query, key, value)])
+    for got, want in zip(*found):
+        torch.testing.assert_close(got, want)
+
+
 def test_bodies_of_a_program_are_bounded(monkeypatch):
     monkeypatch.setattr(bodies, "CLASSES", 0)
     step(replace(program(), compiled=True))

@@ -216,6 +216,12 @@ def test_a_scale_is_only_moved_into_the_queries_where_it_multiplies_every_dot():
     assert additive(DOT)[0] == 0.3
 
 
+@pytest.mark.parametrize("power", [2, 3])
+def test_a_number_before_a_power_of_the_dot_stays_where_it_is(power):
+    score = A.add(A.mul(A.const(0.5), *[DOT] * power), A.const(0.25))
+    compare(AttentionSpec(score=score, **DOUBLE))
+
+
 def test_a_reduction_over_a_capture_that_needs_a_gradient_is_refused():
     m = A.var("m", A.const(4))
     spec = AttentionSpec(score=A.add(A.DOT, A.reduction("rsum", "m", A.const(4), A.load(0, [m], "f"))), captures=(G1,))
