@@ -128,7 +128,8 @@ def main() -> None:
                 name = f"{program}-{kernel}-{capability}-{head_dim}"
                 if not re.search(options.only, name) or name in known:
                     continue
-                known[name] = row = {"kernel": name} | spilled(made, capability)
+                row: dict[str, Any] = {"kernel": name} | spilled(made, capability)
+                known[name] = row
                 print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
                 if options.out is not None:
                     write(options.out, list(known.values()))
