@@ -3,7 +3,8 @@
     python benchmarks/spills.py [--only REGEX] [--tile ROWS,KEYS,WARPS,STAGES] [--out FILE]
 
 One line for each kernel: the loads and stores of spilled registers in each of its loops with matrix instructions, the
-steady one first, in which nothing is masked. All of them take an hour.
+steady one first, in which nothing is masked. All of them take an hour; what FILE has of the same kernels already, by
+their fingerprint, is not compiled again.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from machine_code import describe, listing, loops
 
+from attnfx.cost.instructions import fingerprint
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, summarise, tiles
@@ -39,12 +42,17 @@ def programs(head_dim: int) -> dict[str, AttentionSpec]:
     alibi = A.add(dot, A.mul(A.load(0, [H], "f"), A.to_float(A.sub(J, I))))
     apart = A.minimum(A.maximum(A.sub(J, I), A.const(-128)), A.const(128))
     relative = A.add(dot, A.load(0, [A.add(apart, A.const(128)), H], "f"))
+    kept = A.and_(CAUSAL, A.eq0(A.sub(A.load(0, [B, I], "i"), A.load(0, [B, J], "i"))))
+    capped = A.mul(A.const(50.0), A.unary("tanh", A.mul(A.const(0.02), dot)))
     bias, masked = A.add(dot, A.load(0, [H, I, J], "f")), A.where(MASK, dot, FILL)
     slopes, table = (Capture("f", 1, True),), (Capture("f", 2, True),)
     pairs, mask = (Capture("f", 3, True),), (Capture("b", 3),)
     of = {
         "plain": AttentionSpec(score=dot),
         "causal": AttentionSpec(score=A.where(CAUSAL, dot, FILL)),
+        "window": AttentionSpec(score=A.where(A.and_(CAUSAL, A.ge(A.const(1024), A.sub(I, J))), dot, FILL)),
+        "soft cap": AttentionSpec(score=A.where(CAUSAL, capped, FILL)),
+        "documents": AttentionSpec(score=A.where(kept, dot, FILL), captures=(Capture("i", 2),)),
         "alibi": AttentionSpec(score=A.where(CAUSAL, alibi, FILL), captures=slopes),
         "relative": AttentionSpec(score=relative, captures=table),
         "bias": AttentionSpec(score=bias, captures=pairs),
@@ -63,9 +71,10 @@ def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
     x = torch.empty(2, 8, SIZE, head_dim, dtype=torch.bfloat16, device="meta")
     shapes = {
         ("f", 1, True): (8,), ("f", 2, True): (257, 8), ("f", 3, True): (8, queries, SIZE),
-        ("b", 2, False): (2, SIZE), ("b", 3, False): (2, queries, SIZE), ("f", 3, False): (2, queries, SIZE),
+        ("b", 2, False): (2, SIZE), ("i", 2, False): (2, SIZE),
+        ("b", 3, False): (2, queries, SIZE), ("f", 3, False): (2, queries, SIZE),
     }  # fmt: skip
-    types = {"f": torch.bfloat16, "b": torch.bool}
+    types = {"f": torch.bfloat16, "b": torch.bool, "i": torch.int64}
     captures = [torch.empty(shapes[c.kind, c.ndim, c.grad], dtype=types[c.kind], device="meta") for c in spec.captures]
     seed = torch.empty(1, dtype=torch.int64, device="meta") if spec.random else None
     found, states = summary.of(spec), None
@@ -108,17 +117,28 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     tile = tiles.Tile(*map(int, options.tile.split(","))) if options.tile else None
-    rows = []
+    known: dict[str, dict] = {}
+    if options.out is not None and options.out.exists():
+        found = json.loads(options.out.read_text())
+        if (found["triton"], found["fingerprint"]) == (triton.__version__, fingerprint()):
+            known = {row["kernel"]: row for row in found["rows"]}
     for capability, head_dim in product(ARCHITECTURES, HEAD_DIMS):
         for program, spec in programs(head_dim).items():
             for kernel, made in launches(spec, head_dim, capability, tile):
                 name = f"{program}-{kernel}-{capability}-{head_dim}"
-                if re.search(options.only, name):
-                    row: dict[str, Any] = {"kernel": name} | spilled(made, capability)
-                    rows.append(row)
-                    print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
-    if options.out is not None:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n")
+                if not re.search(options.only, name) or name in known:
+                    continue
+                row: dict[str, Any] = {"kernel": name} | spilled(made, capability)
+                known[name] = row
+                print(f"{'SPILLS' if row['spills'][:1] > [0] else '':6} {row}", flush=True)
+                if options.out is not None:
+                    write(options.out, list(known.values()))
+
+
+def write(path: Path, rows: list[dict]) -> None:
+    head = {"made by": "python benchmarks/spills.py", "triton": triton.__version__, "fingerprint": fingerprint()}
+    lines = ",\n  ".join(json.dumps(row) for row in rows)
+    path.write_text(json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {lines}\n ]\n}}\n')
 
 
 if __name__ == "__main__":

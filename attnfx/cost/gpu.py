@@ -82,7 +82,7 @@ class _Site(Operators):
         before, states = self.summarised(min(times.values(), default=0.0), kernels)
         held, saved = self.held(states)
         for (rows, keys, warps, stages), time in times.items():
-            used = held + self.walks(walked | {("T", rows, keys)})
+            used = held + self.walks(*walked, ("T", rows, keys))
             found = Candidate("flash", "triton", before + time, used, saved)
             out.append(replace(found, tile=(rows, keys), warps=warps, stages=stages) if named else found)
         return out
@@ -92,12 +92,13 @@ class _Site(Operators):
         held, training = 4 * self.rows + states, self.ask.training
         return held + training * self.between(), training * (held + (8 if self.ask.spec.random else 0))
 
-    def walks(self, of: frozenset[tuple[str, int, int]]) -> int:
-        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept.
-        With a summary also the ranges of every batch and head that it tells apart, and their lists of tiles."""
+    def walks(self, *of: tuple[str, int, int]) -> int:
+        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept and
+        shared. With a summary also the ranges of every batch and head that it tells apart, and their lists of tiles."""
         if not self.masked and self.made is None:
             return 0
-        return sum(16 * -(-self.dims[axis] // block) + self.lists(axis, block, step) for axis, block, step in of)
+        ranges = sum(16 * -(-self.dims[axis] // block) for axis, block, _ in set(of))
+        return ranges + sum(self.lists(*tile) for tile in of)
 
     def lists(self, axis: str, block: int, step: int) -> int:
         """Bytes of the lists of tiles that a summary gives the blocks of an axis, for each batch and head that it tells

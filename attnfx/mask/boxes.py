@@ -35,6 +35,12 @@ def states(keep: Expr, sizes: Mapping[str, int], rows: int, keys: int) -> np.nda
     return np.broadcast_to(LIVE * some + DEAD * dead, shape).astype(np.uint8)
 
 
+def extent(e: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
+    """The least and the most value of an integer over all indices; FAR and beyond where nothing is known."""
+    low, high = _Boxes(sizes, max(1, sizes["T"]), max(1, sizes["S"])).of(P.numeric(e, sizes))
+    return int(low.min()), int(high.max())
+
+
 class _Boxes:
     """One evaluation; `env` has the first and last value of each index in a tile."""
 
@@ -132,4 +138,4 @@ class _Boxes:
         return np.where(known, low % n, 0), np.where(known, high % n, n - 1)
 
 
-__all__ = ["DEAD", "LIVE", "states"]
+__all__ = ["DEAD", "LIVE", "extent", "states"]

@@ -119,7 +119,8 @@ def tile_gradients(
     Y: tl.constexpr = BM if TURNED else BN
     live = dp
     if CHECK:
-        live = tl.broadcast_to((i < (sizes[2] >> 1)) & (j < (sizes[3] >> 1)), [X, Y])
+        row, key = f.indices(i0, BM, TURNED), f.indices(j0, BN, not TURNED)
+        live = tl.broadcast_to((row < (sizes[2] >> 1)) & (key < (sizes[3] >> 1)), [X, Y])
         if KEEP is not None:
             live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     dw = dp

@@ -20,24 +20,26 @@ def _keys_step(
     """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,).
     `at` is where the head's statistics have this tile's rows. With NATURAL, what the rows without a live key give."""
     size_t = sizes[2] >> 1
-    i = i0 + tl.arange(0, BM)[None, :]
+    i = f.indices(i0, BM, True)
+    if CHECK:
+        i = f.clamped(i, size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, CHECK)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, CHECK)
     do = do.to(v_tile.dtype)
     R = ROWS(captures, sizes, H, b, h, i)
     dot = f.dot(k_tile, tl.trans(q_tile), None, PRECISION)
     dp = f.dot(v_tile, tl.trans(do), None, PRECISION)
-    # read where they are needed, they do not take registers from the products
     delta = None
-    if BD <= 64 and correction is None and SCORE is not None:
+    if correction is None and SCORE is not None:
         l2_i, delta = both_statistics(at, size_t - i0, BM, CHECK)
         c2 = 0.0
-    elif correction is None:
-        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, True, CHECK, SCORE)
+    elif SCORE is None:
+        l2_i, c2 = 0.0, 0.0
     else:
         l2_i, c2 = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
     if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, statistics, i, i, size_t, True)
+        each = f.indices(i0, BM, True)
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, each, each, size_t, True)
     w, ds, dw, prob, live = tile_gradients(
         dot, dp, l2_i, c2, delta, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
         THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
@@ -77,7 +79,7 @@ def keys_kernel(
     else:
         g, first_h = lead // PER_GROUP, lead
     j0 = block * BN
-    j = j0 + tl.arange(0, BN)[:, None]
+    j = f.clamped(f.indices(j0, BN, False), size_s)
     k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
     v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
     if THRESHOLD is not None:

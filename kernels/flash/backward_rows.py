@@ -18,7 +18,9 @@ def _rows_step(
 ):  # fmt: skip
     """Adds a tile to the gradient of the queries (BM, BD); with LEAF, to that of a load by row (BM,)."""
     size_s = sizes[3] >> 1
-    j = j0 + tl.arange(0, BN)[None, :]
+    j = f.indices(j0, BN, True)
+    if CHECK:
+        j = f.clamped(j, size_s)
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
     v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
     C = COLUMNS(captures, sizes, H, b, h, j)
@@ -61,7 +63,7 @@ def rows_kernel(
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i0 = block * BM
-    i = i0 + tl.arange(0, BM)[:, None]
+    i = f.clamped(f.indices(i0, BM, False), size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
     do = do.to(q_tile.dtype)
@@ -114,7 +116,8 @@ def rows_kernel(
         c2 = tl.where(known, tl.log2(sums), 0.0)
         tl.store(correction + first_row + row, c2, mask=row < size_t)
     if dead is not None:
-        lost, lse, share = dead_statistics(dead, statistics, first_row + i, i, size_t, LEAF is not None)
+        each = f.indices(i0, BM, False)
+        lost, lse, share = dead_statistics(dead, statistics, first_row + each, each, size_t, LEAF is not None)
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
             # the weights of the other rows are zero from here on

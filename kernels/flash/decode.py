@@ -84,11 +84,12 @@ def decode_kernel(
         j0 = f.tile_at(order, place, n, BN)
         if gap is not None:
             j0 = tl.multiple_of(j0 + tl.where(j0 < (gap[0] >> 1), 0, gap[1] >> 1), BN)
-        j = j0 + tl.arange(0, BN)[None, :]
+        key = f.indices(j0, BN, True)
+        j = f.clamped(key, size_s)
         k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
         dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
-        live = j < size_s
+        live = key < size_s
         if KEEP is not None:
             live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         if SCORE is None:

@@ -43,14 +43,20 @@ class Source:
     names: frozenset[str]
 
 
-def emit(spec: AttentionSpec, program: Program, wide: frozenset[int] = frozenset()) -> Source:
-    """The module of a program. Captures in `wide` are addressed with 64 bits. Raises `NotEmitted`."""
-    return _Emitter(spec, program, wide).source()
+def emit(
+    spec: AttentionSpec,
+    program: Program,
+    wide: frozenset[int] = frozenset(),
+    inside: frozenset[int] = frozenset(),
+) -> Source:
+    """The module of a program. Captures in `wide` are addressed with 64 bits; no load from those in
+    `inside` points outside, where i, j, b and h are indices that exist. Raises `NotEmitted`."""
+    return _Emitter(spec, program, wide, inside).source()
 
 
 class _Emitter:
-    def __init__(self, spec: AttentionSpec, program: Program, wide: frozenset[int]) -> None:
-        self.spec, self.program, self.wide = spec, program, wide
+    def __init__(self, spec: AttentionSpec, program: Program, wide: frozenset[int], inside: frozenset[int]) -> None:
+        self.spec, self.program, self.wide, self.inside = spec, program, wide, inside
         self.sizes = {name: f"(sizes[{n}] >> 1)" for n, name in enumerate((*_SIZES, *spec.sizes))}
         dims = [*(c.ndim for c in spec.captures), *(len(t.axes) for t in program.tables)]
         every = [(slot, n) for slot, count in enumerate(dims) for n in range(count)]
@@ -101,7 +107,7 @@ class _Emitter:
         return Source("\n\n".join(parts), frozenset(names))
 
     def _function(self, name: str, arguments: str, roots: list[Expr], known: dict[Expr, str], as_tuple: bool) -> str:
-        body = Body(known, self.sizes, self.lengths, self.wide)
+        body = Body(known, self.sizes, self.lengths, self.wide, self.inside)
         values = body.add(*roots)
         result = f"({', '.join(values)},)" if values else "(0,)"
         lines = [*body.lines, f"return {result if as_tuple else values[0]}"]

@@ -20,7 +20,10 @@ def _step(
 ):  # fmt: skip
     """One tile: BM rows, keys j0 .. j0 + BN. KEEP None: no key of it is masked. CHECK: it may reach beyond the last."""
     size_s = sizes[3] >> 1
-    j = j0 + tl.arange(0, BN)[None, :]
+    key = f.indices(j0, BN, True)
+    j = key
+    if CHECK:
+        j = f.clamped(key, size_s)
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
     dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
@@ -29,13 +32,13 @@ def _step(
         if KEEP is not None:
             p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
         if CHECK:
-            p = tl.where(j < size_s, p, 0.0)
+            p = tl.where(key < size_s, p, 0.0)
     else:
         s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             s = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), s, float("-inf"))
         if CHECK:
-            s = tl.where(j < size_s, s, float("-inf"))
+            s = tl.where(key < size_s, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
         p = tl.exp2(s * SCALE - m_new[:, None])
         alpha = tl.exp2(m_i - m_new)
@@ -66,12 +69,13 @@ def _whole(
     m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
     l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
     for j0 in range(0, size_s, BN):
-        j = j0 + tl.arange(0, BN)[None, :]
+        key = f.indices(j0, BN, True)
+        j = f.clamped(key, size_s)
         k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
         dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
         C = COLUMNS(captures, sizes, H, b, h, j)
         s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
-        s = tl.where(dead[:, None] & (j < size_s), s, float("-inf"))
+        s = tl.where(dead[:, None] & (key < size_s), s, float("-inf"))
         m_new = tl.maximum(m_w, tl.max(s, 1))
         safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         p = tl.exp2((s - safe[:, None]) * f.LOG2E)
@@ -107,7 +111,7 @@ def forward_kernel(
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
     i0 = block * BM
     m = tl.arange(0, BM)
-    i = i0 + m[:, None]
+    i = f.clamped(f.indices(i0, BM, False), size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)

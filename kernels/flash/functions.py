@@ -18,18 +18,29 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 
 
 @triton.jit
-def clamped(j, length):
-    """The keys j of a tile, (1, BN) or (BN, 1), below the length of the dim that they index; 0 where they are not, as
-    what is loaded there is not used.
+def indices(first, N: tl.constexpr, ACROSS: tl.constexpr):
+    """N rows or keys of a tile, (N, 1), or ACROSS (1, N)."""
+    n = tl.arange(0, N)
+    if ACROSS:
+        n = n[None, :]
+    else:
+        n = n[:, None]
+    return first + n
+
+
+@triton.jit
+def clamped(x, length):
+    """The rows or keys x of a tile, (1, n) or (n, 1), as indices that a program may load by: 0 where they are not below
+    the length, as nothing is made of those.
 
     Triton is told that they still run on: 16 bytes are then loaded at once, and at the end of a row that may be some
     beyond it. They share an aligned block of 16 bytes with one that is there, so that their memory can be read.
     """
-    inside = tl.where(j < length, j, 0)
-    if j.shape[0] == 1:
-        inside = tl.multiple_of(tl.max_contiguous(inside, [1, j.shape[1]]), [1, j.shape[1]])
+    inside = tl.where(x < length, x, 0)
+    if x.shape[0] == 1:
+        inside = tl.multiple_of(tl.max_contiguous(inside, [1, x.shape[1]]), [1, x.shape[1]])
     else:
-        inside = tl.multiple_of(tl.max_contiguous(inside, [j.shape[0], 1]), [j.shape[0], 1])
+        inside = tl.multiple_of(tl.max_contiguous(inside, [x.shape[0], 1]), [x.shape[0], 1])
     return inside
 
 
@@ -61,7 +72,8 @@ def tile_at(order, at, n, STEP: tl.constexpr):
 def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  CHECK: tl.constexpr):  # fmt: skip
     """base[rows, dims], zero outside. `dims` is checked where the tile is wider than WIDTH, `rows` with CHECK."""
-    at = base + rows * stride_row + dims * stride_dim
+    # unsigned, an offset needs no register for its upper half
+    at = base + (rows * stride_row + dims * stride_dim).to(tl.uint32)
     if CHECK:
         if WIDTH == PADDED:
             return tl.load(at, mask=rows < length, other=0.0)
@@ -104,6 +116,13 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
     if PRECISION == "widened":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(x, y, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def to_product(dot, x):
+    """dot + x, where dot is a product of matrices that Triton would else start from x: x were waited for before it, and
+    each of its steps were rounded at the size of x."""
+    return tl.fma(dot, 1.0, x)
 
 
 @triton.jit

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from attnfx.ir.expr import walk
+from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flash import module
@@ -22,7 +21,7 @@ from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.kernels.flash.tiles import Tile, forward_tiles
 from attnfx.kernels.flash.walks import over_keys
-from attnfx.mask import rows_live
+from attnfx.mask import boxes, rows_live
 from attnfx.spec import AttentionSpec
 
 FUNCTIONS = (
@@ -38,15 +37,13 @@ def padded(width: int) -> int:
 
 
 @lru_cache(maxsize=512)
-def functions(spec: AttentionSpec, wide: frozenset[int] = frozenset()) -> Mapping[str, object]:
+def functions(
+    spec: AttentionSpec, wide: frozenset[int] = frozenset(), inside: frozenset[int] = frozenset()
+) -> Mapping[str, object]:
     """The generated functions of a spec by name, None for what it does not need. Raises as `program` and `emit` do."""
-    made = _module(spec, wide)
-    return {name: getattr(made[0], name) if name in made[1] else None for name in FUNCTIONS}
-
-
-def _module(spec: AttentionSpec, wide: frozenset[int]) -> tuple[ModuleType, frozenset[str]]:
-    source = emit(spec, program(spec), wide)
-    return module.load(source.text), source.names
+    source = emit(spec, program(spec), wide, inside)
+    made = module.load(source.text)
+    return {name: getattr(made, name) if name in source.names else None for name in FUNCTIONS}
 
 
 def program(spec: AttentionSpec) -> Program:
@@ -97,14 +94,33 @@ def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
     return frozenset(slot for slot, span in enumerate(spans) if span >= 2**31)
 
 
+@lru_cache(maxsize=512)
+def never_outside(
+    spec: AttentionSpec, sizes: tuple[tuple[str, int], ...], shapes: tuple[tuple[int, ...], ...]
+) -> frozenset[int]:
+    """Slots of captures, of these shapes, and of the program's tables behind them, from which no load at indices that
+    exist points outside. Of what is not proved, as of an index that is itself loaded, nothing is said."""
+    loads = {e for root in program(spec).roots for e in walk(root) if e.op == "load"}
+
+    def leaves(index: Expr, length: int) -> bool:
+        low, high = boxes.extent(index, dict(sizes))
+        return low < 0 or high >= length
+
+    outside = {e.value for e in loads if any(map(leaves, e.args, shapes[e.value]))}  # type: ignore[index]
+    return frozenset(range(len(shapes))) - outside  # type: ignore[operator]
+
+
 class Arguments:
     """What every kernel of a call is given."""
 
     def __init__(self, call: Call) -> None:
         self.call, self.spec, self.program = call, call.spec, program(call.spec)
         self.sizes = call.sizes
-        self.functions = functions(call.spec, wide_captures(call.captures))
-        self.tensors = [*call.captures, *(self.table(t) for t in self.program.tables)]
+        self.tensors = [*call.captures]
+        for table in self.program.tables:  # those behind may look others up
+            self.tensors.append(self.table(table))
+        inside = never_outside(call.spec, tuple(self.sizes.items()), tuple(tuple(x.shape) for x in self.tensors))
+        self.functions = functions(call.spec, wide_captures(self.tensors), inside)
         self.captures = tuple((_bytes(x), *x.stride()) for x in self.tensors)
         lengths = [n for x in self.tensors for n in x.shape]
         self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
@@ -117,7 +133,7 @@ class Arguments:
             name: Axis(0, sizes[lengths[name]] if name in lengths else sizes["T"] + sizes["S"] - 1, n - count)
             for n, name in enumerate(table.axes)
         }
-        values = Evaluator(self.call.captures, sizes, axes, torch.float32, self.call.query.device)
+        values = Evaluator(self.tensors, sizes, axes, torch.float32, self.call.query.device)
         made = values.tensor(table.expr)
         full = made.expand([a.stop for a in axes.values()])
         if full.dtype == torch.int64 and full.numel() and not self._needs_64(table):

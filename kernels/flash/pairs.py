@@ -24,7 +24,7 @@ def _part(
     """The derivative by the load of each element of one tile, (BM, BN), zero outside. With NATURAL, what the rows
     without a live key give."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
-    i, j = i0 + tl.arange(0, BM)[:, None], j0 + tl.arange(0, BN)[None, :]
+    i, j = f.clamped(f.indices(i0, BM, False), size_t), f.clamped(f.indices(j0, BN, True), size_s)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True).to(q_tile.dtype)
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
@@ -36,7 +36,8 @@ def _part(
     else:
         l2_i, c2 = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
     if NATURAL:
-        _lost, l2_i, c2 = dead_statistics(dead, statistics, row + i, i, size_t, True)
+        each = f.indices(i0, BM, False)
+        _lost, l2_i, c2 = dead_statistics(dead, statistics, row + each, each, size_t, True)
     H = HEADS(captures, sizes, b, h)
     R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)

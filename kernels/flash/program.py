@@ -15,6 +15,7 @@ from attnfx.mask.addend import LOST, addend
 from attnfx.spec import AttentionSpec
 
 LOG2E = math.log2(math.e)
+SMALLEST_SCALE = 1e-3  # of dot, by which what is added to it is divided: float32 has room for a thousand times that
 _ZERO, _ONE = A.const(0.0), A.const(1.0)
 DIAGONAL = "w"  # w = j - i + T - 1
 
@@ -140,20 +141,21 @@ def _program(spec: AttentionSpec) -> Program:
         whole_slope = None
     else:
         raise Unsupported(f"its normaliser is {spec.normaliser!r}")
+    to = tables.by_diagonal
     leaves = tuple(
-        Leaf(x, _space(x), s, e if whole is not None else _ZERO, w)
+        Leaf(x, _space(x), to(s), to(e) if whole is not None else _ZERO, to(w))
         for x, s, e, w in zip(wanted, slopes, whole_slopes, by_weight)
     )
     made = Program(
         softmax=spec.normaliser == "softmax",
         scale=scale,
-        score=inner,
-        keep=keep,
-        whole=whole,
+        score=to(inner),
+        keep=None if keep is None else to(keep),
+        whole=None if whole is None else to(whole),
         lost=lost,
-        slope=slope,
-        whole_slope=None if whole is None else whole_slope,
-        weight=factor,
+        slope=to(slope),
+        whole_slope=None if whole is None or whole_slope is None else to(whole_slope),
+        weight=None if factor is None else to(factor),
         extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
         leaves=tuple(x for x in leaves if not x.score is x.whole is x.weight is _ZERO),
         tables=tuple(tables.found),
@@ -185,13 +187,25 @@ def assume(e: Expr, fact: Expr) -> Expr:
 
 
 def _scaled(kept: Expr) -> tuple[float, Expr]:
-    """(c, x) with kept * log2(e) = c * x and c > 0: what is constant is multiplied in the exponent's own FMA."""
+    """(c, x) with kept * log2(e) = c * x and c > 0: what is constant, or of a sum the factor of dot, is multiplied in
+    the exponent's own FMA."""
     moved = A.mul(A.const(LOG2E), kept)
-    if moved.op == "mul" and moved.args[0].op == "const":
-        c = float(moved.args[0].value)  # type: ignore[arg-type]
-        if c > 0.0 and math.isfinite(c):
-            return c, A.mul(*moved.args[1:])
+    if (c := _factor(moved)) is not None:
+        return c, A.mul(*moved.args[1:])
+    for term in moved.args if moved.op == "add" else ():
+        c = _factor(term)
+        if c is not None and c >= SMALLEST_SCALE and term.args[1:] == (A.DOT,):
+            rest = A.add(*(x for x in moved.args if x is not term))
+            return c, A.add(A.DOT, A.mul(A.const(1.0 / c), rest))
     return 1.0, moved
+
+
+def _factor(e: Expr) -> float | None:
+    """The constant of a product, where it is positive and finite."""
+    if e.op != "mul" or e.args[0].op != "const":
+        return None
+    c = float(e.args[0].value)  # type: ignore[arg-type]
+    return c if 0.0 < c < math.inf else None
 
 
 def _linear(weight: Expr) -> Expr:
@@ -240,6 +254,7 @@ class _Tables:
     def __init__(self, slots: int) -> None:
         self.first, self.found = slots, []
         self.done: dict[Expr, Expr] = {}
+        self.moved: dict[Expr, Expr] = {}
 
     def out_of(self, root: Expr) -> Expr:
         marked: set[Expr] = set()
@@ -273,6 +288,32 @@ class _Tables:
         axes = tuple(n for n in ("b", "h", "i", "j", DIAGONAL) if n in moved.free)
         self.found.append(Table(moved, axes))
         return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
+
+    def by_diagonal(self, root: Expr) -> Expr:
+        """The same with what is looked up by j - i, through whatever arithmetic and other loads, in tables by diagonal:
+        a score then reads one number, next to its neighbour's. A mask's own comparisons are left to it."""
+        marked: set[Expr] = set()
+        for e in walk(root):
+            if (e.op == "load" and _looked_up(toeplitz(e))) or any(a in marked for a in e.args):
+                marked.add(e)
+
+        def visit(e: Expr) -> Expr:
+            if e not in marked:
+                return e
+            if e not in self.moved:
+                moved = toeplitz(e) if e.kind != BOOL or e.op == "load" else None
+                table = None if moved is None else self._table(e)
+                self.moved[e] = table or A.make(e.op, e.kind, tuple(visit(a) for a in e.args), e.value)
+            return self.moved[e]
+
+        return visit(root)
+
+
+def _looked_up(e: Expr | None) -> bool:
+    """Whether this, of the diagonal, is a load, but not of one element after the other as from a table by diagonal."""
+    along = [] if e is None else [x for x in e.args if DIAGONAL in x.free]
+    steps = [A.sub(x, next(v for v in walk(x) if v.value == DIAGONAL)).free for x in along]
+    return bool(along) and (len(along) > 1 or DIAGONAL in steps[0])
 
 
 def _index(name: str, e: Expr) -> Expr:

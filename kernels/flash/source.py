@@ -75,6 +75,7 @@ class Body:
     sizes    names of the sizes
     lengths  by slot and dim, names of the captures' lengths
     wide     slots that are addressed with 64 bits
+    inside   slots whose loads never point outside; the indices of the others are clamped
     """
 
     def __init__(
@@ -83,9 +84,10 @@ class Body:
         sizes: Mapping[str, str],
         lengths: Mapping[tuple[int, int], str],
         wide: frozenset[int],
+        inside: frozenset[int],
     ) -> None:
         self.text: dict[Expr, str] = dict(known)
-        self.sizes, self.lengths, self.wide = sizes, lengths, wide
+        self.sizes, self.lengths, self.wide, self.inside = sizes, lengths, wide, inside
         self.lines: list[str] = []
         self.uses: dict[Expr, int] = {}
 
@@ -171,8 +173,8 @@ class Body:
         raise NotEmitted(f"the operation {e.op!r} has no kernel: {e}")
 
     def _sum(self, e: Expr) -> str:
-        text = ""
-        for a in e.args:
+        text, rest = "", [a for a in e.args if a is not A.DOT]
+        for a in rest:
             negative = a.op == "mul" and a.args[0].op == "const" and a.args[0].value == -1 and len(a.args) == 2
             if negative and text and a not in self.text:
                 text += f" - {self._at(a.args[1])}"
@@ -180,7 +182,7 @@ class Body:
                 text += f" - {self.text[a][1:]}"
             else:
                 text += (" + " if text else "") + self._at(a)
-        return text
+        return text if len(rest) == len(e.args) else f"f.to_product({self.text[A.DOT]}, {text})"
 
     def _compare(self, e: Expr) -> str:
         """x >= 0 or x == 0; a sum of a row's and a column's part is compared part with part."""
@@ -190,24 +192,28 @@ class Body:
     def _load(self, e: Expr) -> str:
         slot = e.value
         assert isinstance(slot, int)
-        capture, place = f"captures[{slot}]", ""
+        capture, terms = f"captures[{slot}]", []
         for n, index in enumerate(e.args):
-            if index.op == "const" and index.value == 0:
-                continue
-            text = self.text[index]
-            if not poly.nonnegative(poly.bounds(index)[0]):
-                text = f"tl.maximum({text}, 0)"
-            # where nothing is used, an index may point outside
-            if index.op == "var" and index.value == "j" and level(e) == TILE:
-                text = f"f.clamped(j, {self.lengths[slot, n]})"
-            else:
-                text = f"tl.minimum({text}, {self.lengths[slot, n]} - 1)"
-            text = f"tl.cast({text}, tl.int64)" if slot in self.wide else text
-            place += f" + {text} * {capture}[{n + 1}]"
-        text = f"tl.load({capture}[0]{place})"
+            stride = f"{capture}[{n + 1}]"
+            if slot in self.inside:
+                parts = index.args if index.op == "add" else (index,)
+                terms += [(level(x), self._offset(slot, self._at(x), stride)) for x in parts if not _is_zero(x)]
+            elif not _is_zero(index):
+                text = f"tl.minimum(tl.maximum({self.text[index]}, 0), {self.lengths[slot, n]} - 1)"
+                terms.append((level(index), self._offset(slot, text, stride)))
+        # what the most scores share comes first: a sum of tensors is as large as its largest operand
+        terms = sorted(terms, key=lambda term: term[0])
+        text = f"tl.load({' + '.join([f'{capture}[0]', *(term for _, term in terms)])})"
         if e.kind == BOOL:
             return f"{text} != 0"
         return f"tl.cast({text}, tl.float32)" if e.kind == FLOAT else text
+
+    def _offset(self, slot: int, index: str, stride: str) -> str:
+        return f"tl.cast({index}, tl.int64) * {stride}" if slot in self.wide else f"{index} * {stride}"
+
+
+def _is_zero(e: Expr) -> bool:
+    return e.op == "const" and e.value == 0
 
 
 def _constant(e: Expr) -> str:

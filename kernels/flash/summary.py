@@ -30,12 +30,12 @@ def summary_kernel(
         size_s = sizes[3] >> 1
     place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     across = tl.cdiv(size_s, BN)
-    i = place // across * BM + tl.arange(0, BM)[:, None]
-    j = place % across * BN + tl.arange(0, BN)[None, :]
+    row, key = f.indices(place // across * BM, BM, False), f.indices(place % across * BN, BN, True)
+    i, j = f.clamped(row, size_t), f.clamped(key, size_s)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     C = COLUMNS(captures, sizes, H, b, h, j)
-    exists = tl.broadcast_to((i < size_t) & (j < size_s), [BM, BN])
+    exists = tl.broadcast_to((row < size_t) & (key < size_s), [BM, BN])
     keep = exists
     if KEEP is not None:
         keep = exists & KEEP(captures, sizes, H, R, C, i, i, b, h, i, j)

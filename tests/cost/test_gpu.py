@@ -119,7 +119,9 @@ def test_bytes_with_a_summary_are_those_of_it_and_of_the_lists_of_tiles(axes, tr
     out, logsumexp = call.outputs()
     given, back = [call.query, call.key, call.value, out, *call.captures], []
     if training:
-        run = Backward(call, torch.empty_like(out), out, logsumexp, tiles.pick(tiles.BACKWARD, 90, 64), 90)
+        run = Backward(
+            call, torch.empty_like(out), out, logsumexp, tiles.pick(tiles.backward_table(call.spec), 90, 64), 90
+        )
         grads = [torch.empty_like(x) for x in given[:3]]
         back = [run.delta_launch(), run.rows_launch(grads[0]), run.keys_launch(*grads[1:])]
         given += [run.grad_out, *grads]

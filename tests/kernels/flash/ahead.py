@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,9 +119,11 @@ def biased(capability):
     yield "backward rows biased", back.rows_launch(x)
 
 
-def masks(capability):
-    """What reaches the wide tiles most often: causal, padding and its summary, linear biases, a bias of each score."""
-    size, head_dim = 4096, 128
+def masks(capability, head_dim):
+    """What reaches the wide tiles most often: causal, padding and its summary, linear biases, a bias of each score and
+    one by distance."""
+    size = 4096
+    apart = A.add(A.maximum(A.minimum(A.sub(J, I), A.const(128)), A.const(-128)), A.const(128))
     dot, causal = A.mul(A.const(head_dim**-0.5), A.DOT), A.ge(I, J)
     linear = A.add(dot, A.mul(SLOPES, A.to_float(A.sub(J, I))))
     bias = A.add(dot, A.load(0, [H, I, J], "f"))
@@ -132,7 +135,10 @@ def masks(capability):
          (torch.empty(2, size, dtype=torch.bool, device="meta"),)),
         ("alibi", A.where(causal, linear, A.const(-3e38)), (Capture("f", 1, True),), (torch.empty(8, **bf16),)),
         ("bias", bias, (Capture("f", 3, True),), (torch.empty(8, size, size, **bf16),)),
+        ("relative", A.add(dot, A.load(0, [apart, H], "f")), (Capture("f", 2, True),), (torch.empty(257, 8, **bf16),)),
     ):  # fmt: skip
+        if head_dim != 128 and name in ("alibi", "bias"):  # to save time
+            continue
         spec = AttentionSpec(score=score, captures=kinds, out_dtype="bfloat16")
         call = Call(spec, x, x, x, captures)
         found = summary.of(spec) if name == "padding" else None
@@ -145,8 +151,7 @@ def masks(capability):
         yield f"forward {name}", launch.forward_launch(call, x, logsumexp, tile, capability)
         back = Backward(call, x, x, logsumexp, tiles.pick(tiles.backward_table(spec), capability, head_dim), capability)
         yield f"backward keys {name}", back.keys_launch(x, x)
-        if name == "causal":  # the others' rows are further from the edge
-            yield f"backward rows {name}", back.rows_launch(x)
+        yield f"backward rows {name}", back.rows_launch(x)
 
 
 def loops(listing):
@@ -169,7 +174,8 @@ def loops(listing):
 
 def main():
     found = []
-    others = {"loads": lambda capability: (*summarised(capability), *biased(capability)), "masks": masks}
+    others = {"loads": lambda capability: (*summarised(capability), *biased(capability))}
+    others |= {f"masks {n}": partial(masks, head_dim=n) for n in (64, 128, 256)}
     for capability in map(int, sys.argv[1].split(",")):
         for what in sys.argv[2].split(","):
             head_dim = int(what) if what.isdigit() else 0

@@ -35,14 +35,13 @@ def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
 
 
 OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
-# of (kernel, capability, head dim): one address, made again for every tile, beside two accumulators 256 wide
-SPILLED = {("backward keys plain", 90, 256): 1}
-SPILLED_BY_OLDER = SPILLED | {("backward keys masked", 100, 64): 1}  # Triton before 3.7
+# of (kernel, capability, head dim)
+SPILLED_BY_OLDER = {("backward keys masked", 100, 64): 1}
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(capability):
-    known = SPILLED_BY_OLDER if OLDER else SPILLED
+    known = SPILLED_BY_OLDER if OLDER else {}
     for row in compiled(str(capability), "64,128,256"):
         assert row["spills"] <= known.get((row["name"], capability, row["head_dim"]), 0), row
         if row["name"].startswith(("forward", "backward keys", "backward rows")):
@@ -60,25 +59,28 @@ def test_kernels_that_read_a_value_for_each_score_compile_and_do_not_spill(capab
             assert row["spills"] == 0, row
 
 
-# of (kernel, capability), at a head dim of 128: tiles that spill nothing take a sixth more instructions, or a third
+# of (kernel, capability, head dim): addresses, made again or read again for every tile. Tiles that spill nothing were
+# tried: on sm_80 at 128 they take 1.20 instructions per kflop for 1.07, on sm_90 at 256 0.72 for 0.57 (keys, causal),
+# 0.75 for 0.66 (keys, padding) and 0.93 for 0.66 (forward, by distance).
 MASKED = {
-    ("backward keys causal", 90): 1, ("backward keys alibi", 90): 1,
-    ("forward causal", 80): 2, ("forward padding", 80): 7,
+    ("forward causal", 80, 128): 2, ("forward padding", 80, 128): 4,
+    ("forward padding", 80, 256): 1, ("forward relative", 80, 256): 1,
+    ("backward rows relative", 90, 128): 3, ("backward keys causal", 90, 256): 1,
+    ("backward keys padding", 90, 256): 24, ("forward relative", 90, 256): 35,
 }  # fmt: skip
 MASKED_BY_OLDER = {
-    ("backward keys causal", 90): 2, ("backward keys alibi", 90): 14, ("backward keys padding", 90): 2,
-    ("forward causal", 80): 3, ("forward padding", 80): 7,
 }  # fmt: skip
 
 
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("capability", [80, 90])
-def test_masks_and_biases_leave_the_steady_loop_without_spills(capability):
-    found = {row["name"]: row for row in compiled(str(capability), "masks")}
-    assert len(found) == 9
+def test_masks_and_biases_leave_the_steady_loop_without_spills(capability, head_dim):
+    found = {row["name"]: row for row in compiled(str(capability), f"masks {head_dim}")}
+    assert len(found) == (15 if head_dim == 128 else 9)
     known = MASKED_BY_OLDER if OLDER else MASKED
     for name, row in found.items():
         assert row["matrix"] and row["loops"] >= 2 and row["shared"] <= SHARED[capability], row
-        assert row["spills"] <= known.get((name, capability), 0), row
+        assert row["spills"] <= known.get((name, capability, head_dim), 0), row
 
 
 def test_kernels_compile_for_an_amd_gpu():

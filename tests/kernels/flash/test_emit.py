@@ -12,11 +12,13 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import attnfx.kernels.flash.functions as f
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, FLOAT_UNARY, Expr, node
+from attnfx.ir.expr import BOOL, FLOAT_UNARY, Expr, node, walk
 from attnfx.ir.interpret import evaluate
 from attnfx.kernels.flash import module
 from attnfx.kernels.flash.emit import emit
+from attnfx.kernels.flash.launch import never_outside
 from attnfx.kernels.flash.program import LOG2E, Program, program_of
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
@@ -42,20 +44,21 @@ def tensors():
 @triton.jit
 def run(dots, out, captures, sizes, b, h, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
         FUNCTION: tl.constexpr):  # fmt: skip
-    i, j = tl.arange(0, 8)[:, None], tl.arange(0, 8)[None, :]
+    row, column = tl.arange(0, 8)[:, None], tl.arange(0, 8)[None, :]
+    i, j = f.clamped(row, sizes[2] >> 1), f.clamped(column, sizes[3] >> 1)
     values = HEADS(captures, sizes, b, h)
     rows, columns = ROWS(captures, sizes, values, b, h, i), COLUMNS(captures, sizes, values, b, h, j)
-    dot = tl.load(dots + 8 * i + j)
+    dot = tl.load(dots + 8 * row + column)
     x = FUNCTION(captures, sizes, values, rows, columns, dot, dot, b, h, i, j)
-    tl.store(out + 8 * i + j, tl.broadcast_to(tl.cast(x, tl.float32), [8, 8]))
+    tl.store(out + 8 * row + column, tl.broadcast_to(tl.cast(x, tl.float32), [8, 8]))
 
 
-def emitted(e: Expr, b=1, h=2, wide=frozenset()):
+def emitted(e: Expr, b=1, h=2, wide=frozenset(), inside=frozenset()):
     """The values of a float or truth value over (i, j), from the generated functions."""
     name = "keep" if e.kind == BOOL else "score"
     score, keep = (A.DOT, e) if e.kind == BOOL else (A.to_float(e), None)
     made = Program(True, 1.0, score, keep, None, None, A.const(1.0), None, None, (), (), ())
-    functions = module.load(emit(SPEC, made, wide).text)
+    functions = module.load(emit(SPEC, made, wide, inside).text)
     dots = torch.tensor([[dot_at(i, j) for j in range(8)] for i in range(8)])
     out, captures = torch.empty(8, 8), tensors()
     sizes = tuple(2 * n + 1 for n in (*SIZES.values(), *(n for x in captures for n in x.shape)))
@@ -168,6 +171,30 @@ def test_captures_beyond_32_bits_are_addressed_with_64():
     assert "tl.int64" in text
 
 
+def test_an_index_that_never_points_outside_is_not_drawn_in():
+    shifted = A.load(1, [A.sub(A.sub(A.size("T"), A.ONE), I), A.const(2)], "f")
+    for e in (ROW, shifted, A.load(0, [B, A.minimum(A.mul(A.const(2), J), A.const(6))], "f")):
+        check(A.add(A.DOT, e), inside=frozenset((0, 1)))
+    made = Program(True, 1.0, A.add(A.DOT, shifted), None, None, None, A.const(1.0), None, None, (), (), ())
+    assert "tl.minimum" not in emit(SPEC, made, inside=frozenset((1,))).text
+    assert "tl.minimum" in emit(SPEC, made).text
+
+
+def test_which_captures_no_index_points_outside_of_is_known_by_the_sizes():
+    captures = (Capture("f", 1), Capture("f", 1), Capture("i", 2), Capture("f", 1))
+    distance = A.add(A.sub(J, I), A.sub(A.size("T"), A.ONE))
+    tables = [A.load(0, [distance], "f"), A.load(1, [A.minimum(A.add(I, J), A.const(9))], "f")]
+    tables.append(A.load(3, [A.load(2, [B, I], "i")], "f"))
+    spec = AttentionSpec(score=A.add(A.DOT, *tables), captures=captures)
+    sizes = dict(B=2, H=3, T=5, S=7)
+
+    def inside(*shapes):
+        return never_outside(spec, tuple(sizes.items()), shapes)
+
+    assert inside((11,), (10,), (2, 5), (4,)) == {0, 1, 2}  # a loaded index may be anything
+    assert inside((10,), (9,), (2, 4), (4,)) == set()
+
+
 def test_an_index_outside_is_drawn_in():
     check(A.load(0, [B, A.sub(J, A.const(3))], "f"))
     check(A.load(0, [B, A.add(J, I)], "f"))
@@ -240,10 +267,34 @@ def test_an_integer_that_was_computed_through_floats_is_a_table_of_its_own_opera
     assert "more than one index" in refused(A.add(A.DOT, A.to_float(A.to_int(both))))
 
 
+def test_what_is_looked_up_by_distance_is_a_table_with_one_number_for_each_diagonal():
+    apart = A.add(A.minimum(A.maximum(A.sub(J, I), A.const(-2)), A.const(2)), A.const(2))
+    table = A.load(0, [apart, H], "f")
+    score = A.add(A.mul(A.const(0.25), A.DOT), A.mul(A.const(3.0), table))
+    made = program_of(
+        AttentionSpec(score=A.where(A.ge(I, J), score, A.const(-math.inf)), captures=(Capture("f", 2, True),))
+    )
+    assert isinstance(made, Program) and made.keep is A.ge(I, J)
+    assert [t.axes for t in made.tables] == [("h", "w")]
+    (read,) = {e for e in walk(made.score) if e.op == "load"}
+    assert read.value == 1 and read.args[0] is H and not {"i", "j"} & A.sub(read.args[1], A.sub(J, I)).free
+    assert [x.load for x in made.leaves] == [table] and made.leaves[0].space == "diagonal"
+
+
+def test_a_table_by_distance_is_read_as_it_is():
+    score = A.add(A.DOT, A.load(0, [H, A.add(A.sub(J, I), A.sub(A.size("T"), A.ONE))], "f"))
+    made = program_of(AttentionSpec(score=score, captures=(Capture("f", 2),)))
+    assert isinstance(made, Program) and not made.tables
+
+
 def test_the_plain_program_is_one_multiplication_in_the_exponent():
     made = program_of(AttentionSpec(score=A.mul(A.const(0.125), A.DOT)))
     assert isinstance(made, Program) and made.score is A.DOT and made.scale == pytest.approx(0.125 * LOG2E)
     assert "return dot" in emit(AttentionSpec(), made).text
+    added = A.add(A.mul(A.const(0.125), A.DOT), A.mul(A.const(2.0), ROW))
+    made = program_of(AttentionSpec(score=added, captures=CAPTURES))
+    assert isinstance(made, Program) and made.scale == pytest.approx(0.125 * LOG2E)
+    assert made.score is A.add(A.DOT, A.mul(A.const(2.0 * LOG2E * (1.0 / made.scale)), ROW))
 
 
 def test_full_tiles_have_no_mask_code():
