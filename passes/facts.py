@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.passes.graphs import op_name, value
+from attnfx.passes.graphs import is_tensor, op_name, value
 
 
 def written_operands(n: Node) -> list[Node]:
@@ -123,6 +124,24 @@ class Facts:
         """Whether autocast rounds what a product would read in the place of the node."""
         device, changed = value(n).device.type, dict(self.regions[n][1])
         return (changed[device] if device in changed else _around(device)) is not None
+
+
+def reached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
+    """The nodes between `inputs` and `ends`, both included, to which a gradient of the ends comes."""
+    found = set(ends)
+    stack = list(found)
+    while stack:
+        n = stack.pop()
+        if "detach" in op_name(n) or n in inputs:
+            continue
+        fresh = [a for a in n.all_input_nodes if a not in found and _may_learn(a)]
+        found.update(fresh)
+        stack.extend(fresh)
+    return found
+
+
+def _may_learn(n: Node) -> bool:
+    return not is_tensor(n) or value(n).is_floating_point()
 
 
 Autocast = frozenset[tuple[str, torch.dtype | None]]

@@ -18,7 +18,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.summary import Summary
 from attnfx.passes.checkpoints import MARKS
-from attnfx.passes.facts import written_operands
+from attnfx.passes.facts import reached, written_operands
 from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
@@ -175,9 +175,16 @@ def rewrite(
     emit = Emitter(gm, min([final, *(r.final for r in reductions)]), carriers)
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
-    q = emit.operand(match.query, [*axes, match.row, match.width])
-    k = emit.operand(match.key, [*kv, match.column, match.width])
-    v = emit.operand(match.value, [*kv, match.column, match.value_width])
+    sources = {x.node for x in (match.query, match.key, match.value)}
+    learning = reached([final, *(r.final for r in reductions)], sources)
+
+    def operand(source: Operand, axes: list[Expr]) -> Node:
+        made = emit.operand(source, axes)  # behind a detach it has no gradient, not one of zeros
+        return made if source.node in learning else emit.call(aten.detach.default, made)
+
+    q = operand(match.query, [*axes, match.row, match.width])
+    k = operand(match.key, [*kv, match.column, match.width])
+    v = operand(match.value, [*kv, match.column, match.value_width])
     q = emit.shaped(q, [*axes, match.row, match.width], [n["B"], n["H"], n["T"], n["D"]])
     k = emit.shaped(k, [*kv, match.column, match.width], [n["B"], n["G"], n["S"], n["D"]])
     v = emit.shaped(v, [*kv, match.column, match.value_width], [n["B"], n["G"], n["S"], n["Dv"]])

@@ -819,3 +819,27 @@ def test_an_added_fill_leaves_the_scores_their_gradient_where_all_keys_are_maske
         check(fn, *args, dynamic=dynamic, sites=None if dynamic else 1)
     eager = [run(fn, args, True)[1] for fn in (put, added)]
     assert error(*[[g] for g in eager]) > 0.1  # the two do differ there
+
+
+DETACHED = {
+    "scores": lambda q, k, v: (q @ k.mT).detach().softmax(-1) @ v,
+    "weights": lambda q, k, v: (q @ k.mT).softmax(-1).detach() @ v,
+    "largest": lambda q, k, v: _largest((q @ k.mT).detach()) @ v,
+    "queries": lambda q, k, v: (q.detach() @ k.mT).softmax(-1) @ v,
+    "nothing": lambda q, k, v: _largest(q @ k.mT) @ v,
+}
+
+
+def _largest(scores):
+    return scores.masked_fill(scores < scores.topk(4).values[..., -1:], INF).softmax(-1)
+
+
+@pytest.mark.parametrize("fn", DETACHED.values(), ids=DETACHED)
+def test_what_is_behind_a_detach_has_no_gradient_rather_than_zeros(fn):
+    """An optimiser leaves a parameter without a gradient alone, and decays one whose gradient is zero."""
+    leaves = [[x.detach().clone().requires_grad_() for x in qkv(h=2, t=12)] for _ in range(2)]
+    with new_reports() as filed:
+        compiled(fn)(*leaves[0]).sum().backward()
+    fn(*leaves[1]).sum().backward()
+    assert [len(r.rewritten) for r in filed] == [1]
+    assert [x.grad is None for x in leaves[0]] == [x.grad is None for x in leaves[1]]
