@@ -68,7 +68,12 @@ MASKED = {
     ("backward rows relative", 90, 128): 3, ("backward keys causal", 90, 256): 1,
     ("backward keys padding", 90, 256): 24, ("forward relative", 90, 256): 35,
 }  # fmt: skip
-MASKED_BY_OLDER = {
+MASKED_BY_OLDER = {  # Triton before 3.7
+    ("forward causal", 80, 128): 4, ("forward padding", 80, 128): 6,
+    ("forward causal", 80, 256): 8, ("forward padding", 80, 256): 5, ("forward relative", 80, 256): 22,
+    ("backward keys padding", 80, 256): 8,
+    ("backward keys padding", 90, 128): 4, ("backward keys alibi", 90, 128): 20, ("backward rows relative", 90, 128): 3,
+    ("backward keys padding", 90, 256): 26, ("forward relative", 90, 256): 35,
 }  # fmt: skip
 
 
