@@ -153,15 +153,18 @@ def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, Autocast]]:
     grad: bool | None = None
     open_regions: dict[Node, tuple[str, torch.dtype | None]] = {}
     out: dict[Node, tuple[bool | None, Autocast]] = {}
+    changed: Autocast = frozenset()
     for n in gm.graph.nodes:
         if n.target is torch._C._set_grad_enabled:
             grad = bool(n.args[0])
-        elif n.target is torch.amp.autocast_mode._enter_autocast:
-            open_regions[n] = _cast_to(n)
-        elif n.target is torch.amp.autocast_mode._exit_autocast:
-            open_regions.pop(n.args[0], None)  # type: ignore[arg-type]
-        inner = dict(open_regions.values())  # the innermost of a device counts
-        out[n] = (grad, frozenset((d, to) for d, to in inner.items() if to != _around(d)))
+        elif n.target in (torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast):
+            if n.target is torch.amp.autocast_mode._enter_autocast:
+                open_regions[n] = _cast_to(n)
+            else:
+                open_regions.pop(n.args[0], None)  # type: ignore[arg-type]
+            inner = dict(open_regions.values())  # the innermost of a device counts
+            changed = frozenset((d, to) for d, to in inner.items() if to != _around(d))
+        out[n] = (grad, changed)
     return out
 
 

@@ -46,8 +46,10 @@ def split_ones(gm: GraphModule) -> int:
         if op_name(n) not in PRODUCTS or not is_tensor(n) or len(dims(n)) < 3 or not _joined(n.args[1]):
             continue
         readers = [r for u in n.users for r in (u.users if op_name(u) in SPLITS else (u,))]
+        if not 2 <= len(readers) <= MOST:
+            continue
         facts = Facts(gm)
-        if n in facts.written or not 2 <= len(readers) <= MOST or len({facts.regions[u] for u in (n, *readers)}) > 1:
+        if n in facts.written or len({facts.regions[u] for u in (n, *readers)}) > 1:
             continue
         lifter = Lifter(facts.written, facts.frozen)
         parts = [_part(lifter, n, r) for r in readers]

@@ -40,15 +40,15 @@ class Term:
 
 def widen(gm: GraphModule) -> int:
     """Gives how many sums became one product."""
-    changed = 0
+    changed, facts = 0, None
     for n in list(gm.graph.nodes):
         if op_name(n) in SUMS and is_tensor(n) and len(dims(n)) > 2 and reaches_softmax(n):
-            facts = Facts(gm)
+            facts = facts or Facts(gm)
             made = _united(gm, facts, n)
             if made is not None:
                 made.meta = {**n.meta, **made.meta}
                 n.replace_all_uses_with(made, propagate_meta=False)
-                changed += 1
+                changed, facts = changed + 1, None
     if changed:
         clean(gm)
     return changed
