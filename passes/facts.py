@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -126,17 +126,23 @@ class Facts:
         return (changed[device] if device in changed else _around(device)) is not None
 
 
-def reached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
-    """The nodes between `inputs` and `ends`, both included, to which a gradient of the ends comes."""
+def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
+    """Those of `inputs` that the ends are computed from, and that no gradient of the ends comes to."""
+    ends = list(ends)
+    far = set(inputs) - _behind(ends, inputs, lambda n: "detach" not in op_name(n))
+    return far & _behind(ends, inputs, lambda n: True) if far else far
+
+
+def _behind(ends: Iterable[Node], inputs: Collection[Node], through: Callable[[Node], bool]) -> set[Node]:
+    """The nodes up to `inputs` that floating values come from, through such nodes alone."""
     found = set(ends)
     stack = list(found)
     while stack:
         n = stack.pop()
-        if "detach" in op_name(n) or n in inputs:
-            continue
-        fresh = [a for a in n.all_input_nodes if a not in found and _may_learn(a)]
-        found.update(fresh)
-        stack.extend(fresh)
+        if n not in inputs and through(n):
+            fresh = [a for a in n.all_input_nodes if a not in found and _may_learn(a)]
+            found.update(fresh)
+            stack.extend(fresh)
     return found
 
 

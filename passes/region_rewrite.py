@@ -15,7 +15,7 @@ from torch.fx import GraphModule, Node
 from attnfx.ir.expr import Expr
 from attnfx.ir.text import to_json
 from attnfx.passes.columns import Part, operands, part
-from attnfx.passes.facts import Facts, reached
+from attnfx.passes.facts import Facts, detached
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.region import Region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
@@ -117,7 +117,7 @@ def _program(
         shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
     weight = size(found.weight)
-    learning = facts.differentiable & reached(found.results, inputs)
+    learning = facts.differentiable - detached(found.results, inputs)
     grads = [n in learning and value(n).dtype.is_floating_point for n in inputs]
     program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
     if narrowed is not None:

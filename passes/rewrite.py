@@ -18,7 +18,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.summary import Summary
 from attnfx.passes.checkpoints import MARKS
-from attnfx.passes.facts import reached, written_operands
+from attnfx.passes.facts import detached, written_operands
 from attnfx.passes.finding import Match, Reduction
 from attnfx.passes.graphs import dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.layout import radix
@@ -176,11 +176,11 @@ def rewrite(
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
     sources = {x.node for x in (match.query, match.key, match.value)}
-    learning = reached([final, *(r.final for r in reductions)], sources)
+    cut_off = detached([final, *(r.final for r in reductions)], sources)
 
     def operand(source: Operand, axes: list[Expr]) -> Node:
         made = emit.operand(source, axes)  # behind a detach it has no gradient, not one of zeros
-        return made if source.node in learning else emit.call(aten.detach.default, made)
+        return emit.call(aten.detach.default, made) if source.node in cut_off else made
 
     q = operand(match.query, [*axes, match.row, match.width])
     k = operand(match.key, [*kv, match.column, match.width])
