@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.contraction import contraction, slot_node
 from attnfx.passes.descent import batched
@@ -129,8 +130,14 @@ def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
             wide.append(emit.call(aten.mul.Scalar, made, t.factor) if name == "query" and t.factor != 1 else made)
         sides.append(emit.call(aten.cat.default, wide, len(shared)))
         spelt.append("".join(letters[v] for v in shared) + width)
-    made = "".join(letters.values())
-    return emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{made}", sides)
+    there = [v for v in out if letters[v] in "".join(spelt)]
+    if any(v not in there and v.args[0] is not A.ONE for v in out):
+        raise CannotEmit("a dimension is in none of the operands")
+    made = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{''.join(letters[v] for v in there)}", sides)
+    for d, v in enumerate(out):
+        if v not in there:
+            made = emit.call(aten.unsqueeze.default, made, d)
+    return made
 
 
 __all__ = ["widen"]

@@ -86,3 +86,11 @@ def test_heads_between_rows_and_keys_do_not_hide_the_mask():
         compiled(fn)(rand(2, T, 4, D), rand(2, T, D), rand(2, T, D))
     assert filed[0].sites[0].mask == "causal"
     check(fn, rand(2, T, 4, D), rand(2, T, D), rand(2, T, D))
+
+
+def test_a_dimension_of_one_that_no_operand_names():
+    def fn(q, k, v):
+        s = torch.einsum("bhid,bhjd->bijh", q, k).permute(0, 3, 1, 2)
+        return ((s + s.mT) * 0.25).softmax(-1) @ v
+
+    check(fn, *(rand(2, 1, T, D) for _ in range(3)))
