@@ -82,8 +82,8 @@ def softmax_over_two_sources(q, k, v):
 
 @obstacle("normaliser", **ALWAYS)
 def divided_by_the_sum_over_queries(q, k, v):
-    weights = scores(q, k).exp()  # here
-    return (weights / weights.sum(-2, keepdim=True)) @ v
+    weights = scores(q, k).exp()
+    return (weights / weights.sum(-2, keepdim=True)) @ v  # here
 
 
 @obstacle("normaliser", **NO_ROWS)
