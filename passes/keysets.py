@@ -74,14 +74,15 @@ def _of_products(n: Node) -> bool:
     return len(n.args) == 2 and not n.kwargs and all(isinstance(x, Node) and batched(x) for x in n.args)
 
 
-def reaches_softmax(n: Node) -> bool:
+def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
+    """Whether a softmax stands near behind a node: behind elementwise operators and views alone, or `anyhow`."""
     at, seen = [n], {n}
     for _ in range(NEAR):
         at = [u for x in at for u in x.users if u not in seen]
         seen.update(at)
         if any("softmax" in op_name(u) for u in at):
             return True
-        at = [u for u in at if op_name(u) in POINTWISE or op_name(u) in VIEWS]
+        at = [u for u in at if anyhow or op_name(u) in POINTWISE or op_name(u) in VIEWS]
     return False
 
 

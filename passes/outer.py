@@ -19,6 +19,7 @@ from attnfx.ir import algebra as A
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.joins import CATS
+from attnfx.passes.keysets import LETTERS, reaches_softmax
 from attnfx.passes.lift import argument
 from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
 
@@ -26,8 +27,6 @@ aten = torch.ops.aten
 LAYERS = ("linear", "matmul", "mm")
 EXPANSIONS = ("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleave", "clone", "contiguous")
 NARROW = (torch.float16, torch.bfloat16)
-NEAR = 12  # nodes from a layer on to the softmax
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 def unpair(gm: GraphModule) -> int:
@@ -38,7 +37,11 @@ def unpair(gm: GraphModule) -> int:
             continue
         parts = _parts(n.args[0])
         leaves = [a for x in parts for a in _factors(x)]
-        if len(shape(n.args[1])) > 2 or not _pairs(leaves, len(shape(n.args[0]))) or not _to_softmax(n):
+        if (
+            len(shape(n.args[1])) > 2
+            or not _pairs(leaves, len(shape(n.args[0])))
+            or not reaches_softmax(n, anyhow=True)
+        ):
             continue
         facts = Facts(gm)
         within = {n, n.args[0], *(x for part in parts for x in (part, *_passed(part)))}
@@ -103,16 +106,6 @@ def _pairs(leaves: Sequence[Node], rank: int) -> bool:
     """Whether rows of two operands meet, each with a dimension of its own."""
     spans = [spanned(x, rank) for x in leaves]
     return any(x - y and y - x for x in spans for y in spans)
-
-
-def _to_softmax(n: Node) -> bool:
-    at, seen = [n], {n}
-    for _ in range(NEAR):
-        at = [u for x in at for u in x.users if u not in seen]
-        seen.update(at)
-        if any("softmax" in op_name(u) for u in at):
-            return True
-    return False
 
 
 def _apart(emit: Emitter, n: Node, parts: list[Node]) -> Node:
