@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import torch
 from torch.fx import GraphModule, Node
@@ -29,7 +30,6 @@ from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
 NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,7 @@ def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half]
         sets.append(emit.shaped(emit.operand(h.own, axes), axes, [a.args[0] for a in axes]))
     joined = emit.call(aten.cat.default, sets, len(shared))
     axes = [v for v in (*out, summed) if v.value in free(common.index)]
-    letters = {v: LETTERS[n] for n, v in enumerate(dict.fromkeys((*out, summed)))}
+    letters = {v: ascii_lowercase[n] for n, v in enumerate(dict.fromkeys((*out, summed)))}
     terms = ["".join(letters[v] for v in vs) for vs in (axes, [*shared, *rest], out)]
     return emit.call(aten.einsum.default, f"{terms[0]},{terms[1]}->{terms[2]}", [emit.operand(common, axes), joined])
 
@@ -268,4 +268,4 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
     return None
 
 
-__all__ = ["LETTERS", "before", "reaches_softmax", "unite", "variables", "written"]
+__all__ = ["before", "reaches_softmax", "unite", "variables", "written"]

@@ -11,6 +11,7 @@ layer's is. Needs `meta["val"]`; changes the graph in place; promises the same r
 from __future__ import annotations
 
 from collections.abc import Sequence
+from string import ascii_lowercase
 
 import torch
 from torch.fx import GraphModule, Node
@@ -19,7 +20,7 @@ from attnfx.ir import algebra as A
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.joins import CATS
-from attnfx.passes.keysets import LETTERS, reaches_softmax
+from attnfx.passes.keysets import reaches_softmax
 from attnfx.passes.lift import argument
 from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
 
@@ -134,10 +135,10 @@ def _layer(emit: Emitter, n: Node, factors: list[Node], weight: Node, turned: bo
     if len(factors) == 1:
         return emit.call(aten.linear.default if turned else aten.matmul.default, *factors, weight)
     rank = max(len(shape(x)) for x in factors)
-    given = [LETTERS[rank - len(shape(x)) : rank] for x in factors]
+    given = [ascii_lowercase[rank - len(shape(x)) : rank] for x in factors]
     out = "z" if len(shape(weight)) == 2 else ""
-    of_weight = f"z{LETTERS[rank - 1]}" if turned and out else f"{LETTERS[rank - 1]}{out}"
-    equation = f"{','.join(given)},{of_weight}->{LETTERS[: rank - 1]}{out}"
+    of_weight = f"z{ascii_lowercase[rank - 1]}" if turned and out else f"{ascii_lowercase[rank - 1]}{out}"
+    equation = f"{','.join(given)},{of_weight}->{ascii_lowercase[: rank - 1]}{out}"
     return emit.call(aten.einsum.default, equation, [*factors, weight])
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from itertools import combinations
 from math import prod
+from string import ascii_letters, ascii_lowercase
 from typing import Any
 
 import torch
@@ -26,7 +27,6 @@ from attnfx.passes.lift import Opaque, argument
 from attnfx.passes.rewrite import Emitter
 
 aten = torch.ops.aten
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 EXPANDS = ("expand", "expand_as")
 
 
@@ -80,14 +80,14 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.casts(n):
         return None  # autocast leaves a sum as it is, and rounds the operands of an einsum
     rank = len(shape(whole))  # type: ignore[arg-type]
-    if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(LETTERS):  # type: ignore[index]
+    if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(ascii_lowercase):  # type: ignore[index]
         return None
     left, right = (spanned(x, rank) for x in operands)
     summed = over[0] % rank
     if summed not in left & right or not (left - right and right - left):
         return None
-    letters = [LETTERS[rank - len(shape(x)) : rank] for x in operands]
-    out = LETTERS[:summed] + LETTERS[summed + 1 : rank]
+    letters = [ascii_lowercase[rank - len(shape(x)) : rank] for x in operands]
+    out = ascii_lowercase[:summed] + ascii_lowercase[summed + 1 : rank]
     emit = Emitter(gm, n)
     made = emit.call(aten.einsum.default, f"{letters[0]},{letters[1]}->{out}", operands)
     return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
@@ -113,9 +113,9 @@ def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
     given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
     over = [[int(d) % rank for d in dims_] for dims_, rank in zip(given, ranks, strict=True)]  # type: ignore[union-attr]
-    if not over[0] or 0 in ranks or sum(ranks) > len(LETTERS):
+    if not over[0] or 0 in ranks or sum(ranks) > len(ascii_lowercase):
         return None
-    left, right = list(LETTERS[: ranks[0]]), list(LETTERS[ranks[0] : sum(ranks)])
+    left, right = list(ascii_lowercase[: ranks[0]]), list(ascii_lowercase[ranks[0] : sum(ranks)])
     for a, b in zip(*over, strict=True):
         right[b] = left[a]
     out = [c for c in left if c not in right] + [c for c in right if c not in left]
@@ -136,7 +136,7 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
         for letter, size in zip(term, shape(x), strict=True):
             sizes[letter] = max(sizes.get(letter, 1), number(size))
-    names = dict(zip(dict.fromkeys("".join(inputs)), LETTERS + LETTERS.upper(), strict=False))
+    names = dict(zip(dict.fromkeys("".join(inputs)), ascii_letters, strict=False))
     if len(names) < len(sizes):
         return None
     emit = Emitter(gm, n)

@@ -10,6 +10,7 @@ each product has the rows on one side and the keys on the other: a table that is
 from __future__ import annotations
 
 from dataclasses import dataclass
+from string import ascii_lowercase
 
 import torch
 from torch.fx import GraphModule, Node
@@ -20,7 +21,7 @@ from attnfx.passes.contraction import contraction, slot_node
 from attnfx.passes.descent import batched
 from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name, value
-from attnfx.passes.keysets import LETTERS, before, reaches_softmax, variables, written
+from attnfx.passes.keysets import before, reaches_softmax, variables, written
 from attnfx.passes.lift import Lifter
 from attnfx.passes.reading import Operand, free
 from attnfx.passes.rewrite import CannotEmit, Emitter, clean
@@ -117,8 +118,8 @@ def _parted(t: Term, row: Expr, column: Expr) -> bool:
 
 
 def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
-    letters = {v: LETTERS[n] for n, v in enumerate(out)}
-    width = LETTERS[len(out)]
+    letters = {v: ascii_lowercase[n] for n, v in enumerate(out)}
+    width = ascii_lowercase[len(out)]
     sides, spelt = [], []
     for name in ("query", "key"):
         some = frozenset().union(*(free(getattr(t, name).index) for t in terms))
