@@ -1,6 +1,7 @@
 """The backend that `torch.compile(model, backend="attnfx")` finds by its entry point.
 
-It orchestrates: options are checked, the graph is rewritten, a report is filed, and the rest is compiled by Inductor.
+It orchestrates: options are checked, the graph is rewritten, a report is filed, and the rest is compiled by Inductor. A
+failure of attnfx, or of the compiler on a rewritten graph, costs the rewrite and never the program.
 """
 
 from __future__ import annotations
@@ -9,12 +10,20 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import torch._dynamo.exc
 from torch.fx import GraphModule
 
 from attnfx import dumping, report, verify
-from attnfx.errors import RefusalError
+from attnfx.errors import AttnfxError, RefusalError
+from attnfx.faults import described
+from attnfx.inductor import compile_graph
 from attnfx.options import Options
 from attnfx.passes.chunks import draws
+from attnfx.pipeline import Result
+
+_REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
+# How Dynamo is told to trace a frame again, or to leave it alone: not a failure.
+_SIGNALS = (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame)
 
 
 def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
@@ -22,51 +31,90 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     """Compile a Dynamo graph. `options` are those of `Options`; `mode` goes to Inductor.
 
     Raises OptionError for a bad option, before anything is compiled. A failure inside attnfx is one warning, and the
-    graph is compiled without the rewrite; with `strict` it is raised.
+    graph is compiled without the part that failed, or without the rewrite; with `strict` it is raised. So is a failure
+    of the compiler on the rewritten graph.
     """
     chosen = Options.make(options or {})
+    more: dict[str, Any] = {}
     try:
         result = verify.rewritten(gm, example_inputs, chosen)
-        dumping.dump(gm, result, chosen)
+    except _SIGNALS:
+        raise
     except Exception as problem:
         if chosen.strict:
             raise
-        warnings.warn(
-            f"attnfx failed on a graph and compiles it without the rewrite ({type(problem).__name__}: {problem}); "
-            "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker",
-            stacklevel=2,
-        )
-        return inner(gm, example_inputs, chosen, mode)
-    if result.untraceable:
+        _warn(f"failed on a graph and compiles it without the rewrite ({described(problem)})")
+        result = Result(None, report.Report(notes=[f"attnfx failed on this graph: {described(problem)}"]))
+    _complain(result, chosen)
+    try:
+        dumping.dump(gm, result, chosen)
+        if chosen.memory_budget is not None:
+            from attnfx.budgeting import fit
+
+            fitted = fit(gm, example_inputs, chosen, result)
+            result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}
+    except (AttnfxError, *_SIGNALS):
+        raise
+    except Exception as problem:
         if chosen.strict:
+            raise
+        _warn(f"failed to dump a graph or to fit it to the budget, and compiles it as it is ({described(problem)})")
+        result.report.notes.append(f"attnfx failed to dump this graph or to fit it: {described(problem)}")
+    report.file(result.report)
+    if result.gm is None:
+        return _compile(gm, example_inputs, chosen, mode, **more)
+    return _contained(gm, example_inputs, chosen, mode, result, more)
+
+
+def _complain(result: Result, options: Options) -> None:
+    """Warn of what failed or could not be traced; with `strict`, raise for that and for a refusal."""
+    if result.untraceable:
+        if options.strict:
             raise RefusalError(f"a graph could not be traced: {result.untraceable}")
         warnings.warn(
-            f"attnfx could not trace a graph and leaves it to {chosen.inner}: {result.untraceable}", stacklevel=2
+            f"attnfx could not trace a graph and leaves it to {options.inner}: {result.untraceable}", stacklevel=3
         )
     refused = next((s for s in result.report.sites if s.refusal is not None), None)
-    if chosen.strict and refused is not None:
+    if options.strict and refused is not None:
         raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
-    more: dict[str, Any] = {}
-    if chosen.memory_budget is not None:
-        from attnfx.budgeting import fit
-
-        fitted = fit(gm, example_inputs, chosen, result)
-        result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}
-    report.file(result.report)
-    return inner(result.gm if result.gm is not None else gm, example_inputs, chosen, mode, **more)
+    if result.faults:
+        _warn(f"failed in a part of a graph and compiles it without that part ({'; '.join(result.faults)})")
 
 
-def inner(gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None,
-          partitioner: Any = None, patches: Mapping[str, Any] | None = None) -> Callable[..., Any]:  # fmt: skip
-    """Hand a graph to the compiler of the rest; `partitioner` says what is saved for the backward pass, `patches` what
-    Inductor's configuration is meanwhile."""
-    if options.inner == "eager":
-        return gm.forward
-    from torch._inductor import list_mode_options
+def _contained(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, result: Result,
+    more: Mapping[str, Any],
+) -> Callable[..., Any]:  # fmt: skip
+    """The rewritten graph compiled; the graph as it was where the compiler fails on the rewritten one."""
+    sites = ", ".join(s.where or s.name for s in result.report.rewritten)
 
-    from attnfx.capture import compile_rest
+    def backward_failed(problem: Exception) -> None:
+        what = f"the backward pass of a graph with {sites} could not be compiled and runs operator by operator"
+        result.report.notes.append(f"{what}: {described(problem)}")
+        if options.strict:
+            raise problem
+        _warn(f"failed: {what} ({described(problem)})")
 
-    asked = list_mode_options(mode) if mode and mode != "default" else {}
-    if draws(gm):
-        asked = {**asked, "triton.cudagraphs": False}
-    return compile_rest(gm, list(example_inputs), options.inner, {**asked, **(patches or {})}, partitioner)
+    assert result.gm is not None
+    try:
+        return _compile(result.gm, example_inputs, options, mode, **more, backward_failed=backward_failed)
+    except _SIGNALS:
+        raise
+    except Exception as problem:
+        if options.strict:
+            raise
+        compiled = _compile(gm, example_inputs, options, mode)  # raises what the graph itself is to blame for
+        what = f"{options.inner} failed on the rewritten graph, and compiled it without the rewrite of {sites}"
+        _warn(f"failed: {what} ({described(problem)})")
+        result.report.undo("compiler", f"{options.inner} failed on the rewritten graph ({described(problem)})")
+        return compiled
+
+
+def _compile(
+    gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, **more: Any
+) -> Callable[..., Any]:
+    return compile_graph(gm, example_inputs, options, mode, capturable=not draws(gm), **more)
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"attnfx {what}; {_REPORT}", stacklevel=4)

@@ -18,7 +18,8 @@ from torch.fx import GraphModule
 
 from attnfx import pipeline, verify
 from attnfx.breaks import ended_by
-from attnfx.capture import Captured, Partitioner, capture_graph
+from attnfx.capture import Captured, capture_graph
+from attnfx.inductor import Partitioner
 from attnfx.memory.budget import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.chunks import limit as limit_chunks

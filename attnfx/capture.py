@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import nn
 from torch._guards import TracingContext, detect_fake_mode, tracing
-from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
@@ -27,6 +26,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx import pipeline
+from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
 from attnfx.passes.recompute import copied
 from attnfx.report import Report
@@ -54,19 +54,6 @@ class Captured:
 
 class Done(Exception):
     """Nothing more is wanted of the compiler."""
-
-
-class Partitioner(CustomPartitionerFn):
-    """Calls a function with the joint graph and what a partitioner is called with."""
-
-    def __init__(self, function: Callable[..., tuple[GraphModule, GraphModule]], key: object):
-        self.function, self.key = function, key
-
-    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
-        return self.function(gm, joint_inputs, **kwargs)
-
-    def uuid(self) -> object:
-        return self.key
 
 
 def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options,
@@ -121,25 +108,6 @@ def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str
         raise Done
 
     compile_rest(gm, example_inputs, inner, {"force_disable_caches": True}, Partitioner(partition, "capture"), compiler)
-
-
-def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches: Mapping[str, Any] | None = None,
-                 partitioner: Partitioner | None = None, compiler: Any = None) -> Any:  # fmt: skip
-    """Hand a graph to Inductor (or to AOTAutograd alone), with a partitioner and an inner compiler of one's own."""
-    if inner == "aot_eager":
-        from torch._dynamo.backends.common import aot_autograd
-        from torch._dynamo.backends.debugging import boxed_nop
-        from torch._functorch.partitioners import min_cut_rematerialization_partition
-
-        return aot_autograd(
-            fw_compiler=compiler or boxed_nop, partition_fn=partitioner or min_cut_rematerialization_partition,
-            keep_inference_input_mutations=True,
-        )(gm, example_inputs)  # fmt: skip
-    import torch._inductor.compile_fx as inductor
-
-    more: dict[str, Any] = {} if compiler is None else {"inner_compile": compiler}
-    patches = dict(patches or {}) | ({} if partitioner is None else {"custom_partitioner_fn": partitioner})
-    return inductor.compile_fx(gm, example_inputs, config_patches=patches or None, **more)
 
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> Captured:

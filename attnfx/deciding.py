@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_map
 
 from attnfx import calibration, cost, tuning
+from attnfx.faults import Exercised
 from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
+from attnfx.kernels.exercise import Like, exercise
 from attnfx.kernels.flash import tier as flash
 from attnfx.options import Options
 from attnfx.passes.beside import drawn_for_others
@@ -50,6 +54,7 @@ class Deciding:
     carriers  what holds the graph's symbolic sizes
     trial     is given every rewritten site, and says which sites to keep (`verify`)
     facts     of the graph as it is; None where it has changed since
+    exercise  whether each new call is run once on tiny tensors
     """
 
     traced: GraphModule
@@ -57,6 +62,7 @@ class Deciding:
     carriers: Carriers
     trial: Trial | None = None
     facts: Facts | None = None
+    exercise: bool = False
 
     def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None,
                told: Decision | None = None) -> bool:  # fmt: skip
@@ -72,22 +78,22 @@ class Deciding:
         match, trial = finding.match, self.trial
         if trial is not None and (why := trial.keep.get(trial.name(finding.final))):
             site.refusal, site.decision = None, Decision("kept", "", reason=why, code="mismatch")
-            return op_name(finding.final) not in SDPA and self._shielded(finding, site)
+            return op_name(finding.final) not in SDPA and self.shielded(finding, site)
         if match is None:
-            return self._whole_rows(finding, site, told) or (not finding.loose and self._shielded(finding, site))
+            return self._whole_rows(finding, site, told) or (not finding.loose and self.shielded(finding, site))
         apart = drawn_for_others(match, [] if reader is not None else match.reductions)
         if (reader is not None or apart is not None) and self._whole_rows(finding, site, told, lean=True):
             return True
         if apart is not None:
             message = "the dropped weights are read beside the attention, which would be of another draw than they are"
             site.refusal = refusal("one_draw", message, *finding.anchors, apart)
-            return self._shielded(finding, site)
+            return self.shielded(finding, site)
         query = value(match.query.node)
         here = refusals(match, sizes, query.device)
         question = self._question(match, finding, sizes, reader, here)
         site.decision = told or self._choose(question, match, site, reader)
         if site.decision.tier == "kept":
-            return not question.native and self._shielded(finding, site, only_risky=True)
+            return not question.native and self.shielded(finding, site, only_risky=True)
         reductions = [] if reader is not None else match.reductions
         tiers = tiers_of(site.decision, here, query.device, reductions)
         target, _ = target_of(self.options, query.device)
@@ -100,7 +106,8 @@ class Deciding:
             )
         except CannotEmit as problem:
             site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
-            return self._shielded(finding, site)
+            return self.shielded(finding, site)
+        self._exercise(replaced, match.training)
         if trial is not None:
             trial.add(site, finding.final, replaced)
         self._say(site, match, reductions, tiers, here)
@@ -193,6 +200,7 @@ class Deciding:
             if decision.tier != "kept":
                 compiled = decision.kernel == cost.COMPILED
                 replaced = replace_region(self.traced, facts, found, ROWS, self.carriers, compiled)
+                self._exercise(replaced, training)
                 if self.trial is not None:
                     self.trial.add(site, finding.final, replaced)
         except CannotEmit:
@@ -203,15 +211,49 @@ class Deciding:
         if others := [n for n in found.results if n is not found.final]:
             places = ", ".join(dict.fromkeys(where_in_source(n) or n.name for n in others))
             site.notes = (*site.notes, f"parts of its weights are computed with it, row by row ({places})")
-        return decision.tier != "kept" or self._shielded(finding, site)
+        return decision.tier != "kept" or self.shielded(finding, site)
 
-    def _shielded(self, finding: Finding, site: Site, only_risky: bool = False) -> bool:
+    def _exercise(self, replaced: Sequence[tuple[Node, Node]], training: bool) -> None:
+        """Run each new call once on tiny tensors. Raises Exercised where one fails."""
+        if not self.exercise:
+            return
+        stack, seen = [new for _, new in replaced], set()
+        while stack:
+            n = stack.pop()
+            name = op_name(n)
+            if n in seen or name in SDPA or name == "sym_size":
+                continue
+            seen.add(n)
+            if not name.startswith("attnfx::"):
+                stack.extend(n.all_input_nodes)
+                continue
+            if n.target is OPERATORS.summary:
+                continue
+            try:
+                exercise(n.target, _likes(n.args), training and torch.is_grad_enabled())
+            except Exception as problem:
+                raise Exercised from problem
+            stack.extend(a for a in n.all_input_nodes if op_name(a) == "getitem")
+
+    def shielded(self, finding: Finding, site: Site, only_risky: bool = False) -> bool:
         if site.refusal is not None and site.refusal.code == "mutated":
             return False  # what the compiler saves of a graph that writes in place is left to it alone
         if not shield(self.traced, finding, only_risky):
             return False
         site.notes = (*site.notes, "shielded from other rewriters")
         return True
+
+
+def _likes(args: Any) -> Any:
+    """The arguments of a call, each tensor by its shape, symbolic sizes as the example has them."""
+
+    def like(x: Any) -> Any:
+        held = value(x)
+        if isinstance(held, torch.Tensor):
+            return Like(tuple(map(number, held.shape)), held.dtype, held.device)
+        return number(held) if isinstance(held, torch.SymInt) else held
+
+    return tree_map(like, args)
 
 
 def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:

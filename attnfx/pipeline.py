@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TypeVar
 
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx import breaks
 from attnfx.deciding import OPERATORS, Deciding
+from attnfx.faults import Fault, Faults, Part, described
 from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes import flops
@@ -19,8 +22,9 @@ from attnfx.passes.checkpoints import unmark
 from attnfx.passes.contraction import PRODUCTS
 from attnfx.passes.descent import GATES
 from attnfx.passes.extract import Trial
+from attnfx.passes.finding import Finding
 from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import where_in_source
+from attnfx.passes.graphs import refusal, where_in_source
 from attnfx.passes.joins import join
 from attnfx.passes.keysets import unite
 from attnfx.passes.loops import merge
@@ -41,6 +45,7 @@ from attnfx.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A graph without one of these words in its operators' names holds no normaliser: it is not traced. A gate, which many
 # linear layers have, may be one where there are products as well, and so may what is divided by a sum.
@@ -54,13 +59,19 @@ BODIES = {
 }
 
 
+# The passes over a traced graph, in order. Each gives how much it changed.
+PREPARE = (functionalise, unpair, split_ones, respell, join, gather, unite, widen)
+
+
 @dataclass
 class Result:
-    """`gm` is None where the graph Dynamo made should be compiled as it is."""
+    """`gm` is None where the graph Dynamo made should be compiled as it is; `faults` says, a sentence each, which parts
+    of the rewriting failed and were left out."""
 
     gm: GraphModule | None
     report: Report
     untraceable: str = ""
+    faults: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,8 @@ class Wanted:
     trial    is given every rewritten site, and says which sites to keep
     path     leads to the body, from the graph itself; empty for that
     told     what is to be decided, as another report's `decided` has it; what is not there is chosen
+    faults   the parts that failed before, which are left out
+    exercise whether each new call is run once on tiny tensors
     """
 
     options: Options
@@ -81,6 +94,14 @@ class Wanted:
     trial: Trial | None = None
     path: str = ""
     told: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
+    faults: Faults = field(default_factory=lambda: Faults((Untraceable,)))
+    exercise: bool = False
+
+    def attempt(self, name: str, run: Callable[[], T], otherwise: T) -> T:
+        return self.faults.attempt(Part(self.path, name), run, otherwise)
+
+    def fault(self, name: str) -> Fault | None:
+        return self.faults.found.get(Part(self.path, name))
 
     def body(self, name: str) -> Wanted:
         inner = None if self.trial is None else self.trial.body(name)
@@ -88,14 +109,33 @@ class Wanted:
 
 
 def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial | None = None,
-        told: Mapping[tuple[str, int], Decision] | None = None) -> Result:  # fmt: skip
-    """Never changes `gm`. Raises what goes wrong inside attnfx; an untraceable graph is a note in the report.
+        told: Mapping[tuple[str, int], Decision] | None = None, exercise: bool = False) -> Result:  # fmt: skip
+    """Never changes `gm`. An untraceable graph is a note in the report. What goes wrong inside attnfx costs the part in
+    which it happens, a pass or a site, and `strict` raises it; what is no part is raised.
 
     With `stages`, with `dump_dir` and where PyTorch's structured trace is read, the report holds the traced, lifted and
     rewritten graph as data; with `dump_dir` their text too. A `trial` is given every rewritten site, and says which
-    sites to keep. `told` are the decisions of a report of the same graph at other sizes.
+    sites to keep. `told` are the decisions of a report of the same graph at other sizes. With `exercise`, each call
+    that a site becomes is run once on tiny tensors.
     """
-    report = Report()
+    faults = Faults((Untraceable,))
+    while True:
+        wanted = Wanted(options, Report(), None, stages, trial, told=told or {}, faults=faults, exercise=exercise)
+        try:
+            result = _attempted(gm, wanted)
+        except Fault as fault:
+            if options.strict:
+                raise fault.problem from fault
+            log.warning("%s: compiled without it", fault, exc_info=fault.problem)
+            faults.add(fault)
+            continue
+        result.faults = [str(f) for f in faults.found.values()]
+        result.report.notes.extend(f"attnfx failed in a part, which was left out: {f}" for f in result.faults)
+        return result
+
+
+def _attempted(gm: GraphModule, wanted: Wanted) -> Result:
+    report, options = wanted.report, wanted.options
     ended = breaks.ended_by(gm)
     if ended is not None:
         report.notes.append(f"a graph breaks at {ended.where}: {ended.reason}")
@@ -106,8 +146,8 @@ def run(gm: GraphModule, options: Options, *, stages: bool = False, trial: Trial
         log.debug("a graph of %d nodes holds no normaliser: not traced", len(gm.graph.nodes))
         return Result(None, report)
     try:
-        kept = stages or options.dump_dir is not None or traces()
-        traced, changed = _graph(gm, Wanted(options, report, ended, kept, trial, told=told or {}))
+        kept = wanted.stages or options.dump_dir is not None or traces()
+        traced, changed = _graph(gm, replace(wanted, ended=ended, stages=kept))
     except Transformed as problem:
         report.notes.append(f"{problem} and passes through untouched")
         _file_others(report, unread(gm, "functorch", str(problem)))
@@ -155,39 +195,45 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     log.info("traced %s: %d nodes become %d", path or "a graph", len(gm.graph.nodes), len(traced.graph.nodes))
     publish("traced", lambda: readable(traced))
     text = readable(traced) if options.dump_dir is not None and not path else ""
-    functionalise(traced)
-    unpair(traced)
-    split_ones(traced)
-    respell(traced)
-    join(traced)
-    gather(traced)
-    unite(traced)
-    widen(traced)
+    for step in PREPARE:
+        wanted.attempt(f"the pass {step.__name__}", partial(step, traced), 0)
     check(traced)
     if wanted.trial is not None:
         wanted.trial.begin(traced)
     changed = _bodies(traced, wanted)
     known = hints(traced.graph)
-    deciding = Deciding(traced, options, size_carriers(traced), wanted.trial)
-    finder = Finder(traced, find_tables(traced))
+    deciding = Deciding(traced, options, size_carriers(traced), wanted.trial, exercise=wanted.exercise)
+    tables = wanted.attempt("the pass find_tables", partial(find_tables, traced), {})
+    finder = Finder(traced, tables)
     deciding.facts = finder.facts
-    findings = merge(finder, finder.find())
+    found = finder.find()
+    for n, problem in finder.failed.items():
+        wanted.attempt(_part(n), partial(_raise, problem), None)
+    findings = wanted.attempt("the pass merge", partial(merge, finder, found), found)
+    findings = [_kept(f, why) if (why := wanted.fault(_part(f.final))) else f for f in findings]
     matches = [f.match for f in findings if f.match is not None]
     log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
-    find_reductions(finder, matches)
-    readers = needed(matches)
+    wanted.attempt("the pass find_reductions", partial(find_reductions, finder, matches), None)
+    readers = wanted.attempt("the pass needed", partial(needed, matches), {})
     todo = []
     for finding in findings:
-        sizes = numeric_dims(finding, known)
-        todo.append((finding, describe_site(finding, sizes), sizes))
-    left = list(others(finder, frozenset(a for f in findings if not f.loose for a in f.anchors), wanted.ended))
+        sizes, site = wanted.attempt(_part(finding.final), partial(_described, finding, known), ({}, _bare(finding)))
+        todo.append((finding, site, sizes))
+    anchors = frozenset(a for f in findings if not f.loose for a in f.anchors)
+    left = wanted.attempt("the list of softmaxes", lambda: list(others(finder, anchors, wanted.ended)), [])
     left += unread_bodies(traced, BODIES)
-    report.flops += flops.total(traced)
-    record = Recorder(traced, findings, text) if wanted.stages else None
+    report.flops += wanted.attempt("the count of operations", partial(flops.total, traced), 0)
+    record = None
+    if wanted.stages:
+        record = wanted.attempt("the record of stages", partial(Recorder, traced, findings, text), None)
     # from the last: an operand may be the output of an attention before it, which is replaced then
     for number, (finding, site, sizes) in reversed(list(enumerate(todo))):
         place = path, number
-        changed |= deciding.decide(finding, site, sizes, readers.get(finding.final), wanted.told.get(place))
+        decide = partial(deciding.decide, finding, site, sizes, readers.get(finding.final), wanted.told.get(place))
+        if wanted.fault(_part(finding.final)) is not None:
+            changed |= deciding.shielded(finding, site)
+        else:
+            changed |= wanted.attempt(_part(finding.final), decide, False)
         if site.decision is not None:
             report.decided[place] = site.decision
         if record is not None:
@@ -200,9 +246,9 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     dropped += [(f, f.refusal) for f in finder.doubtful]
     _file_others(report, with_reasons(finder, left, dropped, [findings[n] for n in filed]))
     if changed:
-        share(traced, OPERATORS.summary)
+        wanted.attempt("the pass share", partial(share, traced, OPERATORS.summary), 0)
         clean(traced)
-        unmark(traced)
+        wanted.attempt("the pass unmark", partial(unmark, traced), None)
         check(traced)
         publish("rewritten", lambda: readable(traced))
     if record is not None:
@@ -210,6 +256,34 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
         for stage in record.stages({n: site.name for n, site in filed.items()}, after):
             report.stage(stage.name).add(stage, path)
     return traced, changed
+
+
+def _part(final: Node) -> str:
+    """The name of a site as a part: the same in every attempt at one graph."""
+    where = where_in_source(final)
+    return f"the site {final.name}" + (f" at {where}" if where else "")
+
+
+def _raise(problem: Exception) -> None:
+    raise problem
+
+
+def _described(finding: Finding, known: dict[str, int]) -> tuple[dict[str, int], Site]:
+    sizes = numeric_dims(finding, known)
+    return sizes, describe_site(finding, sizes)
+
+
+def _kept(finding: Finding, fault: Fault) -> Finding:
+    """A place at which attnfx failed, refused for that."""
+    what = "when it was run once on tiny tensors" if fault.code == "exercise" else "when it was looked at"
+    message = f"attnfx failed on it {what} ({described(fault.problem)})"
+    why = refusal(fault.code, message, *finding.anchors, finding.final)
+    return Finding(finding.final, refusal=why, anchors=finding.anchors)
+
+
+def _bare(finding: Finding) -> Site:
+    place = next((p for p in map(where_in_source, [*finding.anchors, finding.final]) if p), "")
+    return Site("", place, refusal=finding.refusal)
 
 
 def _bodies(traced: GraphModule, wanted: Wanted) -> bool:
@@ -225,7 +299,8 @@ def _bodies(traced: GraphModule, wanted: Wanted) -> bool:
             if not isinstance(body, GraphModule) or not _worth_tracing(body):
                 continue
             try:
-                new, touched = _graph(body, wanted.body(str(operand.target)))
+                rewritten = partial(_graph, body, wanted.body(str(operand.target)))
+                new, touched = wanted.attempt(f"the body {operand.target}", rewritten, (body, False))
             except Transformed as problem:
                 _file_others(wanted.report, unread(body, "functorch", str(problem)))
                 continue

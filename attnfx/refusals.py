@@ -183,6 +183,20 @@ _SITES = {
         "operands that are computed in the graph, and written before the scores are",
         "Use the out-of-place operator (`k = k + x` for `k.add_(x)`), or write before the scores are computed.",
     ),
+    "fault": Code(
+        "attnfx itself failed on it",
+        "Something went wrong inside attnfx while it looked at this attention or rewrote it. The attention runs as it "
+        "was written; the rest of the graph is rewritten as usual.",
+        "any form: this is a defect of attnfx",
+        "Nothing is wrong with the model; please report it with the traceback that strict=True shows.",
+    ),
+    "exercise": Code(
+        "The kernel that was chosen failed when it was tried",
+        "Each new kernel call is run once on tiny tensors while the model is compiled, forward and in training "
+        "backward. This one raised an error, so the attention runs as it was written.",
+        "any form: this is a defect of attnfx, or of a compiler below it",
+        "Choose another tier with the option `tiers`, and report the error that the message shows.",
+    ),
     "region": Code(
         "The attention crosses the border of an autocast or a no_grad region",
         "Scores and weighted values are computed under different modes.",
@@ -263,6 +277,13 @@ _DECISIONS = {
         "by more than rounding.",
         "any form: this is a defect of attnfx",
         "Nothing is wrong with the model; please report it with the script that the warning names.",
+    ),
+    "compiler": Code(
+        "The compiler failed on the rewritten graph",
+        "Inductor or AOTAutograd raised an error on the graph with the rewritten attention, and compiled the graph as "
+        "it was.",
+        "any form: this is a defect of attnfx or of the compiler",
+        "Nothing is wrong with the model; please report it with the error that the message shows.",
     ),
     "no_rates": Code(
         "The device is not known to the cost model",

@@ -198,6 +198,11 @@ class Report:
 
         return self.stages.setdefault(name, Stage(name))
 
+    def undo(self, code: str, message: str) -> None:
+        """Note that every rewritten site stays as it was after all, and why."""
+        for site in self.rewritten:
+            site.decision, site.refusal = None, Refusal(code, message, where=site.where)
+
     def share(self, site: Site) -> float | None:
         """The site's part of the graphs' FLOPs; None where it is not known."""
         return site.flops / self.flops if self.flops and site.flops else None

@@ -22,8 +22,10 @@ from torch.fx import GraphModule
 from attnfx import cache, timing
 from attnfx.cost import Question
 from attnfx.device import fingerprint
+from attnfx.inductor import compile_graph
 from attnfx.kernels import configuration
 from attnfx.options import Options
+from attnfx.passes.chunks import draws
 from attnfx.report import Candidate, Decision
 
 MOST = 8  # candidates that are timed, the original among them
@@ -143,13 +145,11 @@ def made_up(graph: GraphModule) -> list[torch.Tensor]:
 def _runnable(graph: GraphModule, inputs: list[torch.Tensor], options: Options) -> Callable[[], object]:
     import torch._functorch.config as aot
 
-    from attnfx.backend import inner  # which imports the pipeline, and that this module
-
     training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
     # A backward pass that is compiled when it first runs would do so in another thread on a GPU, and wait there for
     # the lock that this compilation holds.
     with torch.set_grad_enabled(training), aot.patch(force_non_lazy_backward_lowering=True):
-        compiled = inner(graph, inputs, options, None)
+        compiled = compile_graph(graph, inputs, options, capturable=not draws(graph))
     return partial(_call, compiled, inputs, training)
 
 

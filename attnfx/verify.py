@@ -51,7 +51,7 @@ class Failure:
 
 def rewritten(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
     """What `pipeline.run` gives, its sites verified where the options ask for it."""
-    return pipeline.run(gm, options) if options.verify == "off" else run(gm, example_inputs, options)
+    return pipeline.run(gm, options, exercise=True) if options.verify == "off" else run(gm, example_inputs, options)
 
 
 def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
@@ -63,7 +63,7 @@ def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Res
     failed: list[Failure] = []
     while True:
         trial = Trial(keep)
-        result = pipeline.run(gm, options, trial=trial)
+        result = pipeline.run(gm, options, trial=trial, exercise=True)
         found = _failures(trial, example_inputs, options)
         new = {n: f for n, f in found.items() if n not in keep}
         if not new:

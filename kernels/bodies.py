@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensorMode
 
-from attnfx.compiled import compiled
+from attnfx.inductor import compiled
 from attnfx.kernels.flash.device import capturing
 
 T = TypeVar("T")

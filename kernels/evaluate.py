@@ -63,6 +63,19 @@ def _offset(index: Expr) -> tuple[str | None, Expr] | None:
     return None if offset.free else (str(variables[0].value), offset)
 
 
+@lru_cache(maxsize=256)
+def _has_overload(packet: torch._ops.OpOverloadPacket, tensors: tuple[bool, ...]) -> bool:
+    """Whether an overload takes tensors in these positions and Python numbers in the others."""
+
+    kinds = {True: ("Tensor",), False: ("number", "Optional[number]", "float")}
+
+    def fits(overload: str) -> bool:
+        given = [str(a.type) for a in getattr(packet, overload)._schema.arguments[: len(tensors)]]
+        return len(given) == len(tensors) and all(t in kinds[x] for t, x in zip(given, tensors))
+
+    return any(map(fits, packet.overloads()))
+
+
 class Evaluator:
     """Values of expressions over one block.
 
@@ -163,9 +176,13 @@ class Evaluator:
     def _exactly(self, e: Expr, args: list[Value]) -> Tensor:
         """The operator that the user's graph had, on the dtypes that it had: its rounding decides an integer."""
         name, dtype = str(e.value).split(":")
+        to = getattr(torch, dtype)
         if name == "to":
-            return self._tensor(args[0], e.args[0].kind).to(getattr(torch, dtype))
-        return getattr(torch.ops.aten, name)(*args).to(getattr(torch, dtype))
+            return self._tensor(args[0], e.args[0].kind).to(to)
+        packet = getattr(torch.ops.aten, name)
+        if not _has_overload(packet, tuple(isinstance(a, Tensor) for a in args)):
+            args = [a if isinstance(a, Tensor) else torch.full((), a, dtype=to, device=self.device) for a in args]
+        return packet(*args).to(to)
 
     def _constant(self, e: Expr) -> bool | int | float:
         value = e.value

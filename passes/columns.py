@@ -130,7 +130,10 @@ class _Walk:
                     found[x] = d
         elif n not in self.at and is_tensor(n):
             c = contraction(n, tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n))))
-            if c is not None and c.reduced.args[0] is self.extent and c.left is not c.right:
+            if c is None or c.reduced.args[0] is not self.extent or c.left is c.right:
+                return found
+            # a dimension of one element has no index variable
+            if c.reduced in c.left_index and c.reduced in c.right_index:
                 found = {c.left: c.left_index.index(c.reduced), c.right: c.right_index.index(c.reduced)}
         return found
 

@@ -65,6 +65,7 @@ class Trial:
 
     def begin(self, traced: GraphModule) -> None:
         """Take the graph as it stands, before any rewriting."""
+        self.pairs, self.bodies = [], {}
         graph, copies = Graph(), {}
         out = graph.graph_copy(traced.graph, copies)
         graph.output(out)

@@ -217,6 +217,9 @@ def _moved_back(gm: GraphModule, at: Node) -> Node | None:
         return None
     if any(dims(x)[row] is not dims(p)[dim] for x, p in zip(before, operands, strict=True)):
         return None
+    others = [dims(x)[:row] + dims(x)[row + 1 :] for x in before]
+    if any(x != others[0] for x in others):
+        return None  # a view of parts of several shapes
     packet, _, overload = first.op.partition(".")
     target = getattr(getattr(aten, packet), overload)
     emit = Emitter(gm, at, size_carriers(gm))

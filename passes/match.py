@@ -41,11 +41,13 @@ PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
 
 class Finder:
     """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
-    gate between two products that did not prove to be an attention. `tables` are as `find_tables` gives them."""
+    gate between two products that did not prove to be an attention; `failed` are places at which the search itself went
+    wrong. `tables` are as `find_tables` gives them."""
 
     def __init__(self, gm: GraphModule, tables: Mapping[Node, LookedUp] | None = None):
         self.gm = gm
         self.doubtful: list[Finding] = []
+        self.failed: dict[Node, Exception] = {}
         self.facts = Facts(gm)
         self.lifter = Lifter(self.facts.written, self.facts.frozen, tables)
         self.reader = Reader(self.facts, self.lifter)
@@ -103,6 +105,9 @@ class Finder:
             code = getattr(problem, "code", "not_lifted")
             message = getattr(problem, "message", "the weights have no index form")
             return Finding(n, refusal=refusal(code, message, *anchors, n), anchors=anchors)
+        except Exception as problem:  # a fault of one place is no reason to lose the others
+            self.failed[n] = problem
+            return Finding(n, refusal=refusal("fault", "attnfx failed on it", *anchors, n), anchors=anchors)
 
     # -- attention written out ----------------------------------------------------------------
     def _written_out(self, final: Node) -> Match:

@@ -19,7 +19,7 @@ from attnfx.passes.facts import Facts
 from attnfx.passes.graphs import dims, is_tensor, op_name
 from attnfx.passes.lift import VIEWS, Index, Lifter, Opaque
 from attnfx.passes.reading import Operand
-from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
+from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
 PRODUCTS = ("matmul", "bmm", "__matmul__")
@@ -65,8 +65,7 @@ def split_ones(gm: GraphModule) -> int:
             p.node.replace_all_uses_with(new, propagate_meta=False)
         changed += 1
     if changed:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        clean(gm)
     return changed
 
 

@@ -22,7 +22,7 @@ from attnfx.passes.graphs import dims, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.joins import CATS
 from attnfx.passes.keysets import reaches_softmax
 from attnfx.passes.lift import argument
-from attnfx.passes.rewrite import CannotEmit, Emitter, size_carriers
+from attnfx.passes.rewrite import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
 LAYERS = ("linear", "matmul", "mm")
@@ -58,8 +58,7 @@ def unpair(gm: GraphModule) -> int:
         n.replace_all_uses_with(made, propagate_meta=False)
         changed += 1
     if changed:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        clean(gm)
     return changed
 
 

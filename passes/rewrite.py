@@ -346,21 +346,33 @@ def _layout_matters(final: Node, out: torch.Tensor) -> bool:
     return True
 
 
+UNREAD = "attnfx_unread"  # marks a random draw that nothing read when the graph was traced
+
+
+def mark_unread_draws(gm: GraphModule) -> None:
+    """Mark the random draws that nothing reads: dropping one would change all draws after it."""
+    dead: set[Node] = set()
+    for n in reversed(gm.graph.nodes):
+        if not _impure(n) and all(u in dead for u in n.users):
+            dead.add(n)
+            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+                n.meta[UNREAD] = True
+
+
 def clean(gm: GraphModule) -> None:
-    """Drop what nothing reads. In-place operators, regions and random draws of the user stay."""
-
-    def impure(node: Node) -> bool:
-        if node.op in ("placeholder", "output") or written_operands(node):
-            return True
-        if node.op == "call_function":
-            return (
-                not isinstance(node.target, torch._ops.OpOverload)
-                and getattr(node.target, "__module__", "") != "_operator"
-            )
-        return False
-
-    gm.graph.eliminate_dead_code(is_impure_node=impure)
+    """Eliminate dead code in this graph alone: in-place operators, regions and unread random draws of the user stay,
+    and so do the bodies of higher-order operators, which FX's own elimination enters."""
+    for n in reversed(list(gm.graph.nodes)):
+        if not n.users and not _impure(n) and UNREAD not in n.meta:
+            gm.graph.erase_node(n)
     gm.recompile()
+
+
+def _impure(n: Node) -> bool:
+    if n.op in ("placeholder", "output") or written_operands(n):
+        return True
+    known = isinstance(n.target, torch._ops.OpOverload) or getattr(n.target, "__module__", "") == "_operator"
+    return n.op == "call_function" and not known
 
 
 def check(gm: GraphModule) -> None:
@@ -371,4 +383,4 @@ def check(gm: GraphModule) -> None:
             assert "val" in n.meta, f"{n.name} has no example value"
 
 
-__all__ = ["CannotEmit", "Operators", "check", "clean", "dimensions", "like", "rewrite"]
+__all__ = ["CannotEmit", "Operators", "check", "clean", "dimensions", "like", "mark_unread_draws", "rewrite"]

@@ -24,7 +24,7 @@ from attnfx.passes.contraction import terms
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift import Opaque, argument
-from attnfx.passes.rewrite import Emitter
+from attnfx.passes.rewrite import Emitter, clean
 
 aten = torch.ops.aten
 EXPANDS = ("expand", "expand_as")
@@ -49,8 +49,7 @@ def respell(gm: GraphModule) -> int:
             gm.graph.erase_node(n)
             changed += 1
     if changed:
-        gm.graph.eliminate_dead_code()
-        gm.recompile()
+        clean(gm)
     return changed
 
 

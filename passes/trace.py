@@ -21,6 +21,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_te
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.passes.checkpoints import unwrap
+from attnfx.passes.rewrite import mark_unread_draws
 from attnfx.passes.vmaps import flatten, uses_functorch
 
 aten = torch.ops.aten
@@ -186,4 +187,5 @@ def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     traced.meta.update(gm.meta)
+    mark_unread_draws(traced)
     return traced

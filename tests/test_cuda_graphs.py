@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnfx import backend, capture
+from attnfx import backend, inductor
 from tests.support import rand
 
 SYNCHRONOUS = ("attention_rows", "attention_weights", "attention_weights_max")
@@ -31,11 +31,11 @@ def test_a_graph_whose_dropout_is_seeded_on_the_host_is_not_captured(attention, 
     monkeypatch.setenv("ATTNFX_REWRITE", "always")
     asked = []
 
-    def rest(gm, example_inputs, inner, patches, partitioner):
+    def rest(gm, example_inputs, inner, patches, *_):
         asked.append(patches.get("triton.cudagraphs"))
         return gm.forward
 
-    monkeypatch.setattr(capture, "compile_rest", rest)
+    monkeypatch.setattr(inductor, "compile_rest", rest)
     run = torch.compile(attention, backend=backend.attnfx, mode="reduce-overhead")
     run(*(rand(1, 2, 20, 8) for _ in range(3)))
     assert asked == [captured]

@@ -1,0 +1,118 @@
+"""Hand a graph to Inductor, or to AOTAutograd alone. Knows no attention."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
+from torch.fx import GraphModule
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnfx.options import Options
+
+Failed = Callable[[Exception], None]
+
+
+class Partitioner(CustomPartitionerFn):
+    """Calls a function with the joint graph and what a partitioner is called with."""
+
+    def __init__(self, function: Callable[..., tuple[GraphModule, GraphModule]], key: object):
+        self.function, self.key = function, key
+
+    def __call__(self, gm: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        return self.function(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> object:
+        return self.key
+
+
+def compile_graph(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    options: Options,
+    mode: str | None = None,
+    *,
+    capturable: bool = True,
+    partitioner: Partitioner | None = None,
+    patches: Mapping[str, Any] | None = None,
+    backward_failed: Failed | None = None,
+) -> Callable[..., Any]:
+    """Compile a graph as `options.inner` says. Raises what the compiler raises.
+
+    capturable       False where no CUDA graph may be made of it
+    partitioner      says what is saved for the backward pass
+    patches          Inductor's configuration meanwhile
+    backward_failed  is told of a backward graph that Inductor cannot compile, which then runs operator by operator
+    """
+    if options.inner == "eager":
+        return gm.forward
+    from torch._inductor import list_mode_options
+
+    asked = list_mode_options(mode) if mode and mode != "default" else {}
+    if not capturable:
+        asked = {**asked, "triton.cudagraphs": False}
+    compiler = _forgiving(backward_failed) if backward_failed is not None and options.inner == "inductor" else None
+    return compile_rest(gm, list(example_inputs), options.inner, {**asked, **(patches or {})}, partitioner, compiler)
+
+
+def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches: Mapping[str, Any] | None = None,
+                 partitioner: Partitioner | None = None, compiler: Any = None) -> Any:  # fmt: skip
+    """Hand a graph to Inductor (or to AOTAutograd alone), with a partitioner and an inner compiler of one's own."""
+    if inner == "aot_eager":
+        from torch._dynamo.backends.common import aot_autograd
+        from torch._dynamo.backends.debugging import boxed_nop
+        from torch._functorch.partitioners import min_cut_rematerialization_partition
+
+        return aot_autograd(
+            fw_compiler=compiler or boxed_nop, partition_fn=partitioner or min_cut_rematerialization_partition,
+            keep_inference_input_mutations=True,
+        )(gm, example_inputs)  # fmt: skip
+    import torch._inductor.compile_fx as inductor
+
+    more: dict[str, Any] = {} if compiler is None else {"inner_compile": compiler}
+    patches = dict(patches or {}) | ({} if partitioner is None else {"custom_partitioner_fn": partitioner})
+    return inductor.compile_fx(gm, example_inputs, config_patches=patches or None, **more)
+
+
+def _forgiving(failed: Failed) -> Callable[..., Any]:
+    """Inductor's inner compiler; a backward graph that it cannot compile runs as it is."""
+    import torch._inductor.compile_fx as inductor
+    from torch._dynamo.backends.debugging import boxed_nop
+
+    def compile_inner(gm: GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        try:
+            return inductor.compile_fx_inner(gm, example_inputs, **kwargs)  # type: ignore[arg-type]
+        except Exception as problem:
+            if not kwargs.get("is_backward") or any(map(_draws_by_itself, gm.graph.nodes)):
+                raise
+            failed(problem)
+            return boxed_nop(gm, list(example_inputs))
+
+    return compile_inner
+
+
+def _draws_by_itself(n: torch.fx.Node) -> bool:
+    """Whether an operator draws what Inductor's generated code draws otherwise."""
+    return "inductor_random" in str(n.target) or "inductor_randint" in str(n.target)
+
+
+def compiled(function: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor], grad: bool) -> Callable[..., Any]:
+    """`function` for operands of the sizes, strides and dtypes of `operands`, which are fakes. It is traced once, with
+    autograd at work where `grad` says so; what no result needs is not computed. The result is called with no gradient
+    of its own, and never makes a CUDA graph."""
+    import torch._inductor.compile_fx as inductor
+
+    with torch.set_grad_enabled(grad):
+        gm = make_fx(function, tracing_mode="fake")(*operands)
+    gm.graph.eliminate_dead_code()
+    gm.recompile()
+    if not gm.graph.output_node().args[0]:
+        return lambda *_: ()
+    with torch.no_grad():
+        return inductor.compile_fx(gm, list(operands), config_patches={"triton.cudagraphs": False})  # type: ignore[return-value]
+
+
+__all__ = ["Partitioner", "compile_graph", "compile_rest", "compiled"]
