@@ -16,6 +16,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.passes.facts import storage
 from attnfx.passes.graphs import dims, op_name, value
 from attnfx.passes.lift import VIEWS, Index, Lifter, Opaque
 
@@ -45,6 +46,8 @@ def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:
         step = _step(lifter, last)
         if step is None or len(found) > 60:
             return found
+        if last.node in lifter.written and storage(last.node) != storage(step.node):
+            return found  # what was written in place is not in its source
         found.append(step)
 
 
