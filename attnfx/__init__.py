@@ -14,7 +14,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from attnfx.errors import AttnfxError, BudgetError, OptionError, RefusalError
-    from attnfx.explanation import explain
+    from attnfx.explainer import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
     from attnfx.plans import Plan, plan

@@ -27,8 +27,8 @@ from attnfx.passes.graphs import number
 from attnfx.passes.recompute import forward_nodes, mark
 from attnfx.peaks import Resident, fitting, total
 from attnfx.planning import Marks, choices
-from attnfx.present import detected, free_bytes
 from attnfx.targets import Target
+from attnfx.targets.available import detected, free_bytes
 
 # What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
 _limits: dict[int, int] = {}

@@ -15,7 +15,7 @@ import torch
 
 from attnfx import cache
 from attnfx.cost import line
-from attnfx.device import fingerprint
+from attnfx.fingerprint import fingerprint
 from attnfx.report import Candidate, Decision
 
 CORRECTIONS = cache.JsonCache("calibration")

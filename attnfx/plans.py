@@ -22,9 +22,9 @@ from attnfx.memory.budget import text
 from attnfx.options import Options
 from attnfx.peaks import Resident, contents, fitting, on_gpu, total
 from attnfx.planning import Choice, choices
-from attnfx.present import detected, free_bytes
 from attnfx.report import Decision, Report, Site
 from attnfx.targets import Target
+from attnfx.targets.available import detected, free_bytes
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule
 
 from attnfx import cache, timing
 from attnfx.cost import Question
-from attnfx.device import fingerprint
+from attnfx.fingerprint import fingerprint
 from attnfx.inductor import compile_graph
 from attnfx.kernels import configuration
 from attnfx.options import Options

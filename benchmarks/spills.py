@@ -28,7 +28,7 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, summarise, tiles
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.kernels.flash.launcher import Launch
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 ARCHITECTURES, HEAD_DIMS = (80, 86, 90, 100), (64, 128, 256)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, rebuild, walk
+from attnfx.ir.gradient import gradient
 from attnfx.mask import mask_of
 from attnfx.spec import AttentionSpec, fill_of
 

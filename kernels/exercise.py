@@ -16,9 +16,9 @@ from torch import Tensor
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
-from attnfx import rowprogram
 from attnfx.kernels import rows
 from attnfx.spec import AXES, AttentionSpec, from_json, loads
+from attnfx.spec import rows as rowprogram
 
 LARGEST = 1 << 23  # elements that the operands of a row program may have in memory
 _done: set[str] = set()

@@ -13,11 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from attnfx import fused
 from attnfx.ir import algebra as A
 from attnfx.kernels.flash.device import capability
 from attnfx.kernels.library import form_of
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import sdpa_dispatch as fused
 
 
 class Fused(NamedTuple):

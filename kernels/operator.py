@@ -21,7 +21,7 @@ from attnfx.kernels import chunked, fused, library
 from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import parse
 from attnfx.kernels.flash import tier as flash
-from attnfx.mask import summary as mask_summary
+from attnfx.mask import runtime_summary as mask_summary
 from attnfx.spec import AXES, AttentionSpec, from_json
 
 _SHARED = "Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec, str tier, Tensor? summary=None"

@@ -9,7 +9,7 @@ import torch
 
 from attnfx.kernels import rows
 from attnfx.kernels.operator import register, require, twice
-from attnfx.rowprogram import from_json
+from attnfx.spec.rows import from_json
 
 _SHARED = "Tensor[] inputs, SymInt[] sizes, Tensor? seed, str program"
 _FORWARD = f"attention_rows({_SHARED}) -> Tensor[]"

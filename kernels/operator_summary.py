@@ -12,7 +12,7 @@ import torch
 
 from attnfx.kernels.flash import tier as flash
 from attnfx.kernels.operator import register, require, twice
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AXES, AttentionSpec, from_json
 
 _SCHEMA = "mask_summary(Tensor[] captures, SymInt[] sizes, str spec) -> Tensor"

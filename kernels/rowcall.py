@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from attnfx.ir.expr import Expr
-from attnfx.ir.text import parse
+from attnfx.ir.serialize import parse
 from attnfx.kernels.bodies import Factor, Place
 from attnfx.mask import key_ranges
-from attnfx.rowprogram import Ref, RowProgram, from_json
+from attnfx.spec.rows import Ref, RowProgram, from_json
 
 WIDTHS, NARROW = 4, 16  # how many numbers of keys chunks have, where masks leave some out: compiled, and call by call
 

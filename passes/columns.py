@@ -28,8 +28,8 @@ from attnfx.passes.graphs import dims, is_tensor, op_name, shape
 from attnfx.passes.lift import VIEWS, Lifter
 from attnfx.passes.separable import Along, Made, NotSeparable, Use, split
 from attnfx.passes.separable_views import ROWS
-from attnfx.rowprogram import Ref
 from attnfx.spec import I, J
+from attnfx.spec.rows import Ref
 
 COLUMNS = Ref("columns", 0)
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")

@@ -10,7 +10,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute
 from attnfx.mask import rows_live
-from attnfx.mask.keep import kept
+from attnfx.mask.predicate import kept
 from attnfx.passes import normalise as N
 from attnfx.passes.finding import Match
 from attnfx.passes.lift import Index

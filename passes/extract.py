@@ -14,13 +14,13 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
-from attnfx import rowprogram
 from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import op_name, value
 from attnfx.passes.library_call import SDPA
 from attnfx.passes.lift import argument
 from attnfx.report import Site
 from attnfx.spec import from_json
+from attnfx.spec import rows as rowprogram
 
 DROPOUTS = ("dropout", "dropout_", "feature_dropout")
 

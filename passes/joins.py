@@ -25,7 +25,7 @@ from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.library_call import SDPA
 from attnfx.passes.rewrite import STACK, Emitter, like, size_carriers
 from attnfx.passes.separable import Along, Made, NotSeparable, split
-from attnfx.rowprogram import Ref
+from attnfx.spec.rows import Ref
 
 aten = torch.ops.aten
 CATS = ("cat", "concat", "concatenate")

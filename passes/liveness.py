@@ -17,12 +17,12 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx import fused
 from attnfx.memory.attention import Operand, Use, fused_kernel, workspace
 from attnfx.memory.ops import Graph, Kind, Op, Result
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
 from attnfx.spec import from_json
+from attnfx.targets import sdpa_dispatch as fused
 
 # torch/_inductor/ir.py, StorageBox.should_realize_on_reuse
 HEAVY = frozenset("exp log log10 log1p log2 sigmoid tanh".split())

@@ -13,14 +13,14 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
-from attnfx.ir.text import to_json
+from attnfx.ir.serialize import to_json
 from attnfx.passes.columns import Part, operands, part
 from attnfx.passes.facts import Facts, detached
 from attnfx.passes.graphs import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.region import Region
 from attnfx.passes.rewrite import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.separable import Along
-from attnfx.rowprogram import Call, Live, Ref, Result, RowProgram
+from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 
 
 def replace_region(

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.mask.summary import Summary
+from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.checkpoints import MARKS
 from attnfx.passes.facts import detached, written_operands
 from attnfx.passes.finding import Match, Reduction

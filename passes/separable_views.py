@@ -11,7 +11,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.graphs import dims, is_tensor, shape, value
 from attnfx.passes.separable import Along, Use, rule
-from attnfx.rowprogram import Ref
+from attnfx.spec.rows import Ref
 
 ROWS = Ref("rows", 0)
 

@@ -9,7 +9,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from attnfx import Target, deciding, fused, pipeline
+from attnfx import Target, deciding, pipeline
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.kernels import fused as call
@@ -18,6 +18,7 @@ from attnfx.memory.attention import Operand, Use, workspace
 from attnfx.options import Options
 from attnfx.passes.liveness import attention_workspace
 from attnfx.spec import AttentionSpec, Capture, H, I, J
+from attnfx.targets import sdpa_dispatch as fused
 from tests.support import check, compiled, qkv, rand
 
 SCORE = A.mul(A.const(0.125), A.DOT)

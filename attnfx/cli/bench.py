@@ -20,7 +20,7 @@ from torch import Tensor
 
 from attnfx import calibration, pipeline, timing
 from attnfx.cli.loading import EXIT_CODES
-from attnfx.device import device_name
+from attnfx.fingerprint import device_name
 from attnfx.options import Options
 from attnfx.report import Decision
 

@@ -17,9 +17,9 @@ from attnfx.cost.throughput import float_lanes
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
 from attnfx.mask import key_span, mask_of, rows_live
-from attnfx.mask import summary as mask_summary
-from attnfx.mask.addend import LOST, addend
-from attnfx.mask.keep import kept
+from attnfx.mask import runtime_summary as mask_summary
+from attnfx.mask.additive import LOST, addend
+from attnfx.mask.predicate import kept
 from attnfx.report import Candidate
 from attnfx.spec import I, J
 from attnfx.targets import Target

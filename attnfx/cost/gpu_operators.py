@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attnfx import fused
 from attnfx.cost.kernels import COPY, L2_SHARE, Work, other, other_backward, work
 from attnfx.cost.program import DROPOUT, operations
 from attnfx.cost.question import Question
 from attnfx.cost.throughput import matrix_rate
 from attnfx.ir import algebra as A
-from attnfx.mask import summary as mask_summary
+from attnfx.mask import runtime_summary as mask_summary
 from attnfx.mask import visited_scores
-from attnfx.mask.keep import kept
+from attnfx.mask.predicate import kept
 from attnfx.report import Candidate
 from attnfx.spec import AttentionSpec, I, J, reads_pairs
 from attnfx.targets import Target
+from attnfx.targets import sdpa_dispatch as fused
 
 # How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
 # for the second product. Its backward pass: the gradient of the weights and of the scores, written and read, and the

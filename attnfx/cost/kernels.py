@@ -27,7 +27,7 @@ from attnfx.cost.throughput import (
 )  # fmt: skip
 from attnfx.ir import algebra as A
 from attnfx.mask import ANALYSED, visited
-from attnfx.mask.keep import kept
+from attnfx.mask.predicate import kept
 from attnfx.spec import AttentionSpec
 from attnfx.targets import Target
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from attnfx.cost.kernels import COPY
 from attnfx.cost.program import operations
 from attnfx.cost.throughput import float_lanes
-from attnfx.mask.summary import Summary, axes, cost
+from attnfx.mask.runtime_summary import Summary, axes, cost
 from attnfx.targets import Target
 
 EMPTY = 1 / 8  # the least share of empty tiles that a mask in a tensor is made for: less padding hardly needs one

@@ -63,7 +63,7 @@ class Expr:
     free: frozenset[str]
 
     def __repr__(self) -> str:
-        from attnfx.ir.text import show
+        from attnfx.ir.serialize import show
 
         return show(self)
 

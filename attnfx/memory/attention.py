@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from attnfx import fused
 from attnfx.ir import algebra as A
-from attnfx.ir.diagonal import opaque, toeplitz
 from attnfx.ir.expr import FLOAT, INT, Expr
+from attnfx.ir.toeplitz import opaque, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of
 from attnfx.spec import AttentionSpec, I, J, additive
+from attnfx.targets import sdpa_dispatch as fused
 
 # kernels/library.py: queries of a block; kernels/chunked_plan.py: elements of a tile, rows of a block
 BLOCK, TILE, ROWS = 256, {"cpu": 1 << 20, "cuda": 1 << 26}, {"cpu": 128, "cuda": 512}

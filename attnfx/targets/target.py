@@ -135,7 +135,7 @@ class Target:
         architecture, scaled by what its driver says, and `note` says so. A CPU is measured once, in about a second.
         Raises OptionError for a device that is not there or is neither a GPU nor a CPU.
         """
-        from attnfx.targets import detect
+        from attnfx.targets import detection as detect
 
         return detect.detect(device)
 

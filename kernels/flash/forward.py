@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.mask.addend import LOST
+from attnfx.mask.additive import LOST
 
 # Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
 LOWEST = tl.constexpr(-3.0e38)

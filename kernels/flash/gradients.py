@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.derive import gradient
 from attnfx.ir.expr import Expr, walk
+from attnfx.ir.gradient import gradient
 from attnfx.kernels.call import Call
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
 from attnfx.kernels.flash.backward import delta_kernel

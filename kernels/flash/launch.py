@@ -21,7 +21,8 @@ from attnfx.kernels.flash.program import Program, Table, Unsupported, program_of
 from attnfx.kernels.flash.source import NotEmitted
 from attnfx.kernels.flash.tiles import Tile, forward_tiles
 from attnfx.kernels.flash.walks import over_keys
-from attnfx.mask import boxes, rows_live
+from attnfx.mask import rows_live
+from attnfx.mask import tile_bounds as boxes
 from attnfx.spec import AttentionSpec
 
 FUNCTIONS = (

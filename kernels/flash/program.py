@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.derive import gradient
 from attnfx.ir.expr import BOOL, INT, Expr, rebuild, substitute, walk
+from attnfx.ir.gradient import gradient
 from attnfx.kernels.evaluate import opaque, toeplitz
 from attnfx.mask import live, mask_of
-from attnfx.mask.addend import LOST, addend
+from attnfx.mask.additive import LOST, addend
 from attnfx.spec import AttentionSpec
 
 LOG2E = math.log2(math.e)
@@ -63,7 +63,7 @@ class Program:
     extras   the extra logits, in units of log 2
     leaves   the loads that need a gradient from the scores' side
     tables   behind the captures, in the order of their slots
-    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.addend` has it
+    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.additive` has it
     """
 
     softmax: bool

@@ -19,9 +19,10 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.kernels.flash.device import lasting
-from attnfx.mask import boxes, ranges_of
-from attnfx.mask import polyhedron as P
-from attnfx.mask.spans import spans
+from attnfx.mask import affine as P
+from attnfx.mask import ranges_of
+from attnfx.mask import tile_bounds as boxes
+from attnfx.mask.row_intervals import spans
 from attnfx.spec import I, J
 
 SPARSE = 7 / 8  # of the tiles from the first live one to the last: a list of more saves less than its reading costs
@@ -32,7 +33,7 @@ LARGEST = 1 << 22  # tiles of a matrix that are looked at one by one
 class Path:
     """walks   (blocks, 4)
     states  (blocks, tiles) of uint8 where empty tiles lie between a block's live ones, else None: LIVE of
-            `attnfx.mask.boxes` where a tile must be visited, DEAD where that must look at the mask or the bounds
+            `attnfx.mask.tile_bounds` where a tile must be visited, DEAD where that must look at the mask or the bounds
     step    the length of a tile
     """
 

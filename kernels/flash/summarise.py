@@ -1,4 +1,4 @@
-"""One pass over the tensors of a mask, as `attnfx.mask.summary` describes it."""
+"""One pass over the tensors of a mask, as `attnfx.mask.runtime_summary` describes it."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from attnfx.kernels.flash.launch import Arguments
 from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.summary import summary_kernel
 from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """The summary of `Summary.spec` over its captures, of `attnfx.mask.summary.shape` and uint8. `sizes` are B, H, T, S
-    and the spec's own. Where no kernel compiles, every grain is partial, which is always true."""
+    """The summary of `Summary.spec` over its captures, of `attnfx.mask.runtime_summary.shape` and uint8. `sizes` are B,
+    H, T, S and the spec's own. Where no kernel compiles, every grain is partial, which is always true."""
     call = call_of(captures, sizes, spec)
     states = captures[0].new_empty(summary.shape(spec, call.sizes), dtype=torch.uint8)
     try:

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.functions as f
-from attnfx.mask.addend import DROWNED
+from attnfx.mask.additive import DROWNED
 
 LARGEST_DROWNED = tl.constexpr(DROWNED * 1.4426950408889634)
 

@@ -71,7 +71,7 @@ def source(spec: AttentionSpec) -> str:
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """The summary of a mask, as `attnfx.mask.summary` has it, of one of its specs."""
+    """The summary of a mask, as `attnfx.mask.runtime_summary` has it, of one of its specs."""
     from attnfx.kernels.flash import summarise as kernels
 
     return kernels.summarise(captures, sizes, spec)

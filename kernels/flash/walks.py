@@ -13,7 +13,8 @@ from attnfx.kernels.flash.launcher import Launch
 from attnfx.kernels.flash.ranges import along_keys, along_rows, gap, lists_on_device, on_device, states_on_device
 from attnfx.kernels.flash.summary import lists_kernel
 from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import key_span, summary
+from attnfx.mask import key_span
+from attnfx.mask import runtime_summary as summary
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, tiles
 from attnfx.kernels.flash.gradients import Backward
 from attnfx.kernels.operator import attention
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
 

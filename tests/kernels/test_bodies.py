@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnfx.kernels import bodies, rows
-from attnfx.rowprogram import Call, Ref, Result, RowProgram
+from attnfx.spec.rows import Call, Ref, Result, RowProgram
 from tests.kernels.test_rows import H, S, operands, program
 from tests.support import rand
 

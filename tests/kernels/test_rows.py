@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from attnfx.kernels import heap, operator_rows, rows  # noqa: F401  (the operator is registered by its import)
-from attnfx.rowprogram import Call, Ref, Result, RowProgram, from_json
+from attnfx.spec.rows import Call, Ref, Result, RowProgram, from_json
 from tests.support import rand
 
 T, S, H = 21, 13, 3

@@ -9,7 +9,8 @@ import torch
 
 import attnfx
 from attnfx import OptionError, Options, Target
-from attnfx.targets import cpu, detect
+from attnfx.targets import detection as detect
+from attnfx.targets import measure_cpu as cpu
 from attnfx.targets.records import FOLDER
 from attnfx.targets.target import numbers
 

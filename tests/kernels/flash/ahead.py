@@ -21,7 +21,7 @@ from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, split, summarise, tiles
 from attnfx.kernels.flash.gradients import Backward
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

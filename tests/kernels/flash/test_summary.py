@@ -14,7 +14,7 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.flash import launch, summarise, tier
 from attnfx.kernels.flash.gradients import backward
 from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import summary
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
 from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, rand, tensors, whole

@@ -15,7 +15,7 @@ from attnfx.kernels.flash import launch, split, walks
 from attnfx.kernels.flash.gradients import Backward, backward
 from attnfx.kernels.flash.ranges import along_keys, along_rows
 from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import boxes
+from attnfx.mask import tile_bounds as boxes
 from attnfx.spec import AttentionSpec, H, I, J
 from tests.kernels.flash.test_flash import CAUSAL, FINITE, INF, TILE, masked, tensors, whole
 

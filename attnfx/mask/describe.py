@@ -16,8 +16,8 @@ import islpy as isl
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
-from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import kept
+from attnfx.mask import affine as P
+from attnfx.mask.predicate import kept
 from attnfx.spec import AttentionSpec, I, J
 
 OPAQUE = "learned/opaque"

@@ -12,9 +12,9 @@ from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import INT, Expr
 from attnfx.ir.interpret import evaluate
-from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import kept, live
-from attnfx.mask.spans import spans as by_row
+from attnfx.mask import affine as P
+from attnfx.mask.predicate import kept, live
+from attnfx.mask.row_intervals import spans as by_row
 from attnfx.spec import AttentionSpec
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 
 from attnfx.cache import JsonCache, key_of
-from attnfx.device import processor
 from attnfx.errors import OptionError
+from attnfx.fingerprint import processor
 from attnfx.targets.target import Target
 
 _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")

@@ -9,7 +9,7 @@ from functools import lru_cache
 import torch
 
 from attnfx.errors import OptionError
-from attnfx.targets import cpu
+from attnfx.targets import measure_cpu as cpu
 from attnfx.targets.records import aliases, key, records
 from attnfx.targets.target import RANGES, Target, replaced
 

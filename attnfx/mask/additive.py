@@ -18,7 +18,7 @@ from functools import lru_cache
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, INT, Expr, walk
-from attnfx.mask.keep import FILL
+from attnfx.mask.predicate import FILL
 
 DROWNED = -1e30
 LOST = -1e6

@@ -15,8 +15,8 @@ from functools import lru_cache
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, INT, Expr, substitute, walk
-from attnfx.mask.addend import addend
-from attnfx.mask.keep import kept
+from attnfx.mask.additive import addend
+from attnfx.mask.predicate import kept
 from attnfx.spec import AXES, AttentionSpec, canonical
 
 GRAIN = 64  # rows and keys; tiles of the kernels are multiples of it, or divide it

@@ -15,7 +15,7 @@ import numpy as np
 
 from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, INT, Expr
-from attnfx.mask import polyhedron as P
+from attnfx.mask import affine as P
 from attnfx.spec import AXES
 
 LIVE, DEAD = 1, 2  # as those of `summary`

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from attnfx.ir.expr import Expr
-from attnfx.mask import polyhedron as P
+from attnfx.mask import affine as P
 from attnfx.mask.intervals import Intervals, intervals
 
 GRAINS = (64, 32, 1)  # rows; the largest that divides a block is what the block is made of

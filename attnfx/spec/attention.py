@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, INT, Expr, rebuild, walk
-from attnfx.ir.text import dump, parse, show
+from attnfx.ir.serialize import dump, parse, show
 
 VERSION = (
     1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
