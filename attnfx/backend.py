@@ -13,13 +13,14 @@ from typing import Any
 import torch._dynamo.exc
 from torch.fx import GraphModule
 
-from attnfx import dumping, report, verify
+from attnfx import dumping, verify
 from attnfx.errors import AttnfxError, RefusalError
 from attnfx.faults import described
 from attnfx.inductor import compile_graph
 from attnfx.options import Options
 from attnfx.passes.chunks import draws
 from attnfx.pipeline import Result
+from attnfx.report import report
 
 _REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
 # How Dynamo is told to trace a frame again, or to leave it alone: not a failure.

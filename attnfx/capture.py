@@ -29,7 +29,7 @@ from attnfx import pipeline
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
 from attnfx.passes.recompute import copied
-from attnfx.report import Report
+from attnfx.report.report import Report
 from attnfx.standins import stand_ins
 
 

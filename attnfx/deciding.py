@@ -33,7 +33,7 @@ from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean,
 from attnfx.passes.shield import shield
 from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import trace
-from attnfx.report import Candidate, Decision, Site
+from attnfx.report.report import Candidate, Decision, Site
 from attnfx.targets import Target
 
 OPERATORS = Operators(

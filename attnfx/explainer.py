@@ -11,7 +11,7 @@ from torch.fx import GraphModule
 
 from attnfx import pipeline
 from attnfx.options import Options
-from attnfx.report import Report
+from attnfx.report.report import Report
 from attnfx.standins import stand_ins, zeros
 
 

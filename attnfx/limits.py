@@ -22,7 +22,7 @@ from attnfx.memory.liveness import Event
 from attnfx.options import Options
 from attnfx.peaks import Resident, reserve, total
 from attnfx.planning import Choice, as_decided
-from attnfx.report import Report
+from attnfx.report.report import Report
 from attnfx.sizes import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
 
 FAR = 1 << 24  # a batch or length beyond which no limit is looked for

@@ -41,7 +41,7 @@ from attnfx.passes.stages import Recorder
 from attnfx.passes.tables import find_tables
 from attnfx.passes.trace import Transformed, Untraceable, trace
 from attnfx.passes.widths import widen
-from attnfx.report import Decision, Refusal, Report, Site
+from attnfx.report.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)

@@ -22,7 +22,7 @@ from attnfx.memory.budget import text
 from attnfx.options import Options
 from attnfx.peaks import Resident, contents, fitting, on_gpu, total
 from attnfx.planning import Choice, choices
-from attnfx.report import Decision, Report, Site
+from attnfx.report.report import Decision, Report, Site
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
 
@@ -154,8 +154,8 @@ class Plan:
 
         Raises FileExistsError where there is a file of that name, unless `force`.
         """
-        from attnfx.html import write
-        from attnfx.reportjson import data
+        from attnfx.report.html import write
+        from attnfx.report.to_json import data
 
         step = "a training step" if self.train else "a forward pass"
         caption = f"Bytes allocated over {step} on {self.target.name}; {text(self.peak_bytes)} at the peak."

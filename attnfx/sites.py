@@ -13,7 +13,7 @@ from attnfx.mask import describe, mask_of, prepare
 from attnfx.passes.finding import Finding, Match
 from attnfx.passes.graphs import dims, number, value, where_in_source
 from attnfx.passes.rewrite import dimensions
-from attnfx.report import Site
+from attnfx.report.report import Site
 
 
 def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:

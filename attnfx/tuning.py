@@ -26,7 +26,7 @@ from attnfx.inductor import compile_graph
 from attnfx.kernels import configuration
 from attnfx.options import Options
 from attnfx.passes.chunks import draws
-from attnfx.report import Candidate, Decision
+from attnfx.report.report import Candidate, Decision
 
 MOST = 8  # candidates that are timed, the original among them
 ANSWERS = cache.JsonCache("tuning")

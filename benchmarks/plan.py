@@ -32,7 +32,7 @@ from peak import peak_over_base
 from torch import Tensor, nn
 
 import attnfx
-from attnfx.report import Site
+from attnfx.report.report import Site
 
 
 class Case(NamedTuple):

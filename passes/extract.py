@@ -18,7 +18,7 @@ from attnfx.passes.facts import Facts, written_operands
 from attnfx.passes.graphs import op_name, value
 from attnfx.passes.library_call import SDPA
 from attnfx.passes.lift import argument
-from attnfx.report import Site
+from attnfx.report.report import Site
 from attnfx.spec import from_json
 from attnfx.spec import rows as rowprogram
 

@@ -9,7 +9,7 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.passes.lift import Index
 from attnfx.passes.reading import Operand, batch_and_heads
-from attnfx.report import Refusal
+from attnfx.report.report import Refusal
 from attnfx.spec import AttentionSpec
 
 

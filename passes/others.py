@@ -16,7 +16,7 @@ from attnfx.passes.descent import batched
 from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import dims, is_tensor, op_name, refusal
 from attnfx.passes.match import Finder
-from attnfx.report import Refusal
+from attnfx.report.report import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
 BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum

@@ -23,7 +23,7 @@ from attnfx.passes.graphs import dims, is_tensor, number, op_name, refusal, valu
 from attnfx.passes.reading import free
 from attnfx.passes.region import Region
 from attnfx.passes.separable import Along, NotSeparable, split
-from attnfx.report import Refusal
+from attnfx.report.report import Refusal
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region

@@ -1,4 +1,4 @@
-"""The stages of a graph as data (`attnfx.graphs.Stage`): as it was traced, lifted, and rewritten.
+"""The stages of a graph as data (`attnfx.report.stages.Stage`): as it was traced, lifted, and rewritten.
 
 Reads graphs, changes nothing. Needs `meta["val"]` where shapes are to be shown.
 """
@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.graphs import GraphNode, Place, Stage, collapse
 from attnfx.passes.facts import written_operands
 from attnfx.passes.finding import Finding
 from attnfx.passes.graphs import op_name, value, where_in_source
+from attnfx.report.stages import GraphNode, Place, Stage, collapse
 
 KINDS = {"placeholder": "input", "get_attr": "constant", "output": "output"}
 LARGEST = 1000  # nodes of one site

@@ -268,8 +268,8 @@ args = [torch.randn(1, 2, 8, 4) for _ in range(3)]
 child = os.fork()
 out = torch.compile(fn, backend="attnfx", options={"rewrite": "always", "inner": "aot_eager"})(*args)
 torch.testing.assert_close(out, fn(*args))
-import attnfx.report
-assert len(attnfx.report.reports()[-1].rewritten) == 1
+import attnfx.report.report
+assert len(attnfx.report.report.reports()[-1].rewritten) == 1
 if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0, "the child failed"

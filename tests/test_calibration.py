@@ -7,7 +7,7 @@ from attnfx import calibration
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.options import Options
-from attnfx.report import Candidate, Decision
+from attnfx.report.report import Candidate, Decision
 from attnfx.spec import AttentionSpec, I, J
 
 CPU = torch.device("cpu")

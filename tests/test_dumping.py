@@ -6,7 +6,7 @@ from attnfx import dumping
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.pipeline import Result
-from attnfx.report import Decision, Report, Site
+from attnfx.report.report import Decision, Report, Site
 from attnfx.spec import AttentionSpec, I, J
 from tests.support import compiled, qkv
 

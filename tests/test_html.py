@@ -11,10 +11,10 @@ import pytest
 import torch
 
 import attnfx
-from attnfx.html import page
-from attnfx.html.collapse import collapse
-from attnfx.html.drawing import HEIGHT, WIDTH, draw
-from attnfx.reportjson import data
+from attnfx.report.html import page
+from attnfx.report.html.collapse import collapse
+from attnfx.report.html.layout import HEIGHT, WIDTH, draw
+from attnfx.report.to_json import data
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]

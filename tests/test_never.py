@@ -716,8 +716,8 @@ import attnfx, attnfx.backend, attnfx.kernels.operator
 torch._dynamo.reset()
 torch.compile(fn, backend="attnfx", options={"rewrite": "always", "inner": "aot_eager"})(*args)
 after = state()
-import attnfx.report
-assert attnfx.report.reports()[-1].rewritten
+import attnfx.report.report
+assert attnfx.report.report.reports()[-1].rewritten
 for name in before:
     assert before[name] == after[name], (name, [k for k in before[name] if before[name][k] != after[name].get(k)])
 """

@@ -11,8 +11,8 @@ import torch
 import attnfx
 from attnfx.errors import RefusalError
 from attnfx.passes.trace import Untraceable
-from attnfx.refusals import CODES, page
-from attnfx.report import Decision, Refusal
+from attnfx.report.codes import CODES, page
+from attnfx.report.report import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T
 from tests.support import compiled, qkv
 
@@ -101,7 +101,7 @@ def test_a_code_that_is_not_in_the_table_cannot_be_made():
 def test_the_page_of_codes_has_a_heading_for_each_and_no_other():
     text = (ROOT / "docs" / "refusals.md").read_text()
     assert [line[4:] for line in text.splitlines() if line.startswith("### ")] == list(CODES)
-    assert text == page(), "write it again: python -m attnfx.refusals > docs/refusals.md"
+    assert text == page(), "write it again: python -m attnfx.report.codes > docs/refusals.md"
 
 
 def test_every_code_in_the_source_is_in_the_table():
@@ -125,4 +125,4 @@ def test_every_decision_to_keep_has_a_code():
                 given = [last, *(k.value for k in node.keywords if k.arg == "code")]
                 if keeps and not any(isinstance(g, ast.Constant) and g.value in CODES for g in given):
                     missing.append(f"{file.name}:{node.lineno}")
-    assert missing == [], "give the reason a code of attnfx/refusals.py"
+    assert missing == [], "give the reason a code of attnfx/report/codes.py"

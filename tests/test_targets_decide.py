@@ -15,7 +15,7 @@ from attnfx.kernels.call import Call
 from attnfx.kernels.configuration import Configuration, parse
 from attnfx.kernels.flash import tier as flash_tier
 from attnfx.kernels.flash.tiles import Tile, decode_tiles, forward_tiles
-from attnfx.report import Candidate
+from attnfx.report.report import Candidate
 from attnfx.spec import AttentionSpec
 from tests.support import compiled, new_reports, rand
 

@@ -22,7 +22,7 @@ from attnfx import calibration, pipeline, timing
 from attnfx.cli.loading import EXIT_CODES
 from attnfx.fingerprint import device_name
 from attnfx.options import Options
-from attnfx.report import Decision
+from attnfx.report.report import Decision
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, cap: float = 0.0) -> Tensor:

@@ -16,7 +16,7 @@ from attnfx.cli import pages
 from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
 from attnfx.errors import OptionError
 from attnfx.options import Rewrite
-from attnfx.report import Report
+from attnfx.report.report import Report
 
 
 def sizes(command: Callable[..., Any]) -> Callable[..., Any]:

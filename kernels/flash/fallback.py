@@ -12,8 +12,8 @@ from typing import TypeVar
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
-from attnfx import report
 from attnfx.kernels.call import Call
+from attnfx.report import report
 
 T = TypeVar("T")
 R = TypeVar("R")

@@ -12,16 +12,16 @@ import jinja2
 import networkx as nx
 from markupsafe import Markup
 
-from attnfx.html import picture
-from attnfx.html.collapse import collapse
-from attnfx.html.drawing import HEIGHT, WIDTH, draw
 from attnfx.memory import budget
+from attnfx.report.html import figures as picture
+from attnfx.report.html.collapse import collapse
+from attnfx.report.html.layout import HEIGHT, WIDTH, draw
 
 TITLES = {"traced": "Before", "rewritten": "After"}
 
 
 def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str = "") -> str:
-    """The page of a report, given as `attnfx.reportjson.data` gives it.
+    """The page of a report, given as `attnfx.report.to_json.data` gives it.
 
     timeline  bytes that are alive after each step of a plan, from the first to the last; none is drawn without
     """
@@ -56,12 +56,12 @@ def write(
 
 
 def _asset(name: str) -> Markup:
-    return Markup((files("attnfx.html") / name).read_text())
+    return Markup((files("attnfx.report.html") / name).read_text())
 
 
 def _template() -> jinja2.Template:
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
-    return environment.from_string((files("attnfx.html") / "report.html.j2").read_text())
+    return environment.from_string((files("attnfx.report.html") / "report.html.j2").read_text())
 
 
 def _script(value: object) -> Markup:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
-from attnfx.refusals import known
+from attnfx.report.codes import known
 from attnfx.spec import AttentionSpec
 
 if TYPE_CHECKING:
@@ -17,14 +17,18 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from attnfx.graphs import Stage
+    from attnfx.report.stages import Stage
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like attention was left as it was: a stable code (of `attnfx.refusals.CODES`), the first
-    condition that failed as a sentence, the graph nodes that stopped the walk, the smallest edit that would change it
-    (the code's own where `hint` is empty), and the user's line ("file.py:88") that the nodes came from.
+    """Why something that looks like attention was left as it was.
+
+    code     stable, one of `attnfx.report.codes.CODES`
+    message  the first condition that failed, a sentence
+    nodes    the graph nodes that stopped the walk
+    hint     the smallest edit that would change it; the code's own where it is empty
+    where    the user's line ("file.py:88") that the nodes came from
 
     Raises ValueError for a code that does not exist.
     """
@@ -77,7 +81,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Decision(Candidate):
     """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; the
-    `code` of a site that is kept is one of `attnfx.refusals.CODES`."""
+    `code` of a site that is kept is one of `attnfx.report.codes.CODES`."""
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
@@ -119,7 +123,7 @@ class Site:
 
     @property
     def code(self) -> str:
-        """Why it was kept, as a stable code of `attnfx.refusals.CODES`; "" where it was rewritten."""
+        """Why it was kept, as a stable code of `attnfx.report.codes.CODES`; "" where it was rewritten."""
         if self.refusal is not None:
             return self.refusal.code
         return self.decision.code if self.decision is not None else ""
@@ -194,7 +198,7 @@ class Report:
 
     def stage(self, name: str) -> Stage:
         """The stage of this name, made where there is none yet."""
-        from attnfx.graphs import Stage
+        from attnfx.report.stages import Stage
 
         return self.stages.setdefault(name, Stage(name))
 
@@ -211,18 +215,18 @@ class Report:
         return iter(self.sites)
 
     def __str__(self) -> str:
-        from attnfx.reporttext import text
+        from attnfx.report.to_text import text
 
         return text(self)
 
     def __rich__(self) -> RenderableType:
-        from attnfx.reporttext import renderable
+        from attnfx.report.to_text import renderable
 
         return renderable(self)
 
     def to_json(self) -> str:
         """The whole report as JSON, in the schema of docs/report.md."""
-        from attnfx.reportjson import dumps
+        from attnfx.report.to_json import dumps
 
         return dumps(self)
 
@@ -231,15 +235,15 @@ class Report:
 
         Raises FileExistsError where there is a file of that name, unless `force`.
         """
-        from attnfx.html import write
-        from attnfx.reportjson import data
+        from attnfx.report.html import write
+        from attnfx.report.to_json import data
 
         write(data(self), path, force)
 
     @staticmethod
     def from_json(text: str) -> Report:
         """The inverse of `to_json`. Raises ValueError for another version's text."""
-        from attnfx.reportjson import loads
+        from attnfx.report.to_json import loads
 
         return loads(text)
 

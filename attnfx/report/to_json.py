@@ -10,9 +10,9 @@ import json
 from dataclasses import asdict
 from typing import Any
 
-from attnfx.graphs import Stage
-from attnfx.refusals import CODES
-from attnfx.report import Candidate, Decision, Refusal, Report, Site
+from attnfx.report.codes import CODES
+from attnfx.report.report import Candidate, Decision, Refusal, Report, Site
+from attnfx.report.stages import Stage
 from attnfx.spec import AttentionSpec, from_json
 
 VERSION = 1

@@ -15,8 +15,8 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnfx.refusals import CODES
-from attnfx.report import Candidate, Report, Site
+from attnfx.report.codes import CODES
+from attnfx.report.report import Candidate, Report, Site
 
 WIDTH = 120
 PLACE = 28  # characters of a place that are kept in one line

@@ -1,6 +1,6 @@
 """The stable codes of why an attention was left as it was: one frozen table, which the documentation prints.
 
-`python -m attnfx.refusals` writes the page `docs/refusals.md`.
+`python -m attnfx.report.codes` writes the page `docs/refusals.md`.
 """
 
 from __future__ import annotations
@@ -298,7 +298,7 @@ CODES: Mapping[str, Code] = MappingProxyType({**_SITES, **_OTHERS, **_DECISIONS}
 def known(code: str) -> Code:
     """The entry of a code. Raises ValueError for one that does not exist."""
     if code not in CODES:
-        raise ValueError(f"{code!r} is no code of a refusal: attnfx/refusals.py lists them")
+        raise ValueError(f"{code!r} is no code of a refusal: attnfx/report/codes.py lists them")
     return CODES[code]
 
 

@@ -1,5 +1,5 @@
 """A report as a page for a browser."""
 
-from attnfx.html.page import page, write
+from attnfx.report.html.page import page, write
 
 __all__ = ["page", "write"]
