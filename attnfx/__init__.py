@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from attnfx.explainer import explain
     from attnfx.kernels.operator import attention
     from attnfx.options import Options
-    from attnfx.plans import Plan, plan
+    from attnfx.planning.plan import Plan, plan
     from attnfx.report.report import Decision, Refusal, Report, Site, reports
     from attnfx.spec import AttentionSpec
     from attnfx.targets import Target

@@ -50,7 +50,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     try:
         dumping.dump(gm, result, chosen)
         if chosen.memory_budget is not None:
-            from attnfx.budgeting import fit
+            from attnfx.planning.fit import fit
 
             fitted = fit(gm, example_inputs, chosen, result)
             result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}

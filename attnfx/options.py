@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from attnfx.errors import OptionError
-from attnfx.memory.budget import check as check_budget
+from attnfx.memory.byte_size import check as check_budget
 from attnfx.targets import Target
 from attnfx.targets.records import key
 

@@ -9,7 +9,7 @@ from torch._functorch.compile_utils import fx_graph_cse
 from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from attnfx.memory.split import Joint
+from attnfx.memory.partition import Joint
 from attnfx.passes.liveness import read
 from attnfx.passes.recompute import copied, is_random
 

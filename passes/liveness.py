@@ -17,8 +17,8 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from attnfx.memory.attention import Operand, Use, fused_kernel, workspace
-from attnfx.memory.ops import Graph, Kind, Op, Result
+from attnfx.memory.records import Graph, Kind, Op, Result
+from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
 from attnfx.passes.graphs import op_name
 from attnfx.passes.recompute import copied
 from attnfx.spec import from_json

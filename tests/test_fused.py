@@ -14,7 +14,7 @@ from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.kernels import fused as call
 from attnfx.kernels.operator import refusals
-from attnfx.memory.attention import Operand, Use, workspace
+from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.options import Options
 from attnfx.passes.liveness import attention_workspace
 from attnfx.spec import AttentionSpec, Capture, H, I, J

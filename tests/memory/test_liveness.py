@@ -8,8 +8,8 @@ import attnfx
 from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events, peak
-from attnfx.memory.ops import Graph, Op, Result
 from attnfx.memory.optimizer import given, state_bytes
+from attnfx.memory.records import Graph, Op, Result
 from attnfx.memory.step import Part, step
 
 

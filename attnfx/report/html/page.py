@@ -12,7 +12,7 @@ import jinja2
 import networkx as nx
 from markupsafe import Markup
 
-from attnfx.memory import budget
+from attnfx.memory import byte_size as budget
 from attnfx.report.html import figures as picture
 from attnfx.report.html.collapse import collapse
 from attnfx.report.html.layout import HEIGHT, WIDTH, draw

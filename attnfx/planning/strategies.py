@@ -12,17 +12,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
-from attnfx.capture import Captured
-from attnfx.memory.clock import roofline_ms, step_ms
 from attnfx.memory.liveness import Event, peak
-from attnfx.memory.ops import Graph, Op
-from attnfx.memory.saving import Solution, Trades, together
-from attnfx.memory.split import Joint
+from attnfx.memory.partition import Joint
+from attnfx.memory.records import Graph, Op
+from attnfx.memory.rematerialize import Solution, Trades, together
+from attnfx.memory.roofline import roofline_ms, step_ms
 from attnfx.memory.step import Part, Step, step
 from attnfx.passes.chunks import workspaces
 from attnfx.passes.joint import joint_records
 from attnfx.passes.liveness import near_readers, read
 from attnfx.passes.recompute import partition
+from attnfx.planning.capture import Captured
 from attnfx.targets import Target
 
 # The most scores at once that are tried, by device: an eighth and a thirty-second of a tile of kernels/chunked_plan.py.

@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from attnfx.capture import Captured, capture
 from attnfx.errors import OptionError
-from attnfx.limits import Limits
-from attnfx.memory import budget as budgets
+from attnfx.memory import byte_size as budgets
 from attnfx.memory import optimizer as optimizers
 from attnfx.memory.allocator import Cache
-from attnfx.memory.budget import text
+from attnfx.memory.byte_size import text
 from attnfx.options import Options
-from attnfx.peaks import Resident, contents, fitting, on_gpu, total
-from attnfx.planning import Choice, choices
+from attnfx.planning.capture import Captured, capture
+from attnfx.planning.limits import Limits
+from attnfx.planning.peak import Resident, contents, fitting, on_gpu, total
+from attnfx.planning.strategies import Choice, choices
 from attnfx.report.report import Decision, Report, Site
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
@@ -130,13 +130,13 @@ class Plan:
         return captured.get().rstrip()
 
     def __rich__(self):  # type: ignore[no-untyped-def]
-        from attnfx.drawing import table
+        from attnfx.planning.table import table
 
         return table(self)
 
     def plot(self, path: str | PathLike[str]) -> None:
         """Draw the timeline into an image file. Needs the extra "plot"."""
-        from attnfx.drawing import plot
+        from attnfx.planning.table import plot
 
         plot(self, path)
 
@@ -163,7 +163,7 @@ class Plan:
 
     def snapshot(self, path: str | PathLike[str]) -> None:
         """Write the timeline as a file that PyTorch's memory viewer (pytorch.org/memory_viz) opens."""
-        from attnfx.snapshot import snapshot
+        from attnfx.planning.snapshot import snapshot
 
         snapshot(self, path)
 

@@ -18,15 +18,15 @@ from torch.fx import GraphModule
 
 from attnfx import pipeline, verify
 from attnfx.breaks import ended_by
-from attnfx.capture import Captured, capture_graph
 from attnfx.inductor import Partitioner
-from attnfx.memory.budget import in_bytes, text
+from attnfx.memory.byte_size import in_bytes, text
 from attnfx.options import Options
 from attnfx.passes.chunks import limit as limit_chunks
 from attnfx.passes.graphs import number
 from attnfx.passes.recompute import forward_nodes, mark
-from attnfx.peaks import Resident, fitting, total
-from attnfx.planning import Marks, choices
+from attnfx.planning.capture import Captured, capture_graph
+from attnfx.planning.peak import Resident, fitting, total
+from attnfx.planning.strategies import Marks, choices
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
 

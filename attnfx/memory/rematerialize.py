@@ -23,8 +23,8 @@ from math import inf
 
 import networkx
 
-from attnfx.memory.ops import Op
-from attnfx.memory.split import Joint
+from attnfx.memory.partition import Joint
+from attnfx.memory.records import Op
 
 STEPS = 24  # solutions are looked for where two that are known lie further apart than this part of all bytes
 # A value that is made earlier lives longer: at each moment at which a later one is alive, it is too. Of two that

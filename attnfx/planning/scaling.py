@@ -17,10 +17,10 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from attnfx.capture import Captured
-from attnfx.memory.ops import Op
+from attnfx.memory.records import Op
 from attnfx.memory.step import Part
 from attnfx.passes.liveness import attention_workspace
+from attnfx.planning.capture import Captured
 
 FORMS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
 

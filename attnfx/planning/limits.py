@@ -17,13 +17,13 @@ from typing import Any, Protocol
 
 from torch.utils._pytree import tree_leaves
 
-from attnfx.capture import Captured
 from attnfx.memory.liveness import Event
 from attnfx.options import Options
-from attnfx.peaks import Resident, reserve, total
-from attnfx.planning import Choice, as_decided
+from attnfx.planning.capture import Captured
+from attnfx.planning.peak import Resident, reserve, total
+from attnfx.planning.scaling import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
+from attnfx.planning.strategies import Choice, as_decided
 from attnfx.report.report import Report
-from attnfx.sizes import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
 
 FAR = 1 << 24  # a batch or length beyond which no limit is looked for
 MOST = 1 << 13  # the largest batch that is traced

@@ -6,10 +6,10 @@ import re
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from attnfx.memory.budget import text
+from attnfx.memory.byte_size import text
 
 if TYPE_CHECKING:
-    from attnfx.plans import Plan
+    from attnfx.planning.plan import Plan
 
 ROWS = 16  # of modules, in a table
 

@@ -11,7 +11,7 @@ from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from attnfx.memory.ops import Graph, Op, Result
+from attnfx.memory.records import Graph, Op, Result
 from attnfx.memory.step import Part
 
 

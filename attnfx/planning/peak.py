@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from attnfx.errors import BudgetError
 from attnfx.memory.allocator import Cache, replay
-from attnfx.memory.budget import text
+from attnfx.memory.byte_size import text
 from attnfx.memory.liveness import Event, peak
-from attnfx.planning import Choice
+from attnfx.planning.strategies import Choice
 from attnfx.targets import Target
 
 # How much more than predicted a step may take, as a share of what it takes over what stays: above the worst that is

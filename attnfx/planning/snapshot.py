@@ -15,7 +15,7 @@ from attnfx.memory.allocator import SMALL_SEGMENT, Cache
 
 if TYPE_CHECKING:
     from attnfx.memory.allocator import _Block as Block
-    from attnfx.plans import Plan
+    from attnfx.planning.plan import Plan
 
 START = 1 << 40  # the first segment's address
 PROTOCOL = 4  # the viewer reads no later one
