@@ -12,9 +12,14 @@ from torch.utils._pytree import tree_map
 
 from attnfx import calibration, cost, tuning
 from attnfx.faults import Exercised
-from attnfx.kernels import configuration, fused, operator, operator_rows, operator_summary, operator_weights  # noqa: F401  (their imports register)
-from attnfx.kernels.exercise import Like, exercise
 from attnfx.kernels.flash import tier as flash
+from attnfx.kernels.library import cuda as fused
+from attnfx.kernels.operators import attention as operator
+from attnfx.kernels.operators import configuration
+from attnfx.kernels.operators import mask_summary as operator_summary  # noqa: F401  (their imports register)
+from attnfx.kernels.operators import rows as operator_rows  # noqa: F401  (their imports register)
+from attnfx.kernels.operators import weights as operator_weights  # noqa: F401  (their imports register)
+from attnfx.kernels.operators.exercise import Like, exercise
 from attnfx.options import Options
 from attnfx.passes.beside import drawn_for_others
 from attnfx.passes.cut import cut

@@ -23,7 +23,7 @@ from attnfx import cache, timing
 from attnfx.cost import Question
 from attnfx.fingerprint import fingerprint
 from attnfx.inductor import compile_graph
-from attnfx.kernels import configuration
+from attnfx.kernels.operators import configuration
 from attnfx.options import Options
 from attnfx.passes.chunks import draws
 from attnfx.report.report import Candidate, Decision

@@ -261,7 +261,7 @@ def test_two_threads_compile_at_once():
 
 FORK = """
 import os, torch
-import attnfx.backend, attnfx.kernels.operator
+import attnfx.backend, attnfx.kernels.operators.attention
 def fn(q, k, v):
     return ((q @ k.mT) * 0.3).softmax(-1) @ v
 args = [torch.randn(1, 2, 8, 4) for _ in range(3)]

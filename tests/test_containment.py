@@ -8,7 +8,9 @@ import torch
 from torch._inductor import compile_fx
 
 from attnfx import pipeline
-from attnfx.kernels import exercise, operator, rows
+from attnfx.kernels.operators import attention as operator
+from attnfx.kernels.operators import exercise
+from attnfx.kernels.rows import run as rows
 from tests.support import compiled, error, new_reports, qkv, run
 
 SCALE = 0.35

@@ -12,8 +12,8 @@ from torch.utils.checkpoint import checkpoint
 from attnfx import Target, deciding, pipeline
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
-from attnfx.kernels import fused as call
-from attnfx.kernels.operator import refusals
+from attnfx.kernels.library import cuda as call
+from attnfx.kernels.operators.attention import refusals
 from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.options import Options
 from attnfx.passes.liveness import attention_workspace

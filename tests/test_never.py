@@ -712,7 +712,7 @@ def fn(q, k, v):
 args = [torch.randn(1, 2, 8, 4) for _ in range(3)]
 torch.compile(fn, backend="aot_eager")(*args)
 before = state()
-import attnfx, attnfx.backend, attnfx.kernels.operator
+import attnfx, attnfx.backend, attnfx.kernels.operators.attention
 torch._dynamo.reset()
 torch.compile(fn, backend="attnfx", options={"rewrite": "always", "inner": "aot_eager"})(*args)
 after = state()

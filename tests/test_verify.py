@@ -15,7 +15,7 @@ import torch
 from attnfx import deciding, spec, verify
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import rebuild, substitute
-from attnfx.kernels import operator
+from attnfx.kernels.operators import attention as operator
 from attnfx.passes import region_rewrite
 from attnfx.passes.finding import Match
 from tests.passes.programs import Program, Spelling, arrange, tensors, write

@@ -25,9 +25,9 @@ from attnfx.spec import I, J
 from attnfx.targets import Target
 
 SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
-DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
-SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
-PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
+DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/host/decode.py takes them
+SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/host/tiles.py has it
+PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before its sum, as kernels/flash/host/backward.py slices it
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -146,7 +146,7 @@ class _Site(Operators):
         return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
 
     def pair_rows(self) -> int:
-        """The side of the square tiles of such a gradient, as kernels/flash/gradients.py takes them."""
+        """The side of the square tiles of such a gradient, as kernels/flash/host/backward.py takes them."""
         side = min(codes("rows" + self.kind, self.target.capability, self.width)[0].tile[:2])
         return side if self.target.capability >= 90 else min(side, 32)
 
@@ -242,7 +242,7 @@ class _Site(Operators):
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:
-    """(splits, keys of each), as kernels/flash/split.py cuts them."""
+    """(splits, keys of each), as kernels/flash/host/decode.py cuts them."""
     tiles = -(-keys // step)
     wanted = max(1, min(MOST_SPLITS, -(-waves * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * step

@@ -24,7 +24,7 @@ PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
 LAUNCHES, BACKWARD_LAUNCHES = 3, 6
 PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
 EAGER_PASSES = 6  # of float32 scores in a block of eager operators, beyond one for each operation of the program
-BLOCK = 1 << 26  # scores of a block, as kernels/chunked_plan.py cuts them
+BLOCK = 1 << 26  # scores of a block, as kernels/chunked/blocks.py cuts them
 BLOCK_ROWS = 128
 SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves with or without dropout
 

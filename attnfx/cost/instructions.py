@@ -16,7 +16,7 @@ KERNELS = Path(__file__).parent.parent / "kernels" / "flash"
 # The kernels and the functions of tiles that they call; programs are generated, and their part is counted apart.
 SOURCES = ("forward.py", "backward.py", "backward_keys.py", "backward_rows.py", "decode.py", "tiles.py")
 HELPERS = "functions.py"
-SMALL, OF_SMALL = 86, (86, 89, 120, 121)  # these run what is compiled for 8.6, as kernels/flash/tiles.py has it
+SMALL, OF_SMALL = 86, (86, 89, 120, 121)  # these run what is compiled for 8.6, as kernels/flash/host/tiles.py has it
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from attnfx.mask import mask_of
 from attnfx.spec import AttentionSpec
 
 # Instructions and special-function results of one operation of a score; what is not listed is one instruction. Counted
-# from the functions that the kernels' generated programs call (kernels/flash/functions.py).
+# from the functions that the kernels' generated programs call (kernels/flash/triton/functions.py).
 INSTRUCTIONS = {
     "load": 6, "exp": 2, "exp2": 1, "log": 2, "log2": 1, "recip": 2, "sigmoid": 4, "tanh": 14, "sqrt": 2, "expm1": 9,
     "log1p": 14, "softplus": 18, "sin": 20, "cos": 20, "erf": 20, "atan": 30, "pow": 30, "floordiv": 12, "mod": 13,

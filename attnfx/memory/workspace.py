@@ -17,9 +17,9 @@ from attnfx.mask import KeyRange, key_ranges, mask_of
 from attnfx.spec import AttentionSpec, I, J, additive
 from attnfx.targets import sdpa_dispatch as fused
 
-# kernels/library.py: queries of a block; kernels/chunked_plan.py: elements of a tile, rows of a block
+# kernels/library/cpu.py: queries of a block; kernels/chunked/blocks.py: elements of a tile, rows of a block
 BLOCK, TILE, ROWS = 256, {"cpu": 1 << 20, "cuda": 1 << 26}, {"cpu": 128, "cuda": 512}
-LEAST_ROWS = 16  # of a part of a block in kernels/chunked_plan.py
+LEAST_ROWS = 16  # of a part of a block in kernels/chunked/blocks.py
 KEYS = 512  # aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: keys of a block there
 
 
@@ -128,7 +128,7 @@ def _scaled_dot(e: Expr) -> bool:
 
 @dataclass(frozen=True)
 class _Layout:
-    """As in kernels/library.py: whether one call serves all queries, the bias, the mask that is added, the blocks."""
+    """As in kernels/library/cpu.py: whether one call serves all queries, the bias, the added mask, the blocks."""
 
     single: bool
     bias: Expr

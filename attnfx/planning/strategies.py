@@ -25,8 +25,8 @@ from attnfx.passes.recompute import partition
 from attnfx.planning.capture import Captured
 from attnfx.targets import Target
 
-# The most scores at once that are tried, by device: an eighth and a thirty-second of a tile of kernels/chunked_plan.py.
-# On a CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long (256 and 2048 keys).
+# The most scores at once that are tried, by device: an eighth and a thirty-second of a tile of
+# kernels/chunked/blocks.py. On a CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long (256 and 2048 keys).
 CHUNKS = {"cpu": (1 << 17, 1 << 15), "cuda": (1 << 23, 1 << 21)}
 
 

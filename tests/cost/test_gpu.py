@@ -16,9 +16,11 @@ from attnfx.cost.program import operations
 from attnfx.cost.throughput import Step, cycles, occupancy
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.kernels.operator import attention
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.kernels.operators.attention import attention
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfx.kernels import bodies, rows
+from attnfx.kernels.rows import compiled_body as bodies
+from attnfx.kernels.rows import run as rows
 from attnfx.spec.rows import Call, Ref, Result, RowProgram
 from tests.kernels.test_rows import H, S, operands, program
 from tests.support import rand

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.library import cpu as library
 from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.passes.liveness import operand
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
