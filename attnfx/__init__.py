@@ -26,7 +26,8 @@ _HOMES = {
     "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report.report",
     "OptionError": "errors", "Options": "options", "Plan": "planning.plan", "Refusal": "report.report",
     "RefusalError": "errors", "Report": "report.report", "Site": "report.report", "Target": "targets",
-    "attention": "kernels.operators.attention", "explain": "explainer", "plan": "planning.plan", "reports": "report.report",
+    "attention": "kernels.operators.attention", "explain": "explainer", "plan": "planning.plan",
+    "reports": "report.report",
 }  # fmt: skip
 
 __all__ = [

@@ -18,7 +18,7 @@ from attnfx.errors import AttnfxError, RefusalError
 from attnfx.faults import described
 from attnfx.inductor import compile_graph
 from attnfx.options import Options
-from attnfx.passes.chunks import draws
+from attnfx.passes.joint.chunk_limit import draws
 from attnfx.pipeline import Result
 from attnfx.report import report
 

@@ -21,23 +21,32 @@ from attnfx.kernels.operators import rows as operator_rows  # noqa: F401  (their
 from attnfx.kernels.operators import weights as operator_weights  # noqa: F401  (their imports register)
 from attnfx.kernels.operators.exercise import Like, exercise
 from attnfx.options import Options
-from attnfx.passes.beside import drawn_for_others
-from attnfx.passes.cut import cut
-from attnfx.passes.extract import Trial
-from attnfx.passes.facts import Facts
-from attnfx.passes.finding import Finding, Match, Reduction
-from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import number, op_name, refusal, value, where_in_source
-from attnfx.passes.library_call import SDPA
-from attnfx.passes.match import Finder
-from attnfx.passes.reductions import find_reductions
-from attnfx.passes.region import Region
-from attnfx.passes.region_rewrite import replace_region
-from attnfx.passes.regions import find_region
-from attnfx.passes.rewrite import CannotEmit, Carriers, Operators, check, clean, dimensions, rewrite, size_carriers
-from attnfx.passes.shield import shield
-from attnfx.passes.tables import find_tables
-from attnfx.passes.trace import trace
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import number, op_name, refusal, value, where_in_source
+from attnfx.passes.match.matcher import Finder
+from attnfx.passes.match.results import Finding, Match, Reduction
+from attnfx.passes.match.sdpa_call import SDPA
+from attnfx.passes.match.weight_reductions import find_reductions
+from attnfx.passes.match.weight_uses import drawn_for_others
+from attnfx.passes.prepare.functionalize import functionalise
+from attnfx.passes.prepare.table_lookups import find_tables
+from attnfx.passes.prepare.trace import trace
+from attnfx.passes.rewrite.attention import (
+    CannotEmit,
+    Carriers,
+    Operators,
+    check,
+    clean,
+    dimensions,
+    rewrite,
+    size_carriers,
+)
+from attnfx.passes.rewrite.shield import shield
+from attnfx.passes.rewrite.site_pairs import Trial
+from attnfx.passes.rewrite.subgraph import cut
+from attnfx.passes.rows.find_region import find_region
+from attnfx.passes.rows.region import Region
+from attnfx.passes.rows.replace_region import replace_region
 from attnfx.report.report import Candidate, Decision, Site
 from attnfx.targets import Target
 

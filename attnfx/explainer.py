@@ -11,8 +11,8 @@ from torch.fx import GraphModule
 
 from attnfx import pipeline
 from attnfx.options import Options
+from attnfx.passes.fx.stand_ins import stand_ins, zeros
 from attnfx.report.report import Report
-from attnfx.standins import stand_ins, zeros
 
 
 def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:

@@ -11,36 +11,36 @@ from typing import TypeVar
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from attnfx import breaks
 from attnfx.deciding import OPERATORS, Deciding
 from attnfx.faults import Fault, Faults, Part, described
 from attnfx.observe import publish, readable, said, traces
 from attnfx.options import Options
-from attnfx.passes import flops
-from attnfx.passes.beside import needed
-from attnfx.passes.checkpoints import unmark
-from attnfx.passes.contraction import PRODUCTS
-from attnfx.passes.descent import GATES
-from attnfx.passes.extract import Trial
-from attnfx.passes.finding import Finding
-from attnfx.passes.functionalise import functionalise
-from attnfx.passes.graphs import refusal, where_in_source
-from attnfx.passes.joins import join
-from attnfx.passes.keysets import unite
-from attnfx.passes.loops import merge
-from attnfx.passes.match import Finder
-from attnfx.passes.ones import split_ones
-from attnfx.passes.online import gather
-from attnfx.passes.others import others, unread, unread_bodies, with_reasons
-from attnfx.passes.outer import unpair
-from attnfx.passes.reductions import find_reductions
-from attnfx.passes.rewrite import check, clean, size_carriers
-from attnfx.passes.share import share
-from attnfx.passes.spellings import respell
-from attnfx.passes.stages import Recorder
-from attnfx.passes.tables import find_tables
-from attnfx.passes.trace import Transformed, Untraceable, trace
-from attnfx.passes.widths import widen
+from attnfx.passes.fx import flops
+from attnfx.passes.fx import graph_breaks as breaks
+from attnfx.passes.fx.cse import share
+from attnfx.passes.fx.nodes import refusal, where_in_source
+from attnfx.passes.lift.contraction import PRODUCTS
+from attnfx.passes.match.candidates import GATES
+from attnfx.passes.match.matcher import Finder
+from attnfx.passes.match.merge_query_chunks import merge
+from attnfx.passes.match.results import Finding
+from attnfx.passes.match.unmatched import others, unread, unread_bodies, with_reasons
+from attnfx.passes.match.weight_reductions import find_reductions
+from attnfx.passes.match.weight_uses import needed
+from attnfx.passes.prepare.canonicalize import respell
+from attnfx.passes.prepare.functionalize import functionalise
+from attnfx.passes.prepare.hoist_concat import join
+from attnfx.passes.prepare.inline_checkpoints import unmark
+from attnfx.passes.prepare.merge_key_sets import unite
+from attnfx.passes.prepare.merge_online_softmax import gather
+from attnfx.passes.prepare.merge_score_terms import widen
+from attnfx.passes.prepare.split_ones_column import split_ones
+from attnfx.passes.prepare.split_pair_linear import unpair
+from attnfx.passes.prepare.table_lookups import find_tables
+from attnfx.passes.prepare.trace import Transformed, Untraceable, trace
+from attnfx.passes.rewrite.attention import check, clean, size_carriers
+from attnfx.passes.rewrite.record_stages import Recorder
+from attnfx.passes.rewrite.site_pairs import Trial
 from attnfx.report.report import Decision, Refusal, Report, Site
 from attnfx.sites import describe_site, hints, numeric_dims
 

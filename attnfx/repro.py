@@ -13,7 +13,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from attnfx import pipeline  # noqa: F401  (its import registers the operators)
 from attnfx.comparison import Difference, compare, compare_dropout
-from attnfx.passes.extract import Pair, drops, without_dropout
+from attnfx.passes.rewrite.site_pairs import Pair, drops, without_dropout
 
 SCRIPT = '''\
 """The attention at {where} and what attnfx made of it, on the tensors of the call that showed the difference.

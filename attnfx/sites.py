@@ -10,9 +10,9 @@ from torch.fx import Graph
 from attnfx import cost
 from attnfx.ir import algebra as A
 from attnfx.mask import describe, mask_of, prepare
-from attnfx.passes.finding import Finding, Match
-from attnfx.passes.graphs import dims, number, value, where_in_source
-from attnfx.passes.rewrite import dimensions
+from attnfx.passes.fx.nodes import dims, number, value, where_in_source
+from attnfx.passes.match.results import Finding, Match
+from attnfx.passes.rewrite.attention import dimensions
 from attnfx.report.report import Site
 
 

@@ -25,7 +25,7 @@ from attnfx.fingerprint import fingerprint
 from attnfx.inductor import compile_graph
 from attnfx.kernels.operators import configuration
 from attnfx.options import Options
-from attnfx.passes.chunks import draws
+from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report.report import Candidate, Decision
 
 MOST = 8  # candidates that are timed, the original among them

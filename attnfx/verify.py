@@ -23,9 +23,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from attnfx import cache, pipeline, repro
 from attnfx.comparison import Difference
 from attnfx.options import Options
-from attnfx.passes.extract import Pair, Trial, weight
-from attnfx.passes.facts import Facts
-from attnfx.passes.graphs import number
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import number
+from attnfx.passes.rewrite.site_pairs import Pair, Trial, weight
 from attnfx.pipeline import Result
 
 # Higher-order operators whose bodies run here: from the operands, which of them is the body, and what it is given.

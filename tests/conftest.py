@@ -53,7 +53,7 @@ def golden(request):
 def shapes_left(monkeypatch):
     """The shapes of what the rewritten graphs hold, as the graphs come."""
     from attnfx import pipeline
-    from attnfx.passes.graphs import number
+    from attnfx.passes.fx.nodes import number
 
     found, original = [], pipeline.run
 

@@ -77,7 +77,7 @@ def test_a_step_of_the_search_that_fails_is_left_out(monkeypatch, name):
     assert f"the pass {name}" in message
 
 
-@pytest.mark.parametrize("where", ["attnfx.passes.match.N.normalise", "attnfx.pipeline.describe_site"])
+@pytest.mark.parametrize("where", ["attnfx.passes.match.matcher.N.normalise", "attnfx.pipeline.describe_site"])
 def test_a_site_at_which_the_search_fails_is_kept_and_the_others_are_not(monkeypatch, where):
     fails_at(monkeypatch, where, 2)
     _, report = contained(twice, rewritten=1)
@@ -182,7 +182,7 @@ def test_strict_raises_what_a_part_raised(monkeypatch, place, strict):
 def test_explain_reports_a_part_that_failed(monkeypatch):
     import attnfx
 
-    fails_at(monkeypatch, "attnfx.passes.match.N.normalise", 1)
+    fails_at(monkeypatch, "attnfx.passes.match.matcher.N.normalise", 1)
     report = attnfx.explain(twice, rewrite="always")(*qkv())
     assert [s.code for s in report.kept] == ["fault"] and len(report.rewritten) == 1
 
@@ -203,7 +203,7 @@ def fails_at(monkeypatch, where, place):
 
     module, _, name = where.rpartition(".")
     if module.endswith(".N"):
-        module = "attnfx.passes.normalise"
+        module = "attnfx.passes.match.softmax"
     owner = importlib.import_module(module)
     original = getattr(owner, name)
     seen: list[str] = []

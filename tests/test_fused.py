@@ -16,7 +16,7 @@ from attnfx.kernels.library import cuda as call
 from attnfx.kernels.operators.attention import refusals
 from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.options import Options
-from attnfx.passes.liveness import attention_workspace
+from attnfx.passes.joint.read_graph import attention_workspace
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 from attnfx.targets import sdpa_dispatch as fused
 from tests.support import check, compiled, qkv, rand

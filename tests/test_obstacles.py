@@ -10,7 +10,7 @@ import torch
 
 import attnfx
 from attnfx.errors import RefusalError
-from attnfx.passes.trace import Untraceable
+from attnfx.passes.prepare.trace import Untraceable
 from attnfx.report.codes import CODES, page
 from attnfx.report.report import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T

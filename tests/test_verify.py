@@ -16,8 +16,8 @@ from attnfx import deciding, spec, verify
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import rebuild, substitute
 from attnfx.kernels.operators import attention as operator
-from attnfx.passes import region_rewrite
-from attnfx.passes.finding import Match
+from attnfx.passes.match.results import Match
+from attnfx.passes.rows import replace_region as region_rewrite
 from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
 

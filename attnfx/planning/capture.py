@@ -28,9 +28,9 @@ from torch.utils._pytree import tree_map, tree_map_only
 from attnfx import pipeline
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
-from attnfx.passes.recompute import copied
+from attnfx.passes.fx.stand_ins import stand_ins
+from attnfx.passes.joint.mark_recompute import copied
 from attnfx.report.report import Report
-from attnfx.standins import stand_ins
 
 
 @dataclass

@@ -17,13 +17,13 @@ from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
 from attnfx import pipeline, verify
-from attnfx.breaks import ended_by
 from attnfx.inductor import Partitioner
 from attnfx.memory.byte_size import in_bytes, text
 from attnfx.options import Options
-from attnfx.passes.chunks import limit as limit_chunks
-from attnfx.passes.graphs import number
-from attnfx.passes.recompute import forward_nodes, mark
+from attnfx.passes.fx.graph_breaks import ended_by
+from attnfx.passes.fx.nodes import number
+from attnfx.passes.joint.chunk_limit import limit as limit_chunks
+from attnfx.passes.joint.mark_recompute import forward_nodes, mark
 from attnfx.planning.capture import Captured, capture_graph
 from attnfx.planning.peak import Resident, fitting, total
 from attnfx.planning.strategies import Marks, choices

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from attnfx.memory.records import Op
 from attnfx.memory.step import Part
-from attnfx.passes.liveness import attention_workspace
+from attnfx.passes.joint.read_graph import attention_workspace
 from attnfx.planning.capture import Captured
 
 FORMS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))

@@ -18,15 +18,16 @@ from attnfx.memory.records import Graph, Op
 from attnfx.memory.rematerialize import Solution, Trades, together
 from attnfx.memory.roofline import roofline_ms, step_ms
 from attnfx.memory.step import Part, Step, step
-from attnfx.passes.chunks import workspaces
-from attnfx.passes.joint import joint_records
-from attnfx.passes.liveness import near_readers, read
-from attnfx.passes.recompute import partition
+from attnfx.passes.joint.chunk_limit import workspaces
+from attnfx.passes.joint.mark_recompute import partition
+from attnfx.passes.joint.read_graph import near_readers, read
+from attnfx.passes.joint.read_joint import joint_records
 from attnfx.planning.capture import Captured
 from attnfx.targets import Target
 
 # The most scores at once that are tried, by device: an eighth and a thirty-second of a tile of
-# kernels/chunked/blocks.py. On a CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long (256 and 2048 keys).
+# kernels/chunked/blocks.py. On a CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long
+# (256 and 2048 keys).
 CHUNKS = {"cpu": (1 << 17, 1 << 15), "cuda": (1 << 23, 1 << 21)}
 
 

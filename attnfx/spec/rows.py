@@ -1,7 +1,8 @@
 """A row program: a straight line of ATen calls that computes some rows of a result from the same rows of its inputs.
 
-The serialisable form of a region of a graph whose rows do not depend on each other (`passes/separable.py` proves it),
-and what `kernels/rows/run.py` runs chunk by chunk. Values are numbered: first the inputs, then the result of each call.
+The serialisable form of a region of a graph whose rows do not depend on each other (`passes/lift/row_rules.py` proves
+it), and what `kernels/rows/run.py` runs chunk by chunk. Values are numbered: first the inputs, then the result of each
+call.
 """
 
 from __future__ import annotations

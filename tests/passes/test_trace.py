@@ -562,7 +562,7 @@ def everything_direct(x, y, w, b, n, h):
 def recorded(monkeypatch, direct, autocast):
     """(operator, shape, dtype, strides) of each node of the trace."""
     from attnfx import pipeline
-    from attnfx.passes import trace
+    from attnfx.passes.prepare import trace
 
     if not direct:
         monkeypatch.setattr(trace, "DIRECT", {})

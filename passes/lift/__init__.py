@@ -1,0 +1,1 @@
+"""Translate FX nodes into index expressions and back: the lifter with its rules, and the emitter."""
