@@ -13,14 +13,15 @@ from typing import Any
 import torch._dynamo.exc
 from torch.fx import GraphModule
 
-from attnfx import dumping, verify
+from attnfx.compiler import dump as dumping
+from attnfx.compiler.faults import described
+from attnfx.compiler.pipeline import Result
 from attnfx.errors import AttnfxError, RefusalError
-from attnfx.faults import described
 from attnfx.inductor import compile_graph
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
-from attnfx.pipeline import Result
 from attnfx.report import report
+from attnfx.verify import verify
 
 _REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
 # How Dynamo is told to trace a frame again, or to leave it alone: not a failure.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule
 
-from attnfx import pipeline
+from attnfx.compiler import pipeline
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins, zeros
 from attnfx.report.report import Report

@@ -25,7 +25,7 @@ from pathlib import Path
 import torch
 import triton
 
-from attnfx.cost.instructions import TABLE, fingerprint
+from attnfx.cost.instruction_counts import TABLE, fingerprint
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash.host import decode as split

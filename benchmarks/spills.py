@@ -22,7 +22,7 @@ import torch
 import triton
 from machine_code import describe, listing, loops
 
-from attnfx.cost.instructions import fingerprint
+from attnfx.cost.instruction_counts import fingerprint
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash.host import decode as split

@@ -52,7 +52,7 @@ def golden(request):
 @pytest.fixture
 def shapes_left(monkeypatch):
     """The shapes of what the rewritten graphs hold, as the graphs come."""
-    from attnfx import pipeline
+    from attnfx.compiler import pipeline
     from attnfx.passes.fx.nodes import number
 
     found, original = [], pipeline.run

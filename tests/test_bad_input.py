@@ -37,7 +37,7 @@ def causal(q, k, v):
 )
 def test_a_bad_option_names_the_nearest_valid_one_before_anything_is_compiled(monkeypatch, options, nearest):
     reached = []
-    monkeypatch.setattr("attnfx.pipeline.run", lambda *a: reached.append(a))
+    monkeypatch.setattr("attnfx.compiler.pipeline.run", lambda *a: reached.append(a))
     with pytest.raises(Exception, match=nearest) as caught:
         torch.compile(attend, backend="attnfx", options=options)(*qkv())
     assert isinstance(caught.value, OptionError) or "OptionError" in str(caught.value)
@@ -58,7 +58,7 @@ def test_a_model_that_cannot_be_traced_is_compiled_as_it_is(monkeypatch):
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
     with new_reports() as filed, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         args = qkv()

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._inductor import compile_fx
 
-from attnfx import pipeline
+from attnfx.compiler import pipeline
 from attnfx.kernels.operators import attention as operator
 from attnfx.kernels.operators import exercise
 from attnfx.kernels.rows import run as rows
@@ -77,7 +77,7 @@ def test_a_step_of_the_search_that_fails_is_left_out(monkeypatch, name):
     assert f"the pass {name}" in message
 
 
-@pytest.mark.parametrize("where", ["attnfx.passes.match.matcher.N.normalise", "attnfx.pipeline.describe_site"])
+@pytest.mark.parametrize("where", ["attnfx.passes.match.matcher.N.normalise", "attnfx.compiler.pipeline.describe_site"])
 def test_a_site_at_which_the_search_fails_is_kept_and_the_others_are_not(monkeypatch, where):
     fails_at(monkeypatch, where, 2)
     _, report = contained(twice, rewritten=1)
@@ -89,7 +89,7 @@ def test_a_site_that_cannot_be_emitted_is_kept_and_the_others_are_not(monkeypatc
     def both(q, k, v):
         return attend(q, k, v) + whole_rows(q, k, v)
 
-    monkeypatch.setattr(f"attnfx.deciding.{name}", fail)
+    monkeypatch.setattr(f"attnfx.compiler.choose.{name}", fail)
     _, report = contained(both, rewritten=1)
     assert [s.code for s in report.kept] == ["fault"]
 
@@ -215,5 +215,5 @@ def fails_at(monkeypatch, where, place):
         return fail() if seen.index(key) == place - 1 else original(first, *rest, **named)
 
     monkeypatch.setattr(owner, name, sometimes)
-    if module == "attnfx.pipeline":
+    if module == "attnfx.compiler.pipeline":
         monkeypatch.setattr(pipeline, name, sometimes)

@@ -2,10 +2,10 @@
 
 import torch
 
-from attnfx import dumping
+from attnfx.compiler import dump as dumping
+from attnfx.compiler.pipeline import Result
 from attnfx.ir import algebra as A
 from attnfx.options import Options
-from attnfx.pipeline import Result
 from attnfx.report.report import Decision, Report, Site
 from attnfx.spec import AttentionSpec, I, J
 from tests.support import compiled, qkv

@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from attnfx import Target, deciding, pipeline
+from attnfx import Target
+from attnfx.compiler import choose as deciding
+from attnfx.compiler import pipeline
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.kernels.library import cuda as call

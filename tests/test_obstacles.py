@@ -51,7 +51,7 @@ def test_a_graph_that_cannot_be_traced_tells_of_its_softmaxes(monkeypatch):
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
     fn = OBSTACLES["short_sequence"].fn
     report = attnfx.explain(fn)(*qkv())
     (softmax,) = report.others

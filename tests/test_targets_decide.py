@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import attnfx
-from attnfx import Options, Target, deciding
+from attnfx import Options, Target
+from attnfx.compiler import choose as deciding
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash import tier as flash_tier
 from attnfx.kernels.flash.host.tiles import Tile, decode_tiles, forward_tiles

@@ -12,12 +12,14 @@ import warnings
 import pytest
 import torch
 
-from attnfx import deciding, spec, verify
+from attnfx import spec
+from attnfx.compiler import choose as deciding
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import rebuild, substitute
 from attnfx.kernels.operators import attention as operator
 from attnfx.passes.match.results import Match
 from attnfx.passes.rows import replace_region as region_rewrite
+from attnfx.verify import verify
 from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
 

@@ -8,12 +8,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from attnfx.cost import summaries
-from attnfx.cost.gpu_operators import Operators, padded
-from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import Kernel, even, of_code, work
-from attnfx.cost.question import Question
-from attnfx.cost.throughput import float_lanes
+from attnfx.cost import mask_summary as summaries
+from attnfx.cost.gpu_kernel import Kernel, even, of_code, work
+from attnfx.cost.gpu_library import Operators, padded
+from attnfx.cost.gpu_occupancy import float_lanes
+from attnfx.cost.instruction_counts import Code, codes
+from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import substitute, walk
 from attnfx.mask import key_span, mask_of, rows_live

@@ -8,7 +8,7 @@ from attnfx.memory.fusion import Kernel
 from attnfx.memory.liveness import Phase
 from attnfx.targets import Target
 
-# Shares of the peak rates that library kernels reach, as in attnfx/cost/gpu_operators.py.
+# Shares of the peak rates that library kernels reach, as in attnfx/cost/gpu_library.py.
 PRODUCTS, COPY = 0.6, 0.85
 
 

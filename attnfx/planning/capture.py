@@ -25,7 +25,7 @@ from torch._subclasses.fake_tensor import (
 from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
-from attnfx import pipeline
+from attnfx.compiler import pipeline
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins

@@ -16,7 +16,7 @@ import torch
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch.fx import GraphModule
 
-from attnfx import pipeline, verify
+from attnfx.compiler import pipeline
 from attnfx.inductor import Partitioner
 from attnfx.memory.byte_size import in_bytes, text
 from attnfx.options import Options
@@ -29,6 +29,7 @@ from attnfx.planning.peak import Resident, fitting, total
 from attnfx.planning.strategies import Marks, choices
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
+from attnfx.verify import verify
 
 # What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
 _limits: dict[int, int] = {}

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfx.cost import Question, gpu, instructions, summaries
-from attnfx.cost.kernels import other, other_backward, work
-from attnfx.cost.program import operations
-from attnfx.cost.throughput import Step, cycles, occupancy
+from attnfx.cost import Question, gpu
+from attnfx.cost import instruction_counts as instructions
+from attnfx.cost import mask_summary as summaries
+from attnfx.cost.gpu_kernel import other, other_backward, work
+from attnfx.cost.gpu_occupancy import Step, cycles, occupancy
+from attnfx.cost.operation_counts import operations
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash.host import decode as split

@@ -165,7 +165,7 @@ def test_a_body_is_made_under_whatever_mode_asks():
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_body_is_made_inside_a_compiled_step(mode, monkeypatch):
-    from attnfx.cost import rows as model
+    from attnfx.cost import row_chunks as model
 
     monkeypatch.setattr(model, "CACHE", 0)
 

@@ -9,7 +9,7 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from attnfx import deciding
+from attnfx.compiler import choose as deciding
 from attnfx.ir import algebra as A
 from attnfx.kernels import gpu as device
 from attnfx.kernels.call import Call

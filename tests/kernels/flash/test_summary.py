@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfx import deciding
-from attnfx.cost import summaries
+from attnfx.compiler import choose as deciding
+from attnfx.cost import mask_summary as summaries
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash import tier

@@ -9,9 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-from attnfx.cost.instructions import Code, Loop
-from attnfx.cost.program import Operations
-from attnfx.cost.throughput import (
+from attnfx.cost.gpu_occupancy import (
     LATENCY,
     SCHEDULERS,
     SHARED_BYTES,
@@ -25,6 +23,8 @@ from attnfx.cost.throughput import (
     on_all,
     warp_groups,
 )  # fmt: skip
+from attnfx.cost.instruction_counts import Code, Loop
+from attnfx.cost.operation_counts import Operations
 from attnfx.ir import algebra as A
 from attnfx.mask import ANALYSED, visited
 from attnfx.mask.predicate import kept

@@ -20,13 +20,15 @@ from torch import Tensor
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Interpreter, Node
 
-from attnfx import cache, pipeline, repro
-from attnfx.comparison import Difference
+from attnfx import cache
+from attnfx.compiler import pipeline
+from attnfx.compiler.pipeline import Result
 from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import number
 from attnfx.passes.rewrite.site_pairs import Pair, Trial, weight
-from attnfx.pipeline import Result
+from attnfx.verify import repro
+from attnfx.verify.compare import Difference
 
 # Higher-order operators whose bodies run here: from the operands, which of them is the body, and what it is given.
 BODIES = {

@@ -10,8 +10,8 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
-from attnfx import calibration, cost, tuning
-from attnfx.faults import Exercised
+from attnfx import cost
+from attnfx.compiler.faults import Exercised
 from attnfx.kernels.flash import tier as flash
 from attnfx.kernels.library import cuda as fused
 from attnfx.kernels.operators import attention as operator
@@ -49,6 +49,8 @@ from attnfx.passes.rows.region import Region
 from attnfx.passes.rows.replace_region import replace_region
 from attnfx.report.report import Candidate, Decision, Site
 from attnfx.targets import Target
+from attnfx.tuning import calibrate as calibration
+from attnfx.tuning import tune as tuning
 
 OPERATORS = Operators(
     torch.ops.attnfx.attention.default,

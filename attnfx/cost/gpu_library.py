@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from attnfx.cost.kernels import COPY, L2_SHARE, Work, other, other_backward, work
-from attnfx.cost.program import DROPOUT, operations
-from attnfx.cost.question import Question
-from attnfx.cost.throughput import matrix_rate
+from attnfx.cost.gpu_kernel import COPY, L2_SHARE, Work, other, other_backward, work
+from attnfx.cost.gpu_occupancy import matrix_rate
+from attnfx.cost.operation_counts import DROPOUT, operations
+from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.mask import runtime_summary as mask_summary
 from attnfx.mask import visited_scores

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from torch.fx import GraphModule
 
+from attnfx.compiler.pipeline import Result
+from attnfx.compiler.trace_log import readable
 from attnfx.kernels.flash import tier
-from attnfx.observe import readable
 from attnfx.options import Options
-from attnfx.pipeline import Result
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:

@@ -6,8 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from attnfx.cost import cpu, gpu, rows
-from attnfx.cost.question import Question
+from attnfx.cost import cpu, gpu
+from attnfx.cost import row_chunks as rows
+from attnfx.cost.query import Question
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
 from attnfx.options import Options

@@ -19,7 +19,7 @@ import torch
 from torch._guards import tracing
 from torch.fx import GraphModule
 
-from attnfx import cache, timing
+from attnfx import cache
 from attnfx.cost import Question
 from attnfx.fingerprint import fingerprint
 from attnfx.inductor import compile_graph
@@ -27,6 +27,7 @@ from attnfx.kernels.operators import configuration
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report.report import Candidate, Decision
+from attnfx.tuning import timing
 
 MOST = 8  # candidates that are timed, the original among them
 ANSWERS = cache.JsonCache("tuning")

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from attnfx.cost.kernels import COPY
-from attnfx.cost.program import operations
-from attnfx.cost.throughput import float_lanes
+from attnfx.cost.gpu_kernel import COPY
+from attnfx.cost.gpu_occupancy import float_lanes
+from attnfx.cost.operation_counts import operations
 from attnfx.mask.runtime_summary import Summary, axes, cost
 from attnfx.targets import Target
 

@@ -11,9 +11,10 @@ from typing import TypeVar
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from attnfx.deciding import OPERATORS, Deciding
-from attnfx.faults import Fault, Faults, Part, described
-from attnfx.observe import publish, readable, said, traces
+from attnfx.compiler.choose import OPERATORS, Deciding
+from attnfx.compiler.faults import Fault, Faults, Part, described
+from attnfx.compiler.sites import describe_site, hints, numeric_dims
+from attnfx.compiler.trace_log import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes.fx import flops
 from attnfx.passes.fx import graph_breaks as breaks
@@ -42,7 +43,6 @@ from attnfx.passes.rewrite.attention import check, clean, size_carriers
 from attnfx.passes.rewrite.record_stages import Recorder
 from attnfx.passes.rewrite.site_pairs import Trial
 from attnfx.report.report import Decision, Refusal, Report, Site
-from attnfx.sites import describe_site, hints, numeric_dims
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
