@@ -172,9 +172,9 @@ def test_a_backward_pass_that_cannot_be_compiled_runs_operator_by_operator(monke
 
 
 @pytest.mark.parametrize("strict", [dict(strict=True)])
-@pytest.mark.parametrize("place", ["pipeline.merge", "deciding.rewrite", "pipeline.describe_site"])
+@pytest.mark.parametrize("place", ["pipeline.merge", "choose.rewrite", "pipeline.describe_site"])
 def test_strict_raises_what_a_part_raised(monkeypatch, place, strict):
-    monkeypatch.setattr(f"attnfx.{place}", fail)
+    monkeypatch.setattr(f"attnfx.compiler.{place}", fail)
     with pytest.raises(Exception, match="planted"):
         compiled(attend, **strict)(*qkv())
 

@@ -497,7 +497,10 @@ def break_inside(monkeypatch, place):
     monkeypatch.setattr(f"attnfx.{place}", fail)
 
 
-@pytest.mark.parametrize("place", ["pipeline.run", "pipeline.trace", "deciding.Deciding.decide", "deciding.rewrite"])
+@pytest.mark.parametrize(
+    "place",
+    ["compiler.pipeline.run", "compiler.pipeline.trace", "compiler.choose.Deciding.decide", "compiler.choose.rewrite"],
+)
 def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, place):
     break_inside(monkeypatch, place)
     args = qkv()
@@ -512,13 +515,13 @@ def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, 
 
 
 def test_a_failure_inside_attnfx_gives_the_original_graph_to_the_compiler(monkeypatch):
-    break_inside(monkeypatch, "pipeline.check")
+    break_inside(monkeypatch, "compiler.pipeline.check")
     with pytest.warns(UserWarning, match="attnfx failed"):
         got = run(compiled(attend, inner="inductor"), args := qkv(), True)
     assert error(got, run(attend, args, True)) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["pipeline.run", "deciding.rewrite"])
+@pytest.mark.parametrize("place", ["compiler.pipeline.run", "compiler.choose.rewrite"])
 def test_strict_raises_a_failure_inside_attnfx(monkeypatch, place):
     break_inside(monkeypatch, place)
     with pytest.raises(Exception, match="broken for a test"):

@@ -108,7 +108,7 @@ def test_every_code_in_the_source_is_in_the_table():
     """Codes are literals where they are raised: a misspelt one would be found only when it happens."""
     makers = {"Refused", "NotNormalised", "refusal", "Refusal", "unread"}
     found = set()
-    for file in [*(ROOT / "passes").rglob("*.py"), ROOT / "attnfx" / "pipeline.py"]:
+    for file in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in makers:
                 found |= {a.value for a in node.args[:2] if isinstance(a, ast.Constant) and str(a.value).isidentifier()}
@@ -117,7 +117,7 @@ def test_every_code_in_the_source_is_in_the_table():
 
 def test_every_decision_to_keep_has_a_code():
     missing = []
-    for file in [*(ROOT / "attnfx" / "cost").rglob("*.py"), ROOT / "attnfx" / "pipeline.py"]:
+    for file in [*(ROOT / "attnfx" / "cost").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and node.args and getattr(node.func, "id", "") in ("_of", "Decision"):
                 first, last = node.args[0], node.args[-1]

@@ -14,8 +14,11 @@ from typing import Any
 TABLE = Path(__file__).with_name("instructions.json")
 KERNELS = Path(__file__).parent.parent / "kernels" / "flash"
 # The kernels and the functions of tiles that they call; programs are generated, and their part is counted apart.
-SOURCES = ("forward.py", "backward.py", "backward_keys.py", "backward_rows.py", "decode.py", "tiles.py")
-HELPERS = "functions.py"
+SOURCES = (
+    "triton/forward.py", "triton/backward.py", "triton/backward_keys.py", "triton/backward_rows.py", "triton/decode.py",
+    "host/tiles.py",
+)  # fmt: skip
+HELPERS = "triton/functions.py"
 SMALL, OF_SMALL = 86, (86, 89, 120, 121)  # these run what is compiled for 8.6, as kernels/flash/host/tiles.py has it
 
 

@@ -114,14 +114,14 @@ def _near_normaliser(nodes: Collection[Node]) -> set[Node]:
 def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:
     """Whether the value that was written over keeps the gradient that it had."""
     target: Node = node.args[0]  # type: ignore[assignment]
-    taught = target not in facts.position or target in facts.differentiable
+    base: Node = views[-1].args[0] if views else target  # type: ignore[assignment]
+    taught = base not in facts.position or base in facts.differentiable
     if taught and facts.regions[node][0] is False:
         return False  # a write under no_grad is not recorded, and leaves the history of the target as it is
     if not taught or op_name(node) != "copy_" or not all(map(_whole, views)):
         return True
     # the gradient of what is copied over is zeros; out of place it would have none
     source: Node = node.args[1]  # type: ignore[assignment]
-    base: Node = views[-1].args[0] if views else target  # type: ignore[assignment]
     return base in facts.position and source in facts.position and facts.descends(source, base)
 
 

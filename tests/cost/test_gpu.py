@@ -340,9 +340,10 @@ def test_the_table_is_of_the_kernels_as_they_are():
 
 def test_a_change_of_a_kernel_changes_the_fingerprint_and_a_comment_does_not(tmp_path):
     for name in (*instructions.SOURCES, instructions.HELPERS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((instructions.KERNELS / name).read_text())
     same = instructions.fingerprint(tmp_path)
-    forward = tmp_path / "forward.py"
+    forward = tmp_path / "triton" / "forward.py"
     forward.write_text("# a comment\n" + forward.read_text())
     assert same == instructions.fingerprint(tmp_path) == instructions.fingerprint()
     forward.write_text(forward.read_text().replace("l_i * alpha", "alpha * l_i"))
