@@ -22,10 +22,9 @@ from attnfx.kernels.operators import weights as operator_weights  # noqa: F401  
 from attnfx.kernels.operators.exercise import Like, exercise
 from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import number, op_name, refusal, value, where_in_source
+from attnfx.passes.fx.nodes import SDPA, number, op_name, refusal, value, where_in_source
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding, Match, Reduction
-from attnfx.passes.match.sdpa_call import SDPA
 from attnfx.passes.match.weight_reductions import find_reductions
 from attnfx.passes.match.weight_uses import drawn_for_others
 from attnfx.passes.prepare.functionalize import functionalise

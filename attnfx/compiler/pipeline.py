@@ -19,8 +19,7 @@ from attnfx.options import Options
 from attnfx.passes.fx import flops
 from attnfx.passes.fx import graph_breaks as breaks
 from attnfx.passes.fx.cse import share
-from attnfx.passes.fx.nodes import refusal, where_in_source
-from attnfx.passes.lift.contraction import PRODUCTS
+from attnfx.passes.fx.nodes import PRODUCTS, refusal, where_in_source
 from attnfx.passes.match.candidates import GATES
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.merge_query_chunks import merge

@@ -6,6 +6,7 @@ import operator
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import sympy
@@ -120,3 +121,63 @@ def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
     """A refusal with the names of its nodes and the user's line of the first that has one."""
     place = next((p for p in map(where_in_source, nodes) if p), "")
     return Refusal(code, message, tuple(n.name for n in nodes), hint, place)
+
+
+class Opaque(Exception):
+    """This operator has no scalar meaning here: the node is loaded."""
+
+
+def argument(at: Node, position: int, name: str, default: object = None) -> object:
+    if name in at.kwargs:
+        return at.kwargs[name]
+    return at.args[position] if len(at.args) > position else default
+
+
+def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None) -> int:
+    dim = argument(at, position, name)
+    rank = len(shape(at.args[0])) if rank is None else rank  # type: ignore[arg-type]
+    if not isinstance(dim, int):
+        raise Opaque
+    return dim % max(rank, 1)
+
+
+PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
+
+
+@dataclass(frozen=True)
+class Product:
+    """Slot of the pure product of a node that also adds something (baddbmm)."""
+
+    node: Node
+
+
+def slot_node(slot: object) -> Node:
+    return slot.node if isinstance(slot, Product) else slot  # type: ignore[return-value]
+
+
+SDPA = ("scaled_dot_product_attention",)
+
+
+REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
+
+
+MARKS = (REGION, POLICY)
+
+
+CATS = ("cat", "concat", "concatenate")
+
+
+def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | None:
+    """The operands of a `cat`, two or more that nothing else reads, and its dimension."""
+    if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
+        return None
+    given: Any = n.args[0]
+    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    if not isinstance(dim, int) or not isinstance(given, list | tuple) or len(set(given)) != len(given):
+        return None
+    rank = len(dims(given[0])) if given else 0
+    if len(given) < 2 or any(len(x.users) != 1 or len(dims(x)) != rank for x in given):
+        return None
+    if any(value(x).dtype != value(n).dtype for x in given):
+        return None
+    return list(given), dim % len(dims(n))

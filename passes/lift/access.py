@@ -17,8 +17,9 @@ from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.passes.fx.analysis import storage
-from attnfx.passes.fx.nodes import dims, op_name, value
-from attnfx.passes.lift.lifter import VIEWS, Index, Lifter, Opaque
+from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import VIEWS, Index
 
 EXPANSIONS = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 Split = dict[Expr, Expr]  # a variable -> high * size(low) + low

@@ -8,10 +8,9 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import dims, op_name, shape
-from attnfx.passes.lift.lifter import INDEXING, Index, Lifter, Opaque, argument, broadcast, rule
-
-PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
+from attnfx.passes.fx.nodes import Opaque, Product, argument, dims, op_name, shape
+from attnfx.passes.lift.lifter import Lifter, broadcast
+from attnfx.passes.lift.tables import INDEXING, Index, rule
 
 
 @dataclass(frozen=True)
@@ -24,13 +23,6 @@ class Contraction:
     right: Node
     right_index: Index
     reduced: Expr
-
-
-@dataclass(frozen=True)
-class Product:
-    """Slot of the pure product of a node that also adds something (baddbmm)."""
-
-    node: Node
 
 
 def variable(at: Node, extent: Expr) -> Expr:
@@ -116,7 +108,3 @@ def _baddbmm(lifter: Lifter, at: Node, index: Index) -> Expr:
         return product
     added = lifter.operand(at.args[0], index)
     return A.add(product, A.mul(A.to_float(lifter.operand(beta, ())), added))
-
-
-def slot_node(slot: object) -> Node:
-    return slot.node if isinstance(slot, Product) else slot  # type: ignore[return-value]

@@ -8,8 +8,9 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import INT, Expr
-from attnfx.passes.fx.nodes import dims, op_name, shape, value
-from attnfx.passes.lift.lifter import INDEXING, Index, Lifter, Opaque, argument, axis, rule
+from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape, value
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import INDEXING, Index, rule
 from attnfx.passes.lift.views import source, whole
 
 

@@ -11,29 +11,18 @@ Needs a graph with `meta["val"]` on each node, without in-place operators on the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node, substitute, walk
-from attnfx.passes.fx.nodes import dims, is_tensor, kind_of, op_name, shape, size_expr, value
-
-Index = tuple[Expr, ...]
-Rule = Callable[["Lifter", Node, Index], Expr]
-POINTWISE: dict[str, Rule] = {}
-INDEXING: dict[str, Rule] = {}
-REDUCTIONS: dict[str, Rule] = {}
-# Operators whose one tensor input is read at another index, for walks that follow a single value: name -> map.
-VIEWS: dict[str, Callable[[Node, Index], tuple[Node, Index]]] = {}
+from attnfx.ir.expr import FLOAT, INT, Expr, node, substitute, walk
+from attnfx.passes.fx.nodes import PRODUCTS, Opaque, dims, is_tensor, kind_of, op_name, size_expr, slot_node, value
+from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 
 MAX_DEPTH = 400
-
-
-class Opaque(Exception):
-    """This operator has no scalar meaning here: the node is loaded."""
 
 
 @dataclass(frozen=True)
@@ -168,8 +157,6 @@ class Lifter:
 
 def _product(slot: object) -> bool:
     """Whether a load reads a contraction, which may be the scores."""
-    from attnfx.passes.lift.contraction import PRODUCTS, slot_node
-
     return op_name(slot_node(slot)) in PRODUCTS
 
 
@@ -186,32 +173,4 @@ def exact_node(at: Node, name: str, args: tuple[Expr, ...]) -> Expr:
     return node("aten", FLOAT, args, f"{name}:{dtype}")
 
 
-def rule(table: dict, *names: str):  # type: ignore[no-untyped-def]
-    def register(fn):  # type: ignore[no-untyped-def]
-        for name in names:
-            table[name] = fn
-        return fn
-
-    return register
-
-
-def argument(at: Node, position: int, name: str, default: object = None) -> object:
-    if name in at.kwargs:
-        return at.kwargs[name]
-    return at.args[position] if len(at.args) > position else default
-
-
-def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None) -> int:
-    dim = argument(at, position, name)
-    rank = len(shape(at.args[0])) if rank is None else rank  # type: ignore[arg-type]
-    if not isinstance(dim, int):
-        raise Opaque
-    return dim % max(rank, 1)
-
-
-from attnfx.passes.lift import indexing as lift_indexing  # noqa: E402  (they fill the tables)
-from attnfx.passes.lift import pointwise as lift_pointwise  # noqa: E402  (they fill the tables)
-from attnfx.passes.lift import reductions as lift_reductions  # noqa: E402  (they fill the tables)
-from attnfx.passes.lift import views as lift_views  # noqa: E402  (they fill the tables)
-
-__all__ = ["BOOL", "Lifter", "Opaque", "lift_indexing", "lift_pointwise", "lift_reductions", "lift_views"]
+__all__ = ["Lifter", "LookedUp", "broadcast", "exact_node"]

@@ -9,8 +9,9 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
-from attnfx.passes.fx.nodes import kind_of, value
-from attnfx.passes.lift.lifter import POINTWISE, Index, Lifter, Opaque, argument, exact_node, rule
+from attnfx.passes.fx.nodes import Opaque, argument, kind_of, value
+from attnfx.passes.lift.lifter import Lifter, exact_node
+from attnfx.passes.lift.tables import POINTWISE, Index, rule
 
 ROUNDING_ONLY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float16's range is kept by `half`
 NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic on these may wrap around: not lifted

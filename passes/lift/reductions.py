@@ -6,8 +6,9 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, Expr, node
-from attnfx.passes.fx.nodes import dims, op_name, shape
-from attnfx.passes.lift.lifter import REDUCTIONS, Index, Lifter, Opaque, argument, axis, rule
+from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import REDUCTIONS, Index, rule
 from attnfx.passes.lift.views import source
 
 

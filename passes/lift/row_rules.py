@@ -22,9 +22,8 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, shape, value, where_in_source
+from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name, shape, value, where_in_source
 from attnfx.passes.lift.contraction import terms
-from attnfx.passes.lift.lifter import Opaque
 
 
 class NotSeparable(Exception):

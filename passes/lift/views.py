@@ -8,8 +8,9 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import dims, op_name, shape, size_expr, value
-from attnfx.passes.lift.lifter import VIEWS, Index, Opaque, argument, axis, broadcast, rule
+from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape, size_expr, value
+from attnfx.passes.lift.lifter import broadcast
+from attnfx.passes.lift.tables import VIEWS, Index, rule
 
 
 def source(at: Node) -> Node:

@@ -12,9 +12,8 @@ from collections.abc import Iterable
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, shape, spanned, value
-from attnfx.passes.lift.contraction import PRODUCTS
-from attnfx.passes.lift.lifter import INDEXING, POINTWISE, VIEWS
+from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
 from attnfx.passes.match.spec_builder import of_batch
 
 GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")

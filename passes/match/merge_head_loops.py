@@ -18,9 +18,9 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT, Expr, substitute, walk
-from attnfx.passes.fx.nodes import dims, op_name, value
+from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
 from attnfx.passes.lift.access import UNIT, accesses, apply_splits, needed_splits, radix
-from attnfx.passes.lift.lifter import VIEWS, Index, Opaque
+from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Match
 from attnfx.passes.match.spec_builder import Operand, batch_and_heads, flat, free

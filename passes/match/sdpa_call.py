@@ -12,8 +12,6 @@ from attnfx.passes.lift.lifter import Lifter, broadcast
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.spec_builder import Parts, Refused
 
-SDPA = ("scaled_dot_product_attention",)
-
 
 def library_call(lifter: Lifter, at: Node) -> Parts:
     """Raises Refused."""
@@ -48,4 +46,4 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     return Parts(at, out, row, j, d, e, tuple(pairs), found)
 
 
-__all__ = ["SDPA", "library_call"]
+__all__ = ["library_call"]

@@ -16,10 +16,10 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import is_tensor, kind_of, op_name, refusal, shape, value
+from attnfx.passes.fx.nodes import Product, is_tensor, kind_of, op_name, refusal, shape, slot_node, value
 from attnfx.passes.lift.access import Access, Split, accesses, apply_splits, best, program_splits, split_axes
-from attnfx.passes.lift.contraction import Product, slot_node
-from attnfx.passes.lift.lifter import VIEWS, Index, Lifter
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.spec import AttentionSpec, Capture
 

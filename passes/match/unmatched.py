@@ -11,8 +11,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.graph_breaks import Break, begun_by
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, refusal
-from attnfx.passes.lift.contraction import PRODUCTS
+from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
 from attnfx.passes.match.candidates import batched
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding

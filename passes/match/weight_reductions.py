@@ -18,9 +18,9 @@ from torch.fx import Node
 from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import radix
-from attnfx.passes.lift.lifter import VIEWS, Index, Opaque, argument
+from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.logsumexp import every_row_live, exponentials, normalised
 from attnfx.passes.match.matcher import Finder, over_dot

@@ -21,9 +21,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, shape, spanned, value
+from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift.contraction import terms
-from attnfx.passes.lift.lifter import Opaque, argument
 from attnfx.passes.rewrite.attention import Emitter, clean
 
 aten = torch.ops.aten

@@ -15,8 +15,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import dims, op_name, value
-from attnfx.passes.lift.contraction import PRODUCTS
+from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
 from attnfx.passes.match.candidates import ANCHORS, NORMS
 from attnfx.passes.rewrite.attention import CannotEmit, Emitter, size_carriers
 

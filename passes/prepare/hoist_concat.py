@@ -18,17 +18,14 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.lift import row_view_rules as separable_views  # noqa: F401  (its rules are added by its import)
+from attnfx.passes.fx.nodes import SDPA, dims, is_tensor, op_name, parts, size_expr, value
 from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, split
 from attnfx.passes.match.candidates import batched
-from attnfx.passes.match.sdpa_call import SDPA
 from attnfx.passes.prepare.functionalize import EMPTY
 from attnfx.passes.rewrite.attention import STACK, Emitter, like, size_carriers
 from attnfx.spec.rows import Ref
 
 aten = torch.ops.aten
-CATS = ("cat", "concat", "concatenate")
 NEAR = 16  # nodes from a part back to the product that it comes from
 
 
@@ -48,22 +45,6 @@ def join(gm: GraphModule) -> int:
     if changed:
         gm.recompile()
     return changed
-
-
-def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | None:
-    """The operands of a `cat`, two or more that nothing else reads, and its dimension."""
-    if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
-        return None
-    given: Any = n.args[0]
-    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
-    if not isinstance(dim, int) or not isinstance(given, list | tuple) or len(set(given)) != len(given):
-        return None
-    rank = len(dims(given[0])) if given else 0
-    if len(given) < 2 or any(len(x.users) != 1 or len(dims(x)) != rank for x in given):
-        return None
-    if any(value(x).dtype != value(n).dtype for x in given):
-        return None
-    return list(given), dim % len(dims(n))
 
 
 def _of_products(found: list[Node]) -> bool:
@@ -260,4 +241,4 @@ def _source(made: Made, like: Made) -> Along | None:
     return alongs[0]
 
 
-__all__ = ["join", "parts"]
+__all__ = ["join"]

@@ -17,11 +17,8 @@ import torch
 from torch.fx import Graph, GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
-from attnfx.passes.fx.nodes import op_name
-from attnfx.passes.lift.lifter import VIEWS
-
-REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
-MARKS = (REGION, POLICY)
+from attnfx.passes.fx.nodes import MARKS, POLICY, REGION, op_name
+from attnfx.passes.lift.tables import VIEWS
 
 
 def unwrap(gm: GraphModule) -> GraphModule:
@@ -88,4 +85,4 @@ def unmark(gm: GraphModule) -> None:
                 n.meta.pop(mark, None)
 
 
-__all__ = ["MARKS", "unmark", "unwrap"]
+__all__ = ["unmark", "unwrap"]

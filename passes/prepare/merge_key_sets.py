@@ -19,13 +19,13 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import UNIT, accesses
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.lifter import POINTWISE, VIEWS, Index, Lifter
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
 from attnfx.passes.match.candidates import batched
 from attnfx.passes.match.spec_builder import Operand, free
-from attnfx.passes.prepare.hoist_concat import CATS
 from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten

@@ -22,9 +22,10 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
-from attnfx.passes.lift.contraction import Contraction, contraction, slot_node
-from attnfx.passes.lift.lifter import Index, Lifter
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.lift.contraction import Contraction, contraction
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.candidates import batched
 from attnfx.passes.match.softmax import exponent, outside
 from attnfx.passes.prepare.merge_key_sets import variables, written

@@ -18,8 +18,8 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
-from attnfx.passes.lift.contraction import contraction, slot_node
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.match.candidates import batched
 from attnfx.passes.match.spec_builder import Operand, free

@@ -18,9 +18,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, shape, spanned, value
-from attnfx.passes.lift.lifter import argument
-from attnfx.passes.prepare.hoist_concat import CATS
+from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.prepare.merge_key_sets import reaches_softmax
 from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean, size_carriers
 

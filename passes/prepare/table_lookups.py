@@ -18,9 +18,10 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, value
-from attnfx.passes.lift.contraction import PRODUCTS, contraction
-from attnfx.passes.lift.lifter import VIEWS, Lifter, LookedUp
+from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, number, op_name, value
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.lifter import Lifter, LookedUp
+from attnfx.passes.lift.tables import VIEWS
 from attnfx.passes.rewrite.attention import Emitter
 
 aten = torch.ops.aten

@@ -18,12 +18,11 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.fx.analysis import detached, written_operands
-from attnfx.passes.fx.nodes import dims, fake_mode, is_tensor, size_expr, value
+from attnfx.passes.fx.nodes import MARKS, dims, fake_mode, is_tensor, size_expr, value
 from attnfx.passes.lift.access import radix
-from attnfx.passes.lift.lifter import Index
+from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.match.spec_builder import Operand, extent
-from attnfx.passes.prepare.inline_checkpoints import MARKS
 from attnfx.spec import AXES
 
 aten = torch.ops.aten

@@ -13,8 +13,7 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.passes.fx.nodes import op_name, value
-from attnfx.passes.lift.contraction import PRODUCTS
+from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
 from attnfx.passes.match.results import Finding
 from attnfx.passes.rewrite.attention import Emitter
 

@@ -15,9 +15,7 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import op_name, value
-from attnfx.passes.lift.lifter import argument
-from attnfx.passes.match.sdpa_call import SDPA
+from attnfx.passes.fx.nodes import SDPA, argument, op_name, value
 from attnfx.report.report import Site
 from attnfx.spec import from_json
 from attnfx.spec import rows as rowprogram

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import is_tensor, op_name, value
-from attnfx.passes.lift.lifter import VIEWS
+from attnfx.passes.lift.tables import VIEWS
 from attnfx.passes.match.results import Match
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast

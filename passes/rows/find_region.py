@@ -15,7 +15,6 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
-from attnfx.passes.lift import row_view_rules as separable_views  # noqa: F401  (its rules are added by its import)
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.row_rules import Along, NotSeparable, split
 from attnfx.passes.match.candidates import batched, meeting

@@ -25,9 +25,10 @@ from attnfx.mask import mask_of
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, shape
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.lifter import VIEWS, Lifter
+from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, Use, split
 from attnfx.passes.lift.row_view_rules import ROWS
+from attnfx.passes.lift.tables import VIEWS
 from attnfx.spec import I, J
 from attnfx.spec.rows import Ref
 

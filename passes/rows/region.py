@@ -12,8 +12,8 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.lifter import VIEWS
 from attnfx.passes.lift.row_rules import Made
+from attnfx.passes.lift.tables import VIEWS
 from attnfx.passes.rows.live_keys import Columns
 
 
