@@ -22,7 +22,9 @@ from attnfx.kernels.operators import weights as operator_weights  # noqa: F401  
 from attnfx.kernels.operators.exercise import Like, exercise
 from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.cleanup import check, clean
 from attnfx.passes.fx.nodes import SDPA, number, op_name, refusal, value, where_in_source
+from attnfx.passes.lift.emitter import CannotEmit, Carriers, size_carriers
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding, Match, Reduction
 from attnfx.passes.match.weight_reductions import find_reductions
@@ -30,16 +32,7 @@ from attnfx.passes.match.weight_uses import drawn_for_others
 from attnfx.passes.prepare.functionalize import functionalise
 from attnfx.passes.prepare.table_lookups import find_tables
 from attnfx.passes.prepare.trace import trace
-from attnfx.passes.rewrite.attention import (
-    CannotEmit,
-    Carriers,
-    Operators,
-    check,
-    clean,
-    dimensions,
-    rewrite,
-    size_carriers,
-)
+from attnfx.passes.rewrite.attention import Operators, dimensions, rewrite
 from attnfx.passes.rewrite.shield import shield
 from attnfx.passes.rewrite.site_pairs import Trial
 from attnfx.passes.rewrite.subgraph import cut

@@ -18,9 +18,11 @@ from attnfx.compiler.trace_log import publish, readable, said, traces
 from attnfx.options import Options
 from attnfx.passes.fx import flops
 from attnfx.passes.fx import graph_breaks as breaks
+from attnfx.passes.fx.cleanup import check, clean
 from attnfx.passes.fx.cse import share
 from attnfx.passes.fx.nodes import PRODUCTS, refusal, where_in_source
-from attnfx.passes.match.candidates import GATES
+from attnfx.passes.lift.emitter import size_carriers
+from attnfx.passes.lift.products import GATES
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.merge_query_chunks import merge
 from attnfx.passes.match.results import Finding
@@ -38,7 +40,6 @@ from attnfx.passes.prepare.split_ones_column import split_ones
 from attnfx.passes.prepare.split_pair_linear import unpair
 from attnfx.passes.prepare.table_lookups import find_tables
 from attnfx.passes.prepare.trace import Transformed, Untraceable, trace
-from attnfx.passes.rewrite.attention import check, clean, size_carriers
 from attnfx.passes.rewrite.record_stages import Recorder
 from attnfx.passes.rewrite.site_pairs import Trial
 from attnfx.report.report import Decision, Refusal, Report, Site

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter
 from torch.utils._pytree import tree_leaves, tree_map
 
-from attnfx.passes.rewrite.site_pairs import without_dropout
+from attnfx.passes.fx.dropout import without_dropout
 
 TIMES = 4.0  # of eager's own error
 DRAWS, SIGMAS = 16, 8.0  # of dropout: how many are compared, and when they are not of one distribution

@@ -12,7 +12,8 @@ import torch
 from torch.fx import GraphModule, symbolic_trace
 
 from attnfx.compiler import pipeline  # noqa: F401  (its import registers the operators)
-from attnfx.passes.rewrite.site_pairs import Pair, drops, without_dropout
+from attnfx.passes.fx.dropout import drops, without_dropout
+from attnfx.passes.rewrite.site_pairs import Pair
 from attnfx.verify.compare import Difference, compare, compare_dropout
 
 SCRIPT = '''\

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -185,3 +185,8 @@ def _cast_to(enter: Node) -> tuple[str, torch.dtype | None]:
 def _around(device: str) -> torch.dtype | None:
     """What the caller's own autocast casts to: Dynamo compiles anew where that changes."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+
+
+def written(facts: Facts, nodes: Sequence[Node]) -> bool:
+    """Whether something writes in place to what nodes are or read."""
+    return any(x in facts.written for n in nodes for x in (n, *n.all_input_nodes))

@@ -181,3 +181,6 @@ def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | No
     if any(value(x).dtype != value(n).dtype for x in given):
         return None
     return list(given), dim % len(dims(n))
+
+
+STACK = ("stack_trace", "nn_module_stack", "source_fn_stack")  # where in the user's code a node is from

@@ -8,6 +8,7 @@ views (reshape, select, slice, permute) produce the operand.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -206,3 +207,41 @@ def split_axes(axes: list[Expr], splits: list[Split]) -> list[Expr]:
                 out.append(a)
         axes = out
     return axes
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A node, read through `index` over the axes; what `layout` turns into (B, heads, rows, width)."""
+
+    node: Node
+    index: Index
+
+
+def free(index: Index) -> frozenset[str]:
+    return frozenset().union(*(x.free for x in index))
+
+
+def extent(axes: Iterable[Expr]) -> Expr:
+    """The product of the axes' sizes."""
+    return A.mul(A.ONE, *(a.args[0] for a in axes))
+
+
+def flat(axes: Sequence[Expr]) -> Expr:
+    """One index over all the axes, the last fastest."""
+    out = A.ZERO
+    for a in axes:
+        out = A.add(A.mul(out, a.args[0]), a)
+    return out
+
+
+def unflatten(by: dict[Expr, Expr], axes: list[Expr], flat: Expr) -> None:
+    """Express the axes through one variable that flattens them, the last fastest."""
+    rest = flat
+    for n, a in enumerate(reversed(axes)):
+        extent = a.args[0]
+        by[a] = rest if n == len(axes) - 1 else A.mod(rest, extent)
+        rest = A.floordiv(rest, extent)
+
+
+def variables(n: Node) -> Index:
+    return tuple(A.var(f"u{d}", extent) for d, extent in enumerate(dims(n)))

@@ -12,14 +12,10 @@ from collections.abc import Iterable
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name
+from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
-from attnfx.passes.match.spec_builder import of_batch
 
-GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
-ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
-NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
-DISTANCES = ("cdist", "_cdist_forward")
 SORTING = ("sort", "topk", "argsort")
 NEAR = 5  # nodes in which a number for each row must meet the scores again
 KEEPING = ("add", "clamp", "clamp_min", "clip", "maximum", "detach", "to")  # what a total is guarded by
@@ -105,32 +101,6 @@ class Descent:
         return any(a in self.scores for a in anchor.all_input_nodes)
 
 
-def batched(n: Node) -> bool:
-    """Whether a node is a product of two batches of matrices, or of one of each: what scores and weighted values are. A
-    product with a matrix that is no part of a batch (a linear layer, a router's gate) is not."""
-    if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
-        return False
-    operands = [x for x in n.all_input_nodes if is_tensor(x)]
-    operands = operands[-2:] if op_name(n) == "baddbmm" else operands
-    if all(len(shape(x)) == 2 for x in operands):
-        return any(map(of_batch, operands)) and all(of_batch(x) or _computed(x) for x in operands)
-    return all(len(shape(x)) > 2 for x in operands)
-
-
-def meeting(n: Node) -> bool:
-    """Whether rows of two batches meet one by one in a node that is no product: by broadcasting, each operand with a
-    dimension of its own (additive attention), or as distances."""
-    if n.op != "call_function" or not is_tensor(n) or not value(n).is_floating_point():
-        return False
-    if op_name(n) in DISTANCES:
-        return True
-    x, y = operands = (*n.all_input_nodes, None, None)[:2]
-    if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
-        return False
-    left, right = (spanned(a, len(shape(n))) for a in (x, y))  # type: ignore[arg-type]
-    return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
-
-
 def shared(n: Node) -> bool:
     """Whether a node is divided by a sum of something as large, whatever function made that: by a total for each row,
     not by a length or a deviation."""
@@ -149,13 +119,9 @@ def shared(n: Node) -> bool:
     return False
 
 
-def _computed(x: Node) -> bool:
-    return x.op == "call_function" and op_name(x) not in VIEWS
-
-
 def _plane(n: Node) -> Counter[Expr]:
     """The last two dimensions, of a tuple's source where it is one."""
     return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])
 
 
-__all__ = ["ANCHORS", "GATES", "Descent", "batched", "meeting", "shared"]
+__all__ = ["Descent", "shared"]

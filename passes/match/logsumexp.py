@@ -11,10 +11,10 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
+from attnfx.passes.lift.access import extent
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.results import Match
-from attnfx.passes.match.spec_builder import extent
 
 
 def normalised(lifted: Expr, dimensions: Index) -> Iterator[tuple[N.Normalised, Expr]]:

@@ -25,15 +25,16 @@ from attnfx.ir.expr import Expr, substitute, walk
 from attnfx.mask import rows_live
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value
-from attnfx.passes.lift.access import radix
+from attnfx.passes.lift.access import extent, free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.lifter import Lifter, LookedUp, broadcast
+from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.candidates import Descent, batched, shared
+from attnfx.passes.match.candidates import Descent, shared
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.match.sdpa_call import library_call
-from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, extent, free
+from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused
 from attnfx.spec import fill_of
 
 COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")

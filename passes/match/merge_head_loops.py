@@ -19,13 +19,13 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT, Expr, substitute, walk
 from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
-from attnfx.passes.lift.access import UNIT, accesses, apply_splits, needed_splits, radix
+from attnfx.passes.lift.access import UNIT, Operand, accesses, apply_splits, flat, free, needed_splits, radix
+from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Match
-from attnfx.passes.match.spec_builder import Operand, batch_and_heads, flat, free
+from attnfx.passes.match.spec_builder import batch_and_heads
 from attnfx.passes.match.weight_reductions import over_axes, over_letters, renumbered
-from attnfx.passes.rewrite.attention import Emitter
 
 aten = torch.ops.aten
 OPERANDS = ("query", "key", "value")

@@ -20,11 +20,11 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute
 from attnfx.passes.fx.nodes import CATS, dims, op_name, parts
+from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.merge_head_loops import common, out_index, roll
 from attnfx.passes.match.results import Finding, Match
-from attnfx.passes.match.spec_builder import Operand
 from attnfx.passes.match.weight_reductions import names_its_length, of_nodes
 from attnfx.passes.match.weight_uses import drawn_for_others
 from attnfx.spec import fill_of

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from attnfx.ir.expr import Expr
+from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.tables import Index
-from attnfx.passes.match.spec_builder import Operand, batch_and_heads
+from attnfx.passes.match.spec_builder import batch_and_heads
 from attnfx.report.report import Refusal
 from attnfx.spec import AttentionSpec
 

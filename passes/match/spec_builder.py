@@ -6,7 +6,7 @@ batch axes as that needs it, and gives a `Reading`: the spec with its captures, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,20 +16,24 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import Product, is_tensor, kind_of, op_name, refusal, shape, slot_node, value
-from attnfx.passes.lift.access import Access, Split, accesses, apply_splits, best, program_splits, split_axes
+from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
+from attnfx.passes.lift.access import (
+    Access,
+    Operand,
+    Split,
+    accesses,
+    apply_splits,
+    best,
+    free,
+    program_splits,
+    split_axes,
+    unflatten,
+)
 from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.lift.tables import VIEWS, Index
+from attnfx.passes.lift.products import of_batch
+from attnfx.passes.lift.tables import Index
 from attnfx.passes.match import softmax as N
 from attnfx.spec import AttentionSpec, Capture
-
-
-@dataclass(frozen=True)
-class Operand:
-    """A node, read through `index` over the axes; what `layout` turns into (B, heads, rows, width)."""
-
-    node: Node
-    index: Index
 
 
 @dataclass(frozen=True)
@@ -225,19 +229,6 @@ class Reader:
             raise Refused("mutated", message, [writer, base])
 
 
-def of_batch(x: Node) -> bool:
-    """Whether a matrix is one of a batch of them, or is such a batch itself."""
-    while len(shape(x)) < 3:
-        if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
-            return False
-        x = x.args[0]
-    return True
-
-
-def free(index: Index) -> frozenset[str]:
-    return frozenset().union(*(x.free for x in index))
-
-
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
     """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
@@ -253,28 +244,6 @@ def _merge(lists: list[list[Split]]) -> list[Split]:
                 raise Refused("layout", "query, key and value split a batch dimension in different ways")
             out.append(split)
     return out
-
-
-def extent(axes: Iterable[Expr]) -> Expr:
-    """The product of the axes' sizes."""
-    return A.mul(A.ONE, *(a.args[0] for a in axes))
-
-
-def flat(axes: Sequence[Expr]) -> Expr:
-    """One index over all the axes, the last fastest."""
-    out = A.ZERO
-    for a in axes:
-        out = A.add(A.mul(out, a.args[0]), a)
-    return out
-
-
-def unflatten(by: dict[Expr, Expr], axes: list[Expr], flat: Expr) -> None:
-    """Express the axes through one variable that flattens them, the last fastest."""
-    rest = flat
-    for n, a in enumerate(reversed(axes)):
-        extent = a.args[0]
-        by[a] = rest if n == len(axes) - 1 else A.mod(rest, extent)
-        rest = A.floordiv(rest, extent)
 
 
 def _differentiable(node: Node, programs: list[Expr]) -> bool:
@@ -293,16 +262,4 @@ def _differentiable(node: Node, programs: list[Expr]) -> bool:
     return False
 
 
-__all__ = [
-    "Operand",
-    "Parts",
-    "Reader",
-    "Reading",
-    "Refused",
-    "batch_and_heads",
-    "extent",
-    "flat",
-    "free",
-    "of_batch",
-    "unflatten",
-]
+__all__ = ["Parts", "Reader", "Reading", "Refused", "batch_and_heads"]

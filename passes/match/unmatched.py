@@ -12,7 +12,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.graph_breaks import Break, begun_by
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
-from attnfx.passes.match.candidates import batched
+from attnfx.passes.lift.products import batched
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
 from attnfx.report.report import Refusal

@@ -19,13 +19,13 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
-from attnfx.passes.lift.access import radix
+from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.logsumexp import every_row_live, exponentials, normalised
 from attnfx.passes.match.matcher import Finder, over_dot
 from attnfx.passes.match.results import Match, Reduction
-from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads, extent, flat, free, unflatten
+from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
 from attnfx.passes.match.weight_uses import read_beside
 from attnfx.spec import AttentionSpec
 

@@ -21,9 +21,10 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift.contraction import terms
-from attnfx.passes.rewrite.attention import Emitter, clean
+from attnfx.passes.lift.emitter import Emitter
 
 aten = torch.ops.aten
 EXPANDS = ("expand", "expand_as")

@@ -16,8 +16,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
 from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
-from attnfx.passes.match.candidates import ANCHORS, NORMS
-from attnfx.passes.rewrite.attention import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.products import ANCHORS, NORMS
 
 aten = torch.ops.aten
 # What is allocated to be written part by part: passes/prepare/hoist_concat.py joins the parts.

@@ -18,11 +18,11 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import SDPA, dims, is_tensor, op_name, parts, size_expr, value
+from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, value
+from attnfx.passes.lift.emitter import Emitter, like, size_carriers
+from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, split
-from attnfx.passes.match.candidates import batched
 from attnfx.passes.prepare.functionalize import EMPTY
-from attnfx.passes.rewrite.attention import STACK, Emitter, like, size_carriers
 from attnfx.spec.rows import Ref
 
 aten = torch.ops.aten

@@ -18,18 +18,17 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, substitute, walk
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, written
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, value
-from attnfx.passes.lift.access import UNIT, accesses
+from attnfx.passes.lift.access import UNIT, Operand, accesses, free, variables
 from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, before
 from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.products import NEAR, batched, reaches_softmax
 from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
-from attnfx.passes.match.candidates import batched
-from attnfx.passes.match.spec_builder import Operand, free
-from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
-NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
 
 
 @dataclass(frozen=True)
@@ -74,18 +73,6 @@ def _of_products(n: Node) -> bool:
     return len(n.args) == 2 and not n.kwargs and all(isinstance(x, Node) and batched(x) for x in n.args)
 
 
-def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
-    """Whether a softmax stands near behind a node: behind elementwise operators and views alone, or `anyhow`."""
-    at, seen = [n], {n}
-    for _ in range(NEAR):
-        at = [u for x in at for u in x.users if u not in seen]
-        seen.update(at)
-        if any("softmax" in op_name(u) for u in at):
-            return True
-        at = [u for u in at if anyhow or op_name(u) in POINTWISE or op_name(u) in VIEWS]
-    return False
-
-
 def _comes_from_softmax(n: Node) -> bool:
     for _ in range(NEAR):
         if "softmax" in op_name(n):
@@ -95,10 +82,6 @@ def _comes_from_softmax(n: Node) -> bool:
             return False
         n = source
     return False
-
-
-def variables(n: Node) -> Index:
-    return tuple(A.var(f"u{d}", extent) for d, extent in enumerate(dims(n)))
 
 
 def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
@@ -112,12 +95,6 @@ def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
             yield Half(n, common, own, c.reduced, c.reduced)
         elif axis.free & free(own.index) and not axis.free & free(common.index):
             yield Half(n, common, own, c.reduced, axis)
-
-
-def before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
-    """Sizes are read off what stands before `at`: what is put in its place has no size of its own yet."""
-    carriers = {e: c for e, c in size_carriers(gm).items() if facts.position.get(c[0], -1) < facts.position[at]}
-    return Emitter(gm, at, carriers)
 
 
 def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half], out: Index, axis: Expr) -> Node:
@@ -200,11 +177,6 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
     return sorted(between, key=facts.position.__getitem__)
 
 
-def written(facts: Facts, nodes: Sequence[Node]) -> bool:
-    """Whether something writes in place to what nodes are or read."""
-    return any(x in facts.written for n in nodes for x in (n, *n.all_input_nodes))
-
-
 def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
     """The product of a part, as that of its own keys with the queries."""
     at = tuple(A.var(f"p{d}", n) for d, n in enumerate(dims(part)))
@@ -268,4 +240,4 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
     return None
 
 
-__all__ = ["before", "reaches_softmax", "unite", "variables", "written"]
+__all__ = ["unite"]

@@ -20,16 +20,17 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
+from attnfx.ir.exponentials import exponent, outside
 from attnfx.ir.expr import Expr, rebuild, substitute, walk
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, written
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.contraction import Contraction, contraction
+from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.tables import Index
-from attnfx.passes.match.candidates import batched
-from attnfx.passes.match.softmax import exponent, outside
-from attnfx.passes.prepare.merge_key_sets import variables, written
-from attnfx.passes.rewrite.attention import Emitter, clean
 
 aten = torch.ops.aten
 LAST = ("div", "add", "mul")  # what a combination may end with

@@ -17,14 +17,14 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, written
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.lift.access import Operand, free, variables
 from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, before
 from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.match.candidates import batched
-from attnfx.passes.match.spec_builder import Operand, free
-from attnfx.passes.prepare.merge_key_sets import before, reaches_softmax, variables, written
-from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean
+from attnfx.passes.lift.products import batched, reaches_softmax
 
 aten = torch.ops.aten
 SUMS = ("add", "sub", "baddbmm")

@@ -16,11 +16,12 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name
+from attnfx.passes.lift.access import Operand
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.tables import VIEWS, Index
-from attnfx.passes.match.spec_builder import Operand
-from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean, size_carriers
 
 aten = torch.ops.aten
 PRODUCTS = ("matmul", "bmm", "__matmul__")

@@ -18,9 +18,10 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, value
-from attnfx.passes.prepare.merge_key_sets import reaches_softmax
-from attnfx.passes.rewrite.attention import CannotEmit, Emitter, clean, size_carriers
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.products import reaches_softmax
 
 aten = torch.ops.aten
 LAYERS = ("linear", "matmul", "mm")

@@ -20,9 +20,9 @@ from attnfx.ir.expr import INT
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, number, op_name, value
 from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.lifter import Lifter, LookedUp
 from attnfx.passes.lift.tables import VIEWS
-from attnfx.passes.rewrite.attention import Emitter
 
 aten = torch.ops.aten
 LOOKUPS = ("index", "_unsafe_index", "embedding", "index_select")

@@ -20,9 +20,9 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_map, tree_map_only
 
+from attnfx.passes.fx.cleanup import mark_unread_draws
 from attnfx.passes.prepare.expand_vmap import flatten, uses_functorch
 from attnfx.passes.prepare.inline_checkpoints import unwrap
-from attnfx.passes.rewrite.attention import mark_unread_draws
 
 aten = torch.ops.aten
 # Functions that are one operator with a result of its own on tensors and numbers. To dispatch them would tell nothing

@@ -14,8 +14,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
+from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.match.results import Finding
-from attnfx.passes.rewrite.attention import Emitter
 
 aten = torch.ops.aten
 

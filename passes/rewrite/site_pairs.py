@@ -7,7 +7,7 @@ sites are compared on. Each rewrite is told to it while the nodes that it replac
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,12 +15,9 @@ from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import SDPA, argument, op_name, value
+from attnfx.passes.fx.dropout import DROPOUTS
+from attnfx.passes.fx.nodes import op_name, value
 from attnfx.report.report import Site
-from attnfx.spec import from_json
-from attnfx.spec import rows as rowprogram
-
-DROPOUTS = ("dropout", "dropout_", "feature_dropout")
 
 
 @dataclass(frozen=True)
@@ -155,50 +152,6 @@ def _module(inputs: list[Node], nodes: list[Node], ends: list[Node]) -> GraphMod
     return GraphModule(torch.nn.Module(), graph)
 
 
-def drops(gm: GraphModule) -> bool:
-    """Whether an operator of PyTorch drops something."""
-    return any(_probability(n) > 0 for n in gm.graph.nodes)
-
-
-def _probability(n: Node) -> float:
-    if n.op != "call_function" or op_name(n) not in (*DROPOUTS, *SDPA):
-        return 0.0
-    p = argument(n, 4 if op_name(n) in SDPA else 1, "dropout_p" if op_name(n) in SDPA else "p")
-    trains = op_name(n) in SDPA or argument(n, 2, "train")
-    return float(p or 0.0) if trains else 0.0  # type: ignore[arg-type]
-
-
-def without_dropout(gm: GraphModule) -> GraphModule:
-    """A copy in which nothing is dropped, neither by PyTorch's operators nor by ours."""
-    graph, copies = Graph(), {}
-    out = graph.graph_copy(gm.graph, copies)
-    graph.output(out)
-    for n in list(graph.nodes):
-        if n.op != "call_function":
-            continue
-        if op_name(n) in DROPOUTS:
-            n.replace_all_uses_with(n.args[0], propagate_meta=False)  # type: ignore[arg-type]
-            graph.erase_node(n)
-        elif op_name(n) in SDPA and _probability(n):
-            n.update_arg(4, 0.0) if len(n.args) > 4 else n.update_kwarg("dropout_p", 0.0)
-        elif op_name(n).startswith("attnfx::"):
-            names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
-            for name, calm in (("spec", _calm_spec), ("program", _calm_rows)):
-                if name in names:
-                    n.update_arg(names.index(name), calm(str(n.args[names.index(name)])))
-    return GraphModule(gm, graph)
-
-
-def _calm_spec(text: str) -> str:
-    return replace(from_json(text), dropout=0.0).to_json()
-
-
-def _calm_rows(text: str) -> str:
-    program = rowprogram.from_json(text)
-    calls = tuple(replace(c, args=(c.args[0], 0.0)) if c.op == "dropout" else c for c in program.calls)
-    return replace(program, calls=calls).to_json()
-
-
 def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
     """Elements of all the values that a cut graph makes, and of its largest one. `number` gives a symbolic size."""
     sizes = [0]
@@ -212,4 +165,4 @@ def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-__all__ = ["Pair", "Trial", "drops", "weight", "without_dropout"]
+__all__ = ["Pair", "Trial", "weight"]

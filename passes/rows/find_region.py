@@ -15,11 +15,11 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
+from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.products import batched, meeting
 from attnfx.passes.lift.row_rules import Along, NotSeparable, split
-from attnfx.passes.match.candidates import batched, meeting
 from attnfx.passes.match.results import Finding
-from attnfx.passes.match.spec_builder import free
 from attnfx.passes.rows.live_keys import find_columns
 from attnfx.passes.rows.region import Region
 from attnfx.report.report import Refusal

@@ -16,8 +16,8 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.lift.row_rules import Along
-from attnfx.passes.rewrite.attention import CannotEmit, Carriers, Emitter, like
 from attnfx.passes.rows.live_keys import Part, operands, part
 from attnfx.passes.rows.region import Region
 from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
