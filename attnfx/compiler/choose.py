@@ -40,7 +40,7 @@ from attnfx.passes.rows.find_region import find_region
 from attnfx.passes.rows.region import Region
 from attnfx.passes.rows.replace_region import replace_region
 from attnfx.report.report import Candidate, Decision, Site
-from attnfx.targets import Target
+from attnfx.targets import Target, detect
 from attnfx.tuning import calibrate as calibration
 from attnfx.tuning import tune as tuning
 
@@ -269,7 +269,7 @@ def target_of(options: Options, present: torch.device) -> tuple[Target | None, t
     if isinstance(options.target, Target):
         return options.target, torch.device(options.target.kind)
     if present.type == "cuda" and torch.cuda.is_available():
-        return Target.detect(present), present
+        return detect(present), present
     return None, present
 
 

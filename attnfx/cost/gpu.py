@@ -15,7 +15,8 @@ from attnfx.cost.gpu_occupancy import float_lanes
 from attnfx.cost.instruction_counts import Code, codes
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import walk
 from attnfx.mask import key_span, mask_of, rows_live
 from attnfx.mask import runtime_summary as mask_summary
 from attnfx.mask.additive import LOST, addend

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, Expr, node, rebuild, substitute, walk
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import FLOAT, Expr, node, walk
 
 OPAQUE = frozenset(("dot", "prob"))
 SPAN = "w"  # the variable of a diagonal: w = j - i + T - 1, from 0 to T + S - 2

@@ -16,7 +16,8 @@ import islpy as isl
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
-from attnfx.ir.expr import INT, Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import INT, Expr, walk
 from attnfx.spec import AXES
 
 YES, NO = "1 = 1", "1 = 0"

@@ -15,7 +15,8 @@ from itertools import product
 import islpy as isl
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.mask import affine as P
 from attnfx.mask.predicate import kept
 from attnfx.spec import AttentionSpec, I, J

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr
 from attnfx.spec import AttentionSpec
 
 FILL = -1e8  # a larger constant is a bias like any other: -10000 does not mask

@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, INT, Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import FLOAT, INT, Expr, walk
 from attnfx.mask.additive import addend
 from attnfx.mask.predicate import kept
 from attnfx.spec import AXES, AttentionSpec, canonical

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, INT, Expr, rebuild, walk
-from attnfx.ir.serialize import dump, parse, show
+from attnfx.ir.algebra import rebuild
+from attnfx.ir.expr import FLOAT, INT, Expr, show, walk
+from attnfx.ir.serialize import dump, parse
 
 VERSION = (
     1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key

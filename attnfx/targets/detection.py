@@ -9,13 +9,12 @@ from functools import lru_cache
 import torch
 
 from attnfx.errors import OptionError
-from attnfx.targets import measure_cpu as cpu
-from attnfx.targets.records import aliases, key, records
-from attnfx.targets.target import RANGES, Target, replaced
+from attnfx.targets import measure_cpu
+from attnfx.targets.target import RANGES, Target, aliases, key, records, replaced
 
 
 def detect(device: torch.device | str | None = None) -> Target:
-    """As `Target.detect`."""
+    """As `attnfx.targets.detect`."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -23,7 +22,7 @@ def detect(device: torch.device | str | None = None) -> Target:
     except RuntimeError as problem:
         raise OptionError(f"{device!r} is no device: {problem}") from problem
     if device.type == "cpu":
-        return cpu.measured()
+        return measure_cpu.measured()
     if device.type != "cuda":
         raise OptionError(f"no target can be made of a {device.type} device, only of cuda and cpu ones")
     if not torch.cuda.is_available():

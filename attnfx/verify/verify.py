@@ -27,6 +27,7 @@ from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import number
 from attnfx.passes.rewrite.site_pairs import Pair, Trial, weight
+from attnfx.targets.available import free_on
 from attnfx.verify import repro
 from attnfx.verify.compare import Difference
 
@@ -255,21 +256,9 @@ def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
     elements, largest = weight(pair.original, number)
     needed = 8 * (elements if training else 4 * largest)
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
-    free = _free(device)
+    free = free_on(device)
     if free is not None and needed > free:
         raise CannotVerify(f"the scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")
-
-
-def _free(device: torch.device) -> int | None:
-    """Bytes that are free on a device, None where it does not say."""
-    if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
-    except (OSError, StopIteration, ValueError):
-        return None
 
 
 __all__ = ["CannotVerify", "Failure", "run"]

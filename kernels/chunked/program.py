@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, rebuild, walk
+from attnfx.ir.algebra import rebuild
+from attnfx.ir.expr import Expr, walk
 from attnfx.ir.gradient import gradient
 from attnfx.mask import mask_of
 from attnfx.spec import AttentionSpec, fill_of

@@ -16,7 +16,8 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
-from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import storage
 from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
 from attnfx.passes.lift.lifter import Lifter

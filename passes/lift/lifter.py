@@ -18,7 +18,8 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, INT, Expr, node, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import FLOAT, INT, Expr, node, walk
 from attnfx.passes.fx.nodes import PRODUCTS, Opaque, dims, is_tensor, kind_of, op_name, size_expr, slot_node, value
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, rebuild, substitute
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import Expr
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
 from attnfx.passes.lift.access import extent

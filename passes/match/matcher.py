@@ -21,7 +21,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.mask import rows_live
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value

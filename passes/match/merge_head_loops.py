@@ -17,7 +17,8 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import INT, Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import INT, Expr, walk
 from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
 from attnfx.passes.lift.access import UNIT, Operand, accesses, apply_splits, flat, free, needed_splits, radix
 from attnfx.passes.lift.emitter import Emitter

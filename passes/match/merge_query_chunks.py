@@ -18,7 +18,8 @@ from torch.fx import Node
 
 from attnfx import spec as S
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr
 from attnfx.passes.fx.nodes import CATS, dims, op_name, parts
 from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.tables import VIEWS, Index

@@ -13,8 +13,9 @@ from typing import Any
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
+from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import exponent, outside
-from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
+from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.lift.reductions import softmax
 
 GATES = ("sigmoid", "softplus", "max", "erf", "tanh")  # what functions that stand in a softmax's place are made of

@@ -14,7 +14,8 @@ from torch.fx import Node
 
 from attnfx import spec as S
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, Expr, rebuild, substitute, walk
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
 from attnfx.passes.lift.access import (

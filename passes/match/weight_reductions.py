@@ -17,7 +17,8 @@ from torch.fx import Node
 
 from attnfx import spec as S
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, rebuild, substitute, walk
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
 from attnfx.passes.lift.tables import VIEWS, Index

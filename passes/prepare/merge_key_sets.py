@@ -17,7 +17,8 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, value

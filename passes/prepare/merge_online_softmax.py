@@ -20,8 +20,9 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import exponent, outside
-from attnfx.ir.expr import Expr, rebuild, substitute, walk
+from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value

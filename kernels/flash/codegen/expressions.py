@@ -13,7 +13,8 @@ from functools import lru_cache
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
-from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node, rebuild
+from attnfx.ir.algebra import rebuild
+from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
 from attnfx.kernels.evaluate import opaque
 
 HEAD, ROW, COLUMN, TILE = range(4)

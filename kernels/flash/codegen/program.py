@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import BOOL, INT, Expr, rebuild, substitute, walk
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import BOOL, INT, Expr, walk
 from attnfx.ir.gradient import gradient
 from attnfx.kernels.evaluate import opaque, toeplitz
 from attnfx.mask import live, mask_of

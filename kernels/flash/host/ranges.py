@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.gpu import lasting
 from attnfx.mask import affine as P
 from attnfx.mask import ranges_of
