@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from attnfx.kernels.operators.attention import attention
     from attnfx.options import Options
     from attnfx.planning.plan import Plan, plan
-    from attnfx.report.report import Decision, Refusal, Report, Site, reports
+    from attnfx.report.records import Decision, Refusal, Site
+    from attnfx.report.report import Report, reports
     from attnfx.spec import AttentionSpec
     from attnfx.targets import Target
 

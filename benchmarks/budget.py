@@ -127,7 +127,7 @@ def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], No
 
     plan, ways = choices(name)
     free, free_model, held = stepper(name, None)
-    whole, last = plan.choice.peak, ways[-1]
+    whole, last = plan.strategy.peak, ways[-1]
     least = last.peak + reserve(last, held + last.peak, plan.resident)
     wanted = [held + whole + (least - whole) * n // (count - 1) for n in range(count - 1)] + [held + least]
     expected = gradients(free, free_model)

@@ -6,7 +6,7 @@ import torch
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.options import Options
-from attnfx.report.report import Candidate, Decision
+from attnfx.report.records import Candidate, Decision
 from attnfx.spec import AttentionSpec, I, J
 from attnfx.tuning import calibrate as calibration
 

@@ -12,7 +12,7 @@ import attnfx
 from attnfx.errors import RefusalError
 from attnfx.passes.prepare.trace import Untraceable
 from attnfx.report.codes import CODES, page
-from attnfx.report.report import Decision, Refusal
+from attnfx.report.records import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T
 from tests.support import compiled, qkv
 

@@ -16,7 +16,7 @@ from attnfx.kernels.flash import tier as flash_tier
 from attnfx.kernels.flash.host.tiles import Tile, decode_tiles, forward_tiles
 from attnfx.kernels.operators import attention as operator
 from attnfx.kernels.operators.configuration import Configuration, parse
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec
 from tests.support import compiled, new_reports, rand
 

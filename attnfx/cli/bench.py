@@ -22,7 +22,7 @@ from attnfx.cli.loading import EXIT_CODES
 from attnfx.compiler import pipeline
 from attnfx.fingerprint import device_name
 from attnfx.options import Options
-from attnfx.report.report import Decision
+from attnfx.report.records import Decision
 from attnfx.tuning import calibrate as calibration
 from attnfx.tuning import timing
 

@@ -39,7 +39,7 @@ from attnfx.passes.rewrite.subgraph import cut
 from attnfx.passes.rows.find_region import find_region
 from attnfx.passes.rows.region import Region
 from attnfx.passes.rows.replace_region import replace_region
-from attnfx.report.report import Candidate, Decision, Site
+from attnfx.report.records import Candidate, Decision, Site
 from attnfx.targets import Target, detect
 from attnfx.tuning import calibrate as calibration
 from attnfx.tuning import tune as tuning

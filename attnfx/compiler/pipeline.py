@@ -42,7 +42,8 @@ from attnfx.passes.prepare.table_lookups import find_tables
 from attnfx.passes.prepare.trace import Transformed, Untraceable, trace
 from attnfx.passes.rewrite.record_stages import Recorder
 from attnfx.passes.rewrite.site_pairs import Trial
-from attnfx.report.report import Decision, Refusal, Report, Site
+from attnfx.report.records import Decision, Refusal, Site
+from attnfx.report.report import Report
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

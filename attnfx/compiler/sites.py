@@ -13,7 +13,7 @@ from attnfx.mask import describe, mask_of, prepare
 from attnfx.passes.fx.nodes import dims, number, value, where_in_source
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.rewrite.attention import dimensions
-from attnfx.report.report import Site
+from attnfx.report.records import Site
 
 
 def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch._logging._internal import trace_structured
 from torch.fx import GraphModule
 
-from attnfx.report.report import Site
+from attnfx.report.records import Site
 
 
 def readable(gm: GraphModule) -> str:

@@ -14,7 +14,7 @@ from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
 from attnfx.mask import visited_scores
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
 

@@ -21,7 +21,7 @@ from attnfx.mask import key_span, mask_of, rows_live
 from attnfx.mask import runtime_summary as mask_summary
 from attnfx.mask.additive import LOST, addend
 from attnfx.mask.predicate import kept
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.spec import I, J
 from attnfx.targets import Target
 

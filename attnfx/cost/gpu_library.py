@@ -12,7 +12,7 @@ from attnfx.ir import algebra as A
 from attnfx.mask import runtime_summary as mask_summary
 from attnfx.mask import visited_scores
 from attnfx.mask.predicate import kept
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, reads_pairs
 from attnfx.targets import Target
 from attnfx.targets import sdpa_dispatch as fused

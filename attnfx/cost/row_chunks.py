@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from attnfx.ir.expr import Expr
 from attnfx.mask import key_ranges
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.targets import Target
 
 CALLS, COMPILED = "rows", "rows compiled"  # kernels: each call by itself, or a body that Inductor made

@@ -12,7 +12,7 @@ from attnfx.cost.query import Question
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
 from attnfx.options import Options
-from attnfx.report.report import Candidate, Decision
+from attnfx.report.records import Candidate, Decision
 from attnfx.targets import Target
 
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time

@@ -26,7 +26,7 @@ from attnfx.passes.joint.chunk_limit import limit as limit_chunks
 from attnfx.passes.joint.mark_recompute import forward_nodes, mark
 from attnfx.planning.capture import Captured, capture_graph
 from attnfx.planning.peak import Resident, fitting, total
-from attnfx.planning.strategies import Marks, choices
+from attnfx.planning.strategies import Marks, strategies
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
 from attnfx.verify import verify
@@ -64,7 +64,7 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
         results[id(other.report)] = other
         return [_captured(gm, example_inputs, always, other)]
 
-    ways = choices([first], target, options.inner == "inductor", rewritten)
+    ways = strategies([first], target, options.inner == "inductor", rewritten)
     way = fitting(ways, limit, resident, target, first.joint is not None)
     chosen = results[id(way.captured[0].report)]
     marks = way.marks[0]

@@ -22,7 +22,7 @@ from attnfx.options import Options
 from attnfx.planning.capture import Captured
 from attnfx.planning.peak import Resident, reserve, total
 from attnfx.planning.scaling import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
-from attnfx.planning.strategies import Choice, as_decided
+from attnfx.planning.strategies import Strategy, as_decided
 from attnfx.report.report import Report
 
 FAR = 1 << 24  # a batch or length beyond which no limit is looked for
@@ -37,27 +37,27 @@ class Capture(Protocol):
 
 
 # the ways to compile some captured graphs, and those that the function captures with every site rewritten
-Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Choice]]
+Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Strategy]]
 
 
 @dataclass
 class Scaled:
     """One way to compile, at any sizes."""
 
-    choice: Choice
+    strategy: Strategy
     table: Table
 
     def events(self, s: Sizes) -> list[Event]:
-        cpu = self.choice.target.kind == "cpu"
-        parts = self.table.parts(self.choice.parts, s, cpu, self.choice.chunk)
-        return self.choice.step_of(parts).events()
+        cpu = self.strategy.target.kind == "cpu"
+        parts = self.table.parts(self.strategy.parts, s, cpu, self.strategy.chunk)
+        return self.strategy.step_of(parts).events()
 
 
 @dataclass
 class Limits:
     """What is needed to know a step's peak at other sizes.
 
-    choice    the way that was taken
+    strategy    the way that was taken
     inputs    (args, kwargs)
     limit     bytes that the step must fit
     ways      the ways to compile some captured graphs; None where what was decided stays
@@ -65,13 +65,13 @@ class Limits:
     notes     takes why a limit is not known
     """
 
-    choice: Choice
+    strategy: Strategy
     inputs: Any
     resident: Resident
     limit: int
     capture: Capture
     ways: Ways | None = None
-    lowest: Choice | None = None
+    lowest: Strategy | None = None
     notes: list[str] = field(default_factory=list)
 
     @cached_property
@@ -79,7 +79,7 @@ class Limits:
         refused = ""
         for chosen, _ in zip(roles(self.inputs), range(ATTEMPTS)):
             try:
-                found = [self._near(self.choice, chosen, last=False)]
+                found = [self._near(self.strategy, chosen, last=False)]
                 if self.lowest is not None:
                     found.append(self._near(self.lowest, chosen, last=True))
             except Exception as problem:  # a model may refuse other sizes in any way
@@ -107,33 +107,33 @@ class Limits:
             self.notes.append(f"max_length is what memory allows; the model refuses a length of {longest}: {said}")
             return scaled
 
-    def _near(self, way: Choice, chosen: Roles, last: bool) -> Scaled:
+    def _near(self, way: Strategy, chosen: Roles, last: bool) -> Scaled:
         at = chosen.sizes
         return self._scale(way, chosen, last, near(at, self._expected(way, at.batch)), at.length)
 
     def _both(self, chosen: Roles, length: int) -> list[Scaled]:
-        ways = [(self.choice, False), *([] if self.lowest is None else [(self.lowest, True)])]
+        ways = [(self.strategy, False), *([] if self.lowest is None else [(self.lowest, True)])]
         s = chosen.sizes
         return [self._scale(way, chosen, last, Sizes(s.batch, length), near(s, 2).length) for way, last in ways]
 
-    def _scale(self, way: Choice, chosen: Roles, last: bool, then: Sizes, length: int) -> Scaled:
+    def _scale(self, way: Strategy, chosen: Roles, last: bool, then: Sizes, length: int) -> Scaled:
         """With the decisions of a capture at `then`, held against the one at hand or else one of that `length`."""
         at, options = chosen.sizes, way.captured[0].options
         assert options is not None
         there = self._captured(chosen, then, options)
         if last:
-            *_, choice = self._ways(chosen, then, there, options)
-            there = choice.captured
+            *_, strategy = self._ways(chosen, then, there, options)
+            there = strategy.captured
         else:
-            choice = as_decided(there, way.target, way.inlining)
+            strategy = as_decided(there, way.target, way.inlining)
         if _decided(way.captured) == _decided(there):
             with suppress(Unknown):
-                return Scaled(choice, Table(there, way.captured, then, at))
+                return Scaled(strategy, Table(there, way.captured, then, at))
         base = Sizes(then.batch if then.batch == at.batch else prime(then.batch + 1, 1), length)
         first = self._captured(chosen, base, options, [c.report for c in there])
-        return Scaled(choice, Table(there, first, then, base))
+        return Scaled(strategy, Table(there, first, then, base))
 
-    def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Choice]:
+    def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Strategy]:
         assert self.ways is not None
         return self.ways(there, lambda: self._captured(chosen, s, replace(options, rewrite="always")))
 
@@ -143,13 +143,13 @@ class Limits:
             raise Unknown("other sizes make a graph that is not planned")
         return found
 
-    def _expected(self, way: Choice, batch: int) -> int:
+    def _expected(self, way: Strategy, batch: int) -> int:
         """About the batch whose step takes all that there is, if a step's peak grows with it."""
         stays = self._stays(way)
         grows = max(total(way.events, self.resident, way.target) - stays, 1)
         return min(max(batch * (self.limit - stays) // grows, 2), MOST)
 
-    def _stays(self, way: Choice) -> int:
+    def _stays(self, way: Strategy) -> int:
         """Parameters, buffers, the optimizer's state, and what is left when a training step has run: the gradients."""
         training = any(c.joint is not None for c in way.captured)
         left = max(sum(e.bytes for e in way.events), 0) if training else 0
@@ -165,13 +165,13 @@ class Limits:
             scaled = self._long
         return self._least(chosen, s, self._events(scaled, s), reserved=False)
 
-    def _events(self, scaled: Sequence[Scaled], s: Sizes) -> list[tuple[Choice, list[Event]]]:
-        return [(x.choice, x.events(s)) for x in scaled]
+    def _events(self, scaled: Sequence[Scaled], s: Sizes) -> list[tuple[Strategy, list[Event]]]:
+        return [(x.strategy, x.events(s)) for x in scaled]
 
-    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[tuple[Choice, Sequence[Event]]], reserved: bool) -> int:
+    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[tuple[Strategy, Sequence[Event]]], reserved: bool) -> int:
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
-        found = [(way, total(events, resident, self.choice.target)) for way, events in steps]
+        found = [(way, total(events, resident, self.strategy.target)) for way, events in steps]
         return min(size + (reserve(way, size, resident) if reserved else 0) for way, size in found)
 
     def _asked(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
@@ -182,7 +182,7 @@ class Limits:
         """The last size that fits by what is decided, and chosen to be computed again, at that size itself. `scaled`
         says where to look; where it is right, that is two captures."""
         found = self._largest(lambda n: self._asked(chosen, scaled, at(n)), start)
-        options = self.choice.captured[0].options
+        options = self.strategy.captured[0].options
         assert options is not None
         if not found:
             return found
@@ -193,7 +193,7 @@ class Limits:
             except Exception:  # as where a table of positions ends
                 return self._asked(chosen, scaled, at(n))
             if self.lowest is None:
-                ways: Iterable[Choice] = [as_decided(there, self.choice.target, self.choice.inlining)]
+                ways: Iterable[Strategy] = [as_decided(there, self.strategy.target, self.strategy.inlining)]
             else:
                 ways = self._ways(chosen, at(n), there, options)
             steps = ((way, way.events) for way in ways)
@@ -215,7 +215,7 @@ class Limits:
         if self._scaled is None or not (s := self._scaled[0].sizes).length:
             return None
         chosen = self._scaled[0]
-        rows = min((r for c in self.choice.captured for r in position_rows(c)), default=None)
+        rows = min((r for c in self.strategy.captured for r in position_rows(c)), default=None)
         found = self._last(chosen, self._long, lambda n: replace(s, length=n), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
@@ -224,7 +224,7 @@ class Limits:
 
     def _largest(self, at: Callable[[int], int], start: int) -> int | None:
         """The last size that fits: guessed from the sizes on both sides of it, and every third time from the middle."""
-        stays = self._stays(self.choice)
+        stays = self._stays(self.strategy)
         if stays > self.limit:
             return 0
         low, high = (0, stays), None

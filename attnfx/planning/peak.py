@@ -9,7 +9,7 @@ from attnfx.errors import BudgetError
 from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.byte_size import text
 from attnfx.memory.liveness import Event, peak
-from attnfx.planning.strategies import Choice
+from attnfx.planning.strategies import Strategy
 from attnfx.targets import Target
 
 # How much more than predicted a step may take, as a share of what it takes over what stays: above the worst that is
@@ -57,7 +57,7 @@ def total(events: Sequence[Event], resident: Resident, target: Target) -> int:
     return resident.total + max(peak(events), sum(e.bytes for e in events) + resident.scratch)
 
 
-def reserve(way: Choice, size: int, resident: Resident) -> int:
+def reserve(way: Strategy, size: int, resident: Resident) -> int:
     """The bytes beside a predicted peak of `size` that are kept free under a budget."""
     return round((ERROR_WAITING if way.waits and way.inlining else ERROR) * (size - resident.total))
 
@@ -85,9 +85,9 @@ def contents(events: Sequence[Event], resident: Resident, saved: Mapping[str, in
     return {name: size for name, size in out.items() if size}
 
 
-def fitting(ways: Iterable[Choice], limit: int | None, resident: Resident, target: Target, train: bool) -> Choice:
+def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, target: Target, train: bool) -> Strategy:
     """The first way that fits with its reserve. Raises BudgetError, naming the least, where none does."""
-    best: tuple[int, int, Choice] | None = None
+    best: tuple[int, int, Strategy] | None = None
     for way in ways:
         size = total(way.events, resident, target)
         kept = reserve(way, size, resident)
@@ -104,4 +104,15 @@ def fitting(ways: Iterable[Choice], limit: int | None, resident: Resident, targe
     )
 
 
-__all__ = ["Resident", "contents", "fitting", "on_gpu", "reserve", "total"]
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated after one of the allocator's events. `bytes` is all of it, `change` this event's part."""
+
+    phase: str
+    where: str
+    value: str
+    change: int
+    bytes: int
+
+
+__all__ = ["Moment", "Resident", "contents", "fitting", "on_gpu", "reserve", "total"]

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from os import PathLike, fspath
 from typing import Any
 
@@ -15,111 +15,20 @@ from torch.utils._pytree import tree_leaves
 from attnfx.errors import OptionError
 from attnfx.memory import byte_size as budgets
 from attnfx.memory import optimizer as optimizers
-from attnfx.memory.allocator import Cache
 from attnfx.memory.byte_size import text
 from attnfx.options import Options
 from attnfx.planning.capture import Captured, capture
 from attnfx.planning.limits import Limits
-from attnfx.planning.peak import Resident, contents, fitting, on_gpu, total
-from attnfx.planning.strategies import Choice, choices
-from attnfx.report.report import Decision, Report, Site
+from attnfx.planning.peak import Resident, fitting
+from attnfx.planning.prediction import Prediction
+from attnfx.planning.strategies import Strategy, strategies
+from attnfx.report.report import Report
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What is allocated after one of the allocator's events. `bytes` is all of it, `change` this event's part."""
-
-    phase: str
-    where: str
-    value: str
-    change: int
-    bytes: int
-
-
-@dataclass
-class Plan:
-    """Decisions for a model under a memory budget, with the predicted timeline. Bytes are bytes, times milliseconds.
-
-    peak_bytes     the most that is allocated at once: parameters, inputs, optimizer state, gradients, activations
-    reserved_bytes on a GPU, what PyTorch's caching allocator takes from the device for it
-    predicted_ms   of the step's kernels, by their arithmetic and traffic
-    decisions      of each attention site, in order
-    saved          what is kept for the backward pass, name -> bytes; `recomputed` what the budget took from it
-    timeline       a Moment for each of the allocator's events
-    max_batch      the largest batch that fits, for the length given; None where nothing limits it or it is not known
-    max_length     the largest length for the batch given; None also where the inputs have none
-    notes          what the plan does not cover, and why a limit is not known
-    """
-
-    target: Target
-    budget: int | None
-    train: bool
-    choice: Choice
-    resident: Resident
-    notes: list[str] = field(default_factory=list)
-    limited: Callable[[], Limits] | None = None
-
-    @cached_property
-    def _allocator(self) -> Cache | None:
-        return None if self.target.kind == "cpu" else on_gpu(self.resident, self.choice.events)
-
-    @cached_property
-    def _limits(self) -> Limits | None:
-        return None if self.limited is None else self.limited()
-
-    @property
-    def peak_bytes(self) -> int:
-        return total(self.choice.events, self.resident, self.target)
-
-    @property
-    def reserved_bytes(self) -> int | None:
-        return None if self._allocator is None else self._allocator.peak_reserved
-
-    @property
-    def predicted_ms(self) -> float:
-        return self.choice.milliseconds
-
-    @property
-    def sites(self) -> list[Site]:
-        return [site for c in self.choice.captured for site in c.report.sites]
-
-    @property
-    def decisions(self) -> list[Decision | None]:
-        return [site.decision for site in self.sites]
-
-    @property
-    def saved(self) -> Mapping[str, int]:
-        return self.choice.step.saved
-
-    @property
-    def recomputed(self) -> Mapping[str, int]:
-        return self.choice.recomputed
-
-    @cached_property
-    def timeline(self) -> list[Moment]:
-        now, out = self.resident.total, []
-        for e in self.choice.events:
-            now += e.bytes
-            out.append(Moment(e.phase, e.where, e.value, e.bytes, now))
-        return out
-
-    @property
-    def max_batch(self) -> int | None:
-        return None if self._limits is None else self._limits.batch
-
-    @property
-    def max_length(self) -> int | None:
-        return None if self._limits is None else self._limits.length
-
-    def bytes_at(self, batch: int, length: int | None = None) -> int | None:
-        """The peak at other sizes; under a budget with what can be computed again. None where it is not known."""
-        return None if self._limits is None else self._limits.bytes_at(batch, length)
-
-    def parts(self) -> dict[str, int]:
-        """What is allocated at the peak, by kind, in bytes."""
-        return contents(self.choice.events, self.resident, self.saved, self.train)
+class Plan(Prediction):
+    """Decisions for a model under a memory budget, with the predicted timeline: a `Prediction` that can be shown."""
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -140,32 +49,22 @@ class Plan:
 
         plot(self, path)
 
-    @cached_property
-    def report(self) -> Report:
-        """What was found and decided, over all graphs of the call."""
-        whole = Report(graphs=0)
-        for c in self.choice.captured:
-            whole.take(c.report)
-        whole.notes.extend(n for n in self.notes if n not in whole.notes)
-        return whole
-
     def to_html(self, path: str | PathLike[str], force: bool = False) -> None:
         """Write the report with the timeline as one page for a browser, which needs no network.
 
         Raises FileExistsError where there is a file of that name, unless `force`.
         """
         from attnfx.report.html import write
-        from attnfx.report.to_json import data
 
         step = "a training step" if self.train else "a forward pass"
         caption = f"Bytes allocated over {step} on {self.target.name}; {text(self.peak_bytes)} at the peak."
-        write(data(self.report), fspath(path), force, [m.bytes for m in self.timeline], caption)
+        write(self.report.to_data(), fspath(path), force, [m.bytes for m in self.timeline], caption)
 
     def snapshot(self, path: str | PathLike[str]) -> None:
         """Write the timeline as a file that PyTorch's memory viewer (pytorch.org/memory_viz) opens."""
         from attnfx.planning.snapshot import snapshot
 
-        snapshot(self, path)
+        snapshot(self.timeline, self.resident, path)
 
 
 def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_budget: int | float | str | None = None,
@@ -211,8 +110,8 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
         def ways(
             graphs: Sequence[Captured] = first, rewritten: Callable[[], Sequence[Captured]] = more
-        ) -> Iterable[Choice]:
-            return choices(graphs, device, chosen.inner == "inductor", rewritten)
+        ) -> Iterable[Strategy]:
+            return strategies(graphs, device, chosen.inner == "inductor", rewritten)
 
         way = fitting(ways(), limit, resident, device, training)
 
@@ -266,4 +165,4 @@ def _resident(model: Any, inputs: Any, keeps: int | optimizers.Optimizer, train:
     return Resident(sum(held[0]), sum(held[1]), state, scratch, held[0] + held[1], sizes(given))
 
 
-__all__ = ["Moment", "Plan", "plan"]
+__all__ = ["Plan", "plan"]

@@ -7,15 +7,15 @@ Times are the numbers of the events.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from attnfx.memory.allocator import SMALL_SEGMENT, Cache
+from attnfx.planning.peak import Moment, Resident
 
 if TYPE_CHECKING:
     from attnfx.memory.allocator import _Block as Block
-    from attnfx.planning.plan import Plan
 
 START = 1 << 40  # the first segment's address
 PROTOCOL = 4  # the viewer reads no later one
@@ -23,28 +23,27 @@ PROTOCOL = 4  # the viewer reads no later one
 Frames = list[dict[str, Any]]
 
 
-def snapshot(plan: Plan, path: str | PathLike[str]) -> None:
-    """Write the pickle."""
+def snapshot(timeline: Sequence[Moment], resident: Resident, path: str | PathLike[str]) -> None:
+    """Write the pickle of a plan's timeline, with what is resident before it."""
     recorder = _Recorder()
     held: dict[str, list[Block]] = {}
-    for size, frames in _resident(plan):
+    for size, frames in _resident(resident):
         recorder.take(size, frames)
-    for m in plan.timeline:
+    for m in timeline:
         frames = [_frame(m.value, m.where), _frame(m.phase, "")]
         if m.change > 0:
             held.setdefault(m.value, []).append(recorder.take(m.change, frames))
         else:
             recorder.give(held[m.value].pop(), frames)
-    if plan.resident.scratch:
+    if resident.scratch:
         frames = [_frame("scratch", ""), _frame("the optimizer's step", "")]
-        recorder.give(recorder.take(plan.resident.scratch, frames), frames)
+        recorder.give(recorder.take(resident.scratch, frames), frames)
     made = {"segments": recorder.segments(), "device_traces": [recorder.trace], "allocator_settings": {}}
     with open(path, "wb") as file:
         pickle.dump(made, file, protocol=PROTOCOL)
 
 
-def _resident(plan: Plan) -> Iterator[tuple[int, Frames]]:
-    resident = plan.resident
+def _resident(resident: Resident) -> Iterator[tuple[int, Frames]]:
     for name, sizes in (
         ("a parameter or buffer", resident.held), ("an input", resident.given), ("optimizer state", (resident.state,)),
     ):  # fmt: skip

@@ -42,7 +42,7 @@ class Marks:
 
 
 @dataclass
-class Choice:
+class Strategy:
     """One way to compile the graphs; `parts` is what they become.
 
     chunk   the most scores that the chunked tier computes at once; 0 for its own choice
@@ -87,8 +87,8 @@ class Choice:
         return {name: size for m in self.marks for name, size in m.dropped.items()}
 
 
-def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
-            more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Choice]:  # fmt: skip
+def strategies(captured: Sequence[Captured], target: Target, inlining: bool = True,
+            more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Strategy]:  # fmt: skip
     """The ways to compile, in order of the time they cost, each with a peak no larger than those before it. `more`
     captures the graphs with every site rewritten."""
     best = as_decided(captured, target, inlining)
@@ -108,7 +108,7 @@ def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
         yield base  # what is predicted of it is nearer to what is measured
         least = min(least, base.peak)
 
-    def ways() -> Iterator[Choice]:
+    def ways() -> Iterator[Strategy]:
         yield base
         for marks, parts in _recomputing(base):
             yield replace(base, parts=parts, marks=marks)
@@ -120,7 +120,7 @@ def choices(captured: Sequence[Captured], target: Target, inlining: bool = True,
                 yield one
 
 
-def _chunks(base: Choice) -> list[tuple[int, list[dict[str, int]]]]:
+def _chunks(base: Strategy) -> list[tuple[int, list[dict[str, int]]]]:
     """(the most scores at once, for each graph what its chunked attention then takes), where it is any less."""
     cpu, out = base.target.kind == "cpu", []
     for size in CHUNKS["cpu" if cpu else "cuda"]:
@@ -130,7 +130,7 @@ def _chunks(base: Choice) -> list[tuple[int, list[dict[str, int]]]]:
     return out
 
 
-def _in_chunks(way: Choice, size: int, found: Sequence[Mapping[str, int]]) -> Choice:
+def _in_chunks(way: Strategy, size: int, found: Sequence[Mapping[str, int]]) -> Strategy:
     def graph(g: Graph, taken: Mapping[str, int]) -> Graph:
         return replace(g, ops=tuple(replace(op, workspace=taken.get(op.name, op.workspace)) for op in g.ops))
 
@@ -141,7 +141,7 @@ def _in_chunks(way: Choice, size: int, found: Sequence[Mapping[str, int]]) -> Ch
     return replace(way, parts=parts, chunk=size)
 
 
-def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> Choice:
+def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> Strategy:
     """The graphs as they are, and what is saved as PyTorch decides."""
     cpu, parts = target.kind == "cpu", []
     for c in captured:
@@ -151,10 +151,10 @@ def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> 
         else:
             forward, backward = partition(c.joint, c.arguments)
             parts.append(Part(read(forward, cpu), read(backward, cpu), c.arguments["num_fwd_outputs"]))
-    return Choice(captured, parts, [Marks()] * len(parts), target, inlining)
+    return Strategy(captured, parts, [Marks()] * len(parts), target, inlining)
 
 
-def _recomputing(base: Choice) -> Iterator[tuple[list[Marks], list[Part]]]:
+def _recomputing(base: Strategy) -> Iterator[tuple[list[Marks], list[Part]]]:
     """More and more computed again, always what costs the least time for a byte."""
     joints: dict[int, Joint] = {}
     solutions: list[list[Solution]] = []
@@ -196,4 +196,4 @@ def _prices(joint: Joint, fixed: frozenset[str], part: Part, target: Target) -> 
     return price
 
 
-__all__ = ["Choice", "Marks", "as_decided", "choices"]
+__all__ = ["Marks", "Strategy", "as_decided", "strategies"]

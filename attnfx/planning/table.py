@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import re
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from attnfx.memory.byte_size import text
-
-if TYPE_CHECKING:
-    from attnfx.planning.plan import Plan
+from attnfx.planning.prediction import Prediction
 
 ROWS = 16  # of modules, in a table
 
 
-def table(plan: Plan) -> Any:
+def table(plan: Prediction) -> Any:
     """A rich renderable: the peak and what is in it, the limits, each site's decision, what is saved and what computed
     again."""
     from rich.console import Group
@@ -40,7 +38,7 @@ def table(plan: Plan) -> Any:
     if plan.recomputed:
         size = sum(plan.recomputed.values())
         facts.add_row("computed again", f"{len(plan.recomputed)} values, {text(size)} that are not saved")
-    if not plan.choice.waits:
+    if not plan.strategy.waits:
         facts.add_row("dead memory", "is given back at once, no value waits for it")
 
     sites = Table(title="attention", title_justify="left")
@@ -62,14 +60,14 @@ def table(plan: Plan) -> Any:
     return Group(*shown, *(Text(f"note: {n}") for n in plan.notes))
 
 
-def _sites(plan: Plan) -> list[tuple[str, tuple[str, str, str]]]:
+def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
     """The sites, those that follow each other with the same decision as one row: (names, (where, tier, reason))."""
     rows: list[tuple[list[str], tuple[str, str, str]]] = []
     for site in plan.sites:
         chosen = site.decision
         tier = chosen.tier if chosen else "kept"
-        if tier == "chunked" and plan.choice.chunk:
-            tier += f", {plan.choice.chunk} scores at once"
+        if tier == "chunked" and plan.strategy.chunk:
+            tier += f", {plan.strategy.chunk} scores at once"
         row = site.where, tier, chosen.reason if chosen else str(site.refusal or "")
         if rows and rows[-1][1] == row:
             rows[-1][0].append(site.name)
@@ -78,12 +76,12 @@ def _sites(plan: Plan) -> list[tuple[str, tuple[str, str, str]]]:
     return [(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})", row) for names, row in rows]
 
 
-def by_module(plan: Plan) -> dict[str, tuple[int, int]]:
+def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:
     """Bytes that are saved, and bytes that are computed again instead, by module; layers of a list are one: "h.*.mlp".
     The largest come first."""
     made = {
         f"{n}.{r.name}": re.sub(r"\b\d+\b", "*", op.where)
-        for n, part in enumerate(plan.choice.parts) for op in part.forward.ops for r in op.results
+        for n, part in enumerate(plan.strategy.parts) for op in part.forward.ops for r in op.results
     }  # fmt: skip
     sums: dict[str, list[int]] = {}
     for which, values in enumerate((plan.saved, plan.recomputed)):
@@ -92,7 +90,7 @@ def by_module(plan: Plan) -> dict[str, tuple[int, int]]:
     return {m: (a, b) for m, (a, b) in sorted(sums.items(), key=lambda e: -sum(e[1]))}
 
 
-def plot(plan: Plan, path: str | PathLike[str]) -> None:
+def plot(plan: Prediction, path: str | PathLike[str]) -> None:
     """The bytes over the events of the step, one colour for each phase."""
     try:
         from matplotlib.figure import Figure

@@ -7,11 +7,12 @@ computed again when a report is read.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from attnfx.report.codes import CODES
-from attnfx.report.report import Candidate, Decision, Refusal, Report, Site
+from attnfx.report.records import Candidate, Decision, Refusal, Site, share
 from attnfx.report.stages import Stage
 from attnfx.spec import AttentionSpec, from_json
 
@@ -21,40 +22,40 @@ SMALLEST = 16  # rows and keys of a tile of a picture, at least
 MARKS = {"empty": ".", "partial": "+", "full": "#"}
 
 
-def dumps(report: Report) -> str:
-    return json.dumps(data(report))
-
-
-def data(report: Report) -> dict[str, Any]:
-    """The report as JSON-ready values."""
-    used = {s.code for s in (*report.sites, *report.others) if s.code}
+def data(
+    sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], graphs: int, flops: int,
+    stages: Mapping[str, Stage],
+) -> dict[str, Any]:  # fmt: skip
+    """Give a report's fields as JSON-ready values."""
+    used = {s.code for s in (*sites, *others) if s.code}
     return {
         "version": VERSION,
-        "graphs": report.graphs,
-        "flops": report.flops,
-        "notes": list(report.notes),
-        "sites": [_site(s, report) for s in report.sites],
-        "others": [_site(s, report) for s in report.others],
+        "graphs": graphs,
+        "flops": flops,
+        "notes": list(notes),
+        "sites": [_site(s, flops) for s in sites],
+        "others": [_site(s, flops) for s in others],
         "codes": {code: asdict(CODES[code]) for code in sorted(used)},
-        "stages": {name: stage.to_data() for name, stage in report.stages.items()},
+        "stages": {name: stage.to_data() for name, stage in stages.items()},
     }
 
 
-def loads(text: str) -> Report:
+def fields(text: str) -> dict[str, Any]:
+    """Read the fields of a report back, by name. Raises ValueError for another version's text."""
     found = json.loads(text)
     if found.get("version") != VERSION:
         raise ValueError(f"this report is of version {found.get('version')}, and only version {VERSION} can be read")
-    return Report(
-        sites=[_read_site(s) for s in found["sites"]],
-        others=[_read_site(s) for s in found["others"]],
-        notes=found["notes"],
-        graphs=found["graphs"],
-        flops=found["flops"],
-        stages={name: Stage.from_data(stage) for name, stage in found["stages"].items()},
-    )
+    return {
+        "sites": [_read_site(s) for s in found["sites"]],
+        "others": [_read_site(s) for s in found["others"]],
+        "notes": found["notes"],
+        "graphs": found["graphs"],
+        "flops": found["flops"],
+        "stages": {name: Stage.from_data(stage) for name, stage in found["stages"].items()},
+    }
 
 
-def _site(site: Site, report: Report) -> dict[str, Any]:
+def _site(site: Site, flops: int) -> dict[str, Any]:
     return {
         "name": site.name,
         "where": site.where,
@@ -72,7 +73,7 @@ def _site(site: Site, report: Report) -> dict[str, Any]:
         "notes": list(site.notes),
         "fallbacks": list(site.fallbacks),
         "flops": site.flops,
-        "share": report.share(site),
+        "share": share(site, flops),
     }
 
 
@@ -134,4 +135,4 @@ def _tile(candidate: dict[str, Any]) -> dict[str, Any]:
     return {**candidate, "tile": None if candidate["tile"] is None else tuple(candidate["tile"])}
 
 
-__all__ = ["VERSION", "data", "dumps", "loads", "tile_picture"]
+__all__ = ["VERSION", "data", "fields", "tile_picture"]

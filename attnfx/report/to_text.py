@@ -16,7 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from attnfx.report.codes import CODES
-from attnfx.report.report import Candidate, Report, Site
+from attnfx.report.records import Candidate, Site, share
 
 WIDTH = 120
 PLACE = 28  # characters of a place that are kept in one line
@@ -24,36 +24,38 @@ QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of o
 T = TypeVar("T")
 
 
-def text(report: Report) -> str:
+def text(sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], flops: int) -> str:
+    """Give a report's fields as plain text, 120 columns wide."""
     console = Console(width=WIDTH, record=False, force_terminal=False, no_color=True)
     with console.capture() as capture:
-        console.print(renderable(report))
+        console.print(renderable(sites, others, notes, flops))
     return "\n".join(line.rstrip() for line in capture.get().rstrip().splitlines())
 
 
-def renderable(report: Report) -> RenderableType:
-    """For `rich.print`; `text` is the same as plain text."""
-    title = f"attnfx: {len(report.rewritten)} of {len(report.sites)} attention sites rewritten"
-    lines = [*_why(report.sites), *_others(report.others), *(f"note: {n}" for n in report.notes)]
+def renderable(
+    sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], flops: int
+) -> RenderableType:  # fmt: skip
+    """Give a report's fields for `rich.print`; `text` gives the same as plain text."""
+    title = f"attnfx: {sum(s.rewritten for s in sites)} of {len(sites)} attention sites rewritten"
+    lines = [*_why(sites), *_others(others), *(f"note: {n}" for n in notes)]
     below = [Text(line) for line in lines]
-    return Group(_table(report, title) if report.sites else Text(title), *below)
+    return Group(_table(sites, flops, title) if sites else Text(title), *below)
 
 
-def _table(report: Report, title: str) -> Table:
+def _table(every: Sequence[Site], flops: int, title: str) -> Table:
     table = Table(title=title, title_justify="left", show_lines=False, expand=False)
     for column in ("site", "where", "what", "mask", "decision"):
         table.add_column(column, overflow="fold")
-    table.columns[1].no_wrap = max(len(s.where) for s in report.sites) <= PLACE
+    table.columns[1].no_wrap = max(len(s.where) for s in every) <= PLACE
     for column in ("predicted", "share"):
         table.add_column(column, no_wrap=True, justify="right")
-    for sites in _groups(report.sites, lambda s: _row(s, report)):
-        shares = [x for x in map(report.share, sites) if x is not None]
-        share = f"{sum(shares):.0%}" if shares else ""
-        table.add_row(escape(names(sites)), *map(escape, _row(sites[0], report)), share)
+    for sites in _groups(every, _row):
+        shares = [x for s in sites if (x := share(s, flops)) is not None]
+        table.add_row(escape(names(sites)), *map(escape, _row(sites[0])), f"{sum(shares):.0%}" if shares else "")
     return table
 
 
-def _row(site: Site, report: Report) -> tuple[str, ...]:
+def _row(site: Site) -> tuple[str, ...]:
     code = "" if site.rewritten else f"kept: {site.code}".removesuffix(": ")
     made = site.decision
     if made is None:

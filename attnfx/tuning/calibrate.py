@@ -16,7 +16,7 @@ import torch
 from attnfx import cache
 from attnfx.cost import line
 from attnfx.fingerprint import fingerprint
-from attnfx.report.report import Candidate, Decision
+from attnfx.report.records import Candidate, Decision
 
 CORRECTIONS = cache.JsonCache("calibration")
 MOST = 1e3  # a correction beyond this is a mistake, not a device

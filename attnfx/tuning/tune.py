@@ -26,7 +26,7 @@ from attnfx.inductor import compile_graph
 from attnfx.kernels.operators import configuration
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
-from attnfx.report.report import Candidate, Decision
+from attnfx.report.records import Candidate, Decision
 from attnfx.tuning import timing
 
 MOST = 8  # candidates that are timed, the original among them

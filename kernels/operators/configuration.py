@@ -14,7 +14,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from attnfx.kernels.flash.host.tiles import Tile
-from attnfx.report.report import Candidate
+from attnfx.report.records import Candidate
 
 _FORM = re.compile(r"(\w+)(?::(\d+)x(\d+)/(\d+)/(\d+)(?:/(\d+))?|:(\d+))?")
 

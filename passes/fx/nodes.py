@@ -18,7 +18,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
-from attnfx.report.report import Refusal
+from attnfx.report.records import Refusal
 
 
 def op_name(node: Node) -> str:

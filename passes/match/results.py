@@ -10,7 +10,7 @@ from attnfx.ir.expr import Expr
 from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.spec_builder import batch_and_heads
-from attnfx.report.report import Refusal
+from attnfx.report.records import Refusal
 from attnfx.spec import AttentionSpec
 
 

@@ -15,7 +15,7 @@ from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
 from attnfx.passes.lift.products import batched
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
-from attnfx.report.report import Refusal
+from attnfx.report.records import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
 BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum

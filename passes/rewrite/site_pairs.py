@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.dropout import DROPOUTS
 from attnfx.passes.fx.nodes import op_name, value
-from attnfx.report.report import Site
+from attnfx.report.records import Site
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from attnfx.passes.lift.row_rules import Along, NotSeparable, split
 from attnfx.passes.match.results import Finding
 from attnfx.passes.rows.live_keys import find_columns
 from attnfx.passes.rows.region import Region
-from attnfx.report.report import Refusal
+from attnfx.report.records import Refusal
 
 NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
 LARGEST = 400  # nodes of one region

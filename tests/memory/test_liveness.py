@@ -206,4 +206,4 @@ def test_without_fusion_the_predicted_peak_is_the_allocators_to_the_byte():
 
     run()
     net.zero_grad(set_to_none=True)
-    assert abs(plan.choice.peak - measured(run)) <= 64  # scalars that autograd makes itself
+    assert abs(plan.strategy.peak - measured(run)) <= 64  # scalars that autograd makes itself
