@@ -14,6 +14,7 @@ import torch._dynamo.exc
 from torch.fx import GraphModule
 
 from attnfx.compiler import dump as dumping
+from attnfx.compiler import pipeline
 from attnfx.compiler.faults import described
 from attnfx.compiler.pipeline import Result
 from attnfx.errors import AttnfxError, RefusalError
@@ -21,7 +22,6 @@ from attnfx.inductor import compile_graph
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report import report
-from attnfx.verify import verify
 
 _REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
 # How Dynamo is told to trace a frame again, or to leave it alone: not a failure.
@@ -39,7 +39,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     chosen = Options.make(options or {})
     more: dict[str, Any] = {}
     try:
-        result = verify.rewritten(gm, example_inputs, chosen)
+        result = pipeline.run(gm, chosen, example_inputs, exercise=True)
     except _SIGNALS:
         raise
     except Exception as problem:

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from attnfx.cost import Question, decide
+from attnfx.cost import Question, select
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.kernels.operators.attention import refusals
@@ -82,7 +82,7 @@ def measure(device: str, mask: str) -> list[dict[str, object]]:
     target = None if device == "cpu" else Target.by_name(device)
     rows, number = [], 0
     for training in (False, True):  # the tables
-        decide(question(mask, 99, device, 512, training), Options(), device=target)
+        select(question(mask, 99, device, 512, training), Options(), device=target)
     for length in LENGTHS:
         for training in (False, True):
             masks, first, again = [], [], []
@@ -91,7 +91,7 @@ def measure(device: str, mask: str) -> list[dict[str, object]]:
                 ask = question(mask, number, device, length + 128 * number, training)
                 describe(ask.spec, ask.dims)
                 masks.append(milliseconds(lambda ask=ask: prepare(ask.spec, ask.dims)))
-                choose = partial(decide, ask, Options(), device=target)
+                choose = partial(select, ask, Options(), device=target)
                 first.append(milliseconds(choose))
                 again += [milliseconds(choose) for _ in range(5)]
             found = {

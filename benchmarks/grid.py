@@ -292,13 +292,13 @@ def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
 
 def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
     """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
-    from attnfx.cost import decide
+    from attnfx.cost import select
     from attnfx.options import Options
 
     over_best, over_original = [], []
     for got in points:
         times = {name: t["min_ms"] for name, t in got["times"].items()}
-        chosen = times[decide(question(got), Options()).tier]
+        chosen = times[select(question(got), Options()).tier]
         over_best.append(chosen / min(times.values()))
         over_original.append(chosen / times["kept"])
     over_best.sort()

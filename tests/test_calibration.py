@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from attnfx.cost import Question, decide
+from attnfx.cost import Question, select
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.report.records import Candidate, Decision
@@ -37,8 +37,8 @@ def test_a_correction_is_the_geometric_mean_by_tier_and_direction():
 
 
 def test_corrections_change_the_prediction_and_the_reason_says_so():
-    plain = decide(ASK, Options())
-    corrected = decide(ASK, Options(), corrections={"library/forward": 20.0, "library/training": 0.1})
+    plain = select(ASK, Options())
+    corrected = select(ASK, Options(), corrections={"library/forward": 20.0, "library/training": 0.1})
     assert plain.tier == "library" and "calibrated" not in plain.reason
     assert corrected.tier != "library" and "calibrated on this device" in corrected.reason
     of = {c.tier: c.predicted_ms for c in (corrected, *corrected.alternatives)}

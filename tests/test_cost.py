@@ -2,7 +2,7 @@
 
 import pytest
 
-from attnfx.cost import Question, decide, decide_rows
+from attnfx.cost import Question, select, select_rows
 from attnfx.cost import row_chunks as rows
 from attnfx.ir import algebra as A
 from attnfx.options import Options
@@ -24,14 +24,14 @@ def ask(spec=PLAIN, T=4096, S=None, device="cuda", **fields):
 
 
 def predicted(question, device, tier):
-    decision = decide(question, Options(), device=device)
+    decision = select(question, Options(), device=device)
     return next(c.predicted_ms for c in (decision, *decision.alternatives) if c.tier == tier)
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("spec", [PLAIN, CAUSAL, WINDOW], ids=["plain", "causal", "window"])
 def test_a_gpu_gets_the_flash_kernel(spec, training):
-    decision = decide(ask(spec, training=training), Options(), device=H100)
+    decision = select(ask(spec, training=training), Options(), device=H100)
     assert decision.tier == "flash" and "x the original's time" in decision.reason
 
 
@@ -53,18 +53,18 @@ def test_the_predicted_rate_is_that_of_published_kernels():
 
 
 def test_few_queries_against_many_keys_get_the_decode_kernel():
-    assert decide(ask(T=1, S=32768), Options(), device=H100).tier == "decode"
-    assert decide(ask(T=4096, S=32768), Options(), device=H100).tier == "flash"
+    assert select(ask(T=1, S=32768), Options(), device=H100).tier == "decode"
+    assert select(ask(T=4096, S=32768), Options(), device=H100).tier == "flash"
 
 
 def test_a_device_without_known_rates_keeps_the_original_unless_told():
-    assert "knows no rates of xpu" in decide(ask(device="xpu"), Options()).reason
-    assert decide(ask(device="xpu"), Options(rewrite="always")).tier in ("library", "chunked")
+    assert "knows no rates of xpu" in select(ask(device="xpu"), Options()).reason
+    assert select(ask(device="xpu"), Options(rewrite="always")).tier in ("library", "chunked")
 
 
 def test_a_cpu_gets_the_library_for_long_causal_rows_and_keeps_short_ones():
-    assert decide(ask(CAUSAL, device="cpu"), Options()).tier == "library"
-    assert decide(ask(PLAIN, T=64, device="cpu"), Options()).tier == "kept"
+    assert select(ask(CAUSAL, device="cpu"), Options()).tier == "library"
+    assert select(ask(PLAIN, T=64, device="cpu"), Options()).tier == "kept"
 
 
 def test_sums_of_the_weights_count():
@@ -73,7 +73,7 @@ def test_sums_of_the_weights_count():
 
 
 def test_no_allowed_tier_says_why_each_cannot():
-    decision = decide(ask(), Options(tiers=("library",)), device=H100)
+    decision = select(ask(), Options(tiers=("library",)), device=H100)
     assert decision.tier == "kept" and decision.reason == "no allowed tier can run it (library: it runs on the CPU)"
 
 
@@ -105,13 +105,13 @@ def whole_rows(n=4096, **of):
 
 def test_whole_rows_on_a_gpu_are_predicted_from_its_rates():
     for training in (False, True):
-        decision = decide_rows(whole_rows(training=training, device="cuda"), Options(), False, device=H100)
+        decision = select_rows(whole_rows(training=training, device="cuda"), Options(), False, device=H100)
         kept, *_ = [c for c in (decision, *decision.alternatives) if c.tier == "kept"]
         assert kept.predicted_ms > 0 and "no GPU was measured" in decision.reason
-    assert "knows no rates" in decide_rows(whole_rows(device="xpu"), Options(), False).reason
+    assert "knows no rates" in select_rows(whole_rows(device="xpu"), Options(), False).reason
 
 
 def test_whole_rows_whose_scores_are_larger_than_memory_run_in_chunks():
     """2 * 12 * n^2 numbers of 2 bytes do not fit in 80 GB at 65536 rows, and do at 16384."""
-    chosen = [decide_rows(whole_rows(n, device="cuda"), Options(), False, device=H100) for n in (16384, 65536)]
+    chosen = [select_rows(whole_rows(n, device="cuda"), Options(), False, device=H100) for n in (16384, 65536)]
     assert [d.tier for d in chosen] == ["kept", "chunked"] and "larger than memory" in chosen[1].reason

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 from attnfx import Target
 from attnfx.compiler import choose as deciding
 from attnfx.compiler import pipeline
-from attnfx.cost import Question, decide
+from attnfx.cost import Question, select
 from attnfx.ir import algebra as A
 from attnfx.kernels.library import cuda as call
 from attnfx.kernels.operators.attention import refusals
@@ -265,7 +265,7 @@ def test_rows_that_start_at_odd_places_are_copied_first(graphs):
 # -- what it costs ------------------------------------------------------------------------------
 def library(target="h100-sxm", spec=CAUSAL, groups=16, **fields):
     dims = dict(B=1, H=16, G=groups, T=4096, S=4096, D=128, Dv=128)
-    decision = decide(Question(spec, dims, "bfloat16", "cuda", **fields), Options(), device=Target.by_name(target))
+    decision = select(Question(spec, dims, "bfloat16", "cuda", **fields), Options(), device=Target.by_name(target))
     return next((c for c in (decision, *decision.alternatives) if c.tier == "library"), None)
 
 
@@ -273,7 +273,7 @@ def test_it_costs_what_the_same_call_of_a_model_costs():
     for training in (False, True):
         ask = Question(CAUSAL, dict(B=1, H=16, G=16, T=4096, S=4096, D=128, Dv=128), "bfloat16", "cuda",
                        training=training, native=True)  # fmt: skip
-        kept = decide(ask, Options(), device=Target.by_name("a100-80gb"))
+        kept = select(ask, Options(), device=Target.by_name("a100-80gb"))
         kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
         found = library("a100-80gb", training=training)
         assert (found.predicted_ms, found.predicted_bytes, found.saved_bytes) == (
@@ -288,7 +288,7 @@ def test_a_call_of_a_model_with_a_mask_goes_past_flash_attention():
     for device in ("a100-80gb", "h100-sxm"):
         for spec in (CAUSAL, window):
             ask = Question(spec, dims, "bfloat16", "cuda", native=True)
-            found = decide(ask, Options(), device=Target.by_name(device))
+            found = select(ask, Options(), device=Target.by_name(device))
             kept = next(c for c in (found, *found.alternatives) if c.tier == "kept")
             times.setdefault(device, []).append(kept.predicted_ms)
     assert times["a100-80gb"][1] > 1.5 * times["a100-80gb"][0]
@@ -299,7 +299,7 @@ def test_a_call_of_a_model_with_a_mask_goes_past_flash_attention():
 def test_a_call_of_a_model_holds_no_scores_whatever_its_kernel(width):
     dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=width, Dv=width)
     ask = Question(PLAIN, dims, "bfloat16", "cuda", native=True)
-    decision = decide(ask, Options(), device=Target.by_name("h100-sxm"))
+    decision = select(ask, Options(), device=Target.by_name("h100-sxm"))
     kept = next(c for c in (decision, *decision.alternatives) if c.tier == "kept")
     assert kept.kernel == "aten" and kept.predicted_bytes == 4 * 16 * 4096
 
@@ -310,10 +310,10 @@ def test_float32_is_fused_and_holds_no_scores():
         gpu = Target.by_name(device)
         refused = {} if gpu.capability >= 80 else {"flash": "8.0", "decode": "8.0"}
         ask = Question(replace(CAUSAL, out_dtype="float32"), dims, "float32", "cuda", training=True, refused=refused)
-        found = decide(ask, Options(), device=gpu)
+        found = select(ask, Options(), device=gpu)
         assert (found.tier, found.kernel) == ("library", fused.EFFICIENT)
         assert found.saved_bytes == 4 * 16 * 4096 + 16
-        kept = decide(replace(ask, native=True), Options(), device=gpu)
+        kept = select(replace(ask, native=True), Options(), device=gpu)
         kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
         assert (kept.kernel, kept.predicted_ms) == ("aten", found.predicted_ms)
 
@@ -336,7 +336,7 @@ def test_the_memory_efficient_kernel_takes_what_was_measured_of_it(device, dtype
     ask = Question(replace(PLAIN, out_dtype=dtype), dims, dtype, "cuda", native=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused, "FLASH_WIDTH", 0)  # as where FlashAttention takes no such call
-        kept = decide(ask, Options(), device=gpu)
+        kept = select(ask, Options(), device=gpu)
     kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
     assert kept.predicted_ms == pytest.approx(published, rel=0.03)
 

@@ -9,7 +9,7 @@ import torch
 from torch.fx import symbolic_trace
 
 import attnfx
-from attnfx.cost import Question, decide
+from attnfx.cost import Question, select
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J
@@ -51,7 +51,7 @@ class Bench:
         return {name: self.times[name] for name in runs if name in self.times}
 
     def tune(self, question, options=OPTIONS):
-        return tuning.tune(question, decide(question, options), options, CPU, self.build, self.timer)
+        return tuning.tune(question, select(question, options), options, CPU, self.build, self.timer)
 
 
 @pytest.mark.parametrize("fastest", ["kept", "library", "chunked"])
@@ -112,7 +112,7 @@ def test_other_versions_and_threads_are_measured_for_themselves(monkeypatch):
 def test_known_answers_are_taken_and_nothing_is_timed():
     bench = Bench(kept=2.0, library=1.0, chunked=3.0)
     known = Options.make({"tune": "known", "inner": "eager"})
-    assert bench.tune(ask(), known) == decide(ask(), known) and bench.built == []
+    assert bench.tune(ask(), known) == select(ask(), known) and bench.built == []
     bench.tune(ask())
     bench.built.clear()
     assert bench.tune(ask(), known).measured_ms == 1.0 and bench.built == []
@@ -132,7 +132,7 @@ def test_what_cannot_be_run_is_left_out_and_where_nothing_can_the_prediction_sta
     assert bench.tune(ask()).tier == "chunked"
     bench = Bench(library=1.0)
     decision = bench.tune(ask(T=4096))
-    assert decision.tier == decide(ask(T=4096), OPTIONS).tier and "nothing could be timed" in decision.reason
+    assert decision.tier == select(ask(T=4096), OPTIONS).tier and "nothing could be timed" in decision.reason
     assert len(tuning.ANSWERS.entries()) == 1
 
 

@@ -9,7 +9,7 @@ from torch.fx import Graph
 
 from attnfx import cost
 from attnfx.ir import algebra as A
-from attnfx.mask import describe, mask_of, prepare
+from attnfx.mask import describe, mask_of
 from attnfx.passes.fx.nodes import dims, number, value, where_in_source
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.rewrite.attention import dimensions
@@ -31,7 +31,6 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
             symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
         site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
         site.mask = describe(site.spec, sizes)
-        prepare(site.spec, sizes)
         mask = mask_of(site.spec.score)
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)

@@ -4,17 +4,17 @@ from attnfx.cost.gpu import summary
 from attnfx.cost.query import Question
 from attnfx.cost.row_chunks import COMPILED, Rows, live_share
 from attnfx.cost.row_chunks import KERNELS as ROW_KERNELS
-from attnfx.cost.select import decide, decide_rows, evaluate, line
+from attnfx.cost.select import evaluate, line, select, select_rows
 
 __all__ = [
     "COMPILED",
     "ROW_KERNELS",
     "Question",
     "Rows",
-    "decide",
-    "decide_rows",
     "evaluate",
     "line",
     "live_share",
+    "select",
+    "select_rows",
     "summary",
 ]  # fmt: skip

@@ -34,7 +34,7 @@ def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
     return int(_evaluate(e, Known(sizes)))
 
 
-def decide(
+def select(
     ask: Question,
     options: Options,
     threads: int = 1,
@@ -85,7 +85,7 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
     return replace(c, predicted_ms=c.predicted_ms * corrections.get(line(c.tier, ask.training), 1.0))
 
 
-def decide_rows(
+def select_rows(
     ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
     """A decision for a region of whole rows, on a GPU, or on a CPU whose `threads` share the work. `weights_read` says
@@ -123,4 +123,4 @@ def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str
     return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives), code=code)
 
 
-__all__ = ["decide", "decide_rows", "evaluate", "line"]
+__all__ = ["evaluate", "line", "select", "select_rows"]

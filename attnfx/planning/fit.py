@@ -29,7 +29,6 @@ from attnfx.planning.peak import Resident, fitting, total
 from attnfx.planning.strategies import Marks, strategies
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
-from attnfx.verify import verify
 
 # What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
 _limits: dict[int, int] = {}
@@ -60,7 +59,7 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
 
     def rewritten() -> list[Captured]:
         always = replace(options, rewrite="always")
-        other = verify.rewritten(gm, example_inputs, always)
+        other = pipeline.again(result, always, example_inputs)
         results[id(other.report)] = other
         return [_captured(gm, example_inputs, always, other)]
 

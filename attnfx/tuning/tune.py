@@ -62,7 +62,7 @@ def tune(
         times = measure(names, options, device, build, timer)
         if len(times) > 1:
             ANSWERS.put(key, times)
-    return decide(decision, every, times, options)
+    return fastest(decision, every, times, options)
 
 
 def label(c: Candidate) -> str:
@@ -88,7 +88,7 @@ def _known(key: str, names: Mapping[str, Candidate]) -> dict[str, float] | None:
     return held if len(held) > 1 else None
 
 
-def decide(decision: Decision, every: Sequence[Candidate], times: Mapping[str, float], options: Options) -> Decision:
+def fastest(decision: Decision, every: Sequence[Candidate], times: Mapping[str, float], options: Options) -> Decision:
     """The fastest of what was timed; with rewrite="always", of the rewrites."""
     timed = [replace(c, measured_ms=times.get(label(c))) for c in every]
     rivals = [c for c in timed if c.measured_ms is not None]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, symbolic_trace
 
-from attnfx.compiler import pipeline  # noqa: F401  (its import registers the operators)
+from attnfx.kernels import operators  # noqa: F401  (what a script calls is registered by its import)
 from attnfx.passes.fx.dropout import drops, without_dropout
 from attnfx.passes.rewrite.site_pairs import Pair
 from attnfx.verify.compare import Difference, compare, compare_dropout

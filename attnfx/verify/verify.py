@@ -18,11 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._ops import HigherOrderOperator
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import Interpreter, Node
 
 from attnfx import cache
-from attnfx.compiler import pipeline
-from attnfx.compiler.pipeline import Result
 from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import number
@@ -51,48 +49,19 @@ class Failure:
     problem: str
     script: Path | None
 
-
-def rewritten(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
-    """What `pipeline.run` gives, its sites verified where the options ask for it."""
-    return pipeline.run(gm, options, exercise=True) if options.verify == "off" else run(gm, example_inputs, options)
+    def __str__(self) -> str:
+        return self.problem + (f", run {self.script}" if self.script else "")
 
 
-def run(gm: GraphModule, example_inputs: Sequence[Any], options: Options) -> Result:
-    """What `pipeline.run` gives, without the sites that gave something else than the original; one warning names these.
+def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tuple[dict[str, str], dict[str, Failure]]:
+    """Compare each pair of a trial on the inputs of a call; one warning names the sites whose rewrite gave something
+    else, another those that could not be compared.
 
-    Each site's notes say what was found. What cannot be compared is rewritten all the same, and its notes say why.
+    Gives, by the pairs' names, what the report says of each, and the failures.
     """
-    keep: dict[str, str] = {}
-    failed: list[Failure] = []
-    while True:
-        trial = Trial(keep)
-        result = pipeline.run(gm, options, trial=trial, exercise=True)
-        found = _failures(trial, example_inputs, options)
-        new = {n: f for n, f in found.items() if n not in keep}
-        if not new:
-            break
-        failed.extend(new.values())
-        keep |= {name: f"on its first call the rewrite gave another result: {_told(f)}" for name, f in new.items()}
-    if failed:
-        told = "; ".join(f"{f.pair.site.where or f.pair.site.name}: {_told(f)}" for f in failed)
-        warnings.warn(
-            f"attnfx: a rewrite gave another result than the original, which was kept ({told})",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-    return result
-
-
-def _told(failure: Failure) -> str:
-    script = f", run {failure.script}" if failure.script else ""
-    return f"{failure.problem}{script}"
-
-
-def _failures(trial: Trial, example_inputs: Sequence[Any], options: Options) -> dict[str, Failure]:
-    """By name, the sites that gave something else. Files the notes of all."""
     pairs = trial.all_pairs()
     if not pairs:
-        return {}
+        return {}, {}
     done = _Outcome(options, torch.is_grad_enabled())
     devices = sorted({x.device.index or 0 for x in example_inputs if isinstance(x, Tensor) and x.is_cuda})
     why = "its part of the graph did not run"
@@ -102,13 +71,18 @@ def _failures(trial: Trial, example_inputs: Sequence[Any], options: Options) -> 
     except Exception as problem:  # whatever it is, the rewrite itself went well
         why = _why(problem)
     for pair in pairs:
-        if pair.name not in done.notes:
-            done.notes[pair.name] = f"not verified: {why}"
-        pair.site.notes = (*pair.site.notes, done.notes[pair.name])
+        done.notes.setdefault(pair.name, f"not verified: {why}")
     missed = {n: f"{p.site.where or p.site.name} {n}" for p in pairs if (n := done.notes[p.name]).startswith("not")}
     if missed:
-        warnings.warn(f"attnfx: {'; '.join(missed.values())}", RuntimeWarning, stacklevel=4)
-    return done.failures
+        _warn("; ".join(missed.values()))
+    if done.failures:
+        told = "; ".join(f"{f.pair.site.where or f.pair.site.name}: {f}" for f in done.failures.values())
+        _warn(f"a rewrite gave another result than the original, which was kept ({told})")
+    return done.notes, done.failures
+
+
+def _warn(what: str) -> None:
+    warnings.warn(f"attnfx: {what}", RuntimeWarning, stacklevel=5)
 
 
 def _why(problem: Exception) -> str:
@@ -122,7 +96,6 @@ def _why(problem: Exception) -> str:
 
 def _own(example_inputs: Sequence[Any], trial: Trial) -> list[Any]:
     """The inputs, detached; what the graph may write is copied, and what shared memory shares the copy."""
-    assert trial.gm is not None
     strange = next((x for x in example_inputs if isinstance(x, Tensor) and not _plain(x)), None)
     if strange is not None:
         raise CannotVerify(f"an input is no plain tensor but a {type(strange).__name__}")
@@ -166,7 +139,6 @@ class _Run(Interpreter):
     """Runs a trial's graph and compares each pair where its inputs are there; stops to compute after the last."""
 
     def __init__(self, trial: Trial, done: _Outcome, whole: bool = False):
-        assert trial.gm is not None
         super().__init__(trial.gm)
         self.trial, self.done, self.whole = trial, done, whole or bool(trial.bodies)
         self.waiting: dict[str, list[Pair]] = {}
@@ -261,4 +233,4 @@ def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
         raise CannotVerify(f"the scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")
 
 
-__all__ = ["CannotVerify", "Failure", "run"]
+__all__ = ["CannotVerify", "Failure", "compare"]

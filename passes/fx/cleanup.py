@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.fx import GraphModule, Node
 
@@ -20,11 +22,11 @@ def mark_unread_draws(gm: GraphModule) -> None:
                 n.meta[UNREAD] = True
 
 
-def clean(gm: GraphModule) -> None:
+def clean(gm: GraphModule, keep: Collection[Node] = ()) -> None:
     """Eliminate dead code in this graph alone: in-place operators, regions and unread random draws of the user stay,
-    and so do the bodies of higher-order operators, which FX's own elimination enters."""
+    and so do the bodies of higher-order operators, which FX's own elimination enters, and the nodes `keep`."""
     for n in reversed(list(gm.graph.nodes)):
-        if not n.users and not _impure(n) and UNREAD not in n.meta:
+        if not n.users and not _impure(n) and UNREAD not in n.meta and n not in keep:
             gm.graph.erase_node(n)
     gm.recompile()
 

@@ -212,10 +212,16 @@ def split_axes(axes: list[Expr], splits: list[Split]) -> list[Expr]:
 
 @dataclass(frozen=True)
 class Operand:
-    """A node, read through `index` over the axes; what `layout` turns into (B, heads, rows, width)."""
+    """A node, read through `index` over the axes. With `parts`, what is read is their stack, whose first dimension
+    counts them; `node` is the first part then."""
 
     node: Node
     index: Index
+    parts: tuple[Node, ...] = ()
+
+    @property
+    def nodes(self) -> tuple[Node, ...]:
+        return self.parts or (self.node,)
 
 
 def free(index: Index) -> frozenset[str]:

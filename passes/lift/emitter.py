@@ -88,6 +88,8 @@ class Emitter:
     def operand(self, source: Operand, axes: list[Expr]) -> Node:
         """The operand with one dimension per axis (size 1 where it does not depend on it), in this order."""
         node, index = source.node, list(source.index)
+        if source.parts:
+            node = self.call(aten.stack.default, list(source.parts), 0)
         parts: list[list[Expr]] = []
         for d in reversed(range(len(index))):  # from the last, so that removing a dimension moves no other
             found = radix(index[d])
@@ -184,9 +186,3 @@ def _layout_matters(final: Node, out: torch.Tensor) -> bool:
             changed[n] = made
             waiting.update(n.users)
     return True
-
-
-def before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
-    """Sizes are read off what stands before `at`: what is put in its place has no size of its own yet."""
-    carriers = {e: c for e, c in size_carriers(gm).items() if facts.position.get(c[0], -1) < facts.position[at]}
-    return Emitter(gm, at, carriers)

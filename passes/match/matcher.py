@@ -14,21 +14,21 @@ grouped heads. Grouped heads are never expanded: the walk through key and value 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.mask import rows_live
-from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value
 from attnfx.passes.lift.access import extent, free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
-from attnfx.passes.lift.lifter import Lifter, LookedUp, broadcast
+from attnfx.passes.lift.graph import Graph
+from attnfx.passes.lift.lifter import broadcast
 from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
@@ -45,16 +45,15 @@ PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
 class Finder:
     """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
     gate between two products that did not prove to be an attention; `failed` are places at which the search itself went
-    wrong. `tables` are as `find_tables` gives them."""
+    wrong."""
 
-    def __init__(self, gm: GraphModule, tables: Mapping[Node, LookedUp] | None = None):
-        self.gm = gm
+    def __init__(self, graph: Graph):
+        self.gm = graph.gm
         self.doubtful: list[Finding] = []
         self.failed: dict[Node, Exception] = {}
-        self.facts = Facts(gm)
-        self.lifter = Lifter(self.facts.written, self.facts.frozen, tables)
+        self.facts, self.lifter = graph.facts, graph.lifter
         self.reader = Reader(self.facts, self.lifter)
-        self.descent = Descent(gm)
+        self.descent = Descent(graph.gm)
 
     def find(self) -> list[Finding]:
         findings: list[Finding] = []

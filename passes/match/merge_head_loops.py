@@ -21,7 +21,6 @@ from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import INT, Expr, walk
 from attnfx.passes.fx.nodes import Opaque, dims, op_name, value
 from attnfx.passes.lift.access import UNIT, Operand, accesses, apply_splits, flat, free, needed_splits, radix
-from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Match
@@ -118,10 +117,13 @@ def roll(finder: Finder, final: Node, dim: int, stacked: bool, steps: list[Match
     operands: list[list[Operand]] = []
     for name in OPERANDS:
         found = [getattr(m, name) for m in steps]
-        operands.append(common(finder, found) or [Operand(x.node, (A.const(n), *x.index)) for n, x in enumerate(found)])
-    if any(len({(dims(x.node), value(x.node).dtype) for x in found}) > 1 for found in operands):
+        shared = common(finder, found) or _stacked(found)
+        if shared is None:
+            return None
+        operands.append(shared)
+    if any(len({(x.parts, dims(n), value(n).dtype) for x in found for n in x.nodes}) > 1 for found in operands):
         return None
-    read = [*(x.node for found in operands for x in found), *(c for m in steps for c in m.captures)]
+    read = [*(n for found in operands for x in found for n in x.nodes), *(c for m in steps for c in m.captures)]
     if any(x in facts.written for x in read):
         return None  # two steps may have read different numbers
     names = [_names(m, like) for m in steps]
@@ -140,8 +142,7 @@ def roll(finder: Finder, final: Node, dim: int, stacked: bool, steps: list[Match
         else:
             out[dim] = A.add(A.mul(number, dims(like.final)[dim]), out[dim])
         if all(radix(e) is not None for e in (*out, *(e for x in index for e in x))):
-            nodes = [_one(finder, final, [x.node for x in found]) for found in operands]
-            made = [Operand(node, tuple(x)) for node, x in zip(nodes, index, strict=True)]
+            made = [replace(found[0], index=tuple(x)) for found, x in zip(operands, index, strict=True)]
             return _whole(like, final, steps, numbers, made, tuple(out), program)
     return None
 
@@ -166,16 +167,16 @@ def _whole(
     )  # fmt: skip
 
 
-def _one(finder: Finder, final: Node, found: list[Node]) -> Node:
-    """What an operand is read of in every step: the node of all of them, or a new one that stacks them."""
-    if len(set(found)) == 1:
-        return found[0]
-    facts = finder.facts
-    made = Emitter(finder.gm, final).call(aten.stack.default, found, 0)
-    facts.position[made], facts.regions[made] = facts.position[final], facts.regions[final]
-    if any(x in facts.differentiable for x in found):
-        facts.differentiable.add(made)
-    return made
+def _stacked(found: list[Operand]) -> list[Operand] | None:
+    """The operands of all steps, each as a part of the stack of all; None where they are stacks of different sizes."""
+    count = len(found[0].nodes)
+    parts = tuple(n for x in found for n in x.nodes)
+    if len(parts) != count * len(found):
+        return None
+    inner = [(x.index[0], x.index[1:]) if x.parts else (A.ZERO, x.index) for x in found]
+    return [
+        Operand(parts[0], (A.add(A.const(n * count), first), *rest), parts) for n, (first, rest) in enumerate(inner)
+    ]
 
 
 def _names(m: Match, like: Match) -> dict[Expr, Expr]:
@@ -202,6 +203,8 @@ def _alike(like: Match, m: Match) -> bool:
 
 def common(finder: Finder, found: list[Operand]) -> list[Operand] | None:
     """The operands of all steps, read at the nearest node that all of them come from."""
+    if any(x.parts for x in found):
+        return None
     ways = [list(_sources(finder, x)) for x in found]
     for node in (x.node for x in ways[0]):
         at = [next((x for x in way if x.node is node), None) for way in ways]

@@ -109,7 +109,7 @@ def _whole(like: Match, operands: list[Operand], start: Expr, final: Node, dim: 
     """The match of all rows, from a chunk whose first row is `start`."""
     row = A.var(f"rows_{final.name}", dims(final)[dim])
     here = {like.row: A.sub(row, start)}
-    query, key, val = (Operand(x.node, tuple(substitute(e, here) for e in x.index)) for x in operands)
+    query, key, val = (replace(x, index=tuple(substitute(e, here) for e in x.index)) for x in operands)
     out = tuple(substitute(e, {like.row: row}) for e in like.out_index)
     spec = like.spec
     if start is not A.ZERO:

@@ -44,6 +44,15 @@ class Match:
     steps: int = 1  # of how many steps of a loop over heads or batch elements (passes/match/merge_head_loops.py)
 
     @property
+    def operands(self) -> tuple[Operand, Operand, Operand]:
+        return self.query, self.key, self.value
+
+    @property
+    def read(self) -> list[Node]:
+        """The nodes that query, key, value and the captures are read from."""
+        return [*(n for x in self.operands for n in x.nodes), *self.captures]
+
+    @property
     def axes(self) -> list[Expr]:
         return [*self.kv_axes, *self.group_axes]
 

@@ -115,7 +115,7 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
 def _all_before(finder: Finder, match: Match, reading: Reading, final: Node) -> bool:
     """Whether all that the attention needs stands before a node."""
     position = finder.facts.position
-    sources = [match.query.node, match.key.node, match.value.node, *match.captures, *reading.captures]
+    sources = [*match.read, *reading.captures]
     return all(position[x] < position[final] for x in sources)
 
 

@@ -21,17 +21,18 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op_name, shape, spanned, value
 from attnfx.passes.lift.contraction import terms
 from attnfx.passes.lift.emitter import Emitter
+from attnfx.passes.lift.graph import Graph
 
 aten = torch.ops.aten
 EXPANDS = ("expand", "expand_as")
 
 
-def respell(gm: GraphModule) -> int:
-    """Gives how many operators were written as others."""
+def run(graph: Graph) -> int:
+    """Rewrite each operator that another one expresses; give how many."""
+    gm = graph.gm
     rules = {
         "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
         "inner": _tensordot, "linalg_matmul": _matmul,
@@ -39,7 +40,7 @@ def respell(gm: GraphModule) -> int:
     found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
     if not found:
         return 0
-    facts, changed = Facts(gm), 0
+    facts, changed = graph.facts, 0
     for n in found:
         if n in facts.written or written_operands(n):
             continue
@@ -48,8 +49,6 @@ def respell(gm: GraphModule) -> int:
             n.replace_all_uses_with(made, propagate_meta=False)
             gm.graph.erase_node(n)
             changed += 1
-    if changed:
-        clean(gm)
     return changed
 
 
@@ -164,4 +163,4 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     return left[0][1]
 
 
-__all__ = ["respell"]
+__all__ = ["run"]

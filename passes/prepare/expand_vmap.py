@@ -10,17 +10,20 @@ its operators would mean something else outside.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from operator import attrgetter
-from typing import Any
 
 import torch
 import torch._functorch.predispatch as functorch
 import torch.fx.traceback as fx_traceback
 from torch._C._functorch import maybe_current_level
 from torch._ops import HigherOrderOperator, OpOverload
-from torch.fx import Graph, GraphModule, Interpreter, Node
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
+
+from attnfx.passes.fx.examples import example
+from attnfx.passes.lift.graph import Graph
 
 ENTER, LEAVE = functorch._vmap_increment_nesting, functorch._vmap_decrement_nesting
 PREPARE = functorch.lazy_load_decompositions
@@ -39,20 +42,20 @@ def _transforms(n: Node) -> bool:
     return n.op == "call_function" and any(mark in name for mark in TRANSFORMS)
 
 
-def flatten(gm: GraphModule, example: Callable[[Any], Any]) -> GraphModule:
-    """A Dynamo graph with every vmap written out that can be: `gm` itself where there is none, which is not changed.
-
-    `example` makes a fake of its own out of a node's value.
-    """
+def run(graph: Graph) -> int:
+    """Write out every vmap of a Dynamo graph that can be, in a module of its own; give how many."""
+    gm = graph.gm
     levels = [x for x in _outermost(gm.graph) if all(map(_understood, x))]
     if not levels or maybe_current_level() is not None:
-        return gm
+        return 0
     written = {}
     for level in levels:
-        found = _written_out(gm, level, example)
+        found = _written_out(graph, level)
         if found is not None:
             written[level[0]] = level, *found
-    graph, values, skipped, held = Graph(), {}, set(), {}
+    if not written:
+        return 0
+    fresh, values, skipped, held = FxGraph(), {}, set(), {}
     for n in gm.graph.nodes:
         if n in written:
             level, body, given, results = written[n]
@@ -63,20 +66,20 @@ def flatten(gm: GraphModule, example: Callable[[Any], Any]) -> GraphModule:
                     x.target = f"{n.name}{x.target}"
             holders = (x for x in body.graph.nodes if x.op == "placeholder")
             inner = dict(zip(holders, (values[x] for x in given), strict=True))
-            made = graph.graph_copy(body.graph, inner)
+            made = fresh.graph_copy(body.graph, inner)
             for x, new in zip(results, made, strict=True):  # type: ignore[arg-type]
                 values[x] = new
                 new.meta["example_value"] = x.meta["example_value"]
         elif n not in skipped and n.target is not PREPARE:
-            values[n] = graph.node_copy(n, values.__getitem__)
+            values[n] = fresh.node_copy(n, values.__getitem__)
             if n.op in ("get_attr", "call_module"):
                 held[str(n.target)] = attrgetter(str(n.target))(gm)
-    flat = GraphModule(held, graph)
-    flat.meta.update(gm.meta)
-    return flat
+    graph.gm = GraphModule(held, fresh)
+    graph.gm.meta.update(gm.meta)
+    return len(written)
 
 
-def _outermost(graph: Graph) -> Iterator[list[Node]]:
+def _outermost(graph: FxGraph) -> Iterator[list[Node]]:
     """The nodes of each outermost level, from that which enters it to that which leaves it."""
     depth, level = 0, []
     for n in graph.nodes:
@@ -98,9 +101,7 @@ def _understood(n: Node) -> bool:
     return n.op == "call_method"
 
 
-def _written_out(
-    gm: GraphModule, level: list[Node], example: Callable[[Any], Any]
-) -> tuple[GraphModule, list[Node], list[Node]] | None:
+def _written_out(graph: Graph, level: list[Node]) -> tuple[GraphModule, list[Node], list[Node]] | None:
     """A level's body over plain tensors, what it is given and what it gives; None where it must stay as it was."""
     inside = set(level)
     given = list(dict.fromkeys(a for n in level for a in n.all_input_nodes if a not in inside))
@@ -108,14 +109,15 @@ def _written_out(
     held = [n.meta.get("example_value", n.meta.get("val")) for n in (*given, *results)]
     if any(x is None for x in held) or not all(isinstance(x, torch.Tensor) for x in held[len(given) :]):
         return None
-    graph, values = Graph(), {}
+    part, values = FxGraph(), {}
     for n in given:
-        values[n] = graph.placeholder(n.name)
+        values[n] = part.placeholder(n.name)
     for n in level:
-        values[n] = graph.node_copy(n, values.__getitem__)
-    graph.output([values[n] for n in results])
-    run = Interpreter(GraphModule(gm, graph))
-    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in map(example, held[: len(given)])]
+        values[n] = part.node_copy(n, values.__getitem__)
+    part.output([values[n] for n in results])
+    run = Interpreter(GraphModule(graph.gm, part))
+    examples = [example(x, graph.mode) for x in held[: len(given)]]
+    inputs = [x.detach() if isinstance(x, torch.Tensor) else x for x in examples]
     try:
         with fx_traceback.preserve_node_meta():
             body = make_fx(run.run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
@@ -132,4 +134,4 @@ def _changes_or_draws(n: Node) -> bool:
     return isinstance(op, OpOverload) and (op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags)
 
 
-__all__ = ["flatten", "uses_functorch"]
+__all__ = ["run", "uses_functorch"]

@@ -12,11 +12,12 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
 from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
-from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import ANCHORS, NORMS
 
 aten = torch.ops.aten
@@ -41,13 +42,14 @@ def _pure(node: Node) -> Any:
     return None if pure._schema.is_mutable or draws else pure
 
 
-def functionalise(gm: GraphModule) -> int:
-    """Rewrites what it can; gives how many operators changed."""
+def run(graph: Graph) -> int:
+    """Rewrite each write that can leave; give how many."""
+    gm = graph.gm
     nodes = list(gm.graph.nodes)
     writes = [n for n in nodes if len(w := written_operands(n)) == 1 and n.args[0] is w[0]]
     if not writes:
         return 0
-    facts, near, carriers = Facts(gm), _near_normaliser(nodes), size_carriers(gm)
+    facts, near = graph.facts, _near_normaliser(nodes)
     families: dict[int, list[Node]] = {}
     for n in nodes:
         key = storage(n)
@@ -73,7 +75,7 @@ def functionalise(gm: GraphModule) -> int:
             continue
         before = node.prev
         try:
-            fresh = _computed(Emitter(gm, node, carriers), node, views)
+            fresh = _computed(graph.emitter(node), node, views)
         except CannotEmit:
             fresh = None
         if fresh is None:
@@ -91,8 +93,6 @@ def functionalise(gm: GraphModule) -> int:
             position[n] = position[node]
             families[key].append(n)
         changed += 1
-    if changed:
-        gm.recompile()
     return changed
 
 

@@ -12,14 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.node import map_aggregate
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import Facts, storage, written_operands
+from attnfx.passes.fx.analysis import storage, written_operands
 from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, value
-from attnfx.passes.lift.emitter import Emitter, like, size_carriers
+from attnfx.passes.lift.emitter import Emitter, like
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, split
 from attnfx.passes.prepare.functionalize import EMPTY
@@ -29,21 +30,23 @@ aten = torch.ops.aten
 NEAR = 16  # nodes from a part back to the product that it comes from
 
 
-def join(gm: GraphModule) -> int:
-    """Gives how many joins were made or moved."""
-    facts = Facts(gm)
-    changed = sum(_written_in_parts(gm, facts, n) for n in list(gm.graph.nodes) if op_name(n) in EMPTY)
-    regions = Facts(gm).regions if changed else facts.regions
-    for n in list(gm.graph.nodes):
+def run(graph: Graph) -> int:
+    """Move each join of parts back to the products that the parts come from; give how many joins were made or moved."""
+    nodes = list(graph.gm.graph.nodes)
+    changed = sum(_written_in_parts(graph, n) for n in nodes if op_name(n) in EMPTY)
+    if changed:
+        graph.changed()
+    regions = graph.facts.regions
+    for n in list(graph.gm.graph.nodes):
         found = parts(n)
         at: Node | None = n if found is not None and _of_products(found[0]) else None
         while at is not None and (found := parts(at)) is not None:
             if any(regions[x] != regions[n] for x in found[0]):
                 break  # what a linear layer gives depends on the autocast region, and its gradient on that of no_grad
-            at = _moved_back(gm, at)
-            changed += at is not None
-    if changed:
-        gm.recompile()
+            at = _moved_back(graph, at)
+            if at is not None:
+                graph.changed()
+                changed += 1
     return changed
 
 
@@ -74,7 +77,8 @@ class Write:
     single: frozenset[int]
 
 
-def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
+def _written_in_parts(graph: Graph, base: Node) -> bool:
+    gm, facts = graph.gm, graph.facts
     held = value(base)
     if not isinstance(held, torch.Tensor) or held.layout != torch.strided or not held.is_contiguous():
         return False
@@ -176,7 +180,7 @@ def _write(base: Node, copy: Node) -> Write | None:
 
 
 # -- a join moved back ----------------------------------------------------------------------------
-def _moved_back(gm: GraphModule, at: Node) -> Node | None:
+def _moved_back(graph: Graph, at: Node) -> Node | None:
     """The join before the last operator of each part, or None where it has to stay."""
     found = parts(at)
     assert found is not None
@@ -203,7 +207,7 @@ def _moved_back(gm: GraphModule, at: Node) -> Node | None:
         return None  # a view of parts of several shapes
     packet, _, overload = first.op.partition(".")
     target = getattr(getattr(aten, packet), overload)
-    emit = Emitter(gm, at, size_carriers(gm))
+    emit = graph.emitter(at)
     joined = emit.call(aten.cat.default, before, row)
     rows = emit.size(dims(at)[dim])
 
@@ -214,9 +218,9 @@ def _moved_back(gm: GraphModule, at: Node) -> Node | None:
     made = like(emit, made, at)
     made.meta = {**at.meta, **made.meta}
     at.replace_all_uses_with(made, propagate_meta=False)
-    gm.graph.erase_node(at)
+    at.graph.erase_node(at)
     for x in operands:
-        gm.graph.erase_node(x)
+        x.graph.erase_node(x)
     return joined
 
 
@@ -241,4 +245,4 @@ def _source(made: Made, like: Made) -> Along | None:
     return alongs[0]
 
 
-__all__ = ["join"]
+__all__ = ["run"]

@@ -1,7 +1,7 @@
 """Checkpointed regions written out: their nodes stand in the graph itself, marked to be computed again.
 
 Dynamo makes one higher-order operator of each `torch.utils.checkpoint` call, and AOTAutograd writes its body out again,
-each node marked for the partitioner. `unwrap` does the same before the attention is looked for, so that a loop over
+each node marked for the partitioner. This pass does the same before the attention is looked for, so that a loop over
 checkpointed chunks is seen whole. `unmark` drops the marks of what is nothing but attention by then: its backward pass
 recomputes anyway, and to run its forward pass again would be work for nothing.
 """
@@ -14,22 +14,25 @@ from operator import attrgetter, getitem
 from typing import Any
 
 import torch
-from torch.fx import Graph, GraphModule, Node
+from torch.fx import Graph as FxGraph
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnfx.passes.fx.nodes import MARKS, POLICY, REGION, op_name
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.tables import VIEWS
 
 
-def unwrap(gm: GraphModule) -> GraphModule:
-    """A Dynamo graph without its plain checkpointed regions: `gm` itself where it has none, which is not changed."""
-    if not any(_body(gm, n) for n in gm.graph.nodes):
-        return gm
-    graph, held = Graph(), {}
-    graph.output(_copied(gm, graph, {}, held, {}, itertools.count(1)))
-    made = GraphModule(held, graph)
-    made.meta.update(gm.meta)
-    return made
+def run(graph: Graph) -> int:
+    """Write out the plain checkpointed regions of a Dynamo graph, in a module of its own; give how many."""
+    gm = graph.gm
+    found = sum(_body(gm, n) is not None for n in gm.graph.nodes)
+    if found:
+        made, held = FxGraph(), {}
+        made.output(_copied(gm, made, {}, held, {}, itertools.count(1)))
+        graph.gm = GraphModule(held, made)
+        graph.gm.meta.update(gm.meta)
+    return found
 
 
 def _body(gm: GraphModule, n: Node) -> GraphModule | None:
@@ -46,7 +49,7 @@ def _body(gm: GraphModule, n: Node) -> GraphModule | None:
 
 
 def _copied(
-    gm: GraphModule, graph: Graph, values: dict[Node, Any], held: dict[str, Any], marks: dict[str, Any],
+    gm: GraphModule, graph: FxGraph, values: dict[Node, Any], held: dict[str, Any], marks: dict[str, Any],
     regions: Iterator[int],
 ) -> Any:  # fmt: skip
     """Copies all nodes but the output, which is given over the copies; `values` are those of the placeholders of a
@@ -85,4 +88,4 @@ def unmark(gm: GraphModule) -> None:
                 n.meta.pop(mark, None)
 
 
-__all__ = ["unmark", "unwrap"]
+__all__ = ["run", "unmark"]

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
-from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import UNIT, Operand, accesses, free, variables
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.emitter import CannotEmit, Emitter, before
+from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.products import NEAR, batched, reaches_softmax
 from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
@@ -48,11 +48,10 @@ class Half:
     axis: Expr
 
 
-def unite(gm: GraphModule) -> int:
-    """Gives how many products became part of another."""
+def run(graph: Graph) -> int:
+    """Merge the products of several sets of keys, or of values, into one; give how many became part of another."""
     changed = 0
-    facts: Facts | None = None
-    for n in list(gm.graph.nodes):
+    for n in list(graph.gm.graph.nodes):
         if n.op != "call_function" or not is_tensor(n):
             continue
         if op_name(n) in CATS and reaches_softmax(n):
@@ -61,12 +60,10 @@ def unite(gm: GraphModule) -> int:
             how = _values
         else:
             continue
-        facts = facts or Facts(gm)
-        made = how(gm, facts, n)
+        made = how(graph, n)
         if made:
-            facts, changed = None, changed + made
-    if changed:
-        clean(gm)
+            graph.changed()
+            changed += made
     return changed
 
 
@@ -116,8 +113,8 @@ def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half]
 
 
 # -- products of one query with several sets of keys ----------------------------------------------
-def _scores(gm: GraphModule, facts: Facts, at: Node) -> int:
-    lifter = Lifter(facts.written, facts.frozen)
+def _scores(graph: Graph, at: Node) -> int:
+    facts, lifter = graph.facts, graph.lifter
     given: list[Node] = list(at.args[0])  # type: ignore[arg-type]
     dim = at.args[1] if len(at.args) > 1 else at.kwargs.get("dim", 0)
     if not isinstance(dim, int) or len(given) < 2 or any(len(dims(x)) != len(dims(at)) for x in given):
@@ -130,7 +127,7 @@ def _scores(gm: GraphModule, facts: Facts, at: Node) -> int:
             found.append((n, half))
     if len(found) < 2:
         return 0
-    first, emit = found[0][1], before(gm, facts, at)
+    first, emit = found[0][1], graph.emitter(at)
     total = A.var(str(first.axis.value), A.add(*(h.axis.args[0] for _, h in found)))
     out = tuple(total if v is first.axis else v for v in variables(first.product))
     try:
@@ -207,14 +204,15 @@ def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
 
 
 # -- several parts of the weights with the values of each -----------------------------------------
-def _values(gm: GraphModule, facts: Facts, at: Node) -> int:
+def _values(graph: Graph, at: Node) -> int:
+    facts, lifter = graph.facts, graph.lifter
     left, right = at.args
     assert isinstance(left, Node) and isinstance(right, Node)
     if left is right or written(facts, [left, right]) or len({facts.regions[n] for n in (at, left, right)}) != 1:
         return 0
     if dims(left) != dims(right) or len({value(n).dtype for n in (at, left, right)}) != 1:
         return 0
-    lifter, out = Lifter(facts.written, facts.frozen), variables(left)
+    out = variables(left)
     pairs = [(x, y) for x in _halves(left, out, None) for y in _halves(right, out, None)]
     for one, other in (*pairs, *((y, x) for x, y in pairs)):
         total = A.var("united", A.add(one.reduced.args[0], other.reduced.args[0]))
@@ -222,7 +220,7 @@ def _values(gm: GraphModule, facts: Facts, at: Node) -> int:
         if whole is None or not _comes_from_softmax(whole.node):
             continue
         try:
-            made = _einsum(before(gm, facts, at), whole, total, [one, other], out, total)
+            made = _einsum(graph.emitter(at), whole, total, [one, other], out, total)
         except CannotEmit:
             continue
         made.meta = {**at.meta, **made.meta}
@@ -241,4 +239,4 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
     return None
 
 
-__all__ = ["unite"]
+__all__ = ["run"]

@@ -23,12 +23,13 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import exponent, outside
 from attnfx.ir.expr import Expr, walk
-from attnfx.passes.fx.analysis import Facts, written
+from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
 from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.emitter import Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.tables import Index
@@ -82,16 +83,17 @@ class Term:
     over: Expr | None
 
 
-def gather(gm: GraphModule) -> int:
-    """Gives how many combinations became one softmax."""
-    changed = 0
+def run(graph: Graph) -> int:
+    """Merge each combination of chunks of keys into one softmax; give how many."""
+    gm, changed = graph.gm, 0
     known = {n for n in gm.graph.nodes if _of_exponentials(n) is not None}
     while len(known) > 1:
-        found = next((m for n in reversed(_after(gm, known)) if (m := _gathered(gm, n)) is not None), None)
+        found = next((m for n in reversed(_after(gm, known)) if (m := _gathered(graph, n)) is not None), None)
         if found is None:
             break
         changed += 1
         clean(gm)
+        graph.changed()
         known = {n for n in gm.graph.nodes if _of_exponentials(n) is not None}
     return changed
 
@@ -124,9 +126,8 @@ def _after(gm: GraphModule, products: set[Node]) -> list[Node]:
     return out
 
 
-def _gathered(gm: GraphModule, n: Node) -> Node | None:
-    facts, out = Facts(gm), variables(n)
-    lifter = Lifter(facts.written, facts.frozen)
+def _gathered(graph: Graph, n: Node) -> Node | None:
+    facts, lifter, out = graph.facts, graph.lifter, variables(n)
     try:
         terms = _terms(_lifted(lifter, n, out))
         both = sorted(((_chunk(t, out), t) for t in terms), key=lambda x: facts.position[x[0].product.node])
@@ -137,11 +138,11 @@ def _gathered(gm: GraphModule, n: Node) -> Node | None:
     nodes = [x for c in chunks for x in (c.read, c.weights, c.product.node)]
     if written(facts, nodes) or len({facts.regions[x] for x in (n, *nodes)}) > 1:
         return None
-    made = _softmax(Emitter(gm, n), chunks)
+    made = _softmax(graph.emitter(n), chunks)
     if dims(made) != dims(n):
         return None
     if value(made).dtype != value(n).dtype:
-        made = Emitter(gm, n).call(aten.to.dtype, made, value(n).dtype)
+        made = graph.emitter(n).call(aten.to.dtype, made, value(n).dtype)
     made.meta = {**n.meta, **made.meta}
     n.replace_all_uses_with(made, propagate_meta=False)
     return made
@@ -313,4 +314,4 @@ def _softmax(emit: Emitter, chunks: list[Chunk]) -> Node:
     return emit.call(node.target, *torch.fx.map_arg(node.args, lambda x: by.get(x, x)), **node.kwargs)  # type: ignore[arg-type]
 
 
-__all__ = ["gather"]
+__all__ = ["run"]

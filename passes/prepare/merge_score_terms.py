@@ -13,17 +13,16 @@ from dataclasses import dataclass
 from string import ascii_lowercase
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import Facts, written
-from attnfx.passes.fx.cleanup import clean
+from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
 from attnfx.passes.lift.access import Operand, free, variables
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.emitter import CannotEmit, Emitter, before
-from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched, reaches_softmax
 
 aten = torch.ops.aten
@@ -40,25 +39,23 @@ class Term:
     factor: float
 
 
-def widen(gm: GraphModule) -> int:
-    """Gives how many sums became one product."""
-    changed, facts = 0, None
-    for n in list(gm.graph.nodes):
+def run(graph: Graph) -> int:
+    """Merge each sum of products into one product of wider operands; give how many."""
+    changed = 0
+    for n in list(graph.gm.graph.nodes):
         if op_name(n) in SUMS and is_tensor(n) and len(dims(n)) > 2 and reaches_softmax(n):
-            facts = facts or Facts(gm)
-            made = _united(gm, facts, n)
+            made = _united(graph, n)
             if made is not None:
                 made.meta = {**n.meta, **made.meta}
                 n.replace_all_uses_with(made, propagate_meta=False)
-                changed, facts = changed + 1, None
-    if changed:
-        clean(gm)
+                graph.changed()
+                changed += 1
     return changed
 
 
-def _united(gm: GraphModule, facts: Facts, at: Node) -> Node | None:
-    out = variables(at)
-    found = _terms(Lifter(facts.written, facts.frozen).lift(at, out), at)
+def _united(graph: Graph, at: Node) -> Node | None:
+    facts, out = graph.facts, variables(at)
+    found = _terms(graph.lifter.lift(at, out), at)
     if len(found) < 2 or written(facts, [at, *(node for _, node, _ in found)]):
         return None
     if len({facts.regions[x] for x in (at, *(node for _, node, _ in found))}) != 1:
@@ -68,7 +65,7 @@ def _united(gm: GraphModule, facts: Facts, at: Node) -> Node | None:
         terms = [next((t for t in way if _parted(t, rows, columns)), None) for way in ways]
         if all(t is not None for t in terms):
             try:
-                return _einsum(before(gm, facts, at), [t for t in terms if t is not None], out)
+                return _einsum(graph.emitter(at), [t for t in terms if t is not None], out)
             except CannotEmit:
                 return None
     return None
@@ -141,4 +138,4 @@ def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
     return made
 
 
-__all__ = ["widen"]
+__all__ = ["run"]

@@ -11,15 +11,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name
 from attnfx.passes.lift.access import Operand
-from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.tables import VIEWS, Index
 
@@ -41,33 +40,31 @@ class Part:
     ones: bool
 
 
-def split_ones(gm: GraphModule) -> int:
-    """Gives how many products were taken apart."""
+def run(graph: Graph) -> int:
+    """Split each product with a column of ones; give how many."""
     changed = 0
-    for n in list(gm.graph.nodes):
+    for n in list(graph.gm.graph.nodes):
         if op_name(n) not in PRODUCTS or not is_tensor(n) or len(dims(n)) < 3 or not _joined(n.args[1]):
             continue
         readers = [r for u in n.users for r in (u.users if op_name(u) in SPLITS else (u,))]
         if not 2 <= len(readers) <= MOST:
             continue
-        facts = Facts(gm)
+        facts, lifter = graph.facts, graph.lifter
         if n in facts.written or len({facts.regions[u] for u in (n, *readers)}) > 1:
             continue
-        lifter = Lifter(facts.written, facts.frozen)
         parts = [_part(lifter, n, r) for r in readers]
         found = [p for p in parts if p is not None]
         if len(found) < len(parts) or {p.ones for p in found} != {True, False}:
             continue
         try:
-            made = [_computed(Emitter(gm, n, size_carriers(gm)), n, p) for p in found]
+            made = [_computed(graph.emitter(n), n, p) for p in found]
         except CannotEmit:
             continue
         for p, new in zip(found, made, strict=True):
             new.meta = {**p.node.meta, **new.meta}
             p.node.replace_all_uses_with(new, propagate_meta=False)
+        graph.changed()
         changed += 1
-    if changed:
-        clean(gm)
     return changed
 
 
@@ -115,4 +112,4 @@ def _computed(emit: Emitter, n: Node, p: Part) -> Node:
     return emit.call(aten.squeeze.dim, emit.call(n.target, weights, emit.call(aten.unsqueeze.default, piece, -1)), -1)  # type: ignore[arg-type]
 
 
-__all__ = ["split_ones"]
+__all__ = ["run"]

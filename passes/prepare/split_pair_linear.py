@@ -14,13 +14,12 @@ from collections.abc import Sequence
 from string import ascii_lowercase
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, value
-from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import reaches_softmax
 
 aten = torch.ops.aten
@@ -29,10 +28,10 @@ EXPANSIONS = ("expand", "expand_as", "broadcast_to", "repeat", "repeat_interleav
 NARROW = (torch.float16, torch.bfloat16)
 
 
-def unpair(gm: GraphModule) -> int:
-    """Gives how many layers over pairs were written as others."""
+def run(graph: Graph) -> int:
+    """Split each linear layer over pairs of rows into one over each; give how many."""
     changed = 0
-    for n in list(gm.graph.nodes):
+    for n in list(graph.gm.graph.nodes):
         if op_name(n) not in LAYERS or not is_tensor(n.args[0]) or not is_tensor(n.args[1]):
             continue
         parts = _parts(n.args[0])
@@ -43,21 +42,20 @@ def unpair(gm: GraphModule) -> int:
             or not reaches_softmax(n, anyhow=True)
         ):
             continue
-        facts = Facts(gm)
+        facts = graph.facts
         within = {n, n.args[0], *(x for part in parts for x in (part, *_passed(part)))}
         if any(x in facts.written for x in (*within, *leaves)) or len({facts.regions[x] for x in within}) > 1:
             continue
         if facts.casts(n):
             continue  # autocast rounds what a layer reads
         try:
-            made = _apart(Emitter(gm, n, size_carriers(gm)), n, parts)
+            made = _apart(graph.emitter(n), n, parts)
         except CannotEmit:
             continue
         made.meta = {**n.meta, **made.meta}
         n.replace_all_uses_with(made, propagate_meta=False)
+        graph.changed()
         changed += 1
-    if changed:
-        clean(gm)
     return changed
 
 
@@ -140,4 +138,4 @@ def _layer(emit: Emitter, n: Node, factors: list[Node], weight: Node, turned: bo
     return emit.call(aten.einsum.default, equation, [*factors, weight])
 
 
-__all__ = ["unpair"]
+__all__ = ["run"]

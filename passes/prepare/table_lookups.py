@@ -13,31 +13,27 @@ from __future__ import annotations
 from math import prod
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT
-from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, number, op_name, value
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.emitter import Emitter
-from attnfx.passes.lift.lifter import Lifter, LookedUp
+from attnfx.passes.lift.graph import Graph
+from attnfx.passes.lift.lifter import LookedUp
 from attnfx.passes.lift.tables import VIEWS
 
 aten = torch.ops.aten
 LOOKUPS = ("index", "_unsafe_index", "embedding", "index_select")
 
 
-def find_tables(gm: GraphModule) -> dict[Node, LookedUp]:
-    """The products whose one operand is looked up in a table that has fewer rows than there are places to look up."""
-    products = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and is_tensor(n)]
-    products = [n for n in products if any(map(_looked_up, n.all_input_nodes))]
-    if not products:
-        return {}
-    facts = Facts(gm)
-    lifter = Lifter(facts.written, facts.frozen)
-    found = {n: _small(gm, facts, lifter, n) for n in products}
-    return {n: x for n, x in found.items() if x is not None}
+def run(graph: Graph) -> int:
+    """Add the small product of each product whose one operand is looked up in a table that has fewer rows than there
+    are places to look up, and note it in `graph.tables`; give how many."""
+    products = [n for n in graph.gm.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and is_tensor(n)]
+    found = {n: _small(graph, n) for n in products if any(map(_looked_up, n.all_input_nodes))}
+    graph.tables.update((n, x) for n, x in found.items() if x is not None)
+    return len(graph.tables)
 
 
 def _looked_up(x: Node) -> bool:
@@ -46,8 +42,8 @@ def _looked_up(x: Node) -> bool:
     return op_name(x) in LOOKUPS
 
 
-def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp | None:
-    out = tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
+def _small(graph: Graph, n: Node) -> LookedUp | None:
+    facts, out = graph.facts, tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
     c = contraction(n, out)
     if c is None or op_name(n) == "baddbmm" or not value(n).is_floating_point():
         return None
@@ -55,7 +51,7 @@ def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp |
     for (x, at), (other, other_at) in (pairs, pairs[::-1]):
         if not _looked_up(x) or c.reduced not in other_at:
             continue
-        row = lifter.lift(x, at)
+        row = graph.lifter.lift(x, at)
         table = row.value
         if row.op != "load" or not isinstance(table, Node) or len(row.args) != 2 or c.reduced not in row.args:
             continue
@@ -68,7 +64,7 @@ def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp |
             continue
         if facts.regions[table] != facts.regions[n] or facts.regions[other] != facts.regions[n]:
             continue
-        emit, last = Emitter(gm, n), other_at.index(c.reduced)
+        emit, last = graph.emitter(n), other_at.index(c.reduced)
         order = [d for d in range(len(other_at)) if d != last]
         turned = emit.call(aten.permute.default, other, [*order, last])
         small = emit.call(aten.matmul.default, turned, table if width == 0 else emit.call(aten.mT.default, table))
@@ -78,4 +74,4 @@ def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp |
     return None
 
 
-__all__ = ["find_tables"]
+__all__ = ["run"]

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._guards import detect_fake_mode
 from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
@@ -21,8 +20,9 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_te
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.passes.fx.cleanup import mark_unread_draws
-from attnfx.passes.prepare.expand_vmap import flatten, uses_functorch
-from attnfx.passes.prepare.inline_checkpoints import unwrap
+from attnfx.passes.fx.examples import Transformed, Untraceable, example
+from attnfx.passes.lift.graph import Graph
+from attnfx.passes.prepare.expand_vmap import uses_functorch
 
 aten = torch.ops.aten
 # Functions that are one operator with a result of its own on tensors and numbers. To dispatch them would tell nothing
@@ -32,27 +32,6 @@ DIRECT = {
     operator.truediv: aten.div.Tensor, operator.neg: aten.neg.default, torch.rsqrt: aten.rsqrt.default,
     torch.tanh: aten.tanh.default, torch.matmul: aten.matmul.default, torch.nn.functional.linear: aten.linear.default,
 }  # fmt: skip
-
-
-class Untraceable(Exception):
-    """The graph cannot be brought to ATen; the message says what stood in the way."""
-
-
-class Transformed(Untraceable):
-    """The graph uses functorch transforms that cannot be written out: it must be compiled exactly as it was made."""
-
-
-def example(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
-    if not isinstance(value, torch.Tensor):
-        return value
-    if not isinstance(value, FakeTensor):
-        raise Untraceable(f"an input of type {type(value).__name__} is no plain tensor")
-    if value.layout != torch.strided:
-        raise Untraceable("an input is a sparse tensor")
-    with mode, torch.no_grad():
-        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    return fresh.requires_grad_(value.requires_grad)
 
 
 class _Retrace(Interpreter):
@@ -159,27 +138,27 @@ def example_values(gm: GraphModule) -> list[Any]:
     return [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(gm)]
 
 
-def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
-    """The graph in pre-dispatch ATen. `fakes` are the placeholder values where `meta` does not hold them."""
-    fakes = example_values(gm) if fakes is None else fakes
+def run(graph: Graph) -> int:
+    """Put the graph in pre-dispatch ATen in the place of Dynamo's; give its number of nodes."""
+    gm = graph.gm
+    fakes = example_values(gm)
     if any(v is None for v in fakes):
         raise Untraceable("an input has no example value")
-    mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [example(v, mode) for v in fakes]
-    flat = flatten(unwrap(gm), lambda x: example(x, mode))
-    if uses_functorch(flat):
+    inputs = [example(v, graph.mode) for v in fakes]
+    if uses_functorch(gm):
         raise Transformed("the graph uses functorch transforms")
-    run = _Retrace(flat, mode)
+    retrace = _Retrace(gm, graph.mode)
+    make = make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:
         with fx_traceback.preserve_node_meta():
-            traced = make_fx(run.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+            traced = make(*inputs)
     except Exception as problem:
-        for region in reversed(run.regions):
+        for region in reversed(retrace.regions):
             region.__exit__(None, None, None)
         raise Untraceable(
             f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
         ) from problem
-    for old, new in zip(placeholders(gm), placeholders(traced), strict=True):
+    for old, new in zip(placeholders(graph.dynamo), placeholders(traced), strict=True):
         for key, value in old.meta.items():
             new.meta.setdefault(key, value)
         if "example_value" in old.meta:
@@ -188,4 +167,8 @@ def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     traced.meta.update(gm.meta)
     mark_unread_draws(traced)
-    return traced
+    graph.gm, graph.traced = traced, True
+    return len(traced.graph.nodes)
+
+
+__all__ = ["run"]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from attnfx.ir import algebra as A
@@ -20,7 +20,8 @@ from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, value
 from attnfx.passes.lift.access import Operand, extent, radix
-from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like, own
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.spec import AXES
@@ -47,26 +48,26 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 
 def rewrite(
-    gm: GraphModule, facts: Facts, match: Match, operators: Operators, tier: str, carriers: Carriers,
-    reductions: Sequence[Reduction], summary: Summary | None = None, fused: tuple[float, bool] | None = None,
+    graph: Graph, facts: Facts, match: Match, operators: Operators, tier: str, reductions: Sequence[Reduction],
+    summary: Summary | None = None, fused: tuple[float, bool] | None = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
     weights. With `summary`, the mask is summarised first. With `fused`, (scale, causal), PyTorch's own operator is
     called instead; it gives no sums. Gives each node that was replaced, `match.final` first, and what stands for it.
     Raises CannotEmit before changing users.
 
-    `operators` are given by the caller: passes know no kernels.
+    `facts` are those of the graph before any rewriting. `operators` are given by the caller: passes know no kernels.
     """
     final = match.final
-    emit = Emitter(gm, min([final, *(r.final for r in reductions)]), carriers)
+    emit = graph.emitter(min([final, *(r.final for r in reductions)]))
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
-    sources = {x.node for x in (match.query, match.key, match.value)}
+    sources = {n for x in match.operands for n in x.nodes}
     cut_off = detached([final, *(r.final for r in reductions)], sources)
 
     def operand(source: Operand, axes: list[Expr]) -> Node:
         made = emit.operand(source, axes)  # behind a detach it has no gradient, not one of zeros
-        return emit.call(aten.detach.default, made) if source.node in cut_off else made
+        return emit.call(aten.detach.default, made) if cut_off.issuperset(source.nodes) else made
 
     q = operand(match.query, [*axes, match.row, match.width])
     k = operand(match.key, [*kv, match.column, match.width])

@@ -58,7 +58,7 @@ class Recorder:
 def _reads(finding: Finding) -> tuple[str, ...] | None:
     """What a site reads, once it was understood: query, key, value and captures."""
     m = finding.match
-    return None if m is None else tuple(n.name for n in (m.query.node, m.key.node, m.value.node, *m.captures))
+    return None if m is None else tuple(n.name for n in m.read)
 
 
 def _members(finding: Finding) -> set[Node]:
@@ -66,7 +66,7 @@ def _members(finding: Finding) -> set[Node]:
     output back to its normalisers."""
     match, anchors = finding.match, set(finding.anchors)
     if match is not None:
-        return _above(finding.final, {match.query.node, match.key.node, match.value.node, *match.captures})
+        return _above(finding.final, set(match.read))
     found = _above(finding.final, anchors)
     reaching = set(anchors)
     for n in sorted(found):

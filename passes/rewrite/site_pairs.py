@@ -1,7 +1,7 @@
 """A rewritten site cut out of its graph twice, as it was and as it is now: two graph modules that can be compared.
 
-A `Trial` copies the traced graph before anything is rewritten; the copy, run on real inputs, gives the numbers that the
-sites are compared on. Each rewrite is told to it while the nodes that it replaces still stand in the graph.
+The graph as it was prepared, run on real inputs, gives the numbers that the sites are compared on. They are rewritten
+in a copy of it, in which the nodes that are replaced still stand.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from attnfx.report.records import Site
 class Pair:
     """One site twice: `original` and `rewritten` take the same inputs and give the same results.
 
-    name      what `Trial.keep` calls it
-    inputs    the nodes of the trial's graph that hold the inputs
+    name      the path of its graph and the node that the site ends with
+    site      what the report says of it
+    inputs    the nodes of the original graph that hold the inputs
     taught    for each of them whether it may take a gradient
     results   what is given: the node that the attention ends with, then sums of its weights or what else is read
-    at        the node of the trial's graph from which on all inputs are there
+    at        the node of the original graph from which on all inputs are there
     """
 
-    site: Site
     name: str
+    site: Site
     original: GraphModule
     rewritten: GraphModule
     inputs: tuple[str, ...]
@@ -41,69 +42,48 @@ class Pair:
     at: str
 
 
-@dataclass
+@dataclass(frozen=True)
 class Trial:
-    """What is asked of one graph, and what its rewriting gave.
+    """A graph before any rewriting, the sites that are to be compared on its numbers, and the trials of the bodies of
+    higher-order operators in it, by the attribute that holds each."""
 
-    keep     names of sites that are to stay as they were, and what the report says of each
-    path     where the graph stands: "" or, for a body of a higher-order operator, its name and a slash
-    gm       the graph before rewriting
-    pairs    the rewritten sites
-    bodies   the trials of the bodies inside, by the attribute that holds the body
-    """
-
-    keep: Mapping[str, str] = field(default_factory=dict)
-    path: str = ""
-    gm: GraphModule | None = None
-    pairs: list[Pair] = field(default_factory=list)
+    gm: GraphModule
+    pairs: list[Pair]
     bodies: dict[str, Trial] = field(default_factory=dict)
-
-    def begin(self, traced: GraphModule) -> None:
-        """Take the graph as it stands, before any rewriting."""
-        self.pairs, self.bodies = [], {}
-        graph, copies = Graph(), {}
-        out = graph.graph_copy(traced.graph, copies)
-        graph.output(out)
-        self.gm = GraphModule(traced, graph)
-        self._facts = Facts(traced)
-        self._names = {old: new.name for old, new in copies.items()}
-
-    def body(self, name: str) -> Trial:
-        self.bodies[name] = Trial(self.keep, f"{self.path}{name}/")
-        return self.bodies[name]
-
-    def name(self, final: Node) -> str:
-        """What `keep` calls the site that ends at a node; the same in every trace of one graph."""
-        return f"{self.path}{final.name}"
 
     def all_pairs(self) -> list[Pair]:
         return [*self.pairs, *(p for inner in self.bodies.values() for p in inner.all_pairs())]
 
-    def add(self, site: Site, final: Node, replaced: Sequence[tuple[Node, Node]]) -> None:
-        """A rewritten site that ends at `final`: `replaced` are (old, new). The old ones must still stand, with the
-        operands that they had."""
-        known, facts = self._names, self._facts
-        ends = [old for old, _ in replaced]
-        sources, new = _cone([n for _, n in replaced], lambda n: n in known)
-        stop = set(sources)
-        # an operator that draws or writes is not run again: what it gave is an input, like all that the new nodes read
-        inputs, old = _cone(
-            ends, lambda n: n in stop or (n not in ends and (_outside(n) or n in facts.written)) or _placed(n)
-        )
-        inputs = list(dict.fromkeys([*sources, *inputs]))
-        at = max((*inputs, min(ends, key=facts.position.__getitem__)), key=facts.position.__getitem__)
-        learns = facts.regions[final][0] is not False
-        pair = Pair(
-            site,
-            self.name(final),
-            _module(inputs, old, ends),
-            _module(inputs, new, [n for _, n in replaced]),
-            tuple(known[n] for n in inputs),
-            tuple(learns and n in facts.differentiable and _floating(n) for n in inputs),
-            tuple(n.name for n in ends),
-            known[at],
-        )
-        self.pairs.append(pair)
+
+def pair(
+    facts: Facts, names: Mapping[Node, str], path: str, site: Site, final: Node, replaced: Sequence[tuple[Node, Node]]
+) -> Pair:  # fmt: skip
+    """Cut out a site that was rewritten in a copy of its graph: `replaced` are (old, new), both nodes of the copy, in
+    which the old ones must still stand with the operands that they had.
+
+    `facts` are those of the copy before any rewriting; `names` gives, for each node that stood in it then, its name in
+    the original graph.
+    """
+    ends = [old for old, _ in replaced]
+    sources, new = _cone([n for _, n in replaced], lambda n: n in names)
+    stop = set(sources)
+    # an operator that draws or writes is not run again: what it gave is an input, like all that the new nodes read
+    inputs, old = _cone(
+        ends, lambda n: n in stop or (n not in ends and (_outside(n) or n in facts.written)) or _placed(n)
+    )
+    inputs = list(dict.fromkeys([*sources, *inputs]))
+    at = max((*inputs, min(ends, key=facts.position.__getitem__)), key=facts.position.__getitem__)
+    learns = facts.regions[final][0] is not False
+    return Pair(
+        f"{path}{names[final]}",
+        site,
+        _module(inputs, old, ends),
+        _module(inputs, new, [n for _, n in replaced]),
+        tuple(names[n] for n in inputs),
+        tuple(learns and n in facts.differentiable and _floating(n) for n in inputs),
+        tuple(n.name for n in ends),
+        names[at],
+    )
 
 
 def _cone(ends: Sequence[Node], is_input: Any) -> tuple[list[Node], list[Node]]:
@@ -165,4 +145,4 @@ def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
     return sum(sizes), max(sizes)
 
 
-__all__ = ["Pair", "Trial", "weight"]
+__all__ = ["Pair", "Trial", "pair", "weight"]

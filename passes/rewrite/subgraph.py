@@ -6,7 +6,7 @@ Sizes are those of the example inputs: nothing in it is symbolic.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -15,25 +15,21 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import is_tensor, op_name, value
+from attnfx.passes.fx.nodes import is_tensor, number, op_name, value
 from attnfx.passes.lift.tables import VIEWS
-from attnfx.passes.match.results import Match
 
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
-def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphModule:
-    """The site of a match as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
+def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captures: Sequence[Node]) -> GraphModule:
+    """What computes `ends` as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
 
-    It begins where query, key and value stop being views. Its outputs are the match's final node and the sums of its
-    weights. `number` gives a size, or the example's size of a symbolic one. Placeholders that query, key or value are
-    views of say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the site
-    are entered again.
+    It begins at `operands`, `captures`, and whatever else the cone above the ends reads. Placeholders that are operands
+    say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the first end are
+    entered again.
     """
     facts = Facts(gm)
-    operands = {_base(x.node) for x in (match.query, match.key, match.value)}
-    ends = list(dict.fromkeys([match.final, *(r.final for r in match.reductions)]))
-    inputs, inside = _cone(ends, operands | set(match.captures))
+    inputs, inside = _cone(ends, {*operands, *captures})
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph = Graph()
     copies: dict[Node, Any] = {}
@@ -48,7 +44,7 @@ def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphMod
             fake = torch.empty_strided(sizes, strides, dtype=held.dtype, device=held.device)
         copies[n] = graph.placeholder(n.name)
         copies[n].meta = {"example_value": fake.requires_grad_(taught), "operand": n in operands}
-    regions = [graph.node_copy(n) for n in _autocast_around(gm, match.final)]
+    regions = [graph.node_copy(n) for n in _autocast_around(gm, ends[0])]
     for n in inside:
         copies[n] = graph.node_copy(n, lambda a: copies[a])
     for region in reversed(regions):
@@ -57,7 +53,7 @@ def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphMod
     return GraphModule(torch.nn.Module(), graph)
 
 
-def _base(n: Node) -> Node:
+def base_of(n: Node) -> Node:
     """What a node is a view of: Inductor's patterns want to see how the keys are transposed."""
     while n.op == "call_function" and op_name(n) in VIEWS and isinstance(n.args[0], Node) and is_tensor(n.args[0]):
         n = n.args[0]
@@ -100,4 +96,4 @@ def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
     return open_
 
 
-__all__ = ["cut"]
+__all__ = ["base_of", "cut"]

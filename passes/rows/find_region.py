@@ -13,10 +13,11 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
 from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched, meeting
 from attnfx.passes.lift.row_rules import Along, NotSeparable, split
 from attnfx.passes.match.results import Finding
@@ -30,7 +31,7 @@ NONE = -1  # no dimension
 NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
 
 
-def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
+def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
     """The region of a refused finding, or why there is none."""
     final = finding.final
     if finding.refusal is not None and finding.refusal.code in NEVER:
@@ -38,7 +39,7 @@ def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
     problem: NotSeparable | None = None
     for row, columns in _candidates(final, finding):
         try:
-            return _Walk(facts, final, row, columns).region()
+            return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:
             problem = problem or p
     reason = str(problem) if problem else "the output has no rows that the weights have alone"
@@ -86,8 +87,8 @@ def _below(final: Node, finding: Finding) -> set[Node]:
 
 
 class _Walk:
-    def __init__(self, facts: Facts, final: Node, row: int, columns: Expr):
-        self.facts, self.final, self.columns = facts, final, columns
+    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
+        self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
         self.found = Region(final, dims(final)[row], columns, {final: row})
         self.descendants: set[Node] = set()  # of the scores
         self.problem: NotSeparable | None = None
@@ -101,7 +102,7 @@ class _Walk:
         self._collect([self.final])
         self._grow()
         self._check()
-        found.narrowed = find_columns(self.facts, found.rows, found.calls, found.columns, found.results)
+        found.narrowed = find_columns(self.lifter, found.rows, found.calls, found.columns, found.results)
         return found
 
     def large(self, n: Node, row: int) -> bool:

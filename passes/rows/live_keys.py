@@ -22,7 +22,6 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.mask import mask_of
-from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, shape
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.lifter import Lifter
@@ -59,20 +58,20 @@ class Columns:
     least: int
 
 
-def find_columns(facts: Facts, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr, results: list[Node]
+def find_columns(lifter: Lifter, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr, results: list[Node]
                  ) -> Columns | None:  # fmt: skip
     """Of a region: its nodes in order with the calls that give some rows of them, `extent` keys, and what leaves. None
     where each chunk takes all keys."""
     try:
-        return _Walk(facts, rows, calls, extent).columns(results)
+        return _Walk(lifter, rows, calls, extent).columns(results)
     except NotSeparable:
         return None
 
 
 class _Walk:
-    def __init__(self, facts: Facts, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr):
+    def __init__(self, lifter: Lifter, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr):
         self.rows, self.calls, self.extent = rows, calls, extent
-        self.lifter = Lifter(facts.written, facts.frozen)
+        self.lifter = lifter
         self.at: dict[Node, int] = {}  # where the keys lie
         self.zero: set[Node] = set()  # zero where no row of the chunk sees the key
         self.live: list[Expr] = []

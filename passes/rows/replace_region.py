@@ -10,30 +10,30 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like, own
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.row_rules import Along
 from attnfx.passes.rows.live_keys import Part, operands, part
 from attnfx.passes.rows.region import Region
 from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 
 
-def replace_region(
-    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers, compiled: bool
-) -> list[tuple[Node, Node]]:
+def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> list[tuple[Node, Node]]:
     """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
     each of these and what stands for it. Raises CannotEmit before changing users."""
+    facts, carriers = graph.facts, graph.carriers
     position = facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
     if any(position[n] >= position[before] for n, _ in found.inputs):
         raise CannotEmit("an operand is computed after a result is read")
-    emit = Emitter(gm, before, carriers)
+    emit = graph.emitter(before)
     program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
     made = emit.call(target, inputs, sizes, seed, program.to_json())
@@ -44,7 +44,7 @@ def replace_region(
     for user, d in sizes_of.items():
         source: Any = user.args[0]
         if source not in found.results and user not in emit.sizes.values():
-            at = Emitter(gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
+            at = Emitter(graph.gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
             if at is not user:
                 user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
     inside = set(found.calls)

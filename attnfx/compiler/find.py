@@ -1,0 +1,131 @@
+"""Find the attentions of a prepared graph and of the bodies in it. Changes nothing."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import partial
+
+from torch.fx import Node
+
+from attnfx.compiler.context import Context
+from attnfx.compiler.faults import Fault, described
+from attnfx.compiler.sites import describe_site, hints, numeric_dims
+from attnfx.passes.fx import flops
+from attnfx.passes.fx.graph_breaks import Break
+from attnfx.passes.fx.nodes import refusal, where_in_source
+from attnfx.passes.lift.graph import Graph
+from attnfx.passes.match.matcher import Finder
+from attnfx.passes.match.merge_query_chunks import merge
+from attnfx.passes.match.results import Finding
+from attnfx.passes.match.unmatched import others
+from attnfx.passes.match.weight_reductions import find_reductions
+from attnfx.passes.match.weight_uses import needed
+from attnfx.report.records import Refusal, Site
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Place:
+    """One place that looks like attention.
+
+    number  its number in the graph
+    sizes   B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs
+    site    what the report says of it, without a decision
+    reader  what reads its weights beside the attention, where that needs them
+    """
+
+    number: int
+    finding: Finding
+    sizes: dict[str, int]
+    site: Site
+    reader: Node | None = None
+
+    @property
+    def part(self) -> str:
+        """Its name where it is to be left out after a failure: the same in every attempt at one graph."""
+        return part_of(self.finding.final)
+
+
+@dataclass(frozen=True)
+class Found:
+    """One graph after the search.
+
+    graph   as it was prepared
+    path    leads to it from the graph of Dynamo: "" or, for the body of a higher-order operator, its names and slashes
+    finder  the search, which knows the places that did not prove to be attention
+    left    softmaxes of which no attention was made, each with the reason
+    bodies  of the higher-order operators in the graph, by the attribute that holds each
+    text    the prepared graph's code, where it was kept
+    """
+
+    graph: Graph
+    path: str
+    finder: Finder
+    places: tuple[Place, ...]
+    left: tuple[tuple[Node, Refusal], ...]
+    flops: int
+    bodies: dict[str, Found] = field(default_factory=dict)
+    text: str = ""
+
+    def walk(self) -> Iterator[Found]:
+        """The bodies at any depth, then the graph itself."""
+        for body in self.bodies.values():
+            yield from body.walk()
+        yield self
+
+
+def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, Found], text: str = "") -> Found:
+    """Search a prepared graph. `ended` is the graph break that it ends with."""
+    finder = Finder(graph)
+    findings = finder.find()
+    for n, problem in finder.failed.items():
+        context.attempt(part_of(n), partial(_raise, problem), None)
+    findings = context.attempt("the pass merge_query_chunks", partial(merge, finder, findings), findings)
+    findings = [_kept(f, why) if (why := context.fault(part_of(f.final))) else f for f in findings]
+    matches = [f.match for f in findings if f.match is not None]
+    log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
+    context.attempt("the pass weight_reductions", partial(find_reductions, finder, matches), None)
+    readers = context.attempt("the pass weight_uses", partial(needed, matches), {})
+    known = hints(graph.gm.graph)
+    places = []
+    for number, finding in enumerate(findings):
+        describe = partial(_described, finding, known)
+        sizes, site = context.attempt(part_of(finding.final), describe, ({}, _bare(finding)))
+        places.append(Place(number, finding, sizes, site, readers.get(finding.final)))
+    anchors = frozenset(a for f in findings if not f.loose for a in f.anchors)
+    left = context.attempt("the pass unmatched", lambda: tuple(others(finder, anchors, ended)), ())
+    operations = context.attempt("the count of operations", partial(flops.total, graph.gm), 0)
+    return Found(graph, context.path, finder, tuple(places), left, operations, bodies, text)
+
+
+def part_of(final: Node) -> str:
+    where = where_in_source(final)
+    return f"the site {final.name}" + (f" at {where}" if where else "")
+
+
+def _raise(problem: Exception) -> None:
+    raise problem
+
+
+def _described(finding: Finding, known: dict[str, int]) -> tuple[dict[str, int], Site]:
+    sizes = numeric_dims(finding, known)
+    return sizes, describe_site(finding, sizes)
+
+
+def _kept(finding: Finding, fault: Fault) -> Finding:
+    """A place at which attnfx failed, refused for that."""
+    what = "when it was run once on tiny tensors" if fault.code == "exercise" else "when it was looked at"
+    message = f"attnfx failed on it {what} ({described(fault.problem)})"
+    why = refusal(fault.code, message, *finding.anchors, finding.final)
+    return Finding(finding.final, refusal=why, anchors=finding.anchors)
+
+
+def _bare(finding: Finding) -> Site:
+    place = next((p for p in map(where_in_source, [*finding.anchors, finding.final]) if p), "")
+    return Site("", place, refusal=finding.refusal)
+
+
+__all__ = ["Found", "Place", "find", "part_of"]

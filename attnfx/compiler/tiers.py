@@ -1,0 +1,69 @@
+"""Say which tiers can run a match, and how the operator names them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from attnfx.kernels.flash import tier as flash
+from attnfx.kernels.library import cuda
+from attnfx.kernels.operators import attention as operator
+from attnfx.kernels.operators import configuration
+from attnfx.options import Options
+from attnfx.passes.fx.nodes import value
+from attnfx.passes.match.results import Match, Reduction
+from attnfx.passes.rewrite.attention import dimensions
+from attnfx.report.records import Candidate
+from attnfx.targets import Target, detect
+
+
+def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:
+    """(what to decide for, or None for a CPU and for what nothing is known of; a device of its kind)."""
+    if isinstance(options.target, Target):
+        return options.target, torch.device(options.target.kind)
+    if present.type == "cuda" and torch.cuda.is_available():
+        return detect(present), present
+    return None, present
+
+
+def refusals(
+    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None
+) -> dict[str, str]:
+    """Why each tier that cannot run a site cannot, on a device or on any with that compute capability."""
+    dtype, extents = value(match.query.node).dtype, dimensions(match)
+    found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
+    if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
+        found = {"decode": why, "flash": why, **found}
+    if device.type == "cuda" and "library" not in found:
+        shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
+        if match.reductions:
+            found["library"] = "parts of the weights are read, and it gives no log-sum-exp to compute them from"
+        elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
+            found["library"] = why
+    return found
+
+
+def fused_call(match: Match, tier: str) -> cuda.Fused | None:
+    """How PyTorch's fused operator is called for a match, where the graph itself calls it: a GPU's library tier."""
+    call = cuda.call_of(match.spec)
+    gpu = value(match.query.node).device.type == "cuda"
+    return call if gpu and tier == "library" and isinstance(call, cuda.Fused) else None
+
+
+def tiers_of(
+    chosen: Candidate, here: Mapping[str, str], present: torch.device, reductions: Sequence[Reduction] = ()
+) -> list[str]:
+    """The operator's tiers for a decision. `here`: the tiers that the present device cannot run.
+
+    Behind the chosen one come those that it can, where the decision is for another device, and the one for what only
+    the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped weights are computed in blocks, and
+    other tiers drop others.
+    """
+    if any(r.spec.random and r.kind != "logsumexp" for r in reductions):
+        return ["chunked"]
+    others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
+
+
+__all__ = ["fused_call", "refusals", "target_of", "tiers_of"]

@@ -1,0 +1,49 @@
+"""Copy a graph, and carry what refers to its nodes over to the copy."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, TypeVar
+
+from torch.fx import Graph, GraphModule, Node
+
+T = TypeVar("T")
+
+
+def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
+    """A copy of a graph module that shares its attributes, and the copy of each node."""
+    graph = Graph()
+    copies: dict[Node, Node] = {}
+    graph.output(graph.graph_copy(gm.graph, copies))
+    made = GraphModule(gm, graph)
+    made.meta.update(gm.meta)
+    old, new = (next(iter(g.find_nodes(op="output"))) for g in (gm.graph, graph))
+    new.meta, copies[old] = dict(old.meta), new
+    for old, new in copies.items():
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    return made, copies
+
+
+def carried(x: T, copies: Mapping[Node, Node]) -> T:
+    """The same value with the copy of each node in the node's place: in tuples, lists, tables and data classes, at any
+    depth. Expressions name variables and are the same in both graphs."""
+    return _carried(x, copies)
+
+
+def _carried(x: Any, copies: Mapping[Node, Node]) -> Any:
+    if isinstance(x, Node):
+        return copies[x]
+    if isinstance(x, tuple) and hasattr(x, "_fields"):
+        return type(x)(*(_carried(a, copies) for a in x))
+    if isinstance(x, tuple | list | set | frozenset):
+        return type(x)(_carried(a, copies) for a in x)
+    if isinstance(x, dict):
+        return {_carried(k, copies): _carried(v, copies) for k, v in x.items()}
+    if is_dataclass(x) and not isinstance(x, type):
+        return replace(x, **{f.name: _carried(getattr(x, f.name), copies) for f in fields(x) if f.init})
+    return x
+
+
+__all__ = ["carried", "copied"]

@@ -1,0 +1,35 @@
+"""Make example values of which tracing leaves no trace on the fakes that the compiler reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+
+class Untraceable(Exception):
+    """The graph cannot be brought to ATen; the message says what stood in the way."""
+
+
+class Transformed(Untraceable):
+    """The graph uses functorch transforms that cannot be written out: it must be compiled exactly as it was made."""
+
+
+def example(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, FakeTensor):
+        raise Untraceable(f"an input of type {type(value).__name__} is no plain tensor")
+    if value.layout != torch.strided:
+        raise Untraceable("an input is a sparse tensor")
+    with mode, torch.no_grad():
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    if value.requires_grad and not value.is_leaf:  # what is no leaf may be written in place
+        with mode, torch.enable_grad():
+            return fresh.add_(torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True))
+    return fresh.requires_grad_(value.requires_grad)
+
+
+__all__ = ["Transformed", "Untraceable", "example"]
