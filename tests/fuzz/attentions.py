@@ -1,4 +1,4 @@
-"""Attentions: a projection, a product, a mask and a softmax put together, with edits in between; some written as one."""
+"""Attentions: a projection, a product, a mask and a softmax put together, with edits in between; some are whole."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ def _strides(t: Tensor) -> tuple[int, ...]:
 
 
 # -- differences ----------------------------------------------------------------------------------------
-def error(got: Tensor, want: Tensor) -> float:
-    """The largest difference over the largest value; inf where shapes, NaNs or infinities differ."""
+def error(got: Tensor, want: Tensor, least: float = 1e-2) -> float:
+    """The largest difference over the largest value, or over `least`; inf where shapes, NaNs or infinities differ."""
     got, want = got.double(), want.double()
     if got.shape != want.shape or not torch.equal(got.isnan(), want.isnan()):
         return math.inf
@@ -124,8 +124,12 @@ def error(got: Tensor, want: Tensor) -> float:
         return 0.0
     if not torch.equal(got.isinf(), want.isinf()):
         return math.inf
-    worst = (got - want).nan_to_num(0, 0, 0).abs().max() / want.nan_to_num(0, 0, 0).abs().max().clamp_min(1e-2)
+    worst = (got - want).nan_to_num(0, 0, 0).abs().max() / largest(want).clamp_min(least)
     return worst.item()
+
+
+def largest(x: Tensor) -> Tensor:
+    return x.double().nan_to_num(0, 0, 0).abs().max() if x.numel() else torch.zeros((), dtype=torch.double)
 
 
 def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse: bool) -> list[Difference]:
@@ -133,17 +137,19 @@ def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse:
     if got.raised:
         return [Difference("program", "raises", got.raised)]
     found: list[Difference] = []
+    gradients = [largest(x).item() for n, x in want.values.items() if "gradient" in n and isinstance(x, Tensor)]
+    scale = max(gradients, default=0.0)  # a gradient that cancels out is rounded as the others are
     for name in [*want.values, *(n for n in got.values if n not in want.values)]:
         x, y = got.values.get(name), want.values.get(name)
         kind = "gradient" if "gradient" in name else name.split()[2] if "output" not in name else name.split()[-1]
         kind = "values" if kind.isdigit() else kind
-        told = _differs(x, y, name, truth, coarse)
+        told = _differs(x, y, name, truth, coarse, scale if kind == "gradient" else 0.0)
         if told:
             found.append(Difference(name, kind, told))
     return found
 
 
-def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse: bool) -> str:
+def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse: bool, scale: float) -> str:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         one = next((t for t in (x, y) if isinstance(t, Tensor)), None)
         if one is not None and "gradient" in name and (x is None or y is None):  # none is a gradient of zeros
@@ -154,14 +160,15 @@ def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse
     if not x.is_floating_point():
         return "" if torch.equal(x, y) else f"{int((x != y).sum())} of {x.numel()} differ"
     rounding = 3e-2 if coarse or y.dtype in COARSE else 1e-5
-    apart = error(x, y)
+    least = max(scale / 2, 1e-2)
+    apart = error(x, y, least)
     if apart <= rounding / 4:
         return ""
     run = truth()
     exact = run.values.get(name) if run is not None else None
     if not isinstance(exact, Tensor) or exact.shape != y.shape:
         return f"off by {apart:.2g}" if apart > 10 * rounding else ""
-    mine, own = error(x, exact), error(y, exact)
+    mine, own = error(x, exact, least), error(y, exact, least)
     return f"off by {mine:.2g}, eager by {own:.2g}" if not mine <= 4 * own + rounding else ""
 
 
