@@ -14,19 +14,21 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from attnfx.errors import AttnfxError, BudgetError, OptionError, RefusalError
-    from attnfx.explanation import explain
-    from attnfx.kernels.operator import attention
+    from attnfx.explainer import explain
+    from attnfx.kernels.operators.attention import attention
     from attnfx.options import Options
-    from attnfx.plans import Plan, plan
-    from attnfx.report import Decision, Refusal, Report, Site, reports
+    from attnfx.planning.plan import Plan, plan
+    from attnfx.report.records import Decision, Refusal, Site
+    from attnfx.report.report import Report, reports
     from attnfx.spec import AttentionSpec
     from attnfx.targets import Target
 
 _HOMES = {
-    "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report",
-    "OptionError": "errors", "Options": "options", "Plan": "plans", "Refusal": "report", "RefusalError": "errors",
-    "Report": "report", "Site": "report", "Target": "targets", "attention": "kernels.operator",
-    "explain": "explanation", "plan": "plans", "reports": "report",
+    "AttentionSpec": "spec", "AttnfxError": "errors", "BudgetError": "errors", "Decision": "report.report",
+    "OptionError": "errors", "Options": "options", "Plan": "planning.plan", "Refusal": "report.report",
+    "RefusalError": "errors", "Report": "report.report", "Site": "report.report", "Target": "targets",
+    "attention": "kernels.operators.attention", "explain": "explainer", "plan": "planning.plan",
+    "reports": "report.report",
 }  # fmt: skip
 
 __all__ = [

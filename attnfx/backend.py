@@ -13,13 +13,15 @@ from typing import Any
 import torch._dynamo.exc
 from torch.fx import GraphModule
 
-from attnfx import dumping, report, verify
+from attnfx.compiler import dump as dumping
+from attnfx.compiler.faults import described
+from attnfx.compiler.pipeline import Result
 from attnfx.errors import AttnfxError, RefusalError
-from attnfx.faults import described
 from attnfx.inductor import compile_graph
 from attnfx.options import Options
-from attnfx.passes.chunks import draws
-from attnfx.pipeline import Result
+from attnfx.passes.joint.chunk_limit import draws
+from attnfx.report import report
+from attnfx.verify import verify
 
 _REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
 # How Dynamo is told to trace a frame again, or to leave it alone: not a failure.
@@ -49,7 +51,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     try:
         dumping.dump(gm, result, chosen)
         if chosen.memory_budget is not None:
-            from attnfx.budgeting import fit
+            from attnfx.planning.fit import fit
 
             fitted = fit(gm, example_inputs, chosen, result)
             result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}

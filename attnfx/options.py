@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
 from attnfx.errors import OptionError
-from attnfx.memory.budget import check as check_budget
+from attnfx.memory.byte_size import check as check_budget
 from attnfx.targets import Target
-from attnfx.targets.records import key
+from attnfx.targets.target import key
 
 Rewrite: TypeAlias = Literal["cost", "always", "never"]
 Tier: TypeAlias = Literal["flash", "decode", "library", "chunked", "kept"]

@@ -123,11 +123,11 @@ def gradients(step: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
 def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], None]) -> None:
     """Steps under budgets from the unplanned peak to the smallest, and under half of it, beside the unplanned step."""
     import attnfx
-    from attnfx.peaks import fitting, reserve
+    from attnfx.planning.peak import fitting, reserve
 
     plan, ways = choices(name)
     free, free_model, held = stepper(name, None)
-    whole, last = plan.choice.peak, ways[-1]
+    whole, last = plan.strategy.peak, ways[-1]
     least = last.peak + reserve(last, held + last.peak, plan.resident)
     wanted = [held + whole + (least - whole) * n // (count - 1) for n in range(count - 1)] + [held + least]
     expected = gradients(free, free_model)

@@ -24,7 +24,7 @@ import torch
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.kernels.operator import refusals
+from attnfx.kernels.operators.attention import refusals
 from attnfx.mask import describe, prepare
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, H, I, J

@@ -83,7 +83,7 @@ def largest(name: str, layers: int, size: int, batch: int, train: bool, budget: 
 
 def fits(name: str, layers: int, size: int, batch: int, train: bool, budget: str) -> dict[str, Any]:
     """Whether a batch runs within a budget, twice: the first step compiles."""
-    from attnfx.memory.budget import check
+    from attnfx.memory.byte_size import check
 
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.set_per_process_memory_fraction(check("--budget", budget) / total)  # type: ignore[operator]

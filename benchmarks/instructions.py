@@ -25,12 +25,14 @@ from pathlib import Path
 import torch
 import triton
 
-from attnfx.cost.instructions import TABLE, fingerprint
+from attnfx.cost.instruction_counts import TABLE, fingerprint
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.kernels.flash.launcher import Launch
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.kernels.flash.host.launch import Launch
 from attnfx.spec import AttentionSpec
 
 ARCHITECTURES, WIDTHS = (80, 86, 90, 100), (64, 128, 256)

@@ -32,7 +32,7 @@ from peak import peak_over_base
 from torch import Tensor, nn
 
 import attnfx
-from attnfx.report import Site
+from attnfx.report.records import Site
 
 
 class Case(NamedTuple):
@@ -91,7 +91,7 @@ def predicted(case: Case) -> dict[str, Any]:
     start = time.process_time()
     plan = attnfx.plan(step, train=case.train, **json.loads(case.options))(**inputs)
     seconds = round(time.process_time() - start, 2)
-    return {"predicted": plan.choice.peak, "planned": _tiers(plan.sites), "plan_cpu_s": seconds}
+    return {"predicted": plan.strategy.peak, "planned": _tiers(plan.sites), "plan_cpu_s": seconds}
 
 
 def _tiers(sites: Iterable[Site]) -> dict[str, int]:

@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from attnfx.cost.kernels import other, other_backward, work
+from attnfx.cost.gpu_kernel import other, other_backward, work
 from attnfx.ir import algebra as A
 from attnfx.spec import AttentionSpec, I, J
 from attnfx.targets import Target

@@ -101,7 +101,7 @@ def live_peak(run: Callable[[], object]) -> int:
 
 def activations(heads: int, length: int, width: int) -> list[dict[str, object]]:
     """Of the best keys, a quarter of `length` rows on more and more keys."""
-    from attnfx.kernels import rows as kernel
+    from attnfx.kernels.rows import run as kernel
 
     found: list[dict[str, object]] = []
     for n in (length // 4, length // 2, length):

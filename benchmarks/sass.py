@@ -22,9 +22,11 @@ from machine_code import read
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.kernels.flash.launcher import Launch
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.kernels.flash.host.launch import Launch
 from attnfx.spec import AttentionSpec
 
 HERE = Path(__file__).resolve().parent

@@ -22,13 +22,16 @@ import torch
 import triton
 from machine_code import describe, listing, loops
 
-from attnfx.cost.instructions import fingerprint
+from attnfx.cost.instruction_counts import fingerprint
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, summarise, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.kernels.flash.launcher import Launch
-from attnfx.mask import summary
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import mask_summary as summarise
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.kernels.flash.host.launch import Launch
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 ARCHITECTURES, HEAD_DIMS = (80, 86, 90, 100), (64, 128, 256)

@@ -113,7 +113,7 @@ def compile_time(job: dict[str, Any]) -> dict[str, Any]:
     otherwise trust the second, which is too large rather than too small: what Inductor's pool of C++ compilers takes
     is not counted in the whole.
     """
-    from attnfx import pipeline
+    from attnfx.compiler import pipeline
 
     torch.manual_seed(0)
     eager, batch = build(*job["model"])

@@ -19,7 +19,7 @@ class Call:
     query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) of one floating dtype, G a divisor of H; `captures` one
     tensor per slot of the spec, `given` one number per name in `spec.sizes`; `seed` one int64, where there is dropout.
     Weights without values are asked for with the keys as values. `summary` is that of the mask, as
-    `attnfx.mask.summary` describes it: kernels that know it skip what it says is empty.
+    `attnfx.mask.runtime_summary` describes it: kernels that know it skip what it says is empty.
     """
 
     spec: AttentionSpec

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.diagonal import OPAQUE, SPAN, opaque, toeplitz
 from attnfx.ir.expr import FLOAT, INT, Expr, walk
+from attnfx.ir.toeplitz import OPAQUE, SPAN, opaque, toeplitz
 
 Value = Tensor | bool | int | float
 

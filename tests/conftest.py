@@ -52,8 +52,8 @@ def golden(request):
 @pytest.fixture
 def shapes_left(monkeypatch):
     """The shapes of what the rewritten graphs hold, as the graphs come."""
-    from attnfx import pipeline
-    from attnfx.passes.graphs import number
+    from attnfx.compiler import pipeline
+    from attnfx.passes.fx.nodes import number
 
     found, original = [], pipeline.run
 

@@ -3,9 +3,10 @@
 import ast
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
+import networkx
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +30,67 @@ def imports(source: str) -> Iterator[str]:
             yield from names_used(ast.unparse(node))
 
 
+def modules() -> dict[str, Path]:
+    """Every module of attnfx by its name, the links followed."""
+    found = {}
+    for folder, name in (
+        (ROOT / "attnfx", "attnfx"),
+        (ROOT / "passes", "attnfx.passes"),
+        (ROOT / "kernels", "attnfx.kernels"),
+    ):
+        for file in folder.rglob("*.py"):
+            if folder.name != "attnfx" or file.relative_to(folder).parts[0] not in ("passes", "kernels"):
+                parts = file.relative_to(folder).with_suffix("").parts
+                found[".".join((name, *parts)).removesuffix(".__init__")] = file
+    return found
+
+
+def imported(source: str, known: Collection[str]) -> set[str]:
+    """The modules among `known` that a source imports, at its top or inside of a function."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                name = f"{node.module}.{alias.name}"
+                found.add(name if name in known else str(node.module))
+    return found & set(known)
+
+
+def circles(edges: Iterable[tuple[str, str]]) -> list[list[str]]:
+    graph = networkx.DiGraph((a, b) for a, b in edges if a != b)
+    return [sorted(c) for c in networkx.strongly_connected_components(graph) if len(c) > 1]
+
+
+def test_no_files_and_no_folders_import_each_other():
+    found = modules()
+    edges = [(name, other) for name, file in found.items() for other in imported(file.read_text(), found)]
+    assert circles(edges) == []
+    for container in {name.rpartition(".")[0] for name in found} - {""}:
+        depth = container.count(".") + 2
+        inside = [
+            (".".join(a.split(".")[:depth]), ".".join(b.split(".")[:depth]))
+            for a, b in edges
+            if a.startswith(f"{container}.") and b.startswith(f"{container}.")
+        ]
+        assert circles(inside) == [], container
+
+
+def test_a_late_import_closes_a_circle_too():
+    late = "def run():\n    from attnfx.b import f\n    f()\n"
+    assert imported(late, {"attnfx.a", "attnfx.b"}) == {"attnfx.b"}
+    assert circles([("attnfx.a", "attnfx.b"), ("attnfx.b", "attnfx.a")]) == [["attnfx.a", "attnfx.b"]]
+
+
+def test_folders_stay_small():
+    flat: dict[Path, int] = {}
+    for file in modules().values():
+        flat[file.parent] = flat.get(file.parent, 0) + 1
+    assert max(flat.values()) <= 16
+    assert flat[ROOT / "attnfx"] <= 10
+
+
 def is_fx(name: str) -> bool:
     return f"{name}.".startswith("torch.fx.")
 
@@ -47,7 +109,9 @@ def test_kernels_know_no_fx(file):
     assert [name for name in names_used(file.read_text()) if is_fx(name)] == []
 
 
-@pytest.mark.parametrize("file", sources("attnfx/ir", "attnfx/spec.py"), ids=lambda file: str(file.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "file", sources("attnfx/ir", "attnfx/spec/attention.py"), ids=lambda file: str(file.relative_to(ROOT))
+)
 def test_the_spec_and_the_ir_import_only_the_standard_library_and_each_other(file):
     assert [name for name in imports(file.read_text()) if not stands_alone(name)] == []
 

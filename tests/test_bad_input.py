@@ -37,7 +37,7 @@ def causal(q, k, v):
 )
 def test_a_bad_option_names_the_nearest_valid_one_before_anything_is_compiled(monkeypatch, options, nearest):
     reached = []
-    monkeypatch.setattr("attnfx.pipeline.run", lambda *a: reached.append(a))
+    monkeypatch.setattr("attnfx.compiler.pipeline.run", lambda *a: reached.append(a))
     with pytest.raises(Exception, match=nearest) as caught:
         torch.compile(attend, backend="attnfx", options=options)(*qkv())
     assert isinstance(caught.value, OptionError) or "OptionError" in str(caught.value)
@@ -53,12 +53,12 @@ def test_an_environment_variable_sets_a_default_and_is_named_where_it_is_bad(mon
 # -- models that cannot be traced -----------------------------------------------------------------------
 def test_a_model_that_cannot_be_traced_is_compiled_as_it_is(monkeypatch):
     """A graph that only Dynamo understands: a note or one warning, and the result is right."""
-    from attnfx.passes.trace import Untraceable
+    from attnfx.passes.prepare.trace import Untraceable
 
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
     with new_reports() as filed, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         args = qkv()
@@ -261,15 +261,15 @@ def test_two_threads_compile_at_once():
 
 FORK = """
 import os, torch
-import attnfx.backend, attnfx.kernels.operator
+import attnfx.backend, attnfx.kernels.operators.attention
 def fn(q, k, v):
     return ((q @ k.mT) * 0.3).softmax(-1) @ v
 args = [torch.randn(1, 2, 8, 4) for _ in range(3)]
 child = os.fork()
 out = torch.compile(fn, backend="attnfx", options={"rewrite": "always", "inner": "aot_eager"})(*args)
 torch.testing.assert_close(out, fn(*args))
-import attnfx.report
-assert len(attnfx.report.reports()[-1].rewritten) == 1
+import attnfx.report.report
+assert len(attnfx.report.report.reports()[-1].rewritten) == 1
 if child == 0:
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0, "the child failed"

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from attnfx import calibration
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.options import Options
-from attnfx.report import Candidate, Decision
+from attnfx.report.records import Candidate, Decision
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.tuning import calibrate as calibration
 
 CPU = torch.device("cpu")
 CAUSAL = AttentionSpec(score=A.where(A.ge(I, J), A.mul(A.const(0.125), A.DOT), A.const(float("-inf"))))

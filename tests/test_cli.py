@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from attnfx import pipeline
 from attnfx.cli import main
 from attnfx.cli.loading import load
+from attnfx.compiler import pipeline
 from attnfx.targets import Target
 
 FILE = """

@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch._inductor import compile_fx
 
-from attnfx import pipeline
-from attnfx.kernels import exercise, operator, rows
+from attnfx.compiler import pipeline
+from attnfx.kernels.operators import attention as operator
+from attnfx.kernels.operators import exercise
+from attnfx.kernels.rows import run as rows
 from tests.support import compiled, error, new_reports, qkv, run
 
 SCALE = 0.35
@@ -75,7 +77,7 @@ def test_a_step_of_the_search_that_fails_is_left_out(monkeypatch, name):
     assert f"the pass {name}" in message
 
 
-@pytest.mark.parametrize("where", ["attnfx.passes.match.N.normalise", "attnfx.pipeline.describe_site"])
+@pytest.mark.parametrize("where", ["attnfx.passes.match.matcher.N.normalise", "attnfx.compiler.pipeline.describe_site"])
 def test_a_site_at_which_the_search_fails_is_kept_and_the_others_are_not(monkeypatch, where):
     fails_at(monkeypatch, where, 2)
     _, report = contained(twice, rewritten=1)
@@ -87,7 +89,7 @@ def test_a_site_that_cannot_be_emitted_is_kept_and_the_others_are_not(monkeypatc
     def both(q, k, v):
         return attend(q, k, v) + whole_rows(q, k, v)
 
-    monkeypatch.setattr(f"attnfx.deciding.{name}", fail)
+    monkeypatch.setattr(f"attnfx.compiler.choose.{name}", fail)
     _, report = contained(both, rewritten=1)
     assert [s.code for s in report.kept] == ["fault"]
 
@@ -170,9 +172,9 @@ def test_a_backward_pass_that_cannot_be_compiled_runs_operator_by_operator(monke
 
 
 @pytest.mark.parametrize("strict", [dict(strict=True)])
-@pytest.mark.parametrize("place", ["pipeline.merge", "deciding.rewrite", "pipeline.describe_site"])
+@pytest.mark.parametrize("place", ["pipeline.merge", "choose.rewrite", "pipeline.describe_site"])
 def test_strict_raises_what_a_part_raised(monkeypatch, place, strict):
-    monkeypatch.setattr(f"attnfx.{place}", fail)
+    monkeypatch.setattr(f"attnfx.compiler.{place}", fail)
     with pytest.raises(Exception, match="planted"):
         compiled(attend, **strict)(*qkv())
 
@@ -180,7 +182,7 @@ def test_strict_raises_what_a_part_raised(monkeypatch, place, strict):
 def test_explain_reports_a_part_that_failed(monkeypatch):
     import attnfx
 
-    fails_at(monkeypatch, "attnfx.passes.match.N.normalise", 1)
+    fails_at(monkeypatch, "attnfx.passes.match.matcher.N.normalise", 1)
     report = attnfx.explain(twice, rewrite="always")(*qkv())
     assert [s.code for s in report.kept] == ["fault"] and len(report.rewritten) == 1
 
@@ -201,7 +203,7 @@ def fails_at(monkeypatch, where, place):
 
     module, _, name = where.rpartition(".")
     if module.endswith(".N"):
-        module = "attnfx.passes.normalise"
+        module = "attnfx.passes.match.softmax"
     owner = importlib.import_module(module)
     original = getattr(owner, name)
     seen: list[str] = []
@@ -213,5 +215,5 @@ def fails_at(monkeypatch, where, place):
         return fail() if seen.index(key) == place - 1 else original(first, *rest, **named)
 
     monkeypatch.setattr(owner, name, sometimes)
-    if module == "attnfx.pipeline":
+    if module == "attnfx.compiler.pipeline":
         monkeypatch.setattr(pipeline, name, sometimes)

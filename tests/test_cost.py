@@ -2,7 +2,8 @@
 
 import pytest
 
-from attnfx.cost import Question, decide, decide_rows, rows
+from attnfx.cost import Question, decide, decide_rows
+from attnfx.cost import row_chunks as rows
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J

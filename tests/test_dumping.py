@@ -2,11 +2,12 @@
 
 import torch
 
-from attnfx import dumping
+from attnfx.compiler import dump as dumping
+from attnfx.compiler.pipeline import Result
 from attnfx.ir import algebra as A
 from attnfx.options import Options
-from attnfx.pipeline import Result
-from attnfx.report import Decision, Report, Site
+from attnfx.report.records import Decision, Site
+from attnfx.report.report import Report
 from attnfx.spec import AttentionSpec, I, J
 from tests.support import compiled, qkv
 

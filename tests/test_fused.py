@@ -9,15 +9,18 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from attnfx import Target, deciding, fused, pipeline
+from attnfx import Target
+from attnfx.compiler import choose as deciding
+from attnfx.compiler import pipeline
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
-from attnfx.kernels import fused as call
-from attnfx.kernels.operator import refusals
-from attnfx.memory.attention import Operand, Use, workspace
+from attnfx.kernels.library import cuda as call
+from attnfx.kernels.operators.attention import refusals
+from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.options import Options
-from attnfx.passes.liveness import attention_workspace
+from attnfx.passes.joint.read_graph import attention_workspace
 from attnfx.spec import AttentionSpec, Capture, H, I, J
+from attnfx.targets import sdpa_dispatch as fused
 from tests.support import check, compiled, qkv, rand
 
 SCORE = A.mul(A.const(0.125), A.DOT)

@@ -11,10 +11,9 @@ import pytest
 import torch
 
 import attnfx
-from attnfx.html import page
-from attnfx.html.collapse import collapse
-from attnfx.html.drawing import HEIGHT, WIDTH, draw
-from attnfx.reportjson import data
+from attnfx.report.html import page
+from attnfx.report.html.collapse import collapse
+from attnfx.report.html.layout import HEIGHT, WIDTH, draw
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
@@ -94,7 +93,7 @@ def test_a_page_that_exists_is_overwritten_only_by_force(report, tmp_path):
 
 
 def test_text_of_the_users_cannot_become_markup(report):
-    held = json.loads(json.dumps(data(report)))
+    held = json.loads(json.dumps(report.to_data()))
     held["sites"][0]["where"] = "</details><script>alert(1)</script>"
     held["stages"]["traced"]["nodes"][0]["label"] = "</script><script>alert(2)</script>"
     text = page(held)
@@ -104,8 +103,8 @@ def test_text_of_the_users_cannot_become_markup(report):
 
 
 def test_a_timeline_is_drawn_where_there_is_one(report):
-    assert 'id="timeline"' in page(data(report), timeline=[0, 5, 3], caption="bytes")
-    assert 'id="timeline"' not in page(data(report))
+    assert 'id="timeline"' in page(report.to_data(), timeline=[0, 5, 3], caption="bytes")
+    assert 'id="timeline"' not in page(report.to_data())
 
 
 def test_no_two_boxes_of_a_drawing_overlap_and_edges_go_down():

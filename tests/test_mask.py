@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 
 from attnfx.ir import algebra as A
 from attnfx.ir.interpret import evaluate
-from attnfx.mask import describe, key_ranges, live, mask_of, polyhedron, rows_live, tiles, visited, visited_scores
-from attnfx.mask import spans as module
-from attnfx.mask.spans import spans
+from attnfx.mask import affine as polyhedron
+from attnfx.mask import describe, key_ranges, live, mask_of, rows_live, tiles, visited, visited_scores
+from attnfx.mask import row_intervals as module
+from attnfx.mask.row_intervals import spans
 from attnfx.spec import AttentionSpec, B, H, I, J
 
 T, S = A.size("T"), A.size("S")

@@ -497,7 +497,10 @@ def break_inside(monkeypatch, place):
     monkeypatch.setattr(f"attnfx.{place}", fail)
 
 
-@pytest.mark.parametrize("place", ["pipeline.run", "pipeline.trace", "deciding.Deciding.decide", "deciding.rewrite"])
+@pytest.mark.parametrize(
+    "place",
+    ["compiler.pipeline.run", "compiler.pipeline.trace", "compiler.choose.Deciding.decide", "compiler.choose.rewrite"],
+)
 def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, place):
     break_inside(monkeypatch, place)
     args = qkv()
@@ -512,13 +515,13 @@ def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, 
 
 
 def test_a_failure_inside_attnfx_gives_the_original_graph_to_the_compiler(monkeypatch):
-    break_inside(monkeypatch, "pipeline.check")
+    break_inside(monkeypatch, "compiler.pipeline.check")
     with pytest.warns(UserWarning, match="attnfx failed"):
         got = run(compiled(attend, inner="inductor"), args := qkv(), True)
     assert error(got, run(attend, args, True)) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["pipeline.run", "deciding.rewrite"])
+@pytest.mark.parametrize("place", ["compiler.pipeline.run", "compiler.choose.rewrite"])
 def test_strict_raises_a_failure_inside_attnfx(monkeypatch, place):
     break_inside(monkeypatch, place)
     with pytest.raises(Exception, match="broken for a test"):
@@ -712,12 +715,12 @@ def fn(q, k, v):
 args = [torch.randn(1, 2, 8, 4) for _ in range(3)]
 torch.compile(fn, backend="aot_eager")(*args)
 before = state()
-import attnfx, attnfx.backend, attnfx.kernels.operator
+import attnfx, attnfx.backend, attnfx.kernels.operators.attention
 torch._dynamo.reset()
 torch.compile(fn, backend="attnfx", options={"rewrite": "always", "inner": "aot_eager"})(*args)
 after = state()
-import attnfx.report
-assert attnfx.report.reports()[-1].rewritten
+import attnfx.report.report
+assert attnfx.report.report.reports()[-1].rewritten
 for name in before:
     assert before[name] == after[name], (name, [k for k in before[name] if before[name][k] != after[name].get(k)])
 """

@@ -10,9 +10,9 @@ import torch
 
 import attnfx
 from attnfx.errors import RefusalError
-from attnfx.passes.trace import Untraceable
-from attnfx.refusals import CODES, page
-from attnfx.report import Decision, Refusal
+from attnfx.passes.prepare.trace import Untraceable
+from attnfx.report.codes import CODES, page
+from attnfx.report.records import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T
 from tests.support import compiled, qkv
 
@@ -51,7 +51,7 @@ def test_a_graph_that_cannot_be_traced_tells_of_its_softmaxes(monkeypatch):
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
     fn = OBSTACLES["short_sequence"].fn
     report = attnfx.explain(fn)(*qkv())
     (softmax,) = report.others
@@ -101,14 +101,14 @@ def test_a_code_that_is_not_in_the_table_cannot_be_made():
 def test_the_page_of_codes_has_a_heading_for_each_and_no_other():
     text = (ROOT / "docs" / "refusals.md").read_text()
     assert [line[4:] for line in text.splitlines() if line.startswith("### ")] == list(CODES)
-    assert text == page(), "write it again: python -m attnfx.refusals > docs/refusals.md"
+    assert text == page(), "write it again: python -m attnfx.report.codes > docs/refusals.md"
 
 
 def test_every_code_in_the_source_is_in_the_table():
     """Codes are literals where they are raised: a misspelt one would be found only when it happens."""
     makers = {"Refused", "NotNormalised", "refusal", "Refusal", "unread"}
     found = set()
-    for file in [*(ROOT / "passes").rglob("*.py"), ROOT / "attnfx" / "pipeline.py"]:
+    for file in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") in makers:
                 found |= {a.value for a in node.args[:2] if isinstance(a, ast.Constant) and str(a.value).isidentifier()}
@@ -117,7 +117,7 @@ def test_every_code_in_the_source_is_in_the_table():
 
 def test_every_decision_to_keep_has_a_code():
     missing = []
-    for file in [*(ROOT / "attnfx" / "cost").rglob("*.py"), ROOT / "attnfx" / "pipeline.py"]:
+    for file in [*(ROOT / "attnfx" / "cost").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Call) and node.args and getattr(node.func, "id", "") in ("_of", "Decision"):
                 first, last = node.args[0], node.args[-1]
@@ -125,4 +125,4 @@ def test_every_decision_to_keep_has_a_code():
                 given = [last, *(k.value for k in node.keywords if k.arg == "code")]
                 if keeps and not any(isinstance(g, ast.Constant) and g.value in CODES for g in given):
                     missing.append(f"{file.name}:{node.lineno}")
-    assert missing == [], "give the reason a code of attnfx/refusals.py"
+    assert missing == [], "give the reason a code of attnfx/report/codes.py"

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import attnfx
-from attnfx.graphs import GraphNode, Stage
+from attnfx.report.stages import GraphNode, Stage
 from tests.support import rand
 
 SCALE = 0.25

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 import attnfx
-from attnfx import Options, Target, deciding
-from attnfx.kernels import operator
+from attnfx import Options, Target
+from attnfx.compiler import choose as deciding
 from attnfx.kernels.call import Call
-from attnfx.kernels.configuration import Configuration, parse
 from attnfx.kernels.flash import tier as flash_tier
-from attnfx.kernels.flash.tiles import Tile, decode_tiles, forward_tiles
-from attnfx.report import Candidate
+from attnfx.kernels.flash.host.tiles import Tile, decode_tiles, forward_tiles
+from attnfx.kernels.operators import attention as operator
+from attnfx.kernels.operators.configuration import Configuration, parse
+from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec
 from tests.support import compiled, new_reports, rand
 

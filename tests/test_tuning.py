@@ -9,11 +9,12 @@ import torch
 from torch.fx import symbolic_trace
 
 import attnfx
-from attnfx import timing, tuning
 from attnfx.cost import Question, decide
 from attnfx.ir import algebra as A
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.tuning import timing
+from attnfx.tuning import tune as tuning
 from tests.support import check, compiled, new_reports, rand
 
 CPU = torch.device("cpu")

@@ -12,12 +12,14 @@ import warnings
 import pytest
 import torch
 
-from attnfx import deciding, spec, verify
+from attnfx import spec
+from attnfx.compiler import choose as deciding
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import rebuild, substitute
-from attnfx.kernels import operator
-from attnfx.passes import region_rewrite
-from attnfx.passes.finding import Match
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.kernels.operators import attention as operator
+from attnfx.passes.match.results import Match
+from attnfx.passes.rows import replace_region as region_rewrite
+from attnfx.verify import verify
 from tests.passes.programs import Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, qkv, rand, run
 
@@ -395,7 +397,7 @@ def test_a_nan_in_a_key_that_is_hidden_is_excused():
 
 
 def test_where_memory_is_short_the_site_is_rewritten_and_one_warning_says_that_it_was_not_verified(monkeypatch):
-    monkeypatch.setattr(verify, "_free", lambda device: 1 << 20)
+    monkeypatch.setattr(verify, "free_on", lambda device: 1 << 20)
     with pytest.warns(RuntimeWarning, match="not verified: the scores in float64 would take . MiB, and 1 MiB are free"):
         (notes,) = same_as_eager(plain, qkv(b=8, h=8, t=T))
     assert "not verified" in notes

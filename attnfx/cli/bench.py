@@ -18,11 +18,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from attnfx import calibration, pipeline, timing
 from attnfx.cli.loading import EXIT_CODES
-from attnfx.device import device_name
+from attnfx.compiler import pipeline
+from attnfx.fingerprint import device_name
 from attnfx.options import Options
-from attnfx.report import Decision
+from attnfx.report.records import Decision
+from attnfx.tuning import calibrate as calibration
+from attnfx.tuning import timing
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, cap: float = 0.0) -> Tensor:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from attnfx import cache
 from attnfx.cli.loading import EXIT_CODES
-from attnfx.device import processor
+from attnfx.fingerprint import processor
 
 PACKAGES = ("attnfx", "torch", "triton", "islpy", "transformers")
 PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may name folders of the user

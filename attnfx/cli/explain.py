@@ -12,11 +12,11 @@ from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
 import attnfx
-from attnfx.cli import pages
+from attnfx.cli import output as pages
 from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
 from attnfx.errors import OptionError
 from attnfx.options import Rewrite
-from attnfx.report import Report
+from attnfx.report.report import Report
 
 
 def sizes(command: Callable[..., Any]) -> Callable[..., Any]:

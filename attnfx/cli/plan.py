@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from attnfx.cli import pages
+from attnfx.cli import output as pages
 from attnfx.cli.loading import EXIT_CODES, Refused, load, tracing
 from attnfx.errors import BudgetError, OptionError
 
@@ -29,7 +29,7 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
 
     Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
     """
-    from attnfx.plans import plan as make
+    from attnfx.planning.plan import plan as make
 
     pages.free(html, force)
     built, args, kwargs = load(model)

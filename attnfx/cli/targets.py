@@ -13,7 +13,7 @@ from rich.table import Table
 from attnfx.cli.loading import EXIT_CODES
 from attnfx.errors import OptionError
 from attnfx.options import Options
-from attnfx.targets import Target
+from attnfx.targets import Target, detect
 
 COLUMNS = {"kind": "kind", "capability": "capability", "bandwidth": "GB/s", "memory": "GiB", "multiprocessors": "SMs"}
 
@@ -45,7 +45,7 @@ def show(name: str, as_json: bool) -> None:
     """Show every number of a device and where it is from. NAME is one of the list, the path of a JSON file, or
     "detect": the device at hand."""
     try:
-        found = Options(target=name).target if name not in ("auto", "detect") else Target.detect()
+        found = Options(target=name).target if name not in ("auto", "detect") else detect()
     except OptionError as problem:
         raise click.UsageError(str(problem)) from None
     assert isinstance(found, Target)

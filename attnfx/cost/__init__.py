@@ -1,10 +1,10 @@
 """Which tier a site gets, and what it is predicted to cost."""
 
-from attnfx.cost.decide import decide, decide_rows, evaluate, line
 from attnfx.cost.gpu import summary
-from attnfx.cost.question import Question
-from attnfx.cost.rows import COMPILED, Rows, live_share
-from attnfx.cost.rows import KERNELS as ROW_KERNELS
+from attnfx.cost.query import Question
+from attnfx.cost.row_chunks import COMPILED, Rows, live_share
+from attnfx.cost.row_chunks import KERNELS as ROW_KERNELS
+from attnfx.cost.select import decide, decide_rows, evaluate, line
 
 __all__ = [
     "COMPILED",

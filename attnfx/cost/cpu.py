@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from attnfx.cost.question import Question
+from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
 from attnfx.mask import visited_scores
-from attnfx.report import Candidate
+from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
 
@@ -98,7 +98,7 @@ TRAINING = {
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
-BLOCK = 256  # queries in a block, as kernels/library.py cuts them; kernels/chunked_plan.py cuts some in two
+BLOCK = 256  # queries in a block, as kernels/library/cpu.py cuts them; kernels/chunked/blocks.py cuts some in two
 KEYS = 512  # that PyTorch's operator takes at a time: under its own causality it skips no less
 # Inductor's patterns know some spellings of a site and not others, and the spec does not tell which. Where a rewrite
 # would take more than this share of the fused call's time, the site counts as known; else as not known. Plain sites are

@@ -8,26 +8,27 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from attnfx.cost import summaries
-from attnfx.cost.gpu_operators import Operators, padded
-from attnfx.cost.instructions import Code, codes
-from attnfx.cost.kernels import Kernel, even, of_code, work
-from attnfx.cost.question import Question
-from attnfx.cost.throughput import float_lanes
+from attnfx.cost import mask_summary as summaries
+from attnfx.cost.gpu_kernel import Kernel, even, of_code, work
+from attnfx.cost.gpu_library import Operators, padded
+from attnfx.cost.gpu_occupancy import float_lanes
+from attnfx.cost.instruction_counts import Code, codes
+from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import substitute, walk
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import walk
 from attnfx.mask import key_span, mask_of, rows_live
-from attnfx.mask import summary as mask_summary
-from attnfx.mask.addend import LOST, addend
-from attnfx.mask.keep import kept
-from attnfx.report import Candidate
+from attnfx.mask import runtime_summary as mask_summary
+from attnfx.mask.additive import LOST, addend
+from attnfx.mask.predicate import kept
+from attnfx.report.records import Candidate
 from attnfx.spec import I, J
 from attnfx.targets import Target
 
 SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
-DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/split.py takes them
-SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/tiles.py has it
-PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before it is added up, as kernels/flash/gradients.py slices it
+DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/host/decode.py takes them
+SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/host/tiles.py has it
+PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before its sum, as kernels/flash/host/backward.py slices it
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
 
 
@@ -146,7 +147,7 @@ class _Site(Operators):
         return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
 
     def pair_rows(self) -> int:
-        """The side of the square tiles of such a gradient, as kernels/flash/gradients.py takes them."""
+        """The side of the square tiles of such a gradient, as kernels/flash/host/backward.py takes them."""
         side = min(codes("rows" + self.kind, self.target.capability, self.width)[0].tile[:2])
         return side if self.target.capability >= 90 else min(side, 32)
 
@@ -242,7 +243,7 @@ class _Site(Operators):
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:
-    """(splits, keys of each), as kernels/flash/split.py cuts them."""
+    """(splits, keys of each), as kernels/flash/host/decode.py cuts them."""
     tiles = -(-keys // step)
     wanted = max(1, min(MOST_SPLITS, -(-waves * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * step

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from attnfx.ir import poly
-from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Added, Expr, node, rebuild, walk
+from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Added, Expr, node, walk
 from attnfx.ir.poly import Poly, by_digest
 
 LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: what cancels would take digits with it
@@ -653,4 +653,26 @@ _BUILD = {
     "float": to_float, "int": to_int, "half": half, "detach": detach,
 }  # fmt: skip
 
-__all__ = ["INT", "Expr", "add", "const", "make", "mul", "where"]
+
+def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:
+    """Rebuild bottom-up through the canonical constructors.
+
+    `change(old, new_args)` gives the replacement of a node, or None to rebuild it from its new operands.
+    """
+
+    done: dict[Expr, Expr] = {}
+    for at in walk(root):
+        args = tuple(done[a] for a in at.args)
+        new = change(at, args)
+        if new is None:
+            new = at if args == at.args else make(at.op, at.kind, args, at.value)
+        done[at] = new
+    return done[root]
+
+
+def substitute(root: Expr, by: dict[Expr, Expr]) -> Expr:
+    """Replace each occurrence of a key (any expression) by its value; bound variables are not special."""
+    return rebuild(root, lambda old, _: by.get(old)) if by else root
+
+
+__all__ = ["INT", "Expr", "add", "const", "make", "mul", "rebuild", "substitute", "where"]

@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
 from functools import lru_cache
 from weakref import WeakValueDictionary
 
@@ -63,7 +62,6 @@ class Expr:
     free: frozenset[str]
 
     def __repr__(self) -> str:
-        from attnfx.ir.text import show
 
         return show(self)
 
@@ -122,23 +120,44 @@ def walk(root: Expr) -> tuple[Expr, ...]:
     return tuple(found)
 
 
-def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:
-    """Rebuild bottom-up through the canonical constructors.
-
-    `change(old, new_args)` gives the replacement of a node, or None to rebuild it from its new operands.
-    """
-    from attnfx.ir.algebra import make
-
-    done: dict[Expr, Expr] = {}
-    for at in walk(root):
-        args = tuple(done[a] for a in at.args)
-        new = change(at, args)
-        if new is None:
-            new = at if args == at.args else make(at.op, at.kind, args, at.value)
-        done[at] = new
-    return done[root]
+_INFIX = {"add": " + ", "mul": " * ", "and": " and ", "or": " or ", "floordiv": " // ", "mod": " % ",
+          "lt": " < ", "le": " <= ", "eq": " == "}  # fmt: skip
 
 
-def substitute(root: Expr, by: dict[Expr, Expr]) -> Expr:
-    """Replace each occurrence of a key (any expression) by its value; bound variables are not special."""
-    return rebuild(root, lambda old, _: by.get(old)) if by else root
+_TIGHT = {"const", "var", "size", "load", "dot", "prob"}
+
+
+def show(e: Expr, names: dict[object, str] | None = None) -> str:
+    """One line of infix text. `names` gives captures readable names."""
+    names = names or {}
+    done: dict[Expr, str] = {}
+    for at in walk(e):
+        done[at] = _show(at, done, names)
+    return done[e]
+
+
+def _show(e: Expr, done: dict[Expr, str], names: dict[object, str]) -> str:
+    def inner(a: Expr) -> str:
+        text = done[a]
+        return f"({text})" if a.op in _INFIX or a.op in ("ge0", "eq0", "not") else text
+
+    if e.op == "const":
+        value = e.value
+        return f"{value:.6g}" if isinstance(value, float) else str(value)
+    if e.op in ("var", "size"):
+        return str(e.value)
+    if e.op in ("dot", "prob"):
+        return e.op
+    if e.op == "load":
+        slot = names.get(e.value, f"c{e.value}" if isinstance(e.value, int) else str(e.value))
+        return f"{slot}[{', '.join(done[a] for a in e.args)}]"
+    if e.op in _INFIX:
+        return _INFIX[e.op].join(inner(a) for a in e.args).replace("+ -", "- ")
+    if e.op in ("ge0", "eq0"):
+        return f"{inner(e.args[0])} {'>=' if e.op == 'ge0' else '=='} 0"
+    if e.op == "not":
+        return f"not {inner(e.args[0])}"
+    if e.op in ("rsum", "rmax"):
+        return f"{e.op[1:]}_{e.value}({done[e.args[0]]})"
+    name = str(e.value).split(":")[0] if e.op == "aten" else e.op
+    return f"{name}({', '.join(done[a] for a in e.args)})"

@@ -6,10 +6,10 @@ answer is sound where the predicate is not affine: a key that may be live is nev
 dead is never called live.
 """
 
-from attnfx.mask.keep import Mask, live, mask_of
-from attnfx.mask.ranges import KeyRange, key_ranges, key_span, ranges_of, rows_live
+from attnfx.mask.describe import describe
+from attnfx.mask.key_ranges import KeyRange, key_ranges, key_span, ranges_of, rows_live
+from attnfx.mask.predicate import Mask, live, mask_of
 from attnfx.mask.tiles import ANALYSED, Tiles, Visited, prepare, tiles, visited, visited_scores
-from attnfx.mask.words import describe
 
 __all__ = [
     "ANALYSED", "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of",

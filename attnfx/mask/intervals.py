@@ -17,7 +17,7 @@ import numpy as np
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate
-from attnfx.mask.polyhedron import Formula
+from attnfx.mask.affine import Formula
 
 TERMS = 8  # intervals of a row; beyond, a mask counts as none
 FACTOR, CONSTANT = 1 << 15, 1 << 40  # of a comparison; larger ones might not fit into 63 bits with sizes of 31

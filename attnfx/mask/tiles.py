@@ -12,9 +12,9 @@ import numpy as np
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.mask import polyhedron as P
-from attnfx.mask.keep import kept, live
-from attnfx.mask.spans import spans
+from attnfx.mask import affine as P
+from attnfx.mask.predicate import kept, live
+from attnfx.mask.row_intervals import spans
 from attnfx.spec import AXES, AttentionSpec
 
 ANALYSED = 64  # rows of a block that `prepare` analyses a mask in

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from attnfx.memory.ops import Graph, Op, Result
+from attnfx.memory.records import Graph, Op, Result
 
 # torch/_inductor/config.py: realize_reads_threshold, realize_opcount_threshold, realize_acc_reads_threshold (and its
 # CPU twin), max_fusion_size

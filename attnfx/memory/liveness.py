@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from attnfx.memory.fusion import Kernel
-from attnfx.memory.ops import Result
+from attnfx.memory.records import Result
 
 WORKSPACE = "workspace of "
 

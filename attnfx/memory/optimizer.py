@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from attnfx.errors import OptionError
-from attnfx.memory import budget
+from attnfx.memory import byte_size as budget
 
 # bitsandbytes: 8-bit states in blocks of 256 with a float32 scale each; tensors under 4096 elements stay float32
 BLOCK, SMALL = 256, 4096

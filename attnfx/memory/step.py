@@ -8,8 +8,8 @@ from typing import Any
 
 from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events
-from attnfx.memory.ops import Graph, Op, Result
-from attnfx.memory.order import best
+from attnfx.memory.records import Graph, Op, Result
+from attnfx.memory.schedule import best
 
 # torch/_inductor/utils.py, is_nonfreeable_buffers
 NEVER_FREED = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")

@@ -1,17 +1,21 @@
-"""What is known of a device: its rates, its sizes, and where each number is from."""
+"""Describe a device by its rates and sizes, each number with its source, and read the records of known devices."""
 
 from __future__ import annotations
 
+import difflib
+import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
-from os import PathLike
-from typing import TYPE_CHECKING, Any
+from dataclasses import MISSING, dataclass, field, fields
+from functools import lru_cache
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any
 
 from attnfx.errors import OptionError
 
-if TYPE_CHECKING:
-    import torch
-
+FOLDER = Path(__file__).with_name("records")
+_VENDORS = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct|radeon)\b")
 KINDS = ("cuda", "hip", "cpu")
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 # The least and the largest value that a field may have, in its own unit: outside of them a record is mistyped.
@@ -102,9 +106,7 @@ class Target:
     @staticmethod
     def names() -> list[str]:
         """The names of the records that come with attnfx."""
-        from attnfx.targets import records
-
-        return sorted(records.records())
+        return sorted(records())
 
     @staticmethod
     def by_name(name: str) -> Target:
@@ -112,9 +114,13 @@ class Target:
 
         Raises OptionError, naming the nearest, for a name that is not known.
         """
-        from attnfx.targets import records
-
-        return records.by_name(name)
+        found = aliases().get(key(name))
+        if found is None:
+            raise OptionError(
+                f"unknown target {name!r}; the nearest is {nearest(name)!r} (of {', '.join(Target.names())}; a path to "
+                "a JSON file is taken too)"
+            )
+        return found
 
     @staticmethod
     def from_json(source: str | PathLike[str]) -> Target:
@@ -123,21 +129,21 @@ class Target:
 
         Raises OptionError, with the field's name, for a missing, unknown or absurd value.
         """
-        from attnfx.targets import records
-
-        return records.from_json(source)
-
-    @staticmethod
-    def detect(device: torch.device | str | None = None) -> Target:
-        """The device at hand; None is the present GPU, or the CPU where there is none.
-
-        A GPU that has a record gets it, with the memory that it really has; another one gets the rates of the nearest
-        architecture, scaled by what its driver says, and `note` says so. A CPU is measured once, in about a second.
-        Raises OptionError for a device that is not there or is neither a GPU nor a CPU.
-        """
-        from attnfx.targets import detect
-
-        return detect.detect(device)
+        text = fspath(source)
+        where = "the target's JSON text"
+        if not text.lstrip().startswith("{"):
+            where = repr(text)
+            try:
+                text = Path(text).expanduser().read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as problem:
+                raise OptionError(f"the target's file {where} cannot be read: {problem}") from problem
+        try:
+            data = json.loads(text)
+        except ValueError as problem:
+            raise OptionError(f"{where} is not valid JSON: {problem}") from problem
+        if not isinstance(data, dict):
+            raise OptionError(f"{where} holds no JSON object of a target's fields")
+        return _target(data, where)
 
 
 UNITS: Mapping[str, str] = {
@@ -156,3 +162,52 @@ def numbers() -> tuple[str, ...]:
 def replaced(target: Target, **changes: Any) -> Target:
     """The target with other values, checked again."""
     return Target(**{f.name: getattr(target, f.name) for f in fields(Target)} | changes)
+
+
+# -- the records that come with attnfx --------------------------------------------------------------
+def key(name: str) -> str:
+    """A device's name without what people write differently: case, spaces, dashes, the vendor."""
+    return re.sub(r"[^a-z0-9]", "", _VENDORS.sub("", re.sub(r"[-_\s]+", " ", name.lower())))
+
+
+@lru_cache
+def records() -> Mapping[str, Target]:
+    """Name -> record."""
+    return {made.name: made for made, _ in _read()}
+
+
+@lru_cache
+def aliases() -> Mapping[str, Target]:
+    """What `key` makes of each name that a record goes by -> the record."""
+    return {key(name): made for made, others in _read() for name in (made.name, *others)}
+
+
+@lru_cache
+def _read() -> tuple[tuple[Target, tuple[str, ...]], ...]:
+    found = []
+    for file in sorted(FOLDER.glob("*.json")):
+        data = json.loads(file.read_text(encoding="utf-8"))
+        found.append((_target(data, str(file)), tuple(data.get("aliases", ()))))
+    return tuple(found)
+
+
+def nearest(name: str) -> str:
+    """The name of the record whose name or alias is most like this one."""
+
+    def alike(entry: tuple[str, Target]) -> float:
+        return difflib.SequenceMatcher(None, key(name), entry[0]).ratio()
+
+    return max(aliases().items(), key=alike)[1].name
+
+
+def _target(data: Mapping[str, Any], where: str) -> Target:
+    given = {name: value for name, value in data.items() if name != "aliases"}
+    known = [f.name for f in fields(Target)]
+    for name in given:
+        if name not in known:
+            close = max(known, key=lambda k: difflib.SequenceMatcher(None, name, k).ratio())
+            raise OptionError(f"{where}: a target has no field {name!r}, the nearest is {close!r}")
+    for f in fields(Target):
+        if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
+            raise OptionError(f"{where}: the field {f.name!r} of the target is missing")
+    return Target(**given)

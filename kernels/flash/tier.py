@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash.device import capability
-from attnfx.kernels.flash.tiles import Tile
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.kernels.gpu import capability
 from attnfx.spec import AttentionSpec
 
 LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
@@ -57,22 +57,22 @@ def expresses(
     capability."""
     if (why := missing(device, target)) is not None:
         return why
-    from attnfx.kernels.flash import launch
+    from attnfx.kernels.flash.host import forward as launch
 
     return launch.expresses(spec, dtype, head_dim, value_width)
 
 
 def source(spec: AttentionSpec) -> str:
     """The Triton functions that are generated for a spec. Raises as `launch.functions` does."""
-    from attnfx.kernels.flash import launch
-    from attnfx.kernels.flash.emit import emit
+    from attnfx.kernels.flash.codegen.emit import emit
+    from attnfx.kernels.flash.host import forward as launch
 
     return emit(spec, launch.program(spec)).text
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """The summary of a mask, as `attnfx.mask.summary` has it, of one of its specs."""
-    from attnfx.kernels.flash import summarise as kernels
+    """The summary of a mask, as `attnfx.mask.runtime_summary` has it, of one of its specs."""
+    from attnfx.kernels.flash.host import mask_summary as kernels
 
     return kernels.summarise(captures, sizes, spec)
 
@@ -81,7 +81,7 @@ def supports(call: Call) -> str | None:
     """Why the flash tier cannot run the call, one sentence, or None."""
     if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
-    from attnfx.kernels.flash import launch
+    from attnfx.kernels.flash.host import forward as launch
 
     return launch.supports(call)
 
@@ -91,8 +91,9 @@ def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tens
 
     `tile` is tried before those of the table.
     """
-    from attnfx.kernels.flash import blocks, launch
-    from attnfx.kernels.flash.fallback import CannotLaunch
+    from attnfx.kernels.flash.host import blocks
+    from attnfx.kernels.flash.host import forward as launch
+    from attnfx.kernels.flash.host.fallback import CannotLaunch
 
     try:
         return launch.forward(call, chosen=tile)
@@ -105,8 +106,9 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each of its tensor's dtype. What
     either tier's forward pass gave is taken."""
-    from attnfx.kernels.flash import blocks, gradients
-    from attnfx.kernels.flash.fallback import CannotLaunch
+    from attnfx.kernels.flash.host import backward as gradients
+    from attnfx.kernels.flash.host import blocks
+    from attnfx.kernels.flash.host.fallback import CannotLaunch
 
     try:
         return gradients.backward(call, grad_out, out, logsumexp, grad_logsumexp=grad_logsumexp)
@@ -118,15 +120,15 @@ def supports_decode(call: Call) -> str | None:
     """Why the decode tier cannot run the call, one sentence, or None."""
     if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
-    from attnfx.kernels.flash import split
+    from attnfx.kernels.flash.host import decode as split
 
     return split.supports(call)
 
 
 def forward_decode(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tensor, Tensor]:
     """As `forward`, with the keys split among programs, into `splits` parts where that is not 0."""
-    from attnfx.kernels.flash import split
-    from attnfx.kernels.flash.fallback import CannotLaunch
+    from attnfx.kernels.flash.host import decode as split
+    from attnfx.kernels.flash.host.fallback import CannotLaunch
 
     try:
         return split.forward(call, chosen=tile, wanted=splits)

@@ -6,8 +6,9 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from attnfx import cache, calibration
+from attnfx import cache
 from attnfx.cli import bench, main
+from attnfx.tuning import calibrate as calibration
 
 
 @pytest.fixture(autouse=True)

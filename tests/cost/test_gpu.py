@@ -10,16 +10,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from attnfx.cost import Question, gpu, instructions, summaries
-from attnfx.cost.kernels import other, other_backward, work
-from attnfx.cost.program import operations
-from attnfx.cost.throughput import Step, cycles, occupancy
+from attnfx.cost import Question, gpu
+from attnfx.cost import instruction_counts as instructions
+from attnfx.cost import mask_summary as summaries
+from attnfx.cost.gpu_kernel import other, other_backward, work
+from attnfx.cost.gpu_occupancy import Step, cycles, occupancy
+from attnfx.cost.operation_counts import operations
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.kernels.operator import attention
-from attnfx.mask import summary
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.kernels.operators.attention import attention
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
 
@@ -336,9 +340,10 @@ def test_the_table_is_of_the_kernels_as_they_are():
 
 def test_a_change_of_a_kernel_changes_the_fingerprint_and_a_comment_does_not(tmp_path):
     for name in (*instructions.SOURCES, instructions.HELPERS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text((instructions.KERNELS / name).read_text())
     same = instructions.fingerprint(tmp_path)
-    forward = tmp_path / "forward.py"
+    forward = tmp_path / "triton" / "forward.py"
     forward.write_text("# a comment\n" + forward.read_text())
     assert same == instructions.fingerprint(tmp_path) == instructions.fingerprint()
     forward.write_text(forward.read_text().replace("l_i * alpha", "alpha * l_i"))

@@ -6,8 +6,9 @@ from itertools import pairwise
 import pytest
 
 from attnfx.ir import algebra as A
-from attnfx.ir.derive import gradient
-from attnfx.ir.text import dump, parse, show
+from attnfx.ir.expr import show
+from attnfx.ir.gradient import gradient
+from attnfx.ir.serialize import dump, parse
 from attnfx.spec import B, H, I, J
 
 T, S, N = A.size("T"), A.size("S"), A.size("n0")

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from attnfx.ir import algebra as A
-from attnfx.ir.derive import gradient
+from attnfx.ir.gradient import gradient
 from attnfx.ir.interpret import evaluate
 from attnfx.spec import I, J
 from tests.ir.strategies import ROW, TABLE, environment, floats, load

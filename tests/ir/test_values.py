@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
-from attnfx.ir.expr import node, rebuild, substitute, walk
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import node, show, walk
 from attnfx.ir.interpret import evaluate
-from attnfx.ir.text import dump, parse, show
+from attnfx.ir.serialize import dump, parse
 from attnfx.spec import B, H, I, J
 from tests.ir.strategies import SIZES, anything, close, environment, floats, integers, load, truths
 

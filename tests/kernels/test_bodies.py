@@ -6,8 +6,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfx.kernels import bodies, rows
-from attnfx.rowprogram import Call, Ref, Result, RowProgram
+from attnfx.kernels.rows import compiled_body as bodies
+from attnfx.kernels.rows import run as rows
+from attnfx.spec.rows import Call, Ref, Result, RowProgram
 from tests.kernels.test_rows import H, S, operands, program
 from tests.support import rand
 
@@ -164,7 +165,7 @@ def test_a_body_is_made_under_whatever_mode_asks():
 
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_a_body_is_made_inside_a_compiled_step(mode, monkeypatch):
-    from attnfx.cost import rows as model
+    from attnfx.cost import row_chunks as model
 
     monkeypatch.setattr(model, "CACHE", 0)
 

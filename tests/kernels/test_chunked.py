@@ -7,8 +7,10 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
-from attnfx.kernels import chunked, chunked_plan, chunked_program
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.chunked import blocks as chunked_plan
+from attnfx.kernels.chunked import program as chunked_program
 from attnfx.spec import AttentionSpec, Capture, H, I, J, additive
 from tests.kernels.cases import (
     CASES,

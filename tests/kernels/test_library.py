@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, chunked_plan, library
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.chunked import blocks as chunked_plan
+from attnfx.kernels.library import cpu as library
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.cases import CAUSAL, DOT, DOUBLE, FINITE, INF, PAD, WINDOW, masked, slope, tensors
 

@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.operator import TIERS, attention, choose
+from attnfx.kernels.operators.attention import TIERS, attention, choose
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 
 DOT = A.mul(A.const(0.3), A.DOT)

@@ -5,8 +5,10 @@ from itertools import accumulate
 import pytest
 import torch
 
-from attnfx.kernels import heap, operator_rows, rows  # noqa: F401  (the operator is registered by its import)
-from attnfx.rowprogram import Call, Ref, Result, RowProgram, from_json
+from attnfx.kernels.operators import rows as operator_rows  # noqa: F401  (the operator is registered by its import)
+from attnfx.kernels.rows import heap
+from attnfx.kernels.rows import run as rows
+from attnfx.spec.rows import Call, Ref, Result, RowProgram, from_json
 from tests.support import rand
 
 T, S, H = 21, 13, 3

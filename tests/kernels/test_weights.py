@@ -4,8 +4,11 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, chunked_plan, operator_weights, weights  # noqa: F401  (registers the operators)
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.chunked import blocks as chunked_plan
+from attnfx.kernels.chunked import weights
+from attnfx.kernels.operators import weights as operator_weights  # noqa: F401  (registers the operators)
 from attnfx.spec import AttentionSpec, Capture
 from tests.kernels.cases import (
     CASES,

@@ -6,7 +6,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import attnfx
-from attnfx.peaks import reserve
+from attnfx.planning.peak import reserve
 
 OPTIONS = {"rewrite": "always", "inner": "aot_eager", "tiers": "chunked"}
 BUDGETS = 10

@@ -8,8 +8,8 @@ import attnfx
 from attnfx.memory.allocator import Cache, replay
 from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events, peak
-from attnfx.memory.ops import Graph, Op, Result
 from attnfx.memory.optimizer import given, state_bytes
+from attnfx.memory.records import Graph, Op, Result
 from attnfx.memory.step import Part, step
 
 
@@ -206,4 +206,4 @@ def test_without_fusion_the_predicted_peak_is_the_allocators_to_the_byte():
 
     run()
     net.zero_grad(set_to_none=True)
-    assert abs(plan.choice.peak - measured(run)) <= 64  # scalars that autograd makes itself
+    assert abs(plan.strategy.peak - measured(run)) <= 64  # scalars that autograd makes itself

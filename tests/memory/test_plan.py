@@ -11,13 +11,13 @@ import torch
 from torch import nn
 
 import attnfx
-from attnfx.budgeting import _free, ran_out
-from attnfx.drawing import by_module
 from attnfx.errors import BudgetError, OptionError
-from attnfx.memory.budget import check, in_bytes
+from attnfx.memory.byte_size import check, in_bytes
 from attnfx.options import Options
-from attnfx.peaks import fitting, reserve, total
-from attnfx.sizes import Sizes, Unknown, fit
+from attnfx.planning.fit import _free, ran_out
+from attnfx.planning.peak import fitting, reserve, total
+from attnfx.planning.scaling import Sizes, Unknown, fit
+from attnfx.planning.table import by_module
 
 WIDTH, HEADS = 64, 2
 SMALL = replace(attnfx.Target.by_name("a100-80gb"), memory=1 << 27)
@@ -219,9 +219,9 @@ def test_running_out_of_memory_limits_the_next_plan(monkeypatch, wanted, most, f
     held = {"now": 500}
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: held["now"])
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 700)
-    monkeypatch.setattr("attnfx.budgeting.free_bytes", lambda *_: 900)
-    monkeypatch.setattr("attnfx.budgeting._limits", {})
-    monkeypatch.setattr("attnfx.budgeting._watched", [True])  # PyTorch for CUDA would ask a driver
+    monkeypatch.setattr("attnfx.planning.fit.free_bytes", lambda *_: 900)
+    monkeypatch.setattr("attnfx.planning.fit._limits", {})
+    monkeypatch.setattr("attnfx.planning.fit._watched", [True])  # PyTorch for CUDA would ask a driver
     gpu = torch.device("cuda", 7)
     assert _free(SMALL, gpu) == 900
     with pytest.warns(UserWarning, match=r"cuda:7 ran out.*_dynamo.reset"):

@@ -8,14 +8,14 @@ import torch
 from torch import nn
 
 import attnfx
-from attnfx.capture import capture
-from attnfx.memory.ops import Graph, Op, Result
-from attnfx.memory.saving import Trades, together
-from attnfx.memory.split import Joint
+from attnfx.memory.partition import Joint
+from attnfx.memory.records import Graph, Op, Result
+from attnfx.memory.rematerialize import Trades, together
 from attnfx.options import Options
-from attnfx.passes.joint import joint_records
-from attnfx.passes.liveness import read
-from attnfx.passes.recompute import partition
+from attnfx.passes.joint.mark_recompute import partition
+from attnfx.passes.joint.read_graph import read
+from attnfx.passes.joint.read_joint import joint_records
+from attnfx.planning.capture import capture
 
 
 def chain(seed, length=7):

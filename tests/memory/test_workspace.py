@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import chunked, library
 from attnfx.kernels.call import Call
-from attnfx.memory.attention import Operand, Use, workspace
-from attnfx.passes.liveness import operand
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.library import cpu as library
+from attnfx.memory.workspace import Operand, Use, workspace
+from attnfx.passes.joint.read_graph import operand
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.memory.test_liveness import measured
 

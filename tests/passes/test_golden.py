@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnfx import pipeline
+from attnfx.compiler import pipeline
 from tests.support import compiled, new_reports, rand
 
 INF = float("-inf")

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnfx.kernels import rows
+from attnfx.kernels.rows import run as rows
 from tests.support import check, compiled, new_reports, qkv, rand
 
 T, S = 40, 56

@@ -461,7 +461,7 @@ def graphs_that_reach_inductor(monkeypatch, fn, *args, **options):
     """The graphs that Dynamo makes of fn, and those that Inductor gets."""
     import torch._inductor.compile_fx as inductor
 
-    from attnfx import pipeline
+    from attnfx.compiler import pipeline
 
     made, got = [], []
     original_run, original_compile = pipeline.run, inductor.compile_fx
@@ -561,8 +561,8 @@ def everything_direct(x, y, w, b, n, h):
 
 def recorded(monkeypatch, direct, autocast):
     """(operator, shape, dtype, strides) of each node of the trace."""
-    from attnfx import pipeline
-    from attnfx.passes import trace
+    from attnfx.compiler import pipeline
+    from attnfx.passes.prepare import trace
 
     if not direct:
         monkeypatch.setattr(trace, "DIRECT", {})

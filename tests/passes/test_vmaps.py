@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch._C._functorch import maybe_current_level
 
-from attnfx.passes.vmaps import ENTER, LEAVE, flatten, uses_functorch
+from attnfx.passes.prepare.expand_vmap import ENTER, LEAVE, flatten, uses_functorch
 from tests.support import check, compiled, new_reports, qkv, rand
 
 

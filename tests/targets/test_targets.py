@@ -7,11 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import attnfx
 from attnfx import OptionError, Options, Target
-from attnfx.targets import cpu, detect
-from attnfx.targets.records import FOLDER
-from attnfx.targets.target import numbers
+from attnfx.targets import detect, detection
+from attnfx.targets import measure_cpu as cpu
+from attnfx.targets.target import FOLDER, numbers
 
 WANTED = (
     "v100 t4 a10 a100-40gb a100-80gb l4 l40s rtx3090 rtx4090 rtx5090 h100-pcie h100-sxm h200 b200 mi300x"
@@ -122,12 +121,12 @@ def properties(name, **fields):
 
 
 def test_a_present_gpu_with_a_record_gets_it_with_its_own_memory():
-    found = detect.of_properties(properties("NVIDIA GeForce RTX 4090", total_memory=23 << 30))
+    found = detection.of_properties(properties("NVIDIA GeForce RTX 4090", total_memory=23 << 30))
     assert found.matrix == Target.by_name("rtx4090").matrix and found.memory == 23 << 30 and not found.note
 
 
 def test_an_unknown_gpu_falls_back_to_its_architecture_and_says_so():
-    found = detect.of_properties(
+    found = detection.of_properties(
         properties("NVIDIA GeForce RTX 4070", multi_processor_count=46, clock_rate=2475e3, memory_clock_rate=10501e3,
                    memory_bus_width=192)
     )  # fmt: skip
@@ -140,7 +139,7 @@ def test_an_unknown_gpu_falls_back_to_its_architecture_and_says_so():
 
 
 def test_a_slice_of_a_gpu_is_not_taken_for_the_whole():
-    found = detect.of_properties(properties("NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=16))
+    found = detection.of_properties(properties("NVIDIA H100 80GB HBM3", major=9, minor=0, multi_processor_count=16))
     assert found.multiprocessors == 16 and found.rate("bfloat16") == pytest.approx(989.4 * 16 / 132)
 
 
@@ -150,17 +149,17 @@ def test_a_cpu_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "_measured", {})
     monkeypatch.setenv("ATTNFX_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr(cpu, "measure", lambda name: calls.append(name) or real(name))
-    first = attnfx.Target.detect("cpu")
-    assert first.kind == "cpu" and first is Target.detect(torch.device("cpu")) and len(calls) == 1
+    first = detect("cpu")
+    assert first.kind == "cpu" and first is detect(torch.device("cpu")) and len(calls) == 1
     assert sorted(first.sources) == sorted(numbers())
     monkeypatch.setattr(cpu, "_measured", {})  # as in another process
-    assert Target.detect("cpu") == first and len(calls) == 1
+    assert detect("cpu") == first and len(calls) == 1
     (tmp_path / "targets.json").write_text((tmp_path / "targets.json").read_text().replace('"cpu"', '"toaster"'))
     monkeypatch.setattr(cpu, "_measured", {})
-    assert Target.detect("cpu").kind == "cpu" and len(calls) == 2
+    assert detect("cpu").kind == "cpu" and len(calls) == 2
 
 
 @pytest.mark.parametrize("device", ["meta", "gpu"])
 def test_what_is_no_gpu_and_no_cpu_is_refused(device):
     with pytest.raises(OptionError, match=device):
-        Target.detect(device)
+        detect(device)

@@ -19,9 +19,12 @@ from triton.backends.compiler import GPUTarget
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, summarise, tiles
-from attnfx.kernels.flash.gradients import Backward
-from attnfx.mask import summary
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import mask_summary as summarise
+from attnfx.kernels.flash.host import tiles
+from attnfx.kernels.flash.host.backward import Backward
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

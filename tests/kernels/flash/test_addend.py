@@ -8,10 +8,11 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, summarise
-from attnfx.kernels.flash.gradients import backward
-from attnfx.mask import summary
-from attnfx.mask.addend import addend
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import mask_summary as summarise
+from attnfx.kernels.flash.host.backward import backward
+from attnfx.mask import runtime_summary as summary
+from attnfx.mask.additive import addend
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
 from tests.kernels.flash.test_summary import (

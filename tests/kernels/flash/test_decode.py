@@ -8,9 +8,10 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import split
-from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import key_span, summary
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.mask import key_span
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.flash.test_addend import states_of
 from tests.kernels.flash.test_flash import DOT, FINITE, INF, masked, tensors, whole

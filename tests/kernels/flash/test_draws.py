@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from attnfx.kernels.flash.blocks import philox
+from attnfx.kernels.flash.host.blocks import philox
 
 SIDE, LEVELS = 256, 256
 

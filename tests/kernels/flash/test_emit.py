@@ -12,15 +12,15 @@ import triton.language as tl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import attnfx.kernels.flash.functions as f
+import attnfx.kernels.flash.triton.functions as f
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT_UNARY, Expr, node, walk
 from attnfx.ir.interpret import evaluate
-from attnfx.kernels.flash import module
-from attnfx.kernels.flash.emit import emit
-from attnfx.kernels.flash.launch import never_outside
-from attnfx.kernels.flash.program import LOG2E, Program, program_of
-from attnfx.kernels.flash.source import NotEmitted
+from attnfx.kernels.flash.codegen import import_source as module
+from attnfx.kernels.flash.codegen.emit import emit
+from attnfx.kernels.flash.codegen.expressions import NotEmitted
+from attnfx.kernels.flash.codegen.program import LOG2E, Program, program_of
+from attnfx.kernels.flash.host.forward import never_outside
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 
 T, S = 5, 7

@@ -9,13 +9,17 @@ import torch
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from attnfx import deciding, report
+from attnfx.compiler import choose as deciding
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator
+from attnfx.kernels import gpu as device
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import device, fallback, split, tier
-from attnfx.kernels.flash.launcher import Launch
-from attnfx.kernels.flash.tiles import INTERPRETED, LEAST, backward_tiles, decode_tiles, forward_tiles
+from attnfx.kernels.flash import tier
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import fallback
+from attnfx.kernels.flash.host.launch import Launch
+from attnfx.kernels.flash.host.tiles import INTERPRETED, LEAST, backward_tiles, decode_tiles, forward_tiles
+from attnfx.kernels.operators import attention as operator
+from attnfx.report import report
 from attnfx.spec import AttentionSpec, I, J
 from attnfx.targets import Target
 from tests.support import compiled, new_reports, rand

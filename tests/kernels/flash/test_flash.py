@@ -10,11 +10,14 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import node
-from attnfx.kernels import chunked
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import gradients, launch, split, tier
-from attnfx.kernels.flash.gradients import backward
-from attnfx.kernels.flash.tiles import Tile
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.flash import tier
+from attnfx.kernels.flash.host import backward as gradients
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host.backward import backward
+from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from tests.kernels.cases import whole_weights
 

@@ -7,9 +7,10 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import blocks, tier
-from attnfx.kernels.flash.forward import forward_kernel
-from attnfx.mask import summary
+from attnfx.kernels.flash import tier
+from attnfx.kernels.flash.host import blocks
+from attnfx.kernels.flash.triton.forward import forward_kernel
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, Capture, I, J
 from tests.kernels.flash.test_flash import CASES, CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding, whole
 from tests.kernels.flash.test_summary import MASKS

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator  # noqa: F401  (registers the operators)
 from attnfx.kernels.evaluate import Evaluator, block_axes
+from attnfx.kernels.operators import attention as operator  # noqa: F401  (registers the operators)
 from attnfx.spec import AttentionSpec, Capture, H, I, J
 from tests.kernels.cases import whole
 

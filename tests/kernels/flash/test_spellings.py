@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnfx import deciding
-from attnfx.kernels import operator
+from attnfx.compiler import choose as deciding
+from attnfx.kernels.operators import attention as operator
 from attnfx.targets import Target
 from tests import support
 from tests.passes import programs

@@ -6,15 +6,17 @@ from dataclasses import replace
 import pytest
 import torch
 
-from attnfx import deciding
-from attnfx.cost import summaries
+from attnfx.compiler import choose as deciding
+from attnfx.cost import mask_summary as summaries
 from attnfx.ir import algebra as A
-from attnfx.kernels import operator
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, summarise, tier
-from attnfx.kernels.flash.gradients import backward
-from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import summary
+from attnfx.kernels.flash import tier
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import mask_summary as summarise
+from attnfx.kernels.flash.host.backward import backward
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.kernels.operators import attention as operator
+from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
 from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, rand, tensors, whole

@@ -11,11 +11,13 @@ from hypothesis import strategies as st
 from attnfx.ir import algebra as A
 from attnfx.ir.interpret import evaluate
 from attnfx.kernels.call import Call
-from attnfx.kernels.flash import launch, split, walks
-from attnfx.kernels.flash.gradients import Backward, backward
-from attnfx.kernels.flash.ranges import along_keys, along_rows
-from attnfx.kernels.flash.tiles import Tile
-from attnfx.mask import boxes
+from attnfx.kernels.flash.host import decode as split
+from attnfx.kernels.flash.host import forward as launch
+from attnfx.kernels.flash.host import walks
+from attnfx.kernels.flash.host.backward import Backward, backward
+from attnfx.kernels.flash.host.ranges import along_keys, along_rows
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.mask import tile_bounds as boxes
 from attnfx.spec import AttentionSpec, H, I, J
 from tests.kernels.flash.test_flash import CAUSAL, FINITE, INF, TILE, masked, tensors, whole
 
@@ -142,7 +144,7 @@ def test_tiles_without_a_gap_need_no_list(name):
 
 
 def test_a_long_matrix_is_not_looked_at_tile_by_tile(monkeypatch):
-    monkeypatch.setattr("attnfx.kernels.flash.ranges.LARGEST", 0)
+    monkeypatch.setattr("attnfx.kernels.flash.host.ranges.LARGEST", 0)
     for keep in (*GAPS.values(), *WITHOUT.values()):
         sizes = SIZES | dict(T=151)  # nothing of the other tests is remembered
         path = along_keys(keep, sizes, 32, 16)
@@ -169,7 +171,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_matrix(name, fill):
 @pytest.mark.parametrize("name", GAPS)
 def test_what_is_empty_is_not_visited_in_either_pass(name, monkeypatch):
     """A NaN in keys that a block of rows does not see stays away from its rows."""
-    monkeypatch.setattr("attnfx.kernels.flash.ranges.SPARSE", 0.999)
+    monkeypatch.setattr("attnfx.kernels.flash.host.ranges.SPARSE", 0.999)
     rows, keys, block = 112, 128, slice(96, 112)
     live = matrix(GAPS[name], dict(B=2, H=2, T=rows, S=keys))[:, block]
     query, key, value = tensors(rows, keys, heads=2, groups=2)

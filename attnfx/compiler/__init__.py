@@ -1,0 +1,1 @@
+"""Compile a graph in five steps: prepare, find, choose, verify, apply."""

@@ -1,0 +1,88 @@
+"""What is said of a place that looks like attention: where it stands, its sizes, its mask in words."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import Graph
+
+from attnfx import cost
+from attnfx.ir import algebra as A
+from attnfx.mask import describe, mask_of, prepare
+from attnfx.passes.fx.nodes import dims, number, value, where_in_source
+from attnfx.passes.match.results import Finding, Match
+from attnfx.passes.rewrite.attention import dimensions
+from attnfx.report.records import Site
+
+
+def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
+    """The site of a finding, without a name and without a decision; `sizes` as `numeric_dims` has them."""
+    final = finding.final
+    place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
+    site = Site("", place, refusal=finding.refusal, sizes=sizes)
+    if finding.match is not None:
+        scores = sizes["B"] * sizes["H"] * sizes["T"] * sizes["S"]
+        site.flops = 2 * scores * (sizes["D"] + sizes["Dv"])
+        site.spec = finding.match.spec
+        symbolic = dimensions(finding.match)
+        if _heads_alone(finding.match):
+            batch = symbolic["B"]
+            symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
+        site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
+        site.mask = describe(site.spec, sizes)
+        prepare(site.spec, sizes)
+        mask = mask_of(site.spec.score)
+        if mask is not None and mask.assumption:
+            site.notes = (f"assumes that {mask.assumption}",)
+        if finding.match.chunks > 1:
+            site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
+        if finding.match.steps > 1:
+            site.notes = (*site.notes, f"{finding.match.steps} steps of a loop over heads or batch elements, joined")
+    return site
+
+
+def _heads_alone(match: Match) -> bool:
+    """Whether the one batch axis of the keys stands where heads do, behind a batch of one. The spec calls it b."""
+    if len(match.kv_axes) != 1:
+        return False
+    inner = {match.row.value, match.value_width.value}
+    outer = [(n, x.free) for n, x in zip(dims(match.final), match.out_index) if not inner & x.free]
+    first = next((d for d, (_, names) in enumerate(outer) if match.kv_axes[0].value in names), 0)
+    return first > 0 and all(n is A.ONE for n, _ in outer[:first])
+
+
+def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
+    """B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs."""
+    if finding.match is None:
+        return {}
+    out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
+    for canonical, name in zip(finding.match.spec.sizes, finding.match.sizes, strict=True):
+        out[canonical] = hints.get(name, 1)
+    return out
+
+
+def hints(graph: Graph) -> dict[str, int]:
+    """The example value of each symbolic size in a graph."""
+    out: dict[str, int] = {}
+    for n in graph.nodes:
+        held = value(n)
+        for size in [held] if isinstance(held, torch.SymInt) else held.shape if isinstance(held, torch.Tensor) else ():
+            if isinstance(size, torch.SymInt):
+                out.setdefault(str(size.node.expr), number(size))
+                for symbol in size.node.expr.free_symbols:
+                    known = _known(size.node.shape_env, symbol)
+                    if known is not None:
+                        out.setdefault(str(symbol), int(known))
+    return out
+
+
+def _known(shape_env: Any, symbol: Any) -> Any:
+    for name in ("backed_var_to_val", "var_to_val"):  # by PyTorch's version
+        found = getattr(shape_env, name, {}).get(symbol)
+        if found is not None:
+            return found
+    return None
+
+
+__all__ = ["describe_site", "hints", "numeric_dims"]

@@ -1,0 +1,36 @@
+"""What a pass over a graph tells as it goes: log lines and PyTorch's structured trace."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from torch._logging._internal import trace_structured
+from torch.fx import GraphModule
+
+from attnfx.report.records import Site
+
+
+def readable(gm: GraphModule) -> str:
+    return gm.print_readable(print_output=False)
+
+
+def publish(name: str, text: Callable[[], str], encoding: str = "string") -> None:
+    """Give a text to PyTorch's structured trace (TORCH_TRACE, tlparse); it is not asked for where that is off."""
+    trace_structured("artifact", metadata_fn=lambda: {"name": f"attnfx_{name}", "encoding": encoding}, payload_fn=text)
+
+
+def traces() -> bool:
+    """Whether somebody reads PyTorch's structured trace."""
+    return bool(logging.getLogger("torch.__trace").handlers)
+
+
+def said(site: Site) -> str:
+    """What became of a site, as a log line says it."""
+    if site.refusal is not None:
+        return f"kept: {site.refusal}"
+    made = site.decision
+    return "" if made is None else f"{made.tier} {f'[{made.code}] ' if made.code else ''}{made.reason}".strip()
+
+
+__all__ = ["publish", "readable", "said", "traces"]

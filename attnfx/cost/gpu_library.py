@@ -1,0 +1,153 @@
+"""What a GPU takes for a site without kernels of ours: PyTorch's fused operator, blocks of others, the original."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from attnfx.cost.gpu_kernel import COPY, L2_SHARE, Work, other, other_backward, work
+from attnfx.cost.gpu_occupancy import matrix_rate
+from attnfx.cost.operation_counts import DROPOUT, operations
+from attnfx.cost.query import Question
+from attnfx.ir import algebra as A
+from attnfx.mask import runtime_summary as mask_summary
+from attnfx.mask import visited_scores
+from attnfx.mask.predicate import kept
+from attnfx.report.records import Candidate
+from attnfx.spec import AttentionSpec, I, J, reads_pairs
+from attnfx.targets import Target
+from attnfx.targets import sdpa_dispatch as fused
+
+# How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
+# for the second product. Its backward pass: the gradient of the weights and of the scores, written and read, and the
+# weights read twice. Dropout adds a mask that is written and read.
+PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
+LAUNCHES, BACKWARD_LAUNCHES = 3, 6
+PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
+EAGER_PASSES = 6  # of float32 scores in a block of eager operators, beyond one for each operation of the program
+BLOCK = 1 << 26  # scores of a block, as kernels/chunked/blocks.py cuts them
+BLOCK_ROWS = 128
+SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves with or without dropout
+
+
+def padded(width: int) -> int:
+    """The width of a tile that holds a head dim, as the kernels pad it: the next power of two, at least 16."""
+    return max(16, 1 << (width - 1).bit_length())
+
+
+class Operators:
+    """One question with what all of its candidates need, and those that PyTorch's operators are."""
+
+    def __init__(self, ask: Question, target: Target) -> None:
+        self.ask, self.target, self.dims = ask, target, ask.dims
+        self.heads = self.dims["B"] * self.dims["H"]
+        self.rows = self.heads * self.dims["T"]
+        self.width = max(padded(self.dims["D"]), padded(self.dims["Dv"]))
+        self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
+        self.extra = self.beside = operations(ask.spec)
+        # kernels with tiles of their own, and the draw among their instructions
+        self.kind = " dropout" if ask.spec.random else " loads" if reads_pairs(ask.spec) else ""
+        if ask.spec.random:
+            self.beside = replace(self.extra, always=self.extra.always - DROPOUT)
+        self.masked = kept(ask.spec) is not A.TRUE
+        self.made: mask_summary.Summary | None = None  # of the tier that was asked for last
+
+    # -- memory ---------------------------------------------------------------------------------
+    @property
+    def operands(self) -> int:
+        """Bytes of query, key, value and output."""
+        return self.operands_of(self.dims["S"])
+
+    def operands_of(self, keys: int) -> int:
+        """The same, of so many keys."""
+        dims = self.dims
+        return (self.rows + dims["B"] * dims["G"] * keys) * (dims["D"] + dims["Dv"]) * self.ask.element
+
+    def copied(self, count: float) -> float:
+        """Milliseconds of bytes through memory."""
+        return count / (COPY * self.target.bandwidth * 1e6)
+
+    def passed(self, count: float) -> float:
+        """The same, of a value that another kernel has just written: what fits stays in the last shared cache."""
+        memory, cache = self.copied(count), count / (L2_SHARE * self.target.l2_bandwidth * 1e6)
+        return min(memory, cache) if count <= self.target.l2 / 2 else memory
+
+    def launched(self, count: float = 1.0) -> float:
+        return count * self.target.launch / 1e3
+
+    def fetched(self, part: Work, keys: int) -> float:
+        """Milliseconds that memory needs for a tiled pass: operands once, and keys again where the heads that run at
+        the same time do not fit into the last shared cache."""
+        dims, target = self.dims, self.target
+        tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
+        of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
+        running = min(self.heads, -(-target.multiprocessors // max(part.blocks, 1)))
+        again = 0.0 if running * of_head <= target.l2 else part.total * self.heads * tile
+        return self.copied(self.operands + again * max(0.0, 1 - target.l2 / max(running * of_head, 1)))
+
+    # -- candidates ----------------------------------------------------------------------------
+    def chunked(self) -> Candidate:
+        """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
+        ask, dims = self.ask, self.dims
+        live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
+        passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
+        blocks = max(1, -(-live // BLOCK))
+        time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)
+        if ask.training:
+            time += 2.5 * self.products(live) + 2 * self.copied(4 * live * passes) + 2 * blocks * self.launched(passes)
+        block = min(dims["B"] * dims["H"] * dims["T"] * dims["S"], BLOCK)
+        return Candidate("chunked", "blocks", time, 3 * 4 * block, 4 * self.rows if ask.training else 0)
+
+    def products(self, scores: float) -> float:
+        """Milliseconds of the two products of dense scores."""
+        dims, target = self.dims, self.target
+        flops = 2.0 * scores * (dims["D"] + dims["Dv"])
+        dtype = self.ask.dtype
+        rate = PRODUCTS * matrix_rate(target, dtype) * target.multiprocessors * target.clock * 1e6
+        return max(flops / rate, self.copied(self.operands) / PRODUCTS)
+
+    def original(self) -> Candidate:
+        """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""
+        ask = self.ask
+        if ask.native and (found := self.fused("kept")) is not None:
+            return found
+        size = ask.scores * ask.element
+        drop = DROPOUT_PASSES if ask.spec.random else 0
+        passes, launches = PASSES + drop, LAUNCHES
+        time = self.products(ask.scores)
+        if ask.training:
+            passes, launches = passes + BACKWARD_PASSES + drop, launches + BACKWARD_LAUNCHES
+            time += 2 * self.products(ask.scores)
+        time += passes * self.passed(size) + self.launched(launches)
+        saved = size * (1 + bool(drop)) if ask.training else 0
+        return Candidate("kept", "inductor", time, 2 * size, saved)
+
+    def fused(self, tier: str) -> Candidate | None:
+        """PyTorch's fused operator, where it has a kernel that holds no scores. One that the graph calls already is
+        taken to be no slower with another kernel. Masks that are tensors are not skipped."""
+        ask, dims, target = self.ask, self.dims, self.target
+        if target.kind != "cuda":
+            return None
+        grouped, keep = dims["H"] != dims["G"], kept(ask.spec)
+        square = dims["T"] == dims["S"]
+        plain = not ask.spec.captures and (keep is A.TRUE or (square and keep is A.ge(I, J)))
+        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn, grouped, plain)
+        if name is None and tier == "kept" and target.capability >= fused.LEAST_CAPABILITY:
+            name = fused.FLASH if ask.dtype in fused.DTYPES else None
+        if name is None:
+            return None
+        width = fused.rounded(max(dims["D"], dims["Dv"]))
+        one = other(name, target, ask.dtype, width)
+        spec = AttentionSpec() if ask.spec.captures else ask.spec
+        part = work(spec, self.sizes, one.rows, one.keys)
+        step = one.keys * (dims["D"] + dims["Dv"]) * ask.element
+        time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
+        if not ask.training:
+            return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), 4 * self.rows)
+        time += other_backward(name, target, ask.dtype, width, time, self.rows * dims["Dv"], ask.element)
+        saved = 4 * self.heads * fused.logsumexp(name, dims["T"]) + SEEDS
+        query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
+        held = saved + fused.workspace(query, key, dims["Dv"], ask.element)
+        return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), held, saved)
+
+
+__all__ = ["Operators", "padded"]

@@ -1,0 +1,80 @@
+"""What a program costs beyond the kernel that it is inlined in: operations of each score, from the IR."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr, walk
+from attnfx.mask import mask_of
+from attnfx.spec import AttentionSpec
+
+# Instructions and special-function results of one operation of a score; what is not listed is one instruction. Counted
+# from the functions that the kernels' generated programs call (kernels/flash/triton/functions.py).
+INSTRUCTIONS = {
+    "load": 6, "exp": 2, "exp2": 1, "log": 2, "log2": 1, "recip": 2, "sigmoid": 4, "tanh": 14, "sqrt": 2, "expm1": 9,
+    "log1p": 14, "softplus": 18, "sin": 20, "cos": 20, "erf": 20, "atan": 30, "pow": 30, "floordiv": 12, "mod": 13,
+    "half": 2, "const": 0, "var": 0, "size": 0, "dot": 0, "prob": 0, "detach": 0,
+}  # fmt: skip
+SPECIALS = {
+    "exp": 1, "exp2": 1, "log": 1, "log2": 1, "recip": 1, "sigmoid": 2, "tanh": 2, "sqrt": 1, "expm1": 1, "log1p": 2,
+    "softplus": 3, "sin": 1, "cos": 1, "erf": 1, "atan": 2, "pow": 2,
+}  # fmt: skip
+# Philox4x32-7 gives four numbers: 7 rounds of 2 wide products (4 instructions), 4 xors and 2 additions, for 4 keys;
+# then a comparison and a selection for each.
+DROPOUT = 7 * (4 + 4 + 2) / 4 + 2
+
+
+@dataclass(frozen=True)
+class Operations:
+    """Of one score, in instructions and special-function results.
+
+    always, special       in every tile
+    masked, masked_special  in tiles that the mask cuts, on top
+    """
+
+    always: float
+    special: float
+    masked: float
+    masked_special: float
+
+
+@lru_cache(maxsize=1024)
+def operations(spec: AttentionSpec) -> Operations:
+    """What a program computes for each score: values that depend on a row or a key alone are made once for a tile, a
+    constant factor is part of the exponential's own instruction, and the mask is tested where a tile is cut."""
+    mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
+    tested = set(_of_scores([mask.keep])) if mask is not None else set()
+    rest = [e for e in _of_scores([spec.score, spec.weight]) if e not in tested and not _scales(e)]
+    if mask is not None:  # the selection between score and fill is made with the mask
+        rest = [e for e in rest if not (e.op == "where" and e.args[0] in tested)]
+    gone = DROPOUT if spec.random else 0.0
+    return Operations(
+        gone + sum(_cost(e) for e in rest), sum(SPECIALS.get(e.op, 0) for e in rest),
+        sum(_cost(e) for e in tested) + bool(tested), sum(SPECIALS.get(e.op, 0) for e in tested),
+    )  # fmt: skip
+
+
+def _of_scores(roots: Iterable[Expr]) -> list[Expr]:
+    """The distinct nodes whose value differs from score to score."""
+    found: dict[Expr, None] = {}
+    differs: dict[Expr, bool] = {}
+    for root in roots:
+        for e in walk(root):  # arguments come first
+            inside = e.op in ("dot", "prob") or {"i", "j"} <= e.free or any(differs.get(a, False) for a in e.args)
+            differs[e] = inside
+            if inside:
+                found[e] = None
+    return list(found)
+
+
+def _scales(e: Expr) -> bool:
+    """A constant factor of the scores, which the exponential's multiply-add takes in."""
+    return e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const" and e.args[1] is A.DOT
+
+
+def _cost(e: Expr) -> float:
+    n_ary = len(e.args) - 1 if e.op in ("add", "mul", "and", "or", "min", "max") else 1
+    return INSTRUCTIONS.get(e.op, max(n_ary, 1))

@@ -1,0 +1,126 @@
+"""The choice among the candidates of a site."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from attnfx.cost import cpu, gpu
+from attnfx.cost import row_chunks as rows
+from attnfx.cost.query import Question
+from attnfx.ir.expr import Expr
+from attnfx.ir.interpret import evaluate as _evaluate
+from attnfx.options import Options
+from attnfx.report.records import Candidate, Decision
+from attnfx.targets import Target
+
+GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
+# The same on a GPU where the original is PyTorch's fused operator itself: the model is within 15% of published kernels,
+# and no more is known of either.
+NATIVE_GAIN = 0.8
+# A configuration must be predicted to take at most this share of the time of its kernel's default, which comes first:
+# the model orders tiles less surely than tiers.
+TILE_GAIN = 0.9
+
+
+def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
+    """The value of a size expression; sizes that are not known count as 1024."""
+
+    class Known(dict[str, int]):
+        def __missing__(self, key: str) -> int:
+            return 1024
+
+    return int(_evaluate(e, Known(sizes)))
+
+
+def decide(
+    ask: Question,
+    options: Options,
+    threads: int = 1,
+    device: Target | None = None,
+    corrections: Mapping[str, float] | None = None,
+) -> Decision:
+    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work. `corrections` are factors of the
+    predicted times by tier and direction ("library/training"), as `attnfx bench --calibrate` measures them."""
+    on_gpu = device is not None and device.kind != "cpu"
+    kept, others = gpu.candidates(ask, device) if on_gpu and device else cpu.candidates(ask, threads)
+    if corrections:
+        kept, *others = (_corrected(c, ask, corrections) for c in (kept, *others))
+    allowed = [c for c in others if c.tier in options.tiers]
+    if not allowed:
+        why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
+        return _of(kept, "no allowed tier can run it" + (f" ({why})" if why else ""), others, "no_tier")
+    best = likeliest(allowed)
+    alternatives = [kept, *(c for c in others if c is not best)]
+    if options.rewrite == "always":
+        return _of(best, "", alternatives)
+    if ask.device != "cpu" and not on_gpu:
+        return _of(kept, f"this version knows no rates of {ask.device}", others, "no_rates")
+    if ask.weights_read:
+        return _of(kept, f"the weights themselves are read at {ask.weights_read}", others, "weights_read")
+    ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
+    told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
+    if ratio <= (NATIVE_GAIN if ask.native and on_gpu else GAIN):
+        return _of(best, f"predicted {told}", alternatives)
+    return _of(kept, f"a rewrite is predicted to take {told}", others, "slower")
+
+
+def likeliest(some: list[Candidate]) -> Candidate:
+    """The candidate with the shortest predicted time; of one tier, a configuration that is not much faster than the
+    tier's first gives way to it."""
+    tiers: dict[str, Candidate] = {}
+    for c in sorted(some, key=lambda c: c.predicted_ms):
+        default = next(d for d in some if d.tier == c.tier)
+        tiers.setdefault(c.tier, c if c.predicted_ms <= TILE_GAIN * default.predicted_ms else default)
+    return min(tiers.values(), key=lambda c: c.predicted_ms)
+
+
+def line(tier: str, training: bool) -> str:
+    """The name of a correction."""
+    return f"{tier}/{'training' if training else 'forward'}"
+
+
+def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) -> Candidate:
+    return replace(c, predicted_ms=c.predicted_ms * corrections.get(line(c.tier, ask.training), 1.0))
+
+
+def decide_rows(
+    ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
+) -> Decision:
+    """A decision for a region of whole rows, on a GPU, or on a CPU whose `threads` share the work. `weights_read` says
+    that a value of the scores' size leaves the region."""
+    on_gpu = device is not None and device.kind != "cpu"
+    kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
+    best = min(ways, key=lambda c: c.predicted_ms)
+    others = [kept, *(c for c in ways if c is not best)]
+    if options.rewrite == "always":
+        return _of(best, "whole rows", others)
+    if ask.device != "cpu" and not on_gpu:
+        return _of(kept, f"this version knows no rates of {ask.device}", ways, "no_rates")
+    if weights_read:
+        return _of(kept, "values as large as the scores are read outside", ways, "weights_read")
+    ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
+    told = f"{ratio:.2f} x the original's time" + (", from the device's rates: no GPU was measured" if on_gpu else "")
+    size, memory = ask.bytes >> 20, device.memory if device is not None else _memory()
+    if kept.predicted_bytes > memory:
+        why = f"whole rows: with the scores of {size} MiB the original is larger than memory ({memory >> 20} MiB)"
+        return _of(best, f"{why}; {told}", others)
+    if ratio <= GAIN:
+        return _of(best, f"whole rows, whose scores take {size} MiB: {told}", others)
+    why = f"chunks of rows are predicted to take {told}"
+    if ask.bytes < rows.CACHE:
+        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
+    return _of(kept, f'{why}, but less memory: rewrite="always" does it', ways, "slower")
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:
+    return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives), code=code)
+
+
+__all__ = ["decide", "decide_rows", "evaluate", "line"]

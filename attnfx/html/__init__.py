@@ -1,5 +1,0 @@
-"""A report as a page for a browser."""
-
-from attnfx.html.page import page, write
-
-__all__ = ["page", "write"]

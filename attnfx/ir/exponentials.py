@@ -1,0 +1,56 @@
+"""Read the exponent of an expression that is an exponential."""
+
+from __future__ import annotations
+
+import math
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+
+
+def outside(root: Expr) -> list[Expr]:
+    """The nodes of an expression that stand under no reduction and no softmax."""
+    out: list[Expr] = []
+    stack, seen = [root], set()
+    while stack:
+        at = stack.pop()
+        if at in seen:
+            continue
+        seen.add(at)
+        out.append(at)
+        if at.op == "softmax":
+            stack.append(at.args[2])
+        elif at.op not in ("rsum", "rmax"):
+            stack.extend(at.args)
+    return out
+
+
+def exponent(e: Expr) -> Expr | None:
+    """a where e = exp(a), with zeros as exp(-inf); None where e is no such thing."""
+    if e.op == "exp":
+        return e.args[0]
+    if e.op == "exp2":
+        return A.mul(A.const(math.log(2)), e.args[0])
+    if e.op == "half":
+        return None
+    if e.op == "where" and e.args[2] is A.const(0.0):
+        inner = exponent(e.args[1])
+        if inner is None and e.args[1] is A.const(1.0):
+            return None
+        return None if inner is None else A.where(e.args[0], inner, A.const(-math.inf))
+    if e.op == "mul":
+        exps = [exponent(f) for f in e.args]
+        known = [x for x in exps if x is not None]
+        rest = [f for f, x in zip(e.args, exps, strict=True) if x is None]
+        if not known:
+            return None
+        total = A.add(*known) if len(known) > 1 else known[0]
+        for f in rest:
+            if f.op == "where" and f.args[1] is A.const(1.0) and f.args[2] is A.const(0.0):
+                total = A.where(f.args[0], total, A.const(-math.inf))
+            elif f.op == "const" and float(f.value) > 0:  # type: ignore[arg-type]
+                total = A.add(total, A.const(math.log(float(f.value))))  # type: ignore[arg-type]
+            else:
+                return None
+        return total
+    return None

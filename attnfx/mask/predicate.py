@@ -1,0 +1,142 @@
+"""The mask of a score program: where a score is not drowned by a fill."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr
+from attnfx.spec import AttentionSpec
+
+FILL = -1e8  # a larger constant is a bias like any other: -10000 does not mask
+HALF_MIN = -65504.0  # finfo(float16).min: as low as a score that is rounded to float16 can be
+MARGIN = 10.0  # scores are assumed to stay below |fill| / MARGIN, so that exp(fill - score) is exactly zero
+
+
+@dataclass(frozen=True)
+class Mask:
+    """keep        true where the score of (b, h, i, j) is live; elsewhere a fill decides it
+    fill        the largest fill: what a fully masked row is made of (-inf: NaN; finite: it averages over its keys)
+    assumption  what must hold of the scores for the fill to mask, a sentence; None where it masks any finite score
+    """
+
+    keep: Expr
+    fill: float
+    assumption: str | None
+
+
+@lru_cache(maxsize=4096)
+def mask_of(score: Expr) -> Mask | None:
+    """The mask of a score program, or None where nothing in it masks."""
+    walk = _Walk()
+    keep = walk.live(score, 1.0, False)
+    if keep is A.TRUE:
+        return None
+    assumed = [f for f in walk.fills if f > -A.DROWNS]
+    sentence = None
+    if assumed:
+        bound = f"{-max(assumed) / MARGIN:g}".replace("e+0", "e").replace("e+", "e")
+        sentence = f"scores stay below {bound} in magnitude, so that the fill {max(assumed):g} masks"
+    return Mask(keep, max(walk.effective), sentence)
+
+
+class _Walk:
+    """One walk over a score program. `fills` as written (times the constants outside), `effective` as the softmax
+    sees them."""
+
+    def __init__(self) -> None:
+        self.fills: list[float] = []
+        self.effective: list[float] = []
+        self.done: dict[tuple[Expr, float, bool], Expr] = {}
+
+    def live(self, e: Expr, scale: float, half: bool) -> Expr:
+        """Where `scale * e`, rounded to float16 if `half`, is not a fill and has none among its terms."""
+        key = (e, scale, half)
+        if key not in self.done:
+            self.done[key] = self._live(e, scale, half)
+        return self.done[key]
+
+    def _live(self, e: Expr, scale: float, half: bool) -> Expr:
+        match e.op:
+            case "add" | "min":  # a constant term shifts all scores alike
+                return A.and_(*(self.live(a, scale, half) for a in e.args if a.op != "const"))
+            case "half":
+                return self.live(e.args[0], scale, True)
+            case "detach":
+                return self.live(e.args[0], scale, half)
+            case "mul":
+                factor, *rest = e.args
+                if factor.op == "const" and len(rest) == 1 and factor.value > 0:  # type: ignore[operator]
+                    return self.live(rest[0], scale * float(factor.value), half)  # type: ignore[arg-type]
+            case "where":
+                c, x, y = e.args
+                rounded = half or _rounded(e)
+                kept, other = self._branch(x, scale, rounded), self._branch(y, scale, rounded)
+                if not (kept is A.TRUE and other is A.TRUE):
+                    return A.or_(A.and_(c, kept), A.and_(A.not_(c), other))
+        return A.TRUE
+
+    def _branch(self, e: Expr, scale: float, half: bool) -> Expr:
+        if e.op != "const":
+            return self.live(e, scale, half)
+        fill = float(e.value) * scale  # type: ignore[arg-type]
+        if not fill <= (HALF_MIN if half else FILL):
+            return A.TRUE
+        self.fills.append(fill)
+        # what float16 cannot hold even after the largest score is added becomes -inf
+        self.effective.append(-math.inf if half and fill * (1 - 1 / MARGIN) <= -65520 else fill)
+        return A.FALSE
+
+
+def _rounded(e: Expr) -> bool:
+    """Whether the value of `e` was rounded to float16."""
+    if e.op == "where":  # a constant fits in any type, and tells nothing of it
+        values = [a for a in e.args[1:] if a.op != "const"]
+        return bool(values) and all(_rounded(a) for a in values)
+    return e.op == "half" or (e.op == "detach" and _rounded(e.args[0]))
+
+
+def kept(spec: AttentionSpec | Expr) -> Expr:
+    """True where the mask keeps (b, h, i, j): where a score takes part in its row's softmax. Without a normaliser, it
+    is where the weight may differ from zero."""
+    if isinstance(spec, AttentionSpec) and spec.normaliser != "softmax":
+        return _nonzero(substitute(spec.weight, {A.PROB: spec.score}))
+    mask = mask_of(spec.score if isinstance(spec, AttentionSpec) else spec)
+    return A.TRUE if mask is None else mask.keep
+
+
+@lru_cache(maxsize=4096)
+def live(spec: AttentionSpec | Expr) -> Expr:
+    """True where (b, h, i, j) may add anything to the output of a spec (or of a softmax over a score program).
+
+    That is where the mask keeps it (a weight of zero there still counts in the sum), and where the weight program makes
+    something of a probability of zero.
+    """
+    keep = kept(spec)
+    if not isinstance(spec, AttentionSpec) or spec.normaliser != "softmax" or spec.weight is A.PROB:
+        return keep
+    return A.or_(keep, _nonzero(substitute(spec.weight, {A.PROB: A.const(0.0)})))
+
+
+def _nonzero(e: Expr) -> Expr:
+    """Where a weight may differ from zero."""
+    match e.op:
+        case "const":
+            return A.const(e.value != 0)
+        case "where":
+            c, x, y = e.args
+            x, y = _nonzero(x), _nonzero(y)
+            return A.TRUE if x is A.TRUE and y is A.TRUE else A.or_(A.and_(c, x), A.and_(A.not_(c), y))
+        case "mul":
+            return A.and_(*(_nonzero(a) for a in e.args))
+        case "add":
+            return A.or_(*(_nonzero(a) for a in e.args))
+        case "half" | "detach" | "tanh" | "abs" | "erf" | "sqrt":
+            return _nonzero(e.args[0])
+        case "exp" | "exp2" | "sigmoid" | "softplus":
+            mask = mask_of(e.args[0])
+            return A.TRUE if mask is None else mask.keep
+    return A.TRUE

@@ -1,0 +1,130 @@
+"""A joint graph's records to those of its forward and backward graphs, given which values are saved between them.
+
+What PyTorch's min-cut partitioner makes of a joint graph whose nodes are all marked (torch/_functorch/partitioners.py):
+the forward graph is what its outputs and the saved values need, in order; in the backward graph each operation that
+runs again stands right before the first that needs it (reordering_to_mimic_autograd_engine).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Container, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from attnfx.memory.records import Graph, Op, Result
+from attnfx.memory.step import Part
+
+
+@dataclass(frozen=True)
+class Joint:
+    """A joint graph's records.
+
+    outputs   of `graph.outputs`, the first so many are the caller's; the rest are gradients
+    arriving  names of the inputs that are gradients of the outputs
+    """
+
+    graph: Graph
+    outputs: int
+    arriving: frozenset[str]
+
+    @cached_property
+    def makers(self) -> dict[str, Op]:
+        """The operation that makes each value."""
+        return {r.name: op for op in self.graph.ops for r in op.results}
+
+    @cached_property
+    def order(self) -> dict[str, int]:
+        return {op.name: n for n, op in enumerate(self.graph.ops)}
+
+    @cached_property
+    def bases(self) -> dict[str, str]:
+        return self.graph.bases()
+
+    @cached_property
+    def size(self) -> dict[str, int]:
+        return {name: r.bytes for name, op in self.makers.items() for r in op.results if r.name == name}
+
+    @cached_property
+    def later(self) -> frozenset[str]:
+        """Names of the operations that depend on an arriving gradient."""
+        found: set[str] = set()
+        for op in self.graph.ops:
+            if op.name in self.arriving or any(self.makers[r].name in found for r in op.reads):
+                found.add(op.name)
+        return frozenset(found)
+
+    @cached_property
+    def forward(self) -> frozenset[str]:
+        """Names of the operations that the forward pass's outputs come from. All others run in the backward pass."""
+        return frozenset(op.name for op in self.closure(self.roots, ()))
+
+    @cached_property
+    def roots(self) -> tuple[str, ...]:
+        """The forward pass's outputs, and what it writes into inputs."""
+        written = (r.name for op in self.graph.ops if op.changes and op.name not in self.later for r in op.results)
+        return (*self.graph.outputs[: self.outputs], *written)
+
+    @cached_property
+    def needed(self) -> frozenset[str]:
+        """The forward pass's values that the backward pass reads."""
+        after = [op for op in self.closure(self.graph.outputs[self.outputs :], ()) if op.name not in self.forward]
+        read = {r for op in after for r in op.reads} | set(self.graph.outputs[self.outputs :])
+        return frozenset(r for r in read if self.makers[r].name in self.forward)
+
+    def closure(self, wanted: Iterable[str], held: Container[str]) -> list[Op]:
+        """The operations that give the wanted values where those `held` are there, in order."""
+        found: dict[str, Op] = {}
+        stack = [w for w in wanted if w not in held]
+        while stack:
+            op = self.makers[stack.pop()]
+            if op.name not in found:
+                found[op.name] = op
+                stack.extend(r for r in op.reads if r not in held)
+        return sorted(found.values(), key=lambda op: self.order[op.name])
+
+    def split(self, saved: Collection[str]) -> Part:
+        """The forward and backward graphs where these values are saved, and inputs that the backward pass reads."""
+        backward = self._backward(frozenset(saved))
+        kept = [op.name for op in backward.inputs if op.name not in self.arriving]
+        given = [op for op in self.graph.inputs if op.name not in self.later]
+        made = [op for op in self.closure([*self.roots, *kept], ()) if op.kind != "input"]
+        outputs = (*self.graph.outputs[: self.outputs], *kept)
+        return Part(Graph((*given, *made), outputs), backward, self.outputs)
+
+    def _backward(self, saved: frozenset[str]) -> Graph:
+        outputs = self.graph.outputs[self.outputs :]
+        body = [op for op in self.closure(outputs, saved) if op.kind != "input"]
+        read = {r for op in body for r in op.reads} | set(outputs)
+        inputs = [
+            Op(name, "input", (), (replace(self._result(name), bytes=self._held(name)),))
+            for name in sorted(read, key=lambda r: self.order[self.makers[r].name])
+            if name in saved or self.makers[name].kind == "input"
+        ]
+        first = next((n for n, op in enumerate(body) if self.arriving.intersection(op.reads)), 0)
+        placed: dict[str, Op] = {}
+        for op in body[first:]:
+            for x in self.closure([r.name for r in op.results], _Held(saved, placed, self.makers)):
+                if x.kind != "input":
+                    placed[x.name] = x
+        return Graph((*inputs, *placed.values()), outputs)
+
+    def _result(self, name: str) -> Result:
+        return next(r for r in self.makers[name].results if r.name == name)
+
+    def _held(self, name: str) -> int:
+        return self.size[name] or self.size[self.bases[name]]
+
+
+@dataclass(frozen=True)
+class _Held(Container[str]):
+    """Saved values, and those of operations that have run."""
+
+    saved: frozenset[str]
+    placed: Mapping[str, Op]
+    makers: Mapping[str, Op]
+
+    def __contains__(self, value: object) -> bool:
+        return value in self.saved or self.makers[str(value)].name in self.placed
+
+
+__all__ = ["Joint"]

@@ -1,0 +1,36 @@
+"""How long a step's kernels take on a target: each the longer of its arithmetic and its memory traffic."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from attnfx.memory.fusion import Kernel
+from attnfx.memory.liveness import Phase
+from attnfx.targets import Target
+
+# Shares of the peak rates that library kernels reach, as in attnfx/cost/gpu_library.py.
+PRODUCTS, COPY = 0.6, 0.85
+
+
+def kernel_ms(kernel: Kernel, sizes: Mapping[str, int], target: Target) -> float:
+    """Milliseconds of one kernel; `sizes` are the bytes of the values that it may read."""
+    moved = sum(sizes.get(r, 0) for r in kernel.reads) + sum(w.bytes for w in kernel.writes)
+    return roofline_ms(kernel.flops, moved, kernel.dtype, target)
+
+
+def roofline_ms(flops: float, moved: float, dtype: str, target: Target) -> float:
+    """Milliseconds for so many operations and bytes: the longer of the two, and a launch."""
+    arithmetic = flops / (PRODUCTS * target.rate(dtype) * 1e9)
+    traffic = moved / (COPY * target.bandwidth * 1e6)
+    return max(arithmetic, traffic) + target.launch / 1e3
+
+
+def step_ms(phases: Iterable[Phase], sizes: Mapping[str, int], target: Target) -> float:
+    """Milliseconds of all phases' kernels. `sizes` are the bytes of the inputs."""
+    total, known = 0.0, dict(sizes)
+    for phase in phases:
+        known |= phase.arrives
+        for k in phase.kernels:
+            known |= {w.name: w.bytes for w in k.writes}
+            total += kernel_ms(k, known, target)
+    return total

@@ -1,0 +1,159 @@
+"""A memory budget applied while a graph is compiled, and what a device that ran out of memory says about the next one.
+
+The budget is for all that the step holds: the graph's inputs (parameters among them), what it computes, and the
+gradients. An optimizer's state is no part of a graph: leave room for it, or give `attnfx.plan` the optimizer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch._functorch.partitioners import min_cut_rematerialization_partition
+from torch.fx import GraphModule
+
+from attnfx.compiler import pipeline
+from attnfx.inductor import Partitioner
+from attnfx.memory.byte_size import in_bytes, text
+from attnfx.options import Options
+from attnfx.passes.fx.graph_breaks import ended_by
+from attnfx.passes.fx.nodes import number
+from attnfx.passes.joint.chunk_limit import limit as limit_chunks
+from attnfx.passes.joint.mark_recompute import forward_nodes, mark
+from attnfx.planning.capture import Captured, capture_graph
+from attnfx.planning.peak import Resident, fitting, total
+from attnfx.planning.strategies import Marks, strategies
+from attnfx.targets import Target
+from attnfx.targets.available import detected, free_bytes
+from attnfx.verify import verify
+
+# What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
+_limits: dict[int, int] = {}
+_watched: list[bool] = []
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """How a graph is compiled within a budget: what becomes of it, who carries out what is computed again, and what
+    Inductor is told."""
+
+    result: pipeline.Result
+    partitioner: Partitioner | None
+    patches: dict[str, Any]
+
+
+def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Fitted:
+    """A graph and its rewrite to what fits the budget. Raises BudgetError where nothing does."""
+    device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
+    target = options.target if isinstance(options.target, Target) else detected(device)
+    resident = _resident(example_inputs)
+    budget = options.memory_budget
+    assert budget is not None
+    free = _free(target, device) + resident.total if budget == "auto" else 0
+    limit = in_bytes(budget, target.memory, free, target.name)
+    results = {id(result.report): result}
+    first = _captured(gm, example_inputs, options, result)
+
+    def rewritten() -> list[Captured]:
+        always = replace(options, rewrite="always")
+        other = verify.rewritten(gm, example_inputs, always)
+        results[id(other.report)] = other
+        return [_captured(gm, example_inputs, always, other)]
+
+    ways = strategies([first], target, options.inner == "inductor", rewritten)
+    way = fitting(ways, limit, resident, target, first.joint is not None)
+    chosen = results[id(way.captured[0].report)]
+    marks = way.marks[0]
+    if way.chunk and chosen.gm is not None:
+        limit_chunks(chosen.gm, way.chunk)
+    told = [f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"]
+    if way.chunk:
+        told.append(f"attention is computed in chunks of {way.chunk} scores")
+    if marks.again:
+        told.append(f"{len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}")
+    if ended_by(gm) is not None:
+        told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
+    chosen.report.notes.append("; ".join(told))
+    patches = {} if way.waits else {"allow_buffer_reuse": False}
+    return Fitted(chosen, _partitioner(marks) if marks.again else None, patches)
+
+
+def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Captured:
+    return capture_graph(result.gm if result.gm is not None else gm, inputs, options, result.report)
+
+
+def _resident(example_inputs: Sequence[Any]) -> Resident:
+    """The graph's inputs, parameters among them; those that share memory count once."""
+    sizes: dict[object, int] = {}
+    parameters = set()
+    for n, x in enumerate(example_inputs):
+        if isinstance(x, torch.Tensor):
+            size = number(x.untyped_storage().nbytes())
+            fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
+            key = n if fake else x.untyped_storage().data_ptr() or n
+            sizes[key] = size
+            if isinstance(x, torch.nn.Parameter):
+                parameters.add(key)
+    held = tuple(size for key, size in sizes.items() if key in parameters)
+    given = tuple(size for key, size in sizes.items() if key not in parameters)
+    return Resident(sum(held), held=held, given=given)
+
+
+@dataclass(frozen=True)
+class Marking:
+    """PyTorch's partitioner on a joint graph with marks. A compiler's cache keeps it by its text."""
+
+    marks: Marks
+
+    def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+        missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
+        if missing:
+            raise RuntimeError(f"the planned graph is not the compiled one: it has no {', '.join(sorted(missing)[:3])}")
+        mark(joint, self.marks.saved, self.marks.again)
+        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+
+
+def _partitioner(marks: Marks) -> Partitioner:
+    names = "\n".join([*sorted(marks.saved), "", *sorted(marks.again)])
+    return Partitioner(Marking(marks), hashlib.sha256(names.encode()).hexdigest())
+
+
+def _free(target: Target, device: torch.device) -> int:
+    """What "auto" may plan with; from now on, running out of memory is noted."""
+    if device.type != "cuda":
+        return free_bytes(target)
+    _watch()
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    free = free_bytes(target, device)
+    return min(free, max(_limits[index] - torch.cuda.memory_allocated(index), 0)) if index in _limits else free
+
+
+def _watch() -> None:
+    attach = getattr(torch._C, "_cuda_attach_out_of_memory_observer", None)
+    if attach is not None and not _watched:
+        _watched.append(True)
+        attach(ran_out)
+
+
+def ran_out(device: int, wanted: int, most: int, free: int) -> None:
+    """Note that a device had no `wanted` bytes: the next compile under "auto" plans with what there really was. Called
+    as c10/cuda/CUDACachingAllocator.cpp calls the observers of an error.
+
+    most   all that this process may have: the device's memory, or the share that is allowed
+    free   bytes that nobody had
+    """
+    held, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
+    cached -= held
+    # with the bytes that were asked for it was too much; they may have been more than there was at all
+    really = min(most, held + min(wanted - 1, free + cached))
+    _limits[device] = min(_limits.get(device, really), really)
+    warnings.warn(
+        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for beside {text(held)} of this process's "
+        f"tensors; {text(free)} were free and {text(cached)} cached): free what is not needed, call "
+        'torch._dynamo.reset(), and run the step again; memory_budget="auto" then plans with what there really was',
+        stacklevel=2,
+    )

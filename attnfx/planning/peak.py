@@ -1,0 +1,118 @@
+"""What a whole step takes: what stays from one step to the next, and the events of the step on top of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from attnfx.errors import BudgetError
+from attnfx.memory.allocator import Cache, replay
+from attnfx.memory.byte_size import text
+from attnfx.memory.liveness import Event, peak
+from attnfx.planning.strategies import Strategy
+from attnfx.targets import Target
+
+# How much more than predicted a step may take, as a share of what it takes over what stays: above the worst that is
+# recorded, in benchmarks/results/budget.json and, where dead memory waits for later values, in results/plan.json.
+ERROR, ERROR_WAITING = 0.03, 0.1
+
+
+@dataclass(frozen=True)
+class Resident:
+    """Bytes that stay from one step to the next, and what the optimizer's own step takes.
+
+    held      of each parameter and buffer
+    given     of each input
+    scratch   of the optimizer's step, while it runs
+    """
+
+    parameters: int = 0
+    buffers: int = 0
+    state: int = 0
+    scratch: int = 0
+    held: tuple[int, ...] = ()
+    given: tuple[int, ...] = ()
+
+    @property
+    def inputs(self) -> int:
+        return sum(self.given)
+
+    @property
+    def total(self) -> int:
+        return self.parameters + self.buffers + self.inputs + self.state
+
+
+def on_gpu(resident: Resident, events: Sequence[Event]) -> Cache:
+    """PyTorch's caching allocator after a step and the optimizer's."""
+    cache = replay([*resident.held, *resident.given, resident.state], events)
+    if resident.scratch:
+        cache.take(resident.scratch)
+    return cache
+
+
+def total(events: Sequence[Event], resident: Resident, target: Target) -> int:
+    """The most bytes at once: of the step, and of the optimizer's after it."""
+    if target.kind != "cpu":
+        return on_gpu(resident, events).peak
+    return resident.total + max(peak(events), sum(e.bytes for e in events) + resident.scratch)
+
+
+def reserve(way: Strategy, size: int, resident: Resident) -> int:
+    """The bytes beside a predicted peak of `size` that are kept free under a budget."""
+    return round((ERROR_WAITING if way.waits and way.inlining else ERROR) * (size - resident.total))
+
+
+def contents(events: Sequence[Event], resident: Resident, saved: Mapping[str, int], train: bool) -> dict[str, int]:
+    """What is allocated at the peak, by kind, in bytes."""
+    alive: dict[str, int] = {}
+    best: dict[str, int] = {}
+    now = most = 0
+    for e in events:
+        now += e.bytes
+        alive[e.value] = alive.get(e.value, 0) + e.bytes
+        if now > most:
+            most, best = now, dict(alive)
+    kept = {v for v, b in alive.items() if b}
+    out = {"parameters": resident.parameters, "buffers": resident.buffers, "inputs": resident.inputs,
+           "optimizer state": resident.state}  # fmt: skip
+    scratch = 0
+    if now + resident.scratch > most:  # the peak is in the optimizer's step
+        best, scratch = {v: b for v, b in alive.items() if b}, resident.scratch
+    gradients = sum(b for v, b in best.items() if train and v in kept and ".backward." in v)
+    activations = sum(b for v, b in best.items() if v in saved)
+    out |= {"gradients": gradients, "saved for the backward pass": activations, "the optimizer's step": scratch}
+    out["outputs and what is computed there"] = sum(best.values()) - gradients - activations
+    return {name: size for name, size in out.items() if size}
+
+
+def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, target: Target, train: bool) -> Strategy:
+    """The first way that fits with its reserve. Raises BudgetError, naming the least, where none does."""
+    best: tuple[int, int, Strategy] | None = None
+    for way in ways:
+        size = total(way.events, resident, target)
+        kept = reserve(way, size, resident)
+        if limit is None or size + kept <= limit:
+            return way
+        if best is None or size + kept < best[0]:
+            best = size + kept, kept, way
+    assert best is not None
+    least, kept, way = best
+    inside = contents(way.events, resident, way.step.saved, train) | {"reserve for what the prediction is off by": kept}
+    raise BudgetError(
+        f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest peak that can be had is "
+        f"{text(least)} ({', '.join(f'{name} {text(size)}' for name, size in inside.items())})"
+    )
+
+
+@dataclass(frozen=True)
+class Moment:
+    """What is allocated after one of the allocator's events. `bytes` is all of it, `change` this event's part."""
+
+    phase: str
+    where: str
+    value: str
+    change: int
+    bytes: int
+
+
+__all__ = ["Moment", "Resident", "contents", "fitting", "on_gpu", "reserve", "total"]

@@ -1,0 +1,239 @@
+"""Sizes as functions of the batch and the length: read off the same graphs at two pairs of sizes.
+
+A dim d of a value is k * batch**i * length**j + c. The graphs are captured once at one pair of sizes and once at
+another; the two numbers of each dim give k and c, and the simplest form that gives both is taken. The second sizes are
+primes, so that no other form gives the same numbers by chance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from functools import partial
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from attnfx.memory.records import Op
+from attnfx.memory.step import Part
+from attnfx.passes.joint.read_graph import attention_workspace
+from attnfx.planning.capture import Captured
+
+FORMS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The batch and the length of a call; a length of 0 where the inputs have none."""
+
+    batch: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Dim:
+    """factor * batch**batches * length**lengths + rest."""
+
+    batches: int
+    lengths: int
+    factor: Fraction
+    rest: Fraction
+
+    def at(self, s: Sizes) -> Fraction:
+        return self.factor * s.batch**self.batches * s.length**self.lengths + self.rest
+
+
+class Unknown(Exception):
+    """A size is no such function, or the graphs differ; the message says what."""
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which dims of the inputs are the batch and which the length, as pairs (input, dim), and how long they are."""
+
+    sizes: Sizes
+    batch: frozenset[tuple[int, int]]
+    length: frozenset[tuple[int, int]]
+
+    def shape(self, n: int, given: Sequence[int], new: Sizes) -> list[int]:
+        """The shape of the n-th input at other sizes."""
+        return [
+            new.batch if (n, d) in self.batch else new.length if (n, d) in self.length else int(size)
+            for d, size in enumerate(given)
+        ]
+
+    def resized(self, inputs: Any, new: Sizes) -> Any:
+        """Empty inputs of the new sizes, on "meta"."""
+        leaves, tree = tree_flatten(inputs)
+        for n, x in enumerate(leaves):
+            if isinstance(x, torch.Tensor):
+                shape = self.shape(n, x.shape, new)
+                leaves[n] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
+        return tree_unflatten(leaves, tree)
+
+
+def sizes_of(inputs: Any) -> Sizes:
+    """The batch is the first dim of the first input that has two or more; the length is the second dim of the first
+    input of whole numbers, or else of the first of three dims."""
+    leaves = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.ndim >= 1]
+    batch = next((x.shape[0] for x in leaves if x.ndim >= 2), leaves[0].shape[0] if leaves else 0)
+    whole = [x for x in leaves if x.ndim >= 2 and not x.dtype.is_floating_point and x.dtype != torch.bool]
+    long = [*whole, *(x for x in leaves if x.ndim == 3)]
+    length = long[0].shape[1] if long else 0
+    return Sizes(int(batch), int(length))
+
+
+def roles(inputs: Any) -> Iterator[Roles]:
+    """What the dims may be, likeliest first: every dim of the batch's or the length's size in its place is one.
+
+    A model refuses what is wrong: then the length is one dim of each input, or none, or an input other than the first
+    has neither, as a table whose rows happen to be as many as the batch.
+    """
+    at = sizes_of(inputs)
+    leaves = [(n, x) for n, x in enumerate(tree_leaves(inputs)) if isinstance(x, torch.Tensor) and x.ndim >= 1]
+    batch = {(n, 0) for n, x in leaves if x.shape[0] == at.batch}
+    long = {(n, d) for n, x in leaves for d, size in enumerate(x.shape) if size == at.length and (n, d) not in batch}
+    long -= {(n, 0) for n, x in leaves if x.ndim > 1}
+    once = {(n, d) for n, d in long if d == min(e for m, e in long if m == n)}
+    first = min((n for n, x in leaves if (n, 0) in batch and x.ndim >= 2), default=-1)
+    seen = set()
+    for left in ({-1}, *({n} for n, _ in sorted(batch) if n != first), {n for n, _ in batch} - {first}):
+        for chosen in (long, once, set()):
+            made = Roles(
+                at if chosen else replace(at, length=0),
+                frozenset(p for p in batch if p[0] not in left), frozenset(p for p in chosen if p[0] not in left),
+            )  # fmt: skip
+            if made not in seen:
+                seen.add(made)
+                yield made
+
+
+def near(s: Sizes, batch: int) -> Sizes:
+    """Primes other than the sizes: from the given batch on, and below a length, as positions may be a table."""
+    found = prime(max(batch, 2), 1)
+    length = prime(s.length - 1, -1) if s.length > 8 else prime(s.length + 1, 1) if s.length else 0
+    return Sizes(found if found != s.batch else prime(found + 1, 1), length)
+
+
+def prime(n: int, by: int) -> int:
+    while n < 2 or any(n % d == 0 for d in range(2, int(n**0.5) + 1)):
+        n += by
+    return n
+
+
+def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
+    """The simplest function that is `first` at the one sizes and `second` at the others. Raises Unknown."""
+    if first == second:
+        return Dim(0, 0, Fraction(0), Fraction(first))
+    found = None
+    for i, j in FORMS[1:]:
+        here, there = at.batch**i * at.length**j, then.batch**i * then.length**j
+        if here == there or (j and not at.length):
+            continue
+        factor = Fraction(second - first, there - here)
+        rest = Fraction(first) - factor * here
+        if rest == 0:
+            return Dim(i, j, factor, Fraction(0))
+        if found is None and factor.denominator == 1 and rest.denominator == 1 and abs(rest) <= max(at.length, 64):
+            found = Dim(i, j, factor, rest)
+    if found is None:
+        raise Unknown(f"a size of {first} becomes {second} where the batch and length {at} become {then}")
+    return found
+
+
+class Table:
+    """The dims of each value of a list of graphs, by its name "graph.name", and so its bytes at any sizes."""
+
+    def __init__(self, first: Sequence[Captured], second: Sequence[Captured], at: Sizes, then: Sizes):
+        self.at_first = at
+        self.dims: dict[str, tuple[Dim, ...]] = {}
+        self.attention: dict[str, Node] = {}
+        if len(first) != len(second):
+            raise Unknown("other sizes make another number of graphs")
+        cache: dict[tuple[int, int], Dim] = {}
+        for n, (a, b) in enumerate(zip(first, second)):
+            one, two = _values(a), _values(b)
+            if len(one) != len(two):
+                raise Unknown("other sizes make another graph")
+            for (name, node, x), (_, again, y) in zip(one, two):
+                if _operator(node) != _operator(again) or x.ndim != y.ndim:
+                    raise Unknown(f"other sizes make another graph, from {name} on")
+                pairs = [(int(p), int(q)) for p, q in zip(x.shape, y.shape)]
+                for pair in pairs:
+                    if pair not in cache:
+                        cache[pair] = fit(*pair, at, then)
+                self.dims[f"{n}.{name}"] = tuple(cache[p] for p in pairs)
+                if any(name in _operator(node) for name in ("attnfx", "_scaled_dot_product_")):
+                    self.attention[f"{n}.{node.name}"] = node
+
+    def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool, chunk: int = 0) -> list[Part]:
+        """The graphs' records at other sizes, with chunked attention in chunks of so many scores."""
+        shares: dict[tuple[Dim, ...], Fraction] = {}
+
+        def share(name: str) -> Fraction:
+            """How many times a value's elements there are."""
+            dims = self.dims.get(name)
+            if dims is None:
+                raise Unknown(f"the compiler's graph has a value that the joint graph has not: {name}")
+            if dims not in shares:
+                shares[dims] = Fraction(1)
+                for d in dims:
+                    if before := d.at(self.at_first):
+                        shares[dims] *= d.at(s) / before
+            return shares[dims]
+
+        def other(n: int, op: Op) -> Op:
+            if not op.results:
+                return op
+            made = tuple(replace(r, bytes=round(r.bytes * share(f"{n}.{r.name}"))) for r in op.results)
+            if op.kind in ("input", "view"):
+                return replace(op, results=made)
+            here = share(f"{n}.{op.results[0].name}")
+            outer = here if op.kind != "scatter" or not op.reads else share(f"{n}.{op.reads[-1]}")
+            inner = share(f"{n}.{op.reads[0]}") / here if op.kind == "reduce" and here else Fraction(1)
+            node = self.attention.get(f"{n}.{op.name}")
+            shape = partial(self._shape, n, s)
+            workspace = op.workspace if node is None else attention_workspace(node, cpu, shape, chunk)
+            return replace(
+                op, results=made, outer=round(op.outer * outer), inner=round(op.inner * inner), workspace=workspace
+            )
+
+        return [part.resized(partial(other, n)) for n, part in enumerate(parts)]
+
+    def _shape(self, n: int, s: Sizes, node: Node) -> list[int]:
+        return [round(d.at(s)) for d in self.dims[f"{n}.{node.name}"]]
+
+
+def _operator(node: Node) -> str:
+    return str(node.target) if node.op == "call_function" else node.op
+
+
+def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
+    """The name of each tensor of the graph, its node and itself; the parts of a node are "name[i]"."""
+    gm: GraphModule | None = captured.joint if captured.joint is not None else captured.forward
+    assert gm is not None
+    out = []
+    for node in gm.graph.nodes:
+        held = node.meta.get("val")
+        if isinstance(held, torch.Tensor):
+            out.append((node.name, node, held))
+        elif isinstance(held, (list, tuple)):
+            out += [(f"{node.name}[{i}]", node, x) for i, x in enumerate(held) if isinstance(x, torch.Tensor)]
+    return out
+
+
+def position_rows(captured: Captured) -> list[int]:
+    """The rows of each table that is read at positions which no input gives: a longer call reads beyond its end."""
+    gm = captured.joint if captured.joint is not None else captured.forward
+    assert gm is not None
+    counted: dict[Node, bool] = {}  # node -> whether it is made of positions alone
+    out = []
+    for n in gm.graph.nodes:
+        sources = n.all_input_nodes
+        counted[n] = "iota" in str(n.target) or (bool(sources) and all(counted[s] for s in sources))
+        if "aten.embedding.default" in str(n.target) and counted[n.args[1]]:
+            out.append(int(n.args[0].meta["val"].shape[0]))
+    return out

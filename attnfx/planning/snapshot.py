@@ -1,0 +1,115 @@
+"""A plan's timeline as a file for PyTorch's memory viewer, as `torch.cuda.memory._dump_snapshot` writes it.
+
+Addresses are made up: the blocks lie where PyTorch's caching allocator would put them, in segments one after the other.
+Times are the numbers of the events.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator, Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from attnfx.memory.allocator import SMALL_SEGMENT, Cache
+from attnfx.planning.peak import Moment, Resident
+
+if TYPE_CHECKING:
+    from attnfx.memory.allocator import _Block as Block
+
+START = 1 << 40  # the first segment's address
+PROTOCOL = 4  # the viewer reads no later one
+
+Frames = list[dict[str, Any]]
+
+
+def snapshot(timeline: Sequence[Moment], resident: Resident, path: str | PathLike[str]) -> None:
+    """Write the pickle of a plan's timeline, with what is resident before it."""
+    recorder = _Recorder()
+    held: dict[str, list[Block]] = {}
+    for size, frames in _resident(resident):
+        recorder.take(size, frames)
+    for m in timeline:
+        frames = [_frame(m.value, m.where), _frame(m.phase, "")]
+        if m.change > 0:
+            held.setdefault(m.value, []).append(recorder.take(m.change, frames))
+        else:
+            recorder.give(held[m.value].pop(), frames)
+    if resident.scratch:
+        frames = [_frame("scratch", ""), _frame("the optimizer's step", "")]
+        recorder.give(recorder.take(resident.scratch, frames), frames)
+    made = {"segments": recorder.segments(), "device_traces": [recorder.trace], "allocator_settings": {}}
+    with open(path, "wb") as file:
+        pickle.dump(made, file, protocol=PROTOCOL)
+
+
+def _resident(resident: Resident) -> Iterator[tuple[int, Frames]]:
+    for name, sizes in (
+        ("a parameter or buffer", resident.held), ("an input", resident.given), ("optimizer state", (resident.state,)),
+    ):  # fmt: skip
+        for size in sizes:
+            if size:
+                yield size, [_frame(name, ""), _frame("before the step", "")]
+
+
+def _frame(name: str, where: str) -> dict[str, Any]:
+    return {"name": name, "filename": where or "plan", "line": 0}
+
+
+class _Recorder:
+    """The allocator, and what it would record."""
+
+    def __init__(self) -> None:
+        self.cache, self.trace = Cache(), []
+        self.addresses: list[int] = []  # of each segment
+        self.known: dict[int, tuple[int, Frames]] = {}  # address -> bytes asked for, and for what
+
+    def take(self, size: int, frames: Frames) -> Block:
+        before = self.cache.reserved
+        block = self.cache.take(size)
+        if self.cache.reserved > before:
+            self.addresses.append(START + before)
+            self._record("segment_alloc", START + before, self.cache.reserved - before, frames)
+        address = self._address(block)
+        self.known[address] = size, frames
+        self._record("alloc", address, size, frames)
+        return block
+
+    def give(self, block: Block, frames: Frames) -> None:
+        address = self._address(block)
+        size, _ = self.known.pop(address)
+        self._record("free_requested", address, size, frames)
+        self._record("free_completed", address, size, frames)
+        self.cache.give(block)
+
+    def _address(self, block: Block) -> int:
+        return self.addresses[block.segment] + block.start
+
+    def _record(self, action: str, address: int, size: int, frames: Frames) -> None:
+        entry = {"action": action, "addr": address, "size": size, "stream": 0, "time_us": len(self.trace)}
+        self.trace.append({**entry, "frames": frames})
+
+    def segments(self) -> list[dict[str, Any]]:
+        """What there is in the end, as `torch.cuda.memory_snapshot` has it."""
+        out = []
+        for address, head in zip(self.addresses, self.cache.heads):
+            blocks, at = [], head
+            while at is not None:
+                asked, frames = self.known.get(self._address(at), (0, []))
+                blocks.append({
+                    "address": self._address(at), "size": at.size, "requested_size": asked,
+                    "state": "inactive" if at.free else "active_allocated", "frames": frames,
+                })  # fmt: skip
+                at = at.after
+            active = sum(b["size"] for b in blocks if b["state"] != "inactive")
+            total = sum(b["size"] for b in blocks)
+            out.append({
+                "device": 0, "address": address, "total_size": total, "allocated_size": active, "active_size": active,
+                "requested_size": sum(b["requested_size"] for b in blocks), "stream": 0, "is_expandable": False,
+                "segment_type": "small" if total == SMALL_SEGMENT else "large", "segment_pool_id": (0, 0),
+                "frames": [], "blocks": blocks,
+            })  # fmt: skip
+        return out
+
+
+__all__ = ["snapshot"]

@@ -1,0 +1,22 @@
+"""Describe what a kernel computes: one attention as a score program, or whole rows as a row program."""
+
+from attnfx.spec.attention import (
+    AXES,
+    AttentionSpec,
+    B,
+    Capture,
+    H,
+    I,
+    J,
+    additive,
+    canonical,
+    fill_of,
+    from_json,
+    loads,
+    reads_pairs,
+)
+
+__all__ = [
+    "AXES", "AttentionSpec", "B", "Capture", "H", "I", "J", "additive", "canonical", "fill_of", "from_json", "loads",
+    "reads_pairs",
+]  # fmt: skip

@@ -1,0 +1,219 @@
+"""The spec: a frozen, hashable, serialisable description of one attention.
+
+    out[b, h, i, :] = sum_j  weight( normalise_j( score(b, h, i, j) ) ) * v[b, h // (H // G), j, :]
+    dot(b, h, i, j) = sum_d  q[b, h, i, d] * k[b, h // (H // G), j, d]
+
+with q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), G a divisor of H. Sizes are not part of a spec: they come with
+the tensors and, where the program names others, with the operator's `sizes`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild
+from attnfx.ir.expr import FLOAT, INT, Expr, show, walk
+from attnfx.ir.serialize import dump, parse
+
+VERSION = (
+    1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
+)
+
+AXES = {"b": "B", "h": "H", "i": "T", "j": "S"}  # the program's variables and the sizes that bound them
+B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
+
+
+@dataclass(frozen=True)
+class Capture:
+    """A tensor that the program loads from. `kind` is that of the loaded element; `grad` where its gradient may be
+    asked for (a float capture that needs none in this graph has False)."""
+
+    kind: str
+    ndim: int
+    grad: bool = False
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """One attention as a program.
+
+    score        over `dot`, the variables b, h, i, j and loads; what the normaliser sees
+    normaliser   "softmax" over j, or "none": the weight program is then applied to the score itself
+    extra        logits that take part in the softmax without a value (sinks; off-by-one is the logit 0.0); free of j
+    weight       over `prob`, the normalised value: head masks, masks after the softmax, sigmoid of a score
+    dropout      probability with which a weight is zeroed (the others are divided by 1 - dropout)
+    safe         a row without a live key (all scores -inf) gives zeros, as PyTorch's own operator does, not NaN
+    compute      "float32" or "float64": the type of the accumulation and of the program
+    out_dtype    dtype of the result, the name without "torch."
+    captures     one per slot of the program's loads
+    sizes        names of symbolic sizes that the program uses beyond B, H, T, S: values come with each call
+    """
+
+    score: Expr = A.DOT
+    normaliser: str = "softmax"
+    extra: tuple[Expr, ...] = ()
+    weight: Expr = A.PROB
+    dropout: float = 0.0
+    safe: bool = False
+    compute: str = "float32"
+    out_dtype: str = "float32"
+    captures: tuple[Capture, ...] = ()
+    sizes: tuple[str, ...] = ()
+    version: int = field(default=VERSION)
+
+    @property
+    def programs(self) -> tuple[Expr, ...]:
+        return (self.score, self.weight, *self.extra)
+
+    @property
+    def random(self) -> bool:
+        return self.dropout > 0.0
+
+    def to_json(self) -> str:
+        """The text that the operator takes."""
+        data = dict(
+            version=self.version, programs=dump(list(self.programs)), normaliser=self.normaliser, dropout=self.dropout,
+            safe=self.safe, compute=self.compute, out_dtype=self.out_dtype, sizes=self.sizes,
+            captures=[(c.kind, c.ndim, c.grad) for c in self.captures],
+        )  # fmt: skip
+        return json.dumps(data, separators=(",", ":"), sort_keys=True)
+
+    def __str__(self) -> str:
+        lines = [f"score   {show(self.score)}"]
+        if self.extra:
+            lines.append("extra   " + ", ".join(show(e) for e in self.extra))
+        if self.normaliser != "softmax":
+            lines.append(f"norm    {self.normaliser}")
+        if self.weight is not A.PROB:
+            lines.append(f"weight  {show(self.weight)}")
+        if self.dropout:
+            lines.append(f"dropout {self.dropout:g}")
+        return "\n".join(lines)
+
+
+@lru_cache(maxsize=1024)
+def from_json(text: str) -> AttentionSpec:
+    """The inverse of `AttentionSpec.to_json`. Raises ValueError for another version's text."""
+    data = json.loads(text)
+    if data.pop("version") != VERSION:
+        raise ValueError(f"this attention spec is of another version than {VERSION}: compile the model again")
+    score, weight, *extra = parse(data.pop("programs"))
+    data["captures"] = tuple(Capture(*c) for c in data["captures"])
+    data["sizes"] = tuple(data["sizes"])
+    return AttentionSpec(score=score, weight=weight, extra=tuple(extra), **data)
+
+
+@lru_cache(maxsize=1024)
+def reads_pairs(spec: AttentionSpec) -> bool:
+    """Whether a value is read from memory for each score: a mask or a bias by row and key, or by their distance."""
+    some = (e for root in spec.programs for e in walk(root))
+    return any(e.op in ("load", "aten") and {"i", "j"} <= e.free for e in some)
+
+
+def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
+    """(scale, bias, keep) where score = where(keep, scale * dot + bias, fill) for a drowning or no fill.
+
+    `bias` does not depend on dot; `keep` is None where there is no mask. The scale is a number or an expression free
+    of i and j (a scalar or a load). None where the score is not of this form. The fill is `fill_of(score)`.
+    """
+    keep = None
+    if score.op == "where" and A.drowning(score.args[2]):
+        keep, score = score.args[0], score.args[1]
+    if any(e.op == "dot" for e in walk(keep)) if keep is not None else False:
+        return None
+    terms = score.args if score.op == "add" else (score,)
+    scale: float | Expr | None = None
+    bias: list[Expr] = []
+    for term in terms:
+        if not any(e.op == "dot" for e in walk(term)):
+            bias.append(term)
+            continue
+        factors = [f for f in (term.args if term.op == "mul" else (term,)) if f is not A.DOT]
+        if scale is not None or A.DOT not in (term.args if term.op == "mul" else (term,)):
+            return None
+        factor = A.mul(*factors) if factors else A.const(1.0)
+        if {"i", "j", "h", "b"} & factor.free or any(e.op == "dot" for e in walk(factor)):
+            return None
+        scale = float(factor.value) if factor.op == "const" else factor  # type: ignore[arg-type]
+    return None if scale is None else (scale, A.add(*bias) if bias else A.const(0.0), keep)
+
+
+def fill_of(score: Expr) -> float | None:
+    """The drowning constant that a masked score has, or None."""
+    if score.op == "where" and A.drowning(score.args[2]):
+        return float(score.args[2].value)  # type: ignore[arg-type]
+    return None
+
+
+def loads(spec: AttentionSpec) -> list[Expr]:
+    """The distinct loads of the spec's programs."""
+    found: dict[Expr, None] = {}
+    for program in spec.programs:
+        for e in walk(program):
+            if e.op == "load":
+                found[e] = None
+    return list(found)
+
+
+def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[str]]:
+    """Number the capture slots and name the symbolic sizes independently of where they came from.
+
+    Takes a spec whose loads carry any hashable slot and whose `captures` holds (slot, Capture) pairs; returns the spec
+    with slots 0.. and sizes n0.., the old slots in that order, and the old names of the sizes in that order.
+    """
+    by_slot: dict[object, Capture] = dict(spec.captures)  # type: ignore[arg-type]
+    blind: dict[Expr, Expr] = {}
+
+    def anonymous(old: Expr, args: tuple[Expr, ...]) -> Expr:
+        if old.op == "load":
+            capture = by_slot[old.value]
+            new = A.load(f"{capture.kind}{capture.ndim}", args, old.kind)
+        elif old.op == "size" and old.value not in AXES.values():
+            new = A.size("n")
+        else:
+            new = A.make(old.op, old.kind, args, old.value)
+        return blind.setdefault(old, new)
+
+    for program in spec.programs:
+        rebuild(program, anonymous)
+    slots: dict[object, int] = {}
+    sizes: dict[str, str] = {}
+    # names by what surrounds them, not by where they came from; ties are interchangeable
+    for e in sorted((e for e in blind if e.op in ("load", "size")), key=lambda e: blind[e].digest):
+        if e.op == "load":
+            slots.setdefault(e.value, len(slots))
+        elif e.value not in AXES.values():
+            sizes.setdefault(str(e.value), f"n{len(sizes)}")
+
+    def rename(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if old.op == "load":
+            return A.load(slots[old.value], args, old.kind)
+        if old.op == "size" and old.value in sizes:
+            return A.size(sizes[str(old.value)])
+        return None
+
+    new = [rebuild(p, rename) for p in spec.programs]
+    captures = tuple(by_slot[s] for s in slots)
+    result = replace(
+        spec, score=new[0], weight=new[1], extra=tuple(new[2:]), captures=captures, sizes=tuple(sizes.values())
+    )
+    return result, list(slots), list(sizes)
+
+
+__all__ = [
+    "FLOAT",
+    "INT",
+    "AttentionSpec",
+    "B",
+    "Capture",
+    "H",
+    "I",
+    "J",
+    "additive",
+    "canonical",
+    "fill_of",
+    "from_json",
+]

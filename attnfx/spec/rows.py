@@ -1,0 +1,153 @@
+"""A row program: a straight line of ATen calls that computes some rows of a result from the same rows of its inputs.
+
+The serialisable form of a region of a graph whose rows do not depend on each other (`passes/lift/row_rules.py` proves
+it), and what `kernels/rows/run.py` runs chunk by chunk. Values are numbered: first the inputs, then the result of each
+call.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Ref:
+    """An argument that is no constant.
+
+    "value" n         the value of that number
+    "size" n          the call's own number n, an integer
+    "number" n        the value of that number, a tensor of one element, as a Python number
+    "rows" 0          how many rows the chunk has
+    "start" n         the chunk's first row, plus the constant n
+    "columns" 0       how many keys the chunk has
+    "corner" n        the chunk's first row less its first key, plus the constant n
+    "dtype" "int64"   and likewise "device", "layout", "memory_format"
+    """
+
+    kind: str
+    what: int | str
+
+
+@dataclass(frozen=True)
+class Call:
+    """`op` is "topk.default" of the namespace aten, "getitem", or "dropout" (input, probability)."""
+
+    op: str
+    args: tuple[Any, ...]
+    kwargs: tuple[tuple[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Result:
+    """A value that leaves: its rows lie along `row`; `shape` (numbers, and Ref of a size or the rows) is the whole."""
+
+    value: int
+    row: int
+    shape: tuple[int | Ref, ...]
+    dtype: str
+
+
+@dataclass(frozen=True)
+class Live:
+    """Which keys a chunk takes.
+
+    columns  for each input the dimension that the keys lie along, or None
+    score    where(a key may be live, 0, -inf) over row i and key j, as JSON
+    least    the fewest keys of a chunk
+    """
+
+    columns: tuple[int | None, ...]
+    score: str
+    least: int
+
+
+@dataclass(frozen=True)
+class RowProgram:
+    """inputs   for each input the dimension that the rows lie along, or None: every chunk reads the whole of it
+    grads    whether an input takes a gradient
+    weight   elements of the largest value, for one row
+    compiled whether a chunk's calls run as one compiled function
+    live     which keys a chunk takes; None: all
+    """
+
+    inputs: tuple[int | None, ...]
+    grads: tuple[bool, ...]
+    weight: int | Ref
+    calls: tuple[Call, ...]
+    results: tuple[Result, ...]
+    compiled: bool = False
+    live: Live | None = None
+
+    @property
+    def random(self) -> bool:
+        return any(c.op == "dropout" for c in self.calls)
+
+    def to_json(self) -> str:
+        return json.dumps(
+            {
+                "inputs": self.inputs,
+                "grads": self.grads,
+                "weight": _plain(self.weight),
+                "calls": [[c.op, _plain(c.args), {k: _plain(v) for k, v in c.kwargs}] for c in self.calls],
+                "results": [[r.value, r.row, _plain(r.shape), r.dtype] for r in self.results],
+                "compiled": self.compiled,
+                "live": self.live and [self.live.columns, self.live.score, self.live.least],
+            },
+            separators=(",", ":"),
+        )
+
+    def __str__(self) -> str:
+        first = len(self.inputs)
+        lines = [f"v{n} = input along {d}" if d is not None else f"v{n} = input" for n, d in enumerate(self.inputs)]
+        for n, c in enumerate(self.calls, first):
+            shown = [_text(a) for a in c.args] + [f"{k}={_text(v)}" for k, v in c.kwargs]
+            lines.append(f"v{n} = {c.op}({', '.join(shown)})")
+        return "\n".join(lines + [f"return v{r.value} along {r.row}" for r in self.results])
+
+
+@lru_cache(maxsize=512)
+def from_json(text: str) -> RowProgram:
+    """The inverse of `RowProgram.to_json`. Raises ValueError for another text."""
+    try:
+        d = json.loads(text)
+        calls = [
+            Call(op, _made(args), tuple((k, _made(v)) for k, v in named.items())) for op, args, named in d["calls"]
+        ]
+        return RowProgram(
+            tuple(d["inputs"]),
+            tuple(d["grads"]),
+            _made(d["weight"]),
+            tuple(calls),
+            tuple(Result(value, row, _made(shape), dtype) for value, row, shape, dtype in d["results"]),
+            d["compiled"],
+            d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"not the text of a row program: {problem!r}") from problem
+
+
+def _plain(x: Any) -> Any:
+    if isinstance(x, Ref):
+        return {x.kind: x.what}
+    return [_plain(a) for a in x] if isinstance(x, list | tuple) else x
+
+
+def _made(x: Any) -> Any:
+    if isinstance(x, dict):
+        ((kind, what),) = x.items()
+        return Ref(kind, what)
+    return tuple(_made(a) for a in x) if isinstance(x, list) else x
+
+
+def _text(x: Any) -> str:
+    if isinstance(x, Ref):
+        return {"value": f"v{x.what}", "size": f"s{x.what}", "rows": "rows", "columns": "columns"}.get(
+            x.kind, f"{x.kind}:{x.what}"
+        )
+    return f"[{', '.join(map(_text, x))}]" if isinstance(x, tuple) else repr(x)
+
+
+__all__ = ["Call", "Live", "Ref", "Result", "RowProgram", "from_json"]

@@ -1,0 +1,90 @@
+"""The device at hand as a target: by its record, by its architecture, or, for a CPU, by measurement."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from functools import lru_cache
+
+import torch
+
+from attnfx.errors import OptionError
+from attnfx.targets import measure_cpu
+from attnfx.targets.target import RANGES, Target, aliases, key, records, replaced
+
+
+def detect(device: torch.device | str | None = None) -> Target:
+    """As `attnfx.targets.detect`."""
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(device)
+    except RuntimeError as problem:
+        raise OptionError(f"{device!r} is no device: {problem}") from problem
+    if device.type == "cpu":
+        return measure_cpu.measured()
+    if device.type != "cuda":
+        raise OptionError(f"no target can be made of a {device.type} device, only of cuda and cpu ones")
+    if not torch.cuda.is_available():
+        raise OptionError(f"there is no {device} to detect: name a target, such as 'h100-sxm'")
+    return _present(torch.cuda.current_device() if device.index is None else device.index)
+
+
+@lru_cache(maxsize=64)
+def _present(index: int) -> Target:
+    return of_properties(torch.cuda.get_device_properties(index))
+
+
+def of_properties(found: object) -> Target:
+    """The target of a GPU with these properties, named as `torch.cuda.get_device_properties` names them."""
+
+    def ask(name: str, otherwise: float = 0) -> float:
+        value = getattr(found, name, otherwise)
+        return value if isinstance(value, (int, float)) else otherwise
+
+    name = str(getattr(found, "name", "") or "unknown GPU")
+    architecture = re.match(r"gfx([0-9a-f]+)", str(getattr(found, "gcnArchName", "")))
+    kind = "hip" if architecture else "cuda"
+    capability = _number(architecture[1]) if architecture else int(10 * ask("major") + ask("minor"))
+    memory, processors = int(ask("total_memory")), int(ask("multi_processor_count", 1))
+    record = aliases().get(key(name))
+    if record is not None and record.multiprocessors == processors:
+        said = {"memory": f"the driver of the device ({name})"}
+        return replaced(record, memory=memory, sources={**record.sources, **said})
+
+    near = nearest_architecture(name, kind, capability)
+    clock = ask("clock_rate") / 1e6 or near.clock  # kHz
+    # two transfers a clock; kHz and bits
+    bandwidth = 2 * ask("memory_clock_rate") * ask("memory_bus_width") / 8 / 1e6
+    if not RANGES["bandwidth"][0] <= bandwidth <= RANGES["bandwidth"][1]:
+        bandwidth = near.bandwidth
+    scale = processors * clock / (near.multiprocessors * near.clock)
+    threads = ask("max_threads_per_multi_processor") / (ask("warp_size") or 32)
+    told = dict(
+        capability=capability, memory=memory, multiprocessors=processors, clock=clock, bandwidth=bandwidth,
+        l2=int(ask("L2_cache_size")) or near.l2, warps=int(threads) or near.warps,
+        shared_memory=int(ask("shared_memory_per_multiprocessor")) or near.shared_memory,
+        registers=int(ask("regs_per_multiprocessor")) or near.registers,
+    )  # fmt: skip
+    scaled = dict(
+        matrix={dtype: rate * scale for dtype, rate in near.matrix.items()},
+        **{field: getattr(near, field) * scale for field in ("fp32", "exponentials", "l2_bandwidth")},
+    )
+    by = f"estimate: {near.name}'s, by multiprocessors and clock"
+    sources = {**near.sources, **dict.fromkeys(told, "the driver of the device"), **dict.fromkeys(scaled, by)}
+    note = f"{name} has no record: its rates are {near.name}'s, scaled by multiprocessors and clock"
+    return replaced(near, name=name, kind=kind, note=note, sources=sources, **told, **scaled)
+
+
+def nearest_architecture(name: str, kind: str, capability: int) -> Target:
+    """The record of the same kind with the largest compute capability that is not above this one, and of these the one
+    whose name is most alike: GeForce cards have half the matrix rate of others of their capability."""
+    same = [r for r in records().values() if r.kind == kind]
+    below = [r.capability for r in same if r.capability <= capability] or [min(r.capability for r in same)]
+    like = [r for r in same if r.capability == max(below)]
+    return max(like, key=lambda r: difflib.SequenceMatcher(None, key(name), key(r.name)).ratio())
+
+
+def _number(architecture: str) -> int:
+    digits = re.match(r"\d+", architecture)
+    return int(digits[0]) if digits else 0

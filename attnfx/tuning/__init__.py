@@ -1,0 +1,1 @@
+"""Time candidates on the device at hand, and keep the answers."""

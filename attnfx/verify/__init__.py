@@ -1,0 +1,1 @@
+"""Compare each rewritten site with the original."""

@@ -1,0 +1,189 @@
+"""Runs any spec in blocks of queries, on any device: the reference tier, and the one that nothing is too odd for.
+
+A block is a range of queries on the key range that its mask leaves alive, for as many heads as keep the tile of scores
+in the cache. Nothing of size T x S exists; out and logsumexp are what the backward pass is given, and it computes each
+block's weights again.
+
+Rows without a live key. Keys outside a block's live range are left out, which is exact where every row has a live
+key. A row that has none shows it by its logsumexp, which is no larger than half the fill; blocks with such a row are
+computed over all keys (`Plan.widen`), by the forward pass and the backward pass alike.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.chunked.block_run import Run
+from attnfx.kernels.chunked.blocks import Block
+from attnfx.kernels.evaluate import Evaluator
+
+_ZERO = A.const(0.0)
+
+
+def forward(call: Call, run: Run | None = None, elements: int = 0) -> tuple[Tensor, Tensor]:
+    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
+    `run` is one of this call, where its dropout is another; `elements` are the most scores at once, 0 for a tile's."""
+    out = output_like(call.query, call.value.shape[-1], call.out_dtype)
+    logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
+    forward_rows(Run(call, elements) if run is None else run, None, out, logsumexp)
+    return out, logsumexp
+
+
+def forward_rows(run: Run, which: set[int] | None, out: Tensor, logsumexp: Tensor) -> None:
+    """Computes the ranges of rows of those numbers (None: all) into `out` and `logsumexp`."""
+    for blocks in run.plan.blocks(which):
+        _forward_blocks(run, blocks, out, logsumexp)
+    if run.spec.normaliser == "softmax" and (wide := run.plan.widen(logsumexp)):
+        for blocks in run.plan.blocks(wide if which is None else wide & which):
+            _forward_blocks(run, blocks, out, logsumexp)
+
+
+def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tensor) -> None:
+    spec = run.spec
+    shared: dict = {}
+    for at in blocks:
+        h0, h1 = run.heads(at)
+        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        values = run.evaluator(at, shared)
+        if at.j0 == at.j1:
+            out[where] = 0
+            if spec.normaliser == "softmax":
+                extra = run.extra(values, (*logsumexp[where].shape, 1))
+                logsumexp[where] = torch.cat(extra, -1).logsumexp(-1) if extra else -math.inf
+            continue
+        score = run.score(at, values, run.queries(run.query, at))
+        total = None
+        if spec.normaliser == "softmax":
+            weight, total, m = run.normalise(score, run.extra(values, (*score.shape[:3], 1)))
+            logsumexp[where] = torch.where(m == -math.inf, m, total.log() + m).squeeze(-1)
+            total = run.divisor(total)
+        else:
+            weight = score
+        if spec.weight is not A.PROB:
+            if total is not None:
+                weight, total = weight / total, None
+            weight = run.weights(values, weight)
+        if (kept := run.drop(at, score)) is not None:
+            weight = weight * kept
+        part = run.tile(run.product(run.merged(weight, at), run.keys(run.value, at)), at)
+        out[where] = part if total is None else part.div_(total)
+
+
+def backward(
+    call: Call,
+    grad_out: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    grad_logsumexp: Tensor | None = None,
+    run: Run | None = None,
+    elements: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
+    run = Run(call, elements) if run is None else run
+    if call.spec.normaliser == "softmax":
+        run.plan.widen(logsumexp)
+    grads = Gradients(run, grad_logsumexp=grad_logsumexp)
+    through = ThroughValues(run, grad_out)
+    for blocks in run.plan.blocks():
+        grads.add_blocks(blocks, through)
+    return grads.query, grads.key.to(call.key.dtype), through.value.to(call.value.dtype), grads.of_captures()
+
+
+class ThroughValues:
+    """The gradient of the weights of a block from that of the output; adds up the gradient of the values."""
+
+    def __init__(self, run: Run, grad_out: Tensor):
+        self.run, self.grad_out = run, grad_out
+        self.value = torch.zeros_like(run.value, dtype=run.compute)
+
+    def __call__(self, at: Block, weight: Tensor) -> Tensor:
+        run = self.run
+        grad = run.queries(self.grad_out, at)
+        run.add_keys(self.value, at, run.product(run.merged(weight, at).mT, grad))
+        return run.tile(run.product(grad, run.keys(run.value, at).mT), at)
+
+
+class Gradients:
+    """The sums that the blocks of a backward pass add to, in the compute type: of query, key and the captures."""
+
+    def __init__(self, run: Run, query: Tensor | None = None, grad_logsumexp: Tensor | None = None):
+        """`query` is filled block by block; without it, zeros are made. `grad_logsumexp` (B, H, T) is the gradient of
+        the logsumexp, where something is made of that."""
+        self.run, self.grad_logsumexp = run, grad_logsumexp
+        like = run.call.query
+        self.query = torch.zeros(like.shape, dtype=like.dtype, device=like.device) if query is None else query
+        self.key = torch.zeros_like(run.key, dtype=run.compute)
+        self.captures = {
+            n: torch.zeros(run.captures[n].shape, dtype=run.compute, device=run.device)
+            for n, c in enumerate(run.spec.captures)
+            if c.grad
+        }
+
+    def of_captures(self) -> list[Tensor]:
+        return [x.to(self.run.captures[n].dtype) for n, x in self.captures.items()]
+
+    def add_blocks(self, blocks: list[Block], of_weights: Callable[[Block, Tensor], Tensor]) -> None:
+        """Adds the blocks of one range of rows; `of_weights(block, weights)` gives the gradient of the weights."""
+        shared: dict = {}
+        for at in blocks:
+            if at.j0 < at.j1:  # without a key, nothing depends on anything
+                self._add(at, shared, of_weights)
+
+    def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
+        run, spec, program = self.run, self.run.spec, self.run.program
+        h0, h1 = run.heads(at)
+        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        values = run.evaluator(at, shared)
+        query = run.queries(run.query, at)
+        score = run.score(at, values, query)
+        extra = run.extra(values, (*score.shape[:3], 1))
+        # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
+        if spec.normaliser == "softmax":
+            prob, total, m = run.normalise(score, extra)
+            total = run.divisor(total)
+            prob.div_(total)
+        else:
+            prob, total, m = score, score, score
+        weight = run.weights(values, prob)
+        kept = run.drop(at, score)
+        slope = of_weights(at, weight if kept is None else weight * kept)
+        if kept is not None:
+            slope = slope * kept
+        if spec.weight is not A.PROB:
+            slope = self._through(program.weights, slope, values)
+        if spec.normaliser == "softmax":
+            share = (prob * slope).sum(-1, keepdim=True)
+            if self.grad_logsumexp is not None:  # whose derivative by a score is the score's probability
+                share = share - self.grad_logsumexp[where].unsqueeze(-1)
+            slope = (slope - share).mul_(prob)
+            rows = values.without("j")
+            for logit, loads in zip(extra, program.extras):
+                for load, local in loads:
+                    part = -share * (logit - m).exp() / total * rows(local)
+                    rows.add_gradient(load, part, self.captures[load.value])  # type: ignore[index]
+        bare = at.full or (program.tame and at.live)
+        slope = self._through(program.kept_slopes if bare else program.slopes, slope, values)
+        flat = run.merged(slope, at)
+        self.query[where] = run.tile(run.scaled(run.product(flat, run.keys(run.key, at))), at)
+        run.add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
+
+    def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
+        """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
+        for leaf, local in slopes[1:]:
+            values.add_gradient(leaf, self._times(slope, local, values), self.captures[leaf.value])  # type: ignore[index]
+        return self._times(slope, slopes[0][1], values)
+
+    def _times(self, slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
+        if local is A.const(1.0):
+            return slope
+        if local.op == "where" and _ZERO in local.args[1:]:  # zero even where the slope is not a number
+            x, y = (0.0 if a is _ZERO else self._times(slope, a, values) for a in local.args[1:])
+            return torch.where(values.tensor(local.args[0]), x, y)
+        return slope * values(local)

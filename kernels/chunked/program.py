@@ -1,0 +1,109 @@
+"""A spec made ready for blocks: what each block of scores evaluates, and its derivatives."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild
+from attnfx.ir.expr import Expr, walk
+from attnfx.ir.gradient import gradient
+from attnfx.mask import mask_of
+from attnfx.spec import AttentionSpec, fill_of
+
+_ZERO = A.const(0.0)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A spec made ready: what each block evaluates. In `score` and its slopes, `dot` is scale * (q . k).
+
+    kept         the score where the mask keeps (the score itself where there is no mask)
+    keep         the mask of the score's outermost `where`, or None
+    fill         what a row without a live key is made of, or None where nothing masks
+    slopes       (leaf, d score / d leaf): dot first, then the loads that need a gradient
+    kept_slopes  the same of `kept`
+    tame         all kept slopes are numbers: in a block whose rows are all live they need no mask, as a dead key's
+                 weight is zero
+    weights      (leaf, d weight / d leaf): prob first
+    extras       for each extra logit, (load, d logit / d load)
+    """
+
+    scale: float
+    score: Expr
+    kept: Expr
+    keep: Expr | None
+    fill: float | None
+    slopes: tuple[tuple[Expr, Expr], ...]
+    kept_slopes: tuple[tuple[Expr, Expr], ...]
+    tame: bool
+    weights: tuple[tuple[Expr, Expr], ...]
+    extras: tuple[tuple[tuple[Expr, Expr], ...], ...]
+
+
+def _scale(score: Expr) -> float:
+    """The constant that every occurrence of dot is multiplied by: it goes into the queries instead."""
+    scales: set[float] = set()
+    for e in walk(score):
+        if A.DOT in e.args:
+            head, once = e.args[0], e.args.count(A.DOT) == 1  # not so in a power of dot
+            scales.add(float(head.value) if e.op == "mul" and head.op == "const" and once else 1.0)  # type: ignore[arg-type]
+    scale = scales.pop() if len(scales) == 1 else 1.0
+    return scale if math.isfinite(scale) and scale != 0.0 else 1.0
+
+
+def _unscaled(score: Expr, scale: float) -> Expr:
+    if scale == 1.0:
+        return score
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if A.DOT in old.args:  # every such node is a product that starts with the scale
+            rest = old.args[1:]
+            return rest[0] if len(rest) == 1 else A.mul(*rest)
+        return None
+
+    return rebuild(score, change)
+
+
+def _slopes(root: Expr, leaf: Expr | None, wanted: list[Expr]) -> tuple[tuple[Expr, Expr], ...]:
+    leaves = [*([leaf] if leaf is not None else []), *(x for x in wanted if x in set(walk(root)))]
+    found = zip(leaves, gradient(root, leaves))
+    return tuple((x, slope) for x, slope in found if x is leaf or slope is not _ZERO)
+
+
+def _has_gradient(spec: AttentionSpec, load: Expr) -> bool:
+    return spec.captures[load.value].grad  # type: ignore[call-overload]
+
+
+@lru_cache(maxsize=512)
+def program_of(spec: AttentionSpec) -> Program:
+    wanted: dict[Expr, None] = {}
+    for root in spec.programs:
+        for e in walk(root):
+            if e.op == "load" and _has_gradient(spec, e):
+                wanted[e] = None
+            if e.op in ("rsum", "rmax") and any(x.op == "load" and _has_gradient(spec, x) for x in walk(e)):
+                raise ValueError(f"a reduction over a capture that needs a gradient has no derivative here: {e}")
+    scale = _scale(spec.score)
+    score = _unscaled(spec.score, scale)
+    masked = fill_of(score) is not None and spec.normaliser == "softmax"
+    keep, kept = (score.args[0], score.args[1]) if masked else (None, score)
+    found = mask_of(spec.score)
+    kept_slopes = _slopes(kept, A.DOT, list(wanted))
+    return Program(
+        scale=scale,
+        score=score,
+        kept=kept,
+        keep=keep,
+        fill=float(found.fill) if found is not None else fill_of(spec.score),
+        slopes=_slopes(score, A.DOT, list(wanted)),
+        kept_slopes=kept_slopes,
+        tame=all(slope.op == "const" for _, slope in kept_slopes),
+        weights=_slopes(spec.weight, A.PROB, list(wanted)),
+        extras=tuple(_slopes(e, None, list(wanted)) for e in spec.extra),
+    )
+
+
+__all__ = ["Program", "program_of"]

@@ -1,0 +1,141 @@
+"""The weights of an attention, added up over some of their axes: their mean over heads, what each key received. Or
+the largest of each row, and its key, or of each key, and its row.
+
+They are computed again, block by block as `chunked` does, and never exist beyond one block of them, unless all four
+axes are asked for. The blocks and the dropout are those of the attention's own passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from attnfx.kernels.call import Call
+from attnfx.kernels.chunked.attention import Gradients
+from attnfx.kernels.chunked.block_run import Run
+from attnfx.kernels.chunked.blocks import Block
+
+AXES = "bhij"
+
+
+def shape_of(call: Call, keep: str) -> list[int]:
+    """The sizes of the result: one for each axis of `keep`, in the order of AXES."""
+    sizes = dict(zip(AXES, (*call.query.shape[:3], call.key.shape[2])))
+    return [sizes[a] for a in keep]
+
+
+def _region(run: Run, at: Block) -> tuple[slice, ...]:
+    h0, h1 = run.heads(at)
+    return slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1), slice(at.j0, at.j1)
+
+
+def _whole(x: Tensor, keep: str) -> Tensor:
+    """A view with all four axes, of size 1 where they were added up."""
+    for n, a in enumerate(AXES):
+        if a not in keep:
+            x = x.unsqueeze(n)
+    return x
+
+
+def _part(x: Tensor, keep: str, region: tuple[slice, ...]) -> Tensor:
+    """The block of a `_whole` tensor."""
+    return x[tuple(r if a in keep else slice(None) for a, r in zip(AXES, region))]
+
+
+def _run(call: Call, logsumexp: Tensor) -> Run:
+    run = Run(call)
+    if call.spec.normaliser == "softmax":
+        run.plan.widen(logsumexp)
+    return run
+
+
+def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
+    """Each block that has a key, with its weights before dropout."""
+    for blocks in run.plan.blocks():
+        shared: dict = {}
+        for at in blocks:
+            if at.j0 == at.j1:
+                continue
+            values = run.evaluator(at, shared)
+            prob = run.score(at, values, run.queries(run.query, at))
+            if run.spec.normaliser == "softmax":
+                prob, total, _ = run.normalise(prob, run.extra(values, (*prob.shape[:3], 1)))
+                prob.div_(run.divisor(total))
+            yield at, run.weights(values, prob)
+
+
+def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
+    """The sum over the axes that are not in `keep`, in the compute type; logsumexp (B, H, T) is the attention's."""
+    run = _run(call, logsumexp)
+    out = torch.zeros(shape_of(call, keep), dtype=call.compute, device=call.query.device)
+    whole = _whole(out, keep)
+    gone = [n for n, a in enumerate(AXES) if a not in keep]
+    for at, weight in _blocks(run):
+        if (kept := run.drop(at, weight)) is not None:
+            weight = weight * kept
+        part = _part(whole, keep, _region(run, at))
+        part += weight.sum(gone, keepdim=True) if gone else weight
+    return out
+
+
+def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients of query, key, and of the captures whose `grad` is True."""
+    run = _run(call, logsumexp)
+    whole = _whole(grad.to(call.compute), keep)
+
+    def of_weights(at: Block, weight: Tensor) -> Tensor:
+        return _part(whole, keep, _region(run, at)).expand(weight.shape)
+
+    return _gradients(run, of_weights)
+
+
+def largest(call: Call, logsumexp: Tensor, over: str = "j") -> tuple[Tensor, Tensor]:
+    """The largest weight over the axis `over`, "i" or "j", in the compute type, and the first place that has it: of
+    each row (B, H, T) and its key, or of each key (B, H, S) and its row. Weights are probabilities, not dropped: a key
+    outside a block's range has none that is larger."""
+    run, shape = _run(call, logsumexp), shape_of(call, AXES.replace(over, ""))
+    most = torch.zeros(shape, dtype=call.compute, device=call.query.device)
+    place = torch.zeros(shape, dtype=torch.int64, device=call.query.device)
+    for at, weight in _blocks(run):
+        where, start = _others(run, at, over)
+        best, found = weight.max(AXES.index(over))
+        before = most[where]  # of a key, in rows of other blocks, which came first where they are as large
+        better = (best > before) | (best.isnan() & ~before.isnan())
+        most[where] = torch.where(better, best, before)
+        place[where] = torch.where(better, found + start, place[where])
+    return most, place
+
+
+def largest_backward(
+    call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor, over: str = "j"
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Gradients as `backward` gives them, of the weights at the places `index`, whose gradient is `grad`."""
+    run, dim = _run(call, logsumexp), AXES.index(over)
+
+    def of_weights(at: Block, weight: Tensor) -> Tensor:
+        where, start = _others(run, at, over)
+        place = index[where] - start
+        inside = (place >= 0) & (place < weight.shape[dim])
+        value = torch.where(inside, grad[where].to(weight.dtype), 0.0)
+        place = place.clamp(0, weight.shape[dim] - 1)
+        return torch.zeros_like(weight).scatter_(dim, place.unsqueeze(dim), value.unsqueeze(dim))
+
+    return _gradients(run, of_weights)
+
+
+def _others(run: Run, at: Block, over: str) -> tuple[tuple[slice, ...], int]:
+    """(the block's region without an axis, where it starts along that)."""
+    region = _region(run, at)
+    return tuple(r for r, a in zip(region, AXES) if a != over), region[AXES.index(over)].start
+
+
+def _gradients(run: Run, of_weights: Callable[[Block, Tensor], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+    grads = Gradients(run)
+    for blocks in run.plan.blocks():
+        grads.add_blocks(blocks, of_weights)
+    return grads.query, grads.key.to(run.call.key.dtype), grads.of_captures()
+
+
+__all__ = ["AXES", "backward", "forward", "largest", "largest_backward", "shape_of"]

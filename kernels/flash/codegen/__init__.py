@@ -1,0 +1,1 @@
+"""Generate the Triton functions of a score program and of its derivative."""

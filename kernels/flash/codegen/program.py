@@ -1,0 +1,327 @@
+"""A spec made ready for a kernel: what is evaluated on full tiles, on partial tiles, and on the way back."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import BOOL, INT, Expr, walk
+from attnfx.ir.gradient import gradient
+from attnfx.kernels.evaluate import opaque, toeplitz
+from attnfx.mask import live, mask_of
+from attnfx.mask.additive import LOST, addend
+from attnfx.spec import AttentionSpec
+
+LOG2E = math.log2(math.e)
+SMALLEST_SCALE = 1e-3  # of dot, by which what is added to it is divided: float32 has room for a thousand times that
+_ZERO, _ONE = A.const(0.0), A.const(1.0)
+DIAGONAL = "w"  # w = j - i + T - 1
+
+
+@dataclass(frozen=True)
+class Table:
+    """Values that the original operators compute outside of the kernel; the program loads them from a capture.
+
+    expr   over b and h, and one of i, j and the diagonal w
+    axes   the names among b, h, i, j, w that it depends on: the dims of the table
+    """
+
+    expr: Expr
+    axes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """A load that needs a gradient. `space` says where it is read: "head", "row", "column", "diagonal" (by j - i) or
+    "pair".
+
+    score   d score / d load where the mask keeps
+    whole   the same everywhere
+    weight  d weight / d load, over prob (without a softmax: over dot, and score is zero)
+    """
+
+    load: Expr
+    space: str
+    score: Expr
+    whole: Expr
+    weight: Expr
+
+
+@dataclass(frozen=True)
+class Program:
+    """softmax  whether the scores are normalised
+    scale    a positive number; scale * score is the score in units of log 2
+    score    the score where the mask keeps, over dot
+    keep     the mask, or None
+    whole    the score everywhere, in natural units: for rows without a live key; None if never needed
+    lost     logsumexp at or below which a row has no live key, in natural units; None where `whole` is
+    slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
+    whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
+    weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
+    extras   the extra logits, in units of log 2
+    leaves   the loads that need a gradient from the scores' side
+    tables   behind the captures, in the order of their slots
+    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.additive` has it
+    """
+
+    softmax: bool
+    scale: float
+    score: Expr
+    keep: Expr | None
+    whole: Expr | None
+    lost: float | None
+    slope: Expr
+    whole_slope: Expr | None
+    weight: Expr | None
+    extras: tuple[Expr, ...]
+    leaves: tuple[Leaf, ...]
+    tables: tuple[Table, ...]
+    drowned: bool = False
+
+    @property
+    def roots(self) -> tuple[Expr, ...]:
+        some = (self.score, self.keep, self.whole, self.slope, self.whole_slope, self.weight, *self.extras)
+        return (*(e for e in some if e is not None), *(e for x in self.leaves for e in (x.score, x.whole, x.weight)))
+
+    @property
+    def factor(self) -> float | None:
+        """What a gradient of dot is multiplied by at the end; None where the slope differs from score to score."""
+        if self.slope.op != "const" or not self.slope.value:
+            return None
+        return float(self.slope.value)  # type: ignore[arg-type]
+
+
+class Unsupported(Exception):
+    """The message is the sentence that says why."""
+
+
+@lru_cache(maxsize=512)
+def program_of(spec: AttentionSpec) -> Program | str:
+    """The program, or one sentence that says why there is none."""
+    try:
+        return _program(spec)
+    except Unsupported as why:
+        return str(why)
+
+
+def _program(spec: AttentionSpec) -> Program:
+    if spec.compute != "float32":
+        raise Unsupported(f"it computes in {spec.compute}, the kernels in float32")
+    tables = _Tables(len(spec.captures))
+    score, weight = tables.out_of(spec.score), tables.out_of(spec.weight)
+    extras = tuple(tables.out_of(e) for e in spec.extra)
+    wanted = [x for x in _loads(score, weight) if has_gradient(spec, x)]
+    if spec.normaliser == "softmax":
+        mask = mask_of(score)
+        keep = mask.keep if mask is not None else None
+        kept = score if keep is None else assume(score, keep)
+        factor = None if weight is A.PROB else _linear(weight)
+        slope, *slopes = gradient(kept, [A.DOT, *wanted])
+        by_weight = gradient(weight, wanted)
+        scale, inner = _scaled(kept)
+        drowned = addend(score, LOST) is not None
+        finite = mask is not None and mask.fill != -math.inf
+        whole = score if (finite or drowned) and not extras else None
+        # far above a fill to which scores were added, and below every score that forgets it
+        found = [mask.fill / 2] if mask is not None and finite else []
+        lost = max([*found, 2 * LOST] if drowned else found, default=None)
+        whole_slope, *whole_slopes = gradient(score, [A.DOT, *wanted])
+        if slope.op == "const" and slope.value:
+            whole_slope = A.mul(A.const(1.0 / float(slope.value)), whole_slope)  # type: ignore[arg-type]
+    elif spec.normaliser == "none":
+        keep = _live_weight(score, weight)
+        whole, lost, drowned, scale, inner = None, None, False, 1.0, score
+        factor = substitute(weight, {A.PROB: score})
+        if keep is not None:
+            factor = assume(factor, keep)
+        slope, *by_weight = gradient(factor, [A.DOT, *wanted])
+        slopes = whole_slopes = [_ZERO] * len(wanted)
+        whole_slope = None
+    else:
+        raise Unsupported(f"its normaliser is {spec.normaliser!r}")
+    to = tables.by_diagonal
+    leaves = tuple(
+        Leaf(x, _space(x), to(s), to(e) if whole is not None else _ZERO, to(w))
+        for x, s, e, w in zip(wanted, slopes, whole_slopes, by_weight)
+    )
+    made = Program(
+        softmax=spec.normaliser == "softmax",
+        scale=scale,
+        score=to(inner),
+        keep=None if keep is None else to(keep),
+        whole=None if whole is None else to(whole),
+        lost=lost,
+        slope=to(slope),
+        whole_slope=None if whole is None or whole_slope is None else to(whole_slope),
+        weight=None if factor is None else to(factor),
+        extras=tuple(A.mul(A.const(LOG2E), e) for e in extras),
+        leaves=tuple(x for x in leaves if not x.score is x.whole is x.weight is _ZERO),
+        tables=tuple(tables.found),
+        drowned=drowned,
+    )
+    for e in (x for root in made.roots for x in walk(root)):
+        if e.op in ("rsum", "rmax"):
+            raise Unsupported(f"a reduction over a capture that depends on more than one index has no kernel: {e}")
+        if e.op in ("aten", "softmax", "dropout"):
+            raise Unsupported(f"{e.op} depends on more than one index, or on the scores: {e}")
+    return made
+
+
+def _live_weight(score: Expr, weight: Expr) -> Expr | None:
+    found = live(AttentionSpec(score=score, weight=weight, normaliser="none"))
+    return None if found is A.TRUE else found
+
+
+def assume(e: Expr, fact: Expr) -> Expr:
+    """The expression where `fact` is known to hold."""
+    by: dict[Expr, Expr] = {}
+    for part in fact.args if fact.op == "and" else (fact,):
+        by |= {part: A.TRUE, A.not_(part): A.FALSE}
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        return by.get(old)
+
+    return rebuild(e, change)
+
+
+def _scaled(kept: Expr) -> tuple[float, Expr]:
+    """(c, x) with kept * log2(e) = c * x and c > 0: what is constant, or of a sum the factor of dot, is multiplied in
+    the exponent's own FMA."""
+    moved = A.mul(A.const(LOG2E), kept)
+    if (c := _factor(moved)) is not None:
+        return c, A.mul(*moved.args[1:])
+    for term in moved.args if moved.op == "add" else ():
+        c = _factor(term)
+        if c is not None and c >= SMALLEST_SCALE and term.args[1:] == (A.DOT,):
+            rest = A.add(*(x for x in moved.args if x is not term))
+            return c, A.add(A.DOT, A.mul(A.const(1.0 / c), rest))
+    return 1.0, moved
+
+
+def _factor(e: Expr) -> float | None:
+    """The constant of a product, where it is positive and finite."""
+    if e.op != "mul" or e.args[0].op != "const":
+        return None
+    c = float(e.args[0].value)  # type: ignore[arg-type]
+    return c if 0.0 < c < math.inf else None
+
+
+def _linear(weight: Expr) -> Expr:
+    """The factor a with weight = a * prob."""
+    if weight is A.PROB:
+        return _ONE
+    if weight.op == "mul":
+        inside = [x for x in weight.args if _has_prob(x)]
+        rest = [x for x in weight.args if not _has_prob(x)]
+        if len(inside) == 1:
+            return A.mul(*rest, _linear(inside[0]))
+    if weight.op == "add" and all(_has_prob(x) for x in weight.args):
+        return A.add(*(_linear(x) for x in weight.args))
+    if weight.op == "where" and not _has_prob(weight.args[0]):
+        branches = [_ZERO if x is _ZERO else _linear(x) for x in weight.args[1:]]
+        return A.where(weight.args[0], *branches)
+    if weight.op == "detach":
+        raise Unsupported("its weights are detached from the graph")
+    raise Unsupported(f"its weight program is not a multiple of the probability: {weight}")
+
+
+def _has_prob(e: Expr) -> bool:
+    return any(x is A.PROB for x in walk(e))
+
+
+def _loads(*roots: Expr) -> list[Expr]:
+    return list(dict.fromkeys(e for root in roots for e in walk(root) if e.op == "load"))
+
+
+def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
+    """Whether an expression is a load of a capture that needs a gradient."""
+    slot = e.value
+    return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
+
+
+def _space(load: Expr) -> str:
+    at = load.free & {"i", "j"}
+    if at == {"i", "j"}:
+        return "pair" if toeplitz(load) is None else "diagonal"
+    return "row" if "i" in at else "column" if "j" in at else "head"
+
+
+class _Tables:
+    """Takes out of a program what must be computed by the original operators, or is a reduction."""
+
+    def __init__(self, slots: int) -> None:
+        self.first, self.found = slots, []
+        self.done: dict[Expr, Expr] = {}
+        self.moved: dict[Expr, Expr] = {}
+
+    def out_of(self, root: Expr) -> Expr:
+        marked: set[Expr] = set()
+        for e in walk(root):
+            if e.op in ("aten", "rsum", "rmax") or any(a in marked for a in e.args):
+                marked.add(e)
+        if not marked:
+            return root
+        return self._visit(root, marked)
+
+    def _visit(self, e: Expr, marked: set[Expr]) -> Expr:
+        if e not in marked:
+            return e
+        if e not in self.done:
+            table = self._table(e) if e.kind in (BOOL, INT) or e.op in ("rsum", "rmax") else None
+            if table is None and e.op in ("aten", "rsum", "rmax"):
+                raise Unsupported(f"a table of this would depend on more than one index: {e}")
+            if table is None:
+                args = tuple(self._visit(a, marked) for a in e.args)
+                self.done[e] = A.make(e.op, e.kind, args, e.value)
+            else:
+                self.done[e] = table
+        return self.done[e]
+
+    def _table(self, e: Expr) -> Expr | None:
+        if opaque(e):
+            return None
+        moved = toeplitz(e) if {"i", "j"} <= e.free else e
+        if moved is None:
+            return None
+        axes = tuple(n for n in ("b", "h", "i", "j", DIAGONAL) if n in moved.free)
+        self.found.append(Table(moved, axes))
+        return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
+
+    def by_diagonal(self, root: Expr) -> Expr:
+        """The same with what is looked up by j - i, through whatever arithmetic and other loads, in tables by diagonal:
+        a score then reads one number, next to its neighbour's. A mask's own comparisons are left to it."""
+        marked: set[Expr] = set()
+        for e in walk(root):
+            if (e.op == "load" and _looked_up(toeplitz(e))) or any(a in marked for a in e.args):
+                marked.add(e)
+
+        def visit(e: Expr) -> Expr:
+            if e not in marked:
+                return e
+            if e not in self.moved:
+                moved = toeplitz(e) if e.kind != BOOL or e.op == "load" else None
+                table = None if moved is None else self._table(e)
+                self.moved[e] = table or A.make(e.op, e.kind, tuple(visit(a) for a in e.args), e.value)
+            return self.moved[e]
+
+        return visit(root)
+
+
+def _looked_up(e: Expr | None) -> bool:
+    """Whether this, of the diagonal, is a load, but not of one element after the other as from a table by diagonal."""
+    along = [] if e is None else [x for x in e.args if DIAGONAL in x.free]
+    steps = [A.sub(x, next(v for v in walk(x) if v.value == DIAGONAL)).free for x in along]
+    return bool(along) and (len(along) > 1 or DIAGONAL in steps[0])
+
+
+def _index(name: str, e: Expr) -> Expr:
+    by = {str(x.value): x for x in walk(e) if x.op == "var"}
+    if name != DIAGONAL:
+        return by[name]
+    return A.add(A.sub(by["j"], by["i"]), A.sub(by["i"].args[0], A.ONE))
+
+
+__all__ = ["Leaf", "Program", "Table", "Unsupported", "assume", "has_gradient", "program_of"]

@@ -1,0 +1,102 @@
+"""A kernel with its arguments: run where they are, or compiled ahead for a GPU that need not be there."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from attnfx.kernels.flash.host.tiles import Tile
+
+_TYPES = {
+    torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64", torch.uint8: "u8",
+    torch.int8: "i8", torch.int16: "i16", torch.int32: "i32", torch.int64: "i64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """kernel     a function of Triton
+    grid       programs
+    arguments  tensors, numbers, None and tuples of them, by the kernel's names
+    constants  its constexpr arguments by name
+    tile       warps and stages are taken from it
+    before     what must run first
+    """
+
+    kernel: triton.JITFunction
+    grid: tuple[int, int, int]
+    arguments: Mapping[str, object]
+    constants: Mapping[str, object]
+    tile: Tile
+    before: tuple[Launch, ...] = ()
+
+    def run(self, device: torch.device) -> None:
+        for made in self.before:
+            made.run(device)
+        if 0 in self.grid:
+            return
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            self.kernel[self.grid](
+                **self.arguments, **self.constants, num_warps=self.tile.warps, num_stages=self.tile.stages
+            )
+
+    def compile(self, target: int | GPUTarget):
+        """Triton's compiled kernel for an NVIDIA GPU of this compute capability, 90 for 9.0, or for another target. No
+        GPU is needed; the tensors may be on the meta device."""
+        if isinstance(target, int):
+            target = GPUTarget("cuda", target, 32)
+        types: dict[str, object] = {}
+        constants, hints = {}, {}
+        for n, name in enumerate(self.kernel.arg_names):
+            if name in self.constants:
+                types[name], constants[n,] = "constexpr", self.constants[name]
+                continue
+            types[name] = _type(self.arguments[name])
+            for at, value in _leaves(self.arguments[name], (n,)):
+                if _type(value) == "constexpr":
+                    constants[at] = value
+                elif isinstance(value, Tensor) or (isinstance(value, int) and value % 16 == 0):
+                    hints[at] = [["tt.divisibility", 16]]
+        options = dict(num_warps=self.tile.warps, num_stages=self.tile.stages)
+        source = ASTSource(self.kernel, types, constants, hints)  # type: ignore[arg-type]
+        return triton.compile(source, target=target, options=options)
+
+
+def descriptor(x: Tensor, rows: int, width: int, capability: int) -> TensorDescriptor | None:
+    """A descriptor of x (B, H, rows, width) in blocks (1, 1, rows, width), which the tensor memory accelerator copies
+    with no address arithmetic; None where the GPU has none or the layout does not allow it.
+
+    It needs elements that lie together in the last dim, and strides and an address divisible by 16 bytes.
+    """
+    strides = [s * x.dtype.itemsize for s in x.stride()[:-1]]
+    if capability < 90 or x.dtype.itemsize != 2 or x.stride(-1) != 1 or any(s % 16 != 0 or s == 0 for s in strides):
+        return None
+    if x.device.type != "meta" and x.data_ptr() % 16 != 0:
+        return None
+    return TensorDescriptor(x, list(x.shape), list(x.stride()), [1, 1, rows, width])
+
+
+def _type(value: object) -> object:
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{_TYPES[value.base.dtype]}{value.block_shape}>"
+    if isinstance(value, Tensor):
+        return "*" + _TYPES[value.dtype]
+    if isinstance(value, tuple):
+        return tuple(_type(x) for x in value)
+    return "i32" if isinstance(value, int) and value != 1 else "constexpr"
+
+
+def _leaves(value: object, at: tuple[int, ...]) -> Iterator[tuple[tuple[int, ...], object]]:
+    if isinstance(value, tuple):
+        for n, x in enumerate(value):
+            yield from _leaves(x, (*at, n))
+    else:
+        yield at, value

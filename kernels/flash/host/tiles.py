@@ -1,0 +1,220 @@
+"""Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
+
+"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py, benchmarks/spills.py): no spill in the
+steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+
+from attnfx.kernels.gpu import capability
+from attnfx.spec import AttentionSpec, reads_pairs
+
+Row = TypeVar("Row")
+
+
+class Tile(NamedTuple):
+    """Rows and keys of one tile, warps of a program, and stages of its loads' pipeline."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Chips with sm_80's instructions and 99 KiB of shared memory for a program (CUDA programming guide, technical
+# specifications by compute capability) have rows of their own.
+SMALL = 86
+OF_SMALL = (86, 89, 120, 121)
+
+# (compute capability, head dim padded to a power of two): the largest capability that is not above the device's
+FORWARD = {
+    (90, 32): Tile(128, 64, 4, 3),  # as 64
+    (90, 64): Tile(128, 64, 4, 3),  # probe
+    (90, 128): Tile(128, 128, 8, 2),  # probe
+    (90, 256): Tile(128, 64, 8, 2),  # probe
+    (80, 32): Tile(128, 64, 4, 3),  # as 64
+    (80, 64): Tile(128, 64, 4, 3),  # probe
+    (80, 128): Tile(128, 64, 8, 3),  # probe
+    (80, 256): Tile(64, 32, 4, 2),  # probe
+    (100, 32): Tile(128, 64, 8, 2),  # as 64
+    (100, 64): Tile(128, 64, 8, 2),  # probe
+    (100, 128): Tile(128, 64, 8, 2),  # probe
+    (100, 256): Tile(128, 64, 8, 2),  # probe
+    (SMALL, 32): Tile(128, 64, 4, 2),  # as 64
+    (SMALL, 64): Tile(128, 64, 4, 2),  # probe
+    (SMALL, 128): Tile(128, 32, 8, 2),  # probe
+    (SMALL, 256): Tile(64, 32, 4, 2),  # probe
+}
+# Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
+# benchmarks/instructions.py compiles each of them; what the table above has stays the default.
+OTHERS = {
+    (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 256): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 128): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 256): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (100, 64): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 256): (Tile(64, 64, 4, 2),),
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)),
+    (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (SMALL, 256): (Tile(32, 32, 4, 2),),
+}
+# A load by row and key, or dropout's draw, takes registers beside the scores: a thread has fewer of these where they
+# would not all fit.
+FORWARD_LOADS = FORWARD | {
+    (80, 32): Tile(128, 64, 8, 3),  # as 64
+    (80, 64): Tile(128, 64, 8, 3),  # probe
+    (80, 128): Tile(128, 32, 8, 3),  # probe
+}
+FORWARD_DROPOUT = FORWARD_LOADS | {
+    (90, 32): Tile(128, 64, 8, 3),  # as 64
+    (90, 64): Tile(128, 64, 8, 3),  # probe
+    (90, 128): Tile(128, 64, 8, 2),  # probe
+    (80, 256): Tile(64, 32, 8, 2),  # probe
+}
+# float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
+SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
+SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
+PLAIN = AttentionSpec()
+INTERPRETED = Tile(32, 32, 1, 1)
+LEAST = Tile(16, 16, 1, 1)
+
+
+def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
+    """The row for a GPU of this compute capability (90 for 9.0) and a head dim padded to `width`."""
+    if capability in OF_SMALL:
+        arch = SMALL
+    else:
+        arch = max((key[0] for key in table if key[0] <= capability and key[0] != SMALL), default=80)
+    dims = sorted(key[1] for key in table if key[0] == arch)
+    return table[arch, next((d for d in dims if d >= width), dims[-1])]
+
+
+def forward_table(spec: AttentionSpec) -> dict[tuple[int, int], Tile]:
+    return FORWARD_DROPOUT if spec.random else FORWARD_LOADS if reads_pairs(spec) else FORWARD
+
+
+def backward_table(spec: AttentionSpec) -> dict[tuple[int, int], tuple[Tile, Tile]]:
+    return BACKWARD_DROPOUT if spec.random else BACKWARD_LOADS if reads_pairs(spec) else BACKWARD
+
+
+def _and_smaller(first: Row, others: Iterable[Row], size: Callable[[Row], int]) -> list[Row]:
+    """A row of a table, then those of others that are smaller, each less than the one before."""
+    out = [first]
+    for row in sorted(others, key=size, reverse=True):
+        if size(row) < size(out[-1]):
+            out.append(row)
+    return out
+
+
+def _size(tile: Tile) -> int:
+    return tile.rows + tile.keys * tile.stages
+
+
+def _sizes(tiles: tuple[Tile, Tile]) -> int:
+    return max(_size(tiles[0]), _size(tiles[1]))
+
+
+def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
+    return table if chosen is None else [chosen, *(tile for tile in table if tile != chosen)]
+
+
+def forward_tiles(
+    device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, spec: AttentionSpec = PLAIN
+) -> list[Tile]:
+    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
+    on a GPU, behind the one that was chosen."""
+    if device.type != "cuda":
+        return [INTERPRETED, LEAST]
+    if dtype == torch.float32:
+        return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
+    first = pick(forward_table(spec), capability(device), width)
+    return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
+
+
+# of the pass over keys, then of the pass over rows
+BACKWARD = {
+    (90, 32): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # as 64
+    (90, 64): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # probe
+    (90, 128): (Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)),  # probe
+    (90, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (80, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (80, 128): (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),  # probe
+    (80, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (100, 32): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (100, 64): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 128): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
+    (SMALL, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (SMALL, 128): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),  # probe
+    (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
+}
+
+BACKWARD_LOADS = BACKWARD | {
+    (90, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (90, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (90, 256): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (80, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+}
+BACKWARD_DROPOUT = BACKWARD_LOADS | {
+    (90, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
+    (90, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
+    (90, 256): (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
+    (80, 32): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # as 64
+    (80, 256): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),  # probe
+    (80, 64): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # probe
+    (100, 32): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
+    (100, 64): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+    (100, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
+}
+
+
+def backward_tiles(
+    device: torch.device, dtype: torch.dtype, width: int, spec: AttentionSpec = PLAIN
+) -> list[tuple[Tile, Tile]]:
+    """The tiles of the pass over keys and of the pass over rows for a head dim padded to `width`, then smaller ones."""
+    if device.type != "cuda":
+        return [(INTERPRETED, INTERPRETED), (LEAST, LEAST)]
+    single = [(tile, tile) for tile in SINGLE_BACKWARD.values()]
+    if dtype == torch.float32:
+        tile = pick(SINGLE_BACKWARD, 80, width)
+        return _and_smaller((tile, tile), single, _sizes)
+    first = pick(backward_table(spec), capability(device), width)
+    return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
+
+
+# `rows` is not of the table: it is the queries of one group of heads
+DECODE = {
+    (80, 64): Tile(16, 128, 4, 3),  # probe
+    (80, 128): Tile(16, 64, 4, 3),  # probe
+    (80, 256): Tile(16, 32, 4, 2),  # probe
+    (SMALL, 64): Tile(16, 128, 4, 2),  # probe
+    (SMALL, 128): Tile(16, 64, 4, 2),  # probe
+    (SMALL, 256): Tile(16, 32, 4, 2),  # probe
+    (90, 64): Tile(16, 128, 4, 3),  # probe
+    (90, 128): Tile(16, 128, 4, 3),  # probe
+    (90, 256): Tile(16, 64, 4, 3),  # probe
+}
+
+
+def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
+    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones; on a GPU, behind the one that
+    was chosen."""
+    if device.type != "cuda":
+        return [INTERPRETED, LEAST]
+    if dtype == torch.float32:
+        first = Tile(16, 32 if width <= 128 else 16, 4, 2)
+    else:
+        first = pick(DECODE, capability(device), width)
+    return _led_by(chosen, _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size))

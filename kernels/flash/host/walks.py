@@ -1,0 +1,144 @@
+"""How a kernel of a call walks over its tiles: by what the indices decide, and by the summary of its mask."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from attnfx.ir.expr import Expr
+from attnfx.kernels.call import Call
+from attnfx.kernels.flash.host.launch import Launch
+from attnfx.kernels.flash.host.ranges import along_keys, along_rows, gap, lists_on_device, on_device, states_on_device
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.kernels.flash.triton.mask_summary import lists_kernel
+from attnfx.mask import key_span
+from attnfx.mask import runtime_summary as summary
+
+
+@dataclass(frozen=True)
+class Walks:
+    """arguments  `walks` and `order` of a kernel, as `functions.walk_at` and `functions.tile_at` take them
+    before     what must run first
+    """
+
+    arguments: Mapping[str, object]
+    before: tuple[Launch, ...] = ()
+
+
+def over_keys(call: Call, keep: Expr | None, tile: Tile, spans: bool = False) -> Walks:
+    """For a kernel that owns blocks of rows and walks along the keys; `keep` is the mask, None where there is none.
+
+    With `spans` there are no lists: start and end say between which tiles the live ones lie.
+    """
+    return _walks(call, keep, tile.rows, tile.keys, True, spans)
+
+
+def over_rows(call: Call, keep: Expr | None, tile: Tile) -> Walks:
+    """For a kernel that owns blocks of keys and walks along the rows."""
+    return _walks(call, keep, tile.keys, tile.rows, False, False)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """What the splits of a decode kernel share.
+
+    first, end  the keys from a multiple of the tile's to the last that some row may see
+    gap         keys [first, end) of whole tiles among them that no row sees; None where the mask never leaves such
+    listed      the tiles that they share instead; None where they share all of these keys
+    """
+
+    first: int
+    end: int
+    gap: tuple[int, int] | None = None
+    listed: Walks | None = None
+
+
+def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Splits:
+    """For a kernel that has all rows in one block. With `certain`, because a row without a live key is made of the
+    others, no key is left out unless each row certainly has a live one."""
+    sizes, found = call.sizes, _summary(call)
+    if found is not None:
+        per_group = sizes["H"] // call.key.shape[1] if "h" in summary.axes(found.spec) else 1
+        block = -(-sizes["T"] // summary.GRAIN) * summary.GRAIN
+        return Splits(0, sizes["S"], None, _decode_lists(call, found, block, tile.keys, certain, per_group))
+    if certain or keep is None:
+        return Splits(0, sizes["S"])
+    first, end = key_span(keep, sizes)
+    first, empty = first // tile.keys * tile.keys, gap(keep, sizes, tile.keys)
+    if empty is None:
+        return Splits(first, end)
+    low, high = max(empty[0], first), min(empty[1], -(-end // tile.keys) * tile.keys)
+    if low >= high:
+        return Splits(first, end, (0, 0))
+    if low == first:
+        return Splits(min(high, end), end, (0, 0))
+    return Splits(first, end, (low, high)) if high < end else Splits(first, low, (0, 0))
+
+
+def _summary(call: Call) -> summary.Summary | None:
+    return None if call.summary is None else summary.of(call.spec)
+
+
+def _walks(call: Call, keep: Expr | None, own: int, step: int, by_row: bool, spans: bool) -> Walks:
+    found, device = _summary(call), call.query.device
+    along = along_keys if by_row else along_rows
+    if found is not None:
+        path = along(found.fixed, call.sizes, own, step)
+        fixed = dict(fixed=on_device(path, device), table=states_on_device(path, device), span=None)
+        return _listed(call, found, own, step, by_row, spans, fixed)
+    if keep is None:
+        return Walks(_arguments(None, spans))
+    path = along(keep, call.sizes, own, step)
+    if path.states is None or spans:
+        return Walks(_arguments((on_device(path, device), 1, 1), spans))
+    ends, order = lists_on_device(path, device)
+    return Walks(dict(walks=(ends, 1, 1), order=(order, 2 * order.shape[1] + 1)))
+
+
+def _decode_lists(
+    call: Call, found: summary.Summary, block: int, step: int, certain: bool, per_group: int
+) -> Walks:  # fmt: skip
+    """The list of the one block that holds all rows, and all heads of a group."""
+    path = along_keys(found.fixed, call.sizes, block, step)
+    empty = gap(found.fixed, call.sizes, step) or (0, 0)
+    span = tuple(2 * n + 1 for n in (*path.walks[0].tolist(), *empty))
+    return _listed(call, found, block, step, True, False, dict(fixed=None, table=None, span=span), certain, per_group)
+
+
+def _listed(
+    call: Call, found: summary.Summary, own: int, step: int, by_row: bool, spans: bool, fixed: Mapping[str, object],
+    certain: bool = False, per_group: int = 1,
+) -> Walks:  # fmt: skip
+    """Walks by a call's summary, one for `per_group` heads; `fixed` is what `lists_kernel` is told of the indices."""
+    sizes, device, states = call.sizes, call.query.device, call.summary
+    assert states is not None
+    size, other = ("T", "S") if by_row else ("S", "T")
+    batches, heads, grains_t, grains_s = states.shape
+    lists = heads // per_group
+    blocks, count = -(-sizes[size] // own), -(-sizes[other] // step)
+    ends = torch.empty((batches, lists, blocks, 4), dtype=torch.int32, device=device)
+    order = None if spans else torch.empty((batches, lists, blocks, count), dtype=torch.int32, device=device)
+    counts = (grains_t, grains_s, grains_s, 1) if by_row else (grains_s, grains_t, 1, grains_s)
+    made = Launch(
+        lists_kernel,
+        (blocks, lists, batches),
+        dict(
+            states=states, ends=ends, order=order, **fixed,
+            sizes=tuple(2 * n + 1 for n in (*counts, count, sizes[other])),
+        ),
+        dict(
+            OWN=own, STEP=step, GRAIN=summary.GRAIN, TILES=1 << (count - 1).bit_length(), SURE=certain,
+            PER_GROUP=per_group,
+        ),
+        Tile(1, 0, 4, 1),
+    )  # fmt: skip
+    free = summary.axes(found.spec)
+    distances = lists * blocks if "b" in free else 0, blocks if "h" in free else 0
+    walks = (ends, *(2 * n + 1 for n in distances))
+    return Walks(_arguments(walks, spans) | ({} if spans else dict(order=(order, 2 * count + 1))), (made,))
+
+
+def _arguments(walks: object, spans: bool) -> dict[str, object]:
+    return dict(walks=walks) if spans else dict(walks=walks, order=None)

@@ -1,0 +1,1 @@
+"""Hold the Triton kernels, which inline the generated functions."""

@@ -1,0 +1,152 @@
+"""The decode kernels: few queries against many keys. The keys are split among programs; a second kernel combines.
+
+The rows of a tile are the queries of every head that shares a key: row r is head r // T of the group, query r % T.
+"""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.triton.functions as f
+from attnfx.kernels.flash.triton.forward import LOWEST
+
+
+@triton.jit
+def _exp(x, NATURAL: tl.constexpr):
+    """exp of a difference of scores, in natural units or those of log 2."""
+    if NATURAL:
+        return tl.exp2(x * f.LOG2E)
+    return tl.exp2(x)
+
+
+@triton.jit
+def _finite(m, NATURAL: tl.constexpr):
+    """A maximum that may be subtracted: the kernels' own lower bound is finite, that of natural units is not."""
+    if NATURAL:
+        return tl.where(m == float("-inf"), 0.0, m)
+    return m
+
+
+@triton.jit
+def decode_kernel(
+    q, k, v, acc_out, m_out, l_out, q_strides, k_strides, v_strides, captures, sizes, seed, first, end, gap, chunk,
+    walks, order,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, NATURAL: tl.constexpr, EXTRAS_COUNT: tl.constexpr, HEADS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
+    EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to `end`, but for the whole tiles
+    of a gap, (first, length) or None, `chunk` keys each, a multiple of BN; `end` and the gap have a number n as
+    2 n + 1. Or they share evenly the tiles of a list of each group, where `walks` and `order` have one, as `walks.py`
+    makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), of float32.
+    With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
+    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    r = tl.arange(0, BM)[:, None]
+    h, i = g * PER_GROUP + r // size_t, r % size_t
+    h = tl.minimum(h, size_h - 1)
+    exists = r < PER_GROUP * size_t
+    d = tl.arange(0, BD)[None, :]
+    base = q + b.to(tl.int64) * q_strides[0]
+    at = h.to(tl.int64) * q_strides[1] + i.to(tl.int64) * q_strides[2] + d * q_strides[3]
+    q_tile = tl.load(base + at, mask=exists & (d < D), other=0.0)
+    H = HEADS(captures, sizes, b, h)
+    R = ROWS(captures, sizes, H, b, h, i)
+    if THRESHOLD is not None:
+        seed = tl.load(seed)
+    m_i = tl.full([BM], float("-inf") if NATURAL else LOWEST, tl.float32)
+    l_i = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    if EXTRAS_COUNT > 0:  # the logits without a value belong to the first split
+        logits = EXTRAS(captures, sizes, H, R, b, h, i)
+        for e in tl.static_range(EXTRAS_COUNT):
+            logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
+            logit = tl.where(split == 0, logit, float("-inf"))
+            m_new = tl.maximum(m_i, logit)
+            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
+            m_i = m_new
+    STEP: tl.constexpr = BN if order is None else 1
+    if order is None:
+        place = 0
+        last = end >> 1
+        if gap is not None:
+            last -= gap[1] >> 1
+        low = first + split * chunk
+        high = tl.minimum(low + chunk, last)
+    else:
+        place = f.walk_at(walks, b, g, 0)
+        listed = tl.load(walks[0] + 4 * place + 3)
+        share = tl.cdiv(listed, tl.num_programs(0))
+        low = split * share
+        high = tl.minimum(low + share, listed)
+    for n in range(low, high, STEP):
+        j0 = f.tile_at(order, place, n, BN)
+        if gap is not None:
+            j0 = tl.multiple_of(j0 + tl.where(j0 < (gap[0] >> 1), 0, gap[1] >> 1), BN)
+        key = f.indices(j0, BN, True)
+        j = f.clamped(key, size_s)
+        k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
+        dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
+        C = COLUMNS(captures, sizes, H, b, h, j)
+        live = key < size_s
+        if KEEP is not None:
+            live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        if SCORE is None:
+            p = tl.where(live, f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN), 0.0)
+        else:
+            s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+            s = tl.where(live, s, float("-inf"))
+            m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
+            m_safe = _finite(m_new, NATURAL)
+            p = _exp(s * SCALE - m_safe[:, None], NATURAL)
+            alpha = _exp(m_i - m_safe, NATURAL)
+            l_i = l_i * alpha + tl.sum(p, 1)
+            acc = acc * alpha[:, None]
+            m_i = m_new
+            if WEIGHT is not None:
+                p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        if THRESHOLD is not None:
+            p = tl.where(f.survives_each(seed, b * size_h + h, i, j, THRESHOLD, BM, BN), p, 0.0)
+        v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
+        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    row = ((b.to(tl.int64) * tl.num_programs(1) + g) * tl.num_programs(0) + split) * BM
+    tl.store(acc_out + (row + r) * BDV + tl.arange(0, BDV)[None, :], acc)
+    tl.store(m_out + row + tl.arange(0, BM), m_i)
+    tl.store(l_out + row + tl.arange(0, BM), l_i)
+
+
+@triton.jit
+def combine_kernel(
+    acc_in, m_in, l_in, out, logsumexp, out_strides, sizes, splits,
+    DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, PER_GROUP: tl.constexpr,
+    SAFE: tl.constexpr, RESCALE: tl.constexpr, NATURAL: tl.constexpr, SOFTMAX: tl.constexpr,
+):  # fmt: skip
+    """Grid (T * heads of a group, G, B): one row of the splits, at most BS of them, as the output and logsumexp."""
+    size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
+    r, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    h, i = g * PER_GROUP + r // size_t, r % size_t
+    splits = splits >> 1
+    n = tl.arange(0, BS)
+    rows = ((b * tl.num_programs(1) + g) * splits + n) * BM + r
+    e = tl.arange(0, BDV)
+    acc = tl.load(acc_in + rows[:, None] * BDV + e[None, :], mask=(n < splits)[:, None], other=0.0)
+    lse = 0.0
+    if SOFTMAX:
+        m_n = tl.load(m_in + rows, mask=n < splits, other=float("-inf"))
+        l_n = tl.load(l_in + rows, mask=n < splits, other=0.0)
+        m = tl.max(m_n, 0)
+        share = _exp(m_n - _finite(m, NATURAL), NATURAL)
+        total = tl.sum(l_n * share, 0)
+        if NATURAL:
+            lse = m + tl.log(total)
+        else:
+            lse = (m + tl.log2(total)) * f.LN2
+        if SAFE:
+            total = tl.where(total == 0.0, 1.0, total)
+        result = tl.sum(acc * share[:, None], 0) / total
+    else:
+        result = tl.sum(acc, 0)
+    tl.store(logsumexp + (b * size_h + h) * size_t + i, lse)
+    place = out + b * out_strides[0] + h.to(tl.int64) * out_strides[1] + i.to(tl.int64) * out_strides[2]
+    tl.store(place + e * out_strides[3], (result * RESCALE).to(out.dtype.element_ty), mask=e < DV)

@@ -1,0 +1,169 @@
+"""The forward kernel: online softmax in units of log 2, one program for each block of rows of one head."""
+
+import triton
+import triton.language as tl
+
+import attnfx.kernels.flash.triton.functions as f
+from attnfx.mask.additive import LOST
+
+# Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
+LOWEST = tl.constexpr(-3.0e38)
+LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # of a row without a live key, the largest score
+
+
+@triton.jit
+def _step(
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+    COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """One tile: BM rows, keys j0 .. j0 + BN. KEEP None: no key of it is masked. CHECK: it may reach beyond the last."""
+    size_s = sizes[3] >> 1
+    key = f.indices(j0, BN, True)
+    j = key
+    if CHECK:
+        j = f.clamped(key, size_s)
+    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
+    dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
+    C = COLUMNS(captures, sizes, H, b, h, j)
+    if SCORE is None:  # no softmax: the weight of each score is its own
+        p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        if KEEP is not None:
+            p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
+        if CHECK:
+            p = tl.where(key < size_s, p, 0.0)
+    else:
+        s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        if KEEP is not None:
+            s = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), s, float("-inf"))
+        if CHECK:
+            s = tl.where(key < size_s, s, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
+        p = tl.exp2(s * SCALE - m_new[:, None])
+        alpha = tl.exp2(m_i - m_new)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        m_i = m_new
+        if WEIGHT is not None:
+            p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+    if THRESHOLD is not None:
+        p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
+    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
+    acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, m_i, l_i
+
+
+@triton.jit
+def _whole(
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
+    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
+):  # fmt: skip
+    """Rows without a live key again, over every key and with what masks it: in natural units, which float32's lowest
+    number survives."""
+    size_s = sizes[3] >> 1
+    dead = m_i <= LARGEST_LOST
+    # the other rows see -inf alone from here on, which leaves them as they are
+    m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
+    l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
+    for j0 in range(0, size_s, BN):
+        key = f.indices(j0, BN, True)
+        j = f.clamped(key, size_s)
+        k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
+        dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
+        C = COLUMNS(captures, sizes, H, b, h, j)
+        s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
+        s = tl.where(dead[:, None] & (key < size_s), s, float("-inf"))
+        m_new = tl.maximum(m_w, tl.max(s, 1))
+        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        p = tl.exp2((s - safe[:, None]) * f.LOG2E)
+        alpha = tl.exp2((m_w - safe) * f.LOG2E)
+        l_i = l_i * alpha + tl.sum(p, 1)
+        acc = acc * alpha[:, None]
+        m_w = m_new
+        if WEIGHT is not None:
+            p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
+        if THRESHOLD is not None:
+            p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
+        v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
+        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+    return acc, l_i, m_w + tl.log(l_i)
+
+
+@triton.jit
+def forward_kernel(
+    q, k, v, out, logsumexp, q_strides, k_strides, v_strides, out_strides, captures, sizes, seed, walks, order,
+    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
+    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, SAFE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
+    PRECISION: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
+    HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
+    WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
+    logsumexp (B, H, T) contiguous, walks and order as `walks.py` makes them, or None where nothing masks. k and v may
+    be descriptors: their strides are then None.
+
+    THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
+    """
+    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    i0 = block * BM
+    m = tl.arange(0, BM)
+    i = f.clamped(f.indices(i0, BM, False), size_t)
+    q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
+    H = HEADS(captures, sizes, b, h)
+    R = ROWS(captures, sizes, H, b, h, i)
+    if THRESHOLD is not None:
+        seed = tl.load(seed)
+    m_i = tl.full([BM], LOWEST, tl.float32)
+    l_i = tl.zeros([BM], tl.float32)
+    acc = tl.zeros([BM, BDV], tl.float32)
+    if EXTRAS_COUNT > 0:
+        logits = EXTRAS(captures, sizes, H, R, b, h, i)
+        for e in tl.static_range(EXTRAS_COUNT):
+            logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
+            m_new = tl.maximum(m_i, logit)
+            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
+            m_i = m_new
+    STEP: tl.constexpr = BN if order is None else 1
+    if walks is None:
+        start, full_start, end = size_s * 0, size_s * 0, size_s
+        full_end, place = size_s // BN * BN, 0
+    else:
+        place = f.walk_at(walks, b, h, block)
+        start, full_start, full_end, end = f.walk(walks, place)
+    for n in range(full_start, full_end, STEP):
+        j0 = f.tile_at(order, place, n, BN)
+        acc, m_i, l_i = _step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
+        )  # fmt: skip
+    before = (full_start - start) // STEP
+    for n in range(0, before + tl.cdiv(end - full_end, STEP)):
+        t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
+        j0 = f.tile_at(order, place, t, BN)
+        acc, m_i, l_i = _step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
+        )  # fmt: skip
+    at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
+    if SCORE is None:
+        tl.store(logsumexp + at, tl.zeros([BM], tl.float32), mask=i0 + m < size_t)
+    else:
+        if WHOLE is None:
+            lse = (m_i + tl.log2(l_i)) * f.LN2
+        elif tl.max(tl.where((m_i <= LARGEST_LOST) & (i0 + m < size_t), 1, 0)) > 0:
+            acc, l_i, lse = _whole(
+                acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
+                D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
+            )  # fmt: skip
+        else:
+            lse = (m_i + tl.log2(l_i)) * f.LN2
+        tl.store(logsumexp + at, lse, mask=i0 + m < size_t)
+        if SAFE:
+            l_i = tl.where(l_i == 0.0, 1.0, l_i)
+        acc = acc / l_i[:, None]
+    acc = acc * RESCALE
+    f.store_tile(out, out_strides, b, h, i0, size_t, acc, BM, DV, BDV)

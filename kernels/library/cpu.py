@@ -1,0 +1,371 @@
+"""Runs a spec through ATen's fused CPU attention where the score is scale * dot + bias under a mask.
+
+The bias and the mask reach the operator as an additive mask of one block of queries on its live key range; where
+neither depends on the query beyond plain causality, as one row in a single call.
+
+Rows that the operator gets wrong, or would lose precision on, are computed by the chunked tier instead, with the block
+of rows around them: a row without a live key (the operator gives 0 and a meaningless logsumexp), and in the backward
+pass a row whose logsumexp is too large to subtract from a score. What is not a number, or so large that a product
+overflows, goes to the chunked tier as a whole: the operator gives 0 for a row of NaN.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr, walk
+from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.chunked.block_run import Run
+from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
+from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
+from attnfx.spec import AttentionSpec, I, J, additive
+
+_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+MAX_HEAD_DIM = 512
+# Beyond this, float32 keeps a logsumexp to less than 1e-4, and exp(score - logsumexp) would show it.
+LARGEST_LOGSUMEXP = 1e3
+# Queries in a block whose mask is a tile. Measured on 2 cores of an AMD EPYC, 8 heads x 4096 x 64, float32.
+ROWS = 256
+
+_ZERO = A.const(0.0)
+
+
+@dataclass(frozen=True)
+class Form:
+    """score = scale * dot + bias where all of `keep` hold.
+
+    scale    a number, or an expression free of the indices
+    keep     the mask's conjuncts
+    fill     what a row without a live key is made of; None where nothing masks
+    """
+
+    scale: float | Expr
+    bias: Expr
+    keep: tuple[Expr, ...]
+    fill: float | None
+
+
+@lru_cache(maxsize=1024)
+def form_of(spec: AttentionSpec) -> Form | str:
+    """The spec as the operator can take it, or why it cannot."""
+    if spec.normaliser != "softmax":
+        return "it has no softmax"
+    if spec.weight is not A.PROB:
+        return "its weights are changed after the softmax"
+    if spec.random:
+        return "it has dropout"
+    mask = mask_of(spec.score)
+    score, keep = spec.score, A.TRUE
+    if mask is not None and score.op == "where" and mask.keep is score.args[0] and score.args[2].op == "const":
+        keep, score = score.args[0], score.args[1]
+    found = additive(score)
+    if found is None:
+        return "its score is not a multiple of the dot product plus a bias"
+    scale, bias, inner = found
+    if inner is not None:
+        keep = A.and_(keep, inner)
+    if any(e.op in ("dot", "prob") for e in walk(keep)):
+        return "its mask depends on the scores"
+    if mask is not None and keep is not mask.keep:
+        keep, bias = A.TRUE, A.where(keep, bias, A.const(mask.fill)) if keep is not A.TRUE else bias
+    conjuncts = keep.args if keep.op == "and" else () if keep is A.TRUE else (keep,)
+    return Form(scale, bias, conjuncts, None if mask is None else float(mask.fill))
+
+
+def expresses(
+    spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
+) -> str | None:
+    """None, or why the operator cannot run such calls."""
+    form = form_of(spec)
+    if isinstance(form, str):
+        return form
+    if device.type != "cpu":
+        return f"it runs on the CPU, not on {device.type}"
+    compute = "float64" if dtype == torch.float64 else "float32"
+    if spec.compute != compute:
+        return f"it computes {dtype} in {compute}, the spec asks for {spec.compute}"
+    if max(head_dim, value_width) > MAX_HEAD_DIM:
+        return f"its head_dim is at most {MAX_HEAD_DIM}"
+    return None
+
+
+def supports(call: Call) -> str | None:
+    """None, or why the operator cannot run this call."""
+    query, key, value = call.query, call.key, call.value
+    why = expresses(call.spec, query.dtype, query.device, query.shape[3], value.shape[3])
+    if why is None and not (query.numel() and key.numel() and value.numel()):
+        return "it crashes on empty tensors"
+    return why
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a call of these sizes is made.
+
+    causal    one of the mask's conjuncts is j <= i, and nothing else depends on i: the operator's own causality
+    single    one call for all queries
+    mask      what is added to the scores: the bias, -inf where a conjunct that is left does not hold
+    blocks    the calls; neighbours that see the same keys and need no mask are made as one
+    """
+
+    causal: bool
+    single: bool
+    mask: Expr
+    blocks: tuple[KeyRange, ...]
+
+
+def _layout(spec: AttentionSpec, sizes: dict[str, int]) -> Layout:
+    return _layout_of(spec, tuple(sizes.items()), ROWS)
+
+
+@lru_cache(maxsize=1024)
+def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: int) -> Layout:
+    sizes = dict(items)
+    form = form_of(spec)
+    assert isinstance(form, Form)
+    plain = A.sub(I, J)
+    causal = [e for e in form.keep if e.op == "ge0" and _is_zero(A.sub(e.args[0], plain), sizes)]
+    keep = tuple(e for e in form.keep if e not in causal)
+    if not any("i" in e.free for e in (*keep, form.bias)):
+        return Layout(bool(causal), True, _mask(keep, form.bias), (KeyRange(0, sizes["T"], 0, sizes["S"], not keep),))
+    out: list[KeyRange] = []
+    for r in key_ranges(spec, sizes, rows):
+        last = out[-1] if out else None
+        if last and form.bias is _ZERO and last.full and r.full and (last.j0, last.j1) == (r.j0, r.j1):
+            out[-1] = last._replace(i1=r.i1)
+        else:
+            out.append(r)
+    return Layout(False, False, _mask(form.keep, form.bias), tuple(out))
+
+
+def _mask(keep: tuple[Expr, ...], bias: Expr) -> Expr:
+    return A.where(A.and_(*keep), bias, A.const(-math.inf))
+
+
+def _is_zero(e: Expr, sizes: dict[str, int]) -> bool:
+    if any(x.op in ("var", "load") for x in walk(e)):
+        return False
+    return bool(Evaluator((), sizes, {}, torch.float64, torch.device("cpu"))(e) == 0)
+
+
+@lru_cache(maxsize=1024)
+def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> bool:
+    form = form_of(spec)
+    assert isinstance(form, Form)
+    bias_is_finite = not any(e.op == "load" for e in walk(form.bias))
+    return bias_is_finite and (form.fill is None or rows_live(spec, dict(items)))
+
+
+class _Run:
+    """One call's tensors as the operator wants them, and the blocks that it is made in."""
+
+    def __init__(self, call: Call, columns: int = 0):
+        """`columns` of zeros are added to the operands' width."""
+        form = form_of(call.spec)
+        assert isinstance(form, Form)
+        self.spec, self.form = call.spec, form
+        self.sizes, self.captures = call.sizes, call.captures
+        self.layout = _layout(call.spec, self.sizes)
+        self._tiles: dict[tuple, Tensor] = {}
+        self.compute = call.compute
+        one = Axis(0, 1, -2), Axis(0, 1, -1)
+        self.scale = float(self.evaluator(*one)(form.scale) if isinstance(form.scale, Expr) else form.scale)
+        width = max(call.query.shape[3], call.value.shape[3]) + columns
+        self.query, self.key, self.value = (self.widened(x, width) for x in (call.query, call.key, call.value))
+        self.value_width = call.value.shape[3]
+        self.safe_range = self._in_range()
+
+    @staticmethod
+    def widened(x: Tensor, width: int) -> Tensor:
+        """Zeros up to the width that query, key and value share; the last dim contiguous."""
+        if x.shape[-1] < width:
+            return pad(x, (0, width - x.shape[-1]))
+        return x if x.stride(-1) == 1 else x.contiguous()
+
+    def _in_range(self) -> bool:
+        """Whether every number is finite and no product of query and key can overflow."""
+        # Cauchy-Schwarz with the norms of the whole tensors: one pass over each, and NaN or inf in either shows
+        query, key = (max(_norm(x), 1.0) for x in (self.query, self.key))
+        limit = 1e300 if self.compute == torch.float64 else 1e36
+        return query * key * max(abs(self.scale), 1.0) < limit and math.isfinite(self.scale)
+
+    def evaluator(self, i: Axis, j: Axis) -> Evaluator:
+        axes = {"b": Axis(0, self.sizes["B"], -4), "h": Axis(0, self.sizes["H"], -3), "i": i, "j": j}
+        return Evaluator(self.captures, self.sizes, axes, self.compute, torch.device("cpu"))
+
+    def mask(self, r: KeyRange) -> Tensor | None:
+        """The additive mask of a block, of four dims that broadcast; None where there is nothing to add."""
+        program = self.form.bias if r.full else self.layout.mask
+        if program is _ZERO:
+            return None
+        # what follows from j - i is the same in blocks of one shape at one distance from the diagonal
+        place = (program, r.i1 - r.i0, r.j1 - r.j0, r.j0 - r.i0) if toeplitz(program) is not None else None
+        if place is not None and place in self._tiles:
+            return self._tiles[place]
+        rows = Axis(0, 1, -2) if self.layout.single else Axis(r.i0, r.i1, -2)
+        mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(program)
+        mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
+        if place is not None:
+            self._tiles = {place: mask}  # the last one: neighbours are alike
+        return mask
+
+    def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
+        """Which rows of a block have, for some batch and head, no live key or one that is not a number."""
+        if mask is None or _surely_live(self.spec, tuple(self.sizes.items())):
+            return False
+        if self.layout.causal:  # row i sees the keys up to i
+            best = mask.cummax(-1)[0]
+            best = best[..., torch.arange(r.i0, r.i1).clamp(max=best.shape[-1] - 1)].mT
+        else:
+            best = mask.amax(-1, keepdim=True)
+        # a fill that is part of the bias is no -inf: what lies below half of it is dead too
+        lowest = -math.inf if self.form.fill is None else self.form.fill / 2
+        return ~(best > lowest).all(dim=1).all(dim=0).squeeze(-1)
+
+
+def _norm(x: Tensor) -> float:
+    """The Euclidean norm of all elements. In two steps where the memory has holes: one step is several times slower."""
+    if not (x.is_contiguous() or x.transpose(1, 2).is_contiguous()):
+        x = torch.linalg.vector_norm(x, dim=-1)
+    return float(torch.linalg.vector_norm(x))
+
+
+def forward(call: Call) -> tuple[Tensor, Tensor]:
+    """As `chunked.forward`."""
+    run = _Run(call)
+    if not run.safe_range:
+        return chunked.forward(call)
+    shape = call.query.shape[:3]
+    out, logsumexp = call.outputs()
+    bad = torch.zeros(shape[2], dtype=torch.bool)
+    for r in run.layout.blocks:
+        rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
+        if r.j0 >= r.j1:
+            bad[rows] = True
+            continue
+        mask = run.mask(r)
+        bad[rows] = run.dead(r, mask)
+        part, total = _forward(
+            run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], 0.0, run.layout.causal,
+            attn_mask=mask, scale=run.scale,
+        )  # fmt: skip
+        part = part[..., : run.value_width]
+        if call.spec.extra:
+            part, total = _with_extra(run, r, part, total)
+        if part.shape == out.shape and part.stride() == out.stride() and part.dtype == out.dtype:
+            out = part  # one call made it all, in the layout that is promised
+        else:
+            out[:, :, rows] = part
+        logsumexp[:, :, rows] = total
+    if bool(bad.any()):
+        rest = Run(call)
+        chunked.forward_rows(rest, rest.plan.holding(bad), out, logsumexp)
+    return out, logsumexp
+
+
+def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
+    """Lets the extra logits take their share of the softmax."""
+    values = run.evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
+    logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in run.spec.extra]
+    both = torch.stack([total, *logits]).logsumexp(0)
+    return part * (total - both).exp().unsqueeze(-1).to(part.dtype), both
+
+
+def backward(
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """As `chunked.backward`, which computes it where a capture's gradient is asked for.
+
+    The operator sums out * grad_out over the width of a row and takes that from the gradient of its weights. With a
+    column more, of -grad_logsumexp in the output and ones in its gradient, it takes that too.
+    """
+    column = grad_logsumexp is not None
+    run = None if any(c.grad for c in call.spec.captures) else _Run(call, columns=int(column))
+    rounded = column and call.query.dtype.itemsize < 4  # as the column would be
+    if run is None or rounded or not run.safe_range:
+        return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp)
+    bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
+    rest, which = None, set()
+    grad = grad_out
+    if bool(bad.any()):
+        rest = Run(call)
+        rest.plan.widen(logsumexp)
+        which = rest.plan.holding(bad)
+        for n in which:  # out of the operator's reach: a weight of exp(-inf), times zero
+            bad[rest.plan.rows[n].i0 : rest.plan.rows[n].i1] = True
+        at = bad.view(1, 1, -1, 1)
+        out, grad = out.masked_fill(at, 0.0), grad_out.masked_fill(at, 0.0)
+        logsumexp = logsumexp.masked_fill(at.squeeze(-1), math.inf)
+    grad, out = (run.widened(x.to(call.query.dtype), run.query.shape[-1]) for x in (grad, out))
+    if grad_logsumexp is not None:
+        grad[..., -1], out[..., -1] = 1.0, -grad_logsumexp
+    sums = _Sums(call)
+    for r in run.layout.blocks:
+        if r.j0 >= r.j1:
+            sums.rows(slice(r.i0, r.i1), 0.0)
+            continue
+        rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
+        parts = list(_backward(
+            grad[:, :, rows], run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], out[:, :, rows],
+            logsumexp[:, :, rows], 0.0, run.layout.causal, attn_mask=run.mask(r), scale=run.scale,
+        ))  # fmt: skip
+        sums.add(rows, keys, parts)
+    query, key, value = sums.result()
+    if rest is None:
+        return query, key, value, []
+    more = chunked.Gradients(rest, query, grad_logsumexp)
+    through = chunked.ThroughValues(rest, grad_out)
+    for blocks in rest.plan.blocks(which):
+        more.add_blocks(blocks, through)
+    return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []
+
+
+class _Sums:
+    """Gradients of query, key and value, added up over calls in float32 or better."""
+
+    def __init__(self, call: Call):
+        self.like = call.query, call.key, call.value
+        self.query: Tensor | None = None
+        self.key: Tensor | None = None
+        self.value: Tensor | None = None
+
+    def add(self, rows: slice, keys: slice, parts: list[Tensor]) -> None:
+        """Takes the gradients of one call out of `parts`, so that each is freed when it has been copied."""
+        query, key, value = self.like
+        dv = parts.pop()[..., : value.shape[3]]
+        if rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2]):  # one call made it all
+            self.value = dv.contiguous()
+            del dv
+            self.key = parts.pop()[..., : key.shape[3]].contiguous()
+            self.query = parts.pop()[..., : query.shape[3]].contiguous()
+            return
+        if self.key is None or self.value is None:
+            compute = torch.promote_types(query.dtype, torch.float32)
+            self.key, self.value = torch.zeros(key.shape, dtype=compute), torch.zeros(value.shape, dtype=compute)
+        self.value[:, :, keys] += dv
+        self.key[:, :, keys] += parts.pop()[..., : key.shape[3]]
+        self.rows(rows, parts.pop()[..., : query.shape[3]])
+
+    def rows(self, rows: slice, part: Tensor | float) -> None:
+        """The gradient of some queries."""
+        if self.query is None:
+            self.query = torch.empty(self.like[0].shape, dtype=self.like[0].dtype)
+        self.query[:, :, rows] = part
+
+    def result(self) -> tuple[Tensor, Tensor, Tensor]:
+        made = zip((self.query, self.key, self.value), self.like)
+        query, key, value = (torch.zeros(x.shape, dtype=x.dtype) if g is None else g.to(x.dtype) for g, x in made)
+        return query, key, value
+
+
+__all__ = ["Form", "backward", "expresses", "form_of", "forward", "supports"]

@@ -1,0 +1,97 @@
+"""PyTorch's fused operator on a GPU, `aten.scaled_dot_product_attention`: which specs it computes, and its call.
+
+It is called as it is, not from an operator of ours, so that PyTorch chooses among its kernels, saves for the backward
+pass and differentiates as for any such call. It gets no mask tensor: of a row that one empties its kernels make zeros,
+where eager gives NaN or an average. And no dropout: FlashAttention-2 keeps a weight with a probability that is rounded
+to a 256th.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from attnfx.ir import algebra as A
+from attnfx.kernels.gpu import capability
+from attnfx.kernels.library.cpu import form_of
+from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import sdpa_dispatch as fused
+
+
+class Fused(NamedTuple):
+    """softmax(scale * query @ key.mT) @ value; `causal`: query i sees the keys up to i."""
+
+    scale: float
+    causal: bool
+
+
+@lru_cache(maxsize=1024)
+def call_of(spec: AttentionSpec) -> Fused | str:
+    """How the operator is called, or why it cannot compute a spec, whatever the device."""
+    form = form_of(spec)
+    if isinstance(form, str):
+        return form
+    if spec.extra:
+        return "its softmax has logits without keys"
+    if not isinstance(form.scale, float):
+        return "its scale is no number"
+    if not form.scale > 0:
+        return f"its scale is {form.scale:g}, and the kernels take the largest product for the largest score"
+    if form.bias is not A.const(0.0):
+        return "it adds a bias"
+    if form.keep not in ((), (A.ge(I, J),)):
+        return "its mask is another one than plain causality"
+    return Fused(form.scale, bool(form.keep))
+
+
+def expresses(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    value_width: int,
+    target: int | None = None,
+    *,
+    grouped: bool = False,
+    square: bool = True,
+) -> str | None:
+    """Why no such call is made of a spec, one sentence, or None; with `target`, on a GPU of that compute capability.
+    `grouped`: heads share keys; `square`: there are as many queries as keys."""
+    call, name = call_of(spec), str(dtype).removeprefix("torch.")
+    if isinstance(call, str):
+        return call
+    if spec.compute != "float32" or spec.out_dtype != name:
+        return f"it computes in float32 and gives {name}, the spec asks for {spec.compute} and {spec.out_dtype}"
+    if device.type != "cuda" or (target is None and (torch.version.hip is not None or not torch.cuda.is_available())):
+        return "its kernels are for NVIDIA GPUs"
+    capable = capability(device) if target is None else target
+    cudnn = target is not None or prefers_cudnn()
+    plain = square or not call.causal
+    chosen = fused.kernel(name, capable, head_dim, value_width, cudnn, grouped, plain)
+    if chosen is None:
+        widths = f"{head_dim}" if head_dim == value_width else f"{head_dim} and {value_width}"
+        shared = ", with heads that share keys," if grouped else ""
+        return f"its kernels take no {name} of width {widths}{shared} on {capable // 10}.{capable % 10}"
+    if chosen == fused.CUDNN and not plain:
+        return "cuDNN's kernel is causal where there are as many queries as keys"
+    cuda = torch.backends.cuda
+    if target is None and chosen == fused.FLASH and not cuda.flash_sdp_enabled():
+        return "torch.backends.cuda has turned FlashAttention off"
+    if target is None and chosen == fused.EFFICIENT and not cuda.mem_efficient_sdp_enabled():
+        return "torch.backends.cuda has turned memory-efficient attention off"
+    return None
+
+
+def prefers_cudnn() -> bool:
+    """Whether the fused operator of this process takes cuDNN's kernel first, on the devices where it may."""
+    version = torch.backends.cudnn.version() or 0
+    return (
+        version > fused.PREFERRED
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not torch.are_deterministic_algorithms_enabled()
+    )
+
+
+__all__ = ["Fused", "call_of", "expresses", "prefers_cudnn"]

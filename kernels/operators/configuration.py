@@ -1,0 +1,75 @@
+"""The operator's `tier` argument: which ways of running may be tried, and with which tile.
+
+    tiers          = tier {"," tier}
+    tier           = name [":" ROWS "x" KEYS "/" WARPS "/" STAGES ["/" SPLITS] | ":" ELEMENTS]
+
+as in "flash:128x64/8/3,chunked", "decode:16x128/4/3/32,chunked" and "chunked:65536". Without a tile, and where the tile
+does not compile or fit, the kernels' own table decides.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import NamedTuple
+
+from attnfx.kernels.flash.host.tiles import Tile
+from attnfx.report.records import Candidate
+
+_FORM = re.compile(r"(\w+)(?::(\d+)x(\d+)/(\d+)/(\d+)(?:/(\d+))?|:(\d+))?")
+
+
+class Configuration(NamedTuple):
+    """tier      a name of `operator.TIERS`
+    tile      of its forward kernel, or None for the table's
+    splits    parts of the keys that the decode kernel is cut into, 0 for its own choice
+    elements  of the chunked tier: the most scores at once, 0 for its own choice
+    """
+
+    tier: str
+    tile: Tile | None = None
+    splits: int = 0
+    elements: int = 0
+
+    def __str__(self) -> str:
+        if self.tile is None:
+            return f"{self.tier}:{self.elements}" if self.elements else self.tier
+        rows, keys, warps, stages = self.tile
+        return f"{self.tier}:{rows}x{keys}/{warps}/{stages}" + (f"/{self.splits}" if self.splits else "")
+
+
+@lru_cache(maxsize=1024)
+def parse(tiers: str) -> tuple[Configuration, ...]:
+    """The configurations in a `tier` argument. Raises ValueError for what is not of the form above."""
+    out = []
+    for part in tiers.split(","):
+        found = _FORM.fullmatch(part)
+        if found is None:
+            raise ValueError(
+                f"attnfx.attention: tier {part!r} is not a name with an optional tile, such as 'flash:128x64/8/3'"
+            )
+        name, *numbers = found.groups()
+        rows, keys, warps, stages, splits, elements = (int(n or 0) for n in numbers)
+        if numbers[5] is not None and (name != "chunked" or not elements):
+            raise ValueError(
+                f"attnfx.attention: tier {part!r}: only the chunked tier takes a number of scores, above 0"
+            )
+        if numbers[0] is not None and not all(_power(n) for n in (rows, keys, warps)):
+            raise ValueError(f"attnfx.attention: tier {part!r}: rows, keys and warps of a tile are powers of two")
+        out.append(
+            Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements)
+        )
+    return tuple(out)
+
+
+def of(candidate: Candidate) -> Configuration:
+    """What runs as the candidate was predicted; its text tells the candidates of a site apart."""
+    tile = None if candidate.tile is None else Tile(*candidate.tile, candidate.warps, candidate.stages)
+    return Configuration(candidate.tier, tile, candidate.splits)
+
+
+def _power(n: int) -> bool:
+    return n > 0 and n & (n - 1) == 0
+
+
+__all__ = ["Configuration", "of", "parse"]

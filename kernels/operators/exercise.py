@@ -1,0 +1,138 @@
+"""Exercise an operator of a rewritten graph once on tiny tensors, forward and, in training, backward.
+
+Raises whatever the chosen tier raises. Sizes are shortened, so that a program costs a few milliseconds: batch, heads,
+rows and keys for a spec, the rows alone for a row program. Each distinct call is exercised once in a process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._guards import tracing
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from attnfx.kernels.rows import run as rows
+from attnfx.spec import AXES, AttentionSpec, from_json, loads
+from attnfx.spec import rows as rowprogram
+
+LARGEST = 1 << 23  # elements that the operands of a row program may have in memory
+_done: set[str] = set()
+
+
+class Like(NamedTuple):
+    """A tensor by its shape, dtype and device."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+def exercise(operator: Any, args: Sequence[Any], training: bool) -> None:
+    """Call `operator`, an overload of torch.ops.attnfx, on tensors like `args`, in which a `Like` stands for each
+    tensor. With `training`, gradients of its differentiable operands are computed too."""
+    known = repr((str(operator), args, training))
+    if known in _done:
+        return
+    name = operator._schema.name.removeprefix("attnfx::")
+    with unset_fake_temporarily(), tracing(None), torch.set_grad_enabled(training), _no_autocast():
+        if name == "attention_rows":
+            _exercise_rows(*args, training=training)
+        else:
+            _run(operator, *_shortened(name, args, training))
+    _done.add(known)
+
+
+def _run(operator: Any, args: Sequence[Any], leaves: Sequence[Tensor]) -> None:
+    made = operator(*args)
+    outs = [x for x in (made if isinstance(made, list | tuple) else [made]) if x.requires_grad]
+    if outs and leaves:
+        torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
+
+
+def _shortened(name: str, args: Sequence[Any], training: bool) -> tuple[list[Any], list[Tensor]]:
+    """The arguments of `attention`, `attention_weights` or `attention_weights_max`, and which of them learn."""
+    query, key, third, captures, sizes, seed, text, last, *_ = args
+    spec = from_json(text)
+    ratio = query.shape[1] // key.shape[1] if key.shape[1] else 0
+    batch, groups = min(query.shape[0], 2), min(key.shape[1], 2)
+    short = {"b": batch, "h": groups * ratio, "i": _short(query.shape[2]), "j": _short(key.shape[2])}
+    q = _made(query, (batch, short["h"], short["i"], query.shape[3]), training)
+    k = _made(key, (batch, groups, short["j"], key.shape[3]), training)
+    if name == "attention":
+        v = _made(third, (batch, groups, short["j"], third.shape[3]), training)
+    else:
+        v = _made(third, (batch, short["h"], short["i"]), False)
+    held = [
+        _made(c, shape, training and known.grad)
+        for c, shape, known in zip(captures, _capture_shapes(spec, captures, short), spec.captures)
+    ]
+    learning = [x for x in (q, k, v, *held) if x.requires_grad]
+    made = None if seed is None else _made(seed, seed.shape, False)
+    return [q, k, v, held, list(sizes), made, text, last], learning
+
+
+def _short(n: int) -> int:
+    """A small number of the same remainder by 16, which kernels are specialized for."""
+    return n if n <= 16 else 16 + n % 16
+
+
+def _capture_shapes(
+    spec: AttentionSpec, captures: Sequence[Like], short: Mapping[str, int]
+) -> list[tuple[int, ...]]:  # fmt: skip
+    """A dimension that is read at one of the variables is as short as that; any other has all of its elements."""
+    shapes = [list(c.shape) for c in captures]
+    read: dict[tuple[int, int], set[str]] = {}
+    for e in loads(spec):
+        for d, index in enumerate(e.args):
+            read.setdefault((int(e.value), d), set()).add(str(index.value) if index.op == "var" else "")  # type: ignore[call-overload]
+    for (slot, d), names in read.items():
+        if len(names) == 1 and (name := next(iter(names))) in AXES and shapes[slot][d] > 1:
+            shapes[slot][d] = short[name]
+    return [tuple(s) for s in shapes]
+
+
+def _made(like: Like, shape: Sequence[int], learns: bool) -> Tensor:
+    """Zeros, in bool ones; a tensor that does not learn takes no memory."""
+    fill = True if like.dtype == torch.bool else 0
+    if learns and like.dtype.is_floating_point:
+        return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device, requires_grad=True)
+    if prod(shape) <= 1 << 12:
+        return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device)
+    return torch.full((), fill, dtype=like.dtype, device=like.device).expand(tuple(shape))
+
+
+def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | None, text: str, training: bool) -> None:
+    """Two rows of a row program, by its own calls. On fake tensors where the operands are large."""
+    program = replace(rowprogram.from_json(text), compiled=False)
+    shapes = [
+        [min(n, 2) if d == row else n for d, n in enumerate(x.shape)] for x, row in zip(inputs, program.inputs)
+    ]  # fmt: skip
+    small = sum(map(prod, shapes)) <= LARGEST
+    if not small and program.random:
+        return  # a fake seed has no number
+
+    def run() -> None:
+        made = [_made(x, shape, grad and training) for x, shape, grad in zip(inputs, shapes, program.grads)]
+        drawn = None if seed is None else _made(seed, seed.shape, False)
+        call = rows.prepare(program.to_json(), made, sizes, drawn)
+        outs = rows.forward(call)
+        if training and any(program.grads):
+            rows.backward(call, [torch.ones_like(x) if x.is_floating_point() else None for x in outs])
+
+    if small:
+        run()
+        return
+    with FakeTensorMode():
+        run()
+
+
+def _no_autocast():
+    return torch.autocast("cpu", enabled=False)
+
+
+__all__ = ["Like", "exercise"]

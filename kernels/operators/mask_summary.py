@@ -1,0 +1,44 @@
+"""The operator `attnfx::mask_summary`: which grains of a mask that stands in tensors are empty, full or partial.
+
+It is a node of its own in a rewritten graph, and not a cache behind `attnfx::attention`, because a graph alone knows
+when a tensor has changed: compilers write into buffers without counting versions, reuse them for other values, and a
+captured CUDA graph runs again over new values in the same place. The attentions of all layers that have one mask read
+one node, in both passes; it is computed again whenever the graph runs.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from attnfx.kernels.flash import tier as flash
+from attnfx.kernels.operators.attention import register, require, twice
+from attnfx.mask import runtime_summary as summary
+from attnfx.spec import AXES, AttentionSpec, from_json
+
+_SCHEMA = "mask_summary(Tensor[] captures, SymInt[] sizes, str spec) -> Tensor"
+
+
+def _shape(captures, sizes, spec) -> tuple[int, ...]:
+    made: AttentionSpec = from_json(spec)
+    names = (*AXES.values(), *made.sizes)
+    require(len(captures) == len(made.captures), f"{len(captures)} captures of {len(made.captures)}")
+    require(len(sizes) == len(names), f"{len(sizes)} sizes of {len(names)}")
+    return summary.shape(made, dict(zip(names, sizes)))
+
+
+def _summary(captures, sizes, spec):
+    shape = _shape(captures, sizes, spec)
+    if flash.missing(captures[0].device) or flash.beyond(*shape[:2]):
+        return captures[0].new_full(shape, summary.LIVE | summary.DEAD, dtype=torch.uint8)
+    return flash.summarise(captures, sizes, from_json(spec))
+
+
+def _fake_summary(captures, sizes, spec):
+    return captures[0].new_empty(_shape(captures, sizes, spec), dtype=torch.uint8)
+
+
+def _setup(ctx, inputs, output):
+    ctx.mark_non_differentiable(output)
+
+
+register(_SCHEMA, _summary, _fake_summary, twice, _setup)

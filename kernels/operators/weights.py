@@ -1,0 +1,157 @@
+"""The operators `attnfx::attention_weights`, `attnfx::attention_weights_max`, and their backward passes.
+
+What a rewritten graph calls where a model reads a sum, a mean, some rows or the largest of the weights beside the
+attention itself.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.utils.flop_counter import register_flop_formula
+
+from attnfx.ir import algebra as A
+from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import weights
+from attnfx.kernels.operators.attention import check, register, require, twice
+from attnfx.spec import from_json
+
+_SHARED = "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec"
+_FORWARD = f"attention_weights({_SHARED}, str keep) -> Tensor"
+_BACKWARD = f"attention_weights_backward(Tensor grad_out, {_SHARED}, str keep) -> (Tensor, Tensor, Tensor[])"
+_MAX = f"attention_weights_max({_SHARED}, str over) -> (Tensor, Tensor)"
+_MAX_BACKWARD = (
+    f"attention_weights_max_backward(Tensor grad_out, Tensor index, {_SHARED}, str over) -> (Tensor, Tensor, Tensor[])"
+)
+
+
+def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:
+    call = Call(from_json(spec), query, key, key, captures, sizes, seed)
+    check(call)
+    in_order = "".join(a for a in weights.AXES if a in keep)
+    require(keep == in_order, f"keep is {keep!r}, expected letters of {weights.AXES!r} in that order")
+    require(
+        logsumexp.shape == query.shape[:3],
+        f"logsumexp is {tuple(logsumexp.shape)}, but query has batch, heads and length {tuple(query.shape[:3])}",
+    )
+    return call
+
+
+def _weights(query, key, logsumexp, *rest):
+    return weights.forward(_call(query, key, logsumexp, *rest), logsumexp, rest[-1])
+
+
+def _weights_backward(grad_out, query, key, logsumexp, *rest):
+    call = _call(query, key, logsumexp, *rest)
+    require(
+        list(grad_out.shape) == weights.shape_of(call, rest[-1]),
+        f"grad_out is {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
+    )
+    query, key, captures = weights.backward(call, grad_out, logsumexp, rest[-1])
+    return query, key, captures
+
+
+def _fake_weights(query, key, logsumexp, *rest):
+    call = _call(query, key, logsumexp, *rest)
+    return query.new_empty(weights.shape_of(call, rest[-1]), dtype=call.compute)
+
+
+def _fake_weights_backward(grad_out, query, key, logsumexp, *rest):
+    call = _call(query, key, logsumexp, *rest)
+    wanted = [x for x, c in zip(call.captures, call.spec.captures) if c.grad]
+    empty = [x.new_empty(x.shape) for x in (query, key, *wanted)]
+    return empty[0], empty[1], empty[2:]
+
+
+def _setup(ctx, inputs, output):
+    query, key, logsumexp, captures, sizes, seed, spec, keep = inputs
+    ctx.save_for_backward(query, key, logsumexp, *([] if seed is None else [seed]), *captures)
+    ctx.sizes, ctx.random, ctx.spec, ctx.keep = sizes, seed is not None, spec, keep
+
+
+def _differentiate(ctx, grad_out):
+    query, key, logsumexp, *rest = ctx.saved_tensors
+    seed, captures = (rest[0], rest[1:]) if ctx.random else (None, rest)
+    of_query, of_key, found = torch.ops.attnfx.attention_weights_backward(
+        grad_out, query, key, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.keep
+    )
+    given = iter(found)
+    of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
+    # logsumexp is a number that the weights are computed with, no way that a gradient takes
+    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
+
+
+def _flops(query_shape, key_shape, *_, out_shape=None, **__) -> int:
+    """Of the one contraction: 2 * B * H * T * S * D."""
+    b, h, t, d = query_shape
+    return 2 * b * h * t * key_shape[2] * d
+
+
+def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__) -> int:
+    """Of three contractions, of which one recomputes the scores."""
+    return 3 * _flops(query_shape, key_shape)
+
+
+# -- the largest of each row, or of each key --------------------------------------------------------
+def _max_call(*given) -> Call:
+    call, over = _call(*given[:-1]), given[-1]
+    require(over in ("i", "j"), f"over is {over!r}, expected 'i' or 'j'")
+    plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
+    require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
+    size, what = (call.query.shape[2], "row") if over == "i" else (call.key.shape[2], "key")
+    require(size > 0, f"there is no {what} to be the largest")
+    return call
+
+
+def _shape_of_max(call: Call, over: str) -> list[int]:
+    return weights.shape_of(call, weights.AXES.replace(over, ""))
+
+
+def _max(query, key, logsumexp, *rest):
+    return weights.largest(_max_call(query, key, logsumexp, *rest), logsumexp, rest[-1])
+
+
+def _max_backward(grad_out, index, query, key, logsumexp, *rest):
+    call = _max_call(query, key, logsumexp, *rest)
+    wanted = _shape_of_max(call, rest[-1])
+    for name, x in (("grad_out", grad_out), ("index", index)):
+        require(list(x.shape) == wanted, f"{name} is {tuple(x.shape)}, expected {tuple(wanted)}")
+    return weights.largest_backward(call, grad_out, index, logsumexp, rest[-1])
+
+
+def _fake_max(query, key, logsumexp, *rest):
+    call = _max_call(query, key, logsumexp, *rest)
+    shape = _shape_of_max(call, rest[-1])
+    return query.new_empty(shape, dtype=call.compute), query.new_empty(shape, dtype=torch.int64)
+
+
+def _fake_max_backward(grad_out, index, *operands):
+    return _fake_weights_backward(grad_out, *operands[:-1])
+
+
+def _setup_max(ctx, inputs, output):
+    query, key, logsumexp, captures, sizes, _, spec, over = inputs
+    ctx.save_for_backward(query, key, logsumexp, output[1], *captures)
+    ctx.sizes, ctx.spec, ctx.over = sizes, spec, over
+    ctx.mark_non_differentiable(output[1])
+
+
+def _differentiate_max(ctx, grad_out, _):
+    query, key, logsumexp, index, *captures = ctx.saved_tensors
+    of_query, of_key, found = torch.ops.attnfx.attention_weights_max_backward(
+        grad_out, index, query, key, logsumexp, captures, ctx.sizes, None, ctx.spec, ctx.over
+    )
+    given = iter(found)
+    of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
+    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
+
+
+register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2, capturable=False)
+register(_BACKWARD, _weights_backward, _fake_weights_backward, twice, capturable=False)
+register(_MAX, _max, _fake_max, _differentiate_max, _setup_max, autocast=2, capturable=False)
+register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice, capturable=False)
+register_flop_formula(torch.ops.attnfx.attention_weights)(_flops)
+register_flop_formula(torch.ops.attnfx.attention_weights_backward)(_flops_backward)
+register_flop_formula(torch.ops.attnfx.attention_weights_max)(_flops)
+register_flop_formula(torch.ops.attnfx.attention_weights_max_backward)(
+    lambda grad_shape, index_shape, *rest, out_shape=None, **_: _flops_backward(grad_shape, *rest)
+)

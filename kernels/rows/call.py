@@ -1,0 +1,197 @@
+"""The operands of the operator of whole rows, checked, and the calls of its program: what one chunk evaluates."""
+
+from __future__ import annotations
+
+import json
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfx.ir.expr import Expr
+from attnfx.ir.serialize import parse
+from attnfx.kernels.rows.compiled_body import Factor, Place
+from attnfx.mask import key_ranges
+from attnfx.spec.rows import Ref, RowProgram, from_json
+
+WIDTHS, NARROW = 4, 16  # how many numbers of keys chunks have, where masks leave some out: compiled, and call by call
+
+
+class Step(NamedTuple):
+    """One call made ready. `done` are the values that no later call reads."""
+
+    call: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    done: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RowCall:
+    """The operands of the operator, checked; `text` is the program's."""
+
+    text: str
+    program: RowProgram
+    steps: tuple[Step, ...]
+    inputs: Sequence[Tensor]
+    sizes: Sequence[int]
+    seed: Tensor | None
+
+    @property
+    def length(self) -> int:
+        return next(x.shape[d] for x, d in zip(self.inputs, self.program.inputs) if d is not None)
+
+    @property
+    def columns(self) -> Sequence[int | None]:
+        """For each input the dimension that its keys lie along, where chunks take some keys only."""
+        return self.program.live.columns if self.program.live else [None] * len(self.inputs)
+
+    def keys(self, rows: int) -> list[tuple[int, int]] | None:
+        """For each chunk of `rows` rows its first key and how many it takes, None where it takes all. Of few different
+        numbers: a body is made for each."""
+        live = self.program.live
+        if live is None or not self.length:
+            return None
+        count = next(x.shape[d] for x, d in zip(self.inputs, live.columns) if d is not None)
+        step = -(-count // (WIDTHS if self.program.compiled else NARROW)) or 1
+        least = min(max(live.least, 1), count)
+        found = []
+        for r in key_ranges(_score(live.score), {"B": 1, "H": 1, "T": self.length, "S": count}, rows):
+            first = min(r.j0 // step * step, count - least)
+            last = min(max(-(-r.j1 // step) * step, first + -(-least // step) * step), count)
+            found.append((first, last - first))
+        return found
+
+    def number(self, x: int | Ref, rows: int) -> int:
+        if not isinstance(x, Ref):
+            return x
+        return rows if x.kind == "rows" else self.sizes[int(x.what)]
+
+    def shapes(self) -> list[list[int]]:
+        length = self.length
+        return [[self.number(n, length) for n in r.shape] for r in self.program.results]
+
+
+def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None) -> RowCall:
+    """Raises ValueError for operands that do not fit the program."""
+    made = from_json(program)
+    if len(inputs) != len(made.inputs):
+        raise ValueError(f"attnfx.attention_rows: {len(inputs)} inputs, the program needs {len(made.inputs)}")
+    lengths: list[int] = []
+    for n, (x, d) in enumerate(zip(inputs, made.inputs)):
+        if d is not None:
+            if d >= x.ndim:
+                raise ValueError(
+                    f"attnfx.attention_rows: inputs[{n}] has {x.ndim} dims, and its rows should lie along {d}"
+                )
+            lengths.append(x.shape[d])
+    if not lengths or any(n != lengths[0] for n in lengths):
+        raise ValueError(f"attnfx.attention_rows: the inputs have different numbers of rows: {lengths}")
+    if made.random and seed is None:
+        raise ValueError("attnfx.attention_rows: seed is None, but the program has dropout")
+    return RowCall(program, made, steps(program), inputs, sizes, seed)
+
+
+@lru_cache(maxsize=512)
+def _score(text: str) -> Expr:
+    return parse(json.loads(text))[0]
+
+
+@lru_cache(maxsize=512)
+def steps(text: str) -> tuple[Step, ...]:
+    """The calls of a program, their operators looked up."""
+    program = from_json(text)
+    first = len(program.inputs)
+    last: dict[int, int] = {}
+    for n, call in enumerate(program.calls):
+        for v in _values((call.args, tuple(v for _, v in call.kwargs))):
+            last[v] = n
+    kept = {r.value for r in program.results}
+    done: dict[int, list[int]] = {}
+    for v, n in last.items():
+        if v not in kept and v >= first:
+            done.setdefault(n, []).append(v)
+    return tuple(
+        Step(_operator(c.op), c.args, dict(c.kwargs), tuple(done.get(n, ()))) for n, c in enumerate(program.calls)
+    )
+
+
+def _values(x: Any) -> Iterator[int]:
+    if isinstance(x, Ref) and x.kind in ("value", "number"):
+        yield int(x.what)
+    elif isinstance(x, tuple):
+        for a in x:
+            yield from _values(a)
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    if name in OWN:
+        return OWN[name]
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(torch.ops.aten, packet), overload)
+
+
+def _dropout(x: Tensor, p: float, factor: Factor) -> Tensor:
+    return x * factor(x, p)
+
+
+def _triangle(lower: bool, x: Tensor, diagonal: int | Tensor = 0) -> Tensor:
+    """Of rows whose first one decides the diagonal: a tensor in a body, which is one for all chunks."""
+    if not isinstance(diagonal, Tensor):
+        return x.tril(diagonal) if lower else x.triu(diagonal)
+    rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
+    distance = columns - rows[:, None] - diagonal
+    return torch.where(distance <= 0 if lower else distance >= 0, x, 0)
+
+
+OWN: dict[str, Callable[..., Any]] = {
+    "getitem": operator.getitem,
+    "dropout": _dropout,
+    "tril.default": partial(_triangle, True),
+    "triu.default": partial(_triangle, False),
+}
+
+
+def evaluate(call: RowCall, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
+    """Some rows of each result, from the same rows of the inputs."""
+    values: list[Any] = list(inputs)
+
+    def given(x: Any) -> Any:
+        if isinstance(x, tuple):
+            return [given(a) for a in x]
+        if not isinstance(x, Ref):
+            return x
+        match x.kind:
+            case "value":
+                return values[int(x.what)]
+            case "size":
+                return call.sizes[int(x.what)]
+            case "number":
+                return values[int(x.what)].item()
+            case "rows":
+                return place.rows
+            case "columns":
+                return place.columns
+            case "start":
+                return place.start + int(x.what)
+            case "corner":
+                return place.corner + int(x.what)
+            case "device":
+                return torch.device(str(x.what))
+        return getattr(torch, str(x.what))
+
+    for step in call.steps:
+        args = [given(a) for a in step.args]
+        if step.call is _dropout:
+            args.append(factor)
+        values.append(step.call(*args, **{k: given(a) for k, a in step.kwargs.items()}))
+        for n in step.done:
+            values[n] = None
+    return [values[r.value] for r in call.program.results]
+
+
+__all__ = ["RowCall", "evaluate", "prepare"]

@@ -1,0 +1,218 @@
+"""Runs a row program in chunks of rows: nothing of the size of a whole score matrix exists, forward or backward.
+
+Each chunk is the program's own ATen calls on a range of rows, so a chunk computes what eager would, to the last bit
+where the operators round rows alike; or all of them compiled as one body (`kernels/rows/compiled_body.py`). The
+backward pass runs each chunk again with the draws of the forward pass, under autograd or in the body of both, and adds
+the gradients of what all chunks read in float32 or better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfx.kernels.chunked.block_run import mix
+from attnfx.kernels.rows import compiled_body as bodies
+from attnfx.kernels.rows.call import RowCall, evaluate, prepare
+from attnfx.kernels.rows.compiled_body import Body, Factor, Place
+from attnfx.kernels.rows.heap import Heap
+
+# Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
+# (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
+TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
+ROWS = 16
+GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
+
+Draw = Callable[[torch.Size, torch.dtype, float], Tensor]
+
+
+class Chunk(NamedTuple):
+    """`rows` rows from `start` on, and of what has keys the `columns` from `first` on; `inputs` are each input's
+    own rows and keys, or the whole of it."""
+
+    number: int
+    rows: int
+    columns: int
+    start: int
+    first: int
+    inputs: list[Tensor]
+
+    @property
+    def place(self) -> Place:
+        return Place(self.rows, self.columns, self.start, self.start - self.first)
+
+    def of(self, x: Tensor, row: int | None, column: int | None = None) -> Tensor:
+        """The chunk's part of a whole tensor, whose rows and keys lie along `row` and `column`."""
+        x = x if row is None else x.narrow(row, self.start, self.rows)
+        return x if column is None else x.narrow(column, self.first, self.columns)
+
+
+class Runner:
+    """One pass over the chunks of a call."""
+
+    def __init__(self, call: RowCall):
+        self.call = call
+        self.length = call.length
+        self.device = next(x.device for x in call.inputs)
+        self.first_seed = int(call.seed.item()) if call.program.random and call.seed is not None else 0
+        self.rows = self._rows()
+
+    def _rows(self) -> int:
+        weight = max(int(self.call.number(self.call.program.weight, self.length)), 1)
+        most = max(TILE_ELEMENTS.get(self.device.type, 1 << 22) // weight, ROWS)
+        count = max(-(-self.length // most), 1)
+        return max(-(-self.length // count), 1)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """All of `rows` rows, but for the last."""
+        call, several = self.call, self.rows < self.length
+        heap = Heap(GROWTH) if self.device.type == "cpu" and several else None
+        keys = call.keys(self.rows)
+        for n, start in enumerate(range(0, max(self.length, 1), self.rows)):
+            rows = min(self.rows, self.length - start)
+            first, columns = keys[n] if keys else (0, 0)
+            chunk = Chunk(n, rows, columns, start, first, [])
+            yield chunk._replace(
+                inputs=[chunk.of(x.detach(), d, c) for x, d, c in zip(call.inputs, call.program.inputs, call.columns)]
+            )
+            if heap is not None:
+                heap.trim()
+
+    def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
+        """The chunk's rows of each result."""
+
+        def calls() -> Sequence[Tensor | None]:
+            with torch.no_grad():
+                return self._evaluate(chunk.place, chunk.inputs, _factor(self._draw(chunk)))
+
+        def run(body: Body) -> Sequence[Tensor | None]:
+            return body(chunk.place, chunk.inputs, [], self._draw(chunk))
+
+        if self._has_body(chunk):
+            operands = self._evaluate, chunk.place, chunk.inputs
+            body = bodies.forward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
+            if body is not None:
+                return run(body)
+        return calls()
+
+    def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        """Gradients of the chunk's inputs `wanted`, from those of whole results; None where none of these depends on
+        one."""
+        of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
+
+        def calls() -> Sequence[Tensor | None]:
+            factor = _factor(self._draw(chunk))
+            with _recorded():
+                return bodies.gradients(lambda x: self._evaluate(chunk.place, x, factor), chunk.inputs, wanted, of_rows)
+
+        def run(body: Body) -> Sequence[Tensor | None]:
+            with torch.no_grad():
+                return body(chunk.place, chunk.inputs, [g for g in of_rows if g is not None], self._draw(chunk))
+
+        if self._has_body(chunk):
+            operands = self._evaluate, chunk.place, chunk.inputs, wanted, of_rows
+            body = bodies.backward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
+            if body is not None:
+                return run(body)
+        return calls()
+
+    def _has_body(self, chunk: Chunk) -> bool:
+        """The last chunk's rows may be fewer: it runs without, which costs less than to compile another."""
+        return self.call.program.compiled and chunk.rows == self.rows
+
+    def _evaluate(self, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
+        return evaluate(self.call, place, inputs, factor)
+
+    def _draw(self, chunk: Chunk) -> Draw:
+        """Gives the factors of a dropout, call for call those of the other pass."""
+        generator: torch.Generator | None = None
+
+        def draw(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
+            nonlocal generator
+            if generator is None:
+                generator = torch.Generator(device=self.device)
+                generator.manual_seed(mix(self.first_seed, chunk.number))
+            if p >= 1.0:
+                return torch.zeros(shape, dtype=dtype, device=self.device)
+            kept = torch.empty(shape, dtype=dtype, device=self.device).bernoulli_(1.0 - p, generator=generator)
+            return kept.div_(1.0 - p)
+
+        return draw
+
+
+def _factor(draw: Draw) -> Factor:
+    return lambda x, p: draw(x.shape, x.dtype, p)
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Casts were recorded when the program was: autocast has nothing to add."""
+    with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+        yield
+
+
+@contextmanager
+def _recorded() -> Iterator[None]:
+    """Autograd works, as it does not by itself inside an operator."""
+    guard = torch._C._ForceDispatchKeyGuard(
+        torch._C._dispatch_tls_local_include_set(),
+        torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality),
+    )
+    with guard, torch.enable_grad():
+        yield
+
+
+def forward(call: RowCall) -> list[Tensor]:
+    """Each result whole, contiguous."""
+    run = Runner(call)
+    like = call.inputs[0]
+    outs = [
+        torch.empty(shape, dtype=getattr(torch, r.dtype), device=like.device)
+        for shape, r in zip(call.shapes(), call.program.results)
+    ]
+    with _plainly(), torch.no_grad():
+        for chunk in run.chunks():
+            for out, part, r in zip(outs, run.forward(chunk), call.program.results):
+                chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
+    return outs
+
+
+def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Gradients of the inputs whose `grads` is True, each as its input is, contiguous. A result without a gradient is
+    None."""
+    run, program = Runner(call), call.program
+    wanted = [n for n, g in enumerate(program.grads) if g]
+    sums: dict[int, Tensor] = {}
+    with _plainly():
+        for chunk in run.chunks():
+            for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
+                if part is None:
+                    continue
+                d, c = program.inputs[n], call.columns[n]
+                if n not in sums and d is None and c is None:
+                    sums[n] = part.to(_wide(part.dtype), copy=True)
+                    continue
+                if n not in sums:
+                    like = call.inputs[n]
+                    made = torch.empty if c is None else torch.zeros
+                    sums[n] = made(
+                        like.shape, dtype=like.dtype if d is not None else _wide(like.dtype), device=like.device
+                    )
+                own = chunk.of(sums[n], d, c)
+                own.add_(part) if d is None else own.copy_(part)
+    return [
+        sums[n].to(x.dtype).contiguous() if n in sums else torch.zeros(x.shape, dtype=x.dtype, device=x.device)
+        for n, x in ((n, call.inputs[n]) for n in wanted)
+    ]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What gradients are added up in."""
+    return torch.float32 if dtype.itemsize < 4 else dtype
+
+
+__all__ = ["RowCall", "backward", "forward", "prepare"]

@@ -1,0 +1,44 @@
+"""Eliminate dead code, and verify a graph between passes."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.analysis import written_operands
+
+UNREAD = "attnfx_unread"  # marks a random draw that nothing read when the graph was traced
+
+
+def mark_unread_draws(gm: GraphModule) -> None:
+    """Mark the random draws that nothing reads: dropping one would change all draws after it."""
+    dead: set[Node] = set()
+    for n in reversed(gm.graph.nodes):
+        if not _impure(n) and all(u in dead for u in n.users):
+            dead.add(n)
+            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+                n.meta[UNREAD] = True
+
+
+def clean(gm: GraphModule) -> None:
+    """Eliminate dead code in this graph alone: in-place operators, regions and unread random draws of the user stay,
+    and so do the bodies of higher-order operators, which FX's own elimination enters."""
+    for n in reversed(list(gm.graph.nodes)):
+        if not n.users and not _impure(n) and UNREAD not in n.meta:
+            gm.graph.erase_node(n)
+    gm.recompile()
+
+
+def _impure(n: Node) -> bool:
+    if n.op in ("placeholder", "output") or written_operands(n):
+        return True
+    known = isinstance(n.target, torch._ops.OpOverload) or getattr(n.target, "__module__", "") == "_operator"
+    return n.op == "call_function" and not known
+
+
+def check(gm: GraphModule) -> None:
+    """The invariants of a graph between passes; AssertionError names what is broken."""
+    gm.graph.lint()
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.returns:
+            assert "val" in n.meta, f"{n.name} has no example value"

@@ -1,0 +1,43 @@
+"""Sharing: calls of one function with the same operands become one call.
+
+Needs `meta["val"]`; changes the graph in place; promises the same results.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.analysis import storage, written_operands
+
+
+def share(gm: GraphModule, target: Any) -> None:
+    """Leave the first of the nodes that call `target`, a function of its operands alone, where the others read the same
+    elements and no write to their memory stands in between."""
+    found: dict[str, Node] = {}
+    writes: dict[int | None, int] = {}
+
+    def named(x: Node) -> str:
+        held = x.meta["val"]
+        memory = storage(x)
+        if memory is not None:  # views of one memory are one operand
+            place = held.dtype, tuple(held.shape), held.stride(), held.storage_offset()
+            return f"{memory} {place} {writes.get(memory, 0)}"
+        if isinstance(held, torch.Tensor):
+            return x.name
+        return str(held)  # a size is known by its value, whoever computes it
+
+    for n in list(gm.graph.nodes):
+        for x in written_operands(n):
+            writes[storage(x)] = writes.get(storage(x), 0) + 1
+        if n.op == "call_function" and n.target is target:
+            key = str(torch.fx.map_arg((n.args, n.kwargs), named))  # type: ignore[arg-type,return-value]
+            first = found.setdefault(key, n)
+            if first is not n:
+                n.replace_all_uses_with(first, propagate_meta=False)
+                gm.graph.erase_node(n)
+
+
+__all__ = ["share"]

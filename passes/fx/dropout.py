@@ -1,0 +1,57 @@
+"""Take dropout out of a graph, so that two ways to compute the same can be compared."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch.fx import Graph, GraphModule, Node
+
+from attnfx.passes.fx.nodes import SDPA, argument, op_name
+from attnfx.spec import from_json
+from attnfx.spec import rows as rowprogram
+
+DROPOUTS = ("dropout", "dropout_", "feature_dropout")
+
+
+def drops(gm: GraphModule) -> bool:
+    """Whether an operator of PyTorch drops something."""
+    return any(_probability(n) > 0 for n in gm.graph.nodes)
+
+
+def _probability(n: Node) -> float:
+    if n.op != "call_function" or op_name(n) not in (*DROPOUTS, *SDPA):
+        return 0.0
+    p = argument(n, 4 if op_name(n) in SDPA else 1, "dropout_p" if op_name(n) in SDPA else "p")
+    trains = op_name(n) in SDPA or argument(n, 2, "train")
+    return float(p or 0.0) if trains else 0.0  # type: ignore[arg-type]
+
+
+def without_dropout(gm: GraphModule) -> GraphModule:
+    """A copy in which nothing is dropped, neither by PyTorch's operators nor by ours."""
+    graph, copies = Graph(), {}
+    out = graph.graph_copy(gm.graph, copies)
+    graph.output(out)
+    for n in list(graph.nodes):
+        if n.op != "call_function":
+            continue
+        if op_name(n) in DROPOUTS:
+            n.replace_all_uses_with(n.args[0], propagate_meta=False)  # type: ignore[arg-type]
+            graph.erase_node(n)
+        elif op_name(n) in SDPA and _probability(n):
+            n.update_arg(4, 0.0) if len(n.args) > 4 else n.update_kwarg("dropout_p", 0.0)
+        elif op_name(n).startswith("attnfx::"):
+            names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+            for name, calm in (("spec", _calm_spec), ("program", _calm_rows)):
+                if name in names:
+                    n.update_arg(names.index(name), calm(str(n.args[names.index(name)])))
+    return GraphModule(gm, graph)
+
+
+def _calm_spec(text: str) -> str:
+    return replace(from_json(text), dropout=0.0).to_json()
+
+
+def _calm_rows(text: str) -> str:
+    program = rowprogram.from_json(text)
+    calls = tuple(replace(c, args=(c.args[0], 0.0)) if c.op == "dropout" else c for c in program.calls)
+    return replace(program, calls=calls).to_json()

@@ -1,0 +1,186 @@
+"""Small questions about FX nodes that several passes ask."""
+
+from __future__ import annotations
+
+import operator
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch._dispatch.python import enable_python_dispatcher
+from torch._guards import detect_fake_mode
+from torch._ops import OpOverload
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
+from attnfx.report.records import Refusal
+
+
+def op_name(node: Node) -> str:
+    """`aten` operators by the name of their packet ("softmax"), others by their Python name prefixed with a dot."""
+    target = node.target
+    if isinstance(target, OpOverload):
+        return (
+            target._overloadpacket.__name__
+            if target.namespace == "aten"
+            else f"{target.namespace}::{target._overloadpacket.__name__}"
+        )
+    if target is operator.getitem:
+        return "getitem"
+    return "." + getattr(target, "__name__", str(target))
+
+
+def value(x: object) -> Any:
+    """A node's example value, or the constant itself."""
+    return x.meta.get("val") if isinstance(x, Node) else x
+
+
+def shape(node: Node) -> Sequence[int | torch.SymInt]:
+    return value(node).shape  # type: ignore[union-attr]
+
+
+def is_tensor(node: object) -> bool:
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+@contextmanager
+def fake_mode(*held: object) -> Iterator[None]:
+    """The mode that the example values belong to, in which operators take symbolic sizes."""
+    mode = detect_fake_mode(list(held))
+    assert mode is not None
+    with mode, enable_python_dispatcher():
+        yield
+
+
+def kind_of(dtype: torch.dtype) -> str:
+    return BOOL if dtype == torch.bool else FLOAT if dtype.is_floating_point else INT
+
+
+def dims(node: Node) -> tuple[Expr, ...]:
+    return tuple(size_expr(n) for n in shape(node))
+
+
+def number(n: Any) -> int:
+    """A size, or the example's size of a symbolic one."""
+    if isinstance(n, int):
+        return n
+    hint = n.node.hint if isinstance(n, torch.SymInt) else None
+    return int(hint) if hint is not None else 1024
+
+
+def spanned(x: Node, rank: int) -> frozenset[int]:
+    """The dimensions of a result of that many that an operand of it is not broadcast along."""
+    return frozenset(d for d, size in enumerate(dims(x), rank - len(dims(x))) if size is not A.ONE)
+
+
+def size_expr(n: int | torch.SymInt) -> Expr:
+    """A size as an expression; what is not a polynomial of symbols becomes one named size."""
+    if isinstance(n, int):
+        return A.const(int(n))
+    return _from_sympy(n.node.expr)
+
+
+def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
+    if e.is_Integer:
+        return A.const(int(e))
+    if e.is_Symbol:
+        return A.size(str(e))
+    if e.is_Add:
+        return A.add(*(_from_sympy(a) for a in e.args))
+    if e.is_Mul and all(a.is_Integer or not a.is_Number for a in e.args):
+        return A.mul(*(_from_sympy(a) for a in e.args))
+    if e.is_Pow and e.exp.is_Integer and 0 < int(e.exp) <= 4:
+        return A.mul(*([_from_sympy(e.base)] * int(e.exp)))
+    if type(e).__name__ == "FloorDiv":  # einsum names a product of sizes over one of them
+        whole = sympy.cancel(e.args[0] / e.args[1])
+        if whole.as_numer_denom()[1] == 1:
+            return _from_sympy(whole)
+    return A.size(str(e))
+
+
+def where_in_source(node: Node) -> str:
+    """The user's line as "file.py:88", or "" where the graph does not know it. PyTorch's own files are skipped."""
+    best = ""
+    for line in (node.meta.get("stack_trace") or "").splitlines():
+        line = line.strip()
+        if line.startswith("File "):
+            parts = line.split('"')
+            if len(parts) >= 3 and "line " in parts[2]:
+                found = f"{os.path.basename(parts[1])}:{parts[2].split('line ')[1].split(',')[0]}"
+                if "/torch/nn/" not in parts[1]:
+                    best = found
+    return best
+
+
+def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
+    """A refusal with the names of its nodes and the user's line of the first that has one."""
+    place = next((p for p in map(where_in_source, nodes) if p), "")
+    return Refusal(code, message, tuple(n.name for n in nodes), hint, place)
+
+
+class Opaque(Exception):
+    """This operator has no scalar meaning here: the node is loaded."""
+
+
+def argument(at: Node, position: int, name: str, default: object = None) -> object:
+    if name in at.kwargs:
+        return at.kwargs[name]
+    return at.args[position] if len(at.args) > position else default
+
+
+def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None) -> int:
+    dim = argument(at, position, name)
+    rank = len(shape(at.args[0])) if rank is None else rank  # type: ignore[arg-type]
+    if not isinstance(dim, int):
+        raise Opaque
+    return dim % max(rank, 1)
+
+
+PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
+
+
+@dataclass(frozen=True)
+class Product:
+    """Slot of the pure product of a node that also adds something (baddbmm)."""
+
+    node: Node
+
+
+def slot_node(slot: object) -> Node:
+    return slot.node if isinstance(slot, Product) else slot  # type: ignore[return-value]
+
+
+SDPA = ("scaled_dot_product_attention",)
+
+
+REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
+
+
+MARKS = (REGION, POLICY)
+
+
+CATS = ("cat", "concat", "concatenate")
+
+
+def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | None:
+    """The operands of a `cat`, two or more that nothing else reads, and its dimension."""
+    if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
+        return None
+    given: Any = n.args[0]
+    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    if not isinstance(dim, int) or not isinstance(given, list | tuple) or len(set(given)) != len(given):
+        return None
+    rank = len(dims(given[0])) if given else 0
+    if len(given) < 2 or any(len(x.users) != 1 or len(dims(x)) != rank for x in given):
+        return None
+    if any(value(x).dtype != value(n).dtype for x in given):
+        return None
+    return list(given), dim % len(dims(n))
+
+
+STACK = ("stack_trace", "nn_module_stack", "source_fn_stack")  # where in the user's code a node is from

@@ -1,0 +1,327 @@
+"""A graph of ATen operators, as AOTAutograd makes it, to the plain records of the memory model.
+
+Needs nodes that carry `meta["val"]`. What an operator is to the compiler (a loop that may be inlined, a reduction, a
+kernel) is read off Inductor's own tables of lowerings.
+"""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Callable, Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from attnfx.memory.records import Graph, Kind, Op, Result
+from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
+from attnfx.passes.fx.nodes import op_name
+from attnfx.passes.joint.mark_recompute import copied
+from attnfx.spec import from_json
+from attnfx.targets import sdpa_dispatch as fused
+
+# torch/_inductor/ir.py, StorageBox.should_realize_on_reuse
+HEAVY = frozenset("exp log log10 log1p log2 sigmoid tanh".split())
+REDUCTIONS = frozenset("sum mean prod amax amin max min var var_mean any all argmax argmin xor_sum".split())
+# Lowered, but to a call of a kernel, or to writes at computed places.
+KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod "
+                    "_scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
+FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?(_backward)?")
+SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ "
+                     "_unsafe_index_put _unsafe_masked_index_put_accumulate copy_".split())  # fmt: skip
+
+
+def number(n: Any) -> int:
+    """A size, or the example's size of a symbolic one."""
+    if isinstance(n, torch.SymInt):
+        hint = n.node.hint
+        return int(hint) if hint is not None else 1
+    return int(n)
+
+
+def tensor_bytes(x: torch.Tensor) -> int:
+    """The bytes of memory that a tensor of this shape and these strides spans."""
+    if any(number(n) == 0 for n in x.shape):
+        return 0
+    return (1 + sum((number(n) - 1) * abs(number(s)) for n, s in zip(x.shape, x.stride()))) * x.element_size()
+
+
+def numel(x: torch.Tensor) -> int:
+    out = 1
+    for n in x.shape:
+        out *= number(n)
+    return out
+
+
+def flops(n: Node) -> int:
+    """Floating point operations of a kernel, by PyTorch's own formulas; 0 where it has none."""
+    from torch.utils.flop_counter import flop_registry
+
+    formula = flop_registry.get(getattr(n.target, "overloadpacket", None))
+    if formula is None:
+        return 0
+    args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+    return int(formula(*args, **kwargs, out_val=n.meta["val"]))
+
+
+def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
+                        ) -> int:  # fmt: skip
+    """The bytes that an operator of attention takes while it runs, attnfx's or one of ATen's; 0 for any other.
+    `shape` gives an operand's shape, where it is not the one that it has in the graph; `chunk` is the most scores that
+    the chunked tier computes at once, 0 for what the graph says."""
+    name = op_name(n)
+    if FUSED.fullmatch(name):  # which the model called, or a rewrite, or one of Inductor's patterns
+        backward = name.endswith("backward")
+        of = [x for x in n.args[backward : backward + 3] if isinstance(x, Node)]
+        query, key, value = ([*map(number, x.meta["val"].shape if shape is None else shape(x))] for x in of)
+        element = of[0].meta["val"].element_size()
+        if not cpu:  # a graph that was captured on a CPU has its operator, and is planned for a GPU
+            return fused.workspace(query, key, value[-1], element) if backward else 0
+        return fused_kernel(query[-2], key[-2], query[-1], element, backward, torch.get_num_threads())
+    if not name.startswith("attnfx::attention"):
+        return 0
+    nodes = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
+    operands = [operand(x.meta["val"], None if shape is None else shape(x)) for x in nodes]
+    texts = [a for a in n.args if isinstance(a, str)]
+    backward = name.endswith("backward")
+    if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
+        return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about an operand
+    grad, query, key, value = operands[:4] if backward else (None, *operands[:3])
+    use = Use(from_json(texts[0]), query, key, value, grad, cpu, torch.get_num_threads())
+    tier = texts[1].split(",")[0]
+    return workspace(use, f"chunked:{chunk}" if chunk and tier.partition(":")[0] == "chunked" else tier)
+
+
+def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
+    """What the model knows of a tensor; with another shape, of one whose dims lie in memory in the same order."""
+    sizes, strides = tuple(map(number, x.shape)), list(map(number, x.stride()))
+    if shape is None:
+        return Operand(sizes, tuple(strides), x.element_size())
+    inner = Fraction(1)  # how many times as far apart, by the dims further in
+    for d in sorted(range(x.ndim), key=lambda d: (strides[d], -d)):
+        if strides[d]:
+            strides[d] = round(strides[d] * inner)
+            inner *= Fraction(shape[d], sizes[d] or 1)
+    return Operand(tuple(shape), tuple(strides), x.element_size())
+
+
+def near_readers(gm: GraphModule) -> GraphModule:
+    """A copy in which each operation stands right before its first reader.
+
+    Inductor orders the graph of an inference so (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality).
+    """
+    made = GraphModule(gm, copied(gm.graph))
+    seen: set[Node] = set()
+    for n in reversed(made.graph.nodes):
+        seen.add(n)
+        for source in n.all_input_nodes:
+            if source.op == "call_function" and source.target is not operator.getitem and seen.issuperset(source.users):
+                n.prepend(source)
+    return made
+
+
+def lay_out(gm: GraphModule) -> None:
+    """Bring the strides in `meta["val"]` up to date: where a pass puts a kernel in the place of others, what is made of
+    its result keeps the strides that it had of theirs."""
+    changed: set[Node] = set()
+    for n in gm.graph.nodes:
+        old = n.meta.get("val")
+        if not isinstance(n.target, OpOverload) or not isinstance(old, torch.Tensor):
+            continue
+        if not is_view(n) and changed.isdisjoint(n.all_input_nodes):
+            continue
+        args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
+        new = n.target(*args, **kwargs)
+        if [*map(number, new.stride())] != [*map(number, old.stride())]:
+            n.meta["val"] = new
+            changed.add(n)
+
+
+def read(gm: GraphModule, cpu: bool) -> Graph:
+    """The records of a graph that will run on a CPU, or on a GPU."""
+    lay_out(gm)
+    ops: list[Op] = []
+    held: set[str] = set()
+    outputs: tuple[str, ...] = ()
+    for n in gm.graph.nodes:
+        if n.op == "output":
+            outputs = _outputs(n, held)
+            continue
+        made = _op(n, held, cpu)
+        if made is not None:
+            ops.append(made)
+            held.update(r.name for r in made.results)
+    return Graph(tuple(ops), outputs)
+
+
+def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
+    found: list[str] = []
+
+    def visit(x: Any) -> None:
+        if isinstance(x, Node):
+            if x.name in held:
+                found.append(x.name)
+        elif isinstance(x, (list, tuple)):
+            for y in x:
+                visit(y)
+
+    visit(n.args[0])
+    return tuple(found)
+
+
+def _results(n: Node) -> tuple[Result, ...]:
+    """The tensors that an operator gives; those in lists too, by the names of the nodes that take them out."""
+    return tuple(_parts(n, n.name, n.meta.get("val")))
+
+
+def _parts(n: Node | None, name: str, value: Any) -> Iterator[Result]:
+    if isinstance(value, torch.Tensor):
+        yield _result(name, value)
+    elif isinstance(value, (list, tuple)):
+        takers: dict[Any, Node] = {}
+        for user in n.users if n is not None else ():
+            if user.target is operator.getitem:
+                takers.setdefault(user.args[1], user)
+        for i, x in enumerate(value):
+            taker = takers.get(i)
+            yield from _parts(taker, f"{name}[{i}]" if taker is None else taker.name, x)
+
+
+def _result(name: str, x: torch.Tensor) -> Result:
+    return Result(name, tensor_bytes(x), str(x.dtype).removeprefix("torch."))
+
+
+def _aside(n: Node, held: set[str]) -> frozenset[str]:
+    """The operands of a loop whose elements it does not read in the order in which it writes its own."""
+    value = n.meta["val"]
+
+    def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
+        """(size, stride) of each dim that is not 1, of a tensor that broadcasts to a shape; neighbours as one."""
+        out: list[tuple[int, int]] = []
+        strides = [0] * (len(shape) - x.ndim) + [
+            number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
+        ]
+        for size, stride in zip(map(number, shape), strides):
+            if size == 1:
+                continue
+            if out and out[-1][1] == size * stride:
+                out[-1] = (out[-1][0] * size, stride)
+            else:
+                out.append((size, stride))
+        return out
+
+    def straight(x: Node) -> bool:
+        other = x.meta["val"]
+        if not isinstance(value, torch.Tensor) or other.ndim > value.ndim or numel(other) != numel(value):
+            return False
+        return number(other.storage_offset()) == 0 and steps(other, value.shape) == steps(value, value.shape)
+
+    return frozenset(x.name for x in n.all_input_nodes if x.name in held and not straight(x))
+
+
+def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
+    if n.name in held:  # a part that its operator has named already
+        return None
+    reads = tuple(x.name for x in n.all_input_nodes if x.name in held)
+    results = _results(n)
+    if n.op in ("placeholder", "get_attr"):
+        return Op(n.name, "input", (), results) if results else None
+    if not results:
+        return None
+    where = module_of(n)
+    if n.target is operator.getitem:  # a part asked for again, or a list whose parts are named already
+        source = n.args[0]
+        if not isinstance(n.meta["val"], torch.Tensor):
+            return None
+        same = next((u.name for u in source.users if u.name in held and u.args[1:] == n.args[1:]), None)  # type: ignore[union-attr]
+        return Op(n.name, "view", (same,) if same else reads, (Result(n.name, 0),), where=where)
+    if is_view(n):
+        return Op(n.name, "view", reads[:1], tuple(Result(r.name, 0) for r in results), where=where)
+    kind = kind_of(n)
+    changes = _changes(n, held)
+    if changes and all(isinstance(r, Node) for r in n.args[:1]):
+        results = tuple(Result(r.name, 0) for r in results)
+    name, inner, rows = op_name(n), 1, True
+    if kind == "scatter":  # written over a copy of its first operand; over a constant, nothing is copied
+        first = n.args[0]
+        if isinstance(first, Node) and not first.all_input_nodes and first.op != "placeholder":
+            reads = tuple(r for r in reads if r != first.name)
+    value = n.meta["val"]
+    first = value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor))
+    dtype = str(first.dtype).removeprefix("torch.")
+    outer = numel(first)
+    if kind == "scatter":
+        outer = numel(n.all_input_nodes[-1].meta["val"])
+    if kind == "reduce":
+        inner, rows = _reduced(n, outer)
+    return Op(
+        n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
+        _aside(n, held) if kind == "loop" else frozenset(), name == "clone" and _same(n), name in HEAVY, name,
+        flops(n) if kind == "kernel" else 0, dtype, where,
+    )  # fmt: skip
+
+
+def _same(n: Node) -> bool:
+    """Whether a copy has its operand's own layout."""
+    made, source = n.meta["val"], n.all_input_nodes[0].meta["val"]
+    return [*map(number, made.stride())] == [*map(number, source.stride())]
+
+
+def is_view(n: Node) -> bool:
+    if not isinstance(n.target, OpOverload):
+        return False
+    if n.target in (torch.ops.aten._unsafe_view.default, torch.ops.aten.reshape.default):
+        return True
+    returns = n.target._schema.returns
+    return any(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+
+
+def kind_of(n: Node) -> Kind:
+    from torch._inductor.lowering import fallbacks, lowerings
+
+    if op_name(n) in SCATTERS:
+        return "scatter"
+    if op_name(n) in KERNELS or n.target in fallbacks or n.target not in lowerings:
+        return "kernel"
+    return "reduce" if op_name(n) in REDUCTIONS and _whole(n) else "loop"
+
+
+def _whole(n: Node) -> bool:
+    """Of max and min: whether it is the largest of many, not of two tensors."""
+    return op_name(n) not in ("max", "min") or len(n.all_input_nodes) == 1
+
+
+def _changes(n: Node, held: set[str]) -> tuple[str, ...]:
+    if not isinstance(n.target, OpOverload):
+        return ()
+    out = []
+    for argument, value in zip(n.target._schema.arguments, n.args):
+        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
+            out.append(value.name)
+    return tuple(x for x in out if x in held)
+
+
+def _reduced(n: Node, outer: int) -> tuple[int, bool]:
+    """(elements that go into one, whether the reduced dims are the last ones)."""
+    source = n.all_input_nodes[0].meta["val"]
+    inner = max(numel(source) // max(outer, 1), 1)
+    given = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
+    if given is None or given == []:
+        return inner, True
+    dims = sorted(d % source.ndim for d in (given if isinstance(given, (list, tuple)) else [given]))  # type: ignore[operator]
+    rest = [d for d in range(source.ndim) if d not in dims and number(source.shape[d]) != 1]
+    dims = [d for d in dims if number(source.shape[d]) != 1]
+    return inner, not rest or not dims or max(rest) < min(dims)
+
+
+def module_of(n: Node) -> str:
+    """The module that a node came from, by its path; "" where the graph does not know it."""
+    stack = n.meta.get("nn_module_stack") or n.meta.get("fwd_nn_module_stack")
+    if not stack:
+        return ""
+    path = list(stack.values())[-1][0]
+    return re.sub(r"^(L\['\w+'\]|L__self___|self)\.?", "", path)

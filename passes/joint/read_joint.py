@@ -1,0 +1,44 @@
+"""A joint graph of AOTAutograd to records: its operations, and which of them must not run again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch._functorch.compile_utils import fx_graph_cse
+from torch.fx import Graph, GraphModule, Node
+from torch.utils._pytree import tree_leaves
+
+from attnfx.memory.partition import Joint
+from attnfx.passes.joint.mark_recompute import copied, is_random
+from attnfx.passes.joint.read_graph import read
+
+
+def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -> tuple[Joint, frozenset[str]]:
+    """The records of a joint graph, and the names of the operations that would give something else when run again.
+
+    `arguments` are those that a partitioner is called with beside the graph, which is not changed.
+    """
+    graph = copied(joint.graph)
+    graph.eliminate_dead_code()
+    made = GraphModule(joint, fx_graph_cse(graph))  # as the partitioner does first
+    records = read(made, cpu)
+    held = {r.name for op in records.ops for r in op.results}
+    outputs = tree_leaves(made.graph.output_node().args[0])[: arguments["num_fwd_outputs"]]
+    callers = sum(isinstance(o, Node) and o.name in held for o in outputs)
+    arriving = {n.name for n in made.graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)}
+    changed = _changed(made.graph)
+    fixed = {n.name for n in made.graph.nodes if is_random(n) or not changed.isdisjoint(n.all_input_nodes)}
+    return Joint(records, callers, frozenset(arriving)), frozenset(fixed)
+
+
+def _changed(graph: Graph) -> set[Node]:
+    """The inputs that the step writes to: after the forward pass they hold something else."""
+    output = graph.output_node()
+    told = {getattr(d, "mutated_input", None) for d in tree_leaves(output.meta.get("desc", []))} - {None}
+    inputs = {n for n in graph.nodes if n.op == "placeholder"}
+    written = {n for n in inputs if any("copy_" in str(u.target) and u.args[0] is n for u in n.users)}
+    return written | {n for n in inputs if n.meta.get("desc") in told}
+
+
+__all__ = ["joint_records"]

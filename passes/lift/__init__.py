@@ -1,0 +1,8 @@
+"""Translate FX nodes into index expressions and back: the lifter with its rules, and the emitter.
+
+Importing the package fills the tables of rules.
+"""
+
+from attnfx.passes.lift import contraction, indexing, pointwise, reductions, row_view_rules, views
+
+__all__ = ["contraction", "indexing", "pointwise", "reductions", "row_view_rules", "views"]

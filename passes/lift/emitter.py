@@ -1,0 +1,182 @@
+"""Emit FX nodes for index expressions: operands as views, sizes, and results laid out like what they replace."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, size_expr, value
+from attnfx.passes.lift.access import Operand, radix
+
+aten = torch.ops.aten
+
+
+class CannotEmit(Exception):
+    """The views that an operand needs cannot be written; the site is kept."""
+
+
+Carriers = dict[Expr, tuple[Node, int | None]]
+
+
+def size_carriers(gm: GraphModule) -> Carriers:
+    """Where each symbolic size can be read: an input that is the size itself, or the first tensor that has it as a
+    dimension. A size is bound before what it sizes, so the first carrier stands before every site that needs it."""
+    found: Carriers = {}
+    for n in gm.graph.nodes:
+        held = value(n)
+        if n.op == "placeholder" and isinstance(held, torch.SymInt):
+            found.setdefault(size_expr(held), (n, None))
+    for n in gm.graph.nodes:
+        if is_tensor(n):
+            for d, extent in enumerate(dims(n)):
+                if extent.op != "const":
+                    found.setdefault(extent, (n, d))
+    return found
+
+
+class Emitter:
+    """Inserts nodes before one node, with example values; sizes are expressions."""
+
+    def __init__(self, gm: GraphModule, before: Node, carriers: Carriers | None = None):
+        self.gm, self.graph, self.before = gm, gm.graph, before
+        self.carriers = carriers or {}
+        self.sizes: dict[Expr, Node] = {}
+        self.kept = {k: v for k, v in before.meta.items() if k in (*STACK, *MARKS)}
+
+    def call(self, target, *args: Any, **kwargs: Any) -> Node:  # type: ignore[no-untyped-def]
+        with self.graph.inserting_before(self.before):
+            node = self.graph.call_function(target, args, kwargs)
+        plain: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
+        with fake_mode(plain, self.before.meta.get("val")):
+            node.meta = {**self.kept, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
+        return node
+
+    def seed(self, device: torch.device) -> Node:
+        """A draw of PyTorch's generator that dropout is seeded by."""
+        made = self.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
+        for mark in MARKS:  # it is saved, and not drawn again
+            made.meta.pop(mark, None)
+        return made
+
+    def size(self, e: Expr) -> int | Node:
+        """A size as a number, or as a node that computes it."""
+        if e.op == "const":
+            return int(e.value)  # type: ignore[call-overload]
+        if e not in self.sizes:
+            self.sizes[e] = self._size(e)
+        return self.sizes[e]
+
+    def _size(self, e: Expr) -> Node:
+        node, dim = self.carriers.get(e, (self.before, None))
+        if node < self.before:
+            return node if dim is None else self.call(aten.sym_size.int, node, dim)
+        if e.op in ("add", "mul"):
+            parts = [self.size(a) for a in e.args]
+            out = parts[0]
+            for p in parts[1:]:
+                out = self.call(operator.add if e.op == "add" else operator.mul, out, p)
+            assert isinstance(out, Node)
+            return out
+        raise CannotEmit(f"the size {e} is carried by no tensor")
+
+    def operand(self, source: Operand, axes: list[Expr]) -> Node:
+        """The operand with one dimension per axis (size 1 where it does not depend on it), in this order."""
+        node, index = source.node, list(source.index)
+        parts: list[list[Expr]] = []
+        for d in reversed(range(len(index))):  # from the last, so that removing a dimension moves no other
+            found = radix(index[d])
+            if found is None:
+                raise CannotEmit(f"{source.node.name} is gathered")
+            offset, terms = found
+            extent = dims(node)[d]
+            if not terms:
+                node = self.call(aten.select.int, node, d, self.size(offset))
+                continue
+            total = A.mul(*(v.args[0] for v, _ in terms))
+            step = terms[-1][1]
+            if offset is not A.ZERO or total is not extent or step is not A.ONE:
+                last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
+                if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
+                    raise CannotEmit(f"{source.node.name} is shorter than what is read of it")
+                node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
+            parts.insert(0, [v for v, _ in terms])
+        flat = [v for group in parts for v in group]
+        if len(flat) != len(parts):
+            node = self.call(aten.reshape.default, node, [self.size(v.args[0]) for v in flat])
+        order = [flat.index(a) for a in axes if a in flat]
+        if len(order) != len(flat):
+            raise CannotEmit(f"{source.node.name} depends on an index that is no axis")
+        if order != sorted(order):
+            node = self.call(aten.permute.default, node, order)
+        for at, a in enumerate(axes):
+            if a not in flat:
+                node = self.call(aten.unsqueeze.default, node, at)
+        return node
+
+    def shaped(self, node: Node, axes: list[Expr], shape: list[Expr]) -> Node:
+        """Expand where an axis of the operand has size 1 and is larger, then reshape."""
+        want = [a.args[0] for a in axes]
+        if any(h is not w for h, w in zip(dims(node), want, strict=True)):
+            node = self.call(aten.expand.default, node, [self.size(w) for w in want])
+        if list(dims(node)) != shape:
+            node = self.call(aten.reshape.default, node, [self.size(n) for n in shape])
+        return node
+
+
+def like(emit: Emitter, out: Node, final: Node) -> Node:
+    """To the shape, dtype and memory layout of the node that is replaced."""
+    if list(dims(out)) != list(dims(final)):
+        out = emit.call(aten.reshape.default, out, [emit.size(x) for x in dims(final)])
+    have, want = value(out), value(final)
+    if have.dtype != want.dtype:  # type: ignore[union-attr]
+        out = emit.call(aten.to.dtype, out, want.dtype)  # type: ignore[union-attr]
+    if want.is_contiguous() and not have.is_contiguous() and _layout_matters(final, have):
+        out = emit.call(aten.contiguous.default, out)
+    return out
+
+
+LOOKAHEAD = 40  # nodes after a site in which its output's layout must have been absorbed
+
+
+def _layout_matters(final: Node, out: torch.Tensor) -> bool:
+    """Whether other strides than the original's show anywhere: in a view that they forbid, in what the graph returns.
+
+    Runs the readers on example values with the strides that they would see, until each gives the original's again.
+    """
+    changed: dict[Node, torch.Tensor] = {final: out}
+    waiting = set(final.users)
+    n = final
+    for _ in range(LOOKAHEAD):
+        if not waiting:
+            return False
+        n = n.next
+        if n not in waiting:
+            continue
+        waiting.discard(n)
+        held = value(n)
+        if n.op != "call_function" or not isinstance(n.target, torch._ops.OpOverload) or n.target._schema.is_mutable:
+            return True
+        if not isinstance(held, torch.Tensor):
+            return True
+        args: Any = torch.fx.map_arg((n.args, n.kwargs), lambda x: changed.get(x, x.meta["val"]))
+        try:
+            with fake_mode(args, held):
+                made = n.target(*args[0], **args[1])
+        except (RuntimeError, ValueError):  # what example values raise for a view that the strides forbid
+            return True
+        if made.stride() != held.stride():
+            changed[n] = made
+            waiting.update(n.users)
+    return True
+
+
+def before(gm: GraphModule, facts: Facts, at: Node) -> Emitter:
+    """Sizes are read off what stands before `at`: what is put in its place has no size of its own yet."""
+    carriers = {e: c for e, c in size_carriers(gm).items() if facts.position.get(c[0], -1) < facts.position[at]}
+    return Emitter(gm, at, carriers)

@@ -1,0 +1,152 @@
+"""Lifting rules of gathers, concatenations and what is written into a part: several sources, or a computed index."""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir import poly
+from attnfx.ir.expr import INT, Expr
+from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape, value
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.tables import INDEXING, Index, rule
+from attnfx.passes.lift.views import source, whole
+
+
+@rule(INDEXING, "cat", "concat", "concatenate")
+def _cat(lifter: Lifter, at: Node, index: Index) -> Expr:
+    parts = [p for p in at.args[0] if len(shape(p)) == len(index)]  # type: ignore[union-attr,arg-type]
+    dim = int(argument(at, 1, "dim", 0)) % len(index)  # type: ignore[arg-type]
+    out: Expr | None = None
+    starts = [A.ZERO]
+    for p in parts:
+        starts.append(A.add(starts[-1], dims(p)[dim]))
+    for p, start in reversed(list(zip(parts, starts, strict=False))):
+        piece = lifter.lift(p, (*index[:dim], A.sub(index[dim], start), *index[dim + 1 :]))
+        end = A.add(start, dims(p)[dim])
+        inside = A.lt(index[dim], end)
+        if A.lt(index[dim], start) is A.TRUE:
+            continue
+        out = piece if out is None else A.where(inside, piece, out)
+    if out is None:
+        raise Opaque
+    return out
+
+
+@rule(INDEXING, "slice_scatter")
+def _slice_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    part = at.args[1]
+    dim = axis(at, 2)
+    given, step = argument(at, 3, "start"), argument(at, 5, "step", 1)
+    start = A.ZERO if given is None else whole(given)
+    if step != 1 or not isinstance(part, Node) or (start.op != "const" and not poly.nonnegative(poly.bounds(start)[0])):
+        raise Opaque
+    if start.op == "const" and start.value < 0:  # type: ignore[operator]
+        start = A.maximum(A.add(start, dims(at)[dim]), A.ZERO)
+    here = A.sub(index[dim], start)
+    inside = A.and_(A.le(start, index[dim]), A.lt(here, dims(part)[dim]))
+    written = lifter.lift(part, (*index[:dim], here, *index[dim + 1 :]))
+    return A.where(inside, written, lifter.lift(source(at), index))
+
+
+@rule(INDEXING, "select_scatter")
+def _select_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    dim, place = axis(at, 2), whole(at.args[3])
+    if place.op == "const" and place.value < 0:  # type: ignore[operator]
+        place = A.add(place, dims(at)[dim])
+    written = lifter.operand(at.args[1], (*index[:dim], *index[dim + 1 :]))
+    return A.where(A.eq(index[dim], place), written, lifter.lift(source(at), index))
+
+
+@rule(INDEXING, "copy", "fill")
+def _copy(lifter: Lifter, at: Node, index: Index) -> Expr:
+    return lifter.operand(at.args[1], index)
+
+
+@rule(INDEXING, "stack")
+def _stack(lifter: Lifter, at: Node, index: Index) -> Expr:
+    parts = at.args[0]
+    dim = int(argument(at, 1, "dim", 0)) % len(index)  # type: ignore[arg-type]
+    inner = (*index[:dim], *index[dim + 1 :])
+    pieces = [lifter.lift(p, inner) for p in parts]  # type: ignore[union-attr,arg-type]
+    out = pieces[-1]
+    for n in range(len(pieces) - 2, -1, -1):
+        out = A.where(A.eq(index[dim], A.const(n)), pieces[n], out)
+    return out
+
+
+@rule(INDEXING, "constant_pad_nd", "pad")
+def _pad(lifter: Lifter, at: Node, index: Index) -> Expr:
+    x = source(at)
+    if op_name(at) == "pad" and argument(at, 2, "mode", "constant") != "constant":
+        raise Opaque
+    widths = argument(at, 1, "pad")
+    fill = argument(at, 2 if op_name(at) == "constant_pad_nd" else 3, "value", 0)
+    extents, inner = dims(x), list(index)
+    inside = A.TRUE
+    for n in range(len(widths) // 2):  # type: ignore[arg-type]
+        d = len(inner) - 1 - n
+        inner[d] = A.sub(inner[d], whole(widths[2 * n]))  # type: ignore[index]
+        inside = A.and_(inside, A.ge(inner[d], A.ZERO), A.lt(inner[d], extents[d]))
+    filler = lifter.operand(0 if fill is None else fill, ())
+    return A.where(inside, lifter.lift(x, tuple(inner)), filler)
+
+
+@rule(INDEXING, "index")
+def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
+    """Advanced indexing with integer tensors (kept positions None): the tensors broadcast together."""
+    x, indices = source(at), at.args[1]
+    rank = len(shape(x))
+    given = [(d, t) for d, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
+    if any(value(t).dtype == torch.bool for _, t in given):  # type: ignore[union-attr]
+        raise Opaque
+    positions = [d for d, _ in given]
+    depth = max(len(shape(t)) for _, t in given)  # type: ignore[arg-type]
+    together = positions == list(range(positions[0], positions[0] + len(positions)))
+    first = positions[0] if together else 0
+    among = index[first : first + depth]
+    rest = iter((*index[:first], *index[first + depth :]))
+    inner: list[Expr] = []
+    extents = dims(x)
+    tensors = dict(given)
+    for d in range(rank):
+        inner.append(_position(lifter.operand(tensors[d], among), extents[d]) if d in tensors else next(rest))
+    return lifter.lift(x, tuple(inner))
+
+
+def _position(e: Expr, extent: Expr) -> Expr:
+    """A gathered position: negative numbers count from the end."""
+    if e.kind != INT:
+        raise Opaque
+    low, _ = poly.bounds(e)
+    if poly.nonnegative(low):
+        return e
+    return A.where(A.ge(e, A.ZERO), e, A.add(e, extent))
+
+
+@rule(INDEXING, "index_select")
+def _index_select(lifter: Lifter, at: Node, index: Index) -> Expr:
+    x, dim = source(at), axis(at)
+    position = lifter.operand(at.args[2], (index[dim],))
+    return lifter.lift(x, (*index[:dim], position, *index[dim + 1 :]))
+
+
+@rule(INDEXING, "gather")
+def _gather(lifter: Lifter, at: Node, index: Index) -> Expr:
+    x, dim = source(at), axis(at)
+    position = lifter.operand(at.args[2], index)
+    return lifter.lift(x, (*index[:dim], position, *index[dim + 1 :]))
+
+
+@rule(INDEXING, "embedding")
+def _embedding(lifter: Lifter, at: Node, index: Index) -> Expr:
+    table, indices = at.args[:2]
+    if not isinstance(table, Node) or not isinstance(indices, Node) or argument(at, 2, "padding_idx", -1) != -1:
+        raise Opaque  # a padded row takes no gradient
+    return lifter.lift(table, (lifter.lift(indices, index[:-1]), index[-1]))
+
+
+@rule(INDEXING, "one_hot")
+def _one_hot(lifter: Lifter, at: Node, index: Index) -> Expr:
+    return A.to_int(A.eq(lifter.lift(source(at), index[:-1]), index[-1]))

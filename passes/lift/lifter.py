@@ -1,0 +1,177 @@
+"""Lifting: the value of a graph node at an index tuple, as a scalar expression.
+
+`Lifter.lift(node, index)` walks from a node towards its inputs on demand. Views, permutes, expands, slices and gathers
+change the index; pointwise operators become expressions; reductions bind a variable; everything else is a load of the
+node's own value. Nothing is approximated: what is not understood stays a load, and the matcher decides whether a load
+of that node is sound.
+
+Needs a graph with `meta["val"]` on each node, without in-place operators on the values that are walked (see
+`functionalise`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import FLOAT, INT, Expr, node, walk
+from attnfx.passes.fx.nodes import PRODUCTS, Opaque, dims, is_tensor, kind_of, op_name, size_expr, slot_node, value
+from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
+
+MAX_DEPTH = 400
+
+
+@dataclass(frozen=True)
+class LookedUp:
+    """A float node at the index `out`, of variables, is the element `index` of another one."""
+
+    node: Node
+    out: Index
+    index: Index
+
+    def load(self, at: Index) -> Expr:
+        there = dict(zip(self.out, at, strict=True))
+        return A.load(self.node, tuple(substitute(x, there) for x in self.index), FLOAT)
+
+
+class Lifter:
+    """Memoises the expressions of one graph.
+
+    `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `frozen` are those
+    computed under no_grad: no gradient flows through them. `tables` are products that are loaded as elements of smaller
+    ones. `reductions` says which node, read where, each reduction came from.
+    """
+
+    def __init__(
+        self,
+        written: frozenset[Node] = frozenset(),
+        frozen: frozenset[Node] = frozenset(),
+        tables: Mapping[Node, LookedUp] | None = None,
+    ) -> None:
+        self.written = written
+        self.frozen = frozen
+        self.tables = tables or {}
+        self.reductions: dict[Expr, tuple[Node, Index]] = {}
+        self.memo: dict[tuple[Node, Index, bool], Expr] = {}
+        self.exact = False  # inside a float computation that decides an integer: operators stay as they were
+        self.depth = 0
+
+    def lift(self, at: Node, index: Index) -> Expr:
+        """The expression of `at[index]`."""
+        key = (at, index, self.exact)
+        found = self.memo.get(key)
+        if found is None:
+            self.depth += 1
+            try:
+                found = self.load(at, index) if self.depth > MAX_DEPTH else self._lift(at, index)
+                if at in self.frozen:
+                    found = A.detach(found)
+            finally:
+                self.depth -= 1
+            self.memo[key] = found
+        return found
+
+    def _lift(self, at: Node, index: Index) -> Expr:
+        if at in self.tables:
+            return self.tables[at].load(index)
+        if at.op == "call_function" and at not in self.written:
+            name = op_name(at)
+            if name in VIEWS:
+                try:
+                    source, inner = VIEWS[name](at, index)
+                except Opaque:
+                    pass
+                else:
+                    return self.lift(source, inner)
+            for table in (POINTWISE, INDEXING, REDUCTIONS):
+                rule = table.get(name)
+                if rule is not None:
+                    try:
+                        out = rule(self, at, index)
+                    except Opaque:
+                        break
+                    if out.op in ("rsum", "rmax", "softmax"):
+                        self.reductions.setdefault(out, (at, index))
+                    return self._typed(out, at)
+        if at.op == "get_attr":
+            constant = value(at)
+            if (
+                isinstance(constant, torch.Tensor)
+                and constant.numel() == 1
+                and not isinstance(constant, torch._subclasses.FakeTensor)
+            ):
+                return A.const(constant.item())
+        return self.load(at, index)
+
+    def _typed(self, e: Expr, at: Node) -> Expr:
+        dtype = value(at).dtype  # type: ignore[union-attr]
+        kind = kind_of(dtype)
+        if e.kind != kind:
+            e = A.to_float(e) if kind == FLOAT else A.to_int(e) if kind == INT else A.to_bool(e)
+        return A.half(e) if dtype == torch.float16 else e
+
+    def load(self, at: Node, index: Index) -> Expr:
+        if not is_tensor(at):
+            raise Opaque
+        extents = dims(at)
+        index = tuple(A.ZERO if n is A.ONE else x for x, n in zip(index, extents, strict=True))
+        return A.load(at, index, kind_of(value(at).dtype))  # type: ignore[union-attr]
+
+    # -- operands -----------------------------------------------------------------------------
+    def operand(self, x: object, index: Index) -> Expr:
+        """A pointwise operand, broadcast to `index`: a node or a Python number."""
+        if isinstance(x, bool | int | float):
+            return A.const(x)
+        if isinstance(x, Node):
+            held = value(x)
+            if isinstance(held, torch.Tensor):
+                return self.lift(x, broadcast(x, index))
+            if isinstance(held, torch.SymInt | int):
+                return size_expr(held)
+            if isinstance(held, float):
+                return A.const(held)
+            if isinstance(held, torch.SymFloat):
+                return A.load(x, (), FLOAT)
+        raise Opaque
+
+    def integer_source(self, x: object, index: Index) -> Expr:
+        """An operand that decides an integer: a computed float is kept operator by operator, because another library's
+        logarithm, or a merged constant, may round to the other side. What follows from scores is as it is."""
+        e = self.operand(x, index)
+        if e.kind != FLOAT or A.as_integer(e) is not None or e.op in ("const", "load") or not isinstance(x, Node):
+            return e
+        if any(n.op in ("rsum", "rmax", "softmax") or (n.op == "load" and _product(n.value)) for n in walk(e)):
+            return e
+        if e.op == "where" and all(a.op == "const" for a in e.args[1:]):
+            return e
+        before, self.exact = self.exact, True
+        try:
+            return self.operand(x, index)
+        finally:
+            self.exact = before
+
+
+def _product(slot: object) -> bool:
+    """Whether a load reads a contraction, which may be the scores."""
+    return op_name(slot_node(slot)) in PRODUCTS
+
+
+def broadcast(x: Node, index: Index) -> Index:
+    """The index of an operand that broadcasts to a result read at `index`."""
+    extents = dims(x)
+    inner = index[len(index) - len(extents) :]
+    return tuple(A.ZERO if n is A.ONE else i for i, n in zip(inner, extents, strict=True))
+
+
+def exact_node(at: Node, name: str, args: tuple[Expr, ...]) -> Expr:
+    """A float operator kept as PyTorch would run it: constants stay Python numbers, nothing is merged."""
+    dtype = str(value(at).dtype).removeprefix("torch.")  # type: ignore[union-attr]
+    return node("aten", FLOAT, args, f"{name}:{dtype}")
+
+
+__all__ = ["Lifter", "LookedUp", "broadcast", "exact_node"]

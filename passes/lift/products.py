@@ -1,0 +1,74 @@
+"""Recognize products of two batches of matrices, and the operators that count as normalisers or layers."""
+
+from __future__ import annotations
+
+from torch.fx import Node
+
+from attnfx.passes.fx.nodes import PRODUCTS, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.lift.tables import POINTWISE, VIEWS
+
+
+def of_batch(x: Node) -> bool:
+    """Whether a matrix is one of a batch of them, or is such a batch itself."""
+    while len(shape(x)) < 3:
+        if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
+            return False
+        x = x.args[0]
+    return True
+
+
+DISTANCES = ("cdist", "_cdist_forward")
+
+
+def batched(n: Node) -> bool:
+    """Whether a node is a product of two batches of matrices, or of one of each: what scores and weighted values are. A
+    product with a matrix that is no part of a batch (a linear layer, a router's gate) is not."""
+    if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
+        return False
+    operands = [x for x in n.all_input_nodes if is_tensor(x)]
+    operands = operands[-2:] if op_name(n) == "baddbmm" else operands
+    if all(len(shape(x)) == 2 for x in operands):
+        return any(map(of_batch, operands)) and all(of_batch(x) or _computed(x) for x in operands)
+    return all(len(shape(x)) > 2 for x in operands)
+
+
+def meeting(n: Node) -> bool:
+    """Whether rows of two batches meet one by one in a node that is no product: by broadcasting, each operand with a
+    dimension of its own (additive attention), or as distances."""
+    if n.op != "call_function" or not is_tensor(n) or not value(n).is_floating_point():
+        return False
+    if op_name(n) in DISTANCES:
+        return True
+    x, y = operands = (*n.all_input_nodes, None, None)[:2]
+    if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
+        return False
+    left, right = (spanned(a, len(shape(n))) for a in (x, y))  # type: ignore[arg-type]
+    return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
+
+
+def _computed(x: Node) -> bool:
+    return x.op == "call_function" and op_name(x) not in VIEWS
+
+
+NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
+
+
+def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
+    """Whether a softmax stands near behind a node: behind elementwise operators and views alone, or `anyhow`."""
+    at, seen = [n], {n}
+    for _ in range(NEAR):
+        at = [u for x in at for u in x.users if u not in seen]
+        seen.update(at)
+        if any("softmax" in op_name(u) for u in at):
+            return True
+        at = [u for u in at if anyhow or op_name(u) in POINTWISE or op_name(u) in VIEWS]
+    return False
+
+
+GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
+
+
+ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
+
+
+NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")

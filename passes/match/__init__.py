@@ -1,0 +1,1 @@
+"""Find the attentions of a prepared graph, or say why a place is none."""

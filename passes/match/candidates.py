@@ -1,0 +1,127 @@
+"""Which nodes descend from normalisers, and which normalisers from products of queries with keys.
+
+The matcher tries a product only where one of its operands descends from a normaliser that comes from a product. The
+ways are those that a score program may take; `loose` takes any.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+
+from torch.fx import GraphModule, Node
+
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name
+from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting
+from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
+
+SORTING = ("sort", "topk", "argsort")
+NEAR = 5  # nodes in which a number for each row must meet the scores again
+KEEPING = ("add", "clamp", "clamp_min", "clip", "maximum", "detach", "to")  # what a total is guarded by
+REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
+
+
+class Descent:
+    """Of one graph: `weights` are the nodes that descend from a normaliser, each with the nearest of these; `scores`
+    likewise for products; `met` the softmaxes of what rows of two batches meet in without a product; `near` those of
+    what is shaped as a product of two batches of matrices that it comes from, by whatever operators."""
+
+    def __init__(self, gm: GraphModule):
+        self.gm = gm
+        self.near: frozenset[Node] = frozenset()
+        self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS or shared(n))
+        self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
+        self.met = self._met()
+
+    def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
+        """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds. `unknown` passes
+        operators that are not understood too, where they keep the shape, so that the refusal can name them."""
+        out: dict[Node, list[Node]] = {}
+        seeds = set(seeds)
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function":
+                continue
+            name = op_name(n)
+            if n in seeds:
+                out[n] = [n]
+            elif name in POINTWISE or name in VIEWS or name in INDEXING or name in REDUCING:
+                found = [s for a in n.all_input_nodes for s in out.get(a, ())]
+                if found:
+                    out[n] = list(dict.fromkeys(found))[:8]
+            elif unknown and is_tensor(n) and name not in NORMS:
+                found = [s for a in n.all_input_nodes if is_tensor(a) and dims(a) == dims(n) for s in out.get(a, ())]
+                if found:
+                    out[n] = list(dict.fromkeys(found))[:8]
+        return out
+
+    def _met(self) -> frozenset[Node]:
+        """Softmaxes of what some nodes are made of at which rows of two batches meet without a product."""
+        met: set[Node] = set()
+        for n in self.gm.graph.nodes:
+            if meeting(n) or (not batched(n) and any(a in met for a in n.all_input_nodes)):
+                met.add(n)
+        return frozenset(n for n in met if "softmax" in op_name(n) and not self.from_scores(n))
+
+    def _loosely(self, seeds: Iterable[Node]) -> dict[Node, dict[Node, int]]:
+        """Nodes that descend from a seed through any operators but products, where its last two dimensions are kept or
+        soon come back (a threshold for each row): node -> seeds, and how many nodes ago these were kept."""
+        out: dict[Node, dict[Node, int]] = {n: {n: 0} for n in seeds}
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function" or n in out or batched(n) or op_name(n) == "sym_size":
+                continue
+            found: dict[Node, int] = {}
+            for a in n.all_input_nodes:
+                for s, far in out.get(a, {}).items():
+                    kept = not is_tensor(n) or not _plane(s) - Counter(dims(n))
+                    found[s] = min(found.get(s, NEAR), 0 if kept else far + 1)
+            found = {s: far for s, far in found.items() if far < NEAR}
+            if found:
+                out[n] = dict(list(found.items())[:8])
+        return out
+
+    def loose(self) -> dict[Node, list[Node]]:
+        """Products that weights reach in whatever way: node -> the operators that may have normalised these."""
+        if not any("softmax" in op_name(n) or op_name(n) in SORTING for n in self.gm.graph.nodes):
+            return {}
+        scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
+        seeds = [
+            n
+            for n in self.gm.graph.nodes
+            if ("softmax" in op_name(n) or op_name(n) in SORTING) and any(a in scores for a in n.all_input_nodes)
+        ]
+        self.near = frozenset(n for n in seeds if any(0 in scores.get(a, {}).values() for a in n.all_input_nodes))
+        weights = self._loosely(seeds)
+        found = {
+            n: [s for a in n.all_input_nodes for s in weights.get(a, ())] for n in self.gm.graph.nodes if batched(n)
+        }
+        return {n: list(dict.fromkeys(s)) for n, s in found.items() if s}
+
+    def from_scores(self, anchor: Node) -> bool:
+        return any(a in self.scores for a in anchor.all_input_nodes)
+
+
+def shared(n: Node) -> bool:
+    """Whether a node is divided by a sum of something as large, whatever function made that: by a total for each row,
+    not by a length or a deviation."""
+    if op_name(n) not in ("div", "true_divide") or not all(is_tensor(x) for x in n.args[:2]):
+        return False
+    at: object = n.args[1]
+    for _ in range(NEAR):
+        if not isinstance(at, Node) or at.op != "call_function" or not is_tensor(at):
+            return False
+        total = op_name(at) == "sum" or (op_name(at) in ("linalg_vector_norm", "norm") and 1 in at.args[1:2])
+        if total:
+            return is_tensor(at.args[0]) and dims(at.args[0]) == dims(n) != dims(at)  # type: ignore[arg-type]
+        if op_name(at) not in VIEWS and op_name(at) not in KEEPING:
+            return False
+        at = at.args[0]
+    return False
+
+
+def _plane(n: Node) -> Counter[Expr]:
+    """The last two dimensions, of a tuple's source where it is one."""
+    return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])
+
+
+__all__ = ["Descent", "shared"]

@@ -1,0 +1,78 @@
+"""The ways in which a value that was lifted may be what a softmax over some keys has: its weights, or the logarithm of
+the sum of its exponentials."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import Expr
+from attnfx.mask import rows_live
+from attnfx.mask.predicate import kept
+from attnfx.passes.lift.access import extent
+from attnfx.passes.lift.tables import Index
+from attnfx.passes.match import softmax as N
+from attnfx.passes.match.results import Match
+
+
+def normalised(lifted: Expr, dimensions: Index) -> Iterator[tuple[N.Normalised, Expr]]:
+    """(the softmax that weights are of, the key), for each dimension that may be the keys'."""
+    for j in reversed(dimensions):
+        try:
+            yield N.normalise(lifted, j), j
+        except N.NotNormalised:
+            continue
+
+
+def exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.Normalised, Expr]]:
+    """(the softmax of the scores x, the key) of log(sum(exp(x))), a value of `final`, beside a match;
+    t + log(sum(exp(x))) is that of x + t."""
+    terms = lifted.args if lifted.op == "add" else (lifted,)
+    sums = [t for t in terms if t.op == "log" and t.args[0].op == "rsum"]
+    if len(sums) != 1:
+        return
+    (total,) = sums[0].args
+    inside, count = total.args
+    score = N.exponent(inside)
+    if score is None:
+        return
+    j = A.var(f"keys_{final.name}", count)
+    score = substitute(score, {A.var(str(total.value), count): j})
+    if more := [t for t in terms if t is not sums[0]]:
+        if not _never_empty(match):
+            return  # a largest score of -inf that is subtracted leaves NaN
+        score = _without_zeros(A.add(score, *more))
+    yield N.Normalised(score, A.PROB, safe=match.spec.safe), j
+
+
+def _never_empty(match: Match) -> bool:
+    """Whether each row surely has a score that is not -inf."""
+    return not any(c.kind == "f" for c in match.spec.captures) and every_row_live(match)
+
+
+def every_row_live(match: Match) -> bool:
+    """Whether every row provably has a live key; only said where the sizes are numbers."""
+    spec, extents = match.spec, [extent(axes) for axes in match.letters.values()]
+    if kept(spec) is A.TRUE:
+        return True
+    if match.sizes or any(n.op != "const" for n in extents) or {"b", "h"} & spec.score.free:
+        return False
+    return rows_live(spec, dict(zip("BHTS", (int(n.value) for n in extents), strict=True)))  # type: ignore[call-overload]
+
+
+def _without_zeros(score: Expr) -> Expr:
+    """Sums without the largest scores that cancelled in them."""
+
+    def cancelled(e: Expr) -> bool:
+        return e.op == "mul" and e.args[0] is A.const(0.0) and e.args[1].op == "rmax"
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        return A.add(*(a for a in args if not cancelled(a))) if old.op == "add" and any(map(cancelled, args)) else None
+
+    return rebuild(score, change)
+
+
+__all__ = ["every_row_live", "exponentials", "normalised"]

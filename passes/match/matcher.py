@@ -1,0 +1,288 @@
+"""From a contraction with a normalised weight to a spec: the matcher.
+
+`find(gm)` looks at each contraction whose one operand descends from a softmax (or an exponential, or a gate),
+lifts that operand, and gives a `Match` or a `Refusal` for it. The graph is not changed.
+
+    out[.., i, .., e] = sum_j  W(.., i, j) * V(.., j, e)        W = weight(normalise_j(score))
+    score holds one load of another contraction, sum_d Q(.., i, d) * K(.., j, d)
+
+Axes: i is the row that only the query has, j and d are contracted, e only the value has. The others are batch axes:
+those that key or value depend on come first (the last of them is the key head), those that only the query has are
+grouped heads. Grouped heads are never expanded: the walk through key and value undoes the expansion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import substitute
+from attnfx.ir.expr import Expr, walk
+from attnfx.mask import rows_live
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value
+from attnfx.passes.lift.access import extent, free, radix
+from attnfx.passes.lift.contraction import Contraction, contraction
+from attnfx.passes.lift.lifter import Lifter, LookedUp, broadcast
+from attnfx.passes.lift.products import batched
+from attnfx.passes.lift.tables import VIEWS, Index
+from attnfx.passes.match import softmax as N
+from attnfx.passes.match.candidates import Descent, shared
+from attnfx.passes.match.results import Finding, Match
+from attnfx.passes.match.sdpa_call import library_call
+from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused
+from attnfx.spec import fill_of
+
+COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")
+PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
+
+
+class Finder:
+    """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
+    gate between two products that did not prove to be an attention; `failed` are places at which the search itself went
+    wrong. `tables` are as `find_tables` gives them."""
+
+    def __init__(self, gm: GraphModule, tables: Mapping[Node, LookedUp] | None = None):
+        self.gm = gm
+        self.doubtful: list[Finding] = []
+        self.failed: dict[Node, Exception] = {}
+        self.facts = Facts(gm)
+        self.lifter = Lifter(self.facts.written, self.facts.frozen, tables)
+        self.reader = Reader(self.facts, self.lifter)
+        self.descent = Descent(gm)
+
+    def find(self) -> list[Finding]:
+        findings: list[Finding] = []
+        descent = self.descent
+        loose = descent.loose()
+        for n in self.gm.graph.nodes:
+            if n.op != "call_function":
+                continue
+            name = op_name(n)
+            if name in SDPA:
+                findings.append(self._attempt(n, lambda at: self._match(library_call(self.lifter, at)), [n]))
+            elif batched(n):
+                seeds = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if descent.from_scores(s)]
+                if seeds:
+                    found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
+                    # a gate or an exponential between two products is no attention until it is proved to be one
+                    proved = found.match is not None and not _layers(found.match)
+                    proved |= found.refusal is not None and found.refusal.code in PROVED
+                    if proved or any("softmax" in op_name(s) for s in seeds):
+                        findings.append(found)
+                        continue
+                    if found.refusal is not None and (found.refusal.code == "normaliser" or any(map(shared, seeds))):
+                        # exponentials over something like their sum (a small number is added): loosely an attention
+                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
+                        continue
+                    self.doubtful.append(found)
+                met = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if s in descent.met]
+                if n in loose:
+                    message = "operators that no score program expresses stand between the weights and the values"
+                    why = refusal("not_lifted", message, n, *loose[n])
+                    findings.append(Finding(n, refusal=why, anchors=loose[n], loose=True))
+                elif met and not seeds:
+                    message = "queries and keys meet in no product"
+                    findings.append(
+                        Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
+                    )
+        return findings
+
+    def _attempt(self, n: Node, how: Callable[[Node], Match], anchors: list[Node]) -> Finding:
+        try:
+            match = how(n)
+            match.anchors = anchors
+            return Finding(match.final, match=match, anchors=anchors)
+        except Refused as r:
+            products = [s for x in anchors for a in x.all_input_nodes for s in self.descent.scores.get(a, ())]
+            odd = [s for s in products if value(s).is_complex()]
+            if odd and r.refusal.code == "no_product":
+                return Finding(n, refusal=refusal("dtype", "the scores are complex", *odd), anchors=anchors)
+            return Finding(n, refusal=r.refusal, anchors=anchors)
+        except (Opaque, N.NotNormalised) as problem:
+            code = getattr(problem, "code", "not_lifted")
+            message = getattr(problem, "message", "the weights have no index form")
+            return Finding(n, refusal=refusal(code, message, *anchors, n), anchors=anchors)
+        except Exception as problem:  # a fault of one place is no reason to lose the others
+            self.failed[n] = problem
+            return Finding(n, refusal=refusal("fault", "attnfx failed on it", *anchors, n), anchors=anchors)
+
+    # -- attention written out ----------------------------------------------------------------
+    def _written_out(self, final: Node) -> Match:
+        problem: Exception | None = None
+        for last, path, divisor in self._endings(final):
+            out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(last)))
+            index: Index = out
+            for view in reversed(path):
+                _, index = VIEWS[op_name(view)](view, index)
+            c = contraction(final, index)
+            if c is None:
+                message = (
+                    f"the product {op_name(final)} of the weights with the values is of a form that is not understood"
+                )
+                raise Refused("contraction", message, [final])
+            for weights, at, values, values_at in (
+                (c.left, c.left_index, c.right, c.right_index),
+                (c.right, c.right_index, c.left, c.left_index),
+            ):
+                if not any(self.descent.from_scores(w) for w in self.descent.weights.get(weights, ())):
+                    continue
+                try:
+                    weight = self.lifter.lift(weights, at)
+                    if divisor is not None:
+                        below = self.lifter.lift(divisor, broadcast(divisor, out))
+                        weight = A.mul(weight, A.unary("recip", below))
+                    found = N.normalise(weight, c.reduced)
+                    if divisor is not None and found.normaliser != "softmax":
+                        message = "the values are divided by something else than the sum of the weights"
+                        raise Refused("normaliser", message, [last])
+                    return self._assemble(last, out, c.reduced, found, values, values_at)
+                except (Opaque, N.NotNormalised, Refused) as p:
+                    # of several readings, the one that got further tells the reason
+                    problem = p if problem is None or not isinstance(problem, Refused) else problem
+        raise problem or Refused("contraction", "the weights reach the values through an unknown operator", [final])
+
+    def _endings(self, final: Node) -> list[tuple[Node, list[Node], Node | None]]:
+        """Where the attention may end: at the product itself, or, (exp(s) @ v) / sum(exp(s)), at a division of it or of
+        a view of it. Each as (last node, views up to it, divisor)."""
+        out: list[tuple[Node, list[Node], Node | None]] = [(final, [], None)]
+        at, path = final, []
+        while len(at.users) == 1 and len(path) < 8:
+            user = next(iter(at.users))
+            if op_name(user) in VIEWS and user.args[0] is at:
+                path.append(user)
+                at = user
+                continue
+            if op_name(user) == "div" and len(user.args) == 2 and user.args[0] is at and is_tensor(user.args[1]):
+                if dims(user) == dims(at):
+                    out.append((user, path, user.args[1]))  # type: ignore[arg-type]
+            break
+        return out
+
+    def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
+        """Try the products that the score loads, the likeliest first: the others may be biases (relative positions)."""
+        problem: Refused | None = None
+        for load, dot in self.products(final, found.score, j):
+            try:
+                return self._with_product(final, out, j, found, values, values_at, load, dot)
+            except Refused as p:
+                problem = problem or p
+        assert problem is not None
+        raise problem
+
+    def _with_product(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index,
+                      load: Expr, dot: Contraction) -> Match:  # fmt: skip
+        """The match in which `load` is the product of queries and keys."""
+        if self.facts.regions[dot.node] != self.facts.regions[final]:
+            message = "the attention crosses the border of an autocast or a no_grad region"
+            raise Refused("region", message, [dot.node, final])
+        left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
+        if j.value in free(left[1]):
+            left, right = right, left
+        in_values = free(values_at)
+        in_weights = free(left[1]) | free(right[1]) | found.score.free | found.weight.free
+        width = [v for v in out if v.value in in_values and v.value not in in_weights]
+        if len(width) != 1:
+            raise Refused("values", "the values have no width of their own", [values])
+        row = self.row(found.score, load, dot, j, out, in_values)
+        pairs = (left, right, (values, values_at))
+        found = over_dot(found, load, dot)
+        return self._match(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
+
+    def row(self, score: Expr, load: Expr, dot: Contraction, j: Expr, out: Index, in_values: frozenset[str]) -> Expr:
+        """The query's row: the last dimension of the scores that the query has alone, and that a mask compares with
+        the keys, where there is one."""
+        query, key = free(dot.left_index), free(dot.right_index)
+        if j.value in query:
+            query, key = key, query
+        alone = [v for v in out if v.value in query - key and v.value not in in_values]
+        if not alone:  # a single query, or one per batch element
+            ones = [v for v in out if v.args[0] is A.ONE]
+            if ones:
+                return ones[-1]
+            raise Refused("rows", "the scores have no row that the query has alone", [dot.node])
+        compared = frozenset().union(*(e.free for e in walk(score) if e.op in COMPARISONS and j.value in e.free))
+        alone = [v for v in alone if v.value in compared] or alone
+        order = {v: n for n, v in enumerate(out)}
+        for x in reversed(load.args):
+            inside = [v for v in alone if v.value in x.free]
+            if inside:
+                return max(inside, key=lambda v: order[v])
+        return alone[-1]
+
+    def products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
+        """The loads of contractions in which one operand alone runs over the keys: nearest plain ones first."""
+        found: list[tuple[Expr, Contraction]] = []
+        for e in walk(score):
+            if e.op != "load" or not (j.value in e.free or j.args[0] is A.ONE):
+                continue
+            node = slot_node(e.value)
+            c = contraction(node, e.args) if batched(node) else None
+            if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
+                continue
+            if j.args[0] is A.ONE or (j.value in free(c.left_index)) != (j.value in free(c.right_index)):
+                found.append((e, c))
+        if not found:
+            message = "no product of queries with keys reaches the softmax through operators that are understood"
+            raise Refused("no_product", message, [final])
+        return sorted(found, key=lambda pair: (not _plain(pair[1]), -self.facts.position[pair[1].node]))
+
+    def _match(self, parts: Parts) -> Match:
+        read = self.reader.read(parts)
+        query, key, val = read.operands
+        taught = any(x.node in self.facts.differentiable for x in read.operands)
+        taught = taught or any(c.grad for c in read.spec.captures)
+        if not taught or _rows_live(read, parts):  # where a fill was added or put in its place is the same
+            read = replace(read, spec=replace(read.spec, score=A.in_place(read.spec.score)))
+        if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
+            message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"
+            hint = "Write softmax, or fill with -inf."
+            raise Refused("masked_rows", message, [parts.final], hint)
+        assert parts.value_width is not None
+        return Match(
+            parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
+            parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
+            training=taught,
+        )  # fmt: skip
+
+
+def _rows_live(read: Reading, parts: Parts) -> bool:
+    """Whether every row provably has a live key; only said where the sizes are numbers."""
+    sizes = {"B": read.kv_axes, "H": read.group_axes, "T": [parts.row], "S": [parts.column]}
+    extents = {name: extent(axes) for name, axes in sizes.items()}
+    if read.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & read.spec.score.free:
+        return False
+    return rows_live(read.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
+
+
+def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
+    """With `dot` for the product that the score loads, which float16 rounds."""
+    rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
+    return replace(found, score=substitute(found.score, {load: rounded}))
+
+
+def _layers(match: Match) -> bool:
+    """Whether keys and values are both parameters: linear layers, one for each element of a batch (experts)."""
+    return all(_parameter(x.node) for x in (match.key, match.value))
+
+
+def _parameter(x: Node) -> bool:
+    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
+
+
+def _plain(c: Contraction) -> bool:
+    """Whether plain indices, split or merged, read both operands: no gathers."""
+    return all(
+        radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x))
+        for x in (*c.left_index, *c.right_index)
+    )
+
+
+__all__ = ["Finder", "over_dot"]

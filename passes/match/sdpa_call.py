@@ -1,0 +1,49 @@
+"""A call of PyTorch's own attention operator, read as the parts of an attention: it is a site like any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.passes.fx.nodes import dims
+from attnfx.passes.lift.lifter import Lifter, broadcast
+from attnfx.passes.match import softmax as N
+from attnfx.passes.match.spec_builder import Parts, Refused
+
+
+def library_call(lifter: Lifter, at: Node) -> Parts:
+    """Raises Refused."""
+    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
+    given: dict[str, Any] = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
+    nodes = [given[n] for n in names[:3]]
+    p, mask, scale = given.get("dropout_p", 0.0), given.get("attn_mask"), given.get("scale")
+    if not isinstance(p, int | float) or not 0 <= p < 1:
+        raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
+    out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
+    if len(out) < 3:
+        raise Refused("unbatched", "an attention without a batch dimension", [at])
+    *heads, row, e = out
+    j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))
+    pairs = []
+    for x, last in zip(nodes, ((row, d), (j, d), (j, e)), strict=True):
+        inner = list(heads)
+        if given.get("enable_gqa", False) and dims(x)[-3] is not dims(nodes[0])[-3]:
+            inner[-1] = A.floordiv(heads[-1], A.floordiv(dims(nodes[0])[-3], dims(x)[-3]))
+        pairs.append((x, broadcast(x, (*inner, *last))))
+    if scale is None:
+        factor = A.unary("recip", A.unary("sqrt", A.to_float(d.args[0])))
+    else:
+        factor = A.to_float(lifter.operand(scale, ()))
+    score = A.mul(factor, A.DOT)
+    if given.get("is_causal", False):
+        score = A.where(A.le(j, row), score, A.const(float("-inf")))
+    if mask is not None:
+        m = lifter.lift(mask, broadcast(mask, (*heads, row, j)))
+        score = A.where(m, score, A.const(float("-inf"))) if m.kind == "b" else A.add(score, m)
+    found = N.Normalised(score, A.PROB, dropout=float(p), safe=True)
+    return Parts(at, out, row, j, d, e, tuple(pairs), found)
+
+
+__all__ = ["library_call"]

@@ -1,0 +1,266 @@
+"""From operands and a normalised weight to a spec over canonical variables.
+
+A `Reader` takes `Parts`, indices over the dimensions of some node, chooses where the operands are read, splits the
+batch axes as that needs it, and gives a `Reading`: the spec with its captures, and the operands over the axes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from attnfx import spec as S
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import FLOAT, Expr, walk
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
+from attnfx.passes.lift.access import (
+    Access,
+    Operand,
+    Split,
+    accesses,
+    apply_splits,
+    best,
+    free,
+    program_splits,
+    split_axes,
+    unflatten,
+)
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.products import of_batch
+from attnfx.passes.lift.tables import Index
+from attnfx.passes.match import softmax as N
+from attnfx.spec import AttentionSpec, Capture
+
+
+@dataclass(frozen=True)
+class Parts:
+    """An attention as it was read off the graph: indices over the dimensions of `final`, nothing chosen yet.
+
+    `pairs` are the operands (node, index) for query, key and value (query and key, for weights without values);
+    `found.score` is a program over `dot`; `product` is the node of the scores, None where the graph has none.
+    """
+
+    final: Node
+    out: Index
+    row: Expr
+    column: Expr
+    width: Expr
+    value_width: Expr | None
+    pairs: tuple[tuple[Node, Index], ...]
+    found: N.Normalised
+    product: Node | None = None
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What the parts came to: `operands` as the parts' pairs, `out` as theirs, split into `kv_axes` and `group_axes`
+    (the batch axes that key or value depend on, and those that only the query has)."""
+
+    spec: AttentionSpec
+    captures: list[Node]
+    sizes: list[str]
+    operands: tuple[Operand, ...]
+    kv_axes: list[Expr]
+    group_axes: list[Expr]
+    out: Index
+
+
+class Refused(Exception):
+    def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
+        super().__init__(message)
+        self.refusal = refusal(code, message, *nodes, hint=hint)
+
+
+class Reader:
+    """Reads the parts of one graph."""
+
+    def __init__(self, facts: Facts, lifter: Lifter):
+        self.facts, self.lifter = facts, lifter
+
+    def read(self, parts: Parts, sources: tuple[Node, ...] | None = None) -> Reading:
+        """Raises Refused. `sources` are the nodes that the operands are to be read at, where they are known."""
+        inner = (parts.row, parts.column, parts.value_width)
+        batch = [v for v in parts.out if v not in inner and v.args[0] is not A.ONE]
+        chosen, splits = self._operands(parts, frozenset(str(v.value) for v in batch), sources)
+        found = parts.found
+        score = substitute(found.score, {A.DOT: A.mul(chosen[0].factor, chosen[1].factor, A.DOT)})
+        weight = A.mul(*(x.factor for x in chosen[2:]), found.weight)
+        found = replace(found, score=score, weight=weight)
+        programs = [apply_splits(p, splits) for p in (found.score, found.weight, *found.extra)]
+        splits = [*splits, *program_splits(programs, frozenset(str(v.value) for v in split_axes(batch, splits)))]
+        operands = tuple(Operand(x.node, tuple(apply_splits(i, splits) for i in x.index)) for x in chosen)
+        axes = split_axes(batch, splits)
+        in_kv = frozenset().union(*(free(x.index) for x in operands[1:]))
+        kv_axes = [a for a in axes if a.value in in_kv]
+        group_axes = [a for a in axes if a.value not in in_kv]
+        if not kv_axes and not of_batch(chosen[1].node):
+            message = "the keys are one matrix, as a router's gate or a codebook is"
+            raise Refused("shared_keys", message, [parts.final])
+        programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
+        spec, captures, sizes = self._spec(parts, programs, found, chosen[0].node)
+        out = tuple(apply_splits(v, splits) for v in parts.out)
+        return Reading(spec, captures, sizes, operands, kv_axes, group_axes, out)
+
+    def _operands(
+        self, parts: Parts, batch: frozenset[str], sources: tuple[Node, ...] | None
+    ) -> tuple[list[Access], list[Split]]:
+        """The best readings of the operands; upcasts are undone only where all of them agree on a dtype."""
+        lists = [accesses(self.lifter, *pair) for pair in parts.pairs]
+        if sources is not None:
+            lists = [[a for a in found if a.node is source] for found, source in zip(lists, sources, strict=True)]
+        for upcast in (True, False):
+            chosen = [best(candidates, batch, upcast or sources is not None) for candidates in lists]
+            for c, (node, _) in zip(chosen, parts.pairs, strict=True):
+                if c is None:
+                    raise Refused("layout", "an operand is gathered in a way that views cannot express", [node])
+            found = [c for c in chosen if c is not None]
+            if len({value(a.node).dtype for a, _ in found}) == 1:
+                break
+        for access, _ in found:
+            self._unchanged(access.node, parts.final)
+        return [access for access, _ in found], _merge([splits for _, splits in found])
+
+    def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
+                row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
+        """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
+        by: dict[Expr, Expr] = {row: S.I, j: S.J}
+        if row.args[0] is A.ONE:
+            by[row] = A.ZERO
+        batch, heads = batch_and_heads(kv, group)
+        unflatten(by, batch, S.B)
+        unflatten(by, heads, S.H)
+        lengths = {x.args[0]: A.size(name) for x, name in ((j, "S"), (row, "T")) if x.args[0].op == "size"}
+        out = []
+        for program in (found.score, found.weight, *found.extra):
+            program = self._load_reductions(program)
+            out.append(substitute(substitute(apply_splits(program, splits), by), lengths))
+        return out
+
+    def _load_reductions(self, program: Expr) -> Expr:
+        """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
+
+        def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            place = self._place(old) if old.op in ("rsum", "rmax", "softmax") else None
+            return self.lifter.load(*place) if place is not None else None
+
+        return rebuild(program, change)
+
+    def _place(self, e: Expr) -> tuple[Node, Index] | None:
+        """Where the graph computes a reduction. The softmax's own variable is the column's now."""
+        found = self.lifter.reductions.get(e)
+        if found is not None:
+            return found
+        here = {v for v in walk(e) if v.op == "var"}
+        for other, (node, index) in self.lifter.reductions.items():
+            there = {v for v in walk(other) if v.op == "var"}
+            if other.op == e.op and len(there - here) == 1 == len(here - there):
+                by = dict(zip(there - here, here - there))
+                if substitute(other, by) is e:
+                    return node, tuple(substitute(x, by) for x in index)
+        return None
+
+    def _spec(
+        self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
+    ) -> tuple[AttentionSpec, list[Node], list[str]]:
+        """The canonical spec, the nodes behind its captures and the names of its symbolic sizes, in order."""
+        score, weight, *extra = programs
+        if found.normaliser == "none":
+            score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
+        slots: dict[object, Capture] = {}
+        whole = [e for program in (score, weight, *extra) for e in walk(program)]
+        if any(e.op in ("rsum", "rmax", "softmax", "dropout") for e in whole):
+            raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final])
+        for e in whole:
+            stray = sorted(e.free - set(S.AXES))
+            if stray:
+                message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
+                raise Refused("axes", message, [parts.final])
+            if e.op == "load":
+                slots[e.value] = self._capture(e.value, parts, programs)
+        for program in extra:
+            if "j" in program.free or any(e.op == "dot" for e in walk(program)):
+                raise Refused("extra", "an added column of the softmax depends on the keys", [parts.final])
+        dtype = str(value(parts.final).dtype).removeprefix("torch.")
+        compute = "float64" if value(query).dtype == torch.float64 else "float32"
+        draft = AttentionSpec(
+            score,
+            found.normaliser,
+            tuple(extra),
+            weight,
+            found.dropout,
+            found.safe,
+            compute,
+            dtype,
+            tuple(slots.items()),  # type: ignore[arg-type]
+        )
+        return S.canonical(draft)  # type: ignore[return-value]
+
+    def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
+        """What the program loads, where loading it is sound."""
+        at = slot_node(slot)
+        if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
+            message = f"the scores pass through {op_name(at)}, which no score program expresses"
+            raise Refused("score_used", message, [at], "It may need a whole row of scores.")
+        held = value(at)
+        if not isinstance(held, torch.Tensor):
+            return Capture(FLOAT, 0, False)  # a symbolic number
+        if held.dtype.is_complex:
+            raise Refused("dtype", f"{at.name} is complex", [at])
+        self._unchanged(at, parts.final)
+        kind = kind_of(held.dtype)
+        taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
+        return Capture(kind, held.dim(), taught)
+
+    def _unchanged(self, base: Node, final: Node) -> None:
+        writer = self.facts.changed_before(base, final)
+        if writer is not None:
+            raise Refused(
+                "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]
+            )
+        learns = torch.is_grad_enabled() and final in self.facts.differentiable
+        if learns and (writer := self.facts.input_writer(base)) is not None:
+            # AOTAutograd writes inputs at the end of the forward pass, and its partitioner may save what was there
+            # before, or make a copy again from what is there after: the operator would keep more of it than eager
+            message = f"{base.name} is an input of the graph that is changed in place, and the backward pass reads it"
+            raise Refused("mutated", message, [writer, base])
+
+
+def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+    """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
+    return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
+
+
+def _merge(lists: list[list[Split]]) -> list[Split]:
+    out: list[Split] = []
+    for splits in lists:
+        for split in splits:
+            if split in out:
+                continue
+            if any(set(split) & set(s) for s in out):
+                raise Refused("layout", "query, key and value split a batch dimension in different ways")
+            out.append(split)
+    return out
+
+
+def _differentiable(node: Node, programs: list[Expr]) -> bool:
+    """Whether some load of the node is reached without passing a detach."""
+    for program in programs:
+        stack = [program]
+        seen: set[Expr] = set()
+        while stack:
+            e = stack.pop()
+            if e in seen or e.op == "detach" or (e.kind != FLOAT and e.op != "where"):
+                continue
+            seen.add(e)
+            if e.op == "load" and e.value is node:
+                return True
+            stack.extend(e.args)
+    return False
+
+
+__all__ = ["Parts", "Reader", "Reading", "Refused", "batch_and_heads"]

@@ -1,0 +1,119 @@
+"""Softmaxes of which no attention was made, and why: so that every softmax of a graph ends in the report.
+
+Reads a graph in which attentions were found, or one of Dynamo's that was not looked into; changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+
+from torch._ops import HigherOrderOperator
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.graph_breaks import Break, begun_by
+from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
+from attnfx.passes.lift.products import batched
+from attnfx.passes.match.matcher import Finder
+from attnfx.passes.match.results import Finding
+from attnfx.report.records import Refusal
+
+SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
+BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum
+NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of their names in a graph of Dynamo
+
+
+def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:
+    """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break at the graph's end."""
+    products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
+    flat = [p for p in products if not batched(p)]
+    of_flat = finder.descent.descendants(flat)
+    meeting = {s for p in products for a in p.all_input_nodes for s in finder.descent.weights.get(a, ())}
+    for n in finder.gm.graph.nodes:
+        if n.op != "call_function" or op_name(n) not in SOFTMAXES or n in anchors:
+            continue
+        if finder.descent.from_scores(n) or n in finder.descent.near:
+            if ended is not None and _leaves(finder, n):
+                yield n, _broken(n, ended, "the weights leave the graph before they meet the values")
+            else:
+                yield n, refusal("no_values", "the weights meet no values", n)
+            continue
+        begun = begun_by(n)
+        flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
+        if begun is not None and n in meeting and _from_input(n):
+            yield n, _broken(n, begun, "the scores come from another graph")
+        elif flat_scores and n in meeting and len(dims(n)) == 2:
+            yield n, refusal("unbatched", "the scores and the weights are plain matrices", n)
+        elif flat_scores and n in meeting:
+            yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
+        else:
+            yield (
+                n,
+                refusal(
+                    "not_attention", "no product of queries with keys leads to it by operators that are understood", n
+                ),
+            )
+
+
+def with_reasons(
+    finder: Finder,
+    left: list[tuple[Node, Refusal]],
+    dropped: list[tuple[Finding, Refusal | None]],
+    filed: list[Finding],
+) -> list[tuple[Node, Refusal]]:
+    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
+    dropped on the way: they tell more than that no attention was found."""
+    reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
+    seen, stack = set(), [a for f in filed for a in f.anchors]
+    while stack:  # a softmax that another one is made of
+        anchor = stack.pop()
+        if anchor not in seen:
+            seen.add(anchor)
+            stack.extend(s for a in anchor.all_input_nodes for s in finder.descent.weights.get(a, ()))
+    out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
+    byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
+    return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
+
+
+def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
+    """The softmaxes of a graph as Dynamo made it, none of which was looked at."""
+    for module in gm.modules():
+        if isinstance(module, GraphModule):
+            for n in module.graph.nodes:
+                name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", "")
+                if n.op in ("call_function", "call_method") and any(part in name for part in NAMES):
+                    yield n, refusal(code, message, n)
+
+
+def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node, Refusal]]:
+    """The softmaxes in the bodies of higher-order operators other than those whose names are in `read`."""
+    for n in gm.graph.nodes:
+        if n.op == "call_function" and isinstance(n.target, HigherOrderOperator) and n.target.name() not in read:
+            for x in n.all_input_nodes:
+                body = getattr(gm, str(x.target), None) if x.op == "get_attr" else None
+                if isinstance(body, GraphModule):
+                    yield from unread(body, "higher_order", f"it stands in the body of {n.target.name()}")
+
+
+def _broken(n: Node, at: Break, what: str) -> Refusal:
+    why = f": {at.reason}" if at.reason else ""
+    return Refusal("graph_break", f"{what}, which broke at {at.where}{why}", (n.name,), at.hint, at.where)
+
+
+def _leaves(finder: Finder, n: Node) -> bool:
+    """Whether the weights, or what is made of them, are an output of the graph."""
+    output = next(x for x in finder.gm.graph.nodes if x.op == "output")
+    return any(n in finder.descent.weights.get(a, ()) for a in output.all_input_nodes)
+
+
+def _from_input(n: Node) -> bool:
+    """Whether a softmax is made of an input of the graph as large as itself, by operators of one such operand."""
+    at = n
+    while at.op == "call_function":
+        same = [a for a in at.all_input_nodes if is_tensor(a) and dims(a) == dims(n)]
+        if not same:
+            return False
+        at = same[0]
+    return at.op == "placeholder"
+
+
+__all__ = ["others", "unread", "unread_bodies", "with_reasons"]

@@ -1,0 +1,358 @@
+"""What is read of the weights of an attention that was found, and whether its weights are needed beside that.
+
+A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
+the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
+weights of some of the queries, and the largest of each row and its key, or of each key and its row. The logarithm of
+the sum of the scores' exponentials, which a loss may hold down, is what the attention computes anyway.
+`find_reductions` reads them off the graph.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch.fx import Node
+
+from attnfx import spec as S
+from attnfx.ir import algebra as A
+from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.expr import Expr, walk
+from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
+from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
+from attnfx.passes.lift.tables import VIEWS, Index
+from attnfx.passes.match import softmax as N
+from attnfx.passes.match.logsumexp import every_row_live, exponentials, normalised
+from attnfx.passes.match.matcher import Finder, over_dot
+from attnfx.passes.match.results import Match, Reduction
+from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
+from attnfx.passes.match.weight_uses import read_beside
+from attnfx.spec import AttentionSpec
+
+SUMS = ("sum", "mean")
+ROWS = ("select", "slice", "narrow")
+
+
+def _asked(n: Node) -> tuple[Node, str] | None:
+    """(weights, kind of reduction), where a node reads some of what may be weights; for the logarithm of a sum, the
+    scores, as nearly as the node itself shows them."""
+    if n.op != "call_function" or not is_tensor(n):
+        return None
+    name, source = op_name(n), n.args[0] if n.args else None
+    if name in ("logsumexp", "log") and is_tensor(source):
+        return source, "logsumexp"  # type: ignore[return-value]
+    if name == "add" and (logs := [x for x in n.all_input_nodes if op_name(x) == "log"]):
+        return logs[0], "logsumexp"  # a largest score that was subtracted comes back
+    if name in SUMS and is_tensor(source):
+        return source, "sum"  # type: ignore[return-value]
+    if name in ROWS and is_tensor(source):
+        return source, "rows"  # type: ignore[return-value]
+    if name == "argmax" and is_tensor(source):
+        return source, "argmax"  # type: ignore[return-value]
+    if name == "amax" and is_tensor(source):
+        return source, "max"  # type: ignore[return-value]
+    if name == "getitem" and isinstance(source, Node) and op_name(source) == "max" and len(source.args) > 1:
+        return source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[return-value,index]
+    return None
+
+
+def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
+    """Fills in `reductions` of each match; splits its batch axes where a sum has a part of one."""
+    matches = list(matches)
+    ends = {match.final for match in matches}
+    of: dict[Node, dict[Match, None]] = {}  # the matches of a normaliser, and of a product that it comes from
+    for match in matches:
+        for anchor in match.anchors:
+            products = (s for a in anchor.all_input_nodes for s in finder.descent.scores.get(a, ()))
+            for n in (anchor, *products):
+                of.setdefault(n, {})[match] = None
+    asked: dict[Match, list[Node]] = {}
+    for n in finder.gm.graph.nodes if of else ():
+        if (found := _asked(n)) is None:
+            continue
+        weights, kind = found
+        starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
+        for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
+            if kind != "logsumexp" or read_beside([n], ends):  # a softmax by hand may read it for itself alone
+                asked.setdefault(match, []).append(n)
+    for match, nodes in asked.items():
+        for n in nodes:
+            if found := _same_weights(finder, match, n):
+                _split(match, found[1])
+        read = [(n, found) for n in nodes if (found := _same_weights(finder, match, n))]
+        made = [_reduction(match, n, *found) for n, found in read]
+        match.reductions = [r for r in made if r is not None]
+
+
+def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, Common] | None:
+    """What is read by the node, where that is a function of the weights of the match."""
+    asked, facts = _asked(final), finder.facts
+    assert asked is not None
+    weights, kind = asked
+    held = value(final) if kind in ("sum", "logsumexp") else value(weights)
+    if torch.finfo(held.dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
+        return None  # asked for in a wider type than the weights have
+    if facts.regions[final] != facts.regions[match.final]:
+        return None
+    if op_name(final) == "amax" and final in facts.differentiable:
+        return None  # equal weights share its gradient
+    dimensions = _dimensions(final if kind == "logsumexp" else weights)
+    try:
+        if kind == "logsumexp":
+            ways = exponentials(finder.lifter.lift(final, dimensions), final, match)
+        else:
+            ways = normalised(finder.lifter.lift(weights, dimensions), dimensions)
+    except Opaque:
+        return None
+    for way, j in ways:
+        at = (*dimensions, j) if kind == "logsumexp" else dimensions
+        if found := _same_scores(finder, match, final, at, way, j):
+            return found if _all_before(finder, match, found[0], final) else None
+    return None
+
+
+def _all_before(finder: Finder, match: Match, reading: Reading, final: Node) -> bool:
+    """Whether all that the attention needs stands before a node."""
+    position = finder.facts.position
+    sources = [match.query.node, match.key.node, match.value.node, *match.captures, *reading.captures]
+    return all(position[x] < position[final] for x in sources)
+
+
+def _dimensions(weights: Node) -> Index:
+    return tuple(A.var(f"w{d}", n) for d, n in enumerate(dims(weights)))
+
+
+def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction | None:
+    weights, kind = _asked(final)  # type: ignore[misc]
+    axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
+    programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
+    weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
+    index = [substitute(x, common.ours) for x in reading.out]
+    count, start, over = None, 0, "j"
+    if kind == "logsumexp":
+        return Reduction(final, match.spec, [], [], axes, tuple(index[:-1]), kind=kind)
+    dimensions = _dimensions(weights)
+    if kind == "sum":
+        asked = argument(final, 1, "dim")
+        asked = [asked] if isinstance(asked, int) else asked
+        gone = {d % len(dimensions) for d in asked} if asked else set(range(len(dimensions)))  # type: ignore[union-attr]
+        kept = [x for d, x in enumerate(index) if d not in gone]
+        if op_name(final) == "mean":
+            count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone)))
+    elif reading.spec.dropout:
+        return None  # which keys are dropped depends on how the rows are cut
+    elif kind == "rows":
+        found = _some_rows(match, final, weights, index)
+        if found is None or any(names_its_length(p) for p in (*programs, weight)):
+            return None
+        start, row = found
+        kept = [substitute(x, {match.row: row}) for x in index]
+        axes["i"] = [row]
+        *programs, weight = (substitute(p, {S.I: A.add(S.I, A.const(start))}) for p in (*programs, weight))
+    else:
+        at = final.args[0] if op_name(final) == "getitem" else final
+        dim = argument(at, 1, "dim")  # type: ignore[arg-type]
+        dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
+        plain = match.spec.normaliser == "softmax" and weight is A.PROB
+        if not isinstance(dim, int) or not plain or index[dim] not in (match.column, match.row):
+            return None
+        over = "j" if index[dim] is match.column else "i"
+        if op_name(final) == "amax" and over == "j":
+            return None  # it is computed with its row
+        kept = [x for x in index if x is not index[dim]]
+    draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
+    spec, captures, sizes = renumbered(draft, programs, match, reading)
+    return Reduction(final, spec, captures, sizes, axes, tuple(kept), count, kind, start, over)
+
+
+def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> tuple[int, Expr] | None:
+    """(the first row, the variable of the rows), where a node takes rows of the weights that are numbers."""
+    n = match.row.args[0]
+    out = tuple(A.var(f"s{d}", x) for d, x in enumerate(dims(final)))
+    try:
+        source, at = VIEWS[op_name(final)](final, out)
+    except Opaque:
+        return None
+    changed = [d for d, (x, size) in enumerate(zip(at, dims(weights), strict=True))
+               if x.op != "var" or x.args[0] is not size]  # fmt: skip
+    if source is not weights or len(changed) != 1 or index[changed[0]] is not match.row or n.op != "const":
+        return None
+    found = radix(at[changed[0]])
+    if found is None or found[0].op != "const" or len(found[1]) > 1 or any(step is not A.ONE for _, step in found[1]):
+        return None
+    count = found[1][0][0].args[0] if found[1] else A.ONE
+    if count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
+        return None  # most of them: the weights exist anyway
+    return int(found[0].value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
+
+
+def names_its_length(program: Expr) -> bool:
+    """Whether the number of rows is part of a program, which is another number for some of the rows."""
+    stack, seen = [program], {program}
+    while stack:
+        e = stack.pop()
+        if e.op == "size" and e.value == "T":
+            return True
+        fresh = [x for x in e.args if x not in seen] if e.op != "var" else []
+        seen.update(fresh)
+        stack.extend(fresh)
+    return False
+
+
+def _split(match: Match, common: Common) -> None:
+    """Where a sum has a batch axis in parts, so has the match from now on."""
+    if all(len(of) == 1 for of in common.made_of.values()):
+        return
+    theirs = common.theirs
+    score, weight, *extra = (
+        over_axes(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra)
+    )
+    for name in ("query", "key", "value"):
+        operand = getattr(match, name)
+        setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
+    match.out_index = tuple(substitute(x, theirs) for x in match.out_index)
+    match.kv_axes = [v for a in match.kv_axes for v in common.made_of[a]]
+    match.group_axes = [v for a in match.group_axes for v in common.made_of[a]]
+    by = over_letters(match.letters)
+    draft = replace(match.spec, weight=substitute(weight, by))
+    named = [substitute(p, by) for p in (score, *extra)]
+    match.spec, match.captures, match.sizes = renumbered(draft, named, match)
+
+
+def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
+    """The batch axes over b and h."""
+    by: dict[Expr, Expr] = {}
+    unflatten(by, axes["b"], S.B)
+    unflatten(by, axes["h"], S.H)
+    return by
+
+
+def renumbered(
+    draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
+) -> tuple[AttentionSpec, list[Node], list[str]]:
+    """The spec with another score and extra logits; all its programs load nodes of the graph, which `sources` hold."""
+    captures = {n: c for x in sources for n, c in zip(x.captures, x.spec.captures, strict=True)}
+    used = {e.value for p in (*named, draft.weight) for e in walk(p) if e.op == "load"}
+    held = tuple((n, c) for n, c in captures.items() if n in used)
+    return S.canonical(replace(draft, score=named[0], extra=tuple(named[1:]), captures=held, sizes=()))  # type: ignore[return-value,arg-type]
+
+
+def _same_scores(
+    finder: Finder, match: Match, final: Node, dimensions: Index, found: N.Normalised, j: Expr
+) -> tuple[Reading, Common] | None:
+    """The weights as read with j as the key, where their softmax is that of the match."""
+    if j.args[0] is not match.column.args[0]:
+        return None
+    try:
+        if found.dropout and found.draw != match.draw:
+            return None
+        out = tuple(x for x in dimensions if x is not j)
+        for load, dot in finder.products(final, found.score, j):
+            left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
+            if j.value in free(left[1]):
+                left, right = right, left
+            row = finder.row(found.score, load, dot, j, out, frozenset())
+            whole = over_dot(found, load, dot)
+            parts = Parts(final, dimensions, row, j, dot.reduced, None, (left, right), whole, dot.node)
+            reading = finder.reader.read(parts, (match.query.node, match.key.node))
+            common = _common(match, reading, parts)
+            if common is not None and _agrees(match, reading, common):
+                return reading, common
+    except (Opaque, N.NotNormalised, Refused):
+        pass
+    return None
+
+
+@dataclass(frozen=True)
+class Common:
+    """The axes that the match and the reading of a sum have in common, where one splits what the other has whole.
+
+    ours      each axis of the reading, over them
+    made_of   those that each axis of the match is made of
+    """
+
+    ours: dict[Expr, Expr]
+    made_of: dict[Expr, list[Expr]]
+
+    @property
+    def theirs(self) -> dict[Expr, Expr]:
+        """Each axis of the match, over them."""
+        return {a: flat(of) for a, of in self.made_of.items()}
+
+
+def _common(match: Match, reading: Reading, parts: Parts) -> Common | None:
+    ours, theirs = [*reading.kv_axes, *reading.group_axes], match.axes
+    inner = list(zip((parts.row, parts.column, parts.width), (match.row, match.column, match.width), strict=True))
+    if any(x.args[0] is not y.args[0] for x, y in inner):
+        return None
+    by_ours, made_of = dict(inner), {y: [y] for _, y in inner}
+    while ours and theirs:
+        x, y = _least(ours, theirs)
+        if not x:
+            return None
+        if len(x) == 1:
+            by_ours[x[0]] = flat(y)
+            made_of.update({a: [a] for a in y})
+        else:
+            by_ours.update({a: a for a in x})
+            made_of[y[0]] = x
+        ours, theirs = ours[len(x) :], theirs[len(y) :]
+    return None if ours or theirs else Common(by_ours, made_of)
+
+
+def _least(ours: list[Expr], theirs: list[Expr]) -> tuple[list[Expr], list[Expr]]:
+    """The shortest beginnings of both that have one extent, one of them a single axis."""
+    for n in range(1, max(len(ours), len(theirs)) + 1):
+        for x, y in ((ours[:n], theirs[:1]), (ours[:1], theirs[:n])):
+            if extent(x) is extent(y):
+                return x, y
+    return [], []
+
+
+def _agrees(match: Match, reading: Reading, common: Common) -> bool:
+    """Whether the two are one softmax of one score of the same operands."""
+    for mine, other in zip(reading.operands, (match.query, match.key), strict=True):
+        if [substitute(x, common.ours) for x in mine.index] != [substitute(x, common.theirs) for x in other.index]:
+            return False
+    ours, theirs = reading.spec, match.spec
+    if (ours.normaliser, ours.safe, ours.compute) != (theirs.normaliser, theirs.safe, theirs.compute):
+        return False
+    if ours.dropout and ours.dropout != theirs.dropout:
+        return False
+    mine = [over_axes(x, reading, common.ours) for x in (ours.score, *ours.extra)]
+    other = [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
+    if mine == other:
+        return True
+    # where the match puts an added fill in the place of what it swallows, so may the reading
+    return [A.in_place(x) for x in mine] == other and (not match.training or every_row_live(match))
+
+
+def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+    """A program over the common axes, whose captures and sizes are those of the graph again."""
+    batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
+    by = {S.B: flat(batch), S.H: flat(heads)}
+    return substitute(substitute(of_nodes(program, source), by), to_common)
+
+
+def of_nodes(program: Expr, source: Reading | Match) -> Expr:
+    names = dict(zip(source.spec.sizes, source.sizes, strict=True))
+
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if old.op == "load":
+            return A.load(source.captures[old.value], args, old.kind)  # type: ignore[call-overload]
+        if old.op == "size" and old.value in names:
+            return A.size(names[str(old.value)])
+        return None
+
+    return rebuild(program, change)
+
+
+__all__ = [
+    "find_reductions",
+    "names_its_length",
+    "of_nodes",
+    "over_axes",
+    "over_letters",
+    "renumbered",
+]

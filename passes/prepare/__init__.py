@@ -1,0 +1,1 @@
+"""Prepare a Dynamo graph for the search: one file a pass."""

@@ -1,0 +1,167 @@
+"""Operators that only spell another one differently, written as that one.
+
+    index_put(x, [.., mask], number)   is masked_fill(x, mask, number)
+    sum(x[.., None, :] * y[.., None, :, :], d)   is a product of matrices, an einsum
+    einsum(.., x, y, z)   is an einsum of two operands after another
+    tensordot, inner   are einsums
+
+Needs `meta["val"]`, and no in-place operators (`functionalise`); changes the graph in place; promises the same results
+up to rounding.
+"""
+
+from __future__ import annotations
+
+from itertools import combinations
+from math import prod
+from string import ascii_letters, ascii_lowercase
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.cleanup import clean
+from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op_name, shape, spanned, value
+from attnfx.passes.lift.contraction import terms
+from attnfx.passes.lift.emitter import Emitter
+
+aten = torch.ops.aten
+EXPANDS = ("expand", "expand_as")
+
+
+def respell(gm: GraphModule) -> int:
+    """Gives how many operators were written as others."""
+    rules = {
+        "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
+        "inner": _tensordot, "linalg_matmul": _matmul,
+    }  # fmt: skip
+    found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
+    if not found:
+        return 0
+    facts, changed = Facts(gm), 0
+    for n in found:
+        if n in facts.written or written_operands(n):
+            continue
+        made = rules[op_name(n)](gm, facts, n)
+        if made is not None:
+            n.replace_all_uses_with(made, propagate_meta=False)
+            gm.graph.erase_node(n)
+            changed += 1
+    if changed:
+        clean(gm)
+    return changed
+
+
+def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """x[:, mask] = number."""
+    x, index, number = n.args[:3]
+    if argument(n, 3, "accumulate", False) or not isinstance(index, list | tuple):
+        return None
+    given = [i for i in index if i is not None]
+    if len(given) != 1 or index[-1] is None or value(given[0]).dtype != torch.bool or value(number).numel() != 1:
+        return None
+    emit, mask = Emitter(gm, n), given[0]
+    for _ in range(len(shape(x)) - (len(index) - 1) - len(shape(mask))):  # type: ignore[arg-type]
+        mask = emit.call(aten.unsqueeze.default, mask, -1)
+    if len(shape(number)):  # type: ignore[arg-type]
+        number = emit.call(aten.reshape.default, number, [])
+    return emit.call(aten.masked_fill.Tensor, x, mask, number)
+
+
+def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """The sum of what only two operands together are as large as."""
+    whole, over = n.args[0], argument(n, 1, "dim")
+    over = over if isinstance(over, list | tuple) else [over]
+    if op_name(whole) != "mul" or len(whole.users) > 1 or len(over) != 1 or not isinstance(over[0], int):  # type: ignore[union-attr,arg-type]
+        return None
+    operands = [_unexpanded(x) for x in whole.args[:2]]  # type: ignore[union-attr]
+    if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.casts(n):
+        return None  # autocast leaves a sum as it is, and rounds the operands of an einsum
+    rank = len(shape(whole))  # type: ignore[arg-type]
+    if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(ascii_lowercase):  # type: ignore[index]
+        return None
+    left, right = (spanned(x, rank) for x in operands)
+    summed = over[0] % rank
+    if summed not in left & right or not (left - right and right - left):
+        return None
+    letters = [ascii_lowercase[rank - len(shape(x)) : rank] for x in operands]
+    out = ascii_lowercase[:summed] + ascii_lowercase[summed + 1 : rank]
+    emit = Emitter(gm, n)
+    made = emit.call(aten.einsum.default, f"{letters[0]},{letters[1]}->{out}", operands)
+    return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
+
+
+def _squeezed(emit: Emitter, x: Node, single: list[int]) -> Node:
+    return emit.call(aten.squeeze.dims, x, single) if single else x
+
+
+def _unexpanded(x: Any) -> Any:
+    while isinstance(x, Node) and op_name(x) in EXPANDS:
+        x = x.args[0]
+    return x
+
+
+def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    return Emitter(gm, n).call(aten.matmul.default, *n.args)
+
+
+def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """A product over some dimensions of both operands: of the last ones, for `inner`."""
+    x, y = n.args[:2]
+    ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
+    given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
+    over = [[int(d) % rank for d in dims_] for dims_, rank in zip(given, ranks, strict=True)]  # type: ignore[union-attr]
+    if not over[0] or 0 in ranks or sum(ranks) > len(ascii_lowercase):
+        return None
+    left, right = list(ascii_lowercase[: ranks[0]]), list(ascii_lowercase[ranks[0] : sum(ranks)])
+    for a, b in zip(*over, strict=True):
+        right[b] = left[a]
+    out = [c for c in left if c not in right] + [c for c in right if c not in left]
+    equation = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
+    return Emitter(gm, n).call(aten.einsum.default, equation, [x, y])
+
+
+def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """Three operands or more: first those two that leave the least behind, as opt_einsum's greedy search takes them."""
+    equation, operands = n.args[:2]
+    try:
+        inputs, output = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[arg-type,union-attr]
+    except Opaque:
+        return None
+    if len(inputs) < 3 or any(len(set(t)) != len(t) for t in (*inputs, output)):
+        return None
+    sizes: dict[str, int] = {}
+    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+        for letter, size in zip(term, shape(x), strict=True):
+            sizes[letter] = max(sizes.get(letter, 1), number(size))
+    names = dict(zip(dict.fromkeys("".join(inputs)), ascii_letters, strict=False))
+    if len(names) < len(sizes):
+        return None
+    emit = Emitter(gm, n)
+    left: list[tuple[str, Any]] = []
+    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+        single = [d for d, c in enumerate(term) if sizes[c] != 1 and dims(x)[d] is A.ONE]  # broadcast by the einsum
+        left.append(("".join(c for d, c in enumerate(term) if d not in single), _squeezed(emit, x, single)))
+
+    def result(pair: tuple[int, int]) -> str:
+        needed = set(output).union(*(t for k, (t, _) in enumerate(left) if k not in pair))
+        both = dict.fromkeys(left[pair[0]][0] + left[pair[1]][0])
+        return output if len(left) == 2 else "".join(c for c in both if c in needed)
+
+    def elements(term: str) -> int:
+        return prod(sizes[c] for c in term)
+
+    while len(left) > 1:
+        pair = min(
+            combinations(range(len(left)), 2), key=lambda p: elements(result(p)) - sum(elements(left[k][0]) for k in p)
+        )
+        made = result(pair)
+        (one, x), (two, y) = left[pair[0]], left[pair[1]]
+        spelt = ["".join(names[c] for c in t) for t in (one, two, made)]
+        node = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{spelt[2]}", [x, y])
+        left = [pair_ for k, pair_ in enumerate(left) if k not in pair] + [(made, node)]
+    return left[0][1]
+
+
+__all__ = ["respell"]

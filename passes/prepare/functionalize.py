@@ -1,0 +1,197 @@
+"""Functionalize in-place operators near a normaliser: scores, weights and masks that are edited in place.
+
+Only where it is certain: the written tensor lives in memory that an operator of this graph allocated (no input, no
+parameter), after the write nobody reads a view of that memory that was taken before, and gradients, strides and random
+draws stay as they were. A write through slices (`scores[:, :, 1:] += bias`) is put back into their base. All other
+mutation stays exactly as it was. Needs `meta["val"]`; changes the graph in place; promises the same results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.analysis import Facts, storage, written_operands
+from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, size_carriers
+from attnfx.passes.lift.products import ANCHORS, NORMS
+
+aten = torch.ops.aten
+# What is allocated to be written part by part: passes/prepare/hoist_concat.py joins the parts.
+EMPTY = ("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros")
+SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
+STORAGE = ("resize", "resize_as", "set")  # operators that change what memory a tensor has
+
+
+def _pure(node: Node) -> Any:
+    """The out-of-place overload with the same arguments, or None."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return None
+    name = target._overloadpacket.__name__
+    name = {"__iand__": "bitwise_and", "__ior__": "bitwise_or"}.get(name, name.removesuffix("_"))
+    packet = getattr(aten, name, None)
+    if packet is None or name in STORAGE or target._overloadname not in packet.overloads():
+        return None
+    pure = getattr(packet, target._overloadname)
+    draws = torch.Tag.nondeterministic_seeded in pure.tags and not name.endswith("dropout")
+    return None if pure._schema.is_mutable or draws else pure
+
+
+def functionalise(gm: GraphModule) -> int:
+    """Rewrites what it can; gives how many operators changed."""
+    nodes = list(gm.graph.nodes)
+    writes = [n for n in nodes if len(w := written_operands(n)) == 1 and n.args[0] is w[0]]
+    if not writes:
+        return 0
+    facts, near, carriers = Facts(gm), _near_normaliser(nodes), size_carriers(gm)
+    families: dict[int, list[Node]] = {}
+    for n in nodes:
+        key = storage(n)
+        if key is not None:
+            families.setdefault(key, []).append(n)
+    position = facts.position
+    changed = 0
+    for node in writes:
+        target: Node = node.args[0]  # type: ignore[assignment]
+        key = storage(target)
+        if key is None or not _fresh(families[key]) or near.isdisjoint(families[key]):
+            continue
+        views = _views(target)
+        if views and op_name(views[-1].args[0]) in EMPTY:  # type: ignore[arg-type]
+            continue
+        # every other alias that is read after the write: the written tensor itself, or what comes from the result
+        renewed = [target, *(v.args[0] for v in views)]
+        aliases = [n for n in families[key] if n is not node and n not in renewed]
+        stale = [
+            n for n in aliases if position[n] < position[node] and any(position[u] > position[node] for u in n.users)
+        ]
+        if stale or not _same_gradients(facts, node, views):
+            continue
+        before = node.prev
+        try:
+            fresh = _computed(Emitter(gm, node, carriers), node, views)
+        except CannotEmit:
+            fresh = None
+        if fresh is None:
+            while node.prev is not before:
+                gm.graph.erase_node(node.prev)
+            continue
+        for old, current in fresh.items():
+            for user in list(old.users):
+                if position.get(user, -1) > position[node]:
+                    user.replace_input_with(old, current)
+        node.replace_all_uses_with(fresh[target], propagate_meta=False)
+        gm.graph.erase_node(node)
+        families[key] = [n for n in families[key] if n is not node]
+        for n in dict.fromkeys(fresh.values()):
+            position[n] = position[node]
+            families[key].append(n)
+        changed += 1
+    if changed:
+        gm.recompile()
+    return changed
+
+
+def _near_normaliser(nodes: Collection[Node]) -> set[Node]:
+    """Nodes from which a normaliser is reached, or that come from one, with no product or layer in between."""
+    layers = (*PRODUCTS, *NORMS)
+    before: set[Node] = set()
+    after: set[Node] = set()
+    for n in reversed(list(nodes)):
+        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
+            before.add(n)
+    for n in nodes:
+        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
+            after.add(n)
+    return before | after
+
+
+def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:
+    """Whether the value that was written over keeps the gradient that it had."""
+    target: Node = node.args[0]  # type: ignore[assignment]
+    base: Node = views[-1].args[0] if views else target  # type: ignore[assignment]
+    taught = base not in facts.position or base in facts.differentiable
+    if taught and facts.regions[node][0] is False:
+        return False  # a write under no_grad is not recorded, and leaves the history of the target as it is
+    if not taught or op_name(node) != "copy_" or not all(map(_whole, views)):
+        return True
+    # the gradient of what is copied over is zeros; out of place it would have none
+    source: Node = node.args[1]  # type: ignore[assignment]
+    return base in facts.position and source in facts.position and facts.descends(source, base)
+
+
+def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] | None:
+    """The written tensor and the bases of its views -> their values after the write, out of place; None where an
+    operator for that is missing or gives other strides."""
+
+    def stands_for(new: Node, old: Node) -> bool:
+        """Whether a new value is laid out as an old one; from then on it counts as living in the same memory."""
+        mine, other = value(new), value(old)
+        if (mine.dtype, mine.shape, mine.stride()) != (other.dtype, other.shape, other.stride()):
+            return False
+        new.meta["val"] = other
+        return True
+
+    parts = [v for v in views if not _whole(v)]
+    out = _copied(emit, node, clone=not parts) if op_name(node) == "copy_" else _called(emit, node)
+    if out is None or not (parts or stands_for(out, node)):
+        return None
+    fresh: dict[Node, Node] = {node.args[0]: out}  # type: ignore[dict-item]
+    for view in views:
+        base: Node = view.args[0]  # type: ignore[assignment]
+        part = fresh[view]
+        if view in parts:
+            part = emit.call(SCATTERS[op_name(view)], base, part, *view.args[1:], **view.kwargs)
+            if not stands_for(part, base):
+                return None
+        fresh[base] = part
+    return fresh
+
+
+def _whole(view: Node) -> bool:
+    """Whether a slice is all of what it is taken of."""
+    return op_name(view) == "slice" and dims(view) == dims(view.args[0])  # type: ignore[arg-type]
+
+
+def _called(emit: Emitter, node: Node) -> Node | None:
+    pure = _pure(node)
+    if pure is None:
+        return None
+    out = emit.call(pure, *node.args, **node.kwargs)
+    to = value(node).dtype
+    return out if value(out).dtype == to else emit.call(aten.to.dtype, out, to)
+
+
+def _copied(emit: Emitter, node: Node, clone: bool) -> Node | None:
+    """The source of a copy as the target has it: there is no pure overload that autograd knows."""
+    target, source = node.args[:2]
+    if not isinstance(source, Node) or value(source).device != value(target).device:
+        return None
+    out = source
+    if value(source).dtype != value(target).dtype:
+        out = emit.call(aten.to.dtype, out, value(target).dtype)
+    if dims(out) != dims(target):  # type: ignore[arg-type]
+        out = emit.call(aten.expand.default, out, [emit.size(n) for n in dims(target)])  # type: ignore[arg-type]
+    return emit.call(aten.clone.default, out, memory_format=torch.contiguous_format) if clone else out
+
+
+def _views(target: Node) -> list[Node]:
+    """The slices through which something is written, the last first; empty where it is no slice."""
+    out: list[Node] = []
+    while op_name(target) in SCATTERS:
+        out.append(target)
+        target = target.args[0]  # type: ignore[assignment]
+    return out
+
+
+def _fresh(family: list[Node]) -> bool:
+    """Whether the memory was allocated by an operator of this graph."""
+    first = family[0]
+    if any(n.op in ("placeholder", "get_attr") for n in family) or first.op != "call_function":
+        return False
+    schema = getattr(first.target, "_schema", None)
+    return schema is not None and not any(r.alias_info is not None for r in schema.returns)

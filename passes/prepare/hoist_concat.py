@@ -1,0 +1,244 @@
+"""Parts of one result, written out one by one: joined where they are computed instead of where they are read.
+
+A loop over chunks ends in a `cat` of the chunks, or writes each into its place of an empty tensor. `join` turns such
+writes into a `cat`, and moves a `cat` back through what was done to each part alike (a transpose, a reshape, a linear
+layer), up to the product that made the part: cat(f(x_0), f(x_1), ..) is f(cat(x_0, x_1, ..)) where f keeps the rows
+that are joined apart. Needs `meta["val"]`; changes the graph in place; promises the same results.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_aggregate
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.analysis import Facts, storage, written_operands
+from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, value
+from attnfx.passes.lift.emitter import Emitter, like, size_carriers
+from attnfx.passes.lift.products import batched
+from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, split
+from attnfx.passes.prepare.functionalize import EMPTY
+from attnfx.spec.rows import Ref
+
+aten = torch.ops.aten
+NEAR = 16  # nodes from a part back to the product that it comes from
+
+
+def join(gm: GraphModule) -> int:
+    """Gives how many joins were made or moved."""
+    facts = Facts(gm)
+    changed = sum(_written_in_parts(gm, facts, n) for n in list(gm.graph.nodes) if op_name(n) in EMPTY)
+    regions = Facts(gm).regions if changed else facts.regions
+    for n in list(gm.graph.nodes):
+        found = parts(n)
+        at: Node | None = n if found is not None and _of_products(found[0]) else None
+        while at is not None and (found := parts(at)) is not None:
+            if any(regions[x] != regions[n] for x in found[0]):
+                break  # what a linear layer gives depends on the autocast region, and its gradient on that of no_grad
+            at = _moved_back(gm, at)
+            changed += at is not None
+    if changed:
+        gm.recompile()
+    return changed
+
+
+def _of_products(found: list[Node]) -> bool:
+    """Whether each part comes from a product or an attention, so that a join of these may be worth it."""
+    for at in found:
+        for _ in range(NEAR):
+            if batched(at) or op_name(at) in SDPA:
+                break
+            source = at.args[0] if at.op == "call_function" and at.args else None
+            if not isinstance(source, Node):
+                return False
+            at = source
+        else:
+            return False
+    return True
+
+
+# -- writes into parts of an empty tensor ---------------------------------------------------------
+@dataclass(frozen=True)
+class Write:
+    """`copy` writes `source` into a part of an empty tensor: from `starts[d]` on along some of its dimensions, `single`
+    of which are one element long and no dimensions of the source."""
+
+    copy: Node
+    source: Node
+    starts: dict[int, Expr]
+    single: frozenset[int]
+
+
+def _written_in_parts(gm: GraphModule, facts: Facts, base: Node) -> bool:
+    held = value(base)
+    if not isinstance(held, torch.Tensor) or held.layout != torch.strided or not held.is_contiguous():
+        return False
+    family = [n for n in gm.graph.nodes if storage(n) == storage(base)]
+    writes = [w for w in (_write(base, n) for n in family) if w is not None]
+    copies = {w.copy for w in writes}
+    if len(writes) < 2 or not _of_products([w.source for w in writes]):
+        return False
+    last = max(copies, key=facts.position.__getitem__)
+    views = {n for w in writes for n in _path(base, w.copy)}
+    if any(n not in views and n not in copies and n is not base and facts.position[n] <= facts.position[last]
+           for n in family):  # fmt: skip
+        return False
+    if any(u not in views and facts.position[u] < facts.position[last] for u in base.users):
+        return False
+    if len({(*w.starts, w.single) for w in writes}) != 1 or len({facts.regions[w.copy] for w in writes}) != 1:
+        return False
+    if any((value(w.source).dtype, value(w.source).device) != (held.dtype, held.device) for w in writes):
+        return False
+    if any(dims(w.source) != dims(w.copy.args[0]) for w in writes):  # type: ignore[arg-type]
+        return False
+    emit = Emitter(gm, last.next)
+    emit.kept = {k: v for k, v in last.meta.items() if k in STACK}
+    order = _in_order(base, writes, sorted(writes[0].starts))
+    if order is None:
+        return False
+    made = _joined(emit, order, sorted(writes[0].starts), writes[0].single)
+    for w in writes:
+        gm.graph.erase_node(w.copy)
+    base.replace_all_uses_with(made, delete_user_cb=lambda u: u not in views, propagate_meta=False)
+    return True
+
+
+Nested = list  # of writes, or of such lists: one level for each dimension
+
+
+def _in_order(base: Node, writes: list[Write], along: list[int]) -> Nested | None:
+    """The writes by where they start, the first dimension outermost; None where they leave something out of the base
+    or cover it twice."""
+    dim, *inner = along
+    groups: dict[Expr, list[Write]] = {}
+    for w in writes:
+        groups.setdefault(w.starts[dim], []).append(w)
+    at, out = A.ZERO, []
+    for start in sorted(groups, key=lambda e: e.value if e.op == "const" else 0):  # type: ignore[arg-type,return-value]
+        found = {_extent(w, dim) for w in groups[start]}
+        if start is not at or len(found) != 1 or (not inner and len(groups[start]) != 1):
+            return None
+        out.append(_in_order(base, groups[start], inner) if inner else groups[start][0])
+        at = A.add(at, found.pop())
+    return out if at is dims(base)[dim] and all(x is not None for x in out) else None
+
+
+def _extent(w: Write, dim: int) -> Expr:
+    return A.ONE if dim in w.single else dims(w.source)[dim - sum(d < dim for d in w.single)]
+
+
+def _joined(emit: Emitter, order: Nested, along: list[int], single: frozenset[int]) -> Node:
+    dim, *inner = along
+    found = [_joined(emit, x, inner, single) if inner else x.source for x in order]
+    gone = sum(d < dim for d in single)  # these are added later, outside
+    return emit.call(aten.stack.default if dim in single else aten.cat.default, found, dim - gone)
+
+
+def _path(base: Node, at: Node) -> list[Node]:
+    """The views between a tensor and what writes to it."""
+    out = []
+    while (at := at.args[0]) is not base and isinstance(at, Node) and op_name(at) in ("slice", "select"):  # type: ignore[assignment]
+        out.append(at)
+    return out if at is base else []
+
+
+def _write(base: Node, copy: Node) -> Write | None:
+    """A write into parts of the base, through views of which nothing else is made."""
+    if op_name(copy) != "copy_" or copy.users or not is_tensor(copy.args[1]):
+        return None
+    path = _path(base, copy)
+    if not path:
+        return None
+    starts: dict[int, Expr] = {}
+    dimensions, single = list(range(len(dims(base)))), set()
+    for view in reversed(path):
+        named = ("self", "dim", "index") if op_name(view) == "select" else ("self", "dim", "start", "end", "step")
+        given = dict(zip(named, view.args)) | dict(view.kwargs)
+        dim, start = given.get("dim", 0), given.get(named[2])
+        held = value(start) if start is not None else 0
+        if given.get("step", 1) != 1 or not isinstance(dim, int) or not isinstance(held, int | torch.SymInt):
+            return None
+        d = dimensions[dim % len(dimensions)]
+        if op_name(view) == "slice" and dims(view) == dims(view.args[0]):  # type: ignore[arg-type]
+            continue
+        if d in starts or (isinstance(held, int) and held < 0):
+            return None
+        starts[d] = size_expr(held)
+        if op_name(view) == "select":
+            dimensions.remove(d)
+            single.add(d)
+    return Write(copy, copy.args[1], starts, frozenset(single)) if starts else None  # type: ignore[arg-type]
+
+
+# -- a join moved back ----------------------------------------------------------------------------
+def _moved_back(gm: GraphModule, at: Node) -> Node | None:
+    """The join before the last operator of each part, or None where it has to stay."""
+    found = parts(at)
+    assert found is not None
+    operands, dim = found
+    if any(batched(x) or written_operands(x) for x in operands):
+        return None
+    try:
+        calls = [split(x, dim, dims(x)[dim]) for x in operands]
+    except NotSeparable:
+        return None
+    first = calls[0]
+    sources = [_source(made, first) for made in calls]
+    if any(x is None for x in sources):
+        return None
+    before, row = [x.node for x in sources if x is not None], sources[0].dim  # type: ignore[union-attr]
+    if len(set(before)) != len(before) or any(
+        len(x.users) != 1 or len(dims(x)) != len(dims(before[0])) for x in before
+    ):
+        return None
+    if any(dims(x)[row] is not dims(p)[dim] for x, p in zip(before, operands, strict=True)):
+        return None
+    others = [dims(x)[:row] + dims(x)[row + 1 :] for x in before]
+    if any(x != others[0] for x in others):
+        return None  # a view of parts of several shapes
+    packet, _, overload = first.op.partition(".")
+    target = getattr(getattr(aten, packet), overload)
+    emit = Emitter(gm, at, size_carriers(gm))
+    joined = emit.call(aten.cat.default, before, row)
+    rows = emit.size(dims(at)[dim])
+
+    def given(x: Any) -> Any:
+        return joined if isinstance(x, Along) else rows if isinstance(x, Ref) else x
+
+    made = emit.call(target, *map_aggregate(first.args, given), **map_aggregate(dict(first.kwargs), given))  # type: ignore[misc,arg-type]
+    made = like(emit, made, at)
+    made.meta = {**at.meta, **made.meta}
+    at.replace_all_uses_with(made, propagate_meta=False)
+    gm.graph.erase_node(at)
+    for x in operands:
+        gm.graph.erase_node(x)
+    return joined
+
+
+def _source(made: Made, like: Made) -> Along | None:
+    """The one operand with rows of a call, where it is the same call as `like` but for that."""
+    alongs: list[Along] = []
+    plain = True
+
+    def visit(x: Any) -> Any:
+        nonlocal plain
+        if isinstance(x, Along):
+            alongs.append(x)
+            return x.dim
+        plain &= not isinstance(x, Ref) or x.kind == "rows"
+        return x
+
+    mine = map_aggregate((made.op, made.args, dict(made.kwargs)), visit)
+    count = len(alongs)
+    theirs = map_aggregate((like.op, like.args, dict(like.kwargs)), visit)
+    if count != 1 or not plain or mine != theirs or "." not in made.op:
+        return None
+    return alongs[0]
+
+
+__all__ = ["join"]

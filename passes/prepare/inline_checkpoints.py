@@ -1,0 +1,88 @@
+"""Checkpointed regions written out: their nodes stand in the graph itself, marked to be computed again.
+
+Dynamo makes one higher-order operator of each `torch.utils.checkpoint` call, and AOTAutograd writes its body out again,
+each node marked for the partitioner. `unwrap` does the same before the attention is looked for, so that a loop over
+checkpointed chunks is seen whole. `unmark` drops the marks of what is nothing but attention by then: its backward pass
+recomputes anyway, and to run its forward pass again would be work for nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from operator import attrgetter, getitem
+from typing import Any
+
+import torch
+from torch.fx import Graph, GraphModule, Node
+from torch.utils.checkpoint import CheckpointPolicy
+
+from attnfx.passes.fx.nodes import MARKS, POLICY, REGION, op_name
+from attnfx.passes.lift.tables import VIEWS
+
+
+def unwrap(gm: GraphModule) -> GraphModule:
+    """A Dynamo graph without its plain checkpointed regions: `gm` itself where it has none, which is not changed."""
+    if not any(_body(gm, n) for n in gm.graph.nodes):
+        return gm
+    graph, held = Graph(), {}
+    graph.output(_copied(gm, graph, {}, held, {}, itertools.count(1)))
+    made = GraphModule(held, graph)
+    made.meta.update(gm.meta)
+    return made
+
+
+def _body(gm: GraphModule, n: Node) -> GraphModule | None:
+    """The body of a region in which everything is to be computed again, where its results are read one by one."""
+    if n.op != "call_function" or n.target is not torch.ops.higher_order.tag_activation_checkpoint:
+        return None
+    body = attrgetter(str(n.args[0].target))(gm) if isinstance(n.args[0], Node) else None
+    if not isinstance(body, GraphModule) or "_checkpoint_context_fn" in body.meta:
+        return None  # a policy says what is saved
+    results, given = body.graph.output_node().args[0], [x for x in body.graph.nodes if x.op == "placeholder"]
+    if len(given) != len(n.args) - 1 or not isinstance(results, tuple) or not all(isinstance(x, Node) for x in results):
+        return None
+    return body if all(u.target is getitem for u in n.users) else None
+
+
+def _copied(
+    gm: GraphModule, graph: Graph, values: dict[Node, Any], held: dict[str, Any], marks: dict[str, Any],
+    regions: Iterator[int],
+) -> Any:  # fmt: skip
+    """Copies all nodes but the output, which is given over the copies; `values` are those of the placeholders of a
+    body, `held` what the copies read of a module."""
+    for n in gm.graph.nodes:
+        if n in values:
+            continue
+        if n.op == "output":
+            return torch.fx.map_arg(n.args[0], values.__getitem__)
+        if body := _body(gm, n):
+            given = (x for x in body.graph.nodes if x.op == "placeholder")
+            inner = dict(zip(given, (values.get(x, x) for x in n.args[1:]), strict=True))
+            mark = {REGION: next(regions), POLICY: CheckpointPolicy.PREFER_RECOMPUTE}
+            results = _copied(body, graph, inner, held, mark, regions)
+            values.update((u, results[u.args[1]]) for u in n.users)
+            continue
+        values[n] = graph.node_copy(n, values.__getitem__)
+        values[n].meta.update(marks)
+        if n.op in ("get_attr", "call_module"):
+            name, module = str(n.target), attrgetter(str(n.target))(gm)
+            while held.setdefault(name, module) is not module:
+                name += "_"
+            values[n].target = name
+    raise AssertionError("a graph without an output")
+
+
+def unmark(gm: GraphModule) -> None:
+    """Regions that hold nothing but operators of attnfx and views are marked no longer. Changes the graph in place."""
+    regions: dict[int, list[Node]] = {}
+    for n in gm.graph.nodes:
+        if REGION in n.meta:
+            regions.setdefault(n.meta[REGION], []).append(n)
+    for nodes in regions.values():
+        if all(op_name(n).startswith(("attnfx::", "sym_")) or op_name(n) in (*VIEWS, "getitem") for n in nodes):
+            for n, mark in itertools.product(nodes, MARKS):
+                n.meta.pop(mark, None)
+
+
+__all__ = ["unmark", "unwrap"]

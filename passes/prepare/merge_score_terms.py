@@ -1,0 +1,144 @@
+"""Scores that are a sum of products of queries with keys: one product over the widths of all.
+
+    q1 @ k1.mT * a + q2 @ k2.mT * b   is   cat([q1 * a, q2 * b], -1) @ cat([k1, k2], -1).mT
+
+So are content and position scored apart, or the part of a head that is rotated and the part that is not. Only where
+each product has the rows on one side and the keys on the other: a table that is read at i - j has both on one. Needs
+`meta["val"]`; changes the graph in place; promises the same results up to rounding.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from string import ascii_lowercase
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.analysis import Facts, written
+from attnfx.passes.fx.cleanup import clean
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.lift.access import Operand, free, variables
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, before
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.products import batched, reaches_softmax
+
+aten = torch.ops.aten
+SUMS = ("add", "sub", "baddbmm")
+
+
+@dataclass(frozen=True)
+class Term:
+    """`factor` * sum over `reduced` of query[..] * key[..]."""
+
+    query: Operand
+    key: Operand
+    reduced: Expr
+    factor: float
+
+
+def widen(gm: GraphModule) -> int:
+    """Gives how many sums became one product."""
+    changed, facts = 0, None
+    for n in list(gm.graph.nodes):
+        if op_name(n) in SUMS and is_tensor(n) and len(dims(n)) > 2 and reaches_softmax(n):
+            facts = facts or Facts(gm)
+            made = _united(gm, facts, n)
+            if made is not None:
+                made.meta = {**n.meta, **made.meta}
+                n.replace_all_uses_with(made, propagate_meta=False)
+                changed, facts = changed + 1, None
+    if changed:
+        clean(gm)
+    return changed
+
+
+def _united(gm: GraphModule, facts: Facts, at: Node) -> Node | None:
+    out = variables(at)
+    found = _terms(Lifter(facts.written, facts.frozen).lift(at, out), at)
+    if len(found) < 2 or written(facts, [at, *(node for _, node, _ in found)]):
+        return None
+    if len({facts.regions[x] for x in (at, *(node for _, node, _ in found))}) != 1:
+        return None
+    ways = [_sides(factor, load, node) for factor, node, load in found]
+    for rows, columns in _partitions(ways[0], out):
+        terms = [next((t for t in way if _parted(t, rows, columns)), None) for way in ways]
+        if all(t is not None for t in terms):
+            try:
+                return _einsum(before(gm, facts, at), [t for t in terms if t is not None], out)
+            except CannotEmit:
+                return None
+    return None
+
+
+def _terms(e: Expr, at: Node) -> list[tuple[float, Node, Expr]]:
+    """(factor, product, load of it) for each term of a sum of nothing but products; empty where it is another sum."""
+    while e.op == "half":
+        e = e.args[0]
+    out = []
+    for term in e.args if e.op == "add" else ():
+        factors = [f.args[0] if f.op == "half" else f for f in (term.args if term.op == "mul" else (term,))]
+        loads = [f for f in factors if f.op == "load"]
+        if len(loads) != 1 or any(f.op != "const" for f in factors if f not in loads):
+            return []
+        node = slot_node(loads[0].value)
+        if not batched(node) or value(node).dtype != value(at).dtype:
+            return []
+        factor = 1.0
+        for f in factors:
+            factor *= float(f.value) if f.op == "const" else 1.0  # type: ignore[arg-type]
+        out.append((factor, node, loads[0]))
+    return out
+
+
+def _sides(factor: float, load: Expr, node: Node) -> list[Term]:
+    c = contraction(node, load.args)
+    if c is None:
+        return []
+    left, right = Operand(c.left, c.left_index), Operand(c.right, c.right_index)
+    return [Term(left, right, c.reduced, factor), Term(right, left, c.reduced, factor)]
+
+
+def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr]]:
+    """The variables that may be the rows' and the keys': the last of those that a side has alone."""
+    found = []
+    for t in way:
+        alone = [v for v in out if v.value in free(t.query.index) - free(t.key.index)]
+        others = [v for v in out if v.value in free(t.key.index) - free(t.query.index)]
+        found += [(r, c) for r in reversed(alone) for c in reversed(others)]
+    return found
+
+
+def _parted(t: Term, row: Expr, column: Expr) -> bool:
+    query, key = free(t.query.index), free(t.key.index)
+    return row.value in query - key and column.value in key - query
+
+
+def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
+    letters = {v: ascii_lowercase[n] for n, v in enumerate(out)}
+    width = ascii_lowercase[len(out)]
+    sides, spelt = [], []
+    for name in ("query", "key"):
+        some = frozenset().union(*(free(getattr(t, name).index) for t in terms))
+        shared = [v for v in out if v.value in some]
+        wide = []
+        for t in terms:
+            axes = [*shared, t.reduced]
+            made = emit.shaped(emit.operand(getattr(t, name), axes), axes, [a.args[0] for a in axes])
+            wide.append(emit.call(aten.mul.Scalar, made, t.factor) if name == "query" and t.factor != 1 else made)
+        sides.append(emit.call(aten.cat.default, wide, len(shared)))
+        spelt.append("".join(letters[v] for v in shared) + width)
+    there = [v for v in out if letters[v] in "".join(spelt)]
+    if any(v not in there and v.args[0] is not A.ONE for v in out):
+        raise CannotEmit("a dimension is in none of the operands")
+    made = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{''.join(letters[v] for v in there)}", sides)
+    for d, v in enumerate(out):
+        if v not in there:
+            made = emit.call(aten.unsqueeze.default, made, d)
+    return made
+
+
+__all__ = ["widen"]

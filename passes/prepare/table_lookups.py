@@ -1,0 +1,81 @@
+"""Products with rows of a table that are looked up for each score: looked up in the product with the table instead.
+
+    sum_d  q[.., i, d] * table[g(i, j), d]   =   (q @ table^T)[.., i, g(i, j)]
+
+Relative positions of keys are spelt like the left side, with a tensor of T x S x D in front of the product. The right
+side is a small product, which the score of an attention loads at a computed place, as it does any other table.
+
+Adds the small products to the graph, where only what loads them reads them. Needs `meta["val"]`.
+"""
+
+from __future__ import annotations
+
+from math import prod
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import INT
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, number, op_name, value
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.emitter import Emitter
+from attnfx.passes.lift.lifter import Lifter, LookedUp
+from attnfx.passes.lift.tables import VIEWS
+
+aten = torch.ops.aten
+LOOKUPS = ("index", "_unsafe_index", "embedding", "index_select")
+
+
+def find_tables(gm: GraphModule) -> dict[Node, LookedUp]:
+    """The products whose one operand is looked up in a table that has fewer rows than there are places to look up."""
+    products = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and is_tensor(n)]
+    products = [n for n in products if any(map(_looked_up, n.all_input_nodes))]
+    if not products:
+        return {}
+    facts = Facts(gm)
+    lifter = Lifter(facts.written, facts.frozen)
+    found = {n: _small(gm, facts, lifter, n) for n in products}
+    return {n: x for n, x in found.items() if x is not None}
+
+
+def _looked_up(x: Node) -> bool:
+    while op_name(x) in VIEWS and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return op_name(x) in LOOKUPS
+
+
+def _small(gm: GraphModule, facts: Facts, lifter: Lifter, n: Node) -> LookedUp | None:
+    out = tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
+    c = contraction(n, out)
+    if c is None or op_name(n) == "baddbmm" or not value(n).is_floating_point():
+        return None
+    pairs = (c.left, c.left_index), (c.right, c.right_index)
+    for (x, at), (other, other_at) in (pairs, pairs[::-1]):
+        if not _looked_up(x) or c.reduced not in other_at:
+            continue
+        row = lifter.lift(x, at)
+        table = row.value
+        if row.op != "load" or not isinstance(table, Node) or len(row.args) != 2 or c.reduced not in row.args:
+            continue
+        width = row.args.index(c.reduced)
+        place = row.args[1 - width]
+        apart = {str(v.value) for v in out} & place.free - {name for e in other_at for name in e.free}
+        rows = number(value(table).shape[1 - width])
+        places = prod(number(size) for v, size in zip(out, value(n).shape, strict=True) if str(v.value) in apart)
+        if place.kind != INT or not apart or 2 * rows > places:
+            continue
+        if facts.regions[table] != facts.regions[n] or facts.regions[other] != facts.regions[n]:
+            continue
+        emit, last = Emitter(gm, n), other_at.index(c.reduced)
+        order = [d for d in range(len(other_at)) if d != last]
+        turned = emit.call(aten.permute.default, other, [*order, last])
+        small = emit.call(aten.matmul.default, turned, table if width == 0 else emit.call(aten.mT.default, table))
+        if value(small).dtype != value(n).dtype:
+            continue
+        return LookedUp(small, out, (*(other_at[d] for d in order), place))
+    return None
+
+
+__all__ = ["find_tables"]

@@ -1,0 +1,191 @@
+"""Dynamo graph to pre-dispatch ATen: matmul, softmax and dropout are still one node each, mutation is as it was.
+
+Needs a graph module as Dynamo hands it to a backend (placeholders carry fakes in `meta["example_value"]`). Promises a
+graph module of the same calling convention, whose nodes carry `meta["val"]`, or raises `Untraceable`; the given graph
+is not changed. Checkpointed regions are written out, their nodes marked; other higher-order operators are kept as one
+node, with their submodules as Dynamo made them.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.fx.traceback as fx_traceback
+from torch._guards import detect_fake_mode
+from torch._ops import HigherOrderOperator
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx import GraphModule, Interpreter, Node
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
+from torch.utils._pytree import tree_map, tree_map_only
+
+from attnfx.passes.fx.cleanup import mark_unread_draws
+from attnfx.passes.prepare.expand_vmap import flatten, uses_functorch
+from attnfx.passes.prepare.inline_checkpoints import unwrap
+
+aten = torch.ops.aten
+# Functions that are one operator with a result of its own on tensors and numbers. To dispatch them would tell nothing
+# that Dynamo has not seen, and would take half of the time that tracing takes.
+DIRECT = {
+    operator.add: aten.add.Tensor, operator.sub: aten.sub.Tensor, operator.mul: aten.mul.Tensor,
+    operator.truediv: aten.div.Tensor, operator.neg: aten.neg.default, torch.rsqrt: aten.rsqrt.default,
+    torch.tanh: aten.tanh.default, torch.matmul: aten.matmul.default, torch.nn.functional.linear: aten.linear.default,
+}  # fmt: skip
+
+
+class Untraceable(Exception):
+    """The graph cannot be brought to ATen; the message says what stood in the way."""
+
+
+class Transformed(Untraceable):
+    """The graph uses functorch transforms that cannot be written out: it must be compiled exactly as it was made."""
+
+
+def example(value: Any, mode: FakeTensorMode) -> Any:
+    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    if not isinstance(value, FakeTensor):
+        raise Untraceable(f"an input of type {type(value).__name__} is no plain tensor")
+    if value.layout != torch.strided:
+        raise Untraceable("an input is a sparse tensor")
+    with mode, torch.no_grad():
+        fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+    return fresh.requires_grad_(value.requires_grad)
+
+
+class _Retrace(Interpreter):
+    """Runs a Dynamo graph under make_fx, keeping higher-order operators and reads of symbolic numbers as they were."""
+
+    def __init__(self, gm: GraphModule, mode: FakeTensorMode):
+        super().__init__(gm)
+        self.regions: list[torch.autocast] = []
+        # a tensor whose own shape is changed later has that later shape in Dynamo's example value: it is no snapshot
+        snapshots = not any(_changes_shape(n) for n in gm.graph.nodes)
+        # made before tracing starts: what is made during it would be recorded. Detached, as a leaf that requires a
+        # gradient cannot be changed in place
+        self.kept = {
+            n: tree_map_only(torch.Tensor, lambda t: example(t, mode).detach(), n.meta["example_value"])
+            for n in gm.graph.nodes
+            if n.op == "call_function" and (isinstance(n.target, HigherOrderOperator) or (snapshots and _is_direct(n)))
+        }
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target is torch.amp.autocast_mode._enter_autocast:  # the context manager records the node and takes effect
+            region = torch.autocast(*args)
+            region.__enter__()
+            self.regions.append(region)
+            return region
+        if target is torch.amp.autocast_mode._exit_autocast:
+            self.regions.remove(args[0])
+            return args[0].__exit__(None, None, None)
+        if isinstance(target, HigherOrderOperator):
+            return self.keep(target, args, kwargs)
+        if self.current in self.kept and not torch._C._is_any_autocast_enabled():
+            return self.keep(DIRECT[target], args, kwargs)
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if target == "item" and isinstance(
+            self.current.meta.get("example_value"), torch.SymInt | torch.SymFloat | torch.SymBool
+        ):
+            return self.keep(target, args, kwargs)
+        if target == "contiguous":
+            # the method leaves no trace of itself where it changes nothing, but a compiler's rules for strides are not
+            # always eager's: what relies on it, as a view does, must still find it
+            return aten.contiguous.default(*args, **kwargs)
+        return super().call_method(target, args, kwargs)
+
+    def keep(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Record the current node unseen; its value is a stand-in like the one that Dynamo saw."""
+        mode = get_proxy_mode()
+        assert mode is not None
+        tracer = mode.tracer
+        node = self.current
+        modules: dict[int, str] = {}
+        for operand in node.all_input_nodes:
+            if operand.op == "get_attr" and isinstance(self.env[operand], torch.nn.Module):
+                modules[id(self.env[operand])] = str(operand.target)
+
+        def proxy(leaf):
+            if isinstance(leaf, torch.nn.Module):
+                name = modules[id(leaf)]
+                setattr(tracer.root, name, leaf)
+                return tracer.create_proxy("get_attr", name, (), {})
+            return tracer.unwrap_proxy(leaf)
+
+        inputs = tree_map(proxy, (args, kwargs), is_leaf=lambda x: isinstance(x, torch.nn.Module))
+        name = node.name if target is node.target else target.overloadpacket.__name__
+        made = tracer.create_proxy(node.op, target, *inputs, name=name)
+        return track_tensor_tree(self.kept.get(node, node.meta["example_value"]), made, constant=None, tracer=tracer)
+
+    def run_node(self, n: Node):
+        self.current = n
+        result = super().run_node(n)
+        # Should the trace see another dtype than Dynamo (autocast rules differ by operator), a cast says so
+        seen = n.meta.get("example_value")
+        if isinstance(result, torch.Tensor) and isinstance(seen, torch.Tensor) and n.op.startswith("call"):
+            if result.dtype != seen.dtype:
+                result = result.to(seen.dtype)
+        return result
+
+
+def _changes_shape(n: Node) -> bool:
+    """Whether an operator changes the shape or strides of its operand in place: unsqueeze_, transpose_, resize_."""
+    name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
+    packet = getattr(aten, str(name), None) if str(name).endswith("_") and not str(name).startswith("_") else None
+    overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
+    return any(torch.Tag.inplace_view in o.tags for o in overloads)
+
+
+def _is_direct(n: Node) -> bool:
+    if n.target not in DIRECT or n.kwargs:
+        return False
+    seen = [a.meta.get("example_value") if isinstance(a, Node) else a for a in (n, *n.args)]
+    tensors = [isinstance(x, FakeTensor) and x.layout == torch.strided for x in seen]
+    return (
+        tensors[0]
+        and tensors[1]
+        and all(t or x is None or type(x) in (int, float) for t, x in zip(tensors, seen, strict=True))
+    )
+
+
+def placeholders(gm: GraphModule) -> list[Node]:
+    return [n for n in gm.graph.nodes if n.op == "placeholder"]
+
+
+def example_values(gm: GraphModule) -> list[Any]:
+    return [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(gm)]
+
+
+def trace(gm: GraphModule, fakes: list[Any] | None = None) -> GraphModule:
+    """The graph in pre-dispatch ATen. `fakes` are the placeholder values where `meta` does not hold them."""
+    fakes = example_values(gm) if fakes is None else fakes
+    if any(v is None for v in fakes):
+        raise Untraceable("an input has no example value")
+    mode = detect_fake_mode(fakes) or FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = [example(v, mode) for v in fakes]
+    flat = flatten(unwrap(gm), lambda x: example(x, mode))
+    if uses_functorch(flat):
+        raise Transformed("the graph uses functorch transforms")
+    run = _Retrace(flat, mode)
+    try:
+        with fx_traceback.preserve_node_meta():
+            traced = make_fx(run.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+    except Exception as problem:
+        for region in reversed(run.regions):
+            region.__exit__(None, None, None)
+        raise Untraceable(
+            f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+        ) from problem
+    for old, new in zip(placeholders(gm), placeholders(traced), strict=True):
+        for key, value in old.meta.items():
+            new.meta.setdefault(key, value)
+        if "example_value" in old.meta:
+            new.meta["example_value"] = old.meta["example_value"]
+        if hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    traced.meta.update(gm.meta)
+    mark_unread_draws(traced)
+    return traced

@@ -1,0 +1,109 @@
+"""The stages of a graph as data (`attnfx.report.stages.Stage`): as it was traced, lifted, and rewritten.
+
+Reads graphs, changes nothing. Needs `meta["val"]` where shapes are to be shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.analysis import written_operands
+from attnfx.passes.fx.nodes import op_name, value, where_in_source
+from attnfx.passes.match.results import Finding
+from attnfx.report.stages import GraphNode, Place, Stage, collapse
+
+KINDS = {"placeholder": "input", "get_attr": "constant", "output": "output"}
+LARGEST = 1000  # nodes of one site
+
+
+class Recorder:
+    """Follows one graph from the traced to the rewritten stage. Sites are numbers until they have names."""
+
+    def __init__(self, gm: GraphModule, findings: Sequence[Finding], text: str = ""):
+        """Needs the graph in which the findings stand, before anything is rewritten. `text` is its readable code."""
+        self.gm, self.findings, self.text = gm, findings, text
+        self.of: dict[Node, int] = {}
+        for number, finding in enumerate(findings):
+            for n in _members(finding):
+                self.of.setdefault(n, number)
+        self.of.update({f.final: number for number, f in enumerate(findings)})
+        self.nodes = [(_node(n), self.of.get(n)) for n in gm.graph.nodes]
+        self.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
+        self.reads = [_reads(f) for f in findings]
+        self.finals = [f.final.name for f in findings]
+        self.known = set(gm.graph.nodes)
+
+    def rewritten(self, number: int) -> None:
+        """The nodes that are new belong to this site."""
+        for n in self.gm.graph.nodes:
+            if n not in self.known:
+                self.of[n] = number
+                self.known.add(n)
+
+    def stages(self, names: Mapping[int, str], text: str = "") -> list[Stage]:
+        """The three stages; `names` are those of the sites that were filed, `text` the rewritten code."""
+        traced = Stage("traced", [n.of(names.get(s, "") if s is not None else "") for n, s in self.nodes], self.edges)
+        traced.text = self.text
+        places = [Place(name, self.finals[s], self.reads[s]) for s, name in names.items()]
+        after = Stage("rewritten", text=text)
+        for n in self.gm.graph.nodes:
+            after.nodes.append(_node(n).of(names.get(self.of[n], "") if n in self.of else ""))
+            after.edges.extend((a.name, n.name) for a in n.all_input_nodes)
+        return [traced, collapse(traced, places), after]
+
+
+def _reads(finding: Finding) -> tuple[str, ...] | None:
+    """What a site reads, once it was understood: query, key, value and captures."""
+    m = finding.match
+    return None if m is None else tuple(n.name for n in (m.query.node, m.key.node, m.value.node, *m.captures))
+
+
+def _members(finding: Finding) -> set[Node]:
+    """The nodes of an attention: from its output back to its operands and captures or, where it was refused, from its
+    output back to its normalisers."""
+    match, anchors = finding.match, set(finding.anchors)
+    if match is not None:
+        return _above(finding.final, {match.query.node, match.key.node, match.value.node, *match.captures})
+    found = _above(finding.final, anchors)
+    reaching = set(anchors)
+    for n in sorted(found):
+        if any(a in reaching for a in n.all_input_nodes):
+            reaching.add(n)
+    return reaching | {finding.final}
+
+
+def _above(final: Node, ends: set[Node]) -> set[Node]:
+    """The calls that lead to `final`, without `ends` and what leads only to them."""
+    found, stack = {final}, [final]
+    while stack and len(found) < LARGEST:
+        for a in stack.pop().all_input_nodes:
+            if a not in found and a not in ends and a.op == "call_function":
+                found.add(a)
+                stack.append(a)
+    return found
+
+
+def _node(n: Node) -> GraphNode:
+    held = value(n)
+    shape, dtype = None, ""
+    if isinstance(held, torch.Tensor):
+        shape = tuple(x if isinstance(x, int) else str(x) for x in held.shape)
+        dtype = str(held.dtype).removeprefix("torch.")
+    kind = KINDS.get(n.op, "operator")
+    label = op_name(n).lstrip(".") if n.op == "call_function" else str(n.target)
+    if written_operands(n):
+        label += " (in place)"
+    return GraphNode(n.name, label, kind, shape, dtype, where_in_source(n), _module(n))
+
+
+def _module(n: Node) -> str:
+    """The path of the module that a node came from, "" at the top."""
+    stack = n.meta.get("nn_module_stack") or {}
+    path = str(next(reversed(stack.values()))[0]) if stack else ""
+    return path.removeprefix("L['self']").removeprefix(".")
+
+
+__all__ = ["Recorder"]

@@ -1,0 +1,84 @@
+"""Kept sites must come out right: a form that PyTorch's own attention patterns do not match.
+
+Inductor rewrites what looks like attention after us, and is wrong on some of it: it ignores which dim a softmax runs
+over, `alpha`, casts, and the order of a key's dims (pytorch#196468, #195320, #172183). No switch turns those patterns
+off alone. So the weights of a kept site pass through `clamp_max(weights, inf)`: it changes no number, costs nothing in
+a fused kernel, and no pattern crosses it.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
+from attnfx.passes.lift.emitter import Emitter
+from attnfx.passes.match.results import Finding
+
+aten = torch.ops.aten
+
+
+def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
+    """Shield a kept site; True where the graph changed. `only_risky` asks that the spelling is one that is known to be
+    rewritten wrongly."""
+    cone = _cone(finding)
+    if only_risky and not any(_risky(n) for n in cone):
+        return False
+    final = finding.final
+    changed = False
+    for operand in final.all_input_nodes:
+        if operand in cone and operand.op == "call_function" and value(operand).dtype.is_floating_point:  # type: ignore[union-attr]
+            emit = Emitter(gm, final)
+            final.replace_input_with(operand, emit.call(aten.clamp_max.default, operand, math.inf))
+            changed = True
+    if changed:
+        gm.recompile()
+    return changed
+
+
+def _cone(finding: Finding) -> set[Node]:
+    """The nodes between the operands of the scores and the weighted values."""
+    below: set[Node] = set()
+    stack = list(finding.final.all_input_nodes)
+    anchors = set(finding.anchors)
+    reaches: dict[Node, bool] = {}
+
+    def leads(n: Node, depth: int = 0) -> bool:
+        if n not in reaches:
+            reaches[n] = False
+            reaches[n] = n in anchors or (depth < 60 and any(leads(a, depth + 1) for a in n.all_input_nodes))
+        return reaches[n]
+
+    while stack:
+        n = stack.pop()
+        if n not in below and leads(n):
+            below.add(n)
+            if n not in anchors:
+                stack.extend(n.all_input_nodes)
+    above = list(anchors)
+    while above:  # from the softmax back to the products, and one step into their operands
+        n = above.pop()
+        for a in n.all_input_nodes:
+            if a not in below and a.op == "call_function" and len(below) < 200:
+                below.add(a)
+                if op_name(a) not in PRODUCTS:
+                    above.append(a)
+                else:
+                    below.update(x for x in a.all_input_nodes if op_name(x) == "permute")
+    return below
+
+
+def _risky(n: Node) -> bool:
+    name = op_name(n)
+    if (name in ("add", "sub", "rsub") and n.kwargs.get("alpha", 1) != 1) or name in ("baddbmm", "einsum"):
+        return True
+    if name == "permute":
+        return any(op_name(u) in PRODUCTS for u in n.users)
+    if name in ("softmax", "_softmax"):
+        return n.args[1] not in (-1, len(value(n).shape) - 1)  # type: ignore[union-attr]
+    if name not in ("to", "_to_copy", "type_as"):
+        return False
+    before, after = value(n.args[0]).dtype, value(n).dtype
+    return before != after and before.is_floating_point and after.is_floating_point

@@ -1,0 +1,103 @@
+"""One site cut out of its graph, so that it can be compiled and run alone.
+
+The cut graph computes what ends the site from its operands, its captures and whatever else the cone above them reads.
+Sizes are those of the example inputs: nothing in it is symbolic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.nodes import is_tensor, op_name, value
+from attnfx.passes.lift.tables import VIEWS
+from attnfx.passes.match.results import Match
+
+ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
+
+
+def cut(gm: GraphModule, match: Match, number: Callable[[Any], int]) -> GraphModule:
+    """The site of a match as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
+
+    It begins where query, key and value stop being views. Its outputs are the match's final node and the sums of its
+    weights. `number` gives a size, or the example's size of a symbolic one. Placeholders that query, key or value are
+    views of say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the site
+    are entered again.
+    """
+    facts = Facts(gm)
+    operands = {_base(x.node) for x in (match.query, match.key, match.value)}
+    ends = list(dict.fromkeys([match.final, *(r.final for r in match.reductions)]))
+    inputs, inside = _cone(ends, operands | set(match.captures))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
+    graph = Graph()
+    copies: dict[Node, Any] = {}
+    for n in inputs:
+        held = _held(gm, n)
+        if not isinstance(held, torch.Tensor):
+            copies[n] = number(held)
+            continue
+        taught = n in facts.differentiable and held.dtype.is_floating_point
+        with mode, torch.no_grad():
+            sizes, strides = ([number(x) for x in found] for found in (held.shape, held.stride()))
+            fake = torch.empty_strided(sizes, strides, dtype=held.dtype, device=held.device)
+        copies[n] = graph.placeholder(n.name)
+        copies[n].meta = {"example_value": fake.requires_grad_(taught), "operand": n in operands}
+    regions = [graph.node_copy(n) for n in _autocast_around(gm, match.final)]
+    for n in inside:
+        copies[n] = graph.node_copy(n, lambda a: copies[a])
+    for region in reversed(regions):
+        graph.call_function(EXIT, (region,))
+    graph.output(tuple(copies[n] for n in ends))
+    return GraphModule(torch.nn.Module(), graph)
+
+
+def _base(n: Node) -> Node:
+    """What a node is a view of: Inductor's patterns want to see how the keys are transposed."""
+    while n.op == "call_function" and op_name(n) in VIEWS and isinstance(n.args[0], Node) and is_tensor(n.args[0]):
+        n = n.args[0]
+    return n
+
+
+def _held(gm: GraphModule, n: Node) -> Any:
+    return getattr(gm, str(n.target)) if n.op == "get_attr" else value(n)
+
+
+def _cone(ends: Sequence[Node], stop: Iterable[Node]) -> tuple[list[Node], list[Node]]:
+    """What the ends are computed from, as far as `stop`: (inputs, nodes between), each in the order of the graph."""
+    closed, seen, stack = set(stop), set(ends), list(ends)
+    while stack:
+        n = stack.pop()
+        if n in closed and n not in ends:
+            continue
+        for a in n.all_input_nodes:
+            if a not in seen:
+                seen.add(a)
+                stack.append(a)
+
+    def given(n: Node) -> bool:
+        return n in closed or n.op in ("placeholder", "get_attr") or isinstance(value(n), torch.SymInt)
+
+    nodes = [n for n in ends[0].graph.nodes if n in seen]
+    return [n for n in nodes if given(n) and n not in ends], [n for n in nodes if not given(n) or n in ends]
+
+
+def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
+    """The nodes that enter the autocast regions that `final` stands in."""
+    open_: list[Node] = []
+    for n in gm.graph.nodes:
+        if n is final:
+            break
+        if n.target is ENTER:
+            open_.append(n)
+        elif n.target is EXIT:
+            open_.remove(n.args[0])
+    return open_
+
+
+__all__ = ["cut"]

@@ -1,0 +1,1 @@
+"""Find and replace regions whose rows do not depend on each other."""

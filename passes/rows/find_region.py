@@ -1,0 +1,305 @@
+"""The region of a graph between the products of queries with keys and an attention's output, as a row program.
+
+Asked for an attention that no score program describes. From the product with the values the walk goes back through
+what depends on its rows, and stops at operands that are no larger than the queries and at those that every row reads
+whole. The region is taken only where each of its operators keeps rows apart (`passes/lift/row_rules.py`) and nothing of
+the size of the scores enters it that was made of scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
+from attnfx.passes.lift.access import free
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.products import batched, meeting
+from attnfx.passes.lift.row_rules import Along, NotSeparable, split
+from attnfx.passes.match.results import Finding
+from attnfx.passes.rows.live_keys import find_columns
+from attnfx.passes.rows.region import Region
+from attnfx.report.records import Refusal
+
+NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
+LARGEST = 400  # nodes of one region
+NONE = -1  # no dimension
+NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
+
+
+def find_region(facts: Facts, finding: Finding) -> Region | Refusal:
+    """The region of a refused finding, or why there is none."""
+    final = finding.final
+    if finding.refusal is not None and finding.refusal.code in NEVER:
+        return finding.refusal
+    problem: NotSeparable | None = None
+    for row, columns in _candidates(final, finding):
+        try:
+            return _Walk(facts, final, row, columns).region()
+        except NotSeparable as p:
+            problem = problem or p
+    reason = str(problem) if problem else "the output has no rows that the weights have alone"
+    culprits = [problem.node] if problem is not None and problem.node is not None else []
+    return refusal("rows_mixed", f"it cannot be computed row by row: {reason}", *culprits, final)
+
+
+def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
+    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first, and then
+    those that the values have too, which are values of each row's own."""
+    out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
+    c = contraction(final, out)
+    if c is None:
+        return []
+    weights = _below(final, finding)
+    found = []
+    for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
+        if w in weights:
+            for d, v in enumerate(out):
+                if v.value in free(at) and dims(final)[d] is not A.ONE:
+                    found.append((v.value in free(other), d, c.reduced.args[0]))
+
+    def likeliest(candidate: tuple[bool, int, Expr]) -> tuple[bool, int, int]:
+        shared, d, _ = candidate
+        return shared, -number(value(final).shape[d]), -d
+
+    return [(d, columns) for _, d, columns in sorted(found, key=likeliest)]
+
+
+def _below(final: Node, finding: Finding) -> set[Node]:
+    """The operands of the product that descend from the normalisers."""
+    out = set()
+    for x in final.all_input_nodes:
+        stack, seen = [x], {x}
+        while stack and len(seen) < 10 * LARGEST:
+            n = stack.pop()
+            if n in finding.anchors:
+                out.add(x)
+                break
+            for a in n.all_input_nodes:
+                if a not in seen:
+                    seen.add(a)
+                    stack.append(a)
+    return out
+
+
+class _Walk:
+    def __init__(self, facts: Facts, final: Node, row: int, columns: Expr):
+        self.facts, self.final, self.columns = facts, final, columns
+        self.found = Region(final, dims(final)[row], columns, {final: row})
+        self.descendants: set[Node] = set()  # of the scores
+        self.problem: NotSeparable | None = None
+
+    def region(self) -> Region:
+        found = self.found
+        found.scores = self._scores()
+        if not found.scores:
+            raise self.problem or NotSeparable("no product of queries with keys is reached")
+        self._descend()
+        self._collect([self.final])
+        self._grow()
+        self._check()
+        found.narrowed = find_columns(self.facts, found.rows, found.calls, found.columns, found.results)
+        return found
+
+    def large(self, n: Node, row: int) -> bool:
+        """Whether a node has a number for each row and each key."""
+        return is_tensor(n) and any(d != row and x is self.columns for d, x in enumerate(dims(n)))
+
+    def _scores(self) -> list[Node]:
+        """The products that the weights come from: of one factor that has the rows with one that has none, but the
+        keys. Which dimension is the keys' is followed, as its size alone may be that of another."""
+        seen = {self.final}
+        stack: list[tuple[Node, int, int | None, int]] = [(self.final, self.found.rows[self.final], None, 0)]
+        out: list[Node] = []
+        while stack:
+            n, row, key, far = stack.pop()
+            for x in self._rows_of(n, row):
+                at = self._summed(x) if n is self.final else self._key_of(n, key, x)
+                small = 0 if self._has_keys(x, at) else far + 1
+                if x.node in seen or small > NEAR:
+                    continue
+                seen.add(x.node)
+                if (batched(x.node) or meeting(x.node)) and not small and not any(
+                    self._has_keys(a, self._key_of(x.node, at, a)) for a in self._rows_of(x.node, x.dim)
+                ):  # fmt: skip
+                    out.append(x.node)
+                else:
+                    stack.append((x.node, x.dim, at, small))
+        return out
+
+    def _has_keys(self, x: Along, key: int | None) -> bool:
+        return self.large(x.node, x.dim) if key is None else key != NONE
+
+    def _summed(self, x: Along) -> int | None:
+        """The dimension of an operand of the last product that this one sums over."""
+        out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(self.final)))
+        c = contraction(self.final, out)
+        pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
+        return next((at.index(c.reduced) for node, at in pairs if node is x.node and c.reduced in at), None)  # type: ignore[union-attr]
+
+    def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
+        """Where an operand of `n` has the keys that lie along dimension `key` of it: NONE where it has none, None where
+        that is not known."""
+        if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
+            return None  # what has no keys may be made of what has
+        try:
+            found = [a.dim for a in split(n, key, dims(n)[key]).operands() if isinstance(a, Along) and a.node is x.node]
+        except NotSeparable:  # a softmax mixes keys, and leaves them where they are
+            return key if dims(n) == dims(x.node) else None
+        return found[0] if len(found) == 1 else NONE if not found else None
+
+    def _rows_of(self, n: Node, row: int) -> list[Along]:
+        """The operands that have the rows; none where the walk ends."""
+        if n.op != "call_function":
+            return []
+        try:
+            return [x for x in split(n, row, self.found.extent).operands() if isinstance(x, Along)]
+        except NotSeparable as problem:
+            self.problem = self.problem or problem
+            return []
+
+    def _descend(self) -> None:
+        out = self.descendants
+        out.update(self.found.scores)
+        for n in self.final.graph.nodes:
+            if op_name(n) != "sym_size" and any(a in out for a in n.all_input_nodes):
+                out.add(n)
+
+    def _grow(self) -> None:
+        """What is made of a large value beside the attention, a row of it from a row, as its maximum or its entropy."""
+        found, seen = self.found, set(self.found.calls)
+        waiting = [n for n in found.calls if n is not self.final]
+        while waiting:
+            n = waiting.pop()
+            for u in n.users if self.large(n, found.rows[n]) else ():
+                if u not in seen:
+                    seen.add(u)
+                    waiting += self._taken(u)
+
+    def _taken(self, n: Node) -> list[Node]:
+        """A reader of the region becomes part of it, where it keeps rows apart and all that is made of scores in it is
+        there already; or what it gives, where that is a tuple."""
+        found = self.found
+        if n.op != "call_function" or written_operands(n) or op_name(n).startswith("sym_"):
+            return []
+        given = [n] if is_tensor(n) else [u for u in n.users if op_name(u) == "getitem" and u.users]
+        for one in given[:1]:
+            for d, size in enumerate(dims(one)):
+                if size is not found.extent:
+                    continue
+                try:
+                    read = split(one, d, found.extent).operands()
+                    read = read if one is n else split(n, d, found.extent).operands()
+                except NotSeparable:
+                    continue
+                made = [x for x in read if isinstance(x, Along) and x.node is not n]
+                whole = [x for x in read if isinstance(x, Node)]
+                if all(found.rows.get(x.node) == x.dim for x in made if x.node in self.descendants) and not any(
+                    x in self.descendants for x in whole
+                ):
+                    before = set(found.calls)
+                    self.descendants.update((n, *given))
+                    found.rows[one] = d
+                    self._collect([one])
+                    return [x for x in found.calls if x not in before]
+        return []
+
+    def _collect(self, stack: list[Node]) -> None:
+        """All nodes of the region that some nodes need, and what it reads."""
+        found = self.found
+        while stack:
+            n = stack.pop()
+            row = found.rows[n]
+            try:
+                made = split(n, row, found.extent)
+            except NotSeparable:
+                if n in self.descendants:
+                    raise
+                del found.rows[n]
+                self._read(n, row)
+                continue
+            found.calls[n] = made
+            if op_name(n) == "getitem":  # what else the same operator gives
+                for other in n.args[0].users:  # type: ignore[union-attr]
+                    if other.users and other not in found.rows:
+                        found.rows[other] = row
+                        stack.append(other)
+            if len(found.calls) > LARGEST:
+                raise NotSeparable("the region is too large")
+            for x in made.operands():
+                if isinstance(x, Node):
+                    if x in self.descendants:
+                        raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
+                    if is_tensor(x):
+                        self._read(x, None)
+                elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
+                    if x.node not in found.rows:
+                        found.rows[x.node] = x.dim
+                        stack.append(x.node)
+                else:
+                    self._read(x.node, x.dim)
+
+    def _inside(self, x: Along) -> bool:
+        """Whether an operand belongs to the region: made of scores, or as large as they are."""
+        other = self.found.rows.get(x.node, x.dim) != x.dim
+        if x.node in self.descendants:
+            if other:
+                raise NotSeparable(f"{op_name(x.node)} is read along two dimensions")
+            return True
+        return x.node.op == "call_function" and not other and self.large(x.node, x.dim)
+
+    def _read(self, n: Node, dim: int | None) -> None:
+        self.found.inputs[(n, dim)] = None
+
+    def _check(self) -> None:
+        found, facts = self.found, self.facts
+        order = sorted(found.calls, key=facts.position.__getitem__)
+        found.calls = {n: found.calls[n] for n in order}
+        region = facts.regions[self.final]
+        for n in order:
+            if facts.regions[n] != region:
+                raise NotSeparable("it crosses the border of an autocast or a no_grad region")
+        for n in [*order, *(n for n, _ in found.inputs)]:
+            if n in facts.written:
+                raise NotSeparable(f"{n.name} is changed in place")
+            held = value(n)
+            if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):
+                raise NotSeparable(f"{n.name} is complex or sparse")
+            if isinstance(held, torch.Tensor) and held.device != value(self.final).device and held.ndim:
+                raise NotSeparable(f"{n.name} is on another device")
+        for n in order:
+            outside = [u for u in n.users if u not in found.calls and op_name(u) != "sym_size" and _read_by(u)]
+            # what was not made of scores is computed for others as it was
+            if n is self.final or (outside and n in self.descendants):
+                if not is_tensor(n):
+                    raise NotSeparable(f"{n.name} is read outside")
+                found.results.append(n)
+        for n, d in found.inputs:
+            queries = all(u in found.scores for u in n.users if u in found.calls)
+            if d is not None and not queries and self.large(n, d) and self._made_of_a_product(n):
+                raise self.problem or NotSeparable(f"{n.name} is made of another product")
+        if not any(d is not None for _, d in found.inputs):
+            raise NotSeparable("nothing that has rows is read")
+
+    def _made_of_a_product(self, n: Node) -> bool:
+        """Whether a large operand comes from a product through other large ones: it would stay as large as it is."""
+        stack, seen = [n], {n}
+        while stack:
+            at = stack.pop()
+            if batched(at):
+                return True
+            for a in at.all_input_nodes:
+                if a not in seen and is_tensor(a) and {self.columns, self.found.extent} <= set(dims(a)):
+                    seen.add(a)
+                    stack.append(a)
+        return False
+
+
+def _read_by(n: Node) -> bool:
+    return bool(n.users) or n.op == "output" or bool(written_operands(n))
+
+
+__all__ = ["find_region"]

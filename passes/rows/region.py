@@ -1,0 +1,90 @@
+"""A region of a graph that is computed row by row, as data."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch.fx import Node
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.row_rules import Made
+from attnfx.passes.lift.tables import VIEWS
+from attnfx.passes.rows.live_keys import Columns
+
+
+@dataclass
+class Region:
+    """final     the node that the attention ends with; its rows lie along `rows[final]`, `extent` of them
+    columns   the number of keys
+    rows      the nodes inside, and where the rows of each lie
+    calls     how each of them is computed for some rows
+    inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
+    results   the nodes that leave: `final`, and what else is read outside
+    scores    the products of queries with keys
+    narrowed  how a chunk takes live keys only; None where it takes all
+    """
+
+    final: Node
+    extent: Expr
+    columns: Expr
+    rows: dict[Node, int] = field(default_factory=dict)
+    calls: dict[Node, Made] = field(default_factory=dict)
+    inputs: dict[tuple[Node, int | None], None] = field(default_factory=dict)
+    results: list[Node] = field(default_factory=list)
+    scores: list[Node] = field(default_factory=list)
+    narrowed: Columns | None = None
+
+    @property
+    def random(self) -> bool:
+        return any(c.op == "dropout" for c in self.calls.values())
+
+    @property
+    def weight(self) -> Any:
+        """Elements of the largest value, for one row; maybe symbolic."""
+        most, weight = -1, 1
+        for n, row in self.rows.items():
+            if n in self.calls and is_tensor(n):
+                elements: Any = 1
+                for d, x in enumerate(value(n).shape):
+                    elements = elements * (x if d != row else 1)
+                hint = elements if isinstance(elements, int) else elements.node.hint or 0
+                if hint > most:
+                    most, weight = hint, elements
+        return weight
+
+    @property
+    def keys(self) -> Any:
+        """The number of keys; maybe symbolic."""
+        n = self.scores[0]
+        return next(x for d, x in enumerate(value(n).shape) if dims(n)[d] is self.columns and d != self.rows[n])
+
+    @property
+    def work(self) -> Counter[str]:
+        """How often each operator works on values that have a number for each row and key: by name, "product" for one
+        of queries, keys or values, "mix" for one of scores with what is smaller."""
+        found: Counter[str] = Counter()
+
+        def large(n: Node) -> bool:
+            at = self.rows.get(n)
+            return at is not None and is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != at)
+
+        for n in self.calls:
+            made, read = large(n), any(large(a) for a in n.all_input_nodes)
+            if contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) if is_tensor(n) else None:
+                found["mix" if made and read else "product"] += 1
+            elif (made or read) and op_name(n) not in (*VIEWS, "getitem"):
+                found[op_name(n)] += 1
+        return found
+
+    @property
+    def gives_scores(self) -> bool:
+        """Whether something with a number for each row and key leaves."""
+        return any(n is not self.final and self.columns in dims(n) for n in self.results)
+
+
+__all__ = ["Region"]

@@ -1,0 +1,129 @@
+"""A region of whole rows as a row program, and one call of `attnfx::attention_rows` in its place.
+
+Needs the graph that the region was found in; changes it in place. Promises the same results.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.fx import GraphModule, Node
+
+from attnfx.ir.expr import Expr
+from attnfx.ir.serialize import to_json
+from attnfx.passes.fx.analysis import Facts, detached
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like
+from attnfx.passes.lift.row_rules import Along
+from attnfx.passes.rows.live_keys import Part, operands, part
+from attnfx.passes.rows.region import Region
+from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
+
+
+def replace_region(
+    gm: GraphModule, facts: Facts, found: Region, target: Any, carriers: Carriers, compiled: bool
+) -> list[tuple[Node, Node]]:
+    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
+    each of these and what stands for it. Raises CannotEmit before changing users."""
+    position = facts.position
+    users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
+    before = min([found.final, *users], key=position.__getitem__)
+    if any(position[n] >= position[before] for n, _ in found.inputs):
+        raise CannotEmit("an operand is computed after a result is read")
+    emit = Emitter(gm, before, carriers)
+    program, inputs, sizes = _program(emit, found, facts, compiled)
+    seed = emit.seed(value(found.final).device) if found.random else None
+    made = emit.call(target, inputs, sizes, seed, program.to_json())
+    replaced = []
+    for at, old in enumerate(found.results):
+        replaced.append((old, like(emit, emit.call(operator.getitem, made, at), old)))
+    sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
+    for user, d in sizes_of.items():
+        source: Any = user.args[0]
+        if source not in found.results and user not in emit.sizes.values():
+            at = Emitter(gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
+            if at is not user:
+                user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
+    inside = set(found.calls)
+    for old, new in replaced:
+        new.meta = {**old.meta, **new.meta}
+        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside, propagate_meta=False)
+    return replaced
+
+
+def _program(
+    emit: Emitter, found: Region, facts: Facts, compiled: bool
+) -> tuple[RowProgram, list[Node], list[int | Node]]:
+    narrowed = found.narrowed
+    calls_of = narrowed.calls if narrowed else found.calls
+
+    def inside(x: Part) -> bool:
+        return x.node in found.calls and found.rows[x.node] == x.dim
+
+    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not inside(x)))
+    numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
+    inputs = [x.node for x in read]
+    along = [x.dim for x in read]
+    columns = [x.column for x in read]
+    sizes: dict[Expr, int] = {}
+    scalars: dict[Node, Node] = {}
+    for made in calls_of.values():  # a computed float is the tensor that it was read from
+        for x in made.operands():
+            if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
+                if x.op != "call_method" or x.target != "item":
+                    raise CannotEmit(f"the number {x.name} is carried by no tensor")
+                scalars[x] = x.args[0]  # type: ignore[assignment]
+                numbers[x] = len(inputs)
+                inputs.append(scalars[x])
+                along.append(None)
+                columns.append(None)
+    first = len(inputs)
+    numbers |= {n: first + at for at, n in enumerate(found.calls)}
+
+    def size(n: Any) -> int | Ref:
+        e = size_expr(n)
+        return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
+
+    def text(x: Any) -> Any:
+        if isinstance(x, Along | Part):
+            x = part(x)
+            return Ref("value", numbers[x.node if inside(x) else x])
+        if isinstance(x, Node):
+            held = value(x)
+            if isinstance(held, int | torch.SymInt):
+                return size(held)
+            return Ref("value", numbers[part(x)]) if is_tensor(x) else Ref("number", numbers[x])
+        if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
+            kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
+            return Ref(kind, str(x).removeprefix("torch."))
+        if isinstance(x, torch.device):
+            return Ref("device", str(x))
+        if isinstance(x, list | tuple):
+            return tuple(text(a) for a in x)
+        if x is None or isinstance(x, bool | int | float | str | Ref):
+            return x
+        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be written down")
+
+    calls = [
+        Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
+        for made in calls_of.values()
+    ]
+    results = []
+    for n in found.results:
+        row = found.rows[n]
+        shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
+        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
+    weight = size(found.weight)
+    learning = facts.differentiable - detached(found.results, inputs)
+    grads = [n in learning and value(n).dtype.is_floating_point for n in inputs]
+    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
+    if narrowed is not None:
+        live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
+        program = replace(program, live=live)
+    return program, inputs, [emit.size(e) for e in sizes]
+
+
+__all__ = ["replace_region"]
