@@ -62,6 +62,7 @@ class Deciding:
     carriers  what holds the graph's symbolic sizes
     trial     is given every rewritten site, and says which sites to keep (`verify`)
     facts     of the graph as it is; None where it has changed since
+    original  facts of the graph before any change
     exercise  whether each new call is run once on tiny tensors
     """
 
@@ -70,6 +71,7 @@ class Deciding:
     carriers: Carriers
     trial: Trial | None = None
     facts: Facts | None = None
+    original: Facts = None  # type: ignore[assignment]
     exercise: bool = False
 
     def decide(self, finding: Finding, site: Site, sizes: dict[str, int], reader: Node | None,
@@ -110,7 +112,15 @@ class Deciding:
         try:
             call = None if tier in here else fused_call(match, tier)
             replaced = rewrite(
-                self.traced, match, OPERATORS, ",".join(tiers), self.carriers, reductions, summary=summary, fused=call
+                self.traced,
+                self.original,
+                match,
+                OPERATORS,
+                ",".join(tiers),
+                self.carriers,
+                reductions,
+                summary=summary,
+                fused=call,
             )
         except CannotEmit as problem:
             site.refusal, site.decision = refusal("layout", str(problem), finding.final), None
@@ -330,7 +340,9 @@ def _variants(traced: GraphModule, match: Match) -> tuning.Build:
         find_reductions(finder, [found])
         tiers = tiers_of(candidate, {}, value(found.query.node).device, found.reductions)
         call = fused_call(found, candidate.tier)
-        rewrite(again, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions, fused=call)
+        rewrite(
+            again, finder.facts, found, OPERATORS, ",".join(tiers), size_carriers(again), found.reductions, fused=call
+        )
         clean(again)
         check(again)
         return again

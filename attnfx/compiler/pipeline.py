@@ -206,7 +206,7 @@ def _graph(gm: GraphModule, wanted: Wanted) -> tuple[GraphModule, bool]:
     deciding = Deciding(traced, options, size_carriers(traced), wanted.trial, exercise=wanted.exercise)
     tables = wanted.attempt("the pass find_tables", partial(find_tables, traced), {})
     finder = Finder(traced, tables)
-    deciding.facts = finder.facts
+    deciding.facts = deciding.original = finder.facts
     found = finder.find()
     for n, problem in finder.failed.items():
         wanted.attempt(_part(n), partial(_raise, problem), None)

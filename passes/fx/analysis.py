@@ -120,6 +120,10 @@ class Facts:
         writes = [at for at in self.mutations[key] if first < at < self.position[final]]
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
+    def changed_after(self, node: Node) -> bool:
+        """Whether the memory of a node is written in place after the node."""
+        return any(at > self.position[node] for at in self.mutations.get(storage(node), ()))  # type: ignore[arg-type]
+
     def casts(self, n: Node) -> bool:
         """Whether autocast rounds what a product would read in the place of the node."""
         device, changed = value(n).device.type, dict(self.regions[n][1])

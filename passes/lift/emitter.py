@@ -136,9 +136,19 @@ def like(emit: Emitter, out: Node, final: Node) -> Node:
     have, want = value(out), value(final)
     if have.dtype != want.dtype:  # type: ignore[union-attr]
         out = emit.call(aten.to.dtype, out, want.dtype)  # type: ignore[union-attr]
-    if want.is_contiguous() and not have.is_contiguous() and _layout_matters(final, have):
-        out = emit.call(aten.contiguous.default, out)
-    return out
+    if have.stride() == want.stride() or not _layout_matters(final, have):
+        return out
+    if want.is_contiguous():
+        return emit.call(aten.contiguous.default, out)
+    if 0 in want.stride() or any(isinstance(n, torch.SymInt) for n in (*want.shape, *want.stride())):
+        return out
+    base = emit.call(aten.new_empty_strided.default, out, list(want.shape), list(want.stride()))
+    return emit.call(aten.copy_.default, base, out)
+
+
+def own(emit: Emitter, facts: Facts, out: Node, final: Node) -> Node:
+    """A copy where the graph writes in place to what `out` replaces: an operator may have saved its output."""
+    return emit.call(aten.clone.default, out) if facts.changed_after(final) else out
 
 
 LOOKAHEAD = 40  # nodes after a site in which its output's layout must have been absorbed

@@ -59,7 +59,7 @@ def _copied(
         if body := _body(gm, n):
             given = (x for x in body.graph.nodes if x.op == "placeholder")
             inner = dict(zip(given, (values.get(x, x) for x in n.args[1:]), strict=True))
-            mark = {REGION: next(regions), POLICY: CheckpointPolicy.PREFER_RECOMPUTE}
+            mark = {REGION: next(regions), POLICY: CheckpointPolicy.PREFER_RECOMPUTE} if torch.is_grad_enabled() else {}
             results = _copied(body, graph, inner, held, mark, regions)
             values.update((u, results[u.args[1]]) for u in n.users)
             continue

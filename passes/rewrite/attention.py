@@ -17,10 +17,10 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.runtime_summary import Summary
-from attnfx.passes.fx.analysis import detached
+from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, value
 from attnfx.passes.lift.access import Operand, extent, radix
-from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like
+from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like, own
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.spec import AXES
@@ -47,7 +47,7 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 
 def rewrite(
-    gm: GraphModule, match: Match, operators: Operators, tier: str, carriers: Carriers,
+    gm: GraphModule, facts: Facts, match: Match, operators: Operators, tier: str, carriers: Carriers,
     reductions: Sequence[Reduction], summary: Summary | None = None, fused: tuple[float, bool] | None = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
@@ -84,7 +84,7 @@ def rewrite(
     if fused is not None:
         assert not reductions
         out = _fused(emit, q, k, v, *fused, grouped=n["G"] is not n["H"])
-        return _instead([(final, like(emit, _ordered(emit, out, full, match.out_index), final))])
+        return _instead(emit, facts, [(final, like(emit, _ordered(emit, out, full, match.out_index), final))])
     seed = emit.seed(value(q).device) if match.spec.random else None
     captures, given = _arguments(emit, match)
     states = []
@@ -117,7 +117,7 @@ def rewrite(
             weights = emit.call(operators.weights, *given, "".join(keep))
         left = [a for letter in keep for a in r.axes[letter]]
         replaced.append((r.final, like(emit, _total(emit, weights, left, r), r.final)))
-    return _instead(replaced)
+    return _instead(emit, facts, replaced)
 
 
 def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, grouped: bool) -> Node:
@@ -134,8 +134,9 @@ def _loads_whole(x: torch.Tensor) -> bool:
     return x.stride(-1) == 1 and all(statically_known_true(n % step == 0) for n in starts)
 
 
-def _instead(replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
-    """Lets the users of each first node read the second."""
+def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
+    """Let the users of each first node read the second."""
+    replaced = [(old, own(emit, facts, new, old)) for old, new in replaced]
     for old, new in replaced:
         new.meta = {**old.meta, **new.meta}
         old.replace_all_uses_with(new, propagate_meta=False)

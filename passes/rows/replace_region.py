@@ -16,7 +16,7 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like
+from attnfx.passes.lift.emitter import CannotEmit, Carriers, Emitter, like, own
 from attnfx.passes.lift.row_rules import Along
 from attnfx.passes.rows.live_keys import Part, operands, part
 from attnfx.passes.rows.region import Region
@@ -39,7 +39,7 @@ def replace_region(
     made = emit.call(target, inputs, sizes, seed, program.to_json())
     replaced = []
     for at, old in enumerate(found.results):
-        replaced.append((old, like(emit, emit.call(operator.getitem, made, at), old)))
+        replaced.append((old, own(emit, facts, like(emit, emit.call(operator.getitem, made, at), old), old)))
     sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
     for user, d in sizes_of.items():
         source: Any = user.args[0]
