@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -9,7 +10,7 @@ from typing import Any
 
 import torch
 
-from attnfx.report import reports
+from attnfx.report.report import reports
 from tests.fuzz.compare import FAULT, UNTRACED, Difference, Seen, differences, observe
 from tests.fuzz.recipes import Recipe, shrink
 
@@ -79,18 +80,23 @@ def _hold(outcome: Outcome, mode: str, want: Seen) -> None:
         return run if run is not None and not run.raised else None
 
     found = differences(got, want, truth, recipe.coarse)
-    if faults:
-        outcome.verdict, outcome.told = "fault", [f"{mode}: {x}" for x in faults]
-        outcome.kinds = frozenset(x.split("(", 1)[-1].split(":")[0] for x in faults)
-    elif found:
+    if faults or found:
         torch._dynamo.reset()
         plain = observe(recipe, _by(recipe.inner, recipe), mode)
         own = {(d.name, d.kind) for d in differences(plain, want, truth, recipe.coarse)}
-        left = [d for d in found if (d.name, d.kind) not in own] if not plain.raised else []
-        outcome.verdict = "differs" if left else "PyTorch's own"
-        outcome.told = [f"{mode}: {d}" for d in left or found]
-        outcome.kinds = frozenset(_kind(d) for d in left or found)
+        left = [d for d in found if (d.name, d.kind) not in own]
+        if plain.raised or not (faults or left):
+            outcome.verdict, left = "PyTorch's own", found
+        else:
+            outcome.verdict = "fault" if faults else "differs"
+        outcome.told = [f"{mode}: {x}" for x in (*faults, *left)]
+        outcome.kinds = frozenset([_fault(x) for x in faults] or [_kind(d) for d in left])
     torch._dynamo.reset()
+
+
+def _fault(text: str) -> str:
+    """The name of the exception that a warning of attnfx tells of."""
+    return next(iter(re.findall(r"\b[A-Z]\w+(?:Error|Exception|Fault)\b", text)), "fault")
 
 
 def _kind(d: Difference) -> str:

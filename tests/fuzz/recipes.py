@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from tests.fuzz import beside, regions, writes  # noqa: F401  (their neighbors are registered by the imports)
 from tests.fuzz.attentions import PARTS, PLACES
-from tests.fuzz.parts import ATTENTIONS, EDITS, ENTRIES, NEIGHBORS, WRAPS
+from tests.fuzz.parts import ATTENTIONS, EDITS, ENTRIES, NEIGHBORS, WRAPS, Neighbor
 from tests.fuzz.programs import INPUTS
 from tests.fuzz.regions import COARSE_WRAPS, PURE_WRAPS
 
@@ -93,49 +93,54 @@ class Recipe:
 
 
 def recipe(seed: int, inner: str = "eager", only: str | None = None) -> Recipe:
-    """A random recipe; `only` names a part that it must hold. With `inner` "mixed", few are compiled by aot_eager."""
+    """A random recipe; `only` names a part that it must hold. With `inner` "mixed", few are compiled by aot_eager.
+
+    Recipes that take long to compile, with symbolic sizes or by aot_eager, are few and short.
+    """
     rng = random.Random(seed)
-    attentions = [_attention(rng) for _ in range(rng.choice((1, 1, 1, 2)))]
-    coarse = rng.random() < 0.2
-    allowed = [n for n in NEIGHBORS.values() if not (coarse and n.sharp) and (coarse or not n.coarse)]
-    chances = [0.2 if n.breaks else 1.0 for n in allowed]
-    neighbors = [Step(n.name) for n in rng.choices(allowed, chances, k=rng.randint(2, 5))]
+    asked = NEIGHBORS.get(only or "") or EDITS.get(only or "")
+    coarse = asked.coarse if asked is not None else only in COARSE_WRAPS or rng.random() < 0.2
+    if inner == "mixed":
+        inner = "aot_eager" if rng.random() < 0.1 else "eager"
+    dynamic = rng.choices(DYNAMIC, (16, 2, 1, 1))[0]
+    quick = inner == "eager" and dynamic == "no"
+    modes = rng.choice(MODES if quick else MODES[:3])
+
+    def chosen(table: dict[str, Neighbor]) -> str:
+        """A part whose results may be compared: sharp ones are not beside coarse ones."""
+        allowed = [n for n in table.values() if (not n.sharp if coarse else not n.coarse)]
+        return rng.choices(allowed, [0.2 if n.breaks else 1.0 for n in allowed])[0].name
+
+    attentions = [_attention(rng, lambda: chosen(EDITS)) for _ in range(rng.choice((1, 1, 1, 2 if quick else 1)))]
+    neighbors = [Step(chosen(NEIGHBORS)) for _ in range(rng.randint(2, 5 if quick else 3))]
     if only in NEIGHBORS:
-        neighbors[0], coarse = Step(only), NEIGHBORS[only].coarse  # type: ignore[arg-type]
+        neighbors[0] = Step(only)  # type: ignore[arg-type]
     elif only in ATTENTIONS:
         attentions[0] = Step(only)  # type: ignore[arg-type]
     elif only in EDITS:
         attentions[0] = Step("attend", ((rng.choice(PLACES), only),))  # type: ignore[arg-type]
-    if not coarse:
-        attentions = [
-            replace(s, made=tuple(p for p in s.made if p[0] not in PLACES or not EDITS[p[1]].coarse))
-            for s in attentions
-        ]
     steps = [_wrapped(rng, s, coarse, only if only in WRAPS else None) for s in (*attentions, *neighbors)]
     rng.shuffle(steps)
-    if inner == "mixed":
-        inner = "aot_eager" if rng.random() < 0.15 else "eager"
-    dynamic = rng.choices(DYNAMIC, (16, 2, 1, 1))[0]
     return Recipe(
-        seed, tuple(steps), rng.choice(MODES), dynamic=dynamic, inner=inner, tokens=rng.choice((8, 8, 9, 11)),
+        seed, tuple(steps), modes, dynamic=dynamic, inner=inner, tokens=rng.choice((8, 8, 9, 11)),
         inputs=rng.choices(list(INPUTS), [8, *[2] * (len(INPUTS) - 1)])[0], entry=rng.choice(list(ENTRIES)),
     )  # fmt: skip
 
 
-def _attention(rng: random.Random) -> Step:
+def _attention(rng: random.Random, edit: Callable[[], str]) -> Step:
     if rng.random() < 0.3:
         return Step(rng.choice(list(ATTENTIONS)))
     made = [(kind, rng.choice(list(parts))) for kind, parts in PARTS.items() if rng.random() < 0.6]
     made = [(kind, name) for kind, name in made if name != next(iter(PARTS[kind]))]
     if rng.random() < 0.4:
-        made.append((rng.choice(PLACES), rng.choice(list(EDITS))))
+        made.append((rng.choice(PLACES), edit()))
     return Step("attend", tuple(made))
 
 
 def _wrapped(rng: random.Random, step: Step, coarse: bool, only: str | None) -> Step:
     wraps = []
     for _ in range(rng.choices((0, 1, 2), (14, 5, 1))[0]):
-        wrap = rng.choice(list(WRAPS))
+        wrap = rng.choices(list(WRAPS), [0.4 if w in PURE_WRAPS else 1.0 for w in WRAPS])[0]
         pure = NEIGHBORS[step.name].pure if step.name in NEIGHBORS else step.name in UNDER_COND
         if (coarse or wrap not in COARSE_WRAPS) and wrap not in wraps and (pure or wrap not in PURE_WRAPS):
             wraps.append(wrap)

@@ -131,9 +131,13 @@ def work(args: argparse.Namespace, seeds: queue.Queue[tuple[int, int]], results:
             for answer in batch(args, seed + done, count - done, seen):
                 done += 1
                 results.put(answer)
-            if done == before:  # a process that did not start
-                results.put({"recipe": "", "verdict": "down", "told": ["no answer"]})
-                break
+                if not answer["recipe"]:  # the process did not come to its first program: none will
+                    results.put(None)
+                    return
+            if done == before:
+                results.put({"recipe": "", "verdict": "down", "told": ["a process ended without an answer"]})
+                results.put(None)
+                return
 
 
 def tell(answer: dict[str, Any]) -> None:
