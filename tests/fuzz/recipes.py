@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
-from tests.fuzz import beside, regions, writes  # noqa: F401  (their neighbors are registered by the imports)
+from tests.fuzz import beside, edits, regions, whole, writes  # noqa: F401  (the imports register their parts)
 from tests.fuzz.attentions import PARTS, PLACES
 from tests.fuzz.parts import ATTENTIONS, EDITS, ENTRIES, NEIGHBORS, WRAPS, Neighbor
 from tests.fuzz.programs import INPUTS
