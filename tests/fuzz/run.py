@@ -160,6 +160,7 @@ def search(args: argparse.Namespace) -> int:
         threading.Thread(target=work, args=(args, seeds, results, seen), daemon=True).start()
     verdicts: Counter[str] = Counter()
     rewritten, running, begun, findings, untraced = 0, args.workers, time.monotonic(), [], Counter[str]()
+    examples: dict[str, str] = {}
     while running:
         answer = results.get()
         if answer is None:
@@ -167,7 +168,9 @@ def search(args: argparse.Namespace) -> int:
             continue
         verdicts[answer["verdict"]] += 1
         rewritten += bool(answer.get("rewritten"))
-        untraced.update(answer.get("untraced", ()))
+        for text in answer.get("untraced", ()):
+            untraced[text] += 1
+            examples.setdefault(text, answer["recipe"])
         if answer["verdict"] in ("fault", "differs", "late", "down"):
             findings.append(answer)
             seen.add((answer["verdict"], *answer.get("kinds", ())))
@@ -179,7 +182,7 @@ def search(args: argparse.Namespace) -> int:
             per = (time.monotonic() - begun) / done
             print(f"{done} programs, {per:.2f} s each, {rewritten / ran:.0%} rewritten, {dict(verdicts)}", flush=True)
     for text, count in untraced.most_common():
-        print(f"{count} x {text}")
+        print(f"{count} x {text}\n    {examples[text]}")
     if args.json:
         summary = {"programs": verdicts.total(), "verdicts": dict(verdicts), "rewritten": rewritten}
         Path(args.json).write_text(json.dumps(summary | {"untraced": dict(untraced), "findings": findings}, indent=1))
