@@ -1,4 +1,4 @@
-"""Every test starts with an empty compiler, no reports, a fixed seed and no caches on disk."""
+"""Start every test with an empty compiler, no reports, a fixed seed and no caches; verify graphs after each pass."""
 
 import atexit
 import logging
@@ -27,7 +27,8 @@ logging.getLogger("torch.__trace").propagate = False
 
 
 @pytest.fixture(autouse=True)
-def fresh():
+def fresh(monkeypatch):
+    monkeypatch.setattr("attnfx.compiler.pipeline.CHECK_EACH", True)
     torch._dynamo.reset()
     torch.manual_seed(0)
     yield
@@ -47,6 +48,12 @@ def golden(request):
         assert text == file.read_text(), "the text has changed: if that is right, run with ATTNFX_ACCEPT=1"
 
     return compare
+
+
+@pytest.fixture
+def unexercised(monkeypatch):
+    """Calls are not tried on tiny tensors when a graph is compiled, for tests that watch what is called."""
+    monkeypatch.setattr("attnfx.compiler.apply.exercise", lambda *_: None)
 
 
 @pytest.fixture

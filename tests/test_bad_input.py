@@ -53,12 +53,12 @@ def test_an_environment_variable_sets_a_default_and_is_named_where_it_is_bad(mon
 # -- models that cannot be traced -----------------------------------------------------------------------
 def test_a_model_that_cannot_be_traced_is_compiled_as_it_is(monkeypatch):
     """A graph that only Dynamo understands: a note or one warning, and the result is right."""
-    from attnfx.passes.prepare.trace import Untraceable
+    from attnfx.passes.fx.examples import Untraceable
 
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.passes.prepare.trace.run", fail)
     with new_reports() as filed, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         args = qkv()

@@ -499,7 +499,7 @@ def break_inside(monkeypatch, place):
 
 @pytest.mark.parametrize(
     "place",
-    ["compiler.pipeline.run", "compiler.pipeline.trace", "compiler.choose.Deciding.decide", "compiler.choose.rewrite"],
+    ["compiler.pipeline.run", "passes.prepare.trace.run", "compiler.choose._Choosing.choice", "compiler.apply.rewrite"],
 )
 def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, place):
     break_inside(monkeypatch, place)
@@ -521,7 +521,7 @@ def test_a_failure_inside_attnfx_gives_the_original_graph_to_the_compiler(monkey
     assert error(got, run(attend, args, True)) < 1e-5
 
 
-@pytest.mark.parametrize("place", ["compiler.pipeline.run", "compiler.choose.rewrite"])
+@pytest.mark.parametrize("place", ["compiler.pipeline.run", "compiler.apply.rewrite"])
 def test_strict_raises_a_failure_inside_attnfx(monkeypatch, place):
     break_inside(monkeypatch, place)
     with pytest.raises(Exception, match="broken for a test"):

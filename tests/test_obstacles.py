@@ -10,7 +10,7 @@ import torch
 
 import attnfx
 from attnfx.errors import RefusalError
-from attnfx.passes.prepare.trace import Untraceable
+from attnfx.passes.fx.examples import Untraceable
 from attnfx.report.codes import CODES, page
 from attnfx.report.records import Decision, Refusal
 from tests.obstacles import OBSTACLES, B, D, H, T
@@ -51,7 +51,7 @@ def test_a_graph_that_cannot_be_traced_tells_of_its_softmaxes(monkeypatch):
     def fail(*_):
         raise Untraceable("an operator that is unknown")
 
-    monkeypatch.setattr("attnfx.compiler.pipeline.trace", fail)
+    monkeypatch.setattr("attnfx.passes.prepare.trace.run", fail)
     fn = OBSTACLES["short_sequence"].fn
     report = attnfx.explain(fn)(*qkv())
     (softmax,) = report.others

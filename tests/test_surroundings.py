@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.fx import GraphModule
 
-from attnfx import backend
+from attnfx.compiler import pipeline
 from tests.fuzz.hold import Outcome, hold
 from tests.fuzz.parts import ATTENTIONS, EDITS, NEIGHBORS
 from tests.fuzz.recipes import Recipe, Step, recipe, shrink
@@ -137,16 +137,16 @@ PLANTED = {
 def test_a_planted_fault_is_found(monkeypatch, plant):
     text, kinds = PLANTED[plant]
     assert hold(Recipe.parse(text)).verdict == "same"
-    original = backend.verify.rewritten
+    original = pipeline.run
 
-    def rewritten(gm, *rest):
-        result = original(gm, *rest)
+    def rewritten(gm, *rest, **named):
+        result = original(gm, *rest, **named)
         assert result.gm is not None
         plant(result.gm)
         result.gm.recompile()
         return result
 
-    monkeypatch.setattr(backend.verify, "rewritten", rewritten)
+    monkeypatch.setattr(pipeline, "run", rewritten)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         outcome = hold(Recipe.parse(text))

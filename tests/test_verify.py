@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from attnfx import spec
-from attnfx.compiler import choose as deciding
+from attnfx.compiler import apply
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.kernels.operators import attention as operator
@@ -153,13 +153,13 @@ def shows(script, capsys) -> str:
 
 @pytest.mark.parametrize(("fn", "wrong"), PLANTED, ids=lambda x: x.__name__)
 def test_a_wrong_rewrite_is_caught_and_undone(fn, wrong, tmp_path, monkeypatch, capsys):
-    original = deciding.rewrite
+    original = apply.rewrite
 
-    def planted(gm, match, *rest, **more):
+    def planted(graph, facts, match, *rest, **more):
         match.spec = wrong(match.spec)
-        return original(gm, match, *rest, **more)
+        return original(graph, facts, match, *rest, **more)
 
-    monkeypatch.setattr(deciding, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", planted)
     _, script = caught(fn, qkv(t=T), tmp_path)
     monkeypatch.undo()
     assert "error" in shows(script, capsys)
@@ -190,15 +190,15 @@ def test_a_wrong_gradient_is_caught_in_training_alone(train, tmp_path, monkeypat
 
 
 def test_wrong_sums_of_the_weights_are_caught(tmp_path, monkeypatch, capsys):
-    original = deciding.rewrite
+    original = apply.rewrite
 
-    def planted(gm, match, *rest, **more):
+    def planted(graph, facts, match, *rest, **more):
         *rest, reductions = rest
         assert reductions
         wrong = [dataclasses.replace(r, spec=mask_shifted(no_scale(r.spec))) for r in reductions]
-        return original(gm, match, *rest, wrong, **more)
+        return original(graph, facts, match, *rest, wrong, **more)
 
-    monkeypatch.setattr(deciding, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", planted)
     assert "mean: an error of" in shows(caught(with_sums, qkv(t=T), tmp_path)[1], capsys)
 
 
@@ -219,13 +219,13 @@ def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
 
 
 def test_the_script_runs_by_itself(tmp_path, monkeypatch):
-    original = deciding.rewrite
+    original = apply.rewrite
 
-    def planted(gm, match, *rest, **more):
+    def planted(graph, facts, match, *rest, **more):
         match.spec = no_scale(match.spec)
-        return original(gm, match, *rest, **more)
+        return original(graph, facts, match, *rest, **more)
 
-    monkeypatch.setattr(deciding, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", planted)
     _, script = caught(plain, qkv(t=T), tmp_path)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1 and "an error of" in done.stdout, done.stderr
@@ -417,26 +417,26 @@ def test_a_failure_of_the_comparison_itself_takes_nothing_down(problem, words, m
 
 
 def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    def planted(gm, match, *rest, original=deciding.rewrite, **more):
+    def planted(graph, facts, match, *rest, original=apply.rewrite, **more):
         match.spec = no_scale(match.spec)
-        return original(gm, match, *rest, **more)
+        return original(graph, facts, match, *rest, **more)
 
     def fails(*_):
         raise PermissionError("no room")
 
-    monkeypatch.setattr(deciding, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", planted)
     monkeypatch.setattr(verify.repro, "write", fails)
     with pytest.warns(RuntimeWarning, match="no script could be written under .*no room"):
         same_as_eager(plain, qkv(t=T), dump_dir=tmp_path)
 
 
 def test_of_two_sites_the_right_one_stays_rewritten(tmp_path, monkeypatch):
-    def planted(gm, match, *rest, original=deciding.rewrite, **more):
+    def planted(graph, facts, match, *rest, original=apply.rewrite, **more):
         if match.spec.score.op == "where":
             match.spec = no_scale(match.spec)
-        return original(gm, match, *rest, **more)
+        return original(graph, facts, match, *rest, **more)
 
-    monkeypatch.setattr(deciding, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", planted)
     with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite gave another result"):
         same_as_eager(lambda q, k, v: capped(plain(q, k, v), k, v), qkv(t=T), dump_dir=tmp_path)
     first, second = filed[0].sites

@@ -42,12 +42,14 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A value that leaves: its rows lie along `row`; `shape` (numbers, and Ref of a size or the rows) is the whole."""
+    """A value that leaves: its rows lie along `row`; `shape` (numbers, and Ref of a size or the rows) is the whole, and
+    `order` its dimensions as they lie in memory, the slowest first; empty for contiguous."""
 
     value: int
     row: int
     shape: tuple[int | Ref, ...]
     dtype: str
+    order: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class RowProgram:
                 "grads": self.grads,
                 "weight": _plain(self.weight),
                 "calls": [[c.op, _plain(c.args), {k: _plain(v) for k, v in c.kwargs}] for c in self.calls],
-                "results": [[r.value, r.row, _plain(r.shape), r.dtype] for r in self.results],
+                "results": [[r.value, r.row, _plain(r.shape), r.dtype, r.order] for r in self.results],
                 "compiled": self.compiled,
                 "live": self.live and [self.live.columns, self.live.score, self.live.least],
             },
@@ -121,7 +123,7 @@ def from_json(text: str) -> RowProgram:
             tuple(d["grads"]),
             _made(d["weight"]),
             tuple(calls),
-            tuple(Result(value, row, _made(shape), dtype) for value, row, shape, dtype in d["results"]),
+            tuple(Result(v, row, _made(shape), dtype, tuple(order)) for v, row, shape, dtype, order in d["results"]),
             d["compiled"],
             d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
         )  # fmt: skip

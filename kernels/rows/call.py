@@ -71,9 +71,15 @@ class RowCall:
             return x
         return rows if x.kind == "rows" else self.sizes[int(x.what)]
 
-    def shapes(self) -> list[list[int]]:
-        length = self.length
-        return [[self.number(n, length) for n in r.shape] for r in self.program.results]
+    def outputs(self) -> list[Tensor]:
+        """Each result whole, empty."""
+        like, length, out = self.inputs[0], self.length, []
+        for r in self.program.results:
+            shape = [self.number(n, length) for n in r.shape]
+            order = r.order or range(len(shape))
+            made = like.new_empty([shape[d] for d in order], dtype=getattr(torch, r.dtype))
+            out.append(made.permute([list(order).index(d) for d in range(len(shape))]) if r.order else made)
+        return out
 
 
 def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None) -> RowCall:

@@ -15,7 +15,7 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.row_rules import Along
@@ -115,7 +115,7 @@ def _program(
     for n in found.results:
         row = found.rows[n]
         shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
-        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch.")))
+        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), _order(n)))
     weight = size(found.weight)
     learning = facts.differentiable - detached(found.results, inputs)
     grads = [n in learning and value(n).dtype.is_floating_point for n in inputs]
@@ -124,6 +124,19 @@ def _program(
         live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
         program = replace(program, live=live)
     return program, inputs, [emit.size(e) for e in sizes]
+
+
+def _order(n: Node) -> tuple[int, ...]:
+    """The dimensions of a value as they lie in memory, the slowest first; empty for contiguous, and where the value is
+    not dense."""
+    shape, strides = ([number(x) for x in found] for found in (value(n).shape, value(n).stride()))
+    order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d]))
+    step = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != step:
+            return ()
+        step *= shape[d]
+    return () if list(order) == sorted(order) else order
 
 
 __all__ = ["replace_region"]

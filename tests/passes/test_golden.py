@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from attnfx.compiler import pipeline
+from attnfx.passes.prepare import trace
 from tests.support import compiled, new_reports, rand
 
 INF = float("-inf")
@@ -88,18 +89,18 @@ def text(gm: torch.fx.GraphModule) -> str:
 @pytest.mark.parametrize(("fn", "args"), FORMS, ids=[fn.__name__ for fn, _ in FORMS])
 def test_the_graph_before_and_after(fn, args, golden, monkeypatch):
     results, traced = [], []
-    original_run, original_trace = pipeline.run, pipeline.trace
+    original_run, original_trace = pipeline.run, trace.run
 
-    def trace(gm, *rest):
-        made = original_trace(gm, *rest)
-        traced.append(text(made))
-        return made
+    def run_trace(graph):
+        count = original_trace(graph)
+        traced.append(text(graph.gm))
+        return count
 
-    def run(gm, *rest):
-        results.append(original_run(gm, *rest))
+    def run(gm, *rest, **named):
+        results.append(original_run(gm, *rest, **named))
         return results[-1]
 
-    monkeypatch.setattr(pipeline, "trace", trace)
+    monkeypatch.setattr(trace, "run", run_trace)
     monkeypatch.setattr(pipeline, "run", run)
     with new_reports() as filed, torch.no_grad():
         compiled(fn, inner="eager")(*args())

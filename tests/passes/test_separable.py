@@ -382,7 +382,7 @@ def test_a_row_without_a_live_key_is_nan_as_in_eager():
 
 
 @pytest.fixture
-def keys_taken(monkeypatch):
+def keys_taken(monkeypatch, unexercised):
     """For each pass, the first key and the number of keys of each chunk; None for all."""
     found, real = [], rows.RowCall.keys
 

@@ -465,7 +465,7 @@ def graphs_that_reach_inductor(monkeypatch, fn, *args, **options):
 
     made, got = [], []
     original_run, original_compile = pipeline.run, inductor.compile_fx
-    monkeypatch.setattr(pipeline, "run", lambda gm, *a: (made.append(gm), original_run(gm, *a))[1])
+    monkeypatch.setattr(pipeline, "run", lambda gm, *a, **k: (made.append(gm), original_run(gm, *a, **k))[1])
     monkeypatch.setattr(inductor, "compile_fx", lambda gm, *a, **k: (got.append(gm), original_compile(gm, *a, **k))[1])
     compiled(fn, inner="inductor", **options)(*args)
     return made, got
@@ -561,22 +561,21 @@ def everything_direct(x, y, w, b, n, h):
 
 def recorded(monkeypatch, direct, autocast):
     """(operator, shape, dtype, strides) of each node of the trace."""
-    from attnfx.compiler import pipeline
     from attnfx.passes.prepare import trace
 
     if not direct:
         monkeypatch.setattr(trace, "DIRECT", {})
-    seen, original = [], pipeline.trace
+    seen, original = [], trace.run
 
-    def spy(gm, *rest):
-        made = original(gm, *rest)
-        for n in made.graph.nodes:
+    def spy(graph):
+        made = original(graph)
+        for n in graph.gm.graph.nodes:
             held = n.meta.get("val")
             facts = (held.shape, held.dtype, held.stride()) if isinstance(held, torch.Tensor) else ()
             seen.append((str(n.target), *facts, "test_trace.py" in n.meta.get("stack_trace", "")))
         return made
 
-    monkeypatch.setattr(pipeline, "trace", spy)
+    monkeypatch.setattr(trace, "run", spy)
     args = (rand(2, 4, 6), rand(2, 4, 6), rand(6, 6), rand(6), torch.arange(6), rand(6, dtype=torch.float16))
 
     def fn(*args):
