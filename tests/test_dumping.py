@@ -27,7 +27,7 @@ def test_every_stage_of_every_graph_is_written(tmp_path):
             "0_dynamo.py", "1_traced.dot", "1_traced.graphml", "1_traced.py", "1_traced.txt",
             "2_lifted.dot", "2_lifted.graphml", "2_lifted.txt",
             "3_rewritten.dot", "3_rewritten.graphml", "3_rewritten.py", "3_rewritten.txt",
-            "attention_0.json", "attention_0.txt", "report.json", "report.txt",
+            "attention_0.json", "attention_0.txt", "passes", "report.json", "report.txt",
         ]  # fmt: skip
     assert "aten.softmax" in (first / "1_traced.py").read_text()
     assert "attnfx.attention" in (first / "3_rewritten.py").read_text()

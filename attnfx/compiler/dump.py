@@ -15,8 +15,9 @@ from attnfx.options import Options
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
-    """Write the graph as Dynamo made it; the traced, lifted and rewritten one as text, DOT and GraphML; the report with
-    the decisions as text and JSON; each site's spec, and what was generated for its kernel.
+    """Write the graph as Dynamo made it; the traced, lifted and rewritten one as text, DOT and GraphML; its code after
+    each pass that changed it; the report with the decisions as text and JSON; each site's spec, and what was generated
+    for its kernel.
 
     Gives the folder, a new `graph_N` under `dump_dir`; nothing that is there is overwritten.
     """
@@ -32,6 +33,9 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
             (folder / f"{n}_{name}.py").write_text(stage.text)
         stage.to_dot(folder / f"{n}_{name}.dot")
         stage.to_graphml(folder / f"{n}_{name}.graphml")
+    (folder / "passes").mkdir()
+    for n, (name, text) in enumerate(result.passes, 1):
+        (folder / "passes" / f"{n:02}_{name}.py").write_text(text)
     (folder / "report.txt").write_text(f"{report}\n")
     (folder / "report.json").write_text(report.to_json())
     for site in report.sites:

@@ -92,6 +92,7 @@ class Result:
     untraceable  why the graph could not be brought to ATen
     faults       a sentence for each part of the rewriting that failed and was left out
     found        the search, where the graph may be decided again: `again` carries other choices out
+    passes       with `dump_dir`, the graph's code after each pass that changed it, by the pass's name
     """
 
     gm: GraphModule | None
@@ -99,6 +100,7 @@ class Result:
     untraceable: str = ""
     faults: list[str] = field(default_factory=list)
     found: Found | None = None
+    passes: list[tuple[str, str]] = field(default_factory=list)
 
 
 def run(
@@ -126,6 +128,7 @@ def run(
             log.warning("%s: compiled without it", fault, exc_info=fault.problem)
             faults.add(fault)
             continue
+        result.passes = context.passes
         result.faults = [str(f) for f in faults.found.values()]
         result.report.notes.extend(f"attnfx failed in a part, which was left out: {f}" for f in result.faults)
         return result
@@ -177,22 +180,29 @@ def prepare(gm: GraphModule, context: Context) -> Graph:
     strict = CHECK_EACH or context.options.strict or context.options.dump_dir is not None
     for step in PREPARE:
         name = step.__name__.rpartition(".")[2]
-        changes = context.attempt(f"the pass {name}", partial(step.run, graph), 0)
+        changes = context.attempt(f"the pass {name}", partial(_passed, step, graph, strict), 0)
         log.debug("%spass %s: %d changes", context.path, name, changes)
         if not changes:
             continue
-        graph.changed()
-        if graph.traced:
-            clean(graph.gm, {x.node for x in graph.tables.values()})
-            if strict:
-                check(graph.gm)
-        publish(f"pass_{name}", partial(_passed, name, changes, graph))
+        publish(f"pass_{name}", partial(_listed, name, changes, graph))
         if context.options.dump_dir is not None:
             context.passes.append((f"{context.path}{name}".replace("/", "."), readable(graph.gm)))
     return graph
 
 
-def _passed(name: str, changes: int, graph: Graph) -> str:
+def _passed(step: Any, graph: Graph, strict: bool) -> int:
+    """How much a pass changed. What it left dead is eliminated, and with `strict` the graph verified."""
+    changes = step.run(graph)
+    if changes:
+        graph.changed()
+        if graph.traced:
+            clean(graph.gm, {x.node for x in graph.tables.values()})
+            if strict:
+                check(graph.gm)
+    return changes
+
+
+def _listed(name: str, changes: int, graph: Graph) -> str:
     return f"# {changes} changes by the pass {name}\n{readable(graph.gm)}"
 
 

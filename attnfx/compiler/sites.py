@@ -14,6 +14,7 @@ from attnfx.passes.fx.nodes import dims, number, value, where_in_source
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.rewrite.attention import dimensions
 from attnfx.report.records import Site
+from attnfx.spec import UNKNOWN_SIZE
 
 
 def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
@@ -57,7 +58,7 @@ def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
         return {}
     out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
     for canonical, name in zip(finding.match.spec.sizes, finding.match.sizes, strict=True):
-        out[canonical] = hints.get(name, 1)
+        out[canonical] = hints.get(name, UNKNOWN_SIZE)
     return out
 
 

@@ -13,6 +13,7 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate as _evaluate
 from attnfx.options import Options
 from attnfx.report.records import Candidate, Decision
+from attnfx.spec import UNKNOWN_SIZE
 from attnfx.targets import Target
 
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
@@ -25,11 +26,11 @@ TILE_GAIN = 0.9
 
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
-    """The value of a size expression; sizes that are not known count as 1024."""
+    """The value of a size expression; sizes that are not known count as UNKNOWN_SIZE."""
 
     class Known(dict[str, int]):
         def __missing__(self, key: str) -> int:
-            return 1024
+            return UNKNOWN_SIZE
 
     return int(_evaluate(e, Known(sizes)))
 

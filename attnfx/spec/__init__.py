@@ -2,6 +2,7 @@
 
 from attnfx.spec.attention import (
     AXES,
+    UNKNOWN_SIZE,
     AttentionSpec,
     B,
     Capture,
@@ -17,6 +18,6 @@ from attnfx.spec.attention import (
 )
 
 __all__ = [
-    "AXES", "AttentionSpec", "B", "Capture", "H", "I", "J", "additive", "canonical", "fill_of", "from_json", "loads",
-    "reads_pairs",
+    "AXES", "UNKNOWN_SIZE", "AttentionSpec", "B", "Capture", "H", "I", "J", "additive", "canonical", "fill_of",
+    "from_json", "loads", "reads_pairs",
 ]  # fmt: skip

@@ -22,6 +22,8 @@ VERSION = (
     1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
 )
 
+UNKNOWN_SIZE = 1024  # what a symbolic size counts as that no example gives
+
 AXES = {"b": "B", "h": "H", "i": "T", "j": "S"}  # the program's variables and the sizes that bound them
 B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
 

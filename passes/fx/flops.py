@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from attnfx.passes.fx.nodes import op_name, value
+from attnfx.passes.fx.nodes import number, op_name, value
 
 ADDING = ("addmm", "baddbmm", "addmv")  # their products are of the last two operands
 PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "linear", *ADDING)
@@ -43,7 +43,7 @@ def total(gm: GraphModule) -> int:
 
 
 def _numbers(n: Node) -> list[int]:
-    return [x if isinstance(x, int) else int(x.node.hint or 1) for x in value(n).shape]
+    return [number(x) for x in value(n).shape]
 
 
 def _einsum(equation: str, shapes: list[list[int]]) -> int:

@@ -19,6 +19,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
 from attnfx.report.records import Refusal
+from attnfx.spec import UNKNOWN_SIZE
 
 
 def op_name(node: Node) -> str:
@@ -70,7 +71,7 @@ def number(n: Any) -> int:
     if isinstance(n, int):
         return n
     hint = n.node.hint if isinstance(n, torch.SymInt) else None
-    return int(hint) if hint is not None else 1024
+    return int(hint) if hint is not None else UNKNOWN_SIZE
 
 
 def spanned(x: Node, rank: int) -> frozenset[int]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from attnfx.passes.fx.nodes import op_name
+from attnfx.passes.fx.nodes import argument, op_name
 from attnfx.passes.joint.mark_recompute import copied
 from attnfx.passes.joint.read_graph import attention_workspace
 
@@ -31,27 +32,34 @@ def workspaces(gm: GraphModule, elements: int, cpu: bool) -> dict[str, int]:
 def draws(gm: GraphModule) -> bool:
     """Whether dropout is drawn by the chunked tier, which reads its seed on the host: no CUDA graph can be captured."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    return any(isinstance(n.args[at - 2], Node) for graph in graphs for n, at in _calls(graph))
+    return any(isinstance(_argument(n, "seed"), Node) for graph in graphs for n in _calls(graph))
 
 
 def _limit(graph: Graph, elements: int) -> set[str]:
     """The names of the nodes that changed."""
     changed = set()
-    for n, at in _calls(graph):
-        others = str(n.args[at]).split(",")[1:]
-        n.update_arg(at, ",".join([f"{TIER}:{elements}", *(t for t in others if t != TIER)]))
+    for n in _calls(graph):
+        others = str(_argument(n, "tier")).split(",")[1:]
+        n.update_arg(_position(n, "tier"), ",".join([f"{TIER}:{elements}", *(t for t in others if t != TIER)]))
         changed.add(n.name)
     return changed
 
 
-def _calls(graph: Graph) -> Iterator[tuple[Node, int]]:
-    """Each call whose first tier is the chunked one, and which argument says so; the seed stands two before it."""
+def _calls(graph: Graph) -> Iterator[Node]:
+    """Each call whose first tier is the chunked one."""
     for n in graph.nodes:
-        if n.op != "call_function" or op_name(n) not in OPERATORS:
-            continue
-        at = [k for k, a in enumerate(n.args) if isinstance(a, str)]
-        if len(at) == 2 and str(n.args[at[1]]).partition(",")[0].partition(":")[0] == TIER:
-            yield n, at[1]
+        if n.op == "call_function" and op_name(n) in OPERATORS:
+            if str(_argument(n, "tier")).partition(",")[0].partition(":")[0] == TIER:
+                yield n
+
+
+def _position(n: Node, name: str) -> int:
+    """Where the operator's schema has an argument."""
+    return [a.name for a in n.target._schema.arguments].index(name)  # type: ignore[union-attr]
+
+
+def _argument(n: Node, name: str) -> Any:
+    return argument(n, _position(n, name), name)
 
 
 __all__ = ["draws", "limit", "workspaces"]

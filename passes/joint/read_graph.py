@@ -19,7 +19,7 @@ from torch.fx.node import map_arg
 
 from attnfx.memory.records import Graph, Kind, Op, Result
 from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
-from attnfx.passes.fx.nodes import op_name
+from attnfx.passes.fx.nodes import number, op_name
 from attnfx.passes.joint.mark_recompute import copied
 from attnfx.spec import from_json
 from attnfx.targets import sdpa_dispatch as fused
@@ -33,14 +33,6 @@ KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_
 FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?(_backward)?")
 SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_reduce scatter_add_ scatter_reduce_ "
                      "_unsafe_index_put _unsafe_masked_index_put_accumulate copy_".split())  # fmt: skip
-
-
-def number(n: Any) -> int:
-    """A size, or the example's size of a symbolic one."""
-    if isinstance(n, torch.SymInt):
-        hint = n.node.hint
-        return int(hint) if hint is not None else 1
-    return int(n)
 
 
 def tensor_bytes(x: torch.Tensor) -> int:

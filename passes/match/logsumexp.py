@@ -10,9 +10,6 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import Expr
-from attnfx.mask import rows_live
-from attnfx.mask.predicate import kept
-from attnfx.passes.lift.access import extent
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.results import Match
@@ -50,17 +47,7 @@ def exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.No
 
 def _never_empty(match: Match) -> bool:
     """Whether each row surely has a score that is not -inf."""
-    return not any(c.kind == "f" for c in match.spec.captures) and every_row_live(match)
-
-
-def every_row_live(match: Match) -> bool:
-    """Whether every row provably has a live key; only said where the sizes are numbers."""
-    spec, extents = match.spec, [extent(axes) for axes in match.letters.values()]
-    if kept(spec) is A.TRUE:
-        return True
-    if match.sizes or any(n.op != "const" for n in extents) or {"b", "h"} & spec.score.free:
-        return False
-    return rows_live(spec, dict(zip("BHTS", (int(n.value) for n in extents), strict=True)))  # type: ignore[call-overload]
+    return not any(c.kind == "f" for c in match.spec.captures) and match.every_row_live
 
 
 def _without_zeros(score: Expr) -> Expr:
@@ -75,4 +62,4 @@ def _without_zeros(score: Expr) -> Expr:
     return rebuild(score, change)
 
 
-__all__ = ["every_row_live", "exponentials", "normalised"]
+__all__ = ["exponentials", "normalised"]

@@ -23,9 +23,8 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
-from attnfx.mask import rows_live
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value
-from attnfx.passes.lift.access import extent, free, radix
+from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import broadcast
@@ -35,7 +34,7 @@ from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.match.sdpa_call import library_call
-from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused
+from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, batch_and_heads, every_row_live
 from attnfx.spec import fill_of
 
 COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")
@@ -251,12 +250,8 @@ class Finder:
 
 
 def _rows_live(read: Reading, parts: Parts) -> bool:
-    """Whether every row provably has a live key; only said where the sizes are numbers."""
-    sizes = {"B": read.kv_axes, "H": read.group_axes, "T": [parts.row], "S": [parts.column]}
-    extents = {name: extent(axes) for name, axes in sizes.items()}
-    if read.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & read.spec.score.free:
-        return False
-    return rows_live(read.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
+    batch, heads = batch_and_heads(read.kv_axes, read.group_axes)
+    return every_row_live(read.spec, {"B": batch, "H": heads, "T": [parts.row], "S": [parts.column]}, read.sizes)
 
 
 def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:

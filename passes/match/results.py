@@ -9,9 +9,9 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.tables import Index
-from attnfx.passes.match.spec_builder import batch_and_heads
+from attnfx.passes.match.spec_builder import batch_and_heads, every_row_live
 from attnfx.report.records import Refusal
-from attnfx.spec import AttentionSpec
+from attnfx.spec import AXES, AttentionSpec
 
 
 @dataclass(eq=False)
@@ -51,6 +51,11 @@ class Match:
     def read(self) -> list[Node]:
         """The nodes that query, key, value and the captures are read from."""
         return [*(n for x in self.operands for n in x.nodes), *self.captures]
+
+    @property
+    def every_row_live(self) -> bool:
+        """Whether every row provably has a live key."""
+        return every_row_live(self.spec, dict(zip(AXES.values(), self.letters.values(), strict=True)), self.sizes)
 
     @property
     def axes(self) -> list[Expr]:

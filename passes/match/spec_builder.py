@@ -6,7 +6,7 @@ batch axes as that needs it, and gives a `Reading`: the spec with its captures, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -16,6 +16,8 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import FLOAT, Expr, walk
+from attnfx.mask import rows_live
+from attnfx.mask.predicate import kept
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
 from attnfx.passes.lift.access import (
@@ -25,6 +27,7 @@ from attnfx.passes.lift.access import (
     accesses,
     apply_splits,
     best,
+    extent,
     free,
     program_splits,
     split_axes,
@@ -233,6 +236,17 @@ class Reader:
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
     """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
+
+
+def every_row_live(spec: AttentionSpec, axes: Mapping[str, Sequence[Expr]], sizes: Collection[str]) -> bool:
+    """Whether every row provably has a live key. Under a mask it is only known where all sizes are numbers; `axes` are
+    those that B, H, T and S are made of, `sizes` the spec's own."""
+    if kept(spec) is A.TRUE:
+        return True
+    extents = {name: extent(of) for name, of in axes.items()}
+    if sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & spec.score.free:
+        return False
+    return rows_live(spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
 
 
 def _merge(lists: list[list[Split]]) -> list[Split]:

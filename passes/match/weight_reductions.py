@@ -23,7 +23,7 @@ from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, v
 from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.logsumexp import every_row_live, exponentials, normalised
+from attnfx.passes.match.logsumexp import exponentials, normalised
 from attnfx.passes.match.matcher import Finder, over_dot
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
@@ -325,7 +325,7 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     if mine == other:
         return True
     # where the match puts an added fill in the place of what it swallows, so may the reading
-    return [A.in_place(x) for x in mine] == other and (not match.training or every_row_live(match))
+    return [A.in_place(x) for x in mine] == other and (not match.training or match.every_row_live)
 
 
 def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:

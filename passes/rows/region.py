@@ -10,7 +10,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, value
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.row_rules import Made
 from attnfx.passes.lift.tables import VIEWS
@@ -52,9 +52,8 @@ class Region:
                 elements: Any = 1
                 for d, x in enumerate(value(n).shape):
                     elements = elements * (x if d != row else 1)
-                hint = elements if isinstance(elements, int) else elements.node.hint or 0
-                if hint > most:
-                    most, weight = hint, elements
+                if number(elements) > most:
+                    most, weight = number(elements), elements
         return weight
 
     @property
