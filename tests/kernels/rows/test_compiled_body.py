@@ -9,7 +9,7 @@ import torch
 from attnfx.kernels.rows import compiled_body as bodies
 from attnfx.kernels.rows import run as rows
 from attnfx.spec.rows import Call, Ref, Result, RowProgram
-from tests.kernels.test_rows import H, S, operands, program
+from tests.kernels.rows.test_run import H, S, operands, program
 from tests.support import rand
 
 

@@ -10,7 +10,7 @@ import torch
 
 @pytest.fixture
 def gpu_plan(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
     module = importlib.import_module("gpu_plan")
     monkeypatch.setattr(module, "DEVICE", "cpu")
     yield module

@@ -134,7 +134,7 @@ def test_json_holds_the_report_and_is_read_back(layers):
 
 
 def test_every_field_of_the_json_is_documented(layers):
-    docs = (pathlib.Path(__file__).parent.parent / "docs" / "report.md").read_text()
+    docs = (pathlib.Path(__file__).parents[2] / "docs" / "report.md").read_text()
     found = set()
 
     def walk(value, skip=()):
@@ -218,7 +218,7 @@ def test_torch_logs_and_the_structured_trace_show_the_stages(tmp_path):
         "options = {'rewrite': 'always', 'inner': 'eager'}\n"
         "torch.compile(fn, backend='attnfx', options=options)(q, q, q)\n"
     )
-    root = str(pathlib.Path(__file__).parent.parent)
+    root = str(pathlib.Path(__file__).parents[2])
     env = {**os.environ, "TORCH_LOGS": "+attnfx", "TORCH_TRACE": str(tmp_path), "PYTHONPATH": root}
     # elsewhere than in the root, where the folder `kernels` would hide a package of that name
     done = subprocess.run(

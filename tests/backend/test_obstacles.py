@@ -13,10 +13,10 @@ from attnfx.errors import RefusalError
 from attnfx.passes.fx.examples import Untraceable
 from attnfx.report.codes import CODES, page
 from attnfx.report.records import Decision, Refusal
-from tests.obstacles import OBSTACLES, B, D, H, T
+from tests.backend.obstacles import OBSTACLES, B, D, H, T
 from tests.support import compiled, qkv
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def line_of(fn):

@@ -14,7 +14,7 @@ import torch
 import attnfx
 from tests.support import rand
 
-_path = Path(__file__).resolve().parents[1] / "benchmarks" / "gpu_programs.py"
+_path = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_programs.py"
 _spec = importlib.util.spec_from_file_location("gpu_programs", _path)
 assert _spec is not None and _spec.loader is not None
 gpu_programs = importlib.util.module_from_spec(_spec)

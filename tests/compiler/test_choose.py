@@ -20,7 +20,7 @@ from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec
 from tests.support import compiled, new_reports, rand
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def causal(q, k, v):

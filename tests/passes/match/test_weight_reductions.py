@@ -76,7 +76,7 @@ FORMS = [mean_over_heads, received, before_the_product, by_batches_of_heads, by_
 @pytest.mark.parametrize("fn", FORMS, ids=[fn.__name__ for fn in FORMS])
 def test_a_sum_of_the_weights_is_computed_without_them(fn, dynamic, shapes_left):
     (site,) = check(fn, *inputs(), dynamic=dynamic)
-    assert "sums of its weights are computed without them (test_reductions.py:" in site.notes[-1]
+    assert "sums of its weights are computed without them (test_weight_reductions.py:" in site.notes[-1]
     large = {s for s in shapes_left if s[-2:] == (T, S)}
     if fn in (mean_over_heads, by_batches_of_heads):  # what is asked for has a number for each pair itself
         large.remove((2, T, S))
@@ -258,7 +258,7 @@ BY_ROW = [smallest_key, best_keys, some_columns, spread, of_dead_rows, for_a_log
 @pytest.mark.parametrize("fn", BY_ROW, ids=[fn.__name__ for fn in BY_ROW])
 def test_what_is_made_of_each_row_of_the_weights_is_computed_with_it(fn, dynamic, shapes_left):
     (site,) = check(fn, *inputs(), dynamic=dynamic, train=fn is not of_dead_rows)
-    assert "parts of its weights are computed with it, row by row (test_reductions.py:" in site.notes[-1]
+    assert "parts of its weights are computed with it, row by row (test_weight_reductions.py:" in site.notes[-1]
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
 
 
@@ -335,6 +335,8 @@ def test_weights_that_are_returned_are_kept_as_they_are_by_the_cost_rule():
     with new_reports() as filed:
         compiled(weights_too, rewrite="cost")(q, k, v)
     (site,) = filed[0].sites
-    assert not site.rewritten and "the weights themselves are read at test_reductions.py:" in site.decision.reason
+    assert (
+        not site.rewritten and "the weights themselves are read at test_weight_reductions.py:" in site.decision.reason
+    )
     (site,) = check(weights_too, q, k, v)
     assert not site.notes

@@ -4,8 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._C._functorch import maybe_current_level
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from attnfx.passes.prepare.expand_vmap import ENTER, LEAVE, flatten, uses_functorch
+from attnfx.passes.lift.graph import Graph
+from attnfx.passes.prepare import expand_vmap
+from attnfx.passes.prepare.expand_vmap import ENTER, LEAVE, uses_functorch
 from tests.support import check, compiled, new_reports, qkv, rand
 
 
@@ -76,7 +79,7 @@ def test_a_mask_made_by_vmap_reads_a_tensor():
 
 def test_the_place_in_the_code_survives():
     (site,) = check(lambda q, k, v: torch.vmap(attend)(q, k, v), *qkv())
-    assert "test_vmaps.py" in site.where
+    assert "test_expand_vmap.py" in site.where
 
 
 def test_a_constant_stands_in_the_body():
@@ -146,6 +149,9 @@ def test_a_body_that_fails_leaves_no_level_behind():
         made = gm.graph.call_method("view", (x, 5))  # of six elements
         gm.graph.call_function(LEAVE)
     out.args = (made,)
-    x.meta["example_value"] = made.meta["example_value"] = torch.ones(2, 3)
-    assert uses_functorch(flatten(gm, torch.clone))
+    with FakeTensorMode():
+        x.meta["example_value"] = made.meta["example_value"] = torch.ones(2, 3)
+    graph = Graph(gm)
+    assert expand_vmap.run(graph) == 0
+    assert graph.gm is gm and uses_functorch(gm)
     assert maybe_current_level() is None
