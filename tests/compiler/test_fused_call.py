@@ -124,7 +124,7 @@ def test_sizes_may_be_symbolic(graphs):
 
 @pytest.mark.parametrize("sizes", [dict(t=0, s=5), dict(t=5, s=0)], ids=str)
 def test_sizes_may_be_zero(graphs, sizes):
-    check(plain, *qkv(**sizes), train=False, sites=None, tiers=("library",))
+    check(plain, *qkv(**sizes), train=False, tiers=("library",))
 
 
 def test_it_is_compared_with_the_original_on_request(graphs, tmp_path):
@@ -137,8 +137,8 @@ def test_autocast_and_checkpoints_keep_their_meaning(graphs):
         with torch.autocast("cpu", dtype=torch.bfloat16):
             return torch.softmax(q @ k.mT / 8, -1).to(v.dtype) @ v
 
-    check(cast, *qkv(), train=False, exact=False, sites=None, tolerance=3e-2, tiers=("library",))
-    check(lambda *x: checkpoint(causal, *x, use_reentrant=False), *qkv(), sites=None, tiers=("library",))
+    check(cast, *qkv(), train=False, exact=False, tolerance=3e-2, tiers=("library",))
+    check(lambda *x: checkpoint(causal, *x, use_reentrant=False), *qkv(), tiers=("library",))
 
 
 def test_a_site_that_shares_its_weights_stays_an_operator_of_ours(graphs):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import check, compiled, qkv, rand
+from tests.support import assert_kept, check, compiled, qkv, rand
 
 INF = float("inf")
 
@@ -56,7 +56,7 @@ def test_numbers_of_many_are_no_fill():
         return s.softmax(-1) @ v
 
     q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
-    check(fn, q, k, v, rand(int(mask.sum())), sites=None)
+    assert_kept(fn, q, k, v, rand(int(mask.sum())), code="rows_mixed")
 
 
 def test_a_tensor_of_one_number_is_a_fill_with_a_gradient():
@@ -68,7 +68,8 @@ def test_a_tensor_of_one_number_is_a_fill_with_a_gradient():
         return s.softmax(-1) @ v
 
     q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
-    check(fn, q, k, v, rand(1), sites=None)
+    (site,) = check(fn, q, k, v, rand(1))  # with the gradient of the number
+    assert str(site.spec) == "score   where(c0[i, j], 0.3 * dot, c1[0])"
 
 
 def test_integers_as_an_index_are_no_mask():
@@ -77,7 +78,7 @@ def test_integers_as_an_index_are_no_mask():
         s[..., torch.tensor([1, 4])] = -INF
         return s.softmax(-1) @ v
 
-    check(fn, *qkv(), sites=None)
+    assert_kept(fn, *qkv(), code="rows_mixed")
 
 
 # -- products that are written as a sum ---------------------------------------------------------------
@@ -137,7 +138,8 @@ def test_a_number_made_of_other_numbers_stays(pick):
     def fn(q, k, v, b):
         return ((q @ k.mT) * pick(b) + b[0, 0]).softmax(-1) @ v
 
-    check(fn, *qkv(), rand(3, 4), sites=None)
+    (site,) = check(fn, *qkv(), rand(3, 4))
+    assert str(site.spec) == "score   (dot * c1[]) + c0[0, 0]"  # c1 is the number that was picked
 
 
 # -- other names of products ----------------------------------------------------------------------

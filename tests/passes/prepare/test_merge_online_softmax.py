@@ -111,12 +111,18 @@ def test_values_that_lie_otherwise_in_one_chunk_are_not_joined():
         out = torch.einsum("bhij,bhjd->bhid", a, v[:, :, :8]) + torch.einsum("bhij,bhdj->bhid", b, v[:, :, 8:].mT)
         return out / (a.sum(-1, keepdim=True) + b.sum(-1, keepdim=True))
 
-    check(fn, *qkv(), sites=None)
+    check(fn, *qkv(), sites=0)
 
 
 @pytest.mark.parametrize("fill", [-INF, -1e9])
 def test_causal(fill):
     check(lambda q, k, v: running(q, k, v, lambda s, start: causal(s, start, fill)), *qkv())
+
+
+def each_chunk_by_itself(fn, *args, **how):
+    """Five chunks of eight keys, each a site of whole rows."""
+    sites = check(fn, *args, sites=40 // STEP, **how)
+    assert [(s.spec, s.decision.kernel, s.dims["S"]) for s in sites] == [(None, "rows", STEP)] * len(sites)
 
 
 def test_a_row_whose_first_chunk_is_dead_stays_nan():
@@ -125,14 +131,15 @@ def test_a_row_whose_first_chunk_is_dead_stays_nan():
 
     q, k, v = qkv()
     assert fn(q, k, v).isnan().all()
-    check(fn, q, k, v, train=False, sites=None)
+    each_chunk_by_itself(fn, q, k, v, train=False)
 
 
 def test_a_given_mask_is_not_trusted():
     def fn(q, k, v, mask):
         return running(q, k, v, lambda s, start: s + mask[:, start : start + STEP])
 
-    check(fn, *qkv(), torch.zeros(40, 40).index_fill(0, torch.tensor([3]), -INF), train=False, sites=None)
+    mask = torch.zeros(40, 40).index_fill(0, torch.tensor([3]), -INF)
+    each_chunk_by_itself(fn, *qkv(), mask, train=False)
 
 
 def test_a_step_that_is_wrong_stays_wrong():
@@ -144,4 +151,4 @@ def test_a_step_that_is_wrong_stays_wrong():
             out, total = out + p @ vc, total + p.sum(-1, keepdim=True)
         return out / total
 
-    check(fn, *qkv(), sites=None)
+    each_chunk_by_itself(fn, *qkv())

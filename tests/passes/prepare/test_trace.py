@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from tests.support import check, compiled, error, new_reports, qkv, rand, run
+from tests.support import assert_kept, check, compiled, error, new_reports, qkv, rand, run
 
 SCALE = 0.3
 
@@ -80,7 +80,7 @@ def test_attention_inside_an_autograd_function_gives_its_gradients():
     def fn(q, k, v):
         return Attention.apply(q, k, v)
 
-    check(fn, *qkv(), sites=None)
+    check(fn, *qkv())
 
 
 def test_both_branches_of_a_cond_are_right():
@@ -95,7 +95,7 @@ def test_both_branches_of_a_cond_are_right():
 
     q, k, v = qkv()
     check(fn, q.abs(), k, v, train=False, sites=2)
-    check(fn, -q.abs(), k, v, train=False, sites=None)  # compiled already
+    check(fn, -q.abs(), k, v, train=False, sites=0)  # compiled already
 
 
 def test_a_view_that_the_outputs_own_strides_forbid():
@@ -143,7 +143,7 @@ def test_attention_across_the_border_of_an_autocast_region_is_right():
 
     q, k, v = qkv()
     assert compiled(fn)(q, k, v).dtype == torch.float32
-    check(fn, q, k, v, sites=None, tolerance=1e-2, exact=False)
+    assert_kept(fn, q, k, v, code="region", tolerance=1e-2, exact=False)
 
 
 def test_a_region_that_switches_off_what_is_off_is_no_border():
@@ -156,7 +156,7 @@ def test_a_region_that_switches_off_what_is_off_is_no_border():
     q, k, v = qkv()
     with torch.autocast("cpu", dtype=torch.bfloat16):  # now it is one
         assert compiled(fn)(q, k, v).dtype == fn(q, k, v).dtype
-        check(fn, q, k, v, sites=None, tolerance=2e-2, exact=False)
+        assert_kept(fn, q, k, v, code="region", tolerance=2e-2, exact=False)
 
 
 def test_ambient_autocast_gives_eagers_dtypes_and_values():
@@ -184,7 +184,7 @@ def test_attention_across_the_border_of_a_no_grad_region_keeps_eagers_gradients(
             weights = ((q @ k.mT) * SCALE).softmax(-1)
         return weights @ v
 
-    check(fn, *qkv(), sites=None)
+    assert_kept(fn, *qkv(), code="region")
     q, k, v = (x.requires_grad_() for x in qkv())
     compiled(fn)(q, k, v).sum().backward()
     assert q.grad is None
@@ -199,7 +199,7 @@ def test_detached_weights_give_gradients_to_the_values_alone():
     def fn(q, k, v):
         return ((q @ k.mT) * SCALE).softmax(-1).detach() @ v + 0 * q
 
-    check(fn, *qkv(), sites=None)
+    check(fn, *qkv())
 
 
 # -- mutation and aliasing --------------------------------------------------------------------------
@@ -431,7 +431,7 @@ def test_a_number_read_from_a_tensor_does_not_stop_the_compilation():
         return attend(q * gain.item(), k, v)
 
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        check(fn, *qkv(), torch.tensor(1.7), sites=None, train=False)
+        check(fn, *qkv(), torch.tensor(1.7), train=False)
 
 
 def test_a_length_read_from_a_tensor_does_not_stop_the_compilation():
@@ -443,7 +443,7 @@ def test_a_length_read_from_a_tensor_does_not_stop_the_compilation():
         return ((q @ k.mT) * SCALE).masked_fill(~keep, float("-inf")).softmax(-1) @ v
 
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        check(fn, *qkv(), torch.tensor(13), sites=None, train=False)
+        assert_kept(fn, *qkv(), torch.tensor(13), code="layout", train=False)
 
 
 def test_a_graph_break_by_item_gives_two_graphs_that_are_right():
