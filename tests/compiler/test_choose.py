@@ -1,7 +1,5 @@
-"""A decision for a device that is not there: `explain` decides as for it, a compiled model runs on what is there, and
-the tile that was chosen reaches the kernel."""
+"""Decide for a device that is not there: `explain` decides as for it, a compiled model runs on what is there."""
 
-import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,11 +9,7 @@ import torch
 import attnfx
 from attnfx import Options, Target
 from attnfx.compiler import choose as deciding
-from attnfx.kernels.call import Call
 from attnfx.kernels.flash import tier as flash_tier
-from attnfx.kernels.flash.host.tiles import Tile, decode_tiles, forward_tiles
-from attnfx.kernels.operators import attention as operator
-from attnfx.kernels.operators.configuration import Configuration, parse
 from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec
 from tests.support import compiled, new_reports, rand
@@ -45,7 +39,6 @@ def site(target, length=512, queries=None, fn=causal, batch=1, width=64):
     return found
 
 
-# -- a target that is not there -----------------------------------------------------------------
 def test_explain_decides_for_the_gpu_that_is_named():
     found = site("H100 SXM", 2048, fn=capped)
     assert found.decision.tier == "flash" and found.decision.tile and found.decision.warps and found.decision.stages
@@ -127,62 +120,3 @@ def test_auto_is_the_device_at_hand():
     assert deciding.target_of(Options(), torch.device("cpu")) == (None, torch.device("cpu"))
     given = Options(target=Target.by_name("l4"))
     assert deciding.target_of(given, torch.device("cpu")) == (Target.by_name("l4"), torch.device("cuda"))
-
-
-# -- the tile on its way ------------------------------------------------------------------------
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("flash,chunked", (Configuration("flash"), Configuration("chunked"))),
-        ("flash:128x64/8/3,chunked", (Configuration("flash", Tile(128, 64, 8, 3)), Configuration("chunked"))),
-        ("decode:16x128/4/3/32", (Configuration("decode", Tile(16, 128, 4, 3), 32),)),
-    ],
-)
-def test_a_configuration_is_read_as_it_is_written(text, parts):
-    assert parse(text) == parts and ",".join(map(str, parts)) == text
-
-
-@pytest.mark.parametrize("text", ["flash:", "flash:128", "flash:128x64/8", "flash:100x64/8/3", "a b", "flash:0x64/8/3"])
-def test_a_configuration_that_is_none_is_refused(text):
-    with pytest.raises(ValueError, match=re.escape(f"tier {text!r}")):
-        parse(text)
-
-
-def test_the_chosen_tile_is_given_to_the_kernel(monkeypatch):
-    given = []
-
-    def forward(call, tile=None, splits=0):
-        given.append((tile, splits))
-        return call.outputs()
-
-    flash = operator.TIERS["flash"]._replace(supports=lambda call: None, forward=forward)
-    monkeypatch.setitem(operator.TIERS, "flash", flash)
-    x = torch.randn(1, 2, 8, 16)
-    for tiers in ("flash:128x64/8/3,chunked", "flash"):
-        operator.choose(tiers, Call(AttentionSpec(), x, x, x)).forward(Call(AttentionSpec(), x, x, x))
-    assert given == [(Tile(128, 64, 8, 3), 0), (None, 0)]
-
-
-@pytest.mark.parametrize("tiles", [forward_tiles, decode_tiles])
-def test_the_chosen_tile_is_tried_first_and_the_table_stays_behind_it(monkeypatch, tiles):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    device, chosen = torch.device("cuda"), Tile(32, 32, 4, 2)
-    table = tiles(device, torch.bfloat16, 64)
-    assert tiles(device, torch.bfloat16, 64, chosen)[0] == chosen
-    assert [t for t in tiles(device, torch.bfloat16, 64, chosen) if t != chosen] == [t for t in table if t != chosen]
-    assert chosen not in tiles(torch.device("cpu"), torch.bfloat16, 64, chosen)  # the interpreter has its own
-
-
-# -- the package --------------------------------------------------------------------------------
-def test_every_data_file_is_packaged():
-    """A wheel holds what a pattern of pyproject.toml names, of a package's own folder."""
-    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
-    patterns = re.findall(r'^"([\w.]+)" = \[(.*)\]', text, re.MULTILINE)
-    named = {
-        file
-        for package, globs in patterns
-        for glob in re.findall(r'"([^"]+)"', globs)
-        for file in (ROOT / package.replace(".", "/")).glob(glob)
-    }
-    data = {f for f in (ROOT / "attnfx").rglob("*.json") if "__pycache__" not in f.parts}
-    assert data and data <= named

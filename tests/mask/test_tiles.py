@@ -1,4 +1,4 @@
-"""The mask analysis: its sets against brute force with the interpreter, its words for many spellings of one mask."""
+"""Hold key ranges, tiles and live rows of a mask against brute force with the interpreter."""
 
 import math
 import random
@@ -11,62 +11,25 @@ from hypothesis import strategies as st
 from attnfx.ir import algebra as A
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import affine as polyhedron
-from attnfx.mask import describe, key_ranges, live, mask_of, rows_live, tiles, visited, visited_scores
+from attnfx.mask import describe, key_ranges, live, rows_live, tiles, visited, visited_scores
 from attnfx.mask import row_intervals as module
 from attnfx.mask.row_intervals import spans
 from attnfx.spec import AttentionSpec, B, H, I, J
+from tests.mask.masks import (
+    ALIGNED,
+    CAUSAL,
+    dilated,
+    documents,
+    masked,
+    minus,
+    n,
+    near,
+    neighbourhood,
+    pad,
+    same_block,
+    window,
+)
 
-T, S = A.size("T"), A.size("S")
-NO = A.const(-math.inf)
-MIN = A.const(-3.4028234663852886e38)
-
-
-def n(value):
-    return A.const(value)
-
-
-def minus(x, y):
-    return A.sub(x, y)
-
-
-def masked(keep, fill=NO):
-    return A.where(keep, A.DOT, fill)
-
-
-CAUSAL = A.le(J, I)
-ALIGNED = A.le(minus(J, I), minus(S, T))
-
-
-def window(width):
-    return A.lt(minus(I, J), n(width))
-
-
-def near(width):
-    return A.le(A.unary("abs", minus(I, J)), n(width))
-
-
-def same_block(size):
-    return A.eq(A.floordiv(I, n(size)), A.floordiv(J, n(size)))
-
-
-def dilated(step):
-    return A.eq(A.mod(minus(I, J), n(step)), n(0))
-
-
-def pad(slot=0):
-    return A.load(slot, (B, J), "b")
-
-
-def documents(slot=0):
-    return A.eq(A.load(slot, (B, I), "i"), A.load(slot, (B, J), "i"))
-
-
-def neighbourhood(width, reach):
-    gaps = (A.unary("abs", minus(f(I, n(width)), f(J, n(width)))) for f in (A.floordiv, A.mod))
-    return A.and_(*(A.le(gap, n(reach)) for gap in gaps))
-
-
-# -- against brute force ----------------------------------------------------------------------
 small = st.integers(1, 9)
 
 
@@ -92,6 +55,8 @@ plain = st.one_of(
     small.map(lambda v: A.le(A.floordiv(J, n(v)), A.floordiv(I, n(v)))),
     small.map(lambda v: A.eq(A.mod(minus(I, J), n(v)), n(0))),
 )
+
+
 affine = st.one_of(
     plain,
     st.tuples(small, small).map(lambda v: A.eq(A.mod(A.add(I, J), n(v[0] + 1)), n(v[1]))),
@@ -100,9 +65,13 @@ affine = st.one_of(
     small.map(lambda v: A.ge(A.minimum(A.add(I, n(v)), n(7)), A.maximum(J, A.mul(n(2), minus(J, n(v)))))),
     small.map(lambda v: A.eq(A.unary("abs", minus(I, J)), A.where(CAUSAL, n(v), n(2)))),
 )
+
+
 exact = st.one_of(affine, logic(plain, 3), st.tuples(affine, plain).map(lambda v: A.and_(*v))).filter(
     lambda keep: keep.op != "const"
 )
+
+
 opaque = st.one_of(
     st.just(pad()),
     st.just(documents(1)),
@@ -189,14 +158,20 @@ steep = st.builds(
     lambda a, b, c: A.ge(A.add(A.mul(n(a), I), n(c)), A.mul(n(b), J)),
     st.integers(-40, 40), st.integers(1, 3), st.integers(-99, 99),
 )  # fmt: skip
+
+
 stepped = st.builds(
     lambda a, b, c: A.le(A.floordiv(J, n(a)), A.add(A.floordiv(I, n(b)), n(c))),
     st.integers(1, 40), st.integers(1, 40), st.integers(-3, 3),
 )  # fmt: skip
+
+
 slanted = st.builds(
     lambda a, b, c, d: A.le(A.floordiv(A.add(J, A.mul(n(a), I)), n(b)), A.add(A.mul(n(d), A.floordiv(I, n(c))), n(d))),
     st.integers(-3, 3), st.integers(2, 9), st.integers(2, 9), st.integers(-2, 2),
 )  # fmt: skip
+
+
 of_intervals = st.one_of(
     st.sampled_from([CAUSAL, ALIGNED, A.lt(J, I)]),
     st.integers(1, 80).map(window),
@@ -210,6 +185,8 @@ of_intervals = st.one_of(
     stepped,
     slanted,
 )
+
+
 longer = st.builds(lambda t, s: {"B": 1, "H": 1, "T": t, "S": s}, st.integers(1, 140), st.integers(1, 140))
 
 
@@ -332,151 +309,3 @@ def test_a_tile_outside_the_matrix_is_an_error():
     found = tiles(masked(CAUSAL), {"B": 1, "H": 1, "T": 10, "S": 10}, 4, 4)
     with pytest.raises(IndexError, match=r"tile \(3, 0\) is outside 3 x 3 tiles"):
         found.classify(3, 0)
-
-
-# -- what is a mask ---------------------------------------------------------------------------
-def test_the_mask_of_a_sum_is_the_conjunction_over_its_terms():
-    finite = n(-1e9)
-    score = A.add(A.DOT, A.where(CAUSAL, n(0.0), finite), A.where(pad(), n(0.0), finite))
-    mask = mask_of(score)
-    assert mask is not None
-    assert mask.keep is A.and_(CAUSAL, pad())
-    assert mask.fill == -1e9
-    assert mask.assumption == "scores stay below 1e8 in magnitude, so that the fill -1e+09 masks"
-
-
-@pytest.mark.parametrize("fill", [NO, MIN, n(-3.3895313892515355e38)])
-def test_a_drowning_fill_needs_no_assumption(fill):
-    mask = mask_of(masked(CAUSAL, fill))
-    assert mask is not None
-    assert (mask.keep, mask.fill, mask.assumption) == (CAUSAL, fill.value, None)
-
-
-@pytest.mark.parametrize("score", [
-    A.DOT,
-    masked(CAUSAL, n(-10000.0)),
-    masked(CAUSAL, n(-65504.0)),
-    masked(CAUSAL, n(0.0)),
-    A.add(A.DOT, A.where(CAUSAL, n(0.0), n(-65504.0))),
-    A.add(A.DOT, n(-1e9)),
-    A.maximum(masked(CAUSAL), n(-50.0)),
-    A.mul(n(0.01), A.where(CAUSAL, A.DOT, n(-1e9))),
-    A.unary("tanh", masked(CAUSAL)),
-    A.mul(A.load(0, (H,), "f"), A.add(A.DOT, A.where(CAUSAL, n(0.0), n(-1e9)))),
-])  # fmt: skip
-def test_what_does_not_drown_is_no_mask(score):
-    assert mask_of(score) is None
-
-
-def test_the_least_float16_masks_under_a_rounding_to_float16():
-    for score in (A.half(masked(CAUSAL, n(-65504.0))), A.half(A.add(A.DOT, A.where(CAUSAL, n(0.0), n(-65504.0))))):
-        mask = mask_of(score)
-        assert mask is not None
-        assert (mask.keep, mask.fill) == (CAUSAL, -65504.0)
-        assert mask.assumption == "scores stay below 6550.4 in magnitude, so that the fill -65504 masks"
-
-
-def test_a_fill_that_float16_cannot_hold_is_minus_infinity_there():
-    mask = mask_of(A.half(A.add(A.DOT, A.where(CAUSAL, n(0.0), n(-1e9)))))
-    assert mask is not None
-    assert mask.fill == -math.inf
-    assert mask.assumption == "scores stay below 1e8 in magnitude, so that the fill -1e+09 masks"
-
-
-def test_nested_fills_of_both_sides():
-    score = A.where(pad(), A.where(CAUSAL, A.DOT, n(-1e9)), A.where(near(2), A.mul(n(2.0), A.DOT), NO))
-    mask = mask_of(score)
-    assert mask is not None
-    assert mask.fill == -1e9
-    for bit, i, j in product((True, False), range(8), range(8)):
-        env, read = {"b": 0, "h": 0, "i": i, "j": j, "dot": 1.0}, lambda slot, index, bit=bit: bit
-        assert evaluate(mask.keep, env, read) == (evaluate(score, env, read) > -1e8)
-
-
-def test_without_a_normaliser_what_lives_is_what_is_not_zero():
-    decay = A.unary("exp", A.to_float(minus(J, I)))
-    linear = AttentionSpec(normaliser="none", weight=A.mul(A.where(CAUSAL, decay, n(0.0)), A.PROB))
-    assert live(linear) is CAUSAL
-    sigmoid = AttentionSpec(score=masked(CAUSAL), normaliser="none", weight=A.unary("sigmoid", A.PROB))
-    assert live(sigmoid) is CAUSAL
-    assert live(AttentionSpec(score=masked(CAUSAL), normaliser="none", weight=A.unary("tanh", A.PROB))) is A.TRUE
-    assert live(AttentionSpec(weight=A.where(CAUSAL, A.PROB, n(0.0)))) is A.TRUE  # it counts in the softmax's sum
-
-
-# -- words ------------------------------------------------------------------------------------
-SQUARE = {"B": 2, "H": 4, "T": 64, "S": 64}
-LONGER = {"B": 2, "H": 4, "T": 24, "S": 64}
-TOKEN = {"B": 2, "H": 4, "T": 1, "S": 64}
-
-
-@pytest.mark.parametrize(("keep", "sizes", "words"), [
-    (A.TRUE, SQUARE, "none"),
-    (A.lt(J, n(64)), SQUARE, "none"),
-    (CAUSAL, SQUARE, "causal"),
-    (CAUSAL, LONGER, "causal"),
-    (ALIGNED, SQUARE, "causal"),
-    (ALIGNED, LONGER, "causal (aligned to the last key)"),
-    (ALIGNED, TOKEN, "none"),
-    (A.not_(A.gt(J, I)), SQUARE, "causal"),
-    (A.ge(A.mul(n(3), I), A.mul(n(3), J)), SQUARE, "causal"),
-    (A.eq(A.minimum(I, J), J), SQUARE, "causal"),
-    (A.lt(J, I), SQUARE, "strictly causal"),
-    (A.and_(CAUSAL, window(8)), SQUARE, "sliding window of 8 keys, causal"),
-    (A.and_(CAUSAL, A.le(minus(I, J), n(8))), SQUARE, "sliding window of 9 keys, causal"),
-    (A.and_(CAUSAL, A.gt(J, minus(I, n(8)))), SQUARE, "sliding window of 8 keys, causal"),
-    (A.not_(A.or_(A.lt(I, J), A.ge(minus(I, J), n(8)))), SQUARE, "sliding window of 8 keys, causal"),
-    (A.and_(CAUSAL, window(64)), SQUARE, "causal"),
-    (A.and_(ALIGNED, A.lt(minus(A.add(I, minus(S, T)), J), n(8))), LONGER,
-     "sliding window of 8 keys, causal (aligned to the last key)"),
-    (A.and_(ALIGNED, A.lt(minus(A.add(I, minus(S, T)), J), n(8))), TOKEN,
-     "sliding window of 8 keys, causal (aligned to the last key)"),
-    (near(4), SQUARE, "bidirectional window of 4"),
-    (A.and_(A.le(minus(I, J), n(4)), A.le(minus(J, I), n(4))), SQUARE, "bidirectional window of 4"),
-    (A.and_(A.le(minus(I, J), n(4)), A.le(minus(J, I), n(2))), SQUARE, "window of 4 keys back and 2 ahead"),
-    (A.or_(CAUSAL, A.lt(J, n(16))), SQUARE, "prefix of 16 then causal"),
-    (A.or_(CAUSAL, A.and_(A.lt(J, n(16)), A.lt(I, n(16)))), SQUARE, "prefix of 16 then causal"),
-    (A.and_(CAUSAL, A.or_(window(8), A.lt(J, n(3)))), SQUARE,
-     "sliding window of 8 keys, causal and sinks (first 3 keys always live)"),
-    (A.or_(A.and_(CAUSAL, window(8)), A.and_(CAUSAL, A.le(J, n(2)))), SQUARE,
-     "sliding window of 8 keys, causal and sinks (first 3 keys always live)"),
-    (A.or_(near(4), A.lt(J, n(3)), A.lt(I, n(3))), SQUARE,
-     "bidirectional window of 4 and sinks (first 3 keys always live) and first 3 queries see every key"),
-    (same_block(16), SQUARE, "blocks of 16"),
-    (A.and_(A.ge(J, minus(I, A.mod(I, n(16)))), A.lt(J, A.add(minus(I, A.mod(I, n(16))), n(16)))), SQUARE,
-     "blocks of 16"),
-    (A.and_(CAUSAL, same_block(16)), SQUARE, "causal and blocks of 16"),
-    (A.le(A.floordiv(J, n(16)), A.floordiv(I, n(16))), SQUARE, "causal by blocks of 16"),
-    (A.and_(A.le(A.floordiv(J, n(8)), A.floordiv(I, n(8))),
-            A.le(A.floordiv(I, n(8)), A.add(A.floordiv(J, n(8)), n(2)))), SQUARE, "blocks of 8 with 2 before"),
-    (A.and_(CAUSAL, A.eq(A.mod(minus(I, J), n(3)), n(0))), SQUARE, "causal and dilated by 3"),
-    (A.and_(CAUSAL, A.eq(A.mod(I, n(4)), A.mod(J, n(4)))), SQUARE, "causal and dilated by 4"),
-    (neighbourhood(8, 1), SQUARE, "fixed pattern"),
-    (A.and_(A.lt(I, J), A.lt(J, I)), SQUARE, "nothing is live"),
-    (A.and_(CAUSAL, A.or_(window(8), A.lt(H, n(2)))), SQUARE, "causal and different by head"),
-    (A.and_(CAUSAL, pad(1)), SQUARE, "causal and padding (by c1)"),
-    (A.and_(CAUSAL, A.lt(J, A.load(2, (B,), "i"))), SQUARE, "causal and padding (by c2)"),
-    (A.and_(documents(0), CAUSAL, pad(1)), SQUARE, "causal and documents (by c0) and padding (by c1)"),
-    (A.and_(pad(1), documents(0)), SQUARE, "documents (by c0) and padding (by c1)"),
-    (A.load(0, (B, I, J), "b"), SQUARE, "dense mask (by c0)"),
-    (A.load(1, (B, I), "b"), SQUARE, "query padding (by c1)"),
-    (A.or_(CAUSAL, A.lt(J, A.load(0, (B,), "i"))), SQUARE, "prefix (by c0) then causal"),
-    (A.gt(A.DOT, n(0.0)), SQUARE, "learned/opaque"),
-    (A.lt(A.mul(I, J), n(99)), SQUARE, "learned/opaque"),
-])  # fmt: skip
-def test_words(keep, sizes, words):
-    assert describe(masked(keep), sizes) == words
-    assert describe(A.add(A.DOT, A.where(keep, n(0.0), n(-1e9))), sizes) == words
-
-
-def test_a_documents_word_takes_one_capture_at_the_query_and_at_the_key():
-    key = A.load(0, (B, J), "i")
-    assert describe(masked(A.eq(A.load(1, (B, I), "i"), key)), SQUARE) == "learned/opaque"
-    assert describe(masked(A.eq(A.load(0, (B, I), "f"), A.load(0, (B, J), "f"))), SQUARE) == "documents (by c0)"
-    shifted = A.eq(A.load(0, (B, A.add(I, minus(S, T))), "i"), key)
-    assert describe(masked(shifted), LONGER) == "documents (by c0)"
-
-
-def test_a_bias_is_not_called_a_mask():
-    slope = A.mul(A.load(0, (H,), "f"), A.to_float(minus(J, I)))
-    assert describe(A.add(A.DOT, slope), SQUARE) == "none"
-    assert describe(A.add(A.DOT, A.where(CAUSAL, n(0.0), n(-10000.0))), SQUARE) == "none"

@@ -14,6 +14,7 @@ from attnfx.kernels.flash.host.backward import backward
 from attnfx.mask import runtime_summary as summary
 from attnfx.mask.additive import addend
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
+from tests.kernels.flash.cases import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
 from tests.kernels.flash.host.test_mask_summary import (
     S,
     T,
@@ -26,7 +27,6 @@ from tests.kernels.flash.host.test_mask_summary import (
     passes,
     small,
 )  # fmt: skip
-from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 assert small and passes  # fixtures

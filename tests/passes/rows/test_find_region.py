@@ -1,4 +1,4 @@
-"""Attention that needs whole rows of scores runs in chunks of rows, and nothing whose rows mix does."""
+"""Run attention that needs whole rows of scores in chunks of rows, and nothing whose rows mix."""
 
 import pytest
 import torch
@@ -275,126 +275,6 @@ def test_a_refusal_names_the_operator_that_mixes_rows():
     assert site.refusal is not None and "roll" in str(site.refusal)
 
 
-# -- live keys ----------------------------------------------------------------------------------------
-def keep_causal(q, k, offset=0):
-    return torch.arange(q.shape[2])[:, None] + offset >= torch.arange(k.shape[2])
-
-
-def best_of_the_past(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
-    return s.masked_fill(s < s.topk(4, dim=-1).values[..., -1:], float("-inf")).softmax(-1) @ v
-
-
-def talking_causal(q, k, v):
-    mix = torch.eye(4, dtype=q.dtype) + 0.1
-    s = torch.einsum("bhqk,hg->bgqk", scores_of(q, k), mix)
-    s = s.masked_fill(torch.ones(q.shape[2], k.shape[2]).tril() == 0, float("-inf")).softmax(-1)
-    return torch.einsum("bhqk,hg->bgqk", F.dropout(s, 0.0), mix) @ v
-
-
-def talking_in_a_window(q, k, v):
-    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-    s = scores_of(q, k) + torch.where((j <= i) & (j > i - 8), 0.0, float("-inf"))
-    w = s.softmax(-1) * torch.sigmoid(s.amax(-1, keepdim=True))
-    return torch.einsum("bhqk,hg->bgqk", w / w.sum(-1, keepdim=True), torch.eye(4, dtype=q.dtype) + 0.1) @ v
-
-
-def two_masks(q, k, v):
-    s = scores_of(q, k)
-    a = s.masked_fill(~keep_causal(q, k), float("-inf")).softmax(-1)
-    b = s.masked_fill(~keep_causal(q, k, 8), float("-inf")).softmax(-1)
-    return (a - 0.4 * b) @ v
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@pytest.mark.parametrize(
-    ("fn", "least"),
-    [(best_of_the_past, [16, 28, 40]), (talking_causal, [16, 28, 40]), (talking_in_a_window, [16, 24, 20]),
-     (two_masks, [24, 36, 48])],
-    ids=lambda x: getattr(x, "__name__", ""),
-)  # fmt: skip
-def test_chunks_take_live_keys_only(fn, least, dynamic, keys_taken):
-    check(fn, *inputs(), dynamic=dynamic)
-    assert [n for _, n in keys_taken[0]] == least
-
-
-def mask_before_the_heads_mix(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf")).softmax(-1)
-    s = (s + 1).log()
-    return s.softmax(-1) @ v
-
-
-def finite_fill(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), -10.0)
-    return s.masked_fill(s < s.topk(4, dim=-1).values[..., -1:], float("-inf")).softmax(-1) @ v
-
-
-def mean_over_keys(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf")).softmax(-1)
-    return (s * s.mean(-1, keepdim=True)) @ v
-
-
-def weights_of_dead_keys(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf")).softmax(-1)
-    return (s + s.amax(1, keepdim=True).sigmoid()) @ v
-
-
-def places_of_the_best(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
-    best, where = s.topk(4, dim=-1)
-    return torch.full_like(s, float("-inf")).scatter(-1, where, best).softmax(-1) @ v
-
-
-def least_of_the_past(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
-    return s.masked_fill(s < s.topk(50, dim=-1, largest=False).values[..., -1:], 0.0).softmax(-1) @ v
-
-
-def sorted_past(q, k, v):
-    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
-    return s.sort(-1).values.softmax(-1) @ v
-
-
-ALL_KEYS = [
-    mask_before_the_heads_mix,
-    finite_fill,
-    mean_over_keys,
-    weights_of_dead_keys,
-    places_of_the_best,
-    sorted_past,
-    least_of_the_past,
-]
-
-
-@pytest.mark.parametrize("fn", ALL_KEYS, ids=[fn.__name__ for fn in ALL_KEYS])
-def test_chunks_take_all_keys_where_dead_ones_count(fn, keys_taken):
-    check(fn, *inputs(), train=fn is not places_of_the_best)
-    assert keys_taken[0] is None
-
-
-def test_a_row_without_a_live_key_is_nan_as_in_eager():
-    """The first eight rows see no key."""
-
-    def fn(q, k, v):
-        s = scores_of(q, k).masked_fill(~keep_causal(q, k, -8), float("-inf"))
-        return torch.einsum("bhqk,hg->bgqk", s.softmax(-1), torch.eye(4, dtype=q.dtype)) @ v
-
-    check(fn, *inputs(), train=False)
-
-
-@pytest.fixture
-def keys_taken(monkeypatch, unexercised):
-    """For each pass, the first key and the number of keys of each chunk; None for all."""
-    found, real = [], rows.RowCall.keys
-
-    def keys(self, n):
-        found.append(real(self, n))
-        return found[-1]
-
-    monkeypatch.setattr(rows.RowCall, "keys", keys)
-    return found
-
-
 def test_values_of_each_rows_own():
     """Relative positions on the values' side (Shaw et al. 2018): rows of queries are a batch of the second product."""
     i = torch.arange(T)
@@ -407,3 +287,36 @@ def test_values_of_each_rows_own():
 
     q, k, v = (torch.randn(2, 3, T, 8) for _ in range(3))
     check(fn, q, k, v, torch.randn(9, 8), sites=2)
+
+
+# -- dimensions of the same size -------------------------------------------------------------------------
+N = 16  # queries, keys, heads' width
+
+
+def test_heads_that_talk_with_as_many_keys_as_a_head_is_wide():
+    def fn(x, before, after):
+        q, k, v = x.chunk(3, dim=-1)
+        s = torch.einsum("bhij,hg->bgij", torch.einsum("bhid,bhjd->bhij", q, k) * 0.25, before)
+        return torch.einsum("bhij,bhjd->bhid", torch.einsum("bhij,hg->bgij", s.softmax(-1), after), v)
+
+    (site,) = check(fn, rand(2, 4, N, 3 * N), rand(4, 4), rand(4, 4))
+    assert site.dims == {"T": N, "S": N}
+
+
+def test_queries_that_are_the_output_of_an_attention_with_as_many_keys_as_a_head_is_wide():
+    def fn(q, k, v, before):
+        for _ in range(2):
+            s = torch.einsum("bhij,hg->bgij", q @ k.mT * 0.25, before)
+            q = s.softmax(-1) @ v
+        return q
+
+    check(fn, rand(2, 4, N, N), rand(2, 4, N, N), rand(2, 4, N, N), rand(4, 4), sites=2)
+
+
+def test_a_bias_that_is_a_sum_of_gathered_curves_is_computed_before():
+    def fn(q, k, v, curves, distance):
+        bias = curves.gather(-1, distance.expand(2, 2, 4, N, N)).sum(0)
+        return ((q @ k.mT) * 0.25 + bias).softmax(-1) @ v
+
+    (site,) = check(fn, *(rand(2, 4, N, 8) for _ in range(3)), rand(2, 2, 4, N, 40), torch.randint(40, (2, 1, 1, N, N)))
+    assert site.decision is not None and site.decision.kernel != "rows"
