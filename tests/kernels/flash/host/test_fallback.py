@@ -19,7 +19,7 @@ from attnfx.kernels.flash.host import fallback
 from attnfx.kernels.flash.host.launch import Launch
 from attnfx.kernels.flash.host.tiles import INTERPRETED, LEAST, backward_tiles, decode_tiles, forward_tiles
 from attnfx.kernels.operators import attention as operator
-from attnfx.report import report
+from attnfx.report import records
 from attnfx.spec import AttentionSpec, I, J
 from attnfx.targets import Target
 from tests.support import compiled, new_reports, rand
@@ -32,7 +32,7 @@ TOO_LARGE = OutOfResources(300_000, 232_448, "shared memory")
 @pytest.fixture(autouse=True)
 def nothing_failed(monkeypatch):
     monkeypatch.setattr(fallback, "_failed", {})
-    monkeypatch.setattr(report, "_fallbacks", {})
+    monkeypatch.setattr(records, "_fallbacks", {})
 
 
 @pytest.fixture
