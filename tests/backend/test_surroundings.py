@@ -17,6 +17,8 @@ from tests.fuzz.hold import Outcome, hold
 from tests.fuzz.parts import ATTENTIONS, EDITS, NEIGHBORS
 from tests.fuzz.recipes import Recipe, Step, recipe, shrink
 
+pytestmark = pytest.mark.slow
+
 FIRST, GROUPS, SIZE = 10000, 10, 7
 PARTS = [*NEIGHBORS, *EDITS, *ATTENTIONS]
 

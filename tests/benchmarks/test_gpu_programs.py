@@ -14,6 +14,8 @@ import torch
 import attnfx
 from tests.support import rand
 
+pytestmark = pytest.mark.slow
+
 _path = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu_programs.py"
 _spec = importlib.util.spec_from_file_location("gpu_programs", _path)
 assert _spec is not None and _spec.loader is not None

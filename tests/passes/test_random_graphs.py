@@ -3,12 +3,15 @@ eager gives, and nothing fails."""
 
 import math
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from tests.support import assert_right, rand
+
+pytestmark = pytest.mark.slow
 
 B, H, T, D = 2, 3, 12, 8
 LOW = torch.finfo(torch.float32).min

@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 from tests.passes.programs import CHOICES, INF, LOW, Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, run
 
+pytestmark = pytest.mark.slow
+
 
 def subsets(*names):
     return st.lists(st.sampled_from(names), unique=True, max_size=2).map(lambda x: tuple(sorted(x)))

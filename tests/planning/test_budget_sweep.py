@@ -8,6 +8,8 @@ from torch.profiler import ProfilerActivity, profile
 import attnfx
 from attnfx.planning.peak import reserve
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"rewrite": "always", "inner": "aot_eager", "tiers": "chunked"}
 BUDGETS = 10
 
