@@ -1,4 +1,4 @@
-"""Who may import whom, where import-linter's contracts (pyproject.toml) cannot say it, and what the links must keep."""
+"""Check imports where import-linter's contracts (pyproject.toml) cannot, the links, and the package's data."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs, in its page's order: Python in one namespace, shell in one folder.
+"""Run every code block of the documentation in its page's order: Python in one namespace, shell in one folder.
 
 A block of another language ("text", "json") shows what was printed. A page's blocks must not depend on another page's.
 """

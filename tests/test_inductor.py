@@ -1,4 +1,4 @@
-"""What Inductor captures in CUDA graphs: nothing that waits for the device."""
+"""Keep operators that wait for the device out of the CUDA graphs that Inductor captures."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Odd options, models and inputs: an error before compiling, a note or one warning, or what eager does."""
+"""Meet odd options, models and inputs with an error before compiling, a note, one warning, or what eager does."""
 
 import subprocess
 import sys

@@ -1,5 +1,7 @@
-"""A failure of attnfx costs the part in which it happens: the program gives eager's results, one warning says which
-part failed, and the report has it."""
+"""Contain a failure of attnfx in the part in which it happens.
+
+The program gives eager's results, one warning says which part failed, and the report has it.
+"""
 
 import warnings
 

@@ -1,5 +1,5 @@
-"""Models of the transformers library, tiny and with random weights: every attention is rewritten, in inference and
-training, and outputs and gradients are eager's."""
+"""Rewrite every attention of tiny transformers models with random weights, in inference and training; outputs and
+gradients are eager's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Attention modules as people write them, in plain PyTorch: each is rewritten, and right in inference and training."""
+"""Rewrite attention modules as people write them, in plain PyTorch, right in inference and training."""
 
 import math
 
@@ -207,11 +207,11 @@ def test_a_training_step_moves_the_lora_weights_as_eager_does():
     theirs.load_state_dict(mine.state_dict())
     x = rand(2, 37, 48)
     for module, call in ((mine, compiled(mine)), (theirs, theirs)):
-        optimiser = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
+        optimizer = torch.optim.SGD([p for p in module.parameters() if p.requires_grad], lr=0.1)
         for _ in range(3):
-            optimiser.zero_grad()
+            optimizer.zero_grad()
             call(x).square().mean().backward()
-            optimiser.step()
+            optimizer.step()
     for name, p in mine.named_parameters():
         torch.testing.assert_close(p, theirs.get_parameter(name), rtol=1e-4, atol=1e-6)
 

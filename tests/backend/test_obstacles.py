@@ -1,4 +1,4 @@
-"""Why not: each naive model with one obstacle gets the right code and the line of the user's code."""
+"""Name the obstacle: each naive model with one gets its code and the line of the user's code."""
 
 import ast
 import inspect

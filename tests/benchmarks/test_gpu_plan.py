@@ -1,4 +1,4 @@
-"""The benchmark of plans on a GPU: what it runs, with a CPU in the GPU's place, and what it makes of the results."""
+"""Run the benchmark of plans with a CPU in the GPU's place, and check what it makes of the results."""
 
 import importlib
 import sys

@@ -1,5 +1,7 @@
-"""What the GPU benchmarks compare: the model's own code and the reference are one function, and it is lifted. Their own
-code runs here with a CPU in the GPU's place, at sizes that Triton's interpreter can do."""
+"""Check that the GPU benchmarks compare one function with its reference, and that it is lifted.
+
+Their own code runs here with a CPU in the GPU's place, at sizes that Triton's interpreter can do.
+"""
 
 import importlib
 import importlib.util

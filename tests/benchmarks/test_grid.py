@@ -1,4 +1,4 @@
-"""The CPU's cost rule against stored measurements (benchmarks/results/grid.json): what its choices cost."""
+"""Hold the CPU's cost rule against stored measurements (benchmarks/results/grid.json): the cost of its choices."""
 
 import importlib.util
 import json

@@ -1,4 +1,4 @@
-"""The command `attnfx`: what it prints, its exit codes, and that a user's error is shown as the user's own."""
+"""Check the command `attnfx`: its output, its exit codes, and that a user's error is shown as the user's own."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `dump_dir` holds: each graph's stages, the report, the specs and what was generated."""
+"""Write each graph's stages, the report, the specs and the generated code into `dump_dir`."""
 
 import torch
 

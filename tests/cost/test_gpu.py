@@ -1,5 +1,5 @@
-"""What is predicted for a GPU: bytes as the kernels allocate them, times that grow with the work, a table that is of
-the kernels as they are, and numbers near those that others published."""
+"""Predict bytes as the kernels allocate them, times that grow with the work, and numbers near published ones, from a
+table that is of the kernels as they are."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What the cost models say: the right order among candidates, by sizes and by device."""
+"""Order candidates rightly by sizes and by device."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""What the constructors, `rebuild`, `substitute` and serialisation do to an expression leaves its values as they were.
+"""Keep an expression's values through constructors, `rebuild`, `substitute` and serialization.
 
 The reference evaluates naive trees of Python functions that never pass the constructors.
 """

@@ -1,4 +1,4 @@
-"""The symbolic derivative against finite differences and against autograd's rules at ties."""
+"""Hold the symbolic derivative against finite differences, and against autograd's rules at ties."""
 
 import math
 

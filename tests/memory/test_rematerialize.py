@@ -1,4 +1,4 @@
-"""What is saved and what is computed again: the best trades, and the graphs that PyTorch makes of them."""
+"""Choose what is saved and what is computed again: the best trades, and the graphs that PyTorch makes of them."""
 
 import random
 from itertools import combinations, pairwise

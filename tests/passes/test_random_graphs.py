@@ -1,5 +1,5 @@
-"""Random operators before, around and after a softmax, most of which nobody writes: whatever is rewritten gives what
-eager gives, and nothing fails."""
+"""Put random operators before, around and after a softmax: whatever is rewritten gives what eager gives, and nothing
+fails."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Random score programs, each in several spellings: one canonical spec, and one result."""
+"""Write random score programs in several spellings: one canonical spec, and one result."""
 
 from dataclasses import fields, replace
 

@@ -1,4 +1,4 @@
-"""Budgets from the unplanned peak to the smallest, carried out: peaks, and gradients for the same draw."""
+"""Carry out budgets from the unplanned peak to the smallest: peaks, and gradients for the same draw."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Plans and budgets on small models: what is promised to a user."""
+"""Keep what plans and budgets promise to a user, on small models."""
 
 import json
 import pickle

@@ -1,4 +1,4 @@
-"""The page of a report: complete in itself, safe against what stands in it, and working in a real browser."""
+"""Write the page of a report: complete in itself, safe against what stands in it, and working in a real browser."""
 
 from __future__ import annotations
 

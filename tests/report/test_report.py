@@ -1,4 +1,4 @@
-"""What a report says of a site: heads, sizes, mask, dropout, in words and for each spelling."""
+"""Tell of each site its heads, sizes, mask and dropout, in words, in JSON and as graphs."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Calibration: corrections are the measured ratios, are kept for their device alone, and change what is decided."""
+"""Store the measured ratios as corrections, keep them for their device alone, and let them change a decision."""
 
 import pytest
 import torch

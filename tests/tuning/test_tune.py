@@ -1,4 +1,4 @@
-"""Tuning: the fastest of what was timed is chosen, the answer is kept for what it holds for, and nothing else is."""
+"""Choose the fastest of what was timed, and keep the answer for what it holds for, and nothing else."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""`verify="first"`: wrong rewrites are caught and undone, right ones pass, and nothing else of the call changes."""
+"""Catch and undo wrong rewrites with `verify="first"`, pass right ones, and change nothing else of the call."""
 
 from __future__ import annotations
 

@@ -84,7 +84,7 @@ def test_weights_that_are_changed_after_the_softmax_stay_changed():
     check(lambda q, k, v: ((q @ k.mT) * SCALE).log_softmax(-1) @ v, *qkv())
 
 
-def test_a_softmax_that_is_divided_by_another_sum_is_not_normalised():
+def test_a_softmax_that_is_divided_by_another_sum_is_not_normalized():
     def fn(q, k, v):
         weights = torch.exp((q @ k.mT) * SCALE)
         return (weights / weights.sum(-2, keepdim=True)) @ v
@@ -196,7 +196,7 @@ def test_a_constant_in_the_denominator_counts():
     check(fn, *qkv())
 
 
-def test_weights_masked_after_the_softmax_are_not_renormalised():
+def test_weights_masked_after_the_softmax_are_not_renormalized():
     def fn(q, k, v):
         i = torch.arange(40)
         return ((q @ k.mT) * SCALE).softmax(-1).masked_fill(i[None, :] > i[:, None], 0.0) @ v
@@ -235,7 +235,7 @@ def _largest(scores):
 
 @pytest.mark.parametrize("fn", DETACHED.values(), ids=DETACHED)
 def test_what_is_behind_a_detach_has_no_gradient_rather_than_zeros(fn):
-    """An optimiser leaves a parameter without a gradient alone, and decays one whose gradient is zero."""
+    """An optimizer leaves a parameter without a gradient alone, and decays one whose gradient is zero."""
     leaves = [[x.detach().clone().requires_grad_() for x in qkv(h=2, t=12)] for _ in range(2)]
     with new_reports() as filed:
         compiled(fn)(*leaves[0]).sum().backward()

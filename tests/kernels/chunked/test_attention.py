@@ -1,4 +1,4 @@
-"""The chunked tier against the whole matrix of scores in float64, forward and backward."""
+"""Hold the chunked tier against the whole matrix of scores in float64, forward and backward."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Sums of the weights against the whole matrix in float64, forward and backward."""
+"""Hold sums of the weights against the whole matrix in float64, forward and backward."""
 
 import pytest
 import torch

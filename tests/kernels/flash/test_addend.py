@@ -1,4 +1,4 @@
-"""Masks of floats that are added to the scores: skipped by tiles, and decided as eager decides them."""
+"""Skip masks of floats by tiles, and decide them as eager decides them."""
 
 import math
 from dataclasses import replace

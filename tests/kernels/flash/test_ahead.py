@@ -1,4 +1,4 @@
-"""Machine code for GPUs that are not there: it compiles, uses the matrix unit, fits, and spills nothing that counts."""
+"""Compile machine code for GPUs that are not there: it uses the matrix unit, fits, and spills nothing that counts."""
 
 import json
 import os

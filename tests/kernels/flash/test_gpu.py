@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: every kind of program, dtypes, CUDA graphs, streams, devices, new lengths."""
+"""Run the Triton kernels on a GPU: every kind of program, dtypes, CUDA graphs, streams, devices, new lengths."""
 
 from dataclasses import replace
 
@@ -82,7 +82,7 @@ def test_rows_without_a_live_key_give_what_eager_gives(fill, dtype):
 @DTYPES
 @pytest.mark.parametrize("fill", [-INF, FINITE])
 @pytest.mark.parametrize("name", MASKS)
-def test_summarised_masks_give_what_the_whole_matrix_gives(name, fill, dtype):
+def test_summarized_masks_give_what_the_whole_matrix_gives(name, fill, dtype):
     keep, small = MASKS[name]
     mask = small * 12 if small.ndim == 1 else small  # lengths, or one value for each index
     for dim, size in enumerate(small.shape):

@@ -1,4 +1,4 @@
-"""The library tier against the chunked one and against eager, with the operator's traps in the way."""
+"""Hold the library tier against the chunked one and against eager, with the operator's traps in the way."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The operators as PyTorch sees them: schema, autograd, autocast, Inductor, and what is refused."""
+"""Check the operators as PyTorch sees them: schema, autograd, autocast, Inductor, refusals."""
 
 import math
 

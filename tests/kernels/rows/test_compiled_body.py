@@ -1,4 +1,4 @@
-"""The body of a chunk, compiled once: it gives what the calls give, wherever it is made."""
+"""Compile the body of a chunk once, and give what the calls give, wherever it is made."""
 
 import logging
 from dataclasses import replace

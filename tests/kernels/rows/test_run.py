@@ -1,4 +1,4 @@
-"""The operator of whole rows: chunks, gradients, draws, and what it is not given."""
+"""Check the operator of whole rows: chunks, gradients, draws, and what it is not given."""
 
 from itertools import accumulate
 

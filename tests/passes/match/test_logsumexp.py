@@ -1,5 +1,4 @@
-"""The logarithm of the sum of the scores' exponentials beside the attention: it is the operator's own, with its
-gradient, and the scores never exist."""
+"""Take the log-sum-exp of the scores from the operator, with its gradient, and leave no scores."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A loop over heads or batch elements is one attention where that is proved; where it is not, its steps stay apart."""
+"""Merge a loop over heads or batch elements into one attention where that is proved; elsewhere its steps stay apart."""
 
 import pytest
 import torch

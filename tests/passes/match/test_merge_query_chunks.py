@@ -1,4 +1,4 @@
-"""A loop over chunks of queries is one attention where that is proved, and its chunks stay apart where it is not."""
+"""Merge a loop over chunks of queries into one attention where that is proved, and keep its chunks apart elsewhere."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Softmaxes that are written with exponentials of their own, in ways that a respelling of one program does not give."""
+"""Recognize softmaxes written with exponentials, in ways that a respelling of one program does not give."""
 
 import math
 

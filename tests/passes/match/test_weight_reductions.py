@@ -1,4 +1,4 @@
-"""Sums and means of the weights beside the attention: the weights never exist, and nothing else is taken for them."""
+"""Compute sums and means of the weights beside the attention without them, and take nothing else for them."""
 
 import pytest
 import torch

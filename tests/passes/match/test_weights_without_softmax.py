@@ -1,4 +1,4 @@
-"""Weights that are a function of each score, not normalised: fused as a softmax is, where no linear layer is meant."""
+"""Fuse weights that are a function of each score, without a normalization, where no linear layer is meant."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Operators that only spell a masked fill or a product of matrices differently are read as these, others left alone."""
+"""Rewrite other spellings of a masked fill or a product of matrices as these, and leave the rest alone."""
 
 import pytest
 import torch

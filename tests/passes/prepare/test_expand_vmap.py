@@ -1,4 +1,4 @@
-"""vmap written out: a vmapped attention, and a mask that vmap makes, are read as any other; what else is left alone."""
+"""Write vmap out: a vmapped attention, and a mask that vmap makes, are read as any other; the rest is left alone."""
 
 import pytest
 import torch

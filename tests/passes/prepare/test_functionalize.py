@@ -1,4 +1,4 @@
-"""Scores that are changed in place, as a whole or through slices, are what they became."""
+"""Read scores that are changed in place, as a whole or through slices, as what they became."""
 
 import pytest
 import torch

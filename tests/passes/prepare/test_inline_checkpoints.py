@@ -1,4 +1,4 @@
-"""Checkpointed regions: attention in them is seen as if they were not there, and what was not to be saved is not."""
+"""See attention in checkpointed regions as if they were not there, and save nothing that they did not."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Attention over several sets of keys is one attention, with the keys and the values of all sets joined."""
+"""Join several sets of keys and values into one attention."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A softmax that was combined from chunks of keys by hand is one attention over all of them."""
+"""Merge a softmax that was combined from chunks of keys by hand into one attention over all of them."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Scores that are a sum of products are one product over all widths; a table that is read at i - j is none of them."""
+"""Merge a sum of products into one product over all widths; a table that is read at i - j is none of them."""
 
 import pytest
 import torch

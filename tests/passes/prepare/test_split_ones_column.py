@@ -1,4 +1,4 @@
-"""Values with a column of ones sum the weights up: the division by that column is the softmax's."""
+"""Read a column of ones in the values as the sum of the weights, and the division by it as the softmax's."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Linear layers over pairs of a query and a key are layers over the rows, and the attention scored by them is found."""
+"""Split linear layers over pairs of a query and a key into layers over the rows, and find the attention."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Relative positions that are looked up for each score and multiplied: a small product is looked up instead."""
+"""Look relative positions up in a small product instead of multiplying a vector for each score."""
 
 import pytest
 import torch

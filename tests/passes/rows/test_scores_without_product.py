@@ -1,4 +1,4 @@
-"""Scores that are no product of queries with keys: additive, by distance, of a graph's nodes. In chunks of rows."""
+"""Run scores that are no product of queries with keys in chunks of rows: additive, by distance, of a graph's nodes."""
 
 import pytest
 import torch
@@ -80,7 +80,7 @@ def test_linear_attention_is_none():
     assert not any(r.rewritten for r in reports)
 
 
-def test_rows_that_are_normalised_together_are_refused():
+def test_rows_that_are_normalized_together_are_refused():
     def fn(q, k, v, w):
         s = SCORES["additive"](q, k, w)
         return (s - s.mean((-1, -2), keepdim=True)).softmax(-1) @ v

@@ -1,4 +1,4 @@
-"""Generated Triton functions against the interpreter of the IR, operation by operation and on random programs."""
+"""Hold generated Triton functions against the interpreter of the IR, by operation and on random programs."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""Keys that the decode kernels leave out: by the indices, and by the summary of a mask that stands in a tensor."""
+"""Leave keys out in the decode kernels: by the indices, and by the summary of a mask that stands in a tensor."""
 
 import math
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Kernels that do not compile or do not fit the device: smaller tiles, then none, and reports that say so."""
+"""Fall back from kernels that do not compile or do not fit: smaller tiles, then none, and reports that say so."""
 
 import math
 import threading

@@ -1,4 +1,4 @@
-"""Masks that stand in tensors: summarised in one pass, skipped by tiles, and never another result."""
+"""Summarize masks that stand in tensors in one pass, skip their empty tiles, and never change a result."""
 
 import math
 from dataclasses import replace
@@ -163,7 +163,7 @@ def test_what_is_empty_is_not_visited():
 
 
 def test_full_tiles_read_no_mask():
-    """The mask changes after it was summarised: where a tile was full, nobody looks."""
+    """The mask changes after it was summarized: where a tile was full, nobody looks."""
     call, _ = call_with_summary(*MASKS["any"])
     before = launch.forward(call, TILE)[0]
     changed = call.captures[0].clone()
@@ -190,7 +190,7 @@ def changed_between(q, k, v, mask):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How often a mask is summarised, in graphs for which flash is chosen."""
+    """How often a mask is summarized, in graphs for which flash is chosen."""
     seen, original = [], tier.summarise
     monkeypatch.setattr(tier, "summarise", lambda *some: seen.append(1) or original(*some))
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))

@@ -1,4 +1,4 @@
-"""Masks that the indices alone decide: which tiles are visited, and that what is empty between live ones is not."""
+"""Visit the live tiles of masks that the indices alone decide, and skip what is empty between them."""
 
 import math
 
