@@ -70,7 +70,7 @@ def test_nested_fills_of_both_sides():
         assert evaluate(mask.keep, env, read) == (evaluate(score, env, read) > -1e8)
 
 
-def test_without_a_normaliser_what_lives_is_what_is_not_zero():
+def test_without_a_normalizer_what_lives_is_what_is_not_zero():
     decay = A.unary("exp", A.to_float(minus(J, I)))
     linear = AttentionSpec(normaliser="none", weight=A.mul(A.where(CAUSAL, decay, n(0.0)), A.PROB))
     assert live(linear) is CAUSAL
