@@ -28,7 +28,7 @@ logging.getLogger("torch.__trace").propagate = False
 
 
 # Folders whose tests compile: a case of theirs takes half a second and more.
-COMPILING = ("backend", "compiler", "passes", "verify")
+COMPILING = ("backend", "compiler", "memory", "passes", "tuning", "verify")
 
 
 @pytest.hookimpl(tryfirst=True)

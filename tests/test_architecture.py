@@ -142,6 +142,7 @@ def test_the_folders_are_packages_of_attnfx_and_not_top_level_modules():
     assert not any(Path(entry or ".").resolve() == ROOT for entry in sys.path), "the root hides packages from the tests"
 
 
+@pytest.mark.slow
 def test_transformers_works_from_the_root_where_our_folder_shadows_its_kernels_package():
     code = "import transformers; transformers.LlamaConfig(); transformers.LlamaForCausalLM"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

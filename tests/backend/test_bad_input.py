@@ -152,6 +152,7 @@ def test_no_keys_at_all_give_zeros_as_in_eager(fn, dynamic):
     check(fn, *qkv(t=9, s=0), sites=2 if dynamic else 1, dynamic=dynamic)
 
 
+@pytest.mark.slow
 def test_sizes_at_the_edge_of_one_dynamic_compilation_are_right():
     fast = compiled(causal, dynamic=True)
     for sizes in (dict(t=17), dict(t=1), dict(b=1, t=5), dict(b=0, t=5), dict(t=3, s=0), dict(t=129, s=257)):
@@ -274,6 +275,7 @@ assert os.waitpid(child, 0)[1] == 0, "the child failed"
 """
 
 
+@pytest.mark.slow
 def test_a_process_that_forks_after_the_import_compiles_in_both_halves():
     done = subprocess.run([sys.executable, "-c", FORK], capture_output=True, text=True, cwd="/", timeout=120)
     assert done.returncode == 0, done.stderr

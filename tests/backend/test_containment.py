@@ -163,6 +163,7 @@ def test_explain_exercises_nothing(monkeypatch):
     assert len(attnfx.explain(attend, rewrite="always")(*qkv()).rewritten) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["forward", "lowering"])
 def test_a_compiler_that_fails_on_the_rewritten_graph_compiles_the_graph_as_it_was(monkeypatch, at):
     original = compile_fx.compile_fx_inner if at == "forward" else compile_fx.compile_fx

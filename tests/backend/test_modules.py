@@ -178,6 +178,7 @@ def test_a_loop_over_chunks_of_queries_is_one_attention(train):
     check(ChunkedSelfAttention(48, 3, 16), rand(2, 153, 48), train=train, sites=1)
 
 
+@pytest.mark.slow
 def test_a_loop_over_chunks_of_queries_survives_inductor():
     check(ChunkedSelfAttention(48, 3, 64), rand(2, 153, 48), sites=1, inner="inductor")
 

@@ -293,6 +293,7 @@ def test_what_cannot_be_planned_is_said(file):
 
 
 # -- as a user runs it -----------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_command_runs_and_writes_nothing_but_the_report(file):
     code = "import sys; from attnfx.cli import main; sys.argv[0] = 'attnfx'; main()"
     command = [sys.executable, "-c", code, "explain", f"{file}:positional", "--rewrite", "always"]

@@ -111,6 +111,7 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
         assert s.again.isdisjoint(fixed)
 
 
+@pytest.mark.slow
 def test_a_step_that_writes_to_an_input_reads_it_no_more():
     """Gradients under a budget, where what is computed again would read a counter that has moved on."""
 

@@ -210,6 +210,7 @@ def test_graphs_of_one_call_are_told_apart_and_their_sites_numbered_on():
     assert placed == {("0", "attention_0"), ("1", "attention_1")}
 
 
+@pytest.mark.slow
 def test_torch_logs_and_the_structured_trace_show_the_stages(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(

@@ -219,6 +219,7 @@ def test_a_tuned_function_is_right_in_training_and_its_report_has_the_times(capf
     assert "timing" not in capfd.readouterr().err, "a progress bar where no terminal is"
 
 
+@pytest.mark.slow
 def test_another_process_takes_the_answer_and_explaining_times_nothing(tmp_path):
     source = (
         "import attnfx, torch\n"

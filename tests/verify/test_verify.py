@@ -218,6 +218,7 @@ def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
     shows(caught(best_keys, qkv(t=T), tmp_path, train=False)[1], capsys)
 
 
+@pytest.mark.slow
 def test_the_script_runs_by_itself(tmp_path, monkeypatch):
     original = apply.rewrite
 

@@ -3,6 +3,8 @@
 import subprocess
 import sys
 
+import pytest
+
 SNAPSHOT = """
 import torch, torch._inductor.config, torch._dynamo.config, torch._functorch.config
 import torch._inductor.compile_fx, torch._inductor.fx_passes.fuse_attention, torch.nn.functional as F
@@ -35,6 +37,7 @@ for name in before:
 """
 
 
+@pytest.mark.slow
 def test_neither_import_nor_compilation_changes_pytorch_or_its_configuration():
     done = subprocess.run([sys.executable, "-c", SNAPSHOT], capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr

@@ -120,6 +120,7 @@ def test_the_logsumexp_is_the_natural_logarithm_of_the_denominator_and_has_a_gra
     torch.testing.assert_close(found, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "dynamic"), [("captured", False), ("sized", True)], ids=["static", "dynamic"])
 def test_inductor_compiles_both_passes(name, dynamic):
     spec, count, sizes, _ = SPECS[name]

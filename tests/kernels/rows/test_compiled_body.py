@@ -12,6 +12,8 @@ from attnfx.spec.rows import Call, Ref, Result, RowProgram
 from tests.kernels.rows.test_run import H, S, operands, program
 from tests.support import rand
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def chunks_of_seven_rows(monkeypatch):

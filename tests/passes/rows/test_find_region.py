@@ -175,6 +175,7 @@ def test_low_precision_is_no_worse_than_eager(dtype):
     check(best_keys, *(x.to(dtype) for x in inputs()), exact=False)
 
 
+@pytest.mark.slow
 def test_the_cost_rule_leaves_small_scores_and_weights_that_are_returned():
     def weights_too(q, k, v):
         w = talking_heads(q, k, torch.eye(k.shape[2]))
