@@ -1,7 +1,7 @@
 """Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
 
-"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py, benchmarks/spills.py): no spill in the
-steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"probe" is the machine code of ahead-of-time compilation (benchmarks/machine_code.py, counts and spills): no spill in
+the steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FORWARD = {
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
 # Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
-# benchmarks/instructions.py compiles each of them; what the table above has stays the default.
+# `benchmarks/machine_code.py table` compiles each of them; what the table above has stays the default.
 OTHERS = {
     (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
     (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
