@@ -73,7 +73,8 @@ log_of_distance = node(
 CASES = common(rand, 2) | {
     "negative scale": (dict(score=A.mul(A.const(-0.2), A.DOT)), ()),
     "temperature": (
-        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(A.load(0, [H], "f"), A.const(0.2)))), captures=(G1,)), (rand(2),),
+        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(A.load(0, [H], "f"), A.const(0.2)))), captures=(G1,)),
+        (rand(2),),
     ),
     "scalar": (dict(score=A.mul(A.DOT, A.load(0, [], "f")), captures=(G0,)), (torch.tensor(0.3),)),
     "bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(Capture("f", 3),)), (rand(2, 37, 41),)),
