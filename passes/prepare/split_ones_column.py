@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name
+from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name, take_place
 from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
@@ -61,8 +61,7 @@ def run(graph: Graph) -> int:
         except CannotEmit:
             continue
         for p, new in zip(found, made, strict=True):
-            new.meta = {**p.node.meta, **new.meta}
-            p.node.replace_all_uses_with(new, propagate_meta=False)
+            take_place(new, p.node)
         graph.changed()
         changed += 1
     return changed

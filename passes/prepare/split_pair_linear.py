@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, take_place, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import reaches_softmax
@@ -52,8 +52,7 @@ def run(graph: Graph) -> int:
             made = _apart(graph.emitter(n), n, parts)
         except CannotEmit:
             continue
-        made.meta = {**n.meta, **made.meta}
-        n.replace_all_uses_with(made, propagate_meta=False)
+        take_place(made, n)
         graph.changed()
         changed += 1
     return changed
