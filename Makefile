@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test lint bench bench-gpu bench-gpu-plan clean
+.PHONY: demo test test-fast lint bench bench-gpu bench-gpu-plan clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -19,6 +19,10 @@ demo: $(READY)
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
 	    $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
+
+# What is not marked as slow, in two minutes; tests/conftest.py says what is.
+test-fast: $(READY)
+	$(MAKE) test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ import logging
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
@@ -24,6 +25,29 @@ if not torch.cuda.is_available():
 
 # pytest would record every line of PyTorch's structured trace
 logging.getLogger("torch.__trace").propagate = False
+
+
+# Folders whose tests compile: a case of theirs takes half a second and more.
+COMPILING = ("backend", "compiler", "passes", "verify")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Mark as slow, beside what the files mark: cases that Inductor compiles, and of each test in COMPILING all cases
+    but the first. `pytest -m "not slow"` runs the rest."""
+    tests = Path(__file__).parent
+    seen = set()
+    for item in items:
+        if not isinstance(item, pytest.Function):
+            continue
+        cases = getattr(item, "callspec", None)
+        test = item.path, item.originalname
+        inductor = cases is not None and cases.params.get("inner") == "inductor"
+        folder = item.path.relative_to(tests).parts[0]
+        if inductor or (test in seen and folder in COMPILING):
+            item.add_marker(pytest.mark.slow)
+        elif item.get_closest_marker("slow") is None:
+            seen.add(test)
 
 
 @pytest.fixture(autouse=True)

@@ -1,4 +1,4 @@
-"""What the tests of the whole backend share: running a function compiled, in eager and in float64, and comparing."""
+"""Run a function compiled, in eager and in float64, and compare: the helpers that tests of the whole backend share."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils._pytree import tree_leaves, tree_map
 
+from attnfx.errors import RefusalError
 from attnfx.report.records import Site
 from attnfx.report.report import Report, reports
 
@@ -97,20 +100,19 @@ def error(got: list[Tensor], want: list[Tensor]) -> float:
     return worst
 
 
-def check(
+def compare(
     fn: Any,
     *args: Any,
     train: bool = True,
-    sites: int | None = 1,
     dynamic: bool | None = None,
     tolerance: float | None = None,
     exact: bool = True,
     fullgraph: bool = False,
     kwargs: dict[str, Any] | None = None,
     **options: Any,
-) -> list[Site]:
-    """Runs `fn` compiled and demands results (and gradients) as near to float64 as eager's, and `sites` rewritten sites
-    and none kept (None: any). `exact=False` compares with eager in its own precision. Gives the sites."""
+) -> list[Report]:
+    """Runs `fn` compiled and demands results (and gradients) as near to float64 as eager's; gives the reports.
+    `exact=False` compares with eager in its own precision."""
     kwargs = kwargs or {}
     module = fn if isinstance(fn, torch.nn.Module) else None
     dtype = next((a.dtype for a in floats((args, kwargs))), torch.float32)
@@ -130,10 +132,43 @@ def check(
     else:
         want = own
     limit = 4 * error(own, want) + (TOLERANCE[dtype] if tolerance is None else tolerance)
-    assert error(got, want) <= limit, f"error {error(got, want):.3g}, eager's {error(own, want):.3g}\n" + "\n".join(
-        map(str, filed)
-    )
+    assert error(got, want) <= limit, f"error {error(got, want):.3g}, eager's {error(own, want):.3g}\n{_text(filed)}"
+    return filed
+
+
+def check(fn: Any, *args: Any, sites: int = 1, **how: Any) -> list[Site]:
+    """Demands right numbers (`compare`, which takes `how`), and `sites` rewritten sites and none kept. Gives the
+    sites."""
+    filed = compare(fn, *args, **how)
     found = [site for report in filed for site in report.sites]
-    if sites is not None:
-        assert (len([s for s in found if s.rewritten]), len(found)) == (sites, sites), "\n".join(map(str, filed))
+    assert (len([s for s in found if s.rewritten]), len(found)) == (sites, sites), _text(filed)
     return found
+
+
+def assert_right(fn: Any, *args: Any, **how: Any) -> list[Site]:
+    """Demands right numbers (`compare`, which takes `how`), whatever is rewritten. Gives the sites."""
+    return [site for report in compare(fn, *args, **how) for site in report.sites]
+
+
+def assert_kept(fn: Any, *args: Any, code: str | Sequence[str], **how: Any) -> list[Site]:
+    """Demands right numbers (`compare`, which takes `how`), and that all is left as it was: one site with this code,
+    or sites with these codes, in any order. A softmax that is no site stands for one. Gives the sites."""
+    filed = compare(fn, *args, **how)
+    sites = [site for report in filed for site in report.sites]
+    assert not any(site.rewritten for site in sites), _text(filed)
+    found = sites or [site for report in filed for site in report.others]
+    assert sorted(s.code for s in found) == sorted([code] if isinstance(code, str) else code), _text(filed)
+    return sites
+
+
+@contextmanager
+def raises_refusal(code: str) -> Iterator[None]:
+    """Demands that compiling in the block raises RefusalError with this code."""
+    with pytest.raises(BackendCompilerFailed) as caught:
+        yield
+    problem = caught.value.inner_exception
+    assert isinstance(problem, RefusalError) and f"[{code}]" in str(problem), problem
+
+
+def _text(filed: list[Report]) -> str:
+    return "\n".join(map(str, filed))

@@ -1,6 +1,7 @@
-"""Who may import whom, where import-linter's contracts (pyproject.toml) cannot say it, and what the links must keep."""
+"""Check imports where import-linter's contracts (pyproject.toml) cannot, the links, and the package's data."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterable, Iterator
@@ -144,3 +145,17 @@ def test_the_folders_are_packages_of_attnfx_and_not_top_level_modules():
 def test_transformers_works_from_the_root_where_our_folder_shadows_its_kernels_package():
     code = "import transformers; transformers.LlamaConfig(); transformers.LlamaForCausalLM"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_every_data_file_is_packaged():
+    """A wheel holds what a pattern of pyproject.toml names, of a package's own folder."""
+    text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
+    patterns = re.findall(r'^"([\w.]+)" = \[(.*)\]', text, re.MULTILINE)
+    named = {
+        file
+        for package, globs in patterns
+        for glob in re.findall(r'"([^"]+)"', globs)
+        for file in (ROOT / package.replace(".", "/")).glob(glob)
+    }
+    data = {f for f in (ROOT / "attnfx").rglob("*.json") if "__pycache__" not in f.parts}
+    assert data and data <= named

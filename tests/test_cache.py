@@ -1,4 +1,4 @@
-"""The cache on disk: what is put is got by every process, and nothing that is wrong on disk takes a program down."""
+"""Keep what is put into the cache on disk for every process, and survive whatever is wrong on disk."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Every code block of the documentation runs, in its page's order: Python in one namespace, shell in one folder.
+"""Run every code block of the documentation in its page's order: Python in one namespace, shell in one folder.
 
 A block of another language ("text", "json") shows what was printed. A page's blocks must not depend on another page's.
 """
@@ -12,6 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("docs/*.md"), ROOT / "README.md"])

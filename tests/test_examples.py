@@ -1,4 +1,4 @@
-"""The examples run, and what they print says that attnfx rewrote the attention and got eager's numbers."""
+"""Run the examples, and check that they say that attnfx rewrote the attention and got eager's numbers."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytestmark = pytest.mark.slow
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 

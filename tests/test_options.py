@@ -1,4 +1,4 @@
-"""Options: defaults, what each accepts, what each refuses and with which sentence, and the environment."""
+"""Check options: defaults, accepted values, the sentence that refuses any other, and the environment."""
 
 import dataclasses
 import pickle

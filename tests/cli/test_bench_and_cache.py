@@ -1,4 +1,4 @@
-"""`attnfx bench` and `attnfx cache`: what they print, what they keep, and what they say of bad input."""
+"""Check the output, the stored corrections and the errors of `attnfx bench` and `attnfx cache`."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The five steps: the search runs once whatever is asked, choosing changes nothing, and each pass says what it did."""
+"""Keep the five steps apart: search once whatever is asked, choose without a change, log what each pass did."""
 
 import logging
 

@@ -1,5 +1,5 @@
-"""What is predicted for a GPU: bytes as the kernels allocate them, times that grow with the work, a table that is of
-the kernels as they are, and numbers near those that others published."""
+"""Predict bytes as the kernels allocate them, times that grow with the work, and numbers near published ones, from a
+table that is of the kernels as they are."""
 
 import json
 import re
@@ -263,7 +263,7 @@ ADDED = AttentionSpec(
         (ALIBI, dict(T=8192), False, False),
     ],
 )  # fmt: skip
-def test_a_mask_is_summarised_where_that_takes_little_of_the_kernels_time(spec, shape, training, pays):
+def test_a_mask_is_summarized_where_that_takes_little_of_the_kernels_time(spec, shape, training, pays):
     question = ask(spec, **shape, D=128, training=training)
     found = gpu.summary(question, H100, "flash")
     assert (found is not None) == pays
@@ -280,7 +280,7 @@ def test_a_mask_is_summarised_where_that_takes_little_of_the_kernels_time(spec, 
         (dict(S=4096, B=1, H=32, G=8), False),  # a pass over so few keys takes no longer than two launches
     ],
 )
-def test_a_cache_with_a_mask_is_summarised_where_its_keys_take_long_to_read(shape, pays):
+def test_a_cache_with_a_mask_is_summarized_where_its_keys_take_long_to_read(shape, pays):
     spec = AttentionSpec(score=A.add(SCORE, A.load(0, (B, J), "f")), captures=(Capture("f", 2),))
     question = ask(spec, T=1, D=128, **shape)
     assert (gpu.summary(question, H100, "decode") is not None) == pays

@@ -1,4 +1,4 @@
-"""Canonical forms: what means the same is the same object."""
+"""Give one object to all expressions with one meaning: canonical forms."""
 
 import math
 from itertools import pairwise

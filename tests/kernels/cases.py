@@ -1,4 +1,4 @@
-"""Specs of every kind with their captures, and what they give by way of the whole matrix of scores."""
+"""Build specs of every kind with their captures, and compute them by way of the whole matrix of scores."""
 
 import math
 

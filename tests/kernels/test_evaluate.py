@@ -1,4 +1,4 @@
-"""Expressions as tensors, held against the interpreter; and the gradients of what they load."""
+"""Hold expressions as tensors against the interpreter, and check the gradients of what they load."""
 
 import itertools
 import math

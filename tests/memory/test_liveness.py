@@ -1,4 +1,4 @@
-"""What is alive when, on graphs small enough to count by hand."""
+"""Count what is alive when, on graphs small enough to count by hand."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""What an attention operator takes while it runs: by the allocator, and by the model."""
+"""Measure the workspace of an attention operator by the allocator, and hold the model's number against it."""
 
 import gc
 

@@ -1,6 +1,4 @@
-"""The main forms as text: the graph before, the program, the graph after. ATTNFX_ACCEPT=1 accepts changes."""
-
-import re
+"""Show the main forms as text: the graph before, the program, the graph after. ATTNFX_ACCEPT=1 accepts changes."""
 
 import pytest
 import torch
@@ -8,6 +6,7 @@ import torch.nn.functional as F
 
 from attnfx.compiler import pipeline
 from attnfx.passes.prepare import trace
+from tests.passes.golden import sections, text
 from tests.support import compiled, new_reports, rand
 
 INF = float("-inf")
@@ -67,25 +66,6 @@ FORMS = [
 ]
 
 
-def text(gm: torch.fx.GraphModule) -> str:
-    """One line per node: name, shape, operator and operands."""
-    lines = []
-    for n in gm.graph.nodes:
-        if n.op == "output":
-            lines.append(f"return {n.args[0]}")
-            continue
-        held = n.meta.get("val", n.meta.get("example_value"))
-        shape = (
-            f": {str(held.dtype).removeprefix('torch.')}{list(held.shape)}" if isinstance(held, torch.Tensor) else ""
-        )
-        target = str(n.target).removeprefix("aten.") if n.op == "call_function" else n.op
-        target = re.sub(r"<built-in function (\w+)>", r"\1", target)
-        given = [*map(str, n.args), *(f"{k}={v}" for k, v in n.kwargs.items())] if n.op.startswith("call") else []
-        given = ["<spec>" if a.startswith("{") else a for a in given]
-        lines.append(f"{n.name}{shape} = {target}({', '.join(given)})")
-    return "\n".join(lines)
-
-
 @pytest.mark.parametrize(("fn", "args"), FORMS, ids=[fn.__name__ for fn, _ in FORMS])
 def test_the_graph_before_and_after(fn, args, golden, monkeypatch):
     results, traced = [], []
@@ -110,4 +90,4 @@ def test_the_graph_before_and_after(fn, args, golden, monkeypatch):
         "site": f"{site.summary()}\nmask: {site.mask}\n{site.spec}",
         "after": text(results[0].gm),
     }
-    golden(f"{fn.__name__}.txt", "".join(f"== {name}\n{body}\n\n" for name, body in parts.items()).rstrip() + "\n")
+    golden(f"{fn.__name__}.txt", sections(parts))

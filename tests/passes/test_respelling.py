@@ -1,4 +1,4 @@
-"""Random score programs, each in several spellings: one canonical spec, and one result."""
+"""Write random score programs in several spellings: one canonical spec, and one result."""
 
 from dataclasses import fields, replace
 
@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from tests.passes.programs import CHOICES, INF, LOW, Program, Spelling, arrange, tensors, write
 from tests.support import compiled, error, new_reports, run
+
+pytestmark = pytest.mark.slow
 
 
 def subsets(*names):

@@ -1,4 +1,4 @@
-"""Records of devices: complete, with sources, found by any spelling; and targets made of what is there."""
+"""Keep records of devices complete, with sources, and find them by any spelling; make targets of what is there."""
 
 import json
 import pickle

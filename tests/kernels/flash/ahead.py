@@ -1,4 +1,4 @@
-"""Compiles the kernels for GPUs that are not there and prints a JSON list of what their machine code holds.
+"""Compile the kernels for GPUs that are not there, and print a JSON list of what their machine code holds.
 
 A script of its own: a process in which Triton interprets cannot compile.
 """

@@ -1,6 +1,9 @@
-"""Kernels on CPU tensors need Triton's interpreter, kernels on a GPU its compiler: a process has one of the two."""
+"""Skip what this process cannot run: kernels on CPU tensors need Triton's interpreter, kernels on a GPU its compiler.
+
+All of it is slow but the generated functions."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,8 +14,13 @@ EITHER = ("test_ahead.py",)
 
 def pytest_collection_modifyitems(items):
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    here = Path(__file__).parent
     for item in items:
-        if item.path.parent.name != "flash" or item.path.name in EITHER:
+        if here not in item.path.parents:
+            continue
+        if here / "codegen" not in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+        if item.path.name in EITHER:
             continue
         if item.path.name in COMPILED:
             if interpreted or not torch.cuda.is_available():

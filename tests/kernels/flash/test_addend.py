@@ -1,4 +1,4 @@
-"""Masks of floats that are added to the scores: skipped by tiles, and decided as eager decides them."""
+"""Skip masks of floats by tiles, and decide them as eager decides them."""
 
 import math
 from dataclasses import replace
@@ -14,8 +14,9 @@ from attnfx.kernels.flash.host.backward import backward
 from attnfx.mask import runtime_summary as summary
 from attnfx.mask.additive import addend
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
-from tests.kernels.flash.test_flash import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
-from tests.kernels.flash.test_summary import (
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, masked
+from tests.kernels.flash.cases import TILE, tensors, whole
+from tests.kernels.flash.host.test_mask_summary import (
     S,
     T,
     by_head,

@@ -1,10 +1,9 @@
-"""Machine code for GPUs that are not there: it compiles, uses the matrix unit, fits, and spills nothing that counts."""
+"""Compile machine code for GPUs that are not there: it uses the matrix unit, fits, and spills nothing that counts."""
 
 import json
 import os
 import subprocess
 import sys
-from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,7 +14,6 @@ SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = {80: {"mma.sync"}, 86: {"mma.sync"}, 90: {"wgmma.mma_async", "mma.sync"}, 100: {"tcgen05.mma", "mma.sync"}}
 
 
-@lru_cache
 def compiled(*arguments):
     """What ahead.py prints: for a compute capability and head dims, or for "lengths"."""
     script = Path(__file__).with_name("ahead.py")
@@ -25,27 +23,25 @@ def compiled(*arguments):
     return json.loads(run.stdout)
 
 
-@pytest.mark.parametrize("capability", [80, 86, 90, 100])
-def test_every_kernel_compiles_to_matrix_instructions_and_fits(capability):
-    for row in compiled(str(capability), "64,128,256"):
-        assert row["matrix"] and set(row["matrix"]) <= MATRIX[capability], row
-        if row["name"].startswith("forward"):
-            assert MATRIX[capability] - {"mma.sync"} <= set(row["matrix"]), row
-        assert row["shared"] <= SHARED[capability], row
-
-
 OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
 # of (kernel, capability, head dim)
 SPILLED_BY_OLDER = {("backward keys masked", 100, 64): 1}
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_the_steady_loop_does_not_spill_and_stands_apart_from_that_with_a_mask(capability):
+@pytest.mark.parametrize("capability", [80, 86, 90, 100])
+def test_every_kernel_uses_matrix_instructions_fits_and_spills_nothing_in_its_steady_loop(capability):
+    """One test of all three: each other process would compile the same kernels again."""
     known = SPILLED_BY_OLDER if OLDER else {}
     for row in compiled(str(capability), "64,128,256"):
+        assert row["matrix"] and set(row["matrix"]) <= MATRIX[capability], row
+        if row["name"].startswith("forward"):
+            assert MATRIX[capability] - {"mma.sync"} <= set(row["matrix"]), row
+        assert row["shared"] <= SHARED[capability], row
+        if capability == 86:  # of its small tiles only the fit is held
+            continue
         assert row["spills"] <= known.get((row["name"], capability, row["head_dim"]), 0), row
         if row["name"].startswith(("forward", "backward keys", "backward rows")):
-            assert row["loops"] >= 2, row
+            assert row["loops"] >= 2, row  # the one with a mask stands apart
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

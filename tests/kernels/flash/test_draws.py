@@ -1,4 +1,4 @@
-"""The draw of dropout: no bias, and no correlation between the elements, heads and seeds that it must tell apart."""
+"""Test dropout's draw for bias, and for correlation between elements, heads and seeds."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: every kind of program, dtypes, CUDA graphs, streams, devices, new lengths."""
+"""Run the Triton kernels on a GPU: every kind of program, dtypes, CUDA graphs, streams, devices, new lengths."""
 
 from dataclasses import replace
 
@@ -12,8 +12,9 @@ from attnfx.kernels.flash.host import blocks
 from attnfx.kernels.flash.triton.forward import forward_kernel
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, Capture, I, J
-from tests.kernels.flash.test_flash import CASES, CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding, whole
-from tests.kernels.flash.test_summary import MASKS
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding
+from tests.kernels.flash.cases import CASES, whole
+from tests.kernels.flash.host.test_mask_summary import MASKS
 from tests.support import error, new_reports
 
 # of the largest value: rounding of inputs, weights and outputs; whole matrices in eager are no nearer
@@ -82,7 +83,7 @@ def test_rows_without_a_live_key_give_what_eager_gives(fill, dtype):
 @DTYPES
 @pytest.mark.parametrize("fill", [-INF, FINITE])
 @pytest.mark.parametrize("name", MASKS)
-def test_summarised_masks_give_what_the_whole_matrix_gives(name, fill, dtype):
+def test_summarized_masks_give_what_the_whole_matrix_gives(name, fill, dtype):
     keep, small = MASKS[name]
     mask = small * 12 if small.ndim == 1 else small  # lengths, or one value for each index
     for dim, size in enumerate(small.shape):

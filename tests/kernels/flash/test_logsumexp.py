@@ -1,4 +1,4 @@
-"""The gradient that comes through the logsumexp, on every tier, against the whole matrix of scores in float64."""
+"""Hold the gradient that comes through the logsumexp, on every tier, against the whole matrix in float64."""
 
 import math
 

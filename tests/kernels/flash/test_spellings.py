@@ -1,4 +1,4 @@
-"""Attention as people spell it, through torch.compile and the Triton kernels in their interpreter, against float64."""
+"""Compile attention as people spell it to the Triton kernels in their interpreter, and hold it against float64."""
 
 import math
 

@@ -1,0 +1,72 @@
+"""Recognize softmaxes written with exponentials, in ways that a respelling of one program does not give."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tests.support import check, qkv
+
+
+def of_two(q, k, v):
+    s = (q @ k.mT) * (0.3 * math.log2(math.e))
+    p = torch.exp2(s - s.amax(-1, keepdim=True))
+    return p / p.sum(-1, keepdim=True) @ v
+
+
+def of_the_negative(q, k, v):
+    return F.softmin((q @ k.mT) * -0.3, dim=-1) @ v
+
+
+@pytest.mark.parametrize("fn", [of_two, of_the_negative], ids=lambda fn: fn.__name__)
+def test_other_exponentials_are_a_softmax(fn):
+    (site,) = check(fn, *qkv())
+    assert site.spec is not None and site.spec.normaliser == "softmax"
+
+
+def test_a_small_number_beside_the_sum_is_computed_row_by_row():
+    """It is added to exponentials from which the maximum is taken, so that it is no logit of its own."""
+
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        e = (s - s.amax(-1, keepdim=True)).exp() * (torch.arange(s.shape[-1]) % 3 > 0)
+        return e / (e.sum(-1, keepdim=True) + 1e-2) @ v
+
+    (site,) = check(fn, *qkv())
+    assert site.spec is None and site.decision.tier == "chunked"
+
+
+def of_a_polynomial(s):
+    a = 1 + s + s**2 / 2
+    return a / a.sum(-1, keepdim=True)
+
+
+def of_squares(s):
+    return F.normalize(s.square(), p=1, dim=-1)
+
+
+def of_what_is_masked(s):
+    a = (F.elu(s) + 1).masked_fill(torch.ones(s.shape[-2:], dtype=torch.bool).triu(1), 0)
+    return a / (a.sum(-1, keepdim=True) + 1e-6)
+
+
+def of_detached_lengths(s):
+    return s / s.detach().abs().sum(-1, keepdim=True).clamp(max=5e4)
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("shares", [of_a_polynomial, of_squares, of_what_is_masked, of_detached_lengths])
+def test_shares_of_any_function_are_computed_row_by_row(shares, dynamic):
+    def fn(q, k, v):
+        return shares(q @ k.mT * 0.3) @ v
+
+    assert check(fn, *qkv(), dynamic=dynamic)[0].decision.tier == "chunked"
+
+
+def test_rows_over_their_length_are_no_shares():
+    def fn(q, k, v):
+        x = (q @ k.mT * 0.3).softmax(-1) @ v
+        return (x / x.norm(dim=-1, keepdim=True)) @ k.mT, (x / x.square().sum(-1, keepdim=True).sqrt()) @ k.mT
+
+    check(fn, *qkv())

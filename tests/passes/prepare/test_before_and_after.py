@@ -1,0 +1,117 @@
+"""Show one graph as text before and after each pass of `prepare`. ATTNFX_ACCEPT=1 accepts changes."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from attnfx.compiler import pipeline
+from attnfx.compiler.context import Context
+from attnfx.options import Options
+from attnfx.report.report import Report
+from tests.passes.golden import sections, whole
+from tests.support import rand
+
+B, H, T, S, D = 2, 2, 6, 8, 4
+PASSES = {step.__name__.rpartition(".")[2]: step for step in pipeline.PREPARE}
+
+
+def inline_checkpoints(q, k, v):
+    return checkpoint(lambda q, k, v: (q @ k.mT).softmax(-1) @ v, q, k, v, use_reentrant=False)
+
+
+def expand_vmap(q, k, v):
+    return torch.vmap(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(q, k, v)
+
+
+def functionalize(q, k, v, bias):
+    scores = q @ k.mT
+    scores += bias
+    scores[..., 5:] = float("-inf")
+    return scores.softmax(-1) @ v
+
+
+def split_pair_linear(q, k, w, b):
+    pairs = torch.cat([q[:, :, None].expand(-1, -1, S, -1), k[:, None].expand(-1, T, -1, -1)], -1)
+    return F.linear(pairs, w, b).squeeze(-1).softmax(-1) @ k
+
+
+def split_ones_column(q, k, v):
+    out = (q @ k.mT).exp() @ F.pad(v, (0, 1), value=1.0)
+    return out[..., :-1] / out[..., -1:]
+
+
+def canonicalize(q, k, v, mask):
+    scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)
+    scores = torch.ops.aten.index_put(scores, [None, None, mask], torch.tensor(float("-inf")))
+    return torch.linalg.matmul(scores.softmax(-1), v)
+
+
+def hoist_concat(q, k, v, w):
+    return torch.cat([F.linear((x @ k.mT).softmax(-1) @ v, w) for x in q.split(3, 2)], 2)
+
+
+def merge_online_softmax(q, k, v):
+    (first, second), (u, w) = ((q @ x.mT for x in k.split(4, 2)), v.split(4, 2))
+    top = first.amax(-1, keepdim=True)
+    out, total = (first - top).exp() @ u, (first - top).exp().sum(-1, keepdim=True)
+    new = torch.maximum(top, second.amax(-1, keepdim=True))
+    weights, shrunk = (second - new).exp(), (top - new).exp()
+    return (out * shrunk + weights @ w) / (total * shrunk + weights.sum(-1, keepdim=True))
+
+
+def merge_key_sets(q, k, v):
+    (j, k), (u, v) = k.split(4, 2), v.split(4, 2)
+    weights = torch.cat([q @ j.mT, q @ k.mT], -1).softmax(-1)
+    return weights[..., :4] @ u + weights[..., 4:] @ v
+
+
+def merge_score_terms(q, k, v, p, r):
+    return (q @ k.mT + (p @ r.mT) * 0.5).softmax(-1) @ v
+
+
+def table_lookups(q, k, v, table):
+    places = (torch.arange(S) - torch.arange(T)[:, None]).clamp(-1, 1) + 1
+    return (q @ k.mT + torch.einsum("bhid,ijd->bhij", q, table[places])).softmax(-1) @ v
+
+
+def heads():
+    return rand(B, H, T, D), rand(B, H, S, D), rand(B, H, S, D)
+
+
+FORMS = [
+    (inline_checkpoints, heads),
+    (expand_vmap, heads),
+    (functionalize, lambda: (*heads(), rand(T, S))),
+    (split_pair_linear, lambda: (rand(B, T, D), rand(B, S, D), rand(1, 2 * D), rand(1))),
+    (split_ones_column, heads),
+    (canonicalize, lambda: (*heads(), torch.ones(T, S, dtype=torch.bool).triu(1))),
+    (hoist_concat, lambda: (*heads(), rand(D, D))),
+    (merge_online_softmax, heads),
+    (merge_key_sets, heads),
+    (merge_score_terms, lambda: (*heads(), rand(B, H, T, 2), rand(B, H, S, 2))),
+    (table_lookups, lambda: (*heads(), rand(3, D))),
+]
+
+
+def prepared(gm, steps, monkeypatch):
+    """A graph of Dynamo after some of the passes, and the products that it looks up in smaller ones."""
+    monkeypatch.setattr(pipeline, "PREPARE", steps)
+    graph = pipeline.prepare(gm, Context(Options(), Report()))
+    looked_up = [f"{n} = {x.node}[{', '.join(map(str, x.index))}]" for n, x in graph.tables.items()]
+    return "\n".join([whole(graph.gm), *looked_up])
+
+
+@pytest.mark.parametrize(("fn", "args"), FORMS, ids=[fn.__name__ for fn, _ in FORMS])
+def test_a_pass_changes_the_graph_as_shown(fn, args, golden, monkeypatch):
+    graphs, steps = [], pipeline.PREPARE
+    torch.compile(fn, backend=lambda gm, _: graphs.append(gm) or gm.forward, dynamic=False)(*args())
+    (gm,) = graphs
+    at = steps.index(PASSES[fn.__name__])
+    before, after = (prepared(gm, steps[:n], monkeypatch) for n in (at, at + 1))
+    assert before != after, "the pass changes nothing"
+    golden(f"{fn.__name__}.txt", sections({"before": before, "after": after}))
+
+
+def test_every_pass_but_the_trace_is_shown():
+    assert {fn.__name__ for fn, _ in FORMS} == set(PASSES) - {"trace"}

@@ -1,0 +1,176 @@
+"""Rewrite other spellings of a masked fill or a product of matrices as these, and leave the rest alone."""
+
+import pytest
+import torch
+
+from tests.support import assert_kept, check, compiled, qkv, rand
+
+INF = float("inf")
+
+
+def causal(q, k):
+    return torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool).tril()
+
+
+# -- writes under a mask ------------------------------------------------------------------------------
+def written(index, fill=-INF):
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[index(s, causal(q, k))] = fill
+        return s.softmax(-1) @ v
+
+    return fn
+
+
+MASKS = {
+    "after two dimensions": lambda s, keep: (slice(None), slice(None), ~keep),
+    "as large as the scores": lambda s, keep: (~keep).expand_as(s),
+    "after an ellipsis": lambda s, keep: (..., ~keep),
+}
+
+
+@pytest.mark.parametrize("fill", [-INF, -1e9])
+@pytest.mark.parametrize("index", MASKS.values(), ids=MASKS)
+def test_scores_written_under_a_mask(index, fill):
+    check(written(index, fill), *qkv())
+
+
+def test_whole_rows_of_keys_are_written():
+    dead = torch.tensor([[False, True, False], [True, False, False]])  # batch, head
+
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[dead] = 0.5
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    check(fn, q, k, v)
+
+
+def test_numbers_of_many_are_no_fill():
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+
+    def fn(q, k, v, numbers):
+        s = (q @ k.mT) * 0.3
+        s[:, :, mask] = numbers
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    assert_kept(fn, q, k, v, rand(int(mask.sum())), code="rows_mixed")
+
+
+def test_a_tensor_of_one_number_is_a_fill_with_a_gradient():
+    mask = torch.ones(24, 24, dtype=torch.bool).tril()
+
+    def fn(q, k, v, number):
+        s = (q @ k.mT) * 0.3
+        s[:, :, ~mask] = number
+        return s.softmax(-1) @ v
+
+    q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
+    (site,) = check(fn, q, k, v, rand(1))  # with the gradient of the number
+    assert str(site.spec) == "score   where(c0[i, j], 0.3 * dot, c1[0])"
+
+
+def test_integers_as_an_index_are_no_mask():
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        s[..., torch.tensor([1, 4])] = -INF
+        return s.softmax(-1) @ v
+
+    assert_kept(fn, *qkv(), code="rows_mixed")
+
+
+# -- products that are written as a sum ---------------------------------------------------------------
+@pytest.mark.parametrize("keepdim", [False, True])
+def test_products_by_broadcasting(keepdim):
+    def fn(q, k, v):
+        s = (q[:, :, :, None] * k[:, :, None]).sum(-1, keepdim=keepdim) * 0.3
+        return ((s[..., 0] if keepdim else s).softmax(-1)[..., None] * v[:, :, None]).sum(dim=-2)
+
+    check(fn, *qkv())
+
+
+def test_products_of_expanded_operands():
+    def fn(q, k, v):
+        t, s = q.shape[2], k.shape[2]
+        wide, other = q[:, :, :, None].expand(-1, -1, -1, s, -1), k[:, :, None].expand(-1, -1, t, -1, -1)
+        return ((wide * other).sum(-1) * 0.3).softmax(-1) @ v
+
+    check(fn, *qkv())
+
+
+def test_a_sum_in_an_autocast_region_keeps_its_precision():
+    def fn(q, k, v):
+        with torch.autocast("cpu", torch.bfloat16):
+            return (q[:, :, :, None] * k[:, :, None]).sum(-1)
+
+    q, k, _ = qkv()
+    torch.testing.assert_close(compiled(fn)(q, k, None), fn(q, k, None), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "equation, order",
+    [("bqhk,bkhd,hde->bqe", (0, 1, 2)), ("hde,bkhd,bqhk->bqe", (2, 1, 0)), ("...qhk,...khd,hde->...qe", (0, 1, 2))],
+)
+def test_the_output_projection_stands_in_the_same_einsum(equation, order):
+    def fn(q, k, v, o):
+        weights = (torch.einsum("bqhd,bkhd->bqhk", q, k) * 0.3).softmax(-1)
+        given = (weights, v, o)
+        return torch.einsum(equation, *(given[n] for n in order))
+
+    check(fn, rand(2, 24, 3, 8), rand(2, 20, 3, 8), rand(2, 20, 3, 8), rand(3, 8, 5))
+
+
+# -- a maximum of all scores --------------------------------------------------------------------------
+@pytest.mark.parametrize("most", [lambda s: s.max(), lambda s: s.amax((1, 2, 3), keepdim=True), lambda s: s.amax()])
+def test_the_largest_of_all_scores_is_subtracted(most):
+    def fn(q, k, v):
+        s = (q @ k.mT) * 0.3
+        e = (s - most(s)).exp()
+        return (e / e.sum(-1, keepdim=True)) @ v, (s - most(s)).softmax(-1) @ v
+
+    check(fn, *qkv(), sites=2)
+
+
+@pytest.mark.parametrize("pick", [lambda b: b.max(), lambda b: b.min(), lambda b: b.amin((0, 1)), lambda b: b.sum()])
+def test_a_number_made_of_other_numbers_stays(pick):
+    def fn(q, k, v, b):
+        return ((q @ k.mT) * pick(b) + b[0, 0]).softmax(-1) @ v
+
+    (site,) = check(fn, *qkv(), rand(3, 4))
+    assert str(site.spec) == "score   (dot * c1[]) + c0[0, 0]"  # c1 is the number that was picked
+
+
+# -- other names of products ----------------------------------------------------------------------
+def by_tensordot(q, k, v):
+    heads = [torch.tensordot(x, y, dims=([1], [1])) for x, y in zip(q.flatten(0, 1), k.flatten(0, 1))]
+    return torch.stack([torch.tensordot((s * 0.3).softmax(-1), z, dims=1) for s, z in zip(heads, v.flatten(0, 1))])
+
+
+def by_inner(q, k, v):
+    heads = [torch.inner(x, y) for x, y in zip(q.flatten(0, 1), k.flatten(0, 1))]
+    return torch.stack([(s * 0.3).softmax(-1) @ z for s, z in zip(heads, v.flatten(0, 1))])
+
+
+def by_linalg(q, k, v):
+    return torch.linalg.matmul((torch.linalg.matmul(q, k.mT) * 0.3).softmax(-1), v)
+
+
+@pytest.mark.parametrize("fn", [by_tensordot, by_inner, by_linalg], ids=["tensordot", "inner", "linalg"])
+def test_other_names_of_products(fn):
+    check(fn, *qkv(h=2))
+
+
+def test_a_sum_of_products_is_not_rounded_by_the_callers_autocast():
+    """Autocast leaves a sum in float32, where the product of matrices that it could be written as is not."""
+
+    def fn(q, k, v):
+        s = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).masked_fill(~causal(q, k), torch.finfo(torch.float32).min)
+        return s, s.softmax(-1) @ v
+
+    q, k, v = qkv()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (scores, out), (want, want_out) = compiled(fn)(q, k, v), fn(q, k, v)
+    torch.testing.assert_close(scores, want)
+    torch.testing.assert_close(out, want_out, atol=1e-2, rtol=1e-2)

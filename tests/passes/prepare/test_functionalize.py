@@ -1,0 +1,83 @@
+"""Read scores that are changed in place, as a whole or through slices, as what they became."""
+
+import pytest
+import torch
+
+from tests.support import assert_kept, check, qkv
+
+T = 20
+
+
+def scores(q, k):
+    return (q @ k.mT) * 0.25
+
+
+def a_bias_for_all_but_the_first(q, k, v):
+    s = scores(q, k)
+    bias = torch.linspace(-1, 1, (T - 1) ** 2, dtype=q.dtype).view(T - 1, T - 1)
+    s[:, :, 1:, 1:] = s[:, :, 1:, 1:].view(2, -1, T - 1, T - 1) + bias
+    return s.softmax(-1) @ v
+
+
+def a_bias_for_all(q, k, v):
+    s = scores(q, k)
+    s[:, :, 0:, 0:] = s[:, :, 0:, 0:] + torch.linspace(-1, 1, T, dtype=q.dtype)
+    return s.softmax(-1) @ v
+
+
+def the_last_keys_filled(q, k, v):
+    s = scores(q, k)
+    s[..., 12:] = float("-inf")
+    return s.softmax(-1) @ v
+
+
+def one_key_left_out(q, k, v):
+    s = scores(q, k)
+    s[:, :, :, 3] = float("-inf")
+    return s.softmax(-1) @ v
+
+
+def one_row_scaled(q, k, v):
+    s = scores(q, k)
+    s[:, :, -1].mul_(0.5)
+    return s.softmax(-1) @ v
+
+
+def added_to_in_turn(q, k, v):
+    s = scores(q, k)
+    s[:, :, :, :10] += 1.0
+    s[:, :2] *= 0.5
+    return s.softmax(-1) @ v
+
+
+ONE = [a_bias_for_all_but_the_first, a_bias_for_all, the_last_keys_filled, one_key_left_out,
+       added_to_in_turn]  # fmt: skip
+
+
+@pytest.mark.parametrize("fn", ONE, ids=[fn.__name__ for fn in ONE])
+def test_scores_written_in_part_are_one_site(fn):
+    check(fn, *qkv(t=T))
+
+
+def a_view_from_before_is_read_after(q, k, v):
+    s = scores(q, k)
+    first = s[:, :, :, 0]
+    s[..., 12:] = -1.0
+    s[..., 0] = 2.0
+    return s.softmax(-1) @ v + first.unsqueeze(-1)
+
+
+def read_before_and_after(q, k, v):
+    s = scores(q, k)
+    before = s.sum()
+    s[..., 12:] = -1.0
+    return s.softmax(-1) @ v * before + s[..., 12:].sum()
+
+
+def test_scores_read_before_and_after_a_write_are_each_as_they_were():
+    check(read_before_and_after, *qkv(t=T))
+
+
+@pytest.mark.parametrize("fn", [one_row_scaled, a_view_from_before_is_read_after])
+def test_a_write_to_one_row_and_one_under_a_view_that_is_read_later_are_kept(fn):
+    assert_kept(fn, *qkv(t=T), code="rows_mixed")
