@@ -212,6 +212,3 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
         return 1.0
     found = visited_scores(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
     return found / max(dims["T"] * dims["S"], 1)
-
-
-__all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]

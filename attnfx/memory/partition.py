@@ -125,6 +125,3 @@ class _Held(Container[str]):
 
     def __contains__(self, value: object) -> bool:
         return value in self.saved or self.makers[str(value)].name in self.placed
-
-
-__all__ = ["Joint"]

@@ -318,6 +318,3 @@ torch.compiler.assume_constant_result(AttentionSpec.to_json)
 @lru_cache(maxsize=1024)
 def _text(spec: AttentionSpec) -> str:
     return spec.to_json()
-
-
-__all__ = ["TIERS", "Tier", "attention", "check", "choose", "refusals", "register", "require", "twice"]

@@ -33,6 +33,3 @@ def example(value: Any, mode: FakeTensorMode, learns: bool = True) -> Any:
         with mode, torch.enable_grad():
             return fresh.add_(torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True))
     return fresh.requires_grad_()
-
-
-__all__ = ["Transformed", "Untraceable", "example"]

@@ -163,14 +163,8 @@ def slot_node(slot: object) -> Node:
 
 
 SDPA = ("scaled_dot_product_attention",)
-
-
 REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
-
-
 MARKS = (REGION, POLICY)
-
-
 CATS = ("cat", "concat", "concatenate")
 
 

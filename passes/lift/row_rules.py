@@ -309,6 +309,3 @@ def _einsum(use: Use) -> None:
     use.given["tensors"] = [
         use.along(x, term.index(letter)) if letter in term else x for x, term in zip(operands, inputs)
     ]
-
-
-__all__ = ["RULES", "Along", "Made", "NotSeparable", "Use", "rule", "split"]

@@ -227,6 +227,3 @@ def _triangle(use: Use) -> None:
     use.given["self"] = use.along(x, use.row)
     if use.row == use.rank() - 2:
         use.given["diagonal"] = Ref("start", diagonal)
-
-
-__all__ = ["ROWS"]

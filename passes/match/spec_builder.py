@@ -270,6 +270,3 @@ def _differentiable(node: Node, programs: list[Expr]) -> bool:
 
     reached = reach(filter(learns, programs), lambda e: filter(learns, e.args))
     return any(e.op == "load" and e.value is node for e in reached)
-
-
-__all__ = ["Parts", "Reader", "Reading", "Refused", "batch_and_heads"]

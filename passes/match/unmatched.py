@@ -112,6 +112,3 @@ def _from_input(n: Node) -> bool:
             return False
         at = same[0]
     return at.op == "placeholder"
-
-
-__all__ = ["others", "unread", "unread_bodies", "with_reasons"]

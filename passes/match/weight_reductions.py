@@ -339,13 +339,3 @@ def of_nodes(program: Expr, source: Reading | Match) -> Expr:
         return None
 
     return rebuild(program, change)
-
-
-__all__ = [
-    "find_reductions",
-    "names_its_length",
-    "of_nodes",
-    "over_axes",
-    "over_letters",
-    "renumbered",
-]

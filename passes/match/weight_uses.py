@@ -33,6 +33,3 @@ def read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
     """A node through which something of the starts leaves the graph, other than through the ends."""
     readers = reach(starts, lambda n: [u for u in n.users if u not in ends and not op_name(u).startswith("sym_")])
     return next((n for n in readers if any(u.op == "output" or written_operands(u) for u in n.users)), None)
-
-
-__all__ = ["drawn_for_others", "needed", "read_beside"]

@@ -242,6 +242,3 @@ def _source(made: Made, like: Made) -> Along | None:
     if count != 1 or not plain or mine != theirs or "." not in made.op:
         return None
     return alongs[0]
-
-
-__all__ = ["run"]

@@ -236,6 +236,3 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
         if (x.node, tuple(substitute(e, moved) for e in x.index), x.factor) in theirs and x.factor is UNIT:
             return Operand(x.node, tuple(substitute(e, {one.reduced: total}) for e in x.index))
     return None
-
-
-__all__ = ["run"]

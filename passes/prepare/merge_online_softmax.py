@@ -311,6 +311,3 @@ def _softmax(emit: Emitter, chunks: list[Chunk]) -> Node:
     values = emit.call(aten.cat.default, [c.values for c in chunks], row)
     by = {first.read: weights, first.values: values}
     return emit.call(node.target, *torch.fx.map_arg(node.args, lambda x: by.get(x, x)), **node.kwargs)  # type: ignore[arg-type]
-
-
-__all__ = ["run"]

@@ -135,6 +135,3 @@ def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
         if v not in there:
             made = emit.call(aten.unsqueeze.default, made, d)
     return made
-
-
-__all__ = ["run"]

@@ -109,6 +109,3 @@ def _computed(emit: Emitter, n: Node, p: Part) -> Node:
     if p.column is not None:
         return emit.call(n.target, weights, piece)  # type: ignore[arg-type]
     return emit.call(aten.squeeze.dim, emit.call(n.target, weights, emit.call(aten.unsqueeze.default, piece, -1)), -1)  # type: ignore[arg-type]
-
-
-__all__ = ["run"]

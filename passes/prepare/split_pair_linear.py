@@ -135,6 +135,3 @@ def _layer(emit: Emitter, n: Node, factors: list[Node], weight: Node, turned: bo
     of_weight = f"z{ascii_lowercase[rank - 1]}" if turned and out else f"{ascii_lowercase[rank - 1]}{out}"
     equation = f"{','.join(given)},{of_weight}->{ascii_lowercase[: rank - 1]}{out}"
     return emit.call(aten.einsum.default, equation, [*factors, weight])
-
-
-__all__ = ["run"]

@@ -169,6 +169,3 @@ def run(graph: Graph) -> int:
     mark_unread_draws(traced)
     graph.gm, graph.traced = traced, True
     return len(traced.graph.nodes)
-
-
-__all__ = ["run"]

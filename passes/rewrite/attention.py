@@ -184,6 +184,3 @@ def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
         raise CannotEmit("an axis is missing from the output")
     order = [axes.index(a) for a in (*named, *missing)]
     return emit.call(aten.permute.default, out, order) if order != sorted(order) else out
-
-
-__all__ = ["Operators", "dimensions", "rewrite"]

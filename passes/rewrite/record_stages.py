@@ -92,6 +92,3 @@ def _module(n: Node) -> str:
     stack = n.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     return path.removeprefix("L['self']").removeprefix(".")
-
-
-__all__ = ["Recorder"]

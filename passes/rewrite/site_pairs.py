@@ -126,6 +126,3 @@ def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
                 elements *= number(extent)
             sizes.append(elements)
     return sum(sizes), max(sizes)
-
-
-__all__ = ["Pair", "Trial", "pair", "weight"]

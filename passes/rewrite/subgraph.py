@@ -80,6 +80,3 @@ def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
         elif n.target is EXIT:
             open_.remove(n.args[0])
     return open_
-
-
-__all__ = ["base_of", "cut"]

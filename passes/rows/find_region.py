@@ -279,6 +279,3 @@ class _Walk:
 
 def _read_by(n: Node) -> bool:
     return bool(n.users) or n.op == "output" or bool(written_operands(n))
-
-
-__all__ = ["find_region"]

@@ -136,6 +136,3 @@ def _order(n: Node) -> tuple[int, ...]:
             return ()
         step *= shape[d]
     return () if list(order) == sorted(order) else order
-
-
-__all__ = ["replace_region"]

@@ -68,6 +68,3 @@ def _reason(problem: Exception) -> str | None:
         words = str(problem).strip().splitlines()
         return f"does not compile ({words[-1].strip() if words else type(problem).__name__})"
     return None
-
-
-__all__ = ["CannotLaunch", "first_that_runs"]
