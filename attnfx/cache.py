@@ -130,6 +130,3 @@ def _warn(path: Path, what: str) -> None:
             return
         _warned.add((path, what))
     warnings.warn(f"attnfx: the cache {path} {what}", RuntimeWarning, stacklevel=4)
-
-
-__all__ = ["JsonCache", "directory", "key_of"]

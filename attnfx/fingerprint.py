@@ -45,6 +45,3 @@ def _version(name: str) -> str:
         return version(name)
     except PackageNotFoundError:
         return "none"
-
-
-__all__ = ["device_name", "fingerprint"]

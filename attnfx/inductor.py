@@ -113,6 +113,3 @@ def compiled(function: Callable[..., Sequence[Tensor]], operands: Sequence[Tenso
         return lambda *_: ()
     with torch.no_grad():
         return inductor.compile_fx(gm, list(operands), config_patches={"triton.cudagraphs": False})  # type: ignore[return-value]
-
-
-__all__ = ["Partitioner", "compile_graph", "compile_rest", "compiled"]

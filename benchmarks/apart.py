@@ -1,15 +1,56 @@
-"""Jobs one after the other in a process of their own: one that takes it down, or never ends, loses no other."""
+"""Run jobs in processes of their own: one that takes its process down, or never ends, loses no other."""
 
 from __future__ import annotations
 
+import argparse
 import json
+import logging
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+RESULTS = Path(__file__).resolve().parent / "results"
 MARK = "answer "  # before what is meant for the parent: libraries print as well
+
+
+def once(command: Sequence[str], **how: Any) -> dict[str, Any]:
+    """The JSON that a command prints last; {"error": its last words} where it fails. `how` as subprocess.run has it."""
+    done = subprocess.run(command, capture_output=True, text=True, **how)
+    if done.returncode:
+        return {"error": (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def parser(results: str) -> argparse.ArgumentParser:
+    """Options of a script that runs itself again for each job: --only, --output and, in a job's process, --job."""
+    made = argparse.ArgumentParser()
+    made.add_argument("--only")
+    made.add_argument("--output", type=Path, default=RESULTS / results)
+    made.add_argument("--job")
+    return made
+
+
+def job(file: str, *words: Any) -> dict[str, Any] | None:
+    """The answer of such a script to --job, or None where that failed; what it said is printed then."""
+    ran = subprocess.run([sys.executable, file, "--job", json.dumps(words)], capture_output=True, text=True)
+    if ran.returncode:
+        print(f"{words}: {ran.stderr[-2000:]}", file=sys.stderr)
+        return None
+    return json.loads(ran.stdout.splitlines()[-1])
+
+
+def answered(options: argparse.Namespace, answer: Callable[..., object]) -> bool:
+    """Whether this is the process of a job; prints its answer, computed on one thread, then."""
+    if options.job:
+        import torch
+
+        logging.disable(logging.WARNING)
+        torch.set_num_threads(1)
+        print(json.dumps(answer(*json.loads(options.job))))
+    return bool(options.job)
 
 
 class Apart:

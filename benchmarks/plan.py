@@ -14,17 +14,14 @@ two.
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import apart
 import torch
 from measure import machine
 from models import Built, build
@@ -117,13 +114,8 @@ def measured(case: Case) -> dict[str, Any]:
     return {"measured": peak, "tiers": _tiers(s for r in attnfx.reports() for s in r)}
 
 
-def job(what: str, case: Case) -> dict[str, Any] | None:
-    command = [sys.executable, __file__, "--job", json.dumps([what, *case])]
-    ran = subprocess.run(command, capture_output=True, text=True)
-    if ran.returncode:
-        print(f"{case}: {ran.stderr[-2000:]}", file=sys.stderr)
-        return None
-    return json.loads(ran.stdout.splitlines()[-1])
+def answer(what: str, *case: Any) -> dict[str, Any]:
+    return {"predicted": predicted, "measured": measured}[what](Case(*case))
 
 
 def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
@@ -146,17 +138,10 @@ def of_twelve(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only")
-    parser.add_argument("--again", action="store_true")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan.json")
-    parser.add_argument("--job")
-    chosen = parser.parse_args()
-    if chosen.job:
-        logging.disable(logging.WARNING)
-        torch.set_num_threads(1)
-        what, *case = json.loads(chosen.job)
-        print(json.dumps({"predicted": predicted, "measured": measured}[what](Case(*case))))
+    options = apart.parser("plan.json")
+    options.add_argument("--again", action="store_true")
+    chosen = options.parse_args()
+    if apart.answered(chosen, answer):
         return
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "steps": {}, "chunks": {}}
@@ -166,9 +151,9 @@ def main() -> None:
             old = rows.get(str(case), {})
             if chosen.only not in (None, case.name) or (old and not chosen.again):
                 continue
-            plan = job("predicted", case)
+            plan = apart.job(__file__, "predicted", *case)
             same = plan is not None and plan["planned"] == old.get("tiers")  # what was measured is what is planned
-            row = old if same else job("measured", case)
+            row = old if same else apart.job(__file__, "measured", *case)
             if row is None or plan is None:
                 continue
             rows[str(case)] = row | plan

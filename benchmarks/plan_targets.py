@@ -10,16 +10,13 @@ process's own CPU time. Results are written as they come; a plan that is there i
 
 from __future__ import annotations
 
-import argparse
 import json
-import logging
-import subprocess
-import sys
 import time
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+import apart
 import torch
 from measure import machine
 from models import Built, build, tokens
@@ -93,15 +90,8 @@ def one(name: str, target: str, train: bool, budget: str | None) -> dict[str, An
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--only")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "plan_targets.json")
-    parser.add_argument("--job")
-    chosen = parser.parse_args()
-    if chosen.job:
-        logging.disable(logging.WARNING)
-        torch.set_num_threads(1)
-        print(json.dumps(one(*json.loads(chosen.job))))
+    chosen = apart.parser("plan_targets.json").parse_args()
+    if apart.answered(chosen, one):
         return
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "plans": {}}
@@ -112,12 +102,10 @@ def main() -> None:
             key = "{}, {} layers, {}, {}, {}".format(name, *MODELS[name], kind, target)
             if key in held["plans"] or chosen.only not in (None, name):
                 continue
-            job = json.dumps([name, target, train, None])
-            ran = subprocess.run([sys.executable, __file__, "--job", job], capture_output=True, text=True)
-            if ran.returncode:
-                print(f"{key}: {ran.stderr[-2000:]}", file=sys.stderr)
+            found = apart.job(__file__, name, target, train, None)
+            if found is None:
                 continue
-            held["plans"][key] = found = json.loads(ran.stdout.splitlines()[-1])
+            held["plans"][key] = found
             file.write_text(json.dumps(held, indent=1) + "\n")
             print(key, found, flush=True)
 

@@ -14,13 +14,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import click
+from apart import once
 from measure import machine
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
@@ -101,10 +101,7 @@ def work(job: dict[str, Any], threads: int) -> dict[str, Any]:
         "PYTHONWARNINGS": "ignore",
     }
     command = [sys.executable, str(HERE / "worker.py"), json.dumps(job | {"threads": threads})]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        return {"error": (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return once(command, env=environment)
 
 
 def measure(row: Row, threads: int) -> None:

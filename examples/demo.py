@@ -11,13 +11,10 @@ first        what the first step took
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -31,13 +28,16 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.table import Table
 from rich.text import Text
 
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+from apart import once
+from measure import give_back_freed_memory, peak_over_base
+
 if TYPE_CHECKING:
     import torch
 
     import attnfx
 
 BACKENDS = ("eager", "inductor", "attnfx")
-PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
 @dataclass(frozen=True)
@@ -110,38 +110,6 @@ CASES = {
 
 
 # -- one measurement, in a process of its own ---------------------------------------------------
-def resident() -> int:
-    return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
-
-
-def give_back_freed_memory() -> None:
-    """Otherwise what the allocator keeps from the first step hides part of the next one's peak."""
-    import ctypes
-    import gc
-
-    gc.collect()
-    with contextlib.suppress(AttributeError):  # another C library than glibc
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_over_base(run: Callable[[], Any]) -> tuple[int, Any]:
-    give_back_freed_memory()
-    base = peak = resident()
-    done = threading.Event()
-
-    def sample() -> None:
-        nonlocal peak
-        while not done.wait(0.002):
-            peak = max(peak, resident())
-
-    sampler = threading.Thread(target=sample, daemon=True)
-    sampler.start()
-    result = run()
-    done.set()
-    sampler.join()
-    return peak - base, result
-
-
 def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
     """The largest difference, as a part of the largest number. A single small gradient is no measure for itself: that
     of a key's bias, for one, is zero but for rounding."""
@@ -183,6 +151,7 @@ def measure(name: str, backend: str, quick: bool, folder: Path) -> dict[str, Any
     step()
     first = time.perf_counter() - start
     model.zero_grad(set_to_none=True)
+    give_back_freed_memory()
     peak, outputs = peak_over_base(step)
     gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     times = []
@@ -206,10 +175,7 @@ def measure(name: str, backend: str, quick: bool, folder: Path) -> dict[str, Any
 def in_a_process(name: str, backend: str, quick: bool, folder: Path) -> dict[str, Any]:
     """Runs `measure` in a fresh interpreter."""
     command = [sys.executable, __file__, "--worker", name, backend, str(folder)] + ["--quick"] * quick
-    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"PYTHONWARNINGS": "ignore"})
-    if done.returncode:
-        return {"error": (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]}
-    return json.loads(done.stdout.splitlines()[-1])
+    return once(command, env=os.environ | {"PYTHONWARNINGS": "ignore"})
 
 
 # -- the display --------------------------------------------------------------------------------

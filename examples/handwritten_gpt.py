@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import attnfx
+from training import Batch, compare
 
 WIDTH, HEADS, LENGTH, LETTERS = 128, 4, 256, 64
 
@@ -45,33 +45,12 @@ class GPT(nn.Module):
         return self.head(self.blocks(x))
 
 
-def train(compiled: bool, steps: int = 5) -> list[float]:
-    """The losses of a few steps on text that repeats itself; every run starts from the same weights."""
-    torch.manual_seed(0)
-    model = GPT()
-    run = torch.compile(model, backend="attnfx", options={"rewrite": "always"}) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+def batches() -> Iterator[Batch]:
+    """Text that repeats itself."""
     text = torch.randint(LETTERS, (4, 16)).repeat(1, LENGTH // 16 + 1)[:, : LENGTH + 1]
-    losses = []
-    for _ in range(steps):
-        loss = F.cross_entropy(run(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def main() -> None:
-    eager, rewritten = train(compiled=False), train(compiled=True)
-    print("step   eager    attnfx")
-    for step, (a, b) in enumerate(zip(eager, rewritten)):
-        print(f"{step:4} {a:8.5f} {b:8.5f}")
-    for report in attnfx.reports():
-        print(report)
-    gap = max(abs(a - b) for a, b in zip(eager, rewritten))
-    print(f"largest difference of the losses: {gap:.1e}", "(ok)" if gap < 1e-3 else "(too large)")
+    for _ in range(5):
+        yield (text[:, :-1],), text[:, 1:]
 
 
 if __name__ == "__main__":
-    main()
+    compare(GPT, batches)

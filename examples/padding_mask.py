@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-import attnfx
+from training import Batch, compare
 
 HEADS, WIDTH, LENGTH, WORDS = 4, 128, 256, 100
 
@@ -33,40 +34,14 @@ class Classifier(nn.Module):
         return self.head((x * kept).sum(1) / kept.sum(1))
 
 
-def batch() -> tuple[Tensor, Tensor, Tensor]:
-    answer = torch.randint(4, (8,))
-    text = torch.randint(4, WORDS, (8, LENGTH))
-    text = torch.where(torch.rand(8, LENGTH) < 0.5, answer[:, None], text)
-    real = torch.arange(LENGTH) < torch.randint(LENGTH // 4, LENGTH + 1, (8, 1))
-    return text, real, answer
-
-
-def train(compiled: bool, steps: int = 8) -> list[float]:
-    torch.manual_seed(0)
-    model = Classifier()
-    run = torch.compile(model, backend="attnfx", options={"rewrite": "always"}) if compiled else model
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(steps):
-        text, real, answer = batch()
-        loss = F.cross_entropy(run(text, real), answer)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses
-
-
-def main() -> None:
-    eager, rewritten = train(compiled=False), train(compiled=True)
-    print("step   eager    attnfx")
-    for step, (a, b) in enumerate(zip(eager, rewritten)):
-        print(f"{step:4} {a:8.5f} {b:8.5f}")
-    for report in attnfx.reports():
-        print(report)
-    gap = max(abs(a - b) for a, b in zip(eager, rewritten))
-    print(f"largest difference of the losses: {gap:.1e}", "(ok)" if gap < 1e-3 else "(too large)")
+def batches() -> Iterator[Batch]:
+    for _ in range(8):
+        answer = torch.randint(4, (8,))
+        text = torch.randint(4, WORDS, (8, LENGTH))
+        text = torch.where(torch.rand(8, LENGTH) < 0.5, answer[:, None], text)
+        real = torch.arange(LENGTH) < torch.randint(LENGTH // 4, LENGTH + 1, (8, 1))
+        yield (text, real), answer
 
 
 if __name__ == "__main__":
-    main()
+    compare(Classifier, batches)

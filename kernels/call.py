@@ -56,6 +56,3 @@ def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
     copy."""
     batch, heads, rows, _ = query.shape
     return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)
-
-
-__all__ = ["Call", "output_like"]

@@ -336,6 +336,3 @@ def diagonal_sums(tile: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(tile.flip(-2), (0, t))  # row m of width t + s; cut to t + s - 1 it moves by m
     skewed = padded.reshape(*tile.shape[:-2], t * (t + s))[..., : t * (t + s - 1)]
     return skewed.reshape(*tile.shape[:-2], t, t + s - 1).sum(-2, keepdim=True)
-
-
-__all__ = ["Axis", "Evaluator", "block_axes", "diagonal_sums", "opaque", "toeplitz"]

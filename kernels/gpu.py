@@ -34,6 +34,3 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
-
-
-__all__ = ["capability", "capturing", "lasting"]

@@ -214,6 +214,3 @@ def _device(name: str) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise click.BadParameter("there is no CUDA device here; the nearest is 'cpu'", param_hint="--device")
     return device
-
-
-__all__ = ["command"]

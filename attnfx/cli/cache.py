@@ -56,6 +56,3 @@ def clear(names: tuple[str, ...]) -> None:
         else:
             count = cache.JsonCache(name).clear()
         click.echo(f"{name}: {count} forgotten")
-
-
-__all__ = ["command"]

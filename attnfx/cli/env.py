@@ -74,6 +74,3 @@ def _lines(value: Any) -> list[str]:
     if isinstance(value, dict):
         return [f"{k} {v}" for k, v in value.items()] or ["none"]
     return (value or ["none"]) if isinstance(value, list) else [str(value)]
-
-
-__all__ = ["command", "environment"]

@@ -103,6 +103,3 @@ def _print(report: Report, as_json: bool) -> None:
         return
     console = Console()
     console.print(report) if console.is_terminal else click.echo(str(report))
-
-
-__all__ = ["command", "prepared"]

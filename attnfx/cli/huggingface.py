@@ -94,6 +94,3 @@ def _inputs(model: Any, config: Any, batch: int, length: int) -> dict[str, Any]:
         height, width = (extent, extent) if isinstance(extent, int) else extent
         return {name: torch.randn(batch, getattr(vision, "num_channels", 3), height, width)}
     raise click.UsageError(f"the input of this model is {name!r}, which --hf cannot make: write a factory")
-
-
-__all__ = ["made"]

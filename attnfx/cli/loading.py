@@ -209,9 +209,3 @@ def _is_function_of(x: Any, module: ModuleType) -> bool:
 def _kind(x: Any) -> str:
     inside = f" of {len(x)}" if isinstance(x, tuple | list) else ""
     return "None" if x is None else f"a {type(x).__name__}{inside}"
-
-
-__all__ = [
-    "ARGUMENT_HELP", "BROKEN", "EXIT_CODES", "FAILED", "REFUSED", "Broken", "Refused", "UsersError", "load",
-    "taken_apart", "tracing", "users_code", "users_traceback",
-]  # fmt: skip

@@ -69,6 +69,3 @@ def _text(value: Any) -> str:
     if isinstance(value, int | float):
         return f"{int(value):,}" if value == int(value) else f"{value:,.6g}"
     return str(value)
-
-
-__all__ = ["command"]

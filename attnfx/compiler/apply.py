@@ -146,6 +146,3 @@ def cut_out(found: Found, choice: Choice) -> GraphModule | None:
             return None
         ends = [made.get(copies[n], copies[n]) for n in ends]
     return cut(graph.gm, list(dict.fromkeys(ends)), operands, captures)
-
-
-__all__ = ["OPERATORS", "Outcome", "Replaced", "apply", "cut_out"]

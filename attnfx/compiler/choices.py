@@ -65,6 +65,3 @@ class Choice:
 
     def noted(self, *notes: str) -> Choice:
         return replace(self, site=replace(self.site, notes=(*self.site.notes, *notes)))
-
-
-__all__ = ["LEAVE", "SHIELD", "SHIELD_RISKY", "Attention", "Choice", "WholeRows"]

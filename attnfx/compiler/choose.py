@@ -204,6 +204,3 @@ class _Choosing:
 
 def _places(nodes: Sequence[Node]) -> str:
     return ", ".join(dict.fromkeys(where_in_source(n) or n.name for n in nodes))
-
-
-__all__ = ["choose"]

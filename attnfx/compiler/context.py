@@ -47,6 +47,3 @@ class Context:
     def body(self, name: str) -> Context:
         """The context of the body that an attribute holds."""
         return replace(self, path=f"{self.path}{name}/")
-
-
-__all__ = ["Context"]

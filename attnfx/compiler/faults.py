@@ -69,6 +69,3 @@ def described(problem: BaseException) -> str:
     """The kind of an exception and the first line of its message."""
     text = str(problem).strip()
     return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__
-
-
-__all__ = ["Exercised", "Fault", "Faults", "Part", "described"]

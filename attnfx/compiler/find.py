@@ -126,6 +126,3 @@ def _kept(finding: Finding, fault: Fault) -> Finding:
 def _bare(finding: Finding) -> Site:
     place = next((p for p in map(where_in_source, [*finding.anchors, finding.final]) if p), "")
     return Site("", place, refusal=finding.refusal)
-
-
-__all__ = ["Found", "Place", "find", "part_of"]

@@ -379,6 +379,3 @@ def _file_others(report: Report, found: Iterable[tuple[Node, Refusal]]) -> None:
             report.file_site(site)
         else:
             report.others.append(replace(site, name=f"softmax_{len(report.others)}"))
-
-
-__all__ = ["PREPARE", "Result", "again", "prepare", "run"]

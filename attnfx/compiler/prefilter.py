@@ -29,6 +29,3 @@ def worth_tracing(gm: GraphModule) -> bool:
         return any(word in name for name in names for word in words)
 
     return some(HINTS) or ((some(GATES) or all(map(some, SHARES))) and some(PRODUCTS))
-
-
-__all__ = ["worth_tracing"]

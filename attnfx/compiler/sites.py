@@ -83,6 +83,3 @@ def _known(shape_env: Any, symbol: Any) -> Any:
         if found is not None:
             return found
     return None
-
-
-__all__ = ["describe_site", "hints", "numeric_dims"]

@@ -64,6 +64,3 @@ def tiers_of(
         return ["chunked"]
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
     return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
-
-
-__all__ = ["fused_call", "refusals", "target_of", "tiers_of"]

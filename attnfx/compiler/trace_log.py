@@ -31,6 +31,3 @@ def said(site: Site) -> str:
         return f"kept: {site.refusal}"
     made = site.decision
     return "" if made is None else f"{made.tier} {f'[{made.code}] ' if made.code else ''}{made.reason}".strip()
-
-
-__all__ = ["publish", "readable", "said", "traces"]

@@ -66,14 +66,7 @@ FORWARD = {
 TRAINING = {
     # 29 points, mean error 5%
     "inductor": Rates(
-        call=829000,
-        copied=1.57,
-        score=2.71,
-        width=0.178,
-        spilled=4.79,
-        program=0.248,
-        function=2.44,
-        draw=21.7,
+        call=829000, copied=1.57, score=2.71, width=0.178, spilled=4.79, program=0.248, function=2.44, draw=21.7,
         narrow=0.0834,
     ),
     # 7 points, mean error 3%
@@ -82,19 +75,12 @@ TRAINING = {
     "library": Rates(call=1.42e6, operand=2.05, score=1.37, width=0.171, program=1.21, narrow=0.148),
     # 36 points, mean error 11%
     "chunked": Rates(
-        call=1.24e6,
-        operand=0.47,
-        copied=0.132,
-        score=8.28,
-        width=0.243,
-        program=0.294,
-        function=6.24,
-        draw=10.6,
+        call=1.24e6, operand=0.47, copied=0.132, score=8.28, width=0.243, program=0.294, function=6.24, draw=10.6,
         narrow=0.253,
     ),
     # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
     "sums": Rates(call=1.2e6, score=7.8, width=0.062),
-}
+}  # fmt: skip
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
@@ -226,6 +212,3 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
         return 1.0
     found = visited_scores(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
     return found / max(dims["T"] * dims["S"], 1)
-
-
-__all__ = ["FORWARD", "TRAINING", "Rates", "candidates", "time", "work"]

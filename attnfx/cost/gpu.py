@@ -248,6 +248,3 @@ def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> 
     wanted = max(1, min(MOST_SPLITS, -(-waves * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * step
     return -(-keys // chunk), chunk
-
-
-__all__ = ["candidates", "padded", "splits_of", "summary"]

@@ -148,6 +148,3 @@ class Operators:
         query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
         held = saved + fused.workspace(query, key, dims["Dv"], ask.element)
         return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), held, saved)
-
-
-__all__ = ["Operators", "padded"]

@@ -105,8 +105,3 @@ def on_all(
         tail = max(tail, longest / 2)
     work = programs * mean / target.multiprocessors + tail
     return max(work, longest * alone) / (target.clock * 1e6)
-
-
-__all__ = [
-    "LATENCY", "TRIPS", "WARP", "Step", "cycles", "float_lanes", "matrix_rate", "occupancy", "on_all", "warp_groups",
-]  # fmt: skip

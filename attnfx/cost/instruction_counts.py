@@ -1,4 +1,4 @@
-"""What the flash kernels' machine code holds: the table that benchmarks/instructions.py writes."""
+"""What the flash kernels' machine code holds: the table that `benchmarks/machine_code.py table` writes."""
 
 from __future__ import annotations
 

@@ -37,6 +37,3 @@ def pays(found: Summary, sizes: Mapping[str, int], target: Target, kernels: int,
 def decodes(found: Summary, sizes: Mapping[str, int]) -> bool:
     """Whether the decode kernel can use it: the heads that share keys share a list of tiles."""
     return "h" not in axes(found.spec) or sizes["G"] == sizes["H"]
-
-
-__all__ = ["decodes", "milliseconds", "pays"]

@@ -45,6 +45,3 @@ class Question:
     def element(self) -> int:
         """Bytes of an element of query, key and value."""
         return {"float16": 2, "bfloat16": 2, "float64": 8}.get(self.dtype, 4)
-
-
-__all__ = ["Question"]

@@ -136,5 +136,3 @@ def live_share(score: Expr, rows: int, columns: int) -> float:
 
 
 KERNELS = (CALLS, COMPILED)
-
-__all__ = ["CALLS", "COMPILED", "KERNELS", "Rows", "candidates", "live_share"]

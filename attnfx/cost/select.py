@@ -122,6 +122,3 @@ def _memory() -> int:
 
 def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:
     return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives), code=code)
-
-
-__all__ = ["evaluate", "line", "select", "select_rows"]

@@ -673,6 +673,3 @@ def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None])
 def substitute(root: Expr, by: dict[Expr, Expr]) -> Expr:
     """Replace each occurrence of a key (any expression) by its value; bound variables are not special."""
     return rebuild(root, lambda old, _: by.get(old)) if by else root
-
-
-__all__ = ["INT", "Expr", "add", "const", "make", "mul", "rebuild", "substitute", "where"]

@@ -6,23 +6,13 @@ import math
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
+from attnfx.ir.reach import reach
 
 
 def outside(root: Expr) -> list[Expr]:
     """The nodes of an expression that stand under no reduction and no softmax."""
-    out: list[Expr] = []
-    stack, seen = [root], set()
-    while stack:
-        at = stack.pop()
-        if at in seen:
-            continue
-        seen.add(at)
-        out.append(at)
-        if at.op == "softmax":
-            stack.append(at.args[2])
-        elif at.op not in ("rsum", "rmax"):
-            stack.extend(at.args)
-    return out
+    inside = {"rsum": (), "rmax": ()}
+    return list(reach([root], lambda e: e.args[2:3] if e.op == "softmax" else inside.get(e.op, e.args)))
 
 
 def exponent(e: Expr) -> Expr | None:

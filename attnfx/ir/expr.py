@@ -122,8 +122,6 @@ def walk(root: Expr) -> tuple[Expr, ...]:
 
 _INFIX = {"add": " + ", "mul": " * ", "and": " and ", "or": " or ", "floordiv": " // ", "mod": " % ",
           "lt": " < ", "le": " <= ", "eq": " == "}  # fmt: skip
-
-
 _TIGHT = {"const", "var", "size", "load", "dot", "prob"}
 
 

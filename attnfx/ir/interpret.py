@@ -49,8 +49,6 @@ UNARY: dict[str, Callable[[float], float]] = {
     "sign": lambda x: (x > 0) - (x < 0), "float": float, "int": int, "not": lambda x: not x,
     "ge0": lambda x: x >= 0, "eq0": lambda x: x == 0,
 }  # fmt: skip
-
-
 _ATEN: dict[str, Callable[..., Number]] = {
     **UNARY, "to": float, "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "rsub": lambda x, y: y - x,
     "mul": lambda x, y: x * y, "div": lambda x, y: x * _recip(y), "neg": lambda x: -x, "pow": lambda x, y: x**y,

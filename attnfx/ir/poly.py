@@ -6,6 +6,7 @@ expand: variables, sizes, floor divisions, remainders, loads.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import lru_cache
 
 from attnfx.ir.expr import Expr
@@ -37,28 +38,23 @@ def _of(e: Expr) -> tuple[tuple[Monomial, int], ...]:
     return (((e,), 1),)
 
 
-def plus(a: Poly, b: Poly, factor: int = 1) -> Poly:
-    out = dict(a)
-    for m, c in b.items():
-        total = out.get(m, 0) + factor * c
+def _sum(p: Poly, terms: Iterable[tuple[Monomial, int]]) -> Poly:
+    """Add terms to a polynomial in place."""
+    for m, c in terms:
+        total = p.get(m, 0) + c
         if total:
-            out[m] = total
+            p[m] = total
         else:
-            out.pop(m, None)
-    return out
+            p.pop(m, None)
+    return p
+
+
+def plus(a: Poly, b: Poly, factor: int = 1) -> Poly:
+    return _sum(dict(a), ((m, factor * c) for m, c in b.items()))
 
 
 def times(a: Poly, b: Poly) -> Poly:
-    out: Poly = {}
-    for m, c in a.items():
-        for n, d in b.items():
-            key = tuple(sorted((*m, *n), key=by_digest))
-            total = out.get(key, 0) + c * d
-            if total:
-                out[key] = total
-            else:
-                out.pop(key, None)
-    return out
+    return _sum({}, ((tuple(sorted((*m, *n), key=by_digest)), c * d) for m, c in a.items() for n, d in b.items()))
 
 
 def _rank(m: Monomial) -> tuple[int, tuple[bytes, ...]]:

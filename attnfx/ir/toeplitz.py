@@ -36,6 +36,3 @@ def toeplitz(e: Expr) -> Expr | None:
 
     moved = rebuild(e, change)
     return None if {"i", "j"} & moved.free else moved
-
-
-__all__ = ["OPAQUE", "SPAN", "opaque", "toeplitz"]

@@ -98,6 +98,3 @@ def _interval(e: Expr) -> tuple[float, float]:
         case "where":
             return min(low for low, _ in within[1:]), max(high for _, high in within[1:])
     return 0.0, 1.0
-
-
-__all__ = ["DROWNED", "LOST", "addend"]

@@ -26,8 +26,6 @@ LONGEST = 20_000  # characters of one predicate; beyond, it is opaque
 MAX_OPERATIONS = 100_000  # of isl, for one question: at most some hundred milliseconds; common masks take 5,000
 
 _CHOICES = ("where", "min", "max", "abs")
-
-
 MAX_COUNT = 20_000_000  # of isl, to count the points of a set that it has already found: about a microsecond a row
 
 

@@ -143,6 +143,3 @@ def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int)
 def _spans(seen: Expr, keep: Expr, rows: int, keys: int, step: int) -> Spans:
     live, dead, exact = intervals(P.formula(seen, True), P.formula(keep, False), rows, keys, step)
     return Spans(live, dead, rows, keys, step, exact)
-
-
-__all__ = ["Spans", "spans"]

@@ -126,8 +126,3 @@ def worth(spec: AttentionSpec, sizes: Mapping[str, int], passes: int = 1) -> Sum
     if found is None or min(sizes["T"], sizes["S"]) < SHORTEST or scores < LEAST:
         return None
     return found if SHARED * cost(found, sizes).evaluations <= passes * scores else None
-
-
-__all__ = [
-    "DEAD", "EVERY", "GRAIN", "LIVE", "Cost", "Summary", "added", "axes", "cost", "of", "predicate", "shape", "worth",
-]  # fmt: skip

@@ -136,6 +136,3 @@ class _Boxes:
             return low // n, high // n
         known = low // n == high // n  # a tile within one period
         return np.where(known, low % n, 0), np.where(known, high % n, n - 1)
-
-
-__all__ = ["DEAD", "LIVE", "extent", "states"]

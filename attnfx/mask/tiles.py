@@ -67,12 +67,16 @@ def tiles(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, til
     return _tiles(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
+def _numeric(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int, Expr, Expr]:
+    """Queries, keys, and the two programs with the sizes' numbers in them."""
+    sizes = dict(items)
+    return sizes["T"], sizes["S"], P.numeric(seen, sizes), P.numeric(keep, sizes)
+
+
 @lru_cache(maxsize=1024)
 def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Tiles:
-    sizes = dict(items)
-    T, S = sizes["T"], sizes["S"]
+    T, S, seen, keep = _numeric(seen, keep, items)
     rows, columns = -(-T // tile_q), -(-S // tile_k)
-    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
         return Tiles(rows, columns, 0, rows * columns, 0, 1.0, lambda qi, ki: (True, False))
     known, each = spans(seen, keep, items, tile_q), spans(seen, keep, items, 1)
@@ -80,7 +84,7 @@ def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: i
         some, holes = (known.tiles(tile_q, tile_k, dead) for dead in (False, True))
         share, touches = each.live / (T * S), partial(known.touches, tile_q, tile_k)
     else:
-        some, holes, share, touches = _by_sets(seen, keep, sizes, tile_q, tile_k)
+        some, holes, share, touches = _by_sets(seen, keep, dict(items), tile_q, tile_k)
     empty, full = rows * columns - some, rows * columns - holes
     return Tiles(rows, columns, empty, full, rows * columns - empty - full, share, touches)
 
@@ -116,17 +120,16 @@ def visited_scores(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q:
 
 def prepare(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> None:
     """Analyse a mask at its sizes, before `visited` is asked for many tiles of it."""
-    seen, keep = P.numeric(live(spec), sizes), P.numeric(kept(spec), sizes)
+    items = tuple(sizes.items())
+    _, _, seen, keep = _numeric(live(spec), kept(spec), items)
     if keep is not A.TRUE:
-        spans(seen, keep, tuple(sizes.items()), ANALYSED)
+        spans(seen, keep, items, ANALYSED)
 
 
 @lru_cache(maxsize=4096)
 def _visited(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Visited:
-    sizes = dict(items)
-    T, S = sizes["T"], sizes["S"]
+    T, S, seen, keep = _numeric(seen, keep, items)
     rows, columns = -(-T // tile_q), -(-S // tile_k)
-    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE or not T * S:
         return Visited(rows, columns, columns, rows * columns, rows * columns)
     known = spans(seen, keep, items, tile_q).sampled(tile_q)
@@ -138,9 +141,7 @@ def _visited(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q:
 
 @lru_cache(maxsize=4096)
 def _visited_scores(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> int:
-    sizes = dict(items)
-    T, S = sizes["T"], sizes["S"]
-    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
+    T, S, seen, keep = _numeric(seen, keep, items)
     if keep is A.TRUE or not T * S:
         return T * S
     known = spans(seen, keep, items, tile_q).sampled(tile_q)

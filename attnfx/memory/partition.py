@@ -11,6 +11,7 @@ from collections.abc import Collection, Container, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from attnfx.ir.reach import reach
 from attnfx.memory.records import Graph, Op, Result
 from attnfx.memory.step import Part
 
@@ -73,13 +74,12 @@ class Joint:
 
     def closure(self, wanted: Iterable[str], held: Container[str]) -> list[Op]:
         """The operations that give the wanted values where those `held` are there, in order."""
-        found: dict[str, Op] = {}
-        stack = [w for w in wanted if w not in held]
-        while stack:
-            op = self.makers[stack.pop()]
-            if op.name not in found:
-                found[op.name] = op
-                stack.extend(r for r in op.reads if r not in held)
+
+        def fresh(names: Iterable[str]) -> list[str]:
+            return [x for x in names if x not in held]
+
+        values = reach(fresh(wanted), lambda x: fresh(self.makers[x].reads))
+        found = {op.name: op for op in map(self.makers.__getitem__, values)}
         return sorted(found.values(), key=lambda op: self.order[op.name])
 
     def split(self, saved: Collection[str]) -> Part:
@@ -125,6 +125,3 @@ class _Held(Container[str]):
 
     def __contains__(self, value: object) -> bool:
         return value in self.saved or self.makers[str(value)].name in self.placed
-
-
-__all__ = ["Joint"]

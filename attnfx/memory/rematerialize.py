@@ -181,6 +181,3 @@ def together(graphs: Sequence[Sequence[Solution]]) -> Iterator[tuple[int, Soluti
         best = min(ready, key=rate)
         at[best] += 1
         yield best, graphs[best][at[best]]
-
-
-__all__ = ["Solution", "Trades", "together"]

@@ -219,6 +219,3 @@ def _depth_first(schedule: Schedule) -> list[Node]:
                 seen.add(following)
                 stack.append((following, iter(light(following.after))))
     return out
-
-
-__all__ = ["Node", "Schedule", "best"]

@@ -263,6 +263,3 @@ def _chunked(use: Use, elements: int) -> int:
             made = (3 + dropped) * tile + (1 + dropped) * block
         most = max(most, evaluated + made + drawn)
     return copies + most
-
-
-__all__ = ["Operand", "Use", "fused_kernel", "held", "workspace"]

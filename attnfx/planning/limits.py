@@ -250,6 +250,3 @@ class Limits:
 
 def _decided(captured: Sequence[Captured]) -> list[dict[tuple[str, int], str]]:
     return [{place: d.tier for place, d in c.report.decided.items()} for c in captured]
-
-
-__all__ = ["Limits"]

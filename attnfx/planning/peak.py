@@ -113,6 +113,3 @@ class Moment:
     value: str
     change: int
     bytes: int
-
-
-__all__ = ["Moment", "Resident", "contents", "fitting", "on_gpu", "reserve", "total"]

@@ -163,6 +163,3 @@ def _resident(model: Any, inputs: Any, keeps: int | optimizers.Optimizer, train:
         state, scratch = optimizers.state_bytes(keeps, wanted), optimizers.step_bytes(keeps, wanted, cpu)
     held = sizes(parameters), sizes(buffers)
     return Resident(sum(held[0]), sum(held[1]), state, scratch, held[0] + held[1], sizes(given))
-
-
-__all__ = ["Plan", "plan"]

@@ -110,6 +110,3 @@ class _Recorder:
                 "frames": [], "blocks": blocks,
             })  # fmt: skip
         return out
-
-
-__all__ = ["snapshot"]

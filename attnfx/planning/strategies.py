@@ -194,6 +194,3 @@ def _prices(joint: Joint, fixed: frozenset[str], part: Part, target: Target) -> 
         return roofline_ms(op.flops, moved, op.dtype, target)
 
     return price
-
-
-__all__ = ["Marks", "Strategy", "as_decided", "strategies"]

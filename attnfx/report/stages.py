@@ -189,6 +189,3 @@ def _unread(
 def _quoted(text: str) -> str:
     """A double-quoted string of Graphviz; line breaks as its own escape."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
-
-
-__all__ = ["GraphNode", "Place", "Stage", "collapse"]

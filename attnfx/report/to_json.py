@@ -133,6 +133,3 @@ def _read_decision(found: dict[str, Any]) -> Decision:
 
 def _tile(candidate: dict[str, Any]) -> dict[str, Any]:
     return {**candidate, "tile": None if candidate["tile"] is None else tuple(candidate["tile"])}
-
-
-__all__ = ["VERSION", "data", "fields", "tile_picture"]

@@ -140,6 +140,3 @@ def names(sites: Sequence[Site]) -> str:
     if len(parts) > 4:
         parts = [*parts[:2], f".. {parts[-1]}"]
     return "attention_" + ", ".join(parts) + (f" ({len(sites)})" if len(sites) > 1 else "")
-
-
-__all__ = ["names", "renderable", "text"]

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild
-from attnfx.ir.expr import FLOAT, INT, Expr, show, walk
+from attnfx.ir.expr import Expr, show, walk
 from attnfx.ir.serialize import dump, parse
 
 VERSION = (
@@ -203,19 +203,3 @@ def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[st
         spec, score=new[0], weight=new[1], extra=tuple(new[2:]), captures=captures, sizes=tuple(sizes.values())
     )
     return result, list(slots), list(sizes)
-
-
-__all__ = [
-    "FLOAT",
-    "INT",
-    "AttentionSpec",
-    "B",
-    "Capture",
-    "H",
-    "I",
-    "J",
-    "additive",
-    "canonical",
-    "fill_of",
-    "from_json",
-]

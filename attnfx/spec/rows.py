@@ -150,6 +150,3 @@ def _text(x: Any) -> str:
             x.kind, f"{x.kind}:{x.what}"
         )
     return f"[{', '.join(map(_text, x))}]" if isinstance(x, tuple) else repr(x)
-
-
-__all__ = ["Call", "Live", "Ref", "Result", "RowProgram", "from_json"]

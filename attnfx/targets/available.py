@@ -41,6 +41,3 @@ def free_bytes(target: Target, device: torch.device | None = None) -> int:
         return target.memory
     free = free_on(device or torch.device("cuda"))
     return target.memory if free is None else free
-
-
-__all__ = ["detected", "free_bytes", "free_on"]

@@ -81,6 +81,3 @@ def workspace(query: Sequence[int], key: Sequence[int], value_width: int, elemen
     (batch, heads, rows), (_, groups, keys, width) = query[:3], key
     sums = 4 * batch * heads * (-(-rows // 128) * 128) * (rounded(max(width, value_width)) + 1)
     return sums + (heads != groups) * batch * heads * keys * (width + value_width) * element
-
-
-__all__ = ["CUDNN", "EFFICIENT", "FLASH", "PREFERRED", "kernel", "logsumexp", "rounded", "workspace"]

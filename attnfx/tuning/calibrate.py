@@ -64,6 +64,3 @@ def corrections(device: torch.device) -> dict[str, float]:
 
 def _key(device: torch.device) -> str:
     return cache.key_of(**fingerprint(device))
-
-
-__all__ = ["corrections", "fit", "store"]

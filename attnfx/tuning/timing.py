@@ -85,6 +85,3 @@ def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
     columns = (TextColumn("attnfx: {task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         yield from progress.track(items, total=len(items), description=what)
-
-
-__all__ = ["shortest", "with_progress"]

@@ -160,6 +160,3 @@ def _call(compiled: Callable[..., Any], inputs: list[torch.Tensor], training: bo
         taught = [x for x in outs if isinstance(x, torch.Tensor) and x.requires_grad]
         if taught:
             torch.autograd.grad(taught, [x for x in inputs if x.requires_grad], taught, allow_unused=True)
-
-
-__all__ = ["label", "made_up", "measure", "tune"]

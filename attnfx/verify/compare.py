@@ -191,6 +191,3 @@ def _noise(run: Function, inputs: Sequence[Any], at: int, base: Tensor) -> tuple
             along.append((noise * calm).sum() / whole)
             energy.append(noise.square().sum() / whole)
     return torch.stack(along), torch.stack(energy)
-
-
-__all__ = ["Difference", "InDouble", "compare", "compare_dropout"]

@@ -107,6 +107,3 @@ def _autocast(inputs: Sequence[Any]) -> tuple[str, str | None]:
 def _code(gm: GraphModule) -> str:
     lines = gm.graph.python_code("self").src.strip().splitlines()
     return "".join(f"    {line}\n" if line.strip() else "\n" for line in lines)
-
-
-__all__ = ["differences", "show", "write"]

@@ -231,6 +231,3 @@ def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
     free = free_on(device)
     if free is not None and needed > free:
         raise CannotVerify(f"the scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")
-
-
-__all__ = ["CannotVerify", "Failure", "compare"]

@@ -24,15 +24,16 @@ from attnfx.kernels.chunked.block_run import Run
 from attnfx.kernels.chunked.blocks import Block
 from attnfx.kernels.evaluate import Evaluator
 
+Make = Callable[[Call], Run]
 _ZERO = A.const(0.0)
 
 
-def forward(call: Call, run: Run | None = None, elements: int = 0) -> tuple[Tensor, Tensor]:
+def forward(call: Call, make: Make = Run) -> tuple[Tensor, Tensor]:
     """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
-    `run` is one of this call, where its dropout is another; `elements` are the most scores at once, 0 for a tile's."""
+    `make` gives the run of the call, where its dropout is another or fewer scores than a tile's are there at once."""
     out = output_like(call.query, call.value.shape[-1], call.out_dtype)
     logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
-    forward_rows(Run(call, elements) if run is None else run, None, out, logsumexp)
+    forward_rows(make(call), None, out, logsumexp)
     return out, logsumexp
 
 
@@ -77,16 +78,10 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 
 
 def backward(
-    call: Call,
-    grad_out: Tensor,
-    out: Tensor,
-    logsumexp: Tensor,
-    grad_logsumexp: Tensor | None = None,
-    run: Run | None = None,
-    elements: int = 0,
+    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None, make: Make = Run
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
-    run = Run(call, elements) if run is None else run
+    run = make(call)
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
     grads = Gradients(run, grad_logsumexp=grad_logsumexp)

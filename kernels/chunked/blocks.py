@@ -134,6 +134,3 @@ class Plan:
                 )
                 for b in range(whole.b0, whole.b1, step_b) for g in range(whole.g0, whole.g1, step_g)
             ]  # fmt: skip
-
-
-__all__ = ["LEAST_ROWS", "ROWS", "TILE_ELEMENTS", "Block", "Plan"]

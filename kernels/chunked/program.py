@@ -104,6 +104,3 @@ def program_of(spec: AttentionSpec) -> Program:
         weights=_slopes(spec.weight, A.PROB, list(wanted)),
         extras=tuple(_slopes(e, None, list(wanted)) for e in spec.extra),
     )
-
-
-__all__ = ["Program", "program_of"]

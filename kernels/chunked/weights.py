@@ -136,6 +136,3 @@ def _gradients(run: Run, of_weights: Callable[[Block, Tensor], Tensor]) -> tuple
     for blocks in run.plan.blocks():
         grads.add_blocks(blocks, of_weights)
     return grads.query, grads.key.to(run.call.key.dtype), grads.of_captures()
-
-
-__all__ = ["AXES", "backward", "forward", "largest", "largest_backward", "shape_of"]

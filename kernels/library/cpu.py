@@ -366,6 +366,3 @@ class _Sums:
         made = zip((self.query, self.key, self.value), self.like)
         query, key, value = (torch.zeros(x.shape, dtype=x.dtype) if g is None else g.to(x.dtype) for g, x in made)
         return query, key, value
-
-
-__all__ = ["Form", "backward", "expresses", "form_of", "forward", "supports"]

@@ -92,6 +92,3 @@ def prefers_cudnn() -> bool:
         and torch.backends.cuda.cudnn_sdp_enabled()
         and not torch.are_deterministic_algorithms_enabled()
     )
-
-
-__all__ = ["Fused", "call_of", "expresses", "prefers_cudnn"]

@@ -19,6 +19,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.kernels.call import Call
 from attnfx.kernels.chunked import attention as chunked
+from attnfx.kernels.chunked.block_run import Run
 from attnfx.kernels.flash import tier as flash
 from attnfx.kernels.library import cpu as library
 from attnfx.kernels.library import cuda as fused
@@ -43,7 +44,7 @@ class Tier(NamedTuple):
     forward(call) -> (out, logsumexp), as the operator gives them; `tile` and `splits` where a configuration names them.
     backward(call, grad_out, out, logsumexp, grad_logsumexp) -> gradients of query, key, value, and of the captures that
     have one; `grad_logsumexp` is None where nothing is made of the logsumexp.
-    The chunked tier's take `elements` where a configuration names them.
+    The chunked tier's take `make`, the run of a call, where a configuration names its `elements`.
     """
 
     expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int, int | None], str | None]
@@ -75,9 +76,8 @@ def choose(tiers: str, call: Call) -> Tier:
         tier = TIERS[name]
         why = tier.supports(call)
         if why is None and elements:
-            return tier._replace(
-                forward=partial(tier.forward, elements=elements), backward=partial(tier.backward, elements=elements)
-            )
+            make = partial(Run, elements=elements)
+            return tier._replace(forward=partial(tier.forward, make=make), backward=partial(tier.backward, make=make))
         if why is None:
             return tier if tile is None else tier._replace(forward=partial(tier.forward, tile=tile, splits=splits))
         reasons.append(f"the {name} tier cannot run this call: {why}")
@@ -318,6 +318,3 @@ torch.compiler.assume_constant_result(AttentionSpec.to_json)
 @lru_cache(maxsize=1024)
 def _text(spec: AttentionSpec) -> str:
     return spec.to_json()
-
-
-__all__ = ["TIERS", "Tier", "attention", "check", "choose", "refusals", "register", "require", "twice"]

@@ -70,6 +70,3 @@ def of(candidate: Candidate) -> Configuration:
 
 def _power(n: int) -> bool:
     return n > 0 and n & (n - 1) == 0
-
-
-__all__ = ["Configuration", "of", "parse"]

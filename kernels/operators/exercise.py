@@ -16,6 +16,7 @@ from torch import Tensor
 from torch._guards import tracing
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from attnfx.kernels.rows import call as rowcall
 from attnfx.kernels.rows import run as rows
 from attnfx.spec import AXES, AttentionSpec, from_json, loads
 from attnfx.spec import rows as rowprogram
@@ -122,7 +123,7 @@ def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | No
     def run() -> None:
         made = [_made(x, shape, grad and training) for x, shape, grad in zip(inputs, shapes, program.grads)]
         drawn = None if seed is None else _made(seed, seed.shape, False)
-        call = rows.prepare(program.to_json(), made, sizes, drawn)
+        call = rowcall.prepare(program.to_json(), made, sizes, drawn)
         outs = rows.forward(call)
         if training and any(program.grads):
             rows.backward(call, [torch.ones_like(x) if x.is_floating_point() else None for x in outs])
@@ -136,6 +137,3 @@ def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | No
 
 def _no_autocast():
     return torch.autocast("cpu", enabled=False)
-
-
-__all__ = ["Like", "exercise"]

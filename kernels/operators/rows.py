@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 
 from attnfx.kernels.operators.attention import register, require, twice
+from attnfx.kernels.rows import call as rowcall
 from attnfx.kernels.rows import run as rows
 from attnfx.spec.rows import from_json
 
@@ -17,18 +18,18 @@ _BACKWARD = f"attention_rows_backward(Tensor?[] grads, {_SHARED}) -> Tensor[]"
 
 
 def _rows(inputs, sizes, seed, program):
-    return rows.forward(rows.prepare(program, inputs, sizes, seed))
+    return rows.forward(rowcall.prepare(program, inputs, sizes, seed))
 
 
 def _rows_backward(grads, inputs, sizes, seed, program):
-    call = rows.prepare(program, inputs, sizes, seed)
+    call = rowcall.prepare(program, inputs, sizes, seed)
     results = call.program.results
     require(len(grads) == len(results), f"{len(grads)} gradients of {len(results)} results")
     return rows.backward(call, grads)
 
 
 def _fake_rows(inputs, sizes, seed, program):
-    return rows.prepare(program, inputs, sizes, seed).outputs()
+    return rowcall.prepare(program, inputs, sizes, seed).outputs()
 
 
 def _fake_rows_backward(grads, inputs, sizes, seed, program):

@@ -198,6 +198,3 @@ def evaluate(call: RowCall, place: Place, inputs: Sequence[Tensor], factor: Fact
         for n in step.done:
             values[n] = None
     return [values[r.value] for r in call.program.results]
-
-
-__all__ = ["RowCall", "evaluate", "prepare"]

@@ -240,6 +240,3 @@ def gradients(
 
 def _fake(x: Tensor) -> Tensor:
     return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device)
-
-
-__all__ = ["Body", "Factor", "Place", "Trial", "backward", "forward", "gradients"]

@@ -42,6 +42,3 @@ def _malloc_trim() -> Any:
 def _resident() -> int:
     """Bytes of this process that are in memory."""
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-__all__ = ["Heap"]

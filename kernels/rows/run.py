@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnfx.kernels.chunked.block_run import mix
 from attnfx.kernels.rows import compiled_body as bodies
-from attnfx.kernels.rows.call import RowCall, evaluate, prepare
+from attnfx.kernels.rows.call import RowCall, evaluate
 from attnfx.kernels.rows.compiled_body import Body, Factor, Place
 from attnfx.kernels.rows.heap import Heap
 
@@ -208,6 +208,3 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
 def _wide(dtype: torch.dtype) -> torch.dtype:
     """What gradients are added up in."""
     return torch.float32 if dtype.itemsize < 4 else dtype
-
-
-__all__ = ["RowCall", "backward", "forward", "prepare"]

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import is_tensor, op_name, value
 
 
@@ -79,16 +80,7 @@ class Facts:
     def descends(self, node: Node, origin: Node) -> bool:
         """Whether `node` is computed from `origin`. Only what stands between the two is visited."""
         first = self.position[origin]
-        stack, seen = [node], {node}
-        while stack:
-            at = stack.pop()
-            if at is origin:
-                return True
-            for a in at.all_input_nodes:
-                if a not in seen and self.position.get(a, -1) >= first:
-                    seen.add(a)
-                    stack.append(a)
-        return False
+        return origin in reach([node], lambda n: [a for a in n.all_input_nodes if self.position.get(a, -1) >= first])
 
     def input_writer(self, base: Node) -> Node | None:
         """What writes in place to the memory of `base`, where that is an input's."""
@@ -103,12 +95,7 @@ class Facts:
         key = storage(base)
         if key is None or key not in self.mutations:
             return None
-        cone, stack = {final}, [final]
-        while stack:
-            for a in stack.pop().all_input_nodes:
-                if a not in cone:
-                    cone.add(a)
-                    stack.append(a)
+        cone = set(reach([final], lambda n: n.all_input_nodes))
         reads = [
             self.position[u]
             for n in cone
@@ -130,6 +117,23 @@ class Facts:
         return (changed[device] if device in changed else _around(device)) is not None
 
 
+def cone(ends: Sequence[Node], is_input: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
+    """What the ends are computed from: (inputs, nodes between), each in the order of the graph."""
+    seen = set(reach(ends, lambda n: [] if is_input(n) else n.all_input_nodes))
+    nodes = [n for n in ends[0].graph.nodes if n in seen]
+    return [n for n in nodes if is_input(n)], [n for n in nodes if not is_input(n)]
+
+
+def between(origins: Collection[Node], end: Node) -> set[Node]:
+    """The origins, and the nodes that lead from them to `end`."""
+    first, found = min(origins, default=end), set(origins)
+    above = reach([end], lambda n: [] if n in origins else [a for a in n.all_input_nodes if not a < first])
+    for n in sorted(above):
+        if any(a in found for a in n.all_input_nodes):
+            found.add(n)
+    return found
+
+
 def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
     """Those of `inputs` that the ends are computed from, and that no gradient of the ends comes to."""
     ends = list(ends)
@@ -139,15 +143,11 @@ def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
 
 def _behind(ends: Iterable[Node], inputs: Collection[Node], through: Callable[[Node], bool]) -> set[Node]:
     """The nodes up to `inputs` that floating values come from, through such nodes alone."""
-    found = set(ends)
-    stack = list(found)
-    while stack:
-        n = stack.pop()
-        if n not in inputs and through(n):
-            fresh = [a for a in n.all_input_nodes if a not in found and _may_learn(a)]
-            found.update(fresh)
-            stack.extend(fresh)
-    return found
+
+    def before(n: Node) -> list[Node]:
+        return [a for a in n.all_input_nodes if _may_learn(a)] if n not in inputs and through(n) else []
+
+    return set(reach(ends, before))
 
 
 def _may_learn(n: Node) -> bool:

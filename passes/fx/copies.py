@@ -44,6 +44,3 @@ def _carried(x: Any, copies: Mapping[Node, Node]) -> Any:
     if is_dataclass(x) and not isinstance(x, type):
         return replace(x, **{f.name: _carried(getattr(x, f.name), copies) for f in fields(x) if f.init})
     return x
-
-
-__all__ = ["carried", "copied"]

@@ -38,6 +38,3 @@ def share(gm: GraphModule, target: Any) -> None:
             if first is not n:
                 n.replace_all_uses_with(first, propagate_meta=False)
                 gm.graph.erase_node(n)
-
-
-__all__ = ["share"]

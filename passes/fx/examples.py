@@ -16,8 +16,9 @@ class Transformed(Untraceable):
     """The graph uses functorch transforms that cannot be written out: it must be compiled exactly as it was made."""
 
 
-def example(value: Any, mode: FakeTensorMode) -> Any:
-    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards."""
+def example(value: Any, mode: FakeTensorMode, learns: bool = True) -> Any:
+    """A fake of its own, in `mode`, so that tracing leaves no trace on the fakes that the compiler reads afterwards. It
+    requires a gradient where the value does and it `learns`."""
     if not isinstance(value, torch.Tensor):
         return value
     if not isinstance(value, FakeTensor):
@@ -26,10 +27,9 @@ def example(value: Any, mode: FakeTensorMode) -> Any:
         raise Untraceable("an input is a sparse tensor")
     with mode, torch.no_grad():
         fresh = torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
-    if value.requires_grad and not value.is_leaf:  # what is no leaf may be written in place
+    if not (learns and value.requires_grad):
+        return fresh
+    if not value.is_leaf:  # what is no leaf may be written in place
         with mode, torch.enable_grad():
             return fresh.add_(torch.zeros((), dtype=value.dtype, device=value.device, requires_grad=True))
-    return fresh.requires_grad_(value.requires_grad)
-
-
-__all__ = ["Transformed", "Untraceable", "example"]
+    return fresh.requires_grad_()

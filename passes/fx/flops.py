@@ -57,6 +57,3 @@ def _einsum(equation: str, shapes: list[list[int]]) -> int:
         if dots:
             rest = max(rest, math.prod(extents[len(head) : len(extents) - len(tail)]))
     return math.prod(sizes.values()) * rest
-
-
-__all__ = ["flops", "total"]

@@ -55,6 +55,3 @@ def begun_by(node: Node) -> Break | None:
         return None
     with _lock:
         return _known.get((found[1], found[2]), Break(f"{os.path.basename(found[1])}:{found[2]}"))
-
-
-__all__ = ["Break", "begun_by", "ended_by"]

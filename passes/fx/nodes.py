@@ -1,10 +1,10 @@
-"""Small questions about FX nodes that several passes ask."""
+"""What several passes ask of FX nodes, and do with them."""
 
 from __future__ import annotations
 
 import operator
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -47,6 +47,12 @@ def shape(node: Node) -> Sequence[int | torch.SymInt]:
 
 def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def take_place(new: Node, old: Node, of: Callable[[Node], bool] = lambda reader: True) -> None:
+    """Give the readers of a node, or some of them, another one, which takes over the meta that it lacks."""
+    new.meta = {**old.meta, **new.meta}
+    old.replace_all_uses_with(new, delete_user_cb=of, propagate_meta=False)
 
 
 @contextmanager
@@ -157,14 +163,8 @@ def slot_node(slot: object) -> Node:
 
 
 SDPA = ("scaled_dot_product_attention",)
-
-
 REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
-
-
 MARKS = (REGION, POLICY)
-
-
 CATS = ("cat", "concat", "concatenate")
 
 

@@ -60,6 +60,3 @@ def _position(n: Node, name: str) -> int:
 
 def _argument(n: Node, name: str) -> Any:
     return argument(n, _position(n, name), name)
-
-
-__all__ = ["draws", "limit", "workspaces"]

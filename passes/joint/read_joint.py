@@ -39,6 +39,3 @@ def _changed(graph: Graph) -> set[Node]:
     inputs = {n for n in graph.nodes if n.op == "placeholder"}
     written = {n for n in inputs if any("copy_" in str(u.target) and u.args[0] is n for u in n.users)}
     return written | {n for n in inputs if n.meta.get("desc") in told}
-
-
-__all__ = ["joint_records"]

@@ -25,8 +25,6 @@ from attnfx.passes.lift.tables import VIEWS, Index
 
 EXPANSIONS = ("expand", "expand_as", "broadcast_to", "repeat", "tile", "repeat_interleave")
 Split = dict[Expr, Expr]  # a variable -> high * size(low) + low
-
-
 UNIT = A.const(1.0)
 
 

@@ -61,6 +61,3 @@ class Graph:
     def emitter(self, before: Node) -> Emitter:
         """An emitter of nodes that stand before a node."""
         return Emitter(self.gm, before, self.carriers)
-
-
-__all__ = ["Graph"]

@@ -172,6 +172,3 @@ def exact_node(at: Node, name: str, args: tuple[Expr, ...]) -> Expr:
     """A float operator kept as PyTorch would run it: constants stay Python numbers, nothing is merged."""
     dtype = str(value(at).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return node("aten", FLOAT, args, f"{name}:{dtype}")
-
-
-__all__ = ["Lifter", "LookedUp", "broadcast", "exact_node"]

@@ -66,9 +66,5 @@ def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
 
 
 GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
-
-
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
-
-
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")

@@ -288,11 +288,12 @@ def _baddbmm(use: Use) -> None:
     use.given[left], use.given[right] = _factors(use, use[left], use[right])
 
 
-@rule("linear")
+@rule("linear", "embedding")
 def _linear(use: Use) -> None:
     if use.row == use.rank() - 1:
         raise use.refuse("has its rows in the weight")
-    use.given["input"] = use.along(use["input"], use.row)
+    name = use.names("input", "indices")
+    use.given[name] = use.along(use[name], use.row)
 
 
 @rule("einsum")
@@ -308,6 +309,3 @@ def _einsum(use: Use) -> None:
     use.given["tensors"] = [
         use.along(x, term.index(letter)) if letter in term else x for x, term in zip(operands, inputs)
     ]
-
-
-__all__ = ["RULES", "Along", "Made", "NotSeparable", "Use", "rule", "split"]

@@ -182,13 +182,6 @@ def _gather(use: Use) -> None:
                 raise use.refuse("reads what has other rows")
 
 
-@rule("embedding")
-def _embedding(use: Use) -> None:
-    if use.row == use.rank() - 1:
-        raise use.refuse("has its rows in the table")
-    use.given["indices"] = use.along(use["indices"], use.row)
-
-
 @rule("one_hot")
 def _one_hot(use: Use) -> None:
     if use["num_classes"] == -1 or use.row == use.rank() - 1:
@@ -234,6 +227,3 @@ def _triangle(use: Use) -> None:
     use.given["self"] = use.along(x, use.row)
     if use.row == use.rank() - 2:
         use.given["diagonal"] = Ref("start", diagonal)
-
-
-__all__ = ["ROWS"]

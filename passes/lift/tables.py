@@ -32,6 +32,3 @@ def rule(table: dict[str, Any], *names: str) -> Callable[[R], R]:
         return fn
 
     return register
-
-
-__all__ = ["INDEXING", "POINTWISE", "REDUCTIONS", "VIEWS", "Index", "Rule", "rule"]

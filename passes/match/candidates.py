@@ -122,6 +122,3 @@ def shared(n: Node) -> bool:
 def _plane(n: Node) -> Counter[Expr]:
     """The last two dimensions, of a tuple's source where it is one."""
     return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])
-
-
-__all__ = ["Descent", "shared"]

@@ -60,6 +60,3 @@ def _without_zeros(score: Expr) -> Expr:
         return A.add(*(a for a in args if not cancelled(a))) if old.op == "add" and any(map(cancelled, args)) else None
 
     return rebuild(score, change)
-
-
-__all__ = ["exponentials", "normalised"]

@@ -277,6 +277,3 @@ def _plain(c: Contraction) -> bool:
         radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x))
         for x in (*c.left_index, *c.right_index)
     )
-
-
-__all__ = ["Finder", "over_dot"]

@@ -217,6 +217,3 @@ def _sources(finder: Finder, x: Operand) -> Iterator[Operand]:
     for access in accesses(finder.lifter, x.node, x.index):
         if access.factor is UNIT and value(access.node).dtype == value(x.node).dtype:
             yield Operand(access.node, access.index)
-
-
-__all__ = ["common", "out_index", "roll"]

@@ -170,6 +170,3 @@ def _dead_beyond(like: Match, row: Expr, count: Expr) -> bool:
     beyond = A.add(A.var("beyond", more), count)
     keep = substitute(of_nodes(spec.score.args[0], like), {S.I: row, S.J: beyond})
     return keep.op == "const" and not keep.value
-
-
-__all__ = ["merge"]

@@ -101,6 +101,3 @@ class Finding:
     refusal: Refusal | None = None
     anchors: list[Node] = field(default_factory=list)
     loose: bool = False
-
-
-__all__ = ["Finding", "Match", "Reduction"]

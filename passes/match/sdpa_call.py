@@ -44,6 +44,3 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
         score = A.where(m, score, A.const(float("-inf"))) if m.kind == "b" else A.add(score, m)
     found = N.Normalised(score, A.PROB, dropout=float(p), safe=True)
     return Parts(at, out, row, j, d, e, tuple(pairs), found)
-
-
-__all__ = ["library_call"]

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from attnfx.ir import algebra as A
-from attnfx.ir import poly
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import exponent, outside
 from attnfx.ir.expr import FLOAT, Expr, walk
@@ -257,6 +256,3 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Exp
         score = A.where(A.lt(wide, A.add(extent, A.const(n))), substitute(score, {variable: wide}), logit)
         variable = wide
     return softmax(name, whole, score, j)
-
-
-__all__ = ["Normalised", "NotNormalised", "normalise", "poly"]

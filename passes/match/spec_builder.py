@@ -16,6 +16,7 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import FLOAT, Expr, walk
+from attnfx.ir.reach import reach
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
 from attnfx.passes.fx.analysis import Facts
@@ -263,18 +264,9 @@ def _merge(lists: list[list[Split]]) -> list[Split]:
 
 def _differentiable(node: Node, programs: list[Expr]) -> bool:
     """Whether some load of the node is reached without passing a detach."""
-    for program in programs:
-        stack = [program]
-        seen: set[Expr] = set()
-        while stack:
-            e = stack.pop()
-            if e in seen or e.op == "detach" or (e.kind != FLOAT and e.op != "where"):
-                continue
-            seen.add(e)
-            if e.op == "load" and e.value is node:
-                return True
-            stack.extend(e.args)
-    return False
 
+    def learns(e: Expr) -> bool:
+        return e.op != "detach" and (e.kind == FLOAT or e.op == "where")
 
-__all__ = ["Parts", "Reader", "Reading", "Refused", "batch_and_heads"]
+    reached = reach(filter(learns, programs), lambda e: filter(learns, e.args))
+    return any(e.op == "load" and e.value is node for e in reached)

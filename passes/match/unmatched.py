@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.graph_breaks import Break, begun_by
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
 from attnfx.passes.lift.products import batched
@@ -63,12 +64,9 @@ def with_reasons(
     """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
     dropped on the way: they tell more than that no attention was found."""
     reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
-    seen, stack = set(), [a for f in filed for a in f.anchors]
-    while stack:  # a softmax that another one is made of
-        anchor = stack.pop()
-        if anchor not in seen:
-            seen.add(anchor)
-            stack.extend(s for a in anchor.all_input_nodes for s in finder.descent.weights.get(a, ()))
+    made_of = finder.descent.weights  # a softmax that another one is made of
+    anchors = [a for f in filed for a in f.anchors]
+    seen = set(reach(anchors, lambda n: [s for a in n.all_input_nodes for s in made_of.get(a, ())]))
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
     byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
@@ -114,6 +112,3 @@ def _from_input(n: Node) -> bool:
             return False
         at = same[0]
     return at.op == "placeholder"
-
-
-__all__ = ["others", "unread", "unread_bodies", "with_reasons"]

@@ -19,6 +19,7 @@ from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import Expr, walk
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
 from attnfx.passes.lift.tables import VIEWS, Index
@@ -189,15 +190,7 @@ def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> t
 
 def names_its_length(program: Expr) -> bool:
     """Whether the number of rows is part of a program, which is another number for some of the rows."""
-    stack, seen = [program], {program}
-    while stack:
-        e = stack.pop()
-        if e.op == "size" and e.value == "T":
-            return True
-        fresh = [x for x in e.args if x not in seen] if e.op != "var" else []
-        seen.update(fresh)
-        stack.extend(fresh)
-    return False
+    return any(e.op == "size" and e.value == "T" for e in reach([program], lambda e: e.args if e.op != "var" else ()))
 
 
 def _split(match: Match, common: Common) -> None:
@@ -346,13 +339,3 @@ def of_nodes(program: Expr, source: Reading | Match) -> Expr:
         return None
 
     return rebuild(program, change)
-
-
-__all__ = [
-    "find_reductions",
-    "names_its_length",
-    "of_nodes",
-    "over_axes",
-    "over_letters",
-    "renumbered",
-]

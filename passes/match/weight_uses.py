@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from torch.fx import Node
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import op_name
 from attnfx.passes.match.results import Match, Reduction
@@ -30,16 +31,5 @@ def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node
 
 def read_beside(starts: Iterable[Node], ends: set[Node]) -> Node | None:
     """A node through which something of the starts leaves the graph, other than through the ends."""
-    stack = list(starts)
-    seen = set(stack)
-    while stack:
-        n = stack.pop()
-        if any(u.op == "output" or written_operands(u) for u in n.users):
-            return n
-        fresh = [u for u in n.users if u not in seen and u not in ends and not op_name(u).startswith("sym_")]
-        seen.update(fresh)
-        stack.extend(fresh)
-    return None
-
-
-__all__ = ["drawn_for_others", "needed", "read_beside"]
+    readers = reach(starts, lambda n: [u for u in n.users if u not in ends and not op_name(u).startswith("sym_")])
+    return next((n for n in readers if any(u.op == "output" or written_operands(u) for u in n.users)), None)

@@ -161,6 +161,3 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         node = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{spelt[2]}", [x, y])
         left = [pair_ for k, pair_ in enumerate(left) if k not in pair] + [(made, node)]
     return left[0][1]
-
-
-__all__ = ["run"]

@@ -132,6 +132,3 @@ def _written_out(graph: Graph, level: list[Node]) -> tuple[GraphModule, list[Nod
 def _changes_or_draws(n: Node) -> bool:
     op = n.target
     return isinstance(op, OpOverload) and (op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags)
-
-
-__all__ = ["run", "uses_functorch"]

@@ -18,7 +18,7 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import storage, written_operands
-from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, value
+from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, take_place, value
 from attnfx.passes.lift.emitter import Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched
@@ -216,8 +216,7 @@ def _moved_back(graph: Graph, at: Node) -> Node | None:
 
     made = emit.call(target, *map_aggregate(first.args, given), **map_aggregate(dict(first.kwargs), given))  # type: ignore[misc,arg-type]
     made = like(emit, made, at)
-    made.meta = {**at.meta, **made.meta}
-    at.replace_all_uses_with(made, propagate_meta=False)
+    take_place(made, at)
     at.graph.erase_node(at)
     for x in operands:
         x.graph.erase_node(x)
@@ -243,6 +242,3 @@ def _source(made: Made, like: Made) -> Along | None:
     if count != 1 or not plain or mine != theirs or "." not in made.op:
         return None
     return alongs[0]
-
-
-__all__ = ["run"]

@@ -86,6 +86,3 @@ def unmark(gm: GraphModule) -> None:
         if all(op_name(n).startswith(("attnfx::", "sym_")) or op_name(n) in (*VIEWS, "getitem") for n in nodes):
             for n, mark in itertools.product(nodes, MARKS):
                 n.meta.pop(mark, None)
-
-
-__all__ = ["run", "unmark"]

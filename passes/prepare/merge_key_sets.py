@@ -20,7 +20,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
-from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, take_place, value
 from attnfx.passes.lift.access import UNIT, Operand, accesses, free, variables
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
@@ -223,8 +223,7 @@ def _values(graph: Graph, at: Node) -> int:
             made = _einsum(graph.emitter(at), whole, total, [one, other], out, total)
         except CannotEmit:
             continue
-        made.meta = {**at.meta, **made.meta}
-        at.replace_all_uses_with(made, propagate_meta=False)
+        take_place(made, at)
         return 1
     return 0
 
@@ -237,6 +236,3 @@ def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand |
         if (x.node, tuple(substitute(e, moved) for e in x.index), x.factor) in theirs and x.factor is UNIT:
             return Operand(x.node, tuple(substitute(e, {one.reduced: total}) for e in x.index))
     return None
-
-
-__all__ = ["run"]

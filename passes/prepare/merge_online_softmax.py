@@ -25,7 +25,7 @@ from attnfx.ir.exponentials import exponent, outside
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.cleanup import clean
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, take_place, value
 from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.emitter import Emitter
@@ -143,8 +143,7 @@ def _gathered(graph: Graph, n: Node) -> Node | None:
         return None
     if value(made).dtype != value(n).dtype:
         made = graph.emitter(n).call(aten.to.dtype, made, value(n).dtype)
-    made.meta = {**n.meta, **made.meta}
-    n.replace_all_uses_with(made, propagate_meta=False)
+    take_place(made, n)
     return made
 
 
@@ -312,6 +311,3 @@ def _softmax(emit: Emitter, chunks: list[Chunk]) -> Node:
     values = emit.call(aten.cat.default, [c.values for c in chunks], row)
     by = {first.read: weights, first.values: values}
     return emit.call(node.target, *torch.fx.map_arg(node.args, lambda x: by.get(x, x)), **node.kwargs)  # type: ignore[arg-type]
-
-
-__all__ = ["run"]

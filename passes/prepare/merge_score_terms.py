@@ -18,7 +18,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, value
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, take_place, value
 from attnfx.passes.lift.access import Operand, free, variables
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
@@ -41,16 +41,15 @@ class Term:
 
 def run(graph: Graph) -> int:
     """Merge each sum of products into one product of wider operands; give how many."""
-    changed = 0
-    for n in list(graph.gm.graph.nodes):
-        if op_name(n) in SUMS and is_tensor(n) and len(dims(n)) > 2 and reaches_softmax(n):
-            made = _united(graph, n)
-            if made is not None:
-                made.meta = {**n.meta, **made.meta}
-                n.replace_all_uses_with(made, propagate_meta=False)
-                graph.changed()
-                changed += 1
-    return changed
+    return sum(_merged(graph, n) for n in list(graph.gm.graph.nodes) if op_name(n) in SUMS and is_tensor(n))
+
+
+def _merged(graph: Graph, n: Node) -> bool:
+    made = _united(graph, n) if len(dims(n)) > 2 and reaches_softmax(n) else None
+    if made is not None:
+        take_place(made, n)
+        graph.changed()
+    return made is not None
 
 
 def _united(graph: Graph, at: Node) -> Node | None:
@@ -136,6 +135,3 @@ def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:
         if v not in there:
             made = emit.call(aten.unsqueeze.default, made, d)
     return made
-
-
-__all__ = ["run"]

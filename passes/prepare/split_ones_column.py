@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name
+from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name, take_place
 from attnfx.passes.lift.access import Operand
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
@@ -61,8 +61,7 @@ def run(graph: Graph) -> int:
         except CannotEmit:
             continue
         for p, new in zip(found, made, strict=True):
-            new.meta = {**p.node.meta, **new.meta}
-            p.node.replace_all_uses_with(new, propagate_meta=False)
+            take_place(new, p.node)
         graph.changed()
         changed += 1
     return changed
@@ -110,6 +109,3 @@ def _computed(emit: Emitter, n: Node, p: Part) -> Node:
     if p.column is not None:
         return emit.call(n.target, weights, piece)  # type: ignore[arg-type]
     return emit.call(aten.squeeze.dim, emit.call(n.target, weights, emit.call(aten.unsqueeze.default, piece, -1)), -1)  # type: ignore[arg-type]
-
-
-__all__ = ["run"]

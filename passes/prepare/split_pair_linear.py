@@ -17,7 +17,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, take_place, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import reaches_softmax
@@ -52,8 +52,7 @@ def run(graph: Graph) -> int:
             made = _apart(graph.emitter(n), n, parts)
         except CannotEmit:
             continue
-        made.meta = {**n.meta, **made.meta}
-        n.replace_all_uses_with(made, propagate_meta=False)
+        take_place(made, n)
         graph.changed()
         changed += 1
     return changed
@@ -136,6 +135,3 @@ def _layer(emit: Emitter, n: Node, factors: list[Node], weight: Node, turned: bo
     of_weight = f"z{ascii_lowercase[rank - 1]}" if turned and out else f"{ascii_lowercase[rank - 1]}{out}"
     equation = f"{','.join(given)},{of_weight}->{ascii_lowercase[: rank - 1]}{out}"
     return emit.call(aten.einsum.default, equation, [*factors, weight])
-
-
-__all__ = ["run"]

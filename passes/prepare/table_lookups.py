@@ -72,6 +72,3 @@ def _small(graph: Graph, n: Node) -> LookedUp | None:
             continue
         return LookedUp(small, out, (*(other_at[d] for d in order), place))
     return None
-
-
-__all__ = ["run"]

@@ -42,10 +42,10 @@ class _Retrace(Interpreter):
         self.regions: list[torch.autocast] = []
         # a tensor whose own shape is changed later has that later shape in Dynamo's example value: it is no snapshot
         snapshots = not any(_changes_shape(n) for n in gm.graph.nodes)
-        # made before tracing starts: what is made during it would be recorded. Detached, as a leaf that requires a
-        # gradient cannot be changed in place
+        # made before tracing starts: what is made during it would be recorded. Without a gradient, as a leaf that
+        # requires one cannot be changed in place
         self.kept = {
-            n: tree_map_only(torch.Tensor, lambda t: example(t, mode).detach(), n.meta["example_value"])
+            n: tree_map_only(torch.Tensor, lambda t: example(t, mode, learns=False), n.meta["example_value"])
             for n in gm.graph.nodes
             if n.op == "call_function" and (isinstance(n.target, HigherOrderOperator) or (snapshots and _is_direct(n)))
         }
@@ -169,6 +169,3 @@ def run(graph: Graph) -> int:
     mark_unread_draws(traced)
     graph.gm, graph.traced = traced, True
     return len(traced.graph.nodes)
-
-
-__all__ = ["run"]

@@ -18,7 +18,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.fx.analysis import Facts, detached
-from attnfx.passes.fx.nodes import dims, is_tensor, value
+from attnfx.passes.fx.nodes import dims, is_tensor, take_place, value
 from attnfx.passes.lift.access import Operand, extent, radix
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
@@ -139,8 +139,7 @@ def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> 
     """Let the users of each first node read the second."""
     replaced = [(old, own(emit, facts, new, old)) for old, new in replaced]
     for old, new in replaced:
-        new.meta = {**old.meta, **new.meta}
-        old.replace_all_uses_with(new, propagate_meta=False)
+        take_place(new, old)
     return replaced
 
 
@@ -185,6 +184,3 @@ def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
         raise CannotEmit("an axis is missing from the output")
     order = [axes.index(a) for a in (*named, *missing)]
     return emit.call(aten.permute.default, out, order) if order != sorted(order) else out
-
-
-__all__ = ["Operators", "dimensions", "rewrite"]

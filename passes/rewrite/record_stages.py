@@ -6,11 +6,13 @@ Reads graphs, changes nothing. Needs `meta["val"]` where shapes are to be shown.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.passes.fx.analysis import written_operands
+from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import between, written_operands
 from attnfx.passes.fx.nodes import op_name, value, where_in_source
 from attnfx.passes.match.results import Finding
 from attnfx.report.stages import GraphNode, Place, Stage, collapse
@@ -64,26 +66,12 @@ def _reads(finding: Finding) -> tuple[str, ...] | None:
 def _members(finding: Finding) -> set[Node]:
     """The nodes of an attention: from its output back to its operands and captures or, where it was refused, from its
     output back to its normalisers."""
-    match, anchors = finding.match, set(finding.anchors)
-    if match is not None:
-        return _above(finding.final, set(match.read))
-    found = _above(finding.final, anchors)
-    reaching = set(anchors)
-    for n in sorted(found):
-        if any(a in reaching for a in n.all_input_nodes):
-            reaching.add(n)
-    return reaching | {finding.final}
-
-
-def _above(final: Node, ends: set[Node]) -> set[Node]:
-    """The calls that lead to `final`, without `ends` and what leads only to them."""
-    found, stack = {final}, [final]
-    while stack and len(found) < LARGEST:
-        for a in stack.pop().all_input_nodes:
-            if a not in found and a not in ends and a.op == "call_function":
-                found.add(a)
-                stack.append(a)
-    return found
+    match, final = finding.match, finding.final
+    if match is None:
+        return between(set(finding.anchors), final) | {final}
+    read = set(match.read)
+    calls = reach([final], lambda n: [a for a in n.all_input_nodes if a.op == "call_function" and a not in read])
+    return set(islice(calls, LARGEST))
 
 
 def _node(n: Node) -> GraphNode:
@@ -104,6 +92,3 @@ def _module(n: Node) -> str:
     stack = n.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     return path.removeprefix("L['self']").removeprefix(".")
-
-
-__all__ = ["Recorder"]

@@ -13,6 +13,7 @@ import math
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.passes.fx.analysis import between
 from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
 from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.match.results import Finding
@@ -40,24 +41,8 @@ def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
 
 def _cone(finding: Finding) -> set[Node]:
     """The nodes between the operands of the scores and the weighted values."""
-    below: set[Node] = set()
-    stack = list(finding.final.all_input_nodes)
-    anchors = set(finding.anchors)
-    reaches: dict[Node, bool] = {}
-
-    def leads(n: Node, depth: int = 0) -> bool:
-        if n not in reaches:
-            reaches[n] = False
-            reaches[n] = n in anchors or (depth < 60 and any(leads(a, depth + 1) for a in n.all_input_nodes))
-        return reaches[n]
-
-    while stack:
-        n = stack.pop()
-        if n not in below and leads(n):
-            below.add(n)
-            if n not in anchors:
-                stack.extend(n.all_input_nodes)
-    above = list(anchors)
+    below = between(set(finding.anchors), finding.final) - {finding.final}
+    above = list(finding.anchors)
     while above:  # from the softmax back to the products, and one step into their operands
         n = above.pop()
         for a in n.all_input_nodes:

@@ -14,7 +14,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import Graph, GraphModule, Node
 
-from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.analysis import Facts, cone, written_operands
 from attnfx.passes.fx.dropout import DROPOUTS
 from attnfx.passes.fx.nodes import op_name, value
 from attnfx.report.records import Site
@@ -65,10 +65,10 @@ def pair(
     the original graph.
     """
     ends = [old for old, _ in replaced]
-    sources, new = _cone([n for _, n in replaced], lambda n: n in names)
+    sources, new = cone([n for _, n in replaced], lambda n: n in names)
     stop = set(sources)
     # an operator that draws or writes is not run again: what it gave is an input, like all that the new nodes read
-    inputs, old = _cone(
+    inputs, old = cone(
         ends, lambda n: n in stop or (n not in ends and (_outside(n) or n in facts.written)) or _placed(n)
     )
     inputs = list(dict.fromkeys([*sources, *inputs]))
@@ -84,23 +84,6 @@ def pair(
         tuple(n.name for n in ends),
         names[at],
     )
-
-
-def _cone(ends: Sequence[Node], is_input: Any) -> tuple[list[Node], list[Node]]:
-    """What the ends are computed from: (inputs, nodes between), each in the order of the graph."""
-    seen, stack = set(ends), list(ends)
-    inputs: set[Node] = set()
-    while stack:
-        n = stack.pop()
-        if is_input(n):
-            inputs.add(n)
-            continue
-        for a in n.all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-    graph = ends[0].graph
-    return [n for n in graph.nodes if n in inputs], [n for n in graph.nodes if n in seen and n not in inputs]
 
 
 def _placed(n: Node) -> bool:
@@ -143,6 +126,3 @@ def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
                 elements *= number(extent)
             sizes.append(elements)
     return sum(sizes), max(sizes)
-
-
-__all__ = ["Pair", "Trial", "pair", "weight"]

@@ -6,7 +6,7 @@ Sizes are those of the example inputs: nothing in it is symbolic.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, cone
 from attnfx.passes.fx.nodes import is_tensor, number, op_name, value
 from attnfx.passes.lift.tables import VIEWS
 
@@ -29,7 +29,12 @@ def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captu
     entered again.
     """
     facts = Facts(gm)
-    inputs, inside = _cone(ends, {*operands, *captures})
+
+    def given(n: Node) -> bool:
+        known = n in operands or n in captures or n.op in ("placeholder", "get_attr")
+        return n not in ends and (known or isinstance(value(n), torch.SymInt))
+
+    inputs, inside = cone(ends, given)
     mode = FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True)
     graph = Graph()
     copies: dict[Node, Any] = {}
@@ -64,25 +69,6 @@ def _held(gm: GraphModule, n: Node) -> Any:
     return getattr(gm, str(n.target)) if n.op == "get_attr" else value(n)
 
 
-def _cone(ends: Sequence[Node], stop: Iterable[Node]) -> tuple[list[Node], list[Node]]:
-    """What the ends are computed from, as far as `stop`: (inputs, nodes between), each in the order of the graph."""
-    closed, seen, stack = set(stop), set(ends), list(ends)
-    while stack:
-        n = stack.pop()
-        if n in closed and n not in ends:
-            continue
-        for a in n.all_input_nodes:
-            if a not in seen:
-                seen.add(a)
-                stack.append(a)
-
-    def given(n: Node) -> bool:
-        return n in closed or n.op in ("placeholder", "get_attr") or isinstance(value(n), torch.SymInt)
-
-    nodes = [n for n in ends[0].graph.nodes if n in seen]
-    return [n for n in nodes if given(n) and n not in ends], [n for n in nodes if not given(n) or n in ends]
-
-
 def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
     """The nodes that enter the autocast regions that `final` stands in."""
     open_: list[Node] = []
@@ -94,6 +80,3 @@ def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
         elif n.target is EXIT:
             open_.remove(n.args[0])
     return open_
-
-
-__all__ = ["base_of", "cut"]

@@ -13,7 +13,8 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import written_operands
+from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
 from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
@@ -37,7 +38,7 @@ def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
     problem: NotSeparable | None = None
-    for row, columns in _candidates(final, finding):
+    for row, columns in _candidates(graph.facts, finding):
         try:
             return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:
@@ -47,14 +48,15 @@ def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
     return refusal("rows_mixed", f"it cannot be computed row by row: {reason}", *culprits, final)
 
 
-def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
+def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
     """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first, and then
     those that the values have too, which are values of each row's own."""
+    final = finding.final
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
     c = contraction(final, out)
     if c is None:
         return []
-    weights = _below(final, finding)
+    weights = {x for x in final.all_input_nodes if any(facts.descends(x, a) for a in finding.anchors)}
     found = []
     for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
         if w in weights:
@@ -67,23 +69,6 @@ def _candidates(final: Node, finding: Finding) -> list[tuple[int, Expr]]:
         return shared, -number(value(final).shape[d]), -d
 
     return [(d, columns) for _, d, columns in sorted(found, key=likeliest)]
-
-
-def _below(final: Node, finding: Finding) -> set[Node]:
-    """The operands of the product that descend from the normalisers."""
-    out = set()
-    for x in final.all_input_nodes:
-        stack, seen = [x], {x}
-        while stack and len(seen) < 10 * LARGEST:
-            n = stack.pop()
-            if n in finding.anchors:
-                out.add(x)
-                break
-            for a in n.all_input_nodes:
-                if a not in seen:
-                    seen.add(a)
-                    stack.append(a)
-    return out
 
 
 class _Walk:
@@ -287,20 +272,10 @@ class _Walk:
 
     def _made_of_a_product(self, n: Node) -> bool:
         """Whether a large operand comes from a product through other large ones: it would stay as large as it is."""
-        stack, seen = [n], {n}
-        while stack:
-            at = stack.pop()
-            if batched(at):
-                return True
-            for a in at.all_input_nodes:
-                if a not in seen and is_tensor(a) and {self.columns, self.found.extent} <= set(dims(a)):
-                    seen.add(a)
-                    stack.append(a)
-        return False
+        extents = {self.columns, self.found.extent}
+        large = reach([n], lambda x: [a for a in x.all_input_nodes if is_tensor(a) and extents <= set(dims(a))])
+        return any(map(batched, large))
 
 
 def _read_by(n: Node) -> bool:
     return bool(n.users) or n.op == "output" or bool(written_operands(n))
-
-
-__all__ = ["find_region"]

@@ -261,6 +261,3 @@ def _of_triangle(made: Made, column: int) -> Made:
     if not seen:
         raise NotSeparable("the rows of a triangle lie elsewhere")
     return out
-
-
-__all__ = ["Columns", "Part", "find_columns", "operands", "part"]

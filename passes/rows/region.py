@@ -84,6 +84,3 @@ class Region:
     def gives_scores(self) -> bool:
         """Whether something with a number for each row and key leaves."""
         return any(n is not self.final and self.columns in dims(n) for n in self.results)
-
-
-__all__ = ["Region"]

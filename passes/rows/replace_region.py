@@ -15,7 +15,7 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, value
+from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, take_place, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.row_rules import Along
@@ -49,8 +49,7 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
                 user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
     inside = set(found.calls)
     for old, new in replaced:
-        new.meta = {**old.meta, **new.meta}
-        old.replace_all_uses_with(new, delete_user_cb=lambda u: u not in inside, propagate_meta=False)
+        take_place(new, old, lambda u: u not in inside)
     return replaced
 
 
@@ -137,6 +136,3 @@ def _order(n: Node) -> tuple[int, ...]:
             return ()
         step *= shape[d]
     return () if list(order) == sorted(order) else order
-
-
-__all__ = ["replace_region"]

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch._ops import OpOverload
 from torch.fx import GraphModule
 
 from attnfx.compiler import pipeline
@@ -86,11 +87,16 @@ def the_write_dropped(gm: GraphModule) -> None:
             return
 
 
-def strides_lost(gm: GraphModule) -> None:
+def results_through(gm: GraphModule, target: OpOverload, *args: object) -> None:
+    """Pass every result of the graph through one more operator."""
     out = gm.graph.output_node()
     with gm.graph.inserting_before(out):
-        made = [gm.graph.call_function(torch.ops.aten.contiguous.default, (x,)) for x in out.args[0]]
+        made = [gm.graph.call_function(target, (x, *args)) for x in out.args[0]]
     out.args = (tuple(made),)
+
+
+def strides_lost(gm: GraphModule) -> None:
+    results_through(gm, torch.ops.aten.contiguous.default)
 
 
 def a_number_drawn(gm: GraphModule) -> None:
@@ -99,10 +105,7 @@ def a_number_drawn(gm: GraphModule) -> None:
 
 
 def views_copied(gm: GraphModule) -> None:
-    out = gm.graph.output_node()
-    with gm.graph.inserting_before(out):
-        made = [gm.graph.call_function(torch.ops.aten.clone.default, (x,)) for x in out.args[0]]
-    out.args = (tuple(made),)
+    results_through(gm, torch.ops.aten.clone.default)
 
 
 def the_gradient_lost(gm: GraphModule) -> None:
@@ -113,10 +116,7 @@ def the_gradient_lost(gm: GraphModule) -> None:
 
 
 def a_double_made(gm: GraphModule) -> None:
-    out = gm.graph.output_node()
-    with gm.graph.inserting_before(out):
-        made = [gm.graph.call_function(torch.ops.aten.to.dtype, (x, torch.float64)) for x in out.args[0]]
-    out.args = (tuple(made),)
+    results_through(gm, torch.ops.aten.to.dtype, torch.float64)
 
 
 def it_fails(gm: GraphModule) -> None:

@@ -334,7 +334,7 @@ def test_the_tiles_of_a_mask_are_counted():
 def test_the_table_is_of_the_kernels_as_they_are():
     assert instructions.recorded() == instructions.fingerprint(), (
         "the flash kernels or their tiles have changed since their machine code was counted: "
-        "run `python benchmarks/instructions.py` and commit attnfx/cost/instructions.json"
+        "run `python benchmarks/machine_code.py table` and commit attnfx/cost/instructions.json"
     )
 
 

@@ -6,6 +6,7 @@ The reference evaluates naive trees of Python functions that never pass the cons
 import json
 import math
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -109,17 +110,11 @@ def everywhere():
                 yield {**sizes, "b": (i + j) % sizes["B"], "h": (i + 2 * j) % sizes["H"], "i": i, "j": j}
 
 
+@pytest.mark.parametrize("kind", [trees, conditions])
 @FEW
-@given(trees(3))
-def test_integer_arithmetic_keeps_its_values(tree):
-    e = built(tree)
-    for env in everywhere():
-        assert evaluate(e, env) == naive(tree, env), show(e)
-
-
-@FEW
-@given(conditions(3))
-def test_comparisons_and_logic_keep_their_values(tree):
+@given(st.data())
+def test_integer_arithmetic_comparisons_and_logic_keep_their_values(kind, data):
+    tree = data.draw(kind(3))
     e = built(tree)
     for env in everywhere():
         assert evaluate(e, env) == naive(tree, env), show(e)

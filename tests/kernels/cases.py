@@ -57,52 +57,60 @@ def f64(*shape):
 G1, G2, G3 = (Capture("f", n, True) for n in (1, 2, 3))
 slope = A.load(0, [H], "f")
 clipped = A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5))
-CASES = {
-    "plain": (dict(score=DOT), ()),
-    "unscaled": (dict(score=A.DOT), ()),
-    "causal": (dict(score=masked(CAUSAL)), ()),
-    "window": (dict(score=masked(WINDOW)), ()),
-    "softcap": (dict(score=masked(CAUSAL, score=A.mul(A.const(5.0), A.unary("tanh", A.mul(A.const(0.1), A.DOT))))), ()),
-    "cosine_temperature": (
+
+
+def common(draw, heads):
+    """Cases for tensors of so many heads, 37 queries and 41 keys; `draw` makes their captures."""
+    by_position = A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f")
+    sigmoid = A.unary("sigmoid", A.PROB)
+    return {
+        "plain": (dict(score=DOT), ()),
+        "unscaled": (dict(score=A.DOT), ()),
+        "causal": (dict(score=masked(CAUSAL)), ()),
+        "window": (dict(score=masked(WINDOW)), ()),
+        "softcap": (
+            dict(score=masked(CAUSAL, score=A.mul(A.const(5.0), A.unary("tanh", A.mul(A.const(0.1), A.DOT))))), (),
+        ),
+        "learned bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (draw(heads, 37, 41),)),
+        "learned table": (
+            dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)),
+            (draw(11, heads),),
+        ),
+        "gathered by position": (
+            dict(score=masked(CAUSAL, score=A.add(DOT, by_position)), captures=(G2,)), (draw(5, heads),),
+        ),
+        "alibi": (
+            dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
+            (draw(heads).abs(),),
+        ),
+        "sinks": (dict(score=masked(WINDOW), extra=(slope,), captures=(G1,)), (draw(heads),)),
+        "sink by row": (dict(score=DOT, extra=(A.load(0, [H, I], "f"),), captures=(G2,)), (draw(heads, 37),)),
+        "off by one": (dict(score=DOT, extra=(A.const(0.0),)), ()),
+        "head mask": (dict(score=DOT, weight=A.mul(slope, A.PROB), captures=(G1,)), (draw(heads),)),
+        "mask after softmax": (dict(score=DOT, weight=A.where(CAUSAL, A.PROB, A.const(0.0))), ()),
+        "sigmoid": (dict(score=DOT, normaliser="none", weight=sigmoid), ()),
+        "sigmoid with bias": (
+            dict(score=A.add(DOT, slope), normaliser="none", captures=(G1,),
+                 weight=A.where(CAUSAL, sigmoid, A.const(0.0))),
+            (draw(heads),),
+        ),
+        "relu squared": (dict(score=DOT, normaliser="none", weight=A.mul(*[A.maximum(A.PROB, A.const(0.0))] * 2)), ()),
+        "two terms": (dict(score=A.add(DOT, A.mul(A.DOT, A.DOT, A.const(0.01)))), ()),
+        "named size": (dict(score=masked(A.lt(A.sub(J, I), A.size("n0"))), sizes=("n0",)), ()),
+    }  # fmt: skip
+
+
+CASES = common(f64, 4) | {
+    "cosine temperature": (
         dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(slope, A.const(2.0)))), captures=(G1,)),
         (f64(4),),
     ),
-    "dense_bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (f64(4, 37, 41),)),
-    "gathered_table": (
-        dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)),
-        (f64(11, 4),),
-    ),
-    "gathered_by_position": (
-        dict(
-            score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f"))),
-            captures=(G2,),
-        ),
-        (f64(5, 4),),
-    ),
-    "alibi": (
-        dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
-        (f64(4).abs(),),
-    ),
-    "sinks": (dict(score=masked(WINDOW), extra=(slope,), captures=(G1,)), (f64(4),)),
-    "sink_by_row": (dict(score=DOT, extra=(A.load(0, [H, I], "f"),), captures=(G2,)), (f64(4, 37),)),
-    "off_by_one": (dict(score=DOT, extra=(A.const(0.0),)), ()),
-    "head_mask": (dict(score=DOT, weight=A.mul(slope, A.PROB), captures=(G1,)), (f64(4),)),
-    "mask_after_softmax": (dict(score=DOT, weight=A.where(CAUSAL, A.PROB, A.const(0.0))), ()),
-    "offset_after_softmax": (dict(score=masked(CAUSAL), weight=A.add(A.PROB, A.const(0.01))), ()),
-    "bias_after_softmax": (
+    "offset after softmax": (dict(score=masked(CAUSAL), weight=A.add(A.PROB, A.const(0.01))), ()),
+    "bias after softmax": (
         dict(score=masked(WINDOW), weight=A.add(A.PROB, A.where(A.ge(J, I), slope, A.const(0.0))), captures=(G1,)),
         (f64(4),),
     ),
-    "sigmoid": (dict(score=DOT, normaliser="none", weight=A.unary("sigmoid", A.PROB)), ()),
-    "sigmoid_with_bias": (
-        dict(score=A.add(DOT, slope), normaliser="none", captures=(G1,),
-             weight=A.where(CAUSAL, A.unary("sigmoid", A.PROB), A.const(0.0))),
-        (f64(4),),
-    ),
-    "relu_squared": (dict(score=DOT, normaliser="none", weight=A.mul(*[A.maximum(A.PROB, A.const(0.0))] * 2)), ()),
-    "linear_in_two_terms": (dict(score=A.add(DOT, A.mul(A.DOT, A.DOT, A.const(0.01)))), ()),
-    "named_size": (dict(score=masked(A.lt(A.sub(J, I), A.size("n0"))), sizes=("n0",)), ()),
-}  # fmt: skip
+}
 
 padding = torch.ones(2, 41, dtype=torch.bool)
 padding[0, :21] = False

@@ -241,3 +241,22 @@ def test_variables_can_be_bound_to_other_axes():
     values = Evaluator([], {}, {"w": Axis(-3, 4, -1)}, torch.float32, torch.device("cpu"))
     w = A.var("w", A.const(9))
     assert values.tensor(A.mul(w, w)).tolist() == [9, 4, 1, 0, 1, 4, 9]
+
+
+@pytest.mark.parametrize(
+    "name", ["min", "max", "minimum", "maximum", "atan2", "fmod", "rsub", "sub", "mul", "clamp_max"]
+)
+@pytest.mark.parametrize("number_first", [False, True])
+def test_an_operator_of_two_tensors_is_replayed_with_a_number_for_a_constant_one(name, number_first):
+    """The graph had a tensor full of one number where the program has the number."""
+    if name == "clamp_max" and number_first:
+        pytest.skip("it has no such form")
+    x, number = torch.arange(5.0) - 2, 1.5
+    full = torch.full((5,), number)
+    packet = getattr(torch.ops.aten, name)
+    want = packet(full, x) if number_first else packet(x, full)
+    operands = (A.const(number), A.to_float(J)) if number_first else (A.to_float(J), A.const(number))
+    moved = [A.add(e, A.const(-2.0)) if e.op != "const" else e for e in operands]
+    e = node("aten", "f", tuple(moved), f"{name}:float32")
+    found = Evaluator((), {"S": 5}, {"j": Axis(0, 5, -1)}, torch.float32, torch.device("cpu")).tensor(e)
+    torch.testing.assert_close(found.flatten(), want, equal_nan=True)

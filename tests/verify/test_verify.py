@@ -151,15 +151,20 @@ def shows(script, capsys) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("fn", "wrong"), PLANTED, ids=lambda x: x.__name__)
-def test_a_wrong_rewrite_is_caught_and_undone(fn, wrong, tmp_path, monkeypatch, capsys):
+def planted(monkeypatch, wrong):
+    """Every match is rewritten as another one."""
     original = apply.rewrite
 
-    def planted(graph, facts, match, *rest, **more):
+    def rewrite(graph, facts, match, *rest, **more):
         match.spec = wrong(match.spec)
         return original(graph, facts, match, *rest, **more)
 
-    monkeypatch.setattr(apply, "rewrite", planted)
+    monkeypatch.setattr(apply, "rewrite", rewrite)
+
+
+@pytest.mark.parametrize(("fn", "wrong"), PLANTED, ids=lambda x: x.__name__)
+def test_a_wrong_rewrite_is_caught_and_undone(fn, wrong, tmp_path, monkeypatch, capsys):
+    planted(monkeypatch, wrong)
     _, script = caught(fn, qkv(t=T), tmp_path)
     monkeypatch.undo()
     assert "error" in shows(script, capsys)
@@ -220,13 +225,7 @@ def test_a_wrong_row_program_is_caught(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_the_script_runs_by_itself(tmp_path, monkeypatch):
-    original = apply.rewrite
-
-    def planted(graph, facts, match, *rest, **more):
-        match.spec = no_scale(match.spec)
-        return original(graph, facts, match, *rest, **more)
-
-    monkeypatch.setattr(apply, "rewrite", planted)
+    planted(monkeypatch, no_scale)
     _, script = caught(plain, qkv(t=T), tmp_path)
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == 1 and "an error of" in done.stdout, done.stderr
@@ -418,14 +417,10 @@ def test_a_failure_of_the_comparison_itself_takes_nothing_down(problem, words, m
 
 
 def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
-    def planted(graph, facts, match, *rest, original=apply.rewrite, **more):
-        match.spec = no_scale(match.spec)
-        return original(graph, facts, match, *rest, **more)
-
     def fails(*_):
         raise PermissionError("no room")
 
-    monkeypatch.setattr(apply, "rewrite", planted)
+    planted(monkeypatch, no_scale)
     monkeypatch.setattr(verify.repro, "write", fails)
     with pytest.warns(RuntimeWarning, match="no script could be written under .*no room"):
         same_as_eager(plain, qkv(t=T), dump_dir=tmp_path)

@@ -43,6 +43,3 @@ def _merge(graph: nx.DiGraph, own: set[Hashable], site: str) -> None:
     graph.add_node(site, site=site)
     graph.add_edges_from((a, site) for a in into)
     graph.add_edges_from((site, b) for b in out)
-
-
-__all__ = ["collapse"]

@@ -15,6 +15,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.algebra import rebuild
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
+from attnfx.ir.reach import reach
 from attnfx.kernels.evaluate import opaque
 
 HEAD, ROW, COLUMN, TILE = range(4)
@@ -252,15 +253,7 @@ def separate(e: Expr) -> Expr:
 def boundary(roots: list[Expr], at: int) -> dict[int, list[Expr]]:
     """The values of lower levels that functions of level `at` take: those that are worth keeping, by level."""
     found: dict[int, dict[Expr, None]] = {}
-    for root in roots:
-        todo, seen = [root], set()
-        while todo:
-            e = todo.pop()
-            if e in seen:
-                continue
-            seen.add(e)
-            if level(e) == at:
-                todo.extend(e.args)
-            elif not is_trivial(e):
-                found.setdefault(level(e), {})[e] = None
+    for e in reach(roots, lambda e: e.args if level(e) == at else ()):
+        if level(e) != at and not is_trivial(e):
+            found.setdefault(level(e), {})[e] = None
     return {k: sorted(v, key=lambda e: e.digest) for k, v in found.items()}

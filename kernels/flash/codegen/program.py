@@ -322,6 +322,3 @@ def _index(name: str, e: Expr) -> Expr:
     if name != DIAGONAL:
         return by[name]
     return A.add(A.sub(by["j"], by["i"]), A.sub(by["i"].args[0], A.ONE))
-
-
-__all__ = ["Leaf", "Program", "Table", "Unsupported", "assume", "has_gradient", "program_of"]

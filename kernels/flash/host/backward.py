@@ -25,6 +25,7 @@ from attnfx.kernels.flash.triton.pairs import pairs_kernel
 from attnfx.kernels.gpu import capability
 from attnfx.mask import rows_live
 
+Tiles = tuple[Tile, Tile]  # of the pass over keys and of the pass over rows
 PAIR_ELEMENTS = 1 << 24  # float32, of a gradient by row and key before it is added up in a capture that is smaller
 
 
@@ -33,7 +34,7 @@ def backward(
     grad_out: Tensor,
     out: Tensor,
     logsumexp: Tensor,
-    tiles: tuple[Tile, Tile] | None = None,
+    tiles: Tiles | None = None,
     grad_logsumexp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
@@ -53,20 +54,13 @@ class Backward:
     """The kernels of one backward pass, and the tensors between them."""
 
     def __init__(
-        self,
-        call: Call,
-        grad_out: Tensor,
-        out: Tensor,
-        logsumexp: Tensor,
-        tiles: tuple[Tile, Tile] | None = None,
-        target: int | None = None,
+        self, call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: Tiles, target: int | None = None
     ) -> None:
         self.target = capability(call.query.device) if target is None else target
         self.call, self.some = call, Arguments(call)
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
-        width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
-        self.tiles = tiles or backward_tiles(call.query.device, call.query.dtype, width, call.spec)[0]
+        self.tiles = tiles
         # of each row, logsumexp in units of log 2 and delta
         self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32

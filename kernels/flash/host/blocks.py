@@ -55,11 +55,11 @@ class Run(chunked_run.Run):
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
     """As the tier's forward pass."""
-    return chunked.forward(call, Run(call))
+    return chunked.forward(call, Run)
 
 
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """As the tier's backward pass."""
-    return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run(call))
+    return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run)

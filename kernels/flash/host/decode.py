@@ -67,7 +67,7 @@ def launches(
     call: Call,
     out: Tensor,
     logsumexp: Tensor,
-    tile: Tile | None = None,
+    tile: Tile,
     processors: int | None = None,
     target: int | None = None,
     wanted: int = 0,
@@ -78,7 +78,6 @@ def launches(
     batch, heads, rows, _ = query.shape
     groups = call.key.shape[1]
     packed = rows * (heads // groups)
-    tile = tile or decode_tiles(query.device, query.dtype, max(padded(query.shape[3]), padded(call.value.shape[3])))[0]
     tile = tile._replace(rows=max(16, 1 << (packed - 1).bit_length()))
     if processors is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if target else 4

@@ -13,7 +13,7 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources, PTXASError
 
 from attnfx.kernels.call import Call
-from attnfx.report import report
+from attnfx.report.records import fell_back
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -57,7 +57,7 @@ def _remember(key: tuple[object, ...], tried: int, why: str, instead: str) -> No
         reasons.append(why)
     kernel, spec, *_, device = key
     ending = instead or "it runs in blocks of PyTorch's operators"
-    report.fell_back(spec, f"the {kernel} kernel on {device} {why}: {ending}")  # type: ignore[arg-type]
+    fell_back(spec, f"the {kernel} kernel on {device} {why}: {ending}")  # type: ignore[arg-type]
 
 
 def _reason(problem: Exception) -> str | None:
@@ -68,6 +68,3 @@ def _reason(problem: Exception) -> str | None:
         words = str(problem).strip().splitlines()
         return f"does not compile ({words[-1].strip() if words else type(problem).__name__})"
     return None
-
-
-__all__ = ["CannotLaunch", "first_that_runs"]

@@ -1,7 +1,7 @@
 """Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
 
-"probe" is the machine code of ahead-of-time compilation (benchmarks/sass.py, benchmarks/spills.py): no spill in the
-steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"probe" is the machine code of ahead-of-time compilation (benchmarks/machine_code.py, counts and spills): no spill in
+the steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ FORWARD = {
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
 # Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
-# benchmarks/instructions.py compiles each of them; what the table above has stays the default.
+# `benchmarks/machine_code.py table` compiles each of them; what the table above has stays the default.
 OTHERS = {
     (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
     (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -122,7 +122,11 @@ def _sizes(tiles: tuple[Tile, Tile]) -> int:
     return max(_size(tiles[0]), _size(tiles[1]))
 
 
-def _led_by(chosen: Tile | None, table: list[Tile]) -> list[Tile]:
+def _tried(device: torch.device, chosen: Tile | None, first: Tile, others: Iterable[Tile]) -> list[Tile]:
+    """The tiles of a kernel in the order that they are tried: on a GPU the one that was chosen leads the table's."""
+    if device.type != "cuda":
+        return [INTERPRETED, LEAST]
+    table = _and_smaller(first, others, _size)
     return table if chosen is None else [chosen, *(tile for tile in table if tile != chosen)]
 
 
@@ -131,12 +135,10 @@ def forward_tiles(
 ) -> list[Tile]:
     """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
     on a GPU, behind the one that was chosen."""
-    if device.type != "cuda":
-        return [INTERPRETED, LEAST]
     if dtype == torch.float32:
-        return _led_by(chosen, _and_smaller(pick(SINGLE, 80, width), SINGLE.values(), _size))
+        return _tried(device, chosen, pick(SINGLE, 80, width), SINGLE.values())
     first = pick(forward_table(spec), capability(device), width)
-    return _led_by(chosen, _and_smaller(first, [*FORWARD.values(), *SINGLE.values()], _size))
+    return _tried(device, chosen, first, [*FORWARD.values(), *SINGLE.values()])
 
 
 # of the pass over keys, then of the pass over rows
@@ -211,10 +213,8 @@ DECODE = {
 def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
     """The tile of the decode kernel for a head dim padded to `width`, then smaller ones; on a GPU, behind the one that
     was chosen."""
-    if device.type != "cuda":
-        return [INTERPRETED, LEAST]
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:
         first = pick(DECODE, capability(device), width)
-    return _led_by(chosen, _and_smaller(first, [*DECODE.values(), LEAST._replace(warps=4)], _size))
+    return _tried(device, chosen, first, [*DECODE.values(), LEAST._replace(warps=4)])

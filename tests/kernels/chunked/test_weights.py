@@ -62,7 +62,7 @@ def compare(spec, keep, captures=(), sizes=(), **shape):
 @pytest.mark.parametrize("name", CASES)
 def test_sums_and_their_gradients_are_those_of_the_whole_matrix(name):
     fields, captures = CASES[name]
-    compare(AttentionSpec(**fields, **DOUBLE), "bj", captures, sizes=(3,) if name == "named_size" else ())
+    compare(AttentionSpec(**fields, **DOUBLE), "bj", captures, sizes=(3,) if name == "named size" else ())
 
 
 @pytest.mark.parametrize("keep", KEPT)
@@ -110,7 +110,7 @@ def test_empty_sizes_work(shape):
 
 
 @pytest.mark.parametrize("over", ["i", "j"])
-@pytest.mark.parametrize("name", ["plain", "causal", "window", "dense_bias", "sinks"])
+@pytest.mark.parametrize("name", ["plain", "causal", "window", "learned bias", "sinks"])
 def test_the_largest_weight_of_each_row_or_key_and_its_place_are_those_of_the_whole_matrix(name, over, monkeypatch):
     monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)  # several blocks of rows
     fields, captures = CASES[name]

@@ -1,7 +1,5 @@
 """Build the programs and tensors of the flash kernels' tests, and compare with the whole matrix of scores."""
 
-import math
-
 import torch
 
 from attnfx.ir import algebra as A
@@ -11,28 +9,9 @@ from attnfx.kernels.flash.host import forward as launch
 from attnfx.kernels.flash.host.backward import backward
 from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.spec import B, Capture, H, I, J
-from tests.kernels.cases import whole_weights
-
-DOT = A.mul(A.const(0.3), A.DOT)
-
-
-INF = math.inf
-
-
-FINITE = torch.finfo(torch.float32).min
-
-
-CAUSAL = A.ge(I, J)
-
-
-WINDOW = A.and_(CAUSAL, A.lt(A.sub(I, J), A.const(7)))
-
+from tests.kernels.cases import CAUSAL, DOT, WINDOW, clipped, common, masked, whole_weights
 
 TILE = Tile(16, 16, 1, 1)
-
-
-def masked(keep, fill=-INF, score=DOT):
-    return A.where(keep, score, A.const(fill))
 
 
 def tensors(T=37, S=41, D=16, Dv=16, size_b=2, heads=2, groups=1, dtype=torch.float32):
@@ -75,29 +54,15 @@ def rand(*shape):
     return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
-G0, G1, G2, G3 = (Capture("f", n, True) for n in range(4))
-
-
-slope = A.load(0, [H], "f")
-
-
+G0, G1, G2 = (Capture("f", n, True) for n in range(3))
 log_of_distance = node(
     "aten", "f", (node("aten", "f", (A.add(A.unary("abs", A.sub(J, I)), A.ONE),), "to:float32"),), "log:float32"
 )
-
-
-clipped = A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5))
-
-
-CASES = {
-    "plain": (dict(score=DOT), ()),
-    "unscaled": (dict(score=A.DOT), ()),
+CASES = common(rand, 2) | {
     "negative scale": (dict(score=A.mul(A.const(-0.2), A.DOT)), ()),
-    "causal": (dict(score=masked(CAUSAL)), ()),
-    "window": (dict(score=masked(WINDOW)), ()),
-    "softcap": (dict(score=masked(CAUSAL, score=A.mul(A.const(5.0), A.unary("tanh", A.mul(A.const(0.1), A.DOT))))), ()),
     "temperature": (
-        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(slope, A.const(0.2)))), captures=(G1,)), (rand(2),),
+        dict(score=A.mul(A.DOT, A.unary("exp", A.minimum(A.load(0, [H], "f"), A.const(0.2)))), captures=(G1,)),
+        (rand(2),),
     ),
     "scalar": (dict(score=A.mul(A.DOT, A.load(0, [], "f")), captures=(G0,)), (torch.tensor(0.3),)),
     "bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(Capture("f", 3),)), (rand(2, 37, 41),)),
@@ -113,12 +78,8 @@ CASES = {
         dict(score=A.add(DOT, A.load(0, [A.to_int(log_of_distance), H], "f")), captures=(Capture("f", 2),)),
         (rand(5, 2),),
     ),
-    "learned bias": (dict(score=A.add(DOT, A.load(0, [H, I, J], "f")), captures=(G3,)), (rand(2, 37, 41),)),
     "learned bias for all": (
         dict(score=masked(WINDOW, score=A.add(DOT, A.load(0, [I, J], "f"))), captures=(G2,)), (rand(37, 41),),
-    ),
-    "learned table": (
-        dict(score=A.add(DOT, A.load(0, [A.add(clipped, A.const(5)), H], "f")), captures=(G2,)), (rand(11, 2),),
     ),
     "learned table, causal": (
         dict(score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.minimum(A.sub(I, J), A.const(8))], "f"))),
@@ -128,43 +89,8 @@ CASES = {
     "learned buckets": (
         dict(score=A.add(DOT, A.load(0, [A.to_int(log_of_distance), H], "f")), captures=(G2,)), (rand(5, 2),),
     ),
-    "gathered by position": (
-        dict(score=masked(CAUSAL, score=A.add(DOT, A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f"))),
-             captures=(G2,)),
-        (rand(5, 2),),
-    ),
-    "alibi": (
-        dict(score=masked(CAUSAL, score=A.add(DOT, A.mul(slope, A.to_float(A.sub(J, I))))), captures=(G1,)),
-        (rand(2).abs(),),
-    ),
-    "sinks": (dict(score=masked(WINDOW), extra=(slope,), captures=(G1,)), (rand(2),)),
-    "sink by row": (dict(score=DOT, extra=(A.load(0, [H, I], "f"),), captures=(G2,)), (rand(2, 37),)),
-    "off by one": (dict(score=DOT, extra=(A.const(0.0),)), ()),
-    "head mask": (dict(score=DOT, weight=A.mul(slope, A.PROB), captures=(G1,)), (rand(2),)),
-    "mask after softmax": (dict(score=DOT, weight=A.where(CAUSAL, A.PROB, A.const(0.0))), ()),
-    "sigmoid": (dict(score=DOT, normaliser="none", weight=A.unary("sigmoid", A.PROB)), ()),
-    "sigmoid with bias": (
-        dict(score=A.add(DOT, slope), normaliser="none", captures=(G1,),
-             weight=A.where(CAUSAL, A.unary("sigmoid", A.PROB), A.const(0.0))),
-        (rand(2),),
-    ),
-    "relu squared": (dict(score=DOT, normaliser="none", weight=A.mul(*[A.maximum(A.PROB, A.const(0.0))] * 2)), ()),
-    "two terms": (dict(score=A.add(DOT, A.mul(A.DOT, A.DOT, A.const(0.01)))), ()),
-    "named size": (dict(score=masked(A.lt(A.sub(J, I), A.size("n0"))), sizes=("n0",)), ()),
     "documents": (
         dict(score=masked(A.and_(CAUSAL, A.eq(A.load(0, [I], "i"), A.load(0, [J], "i")))), captures=(Capture("i", 1),)),
         (torch.arange(41) // 9,),
     ),
 }  # fmt: skip
-
-
-padding = torch.ones(2, 41, dtype=torch.bool)
-
-
-padding[0, :21] = False
-
-
-padding[1, 20:] = False
-
-
-PAD = A.load(0, [B, J], "b")

@@ -14,7 +14,8 @@ from attnfx.kernels.flash.host.backward import backward
 from attnfx.mask import runtime_summary as summary
 from attnfx.mask.additive import addend
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
-from tests.kernels.flash.cases import CAUSAL, DOT, FINITE, INF, TILE, masked, tensors, whole
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, masked
+from tests.kernels.flash.cases import TILE, tensors, whole
 from tests.kernels.flash.host.test_mask_summary import (
     S,
     T,

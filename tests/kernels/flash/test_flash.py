@@ -18,24 +18,8 @@ from attnfx.kernels.flash.host import forward as launch
 from attnfx.kernels.flash.host.backward import backward
 from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
-from tests.kernels.flash.cases import (
-    CASES,
-    CAUSAL,
-    DOT,
-    FINITE,
-    G2,
-    INF,
-    PAD,
-    TILE,
-    WINDOW,
-    clipped,
-    compare,
-    masked,
-    padding,
-    rand,
-    tensors,
-    whole,
-)
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, PAD, WINDOW, clipped, masked, padding
+from tests.kernels.flash.cases import CASES, G2, TILE, compare, rand, tensors, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

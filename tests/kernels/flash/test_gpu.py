@@ -12,7 +12,8 @@ from attnfx.kernels.flash.host import blocks
 from attnfx.kernels.flash.triton.forward import forward_kernel
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, Capture, I, J
-from tests.kernels.flash.cases import CASES, CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding, whole
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, PAD, WINDOW, masked, padding
+from tests.kernels.flash.cases import CASES, whole
 from tests.kernels.flash.host.test_mask_summary import MASKS
 from tests.support import error, new_reports
 

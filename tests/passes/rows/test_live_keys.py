@@ -141,3 +141,17 @@ def keys_taken(monkeypatch, unexercised):
 
     monkeypatch.setattr(rows.RowCall, "keys", keys)
     return found
+
+
+def test_a_single_key_in_an_einsum_has_no_index_of_its_own():
+    """Many queries ask one pooled token (hourglass transformers); the other attention of the graph is rewritten too."""
+
+    def attend(q, k, v):
+        scores = torch.einsum("bhid,bhjd->bhij", q, k) * 0.3
+        return torch.einsum("bhij,bhjd->bhid", scores.softmax(-1), v)
+
+    def both(q, k, v):
+        x = attend(q, k, v)
+        return x + attend(x, k[:, :, :1], v[:, :, :1])
+
+    check(both, *qkv(t=20), sites=2)

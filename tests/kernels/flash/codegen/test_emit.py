@@ -203,35 +203,33 @@ def test_an_index_outside_is_drawn_in():
 many = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 
 
-def smooth(depth):
-    leaf = st.one_of(st.sampled_from([A.DOT, ROW, TABLE]), st.sampled_from([-2.0, 0.25, 3.0]).map(A.const))
+def nested(depth, leaf, grow):
+    """Leaves, sums, and what else `grow` makes of shallower ones."""
     if not depth:
         return leaf
-    x = smooth(depth - 1)
-    return st.one_of(
-        leaf,
-        st.builds(A.add, x, x, x),
+    x = nested(depth - 1, leaf, grow)
+    return st.one_of(leaf, st.builds(A.add, x, x, x), *grow(x))
+
+
+def smooth(depth):
+    leaf = st.one_of(st.sampled_from([A.DOT, ROW, TABLE]), st.sampled_from([-2.0, 0.25, 3.0]).map(A.const))
+    return nested(depth, leaf, lambda x: [
         st.builds(A.mul, x, x),
         st.builds(lambda op, e: A.unary(op, e), st.sampled_from(["tanh", "sigmoid", "sin", "softplus", "atan"]), x),
         st.builds(A.where, st.sampled_from(list(TRUTHS.values())), x, x),
         st.builds(A.minimum, x, x),
         integers(1).map(A.to_float),
-    )
+    ])  # fmt: skip
 
 
 def integers(depth):
     leaf = st.one_of(st.sampled_from([B, H, I, J, A.size("S"), DOCUMENT]), st.integers(-5, 9).map(A.const))
-    if not depth:
-        return leaf
-    x = integers(depth - 1)
-    return st.one_of(
-        leaf,
-        st.builds(A.add, x, x, x),
+    return nested(depth, leaf, lambda x: [
         st.builds(A.mul, st.integers(-3, 4).map(A.const), x),
         st.builds(A.floordiv, x, st.integers(1, 6).map(A.const)),
         st.builds(A.mod, x, st.integers(1, 6).map(A.const)),
         st.builds(A.maximum, x, x),
-    )
+    ])  # fmt: skip
 
 
 @many

@@ -13,7 +13,8 @@ from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.mask import key_span
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
-from tests.kernels.flash.cases import DOT, FINITE, INF, masked, tensors, whole
+from tests.kernels.cases import DOT, FINITE, INF, masked
+from tests.kernels.flash.cases import tensors, whole
 from tests.kernels.flash.host.test_mask_summary import compiled, passes, small
 from tests.kernels.flash.test_addend import states_of
 from tests.support import new_reports

@@ -26,10 +26,6 @@ from tests.support import compiled, new_reports, rand
 
 SPEC = AttentionSpec(score=A.where(A.ge(I, J), A.mul(A.const(0.25), A.DOT), A.const(-math.inf)))
 DROPPED = AttentionSpec(score=A.DOT, dropout=0.25)
-BROKEN = pytest.mark.xfail(
-    raises=(AttributeError, AssertionError, pytest.fail.Exception),
-    reason="kernels/flash/host/fallback.py looks for fell_back in attnfx.report.report",
-)
 TOO_LARGE = OutOfResources(300_000, 232_448, "shared memory")
 
 
@@ -70,7 +66,6 @@ def passes(some):
     return [out, logsumexp, *tier.backward(some, grad, out, logsumexp)[:3]]
 
 
-@BROKEN
 def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one_once_with_one_warning(refuse):
     want = passes(call())
     refused = refuse(TOO_LARGE, keys=LEAST.keys)
@@ -85,7 +80,6 @@ def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one_once_with_one_warni
     assert len(refused) == 2
 
 
-@BROKEN
 @pytest.mark.parametrize(
     "problem", [TOO_LARGE, CompilationError("", None, "no such instruction")], ids=["fit", "build"]
 )
@@ -102,7 +96,6 @@ def test_without_any_kernel_the_call_runs_in_blocks_with_the_same_draw(refuse, s
         fallback.first_that_runs(name, call(spec, seed=seed), (INTERPRETED, LEAST), lambda tile: None)
 
 
-@BROKEN
 @pytest.mark.filterwarnings("ignore:attnfx")
 def test_decoding_falls_back_to_the_forward_kernel(refuse):
     some = call(rows=2)
@@ -111,7 +104,6 @@ def test_decoding_falls_back_to_the_forward_kernel(refuse):
     torch.testing.assert_close(tier.forward_decode(some), want, rtol=1e-5, atol=1e-5)
 
 
-@BROKEN
 @pytest.mark.filterwarnings("ignore:attnfx")
 def test_the_report_of_a_site_says_what_could_not_run(refuse, monkeypatch):
     monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))

@@ -19,7 +19,8 @@ from attnfx.kernels.operators import attention as operator
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, B, Capture, H, I, J
 from attnfx.targets import Target
-from tests.kernels.flash.cases import CAUSAL, DOT, FINITE, INF, TILE, masked, rand, tensors, whole
+from tests.kernels.cases import CAUSAL, DOT, FINITE, INF, masked
+from tests.kernels.flash.cases import TILE, rand, tensors, whole
 from tests.support import new_reports
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

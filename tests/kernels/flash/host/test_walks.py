@@ -19,7 +19,8 @@ from attnfx.kernels.flash.host.ranges import along_keys, along_rows
 from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.mask import tile_bounds as boxes
 from attnfx.spec import AttentionSpec, H, I, J
-from tests.kernels.flash.cases import CAUSAL, FINITE, INF, TILE, masked, tensors, whole
+from tests.kernels.cases import CAUSAL, FINITE, INF, masked
+from tests.kernels.flash.cases import TILE, tensors, whole
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 APART = A.sub(I, J)
