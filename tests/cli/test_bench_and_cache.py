@@ -26,6 +26,18 @@ def small(monkeypatch):
     monkeypatch.setattr(bench.timing, "undisturbed", lambda device: True)
 
 
+@pytest.fixture
+def steady(small, monkeypatch):
+    """Each candidate runs, and is said to take the same time, however busy the machine is."""
+
+    def shortest(contenders, device):
+        for run in contenders.values():
+            run()
+        return dict.fromkeys(contenders, 0.05)
+
+    monkeypatch.setattr("attnfx.tuning.timing.shortest", shortest)
+
+
 def said(*arguments, code=0):
     result = CliRunner().invoke(main, [*map(str, arguments)])
     assert result.exit_code == code, result.output
@@ -47,7 +59,7 @@ def test_bench_prints_a_table(small):
     assert "library" in text and "softcap" in text and "corrections" not in text
 
 
-def test_calibrating_keeps_a_factor_for_each_tier_and_direction(small):
+def test_calibrating_keeps_a_factor_for_each_tier_and_direction(steady):
     found = json.loads(said("bench", "--device", "cpu", "--calibrate", "--json"))
     names = {"kept/forward", "library/forward", "chunked/forward", "kept/training", "chunked/training"}
     assert set(found["corrections"]) == names
@@ -71,7 +83,7 @@ def test_calibrating_starts_no_site_that_would_end_too_late():
     assert {s.training for s in sites[:2]} == {s.training for s in bench.in_time(sites, 0)} == {False, True}
 
 
-def test_calibrating_leaves_a_damaged_or_missing_cache_behind(small, own_cache, monkeypatch):
+def test_calibrating_leaves_a_damaged_or_missing_cache_behind(steady, own_cache, monkeypatch):
     (own_cache / "calibration.json").write_text("{")
     with pytest.warns(RuntimeWarning, match="cannot be read and is made anew"):
         said("bench", "--device", "cpu", "--calibrate")
