@@ -242,6 +242,7 @@ def test_a_causal_and_a_custom_mask_at_once():
     check(MaskedAttention(32, 4), rand(2, 29, 32), rand(29, 29), kwargs={"is_causal": True})
 
 
+@pytest.mark.slow
 def test_dropout_in_training_keeps_the_expectation_and_the_draw():
     q, k = rand(2, 4, 29, 8), rand(2, 4, 29, 8)
     v = rand(2, 4, 29, 8).requires_grad_()

@@ -90,6 +90,7 @@ class Net(nn.Module):
         return torch.nn.functional.gelu(x).var(-1).mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"rewrite": "always"}, {"rewrite": "never"}, {"inner": "aot_eager"}], ids=str)
 def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     (captured,) = capture(Net(), [torch.randn(2, 128, 64)], {}, Options.make({"target": "a100-80gb", **how}), True)

@@ -265,6 +265,7 @@ def test_a_plan_reads_by_module_and_by_site():
     assert sum(a for a, _ in rows) == sum(shown.saved.values())
 
 
+@pytest.mark.slow
 def test_a_plan_is_drawn(tmp_path):
     plan().plot(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000

@@ -275,6 +275,7 @@ def default_dtype(request):
     torch.set_default_dtype(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("default_dtype", "train", "every"),
     [(torch.float32, True, 1), (BF16, False, 1), (torch.float32, False, 4), (BF16, True, 2)],

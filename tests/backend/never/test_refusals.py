@@ -123,6 +123,7 @@ def test_a_failure_inside_attnfx_is_one_warning_and_the_model_runs(monkeypatch, 
     assert "report" in str(ours[0].message)
 
 
+@pytest.mark.slow
 def test_a_failure_inside_attnfx_gives_the_original_graph_to_the_compiler(monkeypatch):
     break_inside(monkeypatch, "compiler.pipeline.check")
     with pytest.warns(UserWarning, match="attnfx failed"):

@@ -183,6 +183,7 @@ def test_smaller_chunks_give_the_same_with_the_same_dropout(elements):
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.slow
 def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
     inputs = tensors(T=200, S=300)
     spec = AttentionSpec(score=masked(CAUSAL), dropout=0.2, **DOUBLE)
@@ -251,6 +252,7 @@ def test_only_the_live_keys_are_read():
     assert out[:, :, :7].isnan().all() and not out[:, :, 32:].isnan().any()
 
 
+@pytest.mark.slow
 def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
     monkeypatch.setitem(chunked_plan.ROWS, "cpu", 64)
     monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1 << 16)

@@ -121,6 +121,7 @@ def live_peak(run):
     return max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
+@pytest.mark.slow
 def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
     """What is alive beyond inputs and gradients falls with a chunk's rows; nothing of the scores' size is saved."""
     length = 256

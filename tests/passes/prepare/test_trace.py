@@ -100,6 +100,7 @@ def test_what_was_not_run_can_be_changed_in_place():
     check(fn, *qkv(), rand(8))
 
 
+@pytest.mark.slow
 def test_contiguous_is_kept_where_it_changes_nothing():
     """A compiler may give what it is called on other strides than eager does, as Inductor does to this `cat`."""
 
