@@ -179,6 +179,7 @@ def test_a_compiler_that_fails_on_the_rewritten_graph_compiles_the_graph_as_it_w
     assert [s.code for s in report.kept] == ["compiler"]
 
 
+@pytest.mark.slow
 def test_a_backward_pass_that_cannot_be_compiled_runs_operator_by_operator(monkeypatch):
     original = compile_fx.compile_fx_inner
 

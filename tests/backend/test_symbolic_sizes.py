@@ -54,6 +54,7 @@ def test_different_query_and_key_lengths_are_symbolic_apart():
         assert error(run(fast, args, True), run(fn, args, True)) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_scale_that_is_a_python_float_does_not_stop_a_dynamic_graph():
     def fn(q, k, v, scale):
         return ((q @ k.mT) * scale).softmax(-1) @ v

@@ -67,6 +67,7 @@ def test_a_target_that_the_kernels_do_not_run_on_gets_none_of_them(target):
     assert {c.tier for c in (decision, *decision.alternatives)} == {"kept", "chunked"}
 
 
+@pytest.mark.slow
 def test_a_model_compiled_for_another_device_runs_on_this_one():
     q, k, v = (rand(1, 2, 256, 16, seed=n) for n in range(3))
     with new_reports() as filed:

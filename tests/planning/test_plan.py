@@ -131,6 +131,7 @@ class Table(nn.Module):
         return torch.softmax(x @ x.mT + self.bias[: ids.shape[1], : ids.shape[1]], -1) @ x
 
 
+@pytest.mark.slow
 def test_an_input_that_is_as_long_as_the_batch_but_refuses_another_is_left_as_it_is():
     """Four rows of a table; a model that asks for four of them; positions of which there are no more than at hand."""
 
@@ -144,6 +145,7 @@ def test_an_input_that_is_as_long_as_the_batch_but_refuses_another_is_left_as_it
     assert found.max_batch > 100 and found.bytes_at(8) - found.bytes_at(4) > 4 * 64 * 32
 
 
+@pytest.mark.slow
 def test_a_smaller_budget_never_gives_a_larger_peak_and_every_peak_is_within_it():
     found = plan()
     ways, whole = list(found.limited().ways()), found.peak_bytes
