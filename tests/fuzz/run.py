@@ -1,7 +1,7 @@
 """Puts programs together at random around attentions and holds them, compiled by attnfx, to eager.
 
     python tests/fuzz/run.py [--graphs 10000] [--seed 0] [--inner eager|aot_eager|mixed] [--workers 1] [--only NAME]
-                             [--json OUT] [--recipe TEXT]
+                             [--json OUT] [--recipe TEXT] [--limit 120]
 
 Findings are printed with their shrunk recipes, and one of each kind is shrunk. Exits with 1 where there is any. Batches
 run in a process of their own: a program that takes it down, or never ends, is a finding and loses no other.
@@ -29,7 +29,6 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 BATCH = 100  # programs in a process
-LIMIT = 120.0  # seconds that a program may take, shrinking included
 MARK = "answer "  # before what is meant for the parent: libraries print as well
 
 
@@ -95,9 +94,9 @@ def batch(args: argparse.Namespace, seed: int, count: int, seen: set[tuple[str, 
     try:
         while True:
             try:
-                line = lines.get(timeout=LIMIT)
+                line = lines.get(timeout=args.limit)
             except queue.Empty:
-                yield {"recipe": last.get("recipe", ""), "verdict": "late", "told": [f"more than {LIMIT:g} s"]}
+                yield {"recipe": last.get("recipe", ""), "verdict": "late", "told": [f"more than {args.limit:g} s"]}
                 return
             if line is None:
                 break
@@ -195,6 +194,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--inner", choices=("eager", "aot_eager", "mixed"), default="eager")
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds a program may take, shrinking included")
     parser.add_argument("--only", help="a part that every program holds")
     parser.add_argument("--json", help="where to write the findings")
     parser.add_argument("--recipe", help="one recipe to run instead")
