@@ -46,7 +46,7 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Choosing:
-    """The inputs of one choice. `told` is a given decision; `keeping` is the choice to keep the place, with its refusal."""
+    """The inputs of one choice: `told`, a decision given in advance, and `keeping`, the choice to keep the place."""
 
     found: Found
     options: Options

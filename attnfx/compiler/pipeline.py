@@ -179,7 +179,7 @@ def _left(gm: GraphModule, report: Report, problem: Untraceable) -> Result:
 
 # -- prepare and find ---------------------------------------------------------------------------------
 def prepare(gm: GraphModule, context: Context) -> Graph:
-    """Run the passes on a copy of a Dynamo graph. Raises Untraceable."""
+    """Run the passes of PREPARE on a Dynamo graph, without changing `gm` itself. Raises Untraceable."""
     graph = Graph(gm)
     strict = CHECK_EACH or context.options.strict or context.options.dump_dir is not None
     for step in PREPARE:
