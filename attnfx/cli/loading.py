@@ -58,7 +58,7 @@ def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]
     """Load a model, and the positional and keyword arguments to call it with.
 
     `text` is "FILE.py:FACTORY" or "module:factory". The factory takes no arguments and returns (model, inputs). Inputs
-    can be a tensor, the only argument; a tuple or list of arguments; or a dict of keyword arguments.
+    are a tensor (the only argument), a tuple or list of arguments, or a dict of keyword arguments.
 
     Raises:
         click.UsageError: The file, module or function that `text` names does not exist.

@@ -25,7 +25,7 @@ from attnfx.errors import BudgetError, OptionError
 @pages.options
 def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
          html: Path | None, force: bool) -> None:  # fmt: skip
-    """Predict the memory and time of a model's step, and the sizes that fit.
+    """Predict a model step's memory and time, and the sizes that fit.
 
     MODEL is FILE.py:FACTORY and names a function that returns (model, inputs). The model is not run. If the factory
     builds it on the "meta" device, nothing is allocated at full size.
