@@ -106,10 +106,7 @@ class JsonCache:
 
 @lru_cache(maxsize=64)
 def _parsed(path: Path, *_: int) -> dict[str, Any]:
-    """Parse the file's entries. The other arguments change with the file, which renews the lru_cache entry.
-
-    Raises OSError or ValueError.
-    """
+    """Parse the file's entries; the other arguments only key the lru_cache. Raises OSError or ValueError."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not isinstance(data.get("entries"), dict):
         raise ValueError("it holds no entries")

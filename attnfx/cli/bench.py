@@ -73,10 +73,8 @@ class Site:
 
 
 def standard(device: torch.device, many: bool) -> list[Site]:
-    """Return four standard sites for a device or, with `many`, about a dozen for calibration.
-
-    The latter alternate between forward and training, so that the first few represent them all.
-    """
+    """Return four standard sites for a device; with `many`, about a dozen for calibration, alternating between forward
+    and training so that the first few represent them all."""
     dtype, lengths = ("float32", (128, 512, 1024)) if device.type == "cpu" else ("bfloat16", (512, 2048, 8192))
     heads, width = (8, 64) if device.type == "cpu" else (16, 128)
     if not many:
@@ -89,10 +87,8 @@ def standard(device: torch.device, many: bool) -> list[Site]:
 
 
 def in_time(sites: Iterable[Site], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Iterator[Site]:
-    """Yield sites while the next one, if it takes as long as the longest so far, would end within `seconds`.
-
-    Yields at least two sites, to have one of each direction.
-    """
+    """Yield sites while the next one, if it takes as long as the longest so far, would end within `seconds`. Yields at
+    least two sites, one of each direction."""
     start = last = clock()
     longest = 0.0
     for n, site in enumerate(sites):

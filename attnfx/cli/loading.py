@@ -199,10 +199,8 @@ def _is_there(top: str) -> bool:
 
 
 def _make_importable(folder: Path) -> None:
-    """Add a folder to the end of sys.path, so that the user's file can import its neighbors.
-
-    At the end, the user's folders cannot hide installed packages.
-    """
+    """Add a folder to sys.path, so that the user's file can import its neighbors. It goes to the end, so that the
+    folder's files cannot hide installed packages."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 

@@ -20,7 +20,7 @@ from attnfx.report.records import Candidate, Site, share
 
 WIDTH = 120
 PLACE = 28  # longest source location that is not wrapped, in characters
-QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes listed without their message
+QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes, listed without a message
 T = TypeVar("T")
 
 
