@@ -34,7 +34,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
 
     Raises OptionError for a bad option, before anything is compiled. If attnfx fails, it warns once and compiles the
     graph without the part that failed, or without any rewrite. It does the same if the compiler fails on the rewritten
-    graph. With `strict`, both failures are raised.
+    graph. With `strict`, both failures are raised, and a refused site raises RefusalError.
     """
     chosen = Options.make(options or {})
     more: dict[str, Any] = {}

@@ -102,8 +102,8 @@ def _draws_by_itself(n: torch.fx.Node) -> bool:
 def compiled(function: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor], grad: bool) -> Callable[..., Any]:
     """Compile `function` for the sizes, strides and dtypes of `operands`, which are fake tensors.
 
-    The function is traced once, with autograd enabled if `grad`; dead code is eliminated. Call the compiled function
-    without gradients. It never uses CUDA graphs.
+    It is traced once, with autograd enabled if `grad`, and dead code is eliminated. The result is not differentiable
+    and never uses CUDA graphs.
     """
     import torch._inductor.compile_fx as inductor
 

@@ -118,10 +118,8 @@ def measure(site: Site, device: torch.device) -> Decision | None:
 
 
 def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tuple[Site, Decision]]:
-    """Time sites and return them with their decisions; report failures on stderr.
-
-    With `alone`, drop the times of sites during which other programs kept the processor busy: they are not reliable.
-    """
+    """Time sites and return them with their decisions; report failures on stderr. With `alone`, drop sites whose times
+    are unreliable because other programs kept the processor busy."""
     found = []
     free = not alone or timing.undisturbed(device)
     for site in sites:

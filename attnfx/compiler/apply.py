@@ -134,11 +134,8 @@ def _likes(args: Any) -> Any:
 
 
 def cut_out(found: Found, choice: Choice) -> GraphModule | None:
-    """Cut the site of a choice out as a graph that runs alone.
-
-    With an action, the site is rewritten in a copy of the graph first; otherwise it is cut out unchanged. Returns None
-    if the action cannot be applied.
-    """
+    """Cut the site of a choice out as a graph that runs alone. With an action, it is first rewritten in a copy of the
+    graph. Returns None if the action cannot be applied."""
     match = choice.finding.match
     assert match is not None
     ends = [match.final, *(r.final for r in match.reductions)]

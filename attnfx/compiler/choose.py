@@ -149,7 +149,7 @@ class _Choosing:
 
     # -- whole rows ---------------------------------------------------------------------------------
     def _whole_rows(self, otherwise: Choice, lean: bool = False) -> Choice:
-        """Choose to compute in chunks of rows, if that is possible and predicted to help, else `otherwise`. `lean`: only
+        """Choose to compute in chunks of rows if that is possible and predicted to help, else `otherwise`. `lean`: only
         if the region covers every reader of the weights, so that they need not be materialized."""
         finding, told = self.place.finding, self.told
         refused = otherwise.site.refusal

@@ -137,10 +137,8 @@ def run(
 
 
 def again(result: Result, options: Options, inputs: Sequence[Any] | None = None) -> Result:
-    """Decide and rewrite a graph again under other options, without searching it again.
-
-    Needs the result of a `run` with a memory budget, and leaves that result unchanged.
-    """
+    """Decide and rewrite a graph again under other options, without another search. Needs the result of a `run` with a
+    memory budget, and leaves that result unchanged."""
     found = result.found
     if found is None:
         return replace(result, report=Report(notes=list(result.report.notes)))

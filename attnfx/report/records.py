@@ -49,8 +49,8 @@ class Candidate:
     """A way to compute a site, with its predicted cost.
 
     predicted_ms      time of a call: forward, plus backward in training
-    predicted_bytes   memory at the peak of a call, without the inputs and the output
-    saved_bytes       memory saved for the backward pass, without the operands and the output
+    predicted_bytes   bytes allocated at the peak of a call, without the inputs and the output
+    saved_bytes       bytes saved for the backward pass, without the operands and the output
     tile              (rows, keys) of the kernel's tile; `warps` and `stages` are Triton's
     splits            number of parts into which the decode kernel divides the keys
     measured_ms       measured time of a call, like `predicted_ms` (`tune`), else None
@@ -71,7 +71,7 @@ class Candidate:
 @dataclass(frozen=True)
 class Decision(Candidate):
     """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; `code`
-    is one of `attnfx.report.codes.CODES` if the site is kept, else empty."""
+    is why the site is kept, one of `attnfx.report.codes.CODES`, or empty."""
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
@@ -113,7 +113,7 @@ class Site:
 
     @property
     def code(self) -> str:
-        """Return the code of `attnfx.report.codes.CODES` for why it was kept; "" if it was rewritten."""
+        """Return the code of `attnfx.report.codes.CODES` for why it was kept; "" if rewritten or kept by measurement."""
         if self.refusal is not None:
             return self.refusal.code
         return self.decision.code if self.decision is not None else ""

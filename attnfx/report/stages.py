@@ -98,10 +98,8 @@ class Stage:
         return graph
 
     def to_data(self) -> dict[str, Any]:
-        """Return node-link data as networkx reads it, without the nodes' empty fields.
-
-        The keys are "directed", "multigraph", "graph", "nodes" and "edges".
-        """
+        """Return networkx's node-link data, without the nodes' empty fields. The keys are "directed", "multigraph",
+        "graph", "nodes" and "edges"."""
         nodes = [
             {f.name: value for f in fields(n) if (value := getattr(n, f.name)) not in ("", None)} for n in self.nodes
         ]

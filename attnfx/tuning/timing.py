@@ -64,10 +64,8 @@ def _by_events(run: Callable[[], object], repeats: int) -> float:
 
 
 def undisturbed(device: torch.device, seconds: float = 0.2) -> bool:
-    """Check that several threads on a CPU get nearly all the processor time they need.
-
-    True for one thread and for a GPU, because their clocks above exclude other programs.
-    """
+    """Return whether several CPU threads get nearly all the processor time they need. True for one thread and for a
+    GPU, because their clocks above exclude other programs."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         return True

@@ -71,10 +71,8 @@ def label(c: Candidate) -> str:
 
 
 def key_of(ask: Question, names: Mapping[str, Candidate], device: torch.device) -> str:
-    """Return the cache key of a measurement, from the question, the candidates, the device and the versions.
-
-    T and S are rounded up to powers of two.
-    """
+    """Return the cache key of a measurement: the question (T and S rounded up to powers of two), the candidates, the
+    device and the versions."""
     dims = {k: 1 << (v - 1).bit_length() if k in ("T", "S") and v > 0 else v for k, v in ask.dims.items()}
     spec = hashlib.sha256(ask.spec.to_json().encode()).hexdigest()[:20]
     return cache.key_of(
@@ -108,10 +106,8 @@ def fastest(decision: Decision, every: Sequence[Candidate], times: Mapping[str, 
 def measure(
     names: Mapping[str, Candidate], options: Options, device: torch.device, build: Build, timer: Timer | None = None
 ) -> dict[str, float]:
-    """Return the ms of a call of each candidate that can be built and run, by name.
-
-    A call includes the backward pass if inputs require gradients. PyTorch's random generators are left unchanged.
-    """
+    """Return the ms of a call of each candidate that can be built and run, by name. A call includes the backward pass
+    if inputs require gradients. PyTorch's random generators are left unchanged."""
     runs: dict[str, Callable[[], object]] = {}
     devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
     # a backend is called while Dynamo traces: keep this compilation out of that trace
@@ -137,7 +133,7 @@ def made_up(graph: GraphModule) -> list[torch.Tensor]:
         if n.op != "placeholder":
             continue
         like = n.meta["example_value"]
-        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]  # expanded dims have size 1
+        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]  # expanded dims: 1
         real = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=like.device)
         if n.meta.get("operand"):
             real.normal_()

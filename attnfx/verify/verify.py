@@ -223,10 +223,8 @@ def _script(
 
 
 def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
-    """Raise CannotVerify if the original's values in float64 would exceed the free memory.
-
-    On a CPU, running out of memory would kill the process.
-    """
+    """Raise CannotVerify if the original's values in float64 would exceed the free memory: on a CPU, running out of
+    memory would kill the process."""
     elements, largest = weight(pair.original, number)
     needed = 8 * (elements if training else 4 * largest)
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
