@@ -113,7 +113,7 @@ class Site:
 
     @property
     def code(self) -> str:
-        """Return the code in `attnfx.report.codes.CODES` for a kept site; "" if rewritten, or kept by measured times."""
+        """Return the code in `attnfx.report.codes.CODES` for a kept site; "" if rewritten or kept by measurement."""
         if self.refusal is not None:
             return self.refusal.code
         return self.decision.code if self.decision is not None else ""
