@@ -98,14 +98,8 @@ class Lifter:
                     if out.op in ("rsum", "rmax", "softmax"):
                         self.reductions.setdefault(out, (at, index))
                     return self._typed(out, at)
-        if at.op == "get_attr":
-            constant = value(at)
-            if (
-                isinstance(constant, torch.Tensor)
-                and constant.numel() == 1
-                and not isinstance(constant, torch._subclasses.FakeTensor)
-            ):
-                return A.const(constant.item())
+        if at.op == "get_attr" and (number := _literal(at)) is not None:
+            return A.const(number)
         return self.load(at, index)
 
     def _typed(self, e: Expr, at: Node) -> Expr:
@@ -154,6 +148,16 @@ class Lifter:
             return self.operand(x, index)
         finally:
             self.exact = before
+
+
+def _literal(at: Node) -> bool | int | float | None:
+    """Return the number that a constant of the traced graph holds, such as of torch.tensor(-1e9), or None."""
+    module = at.graph.owning_module
+    held = getattr(module, str(at.target), None)
+    if any(not op_name(u).startswith("lift_fresh") for u in at.users) or not isinstance(held, torch.Tensor):
+        return None
+    plain = held.numel() == 1 and not held.dtype.is_complex and not isinstance(held, torch._subclasses.FakeTensor)
+    return held.item() if plain else None
 
 
 def _product(slot: object) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.nodes import PRODUCTS, is_tensor, op_name, shape, spanned, value
@@ -17,18 +18,27 @@ def of_batch(x: Node) -> bool:
     return True
 
 
+def parameter(x: Node) -> bool:
+    """Return whether a node is a parameter of the model, or a view or cast of one."""
+    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
+
+
 DISTANCES = ("cdist", "_cdist_forward")
 
 
 def batched(n: Node) -> bool:
-    """Whether a node is a product of two batches of matrices, or of one of each: what scores and weighted values are. A
-    product with a matrix that is no part of a batch (a linear layer, a router's gate) is not."""
+    """Return whether a node multiplies two batches of matrices, or two plain matrices that are not parameters.
+
+    Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not.
+    """
     if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
         return False
     operands = [x for x in n.all_input_nodes if is_tensor(x)]
     operands = operands[-2:] if op_name(n) == "baddbmm" else operands
     if all(len(shape(x)) == 2 for x in operands):
-        return any(map(of_batch, operands)) and all(of_batch(x) or _computed(x) for x in operands)
+        return not any(map(parameter, operands))
     return all(len(shape(x)) > 2 for x in operands)
 
 
@@ -44,10 +54,6 @@ def meeting(n: Node) -> bool:
         return False
     left, right = (spanned(a, len(shape(n))) for a in (x, y))  # type: ignore[arg-type]
     return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
-
-
-def _computed(x: Node) -> bool:
-    return x.op == "call_function" and op_name(x) not in VIEWS
 
 
 NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it

@@ -28,7 +28,7 @@ from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import broadcast
-from attnfx.passes.lift.products import batched
+from attnfx.passes.lift.products import batched, of_batch, parameter
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared
@@ -261,14 +261,10 @@ def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
 
 
 def _layers(match: Match) -> bool:
-    """Whether keys and values are both parameters: linear layers, one for each element of a batch (experts)."""
-    return all(_parameter(x.node) for x in (match.key, match.value))
-
-
-def _parameter(x: Node) -> bool:
-    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
+    """Whether keys and values are both parameters or input matrices: linear layers, or experts in a batch of them."""
+    return all(
+        parameter(x.node) or (x.node.op == "placeholder" and not of_batch(x.node)) for x in (match.key, match.value)
+    )
 
 
 def _plain(c: Contraction) -> bool:

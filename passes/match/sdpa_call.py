@@ -22,8 +22,6 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     if not isinstance(p, int | float) or not 0 <= p < 1:
         raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
-    if len(out) < 3:
-        raise Refused("unbatched", "an attention without a batch dimension", [at])
     *heads, row, e = out
     j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))
     pairs = []

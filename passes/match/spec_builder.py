@@ -102,7 +102,7 @@ class Reader:
         in_kv = frozenset().union(*(free(x.index) for x in operands[1:]))
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
-        if not kv_axes and not of_batch(chosen[1].node):
+        if group_axes and not kv_axes and not of_batch(chosen[1].node):
             message = "the keys are one matrix, as a router's gate or a codebook is"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
