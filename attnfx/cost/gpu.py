@@ -33,9 +33,8 @@ WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs per multiprocessor, the kernel's 
 
 
 def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate]]:
-    """Return (the original, the possible rewrites) with predicted times (ms) and bytes.
-
-    If a tier has several configurations, the kernels' own default comes first."""
+    """Return (the original, the possible rewrites) with predicted times (ms) and bytes. If a tier has several
+    configurations, the kernels' own default comes first."""
     site = _Site(ask, target)
     out: list[Candidate] = []
     if ask.can("flash"):
@@ -50,9 +49,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
 
 
 def summary(ask: Question, target: Target, tier: str) -> mask_summary.Summary | None:
-    """Return the summary of a mask stored in tensors that a tier's candidates use.
-
-    None if the spec lacks such a mask or summarizing it does not pay off."""
+    """Return the summary of a mask stored in tensors that a tier's candidates use. None if the spec lacks such a mask
+    or summarizing it does not pay off."""
     site = _Site(ask, target)
     if tier in ("flash", "decode"):
         site.flash() if tier == "flash" else site.decode()
@@ -97,7 +95,6 @@ class _Site(Operators):
 
     def walks(self, *of: tuple[str, int, int]) -> int:
         """Return the bytes of the key ranges for kernels with these tiles: four int32 per block, cached and shared.
-
         With a summary, add the ranges and tile lists of every batch and head that it distinguishes."""
         if not self.masked and self.made is None:
             return 0
@@ -112,9 +109,8 @@ class _Site(Operators):
         return math.prod(mask_summary.shape(self.made.spec, self.dims)[:2]) * blocks * (16 + 4 * tiles)
 
     def summarised(self, kernels_time: float, kernels: int, decode: bool = False) -> tuple[float, int]:
-        """Return (ms, bytes that stay allocated) of summarizing a mask in tensors for `kernels` kernels.
-
-        Both are zero if the summary does not pay off. Skipped tiles are not counted: only the run time knows them."""
+        """Return (ms, bytes that stay allocated) of summarizing a mask in tensors for `kernels` kernels. Both are zero
+        if the summary does not pay off. Skipped tiles are not counted: only the run time knows them."""
         found = mask_summary.of(self.ask.spec)
         self.made = None
         if found is None or (decode and not summaries.decodes(found, self.dims)):
@@ -126,9 +122,8 @@ class _Site(Operators):
         return time, mask_summary.cost(found, self.dims).written
 
     def between(self) -> int:
-        """Return the bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients.
-
-        These are two statistics per row (three in float32) and the largest gradient of a load before its sum into the
+        """Return the bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients. These
+        are two statistics per row (three in float32) and the largest gradient of a load before its sum into the
         capture. That gradient is computed in slices of rows if the capture may be smaller."""
         dims, spec = self.dims, self.ask.spec
         loads = {e for root in spec.programs for e in walk(root) if e.op == "load"}
@@ -161,10 +156,9 @@ class _Site(Operators):
         return of_code(code, self.target, self.ask.dtype, products, extra)
 
     def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
-        """Predict the ms of a launch over blocks of rows, or with `turned` over blocks of keys.
-
-        A block of keys walks the rows of `repeat` heads. Its work is the average: masks empty tiles along the keys as
-        they do along the rows."""
+        """Predict the ms of a launch over blocks of rows, or with `turned` over blocks of keys. A block of keys walks
+        the rows of `repeat` heads. Its work is the average: masks empty tiles along the keys as they do along the
+        rows."""
         part = work(self.ask.spec, self.sizes, kernel.rows, kernel.keys)
         bytes_per_step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
         if turned:
@@ -239,9 +233,8 @@ class _Site(Operators):
         ]
 
     def seen(self) -> tuple[int, int]:
-        """Return the range of keys that the decode kernel reads.
-
-        It reads all keys if some row may lack live keys: that row's output is computed from its masked keys."""
+        """Return the range of keys that the decode kernel reads. It reads all keys if some row may lack live keys: that
+        row's output is computed from its masked keys."""
         spec, dims = self.ask.spec, self.dims
         mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
         finite = mask is not None and mask.fill != -math.inf and not rows_live(spec, dims)

@@ -60,7 +60,6 @@ def even(blocks: int, each: int, full: float) -> Work:
 @lru_cache(maxsize=4096)
 def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
     """Return the tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S, the spec's sizes.
-
     The mask is analyzed in blocks of at least ANALYSED rows. Smaller blocks count as parts of one: an upper bound."""
     sizes = dict(dims)
     if kept(spec) is A.TRUE:
@@ -164,9 +163,8 @@ def _others() -> Mapping[str, list[Mapping]]:
 
 @lru_cache(maxsize=1024)
 def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
-    """Return a published kernel's row of others.json for a dtype, architecture and head width.
-
-    The row is of the newest listed architecture up to `capability` and the next larger width, else the largest."""
+    """Return a published kernel's row of others.json for a dtype, architecture and head width. The row is of the newest
+    listed architecture up to `capability` and the next larger width, else the largest."""
     kind = "float32" if dtype == "float32" else "float16"
     rows = [r for r in _others()[name] if r.get("dtype", kind) == kind]
     newest = max((r["capability"] for r in rows if r["capability"] <= capability), default=rows[0]["capability"])
@@ -177,19 +175,17 @@ def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
 def other_backward(
     name: str, target: Target, dtype: str, width: int, forward: float, elements: int, element: int
 ) -> float:
-    """Predict the ms of a published kernel's backward pass after a forward pass of `forward` ms.
-
-    The query has `elements` elements of `element` bytes. Besides its five products, the backward pass sums
-    out * grad_out, fills a float32 gradient of the query with zeros, and converts it."""
+    """Predict the ms of a published kernel's backward pass after a forward pass of `forward` ms. The query has
+    `elements` elements of `element` bytes. Besides its five products, the backward pass sums out * grad_out, fills a
+    float32 gradient of the query with zeros, and converts it."""
     passed = elements * (2 * element + 4 + 4 + element) / (COPY * target.bandwidth * 1e6)
     slower = _other(name, target.capability, dtype, width)["backward"]
     return 2.5 * forward / slower + passed + 3 * target.launch / 1e3
 
 
 def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
-    """Return the cost of a published kernel.
-
-    others.json states either its instructions or the share of the matrix unit's rate that it was measured to reach."""
+    """Return the cost of a published kernel. others.json states either its instructions or the share of the matrix
+    unit's rate that it was measured to reach."""
     row = _other(name, target.capability, dtype, width)
     rows, keys = row["tile"]
     scores = rows * keys

@@ -75,9 +75,8 @@ class Operators:
         return count * self.target.launch / 1e3
 
     def fetched(self, part: Work, keys: int) -> float:
-        """Return the ms of memory traffic of a tiled pass: the operands once, and possibly keys again.
-
-        Keys are read again if the heads that run at the same time do not fit into the last shared cache."""
+        """Return the ms of memory traffic of a tiled pass: the operands once, and possibly keys again. Keys are read
+        again if the heads that run at the same time do not fit into the last shared cache."""
         dims, target = self.dims, self.target
         tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
         of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
@@ -87,9 +86,8 @@ class Operators:
 
     # -- candidates ----------------------------------------------------------------------------
     def chunked(self) -> Candidate:
-        """Return the candidate of eager operators on blocks and their live keys.
-
-        Every operation moves float32 scores through memory."""
+        """Return the candidate of eager operators on blocks and their live keys. Every operation moves float32 scores
+        through memory."""
         ask, dims = self.ask, self.dims
         live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
@@ -126,7 +124,6 @@ class Operators:
 
     def fused(self, tier: str) -> Candidate | None:
         """Return the candidate of PyTorch's fused operator, or None if none of its kernels avoids storing the scores.
-
         If the graph itself calls the operator, another kernel of it is assumed to be as fast. The operator does not
         skip tiles by masks that are tensors."""
         ask, dims, target = self.ask, self.dims, self.target

@@ -79,10 +79,8 @@ def occupancy(target: Target, warps: int, registers: int, shared: int) -> int:
 
 @lru_cache(maxsize=4096)
 def cycles(step: Step, streams: int, delay: float = 0.0) -> float:
-    """Return the multiprocessor's cycles per step if `streams` streams share it.
-
-    Each stream waits `delay` cycles for memory in every step. Computed by exact mean value analysis of a closed network
-    with one queue per unit."""
+    """Return the multiprocessor's cycles per step if `streams` streams share it. Each stream waits `delay` cycles for
+    memory in every step. Computed by exact mean value analysis of a closed network with one queue per unit."""
     waiting = [0.0] * len(step)
     total = 1.0
     for n in range(1, max(streams, 1) + 1):

@@ -81,10 +81,9 @@ def _table() -> Mapping[tuple[str, int], tuple[Code, ...]]:
 
 @lru_cache
 def codes(kernel: str, capability: int, width: int) -> tuple[Code, ...]:
-    """Return a kernel's compiled tiles for a compute capability and head width, the kernels' own default first.
-
-    The kernel is "forward", "keys", "rows" or "decode"; the first three also with " loads" or " dropout". A width that
-    is not in the table takes the next larger one."""
+    """Return a kernel's compiled tiles for a compute capability and head width, the kernels' own default first. The
+    kernel is "forward", "keys", "rows" or "decode"; the first three also with " loads" or " dropout". A width that is
+    not in the table takes the next larger one."""
     known = [c for k, c in _table() if k == kernel]
     arch = SMALL if capability in OF_SMALL else max((c for c in known if c <= capability and c != SMALL), default=80)
     rows = _table()[kernel, arch]

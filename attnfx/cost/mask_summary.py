@@ -20,9 +20,8 @@ SUMMARISED = 8  # instructions per score beside its mask: two bound tests, a sel
 
 
 def milliseconds(found: Summary, sizes: Mapping[str, int], target: Target, kernels: int) -> float:
-    """Return the ms of the summary pass and of building the lists of `kernels` kernels from it.
-
-    Every site counts the whole pass, although layers with the same mask share it."""
+    """Return the ms of the summary pass and of building the lists of `kernels` kernels from it. Every site counts the
+    whole pass, although layers with the same mask share it."""
     one, ops = cost(found, sizes), operations(found.spec)
     clocks = target.multiprocessors * target.clock * 1e6
     busy = one.evaluations * (SUMMARISED + ops.always + ops.masked) / (float_lanes(target) * clocks)

@@ -43,10 +43,9 @@ class Operations:
 
 @lru_cache(maxsize=1024)
 def operations(spec: AttentionSpec) -> Operations:
-    """Count the operations of a spec's programs per score.
-
-    Values that depend on only a row or only a key are computed once per tile, so they do not count. A constant factor
-    is part of the exponential's instruction. The mask is tested only in tiles that it cuts."""
+    """Count the operations of a spec's programs per score. Values that depend on only a row or only a key are computed
+    once per tile, so they do not count. A constant factor is part of the exponential's instruction. The mask is tested
+    only in tiles that it cuts."""
     mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
     tested = set(_of_scores([mask.keep])) if mask is not None else set()
     rest = [e for e in _of_scores([spec.score, spec.weight]) if e not in tested and not _scales(e)]

@@ -29,7 +29,7 @@ FUSED_PASSES = {"softmax": 0.6, "exp": 0.6, "cumsum": 1.0}  # in a compiled body
 FUSED_PASS = 0.25
 MEMORY = 2.7  # pass of the original over scores in memory, between two products or sorts
 FUSED = 2  # operators in such a pass
-CACHE = 64 << 20  # bytes from which scores are in memory, not in a cache; compiling a body then is worth its seconds
+CACHE = 64 << 20  # bytes: larger scores are in memory, not in a cache, and a compiled body is worth its compile time
 CALL = 1e4  # ns of an operator call on one chunk
 CHUNK = {"cpu": 16 << 20, "gpu": 256 << 20}  # bytes of scores in a chunk
 HELD = 6  # values of this size alive in a chunk
@@ -79,9 +79,8 @@ class Rows:
 
 
 def candidates(ask: Rows, threads: int = 1, device: Target | None = None) -> tuple[Candidate, list[Candidate]]:
-    """Return (the original, the ways in chunks) with times in ms and bytes beyond inputs and outputs.
-
-    `device` is a GPU; None means a CPU whose `threads` share the work."""
+    """Return (the original, the ways in chunks) with times in ms and bytes beyond inputs and outputs. `device` is a
+    GPU; None means a CPU whose `threads` share the work."""
     return _on_cpu(ask, threads) if device is None else _on_gpu(ask, device)
 
 
@@ -135,9 +134,8 @@ def _on_gpu(ask: Rows, device: Target) -> tuple[Candidate, list[Candidate]]:
 
 
 def live_share(score: Expr, rows: int, columns: int) -> float:
-    """Return the share of the scores that chunks compute: a chunk takes every key that one of its rows may see.
-
-    `score` is where(key may be live, 0, -inf)."""
+    """Return the share of the scores that chunks compute: a chunk takes every key that one of its rows may see. `score`
+    is where(key may be live, 0, -inf)."""
     blocks = key_ranges(score, {"B": 1, "H": 1, "T": rows, "S": columns}, max(rows // BLOCKS, 1))
     step = -(-columns // WIDTHS) or 1
     taken = sum((r.i1 - r.i0) * (min(-(-r.j1 // step) * step, columns) - r.j0 // step * step) for r in blocks)

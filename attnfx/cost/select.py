@@ -42,10 +42,8 @@ def select(
     device: Target | None = None,
     corrections: Mapping[str, float] | None = None,
 ) -> Decision:
-    """Decide on one site, for a GPU or for a CPU whose `threads` share the work.
-
-    `corrections` are factors of the predicted times by tier and direction ("library/training"), as measured by
-    `attnfx bench --calibrate`."""
+    """Decide on one site, for a GPU or for a CPU whose `threads` share the work. `corrections` are factors of the
+    predicted times by tier and direction ("library/training"), as measured by `attnfx bench --calibrate`."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, others = gpu.candidates(ask, device) if on_gpu and device else cpu.candidates(ask, threads)
     if corrections:
@@ -70,9 +68,8 @@ def select(
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
-    """Return the candidate with the shortest predicted time.
-
-    Within a tier, the default (first) configuration wins unless another is much faster (TILE_GAIN)."""
+    """Return the candidate with the shortest predicted time. Within a tier, the default (first) configuration wins
+    unless another is much faster (TILE_GAIN)."""
     tiers: dict[str, Candidate] = {}
     for c in sorted(some, key=lambda c: c.predicted_ms):
         default = next(d for d in some if d.tier == c.tier)
@@ -92,9 +89,8 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
 def select_rows(
     ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
-    """Decide on a region of whole rows, for a GPU or for a CPU whose `threads` share the work.
-
-    `weights_read` means that a value of the scores' size leaves the region."""
+    """Decide on a region of whole rows, for a GPU or for a CPU whose `threads` share the work. `weights_read` means
+    that a value of the scores' size leaves the region."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
     best = min(ways, key=lambda c: c.predicted_ms)

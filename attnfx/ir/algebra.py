@@ -225,7 +225,7 @@ def mul(*xs: Expr) -> Expr:
             return add(*(mul(const(coefficient), a) for a in only.args))
         if only.op == "where" and any(_number(a) is not None for a in only.args[1:]):
             return where(only.args[0], *(mul(const(coefficient), a) for a in only.args[1:]))
-    if len(atoms) > 1:  # the sign of a sum among several factors is canonical
+    if len(atoms) > 1:  # normalize the sign of a sum among several factors
         for at, factor in enumerate(atoms):
             if factor.op == "add" and _leading(factor) < 0 and not _cancels(factor):
                 atoms[at], coefficient = neg(factor), -coefficient

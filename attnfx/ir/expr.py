@@ -44,10 +44,9 @@ FLOAT_UNARY = frozenset(
 
 
 class Added(float):
-    """The value of a fill that was added to the scores instead of replacing them.
-
-    It swallows the scores, but their operands keep a gradient. The difference only shows in rows without a live key:
-    their masked weights are not zero."""
+    """The value of a fill that was added to the scores instead of replacing them. It swallows the scores, but their
+    operands keep a gradient. The difference only shows in rows without a live key: their masked weights are not
+    zero."""
 
     __slots__ = ()
 

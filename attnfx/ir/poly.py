@@ -96,9 +96,8 @@ def by_index(p: Poly) -> dict[Monomial, Poly]:
 
 
 def nonnegative(p: Poly | None) -> bool:
-    """Prove p >= 0 for all sizes >= 1; False means unproven.
-
-    Substitutes size = 1 + s and tests that no coefficient is negative."""
+    """Prove p >= 0 for all sizes >= 1; False means unproven. Substitutes size = 1 + s and tests that no coefficient is
+    negative."""
     if p is None:
         return False
     shifted: Poly = {}

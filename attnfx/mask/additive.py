@@ -29,9 +29,8 @@ _FLAG = 1.0  # the largest magnitude expected of an integer in a mask
 
 @lru_cache(maxsize=4096)
 def addend(score: Expr, least: float = DROWNED) -> Expr | None:
-    """Return the addend of a score that loads by key and may be as low as `least`, or None.
-
-    It is an expression over b, h, i, j and loads, without dot. The score differs from it by finite terms."""
+    """Return the addend of a score that loads by key and may be as low as `least`, or None. It is an expression over b,
+    h, i, j and loads, without dot. The score differs from it by finite terms."""
     found = _addend(score, 1.0)
     if found is None or _interval(found)[0] > least:
         return None

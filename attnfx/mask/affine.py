@@ -202,9 +202,8 @@ def _join(word: str, parts: list[Formula]) -> Formula:
 
 
 def affine(e: Expr) -> str | None:
-    """Return the isl text of an integer expression that is affine in b, h, i, j, or None.
-
-    Floor divisions and remainders by constants count as affine."""
+    """Return the isl text of an integer expression that is affine in b, h, i, j, or None. Floor divisions and
+    remainders by constants count as affine."""
     match e.op:
         case "const":
             return f"({e.value})" if e.value < 0 else str(e.value)  # type: ignore[operator]

@@ -27,7 +27,7 @@ Number = np.ndarray | int
 
 
 class _Apart(Exception):
-    """The error if a comparison does not give each row an interval."""
+    """The error if a comparison does not limit each row to one interval."""
 
 
 class Intervals(NamedTuple):
@@ -39,7 +39,6 @@ class Intervals(NamedTuple):
 
 def intervals(may: Formula, sure: Formula, rows: int, keys: int, step: int) -> tuple[Intervals, Intervals, bool]:
     """Return (keys at which `may` holds, keys at which `sure` fails, whether both are exact) by block of `step` rows.
-
     Each term of the formula's disjunctive normal form has an interval. If exact, a block's rows have exactly these
     keys, and the nonempty intervals of a term's consecutive rows meet. Else the rows have only keys in them."""
     starts = np.arange(0, rows, step)
@@ -94,10 +93,8 @@ def _meet(low: np.ndarray, high: np.ndarray) -> bool:
 
 @dataclass
 class _Term:
-    """The interval of a conjunction.
-
-    [low, high) is the interval of each analyzed row, by (first and last, block). [least, most) contains the keys of all
-    rows of a block. A value that all rows share is an int."""
+    """The interval of a conjunction. [low, high) is the interval of each analyzed row, by (first and last, block).
+    [least, most) contains the keys of all rows of a block. A value that all rows share is an int."""
 
     low: Number
     high: Number
@@ -231,6 +228,6 @@ def _slope(e: Expr, step: int) -> int:
     if e.op == "floordiv":
         signs = {_slope(a, step) * (1 if c > 0 else -1) for m, c in poly.of(e.args[0]).items() for a in m}
         return signs.pop() if len(signs) == 1 else 0
-    if e.op == "mod":  # rises within a block if it is of i itself, by whole blocks
+    if e.op == "mod":  # i mod n rises within a block of rows if the block's size divides n
         return int(e.args[0].op == "var" and int(e.args[1].value) % step == 0)  # type: ignore[call-overload]
     return int(e.op == "var")

@@ -127,9 +127,8 @@ def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
 
 
 def key_span(keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """Return [first, end) of the keys that some row may see, from the affine conditions on only i and j.
-
-    With many rows it is not the smallest range, but it takes about 0.1 ms, without the solver."""
+    """Return [first, end) of the keys that some row may see, from the affine conditions on only i and j. With many rows
+    it is not the smallest range, but it takes about 0.1 ms, without the solver."""
     return _key_span(keep, tuple(sorted(sizes.items())))
 
 

@@ -46,9 +46,8 @@ def mask_of(score: Expr) -> Mask | None:
 
 
 class _Walk:
-    """One walk over a score program.
-
-    `fills` are the fills as written, times the constants outside; `effective` are the fills that the softmax sees."""
+    """One walk over a score program. `fills` are the fills as written, times the constants outside; `effective` are the
+    fills that the softmax sees."""
 
     def __init__(self) -> None:
         self.fills: list[float] = []
@@ -103,9 +102,8 @@ def _rounded(e: Expr) -> bool:
 
 
 def kept(spec: AttentionSpec | Expr) -> Expr:
-    """Return the predicate that the mask keeps (b, h, i, j): the score takes part in its row's softmax.
-
-    Without a normalizer, it is the predicate that the weight may differ from zero."""
+    """Return the predicate that the mask keeps (b, h, i, j): the score takes part in its row's softmax. Without a
+    normalizer, it is the predicate that the weight may differ from zero."""
     if isinstance(spec, AttentionSpec) and spec.normaliser != "softmax":
         return _nonzero(substitute(spec.weight, {A.PROB: spec.score}))
     mask = mask_of(spec.score if isinstance(spec, AttentionSpec) else spec)

@@ -22,10 +22,8 @@ GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, and do no
 
 
 class Spans:
-    """The intervals of one mask, by blocks of `step` rows.
-
-    `live` contains every score that may be live, `dead` every score that may be dead. If `exact`, they contain only
-    these."""
+    """The intervals of one mask, by blocks of `step` rows. `live` contains every score that may be live, `dead` every
+    score that may be dead. If `exact`, they contain only these."""
 
     def __init__(self, live: Intervals, dead: Intervals, rows: int, keys: int, step: int, exact: bool) -> None:
         self.rows, self.keys, self.step, self.exact = rows, keys, step, exact
@@ -87,9 +85,8 @@ class Spans:
         return round(float(outer + self.share * counts[ends[0] : -ends[1]].sum()))
 
     def sampled(self, size: int) -> Spans:
-        """Return a sample of many rows: the first group, the last, and some between; of few rows, return all.
-
-        A sample needs blocks of `size` rows that divide a group. Sums over its blocks are estimates, else exact."""
+        """Return a sample of many rows: the first group, the last, and some between; of few rows, return all. A sample
+        needs blocks of `size` rows that divide a group. Sums over its blocks are estimates, else exact."""
         groups = -(-self.rows // GROUP)
         return self if groups <= GROUPS or GROUP % size else self._sample
 
@@ -126,10 +123,8 @@ def _sorted(low: np.ndarray, high: np.ndarray) -> Intervals:
 
 
 def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """Count the keys in the union of each row's intervals, given their sorted starts and ends.
-
-    These are the keys from the first start to the last end, without the gaps. A gap begins once as many intervals have
-    ended as started."""
+    """Count the keys in the union of each row's intervals, given their sorted starts and ends. These are the keys from
+    the first start to the last end, without the gaps. A gap begins once as many intervals have ended as started."""
     if not len(low):
         return np.zeros(low.shape[1], np.int64)
     whole = high[-1] - low[0]
@@ -137,9 +132,8 @@ def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int) -> Spans:
-    """Return the intervals of possibly live scores, by `seen`, and of possibly dead ones, by `keep`.
-
-    They serve blocks of `size` rows. `items` has the values of T and S; the predicates contain only values of sizes."""
+    """Return the intervals of possibly live scores, by `seen`, and of possibly dead ones, by `keep`. They serve blocks
+    of `size` rows. `items` has the values of T and S; in the predicates, all sizes must be replaced by values."""
     grain = next(n for n in GRAINS if size % n == 0)
     return _spans(seen, keep, *(dict(items)[name] for name in "TS"), grain)
 

@@ -25,7 +25,7 @@ GRAIN = 64  # rows and keys; tiles of the kernels are multiples of it, or divide
 LIVE, DEAD, EVERY = 1, 2, 4
 LEAST = 1 << 26  # scores: a kernel takes about 100 us for them, the launches of a summary and its lists 10 to 20 us
 SHORTEST = 512  # rows and keys: fewer are only a few tiles
-SHARED = 4  # heads or passes that an evaluation of the predicate must serve: it costs a quarter of a kernel's score
+SHARED = 4  # heads or passes to share an evaluation of the predicate, a quarter of a kernel's work for a score
 
 
 @dataclass(frozen=True)

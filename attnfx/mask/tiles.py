@@ -107,10 +107,9 @@ class Visited:
 
 
 def visited(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
-    """Count the tiles that a kernel visits, as `tiles` and `key_ranges` would, in a fraction of their time.
-
-    For masks whose rows see intervals of keys the counts are exact. For others they are bounds: at least the tiles, and
-    at most the full ones. With more than 32768 rows they are estimates from a sample."""
+    """Count the tiles that a kernel visits, as `tiles` and `key_ranges` would, in a fraction of their time. For masks
+    whose rows see intervals of keys the counts are exact. For others they are bounds: at least the tiles, and at most
+    the full ones. With more than 32768 rows they are estimates from a sample."""
     return _visited(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
@@ -154,9 +153,8 @@ def _visited_scores(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], 
 def _by_sets(
     seen: Expr, keep: Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int
 ) -> tuple[int, int, float, Callable[[int, int], tuple[bool, bool]]]:
-    """Return (tiles with a live score, tiles with a dead one, share of live scores, function for one tile), by isl.
-
-    A score that may be live counts as live, one that may be dead as dead."""
+    """Return (tiles with a live score, tiles with a dead one, share of live scores, function for one tile), by isl. A
+    score that may be live counts as live, one that may be dead as dead."""
     hidden, may = P.either(seen, keep), P.text(seen, True)
     is_live, some = _tiles_with(may, hidden, sizes, tile_q, tile_k)
     is_dead, holes = _tiles_with(f"not ({P.text(keep, False)})", hidden, sizes, tile_q, tile_k)

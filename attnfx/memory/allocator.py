@@ -33,10 +33,8 @@ class _Block:
 
 
 class Cache:
-    """The allocator's state.
-
-    `allocated` and `reserved` are the current bytes, `peak` and `peak_reserved` the most so far. `heads` has the first
-    block of each segment, in the order of their allocation on the device."""
+    """The allocator's state. `allocated` and `reserved` are the current bytes, `peak` and `peak_reserved` the most so
+    far. `heads` has the first block of each segment, in the order of their allocation on the device."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak = self.peak_reserved = 0

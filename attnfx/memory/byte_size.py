@@ -52,9 +52,8 @@ def check(source: str, value: object) -> int | float | str | None:
 
 
 def in_bytes(budget: int | float | str, total: int, free: int, device: str) -> int:
-    """Return the bytes of a budget on a device with `total` bytes of memory, `free` of them available.
-
-    Raises OptionError if the budget is more than the total."""
+    """Return the bytes of a budget on a device with `total` bytes of memory, `free` of them available. Raises
+    OptionError if the budget is more than the total."""
     if budget == "auto":
         return free
     if isinstance(budget, float):

@@ -1,6 +1,6 @@
 """Model Inductor's fusion: the values that a compiled graph stores, and the operations that become one kernel.
 
-Inductor takes two decisions. First, it chooses the values to compute once and store ("realize"): the results of kernels
+Inductor makes two decisions. First, it chooses the values to compute once and store ("realize"): the results of kernels
 and reductions, the operands of kernels, the graph's outputs, and values that are read too often, or take too many
 operations, to be recomputed by each reader. All other values are inlined. Second, it chooses the loops to run as one
 kernel: loops over the same elements, if one reads the other's result or both read the same value, and if no third
@@ -163,7 +163,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
 class _Group:
     loops: list[_Loop]
     place: int
-    into: set[int] = field(default_factory=set)  # groups that read what this one writes
+    into: set[int] = field(default_factory=set)  # successor groups, which read this group's results
 
     @property
     def alone(self) -> bool:
@@ -269,10 +269,9 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
 
 
 def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
-    """Return the values that each loop of a kernel may overwrite.
-
-    The loop reads such a value only at the element that it writes, and the kernel's other loops read it only there and
-    earlier (torch/_inductor/scheduler.py, decide_inplace_update)."""
+    """Return the values that each loop of a kernel may overwrite. The loop reads such a value only at the element that
+    it writes, and the kernel's other loops read it only there and earlier (torch/_inductor/scheduler.py,
+    decide_inplace_update)."""
     maker = {r.name: x for x in loops for r in x.op.results}
 
     def before(loop: _Loop) -> set[str]:

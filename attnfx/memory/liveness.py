@@ -105,10 +105,9 @@ class _Lines:
             self._reuse(list(phase.alive))
 
     def _unaligned(self) -> set[str]:
-        """Return the results of calls that read an input or such a result.
-
-        On a CPU, Inductor does not assume that inputs and results of calls on them are aligned; its own values are
-        (FallbackKernel.create in torch/_inductor/ir.py)."""
+        """Return the results of calls that read an input or such a result. On a CPU, Inductor does not assume that
+        inputs and results of calls on them are aligned; its own values are (FallbackKernel.create in
+        torch/_inductor/ir.py)."""
         made = {w.name for k in self.phase.kernels for w in k.writes}
         out: set[str] = set()
         for k in self.phase.kernels:
@@ -158,9 +157,8 @@ class _Lines:
         flush(before)
 
     def _fits(self, old: Result, new: Result) -> bool:
-        """Return whether `new` may overwrite `old`; a value that came with the call is never overwritten.
-
-        As can_match_buffer_size in torch/_inductor/codegen/wrapper.py."""
+        """Return whether `new` may overwrite `old`, by can_match_buffer_size in torch/_inductor/codegen/wrapper.py. A
+        value that came with the call is never overwritten."""
         return (
             old.name not in self.phase.arrives and old.dtype == new.dtype and 0.95 * old.bytes <= new.bytes <= old.bytes
         )

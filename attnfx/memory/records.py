@@ -62,7 +62,7 @@ class Op:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of its results, except parts named "name[i]"."""
+        """The names of its results that are read; the unread parts are named "name[i]"."""
         return tuple(r.name for r in self.results if not r.name.endswith("]"))
 
 
@@ -78,10 +78,8 @@ class Graph:
         return tuple(op for op in self.ops if op.kind == "input")
 
     def without_copies(self) -> Graph:
-        """Replace copies that change nothing by views, as Inductor drops them.
-
-        A copy stays if an output would otherwise share the memory of another output or an input (remove_noop_ops in
-        torch/_inductor/fx_passes)."""
+        """Replace copies that change nothing by views, as Inductor drops them. A copy stays if an output would
+        otherwise share the memory of another output or an input (remove_noop_ops in torch/_inductor/fx_passes)."""
         base = self.bases()
         outputs = {base[o] for o in self.outputs}
         apart = outputs | {op.name for op in self.inputs}

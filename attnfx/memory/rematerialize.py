@@ -128,9 +128,8 @@ class Trades:
 
     def _cut(self, time: int, rate: int, again: frozenset[str], there: frozenset[str], may_again: Collection[str],
              may_there: Collection[str]) -> Solution:  # fmt: skip
-        """Return the best solution if a picosecond costs `time` and a unit of weight costs `rate`.
-
-        It contains all of `again` and `there`, and beyond these only members of `may_again` and `may_there`."""
+        """Return the best solution if a picosecond costs `time` and a unit of weight costs `rate`. It contains all of
+        `again` and `there`, and beyond these only members of `may_again` and `may_there`."""
         graph = networkx.DiGraph()
         graph.add_nodes_from(["source", "sink"])
 
@@ -168,9 +167,8 @@ class Trades:
 
 
 def together(graphs: Sequence[Sequence[Solution]]) -> Iterator[tuple[int, Solution]]:
-    """Merge the solutions of several graphs into one sequence of (index of the graph, its next solution).
-
-    The first solution of each graph comes first, then always the one that costs the least time per byte."""
+    """Merge the solutions of several graphs into one sequence of (index of the graph, its next solution). The first
+    solution of each graph comes first, then always the one that costs the least time per byte."""
     at = [0] * len(graphs)
     for n, found in enumerate(graphs):
         if found:

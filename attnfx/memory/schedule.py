@@ -86,9 +86,8 @@ class Schedule:
 
 
 def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str]) -> Schedule:
-    """Return the order that the compiler takes.
-
-    `given` has the bytes of earlier values that it may free; `kept` has the values that it must not free."""
+    """Return the order that the compiler takes. `given` has the bytes of earlier values that it may free; `kept` has
+    the values that it must not free."""
     nodes = _nodes(kernels)
     read = {value for node in nodes for value in node.reads}
     first = Schedule(nodes, {v: size for v, size in given.items() if v in read}, frozenset(kept))

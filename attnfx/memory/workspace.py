@@ -164,9 +164,8 @@ def _kernel(use: Use, rows: int, keys: int) -> int:
 
 
 def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool, threads: int) -> int:
-    """Return the bytes of the buffers of ATen's fused CPU kernel, for the longest block of each thread.
-
-    `element` is the bytes of an operand's element."""
+    """Return the bytes of the buffers of ATen's fused CPU kernel, for the longest block of each thread. `element` is
+    the bytes of an operand's element."""
     block, compute = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows), max(element, 4)
     tile, half = block * min(KEYS, keys), element if element < 4 else 0
     if backward:

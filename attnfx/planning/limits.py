@@ -179,9 +179,8 @@ class Limits:
         return self._least(chosen, s, self._events(scaled, s), self.lowest is not None)
 
     def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
-        """Return the last size that fits with the decisions and the recomputation made at that size itself.
-
-        `scaled` gives the start of the search; if it is right, two captures suffice."""
+        """Return the last size that fits with the decisions and the recomputation made at that size itself. `scaled`
+        gives the start of the search; if it is right, two captures suffice."""
         found = self._largest(lambda n: self._asked(chosen, scaled, at(n)), start)
         options = self.strategy.captured[0].options
         assert options is not None

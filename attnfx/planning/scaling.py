@@ -76,10 +76,9 @@ class Roles:
 
 
 def sizes_of(inputs: Any) -> Sizes:
-    """Guess the batch and the length from the inputs' shapes.
-
-    The batch is the first dim of the first input with two or more dims. The length is the second dim of the first
-    integer input with two or more dims, or else of the first input with three dims."""
+    """Guess the batch and the length from the inputs' shapes. The batch is the first dim of the first input with two or
+    more dims. The length is the second dim of the first integer input with two or more dims, or else of the first input
+    with three dims."""
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.ndim >= 1]
     batch = next((x.shape[0] for x in leaves if x.ndim >= 2), leaves[0].shape[0] if leaves else 0)
     whole = [x for x in leaves if x.ndim >= 2 and not x.dtype.is_floating_point and x.dtype != torch.bool]
@@ -115,9 +114,8 @@ def roles(inputs: Any) -> Iterator[Roles]:
 
 
 def near(s: Sizes, batch: int) -> Sizes:
-    """Return primes other than the sizes: the batch from `batch` on, the length below the given one.
-
-    A longer length might exceed a table of positions."""
+    """Return primes other than the sizes: the batch from `batch` on, the length below the given one. A longer length
+    might exceed a table of positions."""
     found = prime(max(batch, 2), 1)
     length = prime(s.length - 1, -1) if s.length > 8 else prime(s.length + 1, 1) if s.length else 0
     return Sizes(found if found != s.batch else prime(found + 1, 1), length)

@@ -31,9 +31,8 @@ CHUNKS = {"cpu": (1 << 17, 1 << 15), "cuda": (1 << 23, 1 << 21)}
 
 @dataclass(frozen=True)
 class Marks:
-    """Names of the forward values that one graph saves, and of the operations that it recomputes.
-
-    If empty, PyTorch decides."""
+    """Names of the forward values that one graph saves, and of the operations that it recomputes. If empty, PyTorch
+    decides."""
 
     saved: frozenset[str] = frozenset()
     again: frozenset[str] = frozenset()
@@ -88,10 +87,8 @@ class Strategy:
 
 def strategies(captured: Sequence[Captured], target: Target, inlining: bool = True,
             more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Strategy]:  # fmt: skip
-    """Yield the ways to compile, in order of the time they cost.
-
-    Each has a smaller peak than all before it; only the way that releases dead memory at once is always included.
-    `more` captures the graphs with every site rewritten."""
+    """Yield the ways to compile, in order of the time they cost. Each has a smaller peak than all before it; only the
+    way that releases dead memory at once is always included. `more` captures the graphs with every site rewritten."""
     best = as_decided(captured, target, inlining)
     yield best
     least = best.peak
@@ -179,9 +176,8 @@ def _recomputing(base: Strategy) -> Iterator[tuple[list[Marks], list[Part]]]:
 
 
 def _prices(joint: Joint, fixed: frozenset[str], part: Part, target: Target) -> Callable[[Op], float | None]:
-    """Return a function for the milliseconds to run an operation again, None for one that may not run again.
-
-    An operation that PyTorch recomputes anyway costs nothing. A loop costs half its traffic: most are inlined in their
+    """Return a function for the milliseconds to run an operation again, None for one that may not run again. An
+    operation that PyTorch recomputes anyway costs nothing. A loop costs half its traffic: most are inlined in their
     readers."""
     assert part.backward is not None
     twice = {op.name for op in part.forward.ops} & {op.name for op in part.backward.ops if op.kind != "input"}

@@ -28,10 +28,8 @@ B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
 
 @dataclass(frozen=True)
 class Capture:
-    """A tensor that the program loads from.
-
-    `kind` is the expression kind of its elements. `grad` is whether its gradient may be needed; a float capture that
-    needs none in this graph has False."""
+    """A tensor that the program loads from. `kind` is the expression kind of its elements. `grad` is whether its
+    gradient may be needed; a float capture that needs none in this graph has False."""
 
     kind: str
     ndim: int
@@ -118,7 +116,7 @@ def reads_pairs(spec: AttentionSpec) -> bool:
 def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
     """Decompose score = where(keep, scale * dot + bias, fill) into (scale, bias, keep); None if it has another form.
 
-    `bias` does not depend on dot; without a mask, `keep` is None. The scale is a constant, or an expression free of
+    `bias` does not depend on dot; `keep=None` means unmasked. The scale is a constant, or an expression free of
     b, h, i and j (a scalar or a load). The fill is drowning: `fill_of(score)`.
     """
     keep = None

@@ -42,10 +42,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A result of the program.
-
-    `row` is the dimension of its rows. `shape` is the shape of the whole result: integers, and Ref of a size or the
-    rows. `order` lists its dimensions by stride, the largest first; empty for contiguous."""
+    """A result of the program. `row` is the dimension of its rows. `shape` is the shape of the whole result: integers,
+    and Ref of a size or the rows. `order` lists its dimensions by stride, the largest first; empty for contiguous."""
 
     value: int
     row: int

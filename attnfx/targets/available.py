@@ -34,7 +34,6 @@ def free_on(device: torch.device) -> int | None:
 
 def free_bytes(target: Target, device: torch.device | None = None) -> int:
     """Return the bytes that this process can still allocate on the present device, or the target's memory if unknown.
-
     `device` selects one of several GPUs; None means the current one."""
     if target.kind == "cpu":
         device = torch.device("cpu")

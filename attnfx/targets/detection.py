@@ -77,9 +77,8 @@ def of_properties(found: object) -> Target:
 
 
 def nearest_architecture(name: str, kind: str, capability: int) -> Target:
-    """Return the record of this kind with the largest compute capability up to this one and the most similar name.
-
-    The name matters: GeForce cards have half the matrix rate of other cards of the same capability."""
+    """Return the record of this kind with the largest compute capability up to this one and the most similar name. The
+    name matters: GeForce cards have half the matrix rate of other cards of the same capability."""
     same = [r for r in records().values() if r.kind == kind]
     below = [r.capability for r in same if r.capability <= capability] or [min(r.capability for r in same)]
     like = [r for r in same if r.capability == max(below)]

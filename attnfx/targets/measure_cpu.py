@@ -22,10 +22,8 @@ _ANSWERS = JsonCache("targets")
 
 
 def measured() -> Target:
-    """Return the target of this CPU with PyTorch's current number of threads.
-
-    The first call for a number of threads measures and caches it, also for other processes. An invalid cached record is
-    measured again."""
+    """Return the target of this CPU with PyTorch's current number of threads. The first call for a number of threads
+    measures and caches it, also for other processes. An invalid cached record is measured again."""
     name = f"{processor()}, {torch.get_num_threads()} threads"
     if name not in _measured:
         key = key_of(name=name, torch=torch.__version__)

@@ -35,10 +35,9 @@ def kernel(
     grouped: bool = False,
     plain: bool = True,
 ) -> str | None:
-    """Return CUDNN, FLASH, EFFICIENT or None.
-
-    `cudnn` is whether PyTorch prefers cuDNN's kernel if it applies; `grouped` is whether heads share keys; `plain` is
-    whether the call lacks a mask tensor and, if causal, has as many queries as keys."""
+    """Return CUDNN, FLASH, EFFICIENT or None. `cudnn` is whether PyTorch prefers cuDNN's kernel if it applies;
+    `grouped` is whether heads share keys; `plain` is whether the call lacks a mask tensor and, if causal, has as many
+    queries as keys."""
     if not capability <= MOST_CAPABILITY:
         return None
     half = dtype in DTYPES and capability >= LEAST_CAPABILITY and not (head_dim % MULTIPLE or value_width % MULTIPLE)
@@ -51,9 +50,8 @@ def kernel(
 
 
 def _efficient(dtype: str, capability: int, head_dim: int, value_width: int) -> bool:
-    """Return whether the memory-efficient kernel supports such operands.
-
-    It is not used if heads share keys: some versions of PyTorch then copy the keys, others materialize all scores."""
+    """Return whether the memory-efficient kernel supports such operands. It is not used if heads share keys: some
+    versions of PyTorch then copy the keys, others materialize all scores."""
     least = {"float32": LEAST_EFFICIENT, "float16": LEAST_EFFICIENT, "bfloat16": LEAST_CAPABILITY}.get(dtype)
     if least is None or capability < least:
         return False

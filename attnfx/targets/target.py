@@ -99,9 +99,8 @@ class Target:
                     raise refuse(name, value, f"{kind} from {low:,.10g} to {high:,.10g} ({UNITS[name]})")
 
     def rate(self, dtype: str) -> float:
-        """Return the dense matrix TFLOP/s for operands of a dtype, by its name without "torch.".
-
-        TF32 counts as its own dtype. A dtype that the matrix unit does not support is computed in float32."""
+        """Return the dense matrix TFLOP/s for operands of a dtype, by its name without "torch.". TF32 counts as its own
+        dtype. A dtype that the matrix unit does not support is computed in float32."""
         return self.matrix.get(dtype, self.matrix["float32"])
 
     @staticmethod
