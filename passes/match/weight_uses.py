@@ -16,7 +16,7 @@ from attnfx.passes.match.results import Match, Reduction
 
 
 def needed(matches: Iterable[Match]) -> dict[Node, Node]:
-    """Map `final` of a match to a node that reads its weights, if any but attentions and known reductions does."""
+    """Map each match whose weights have other readers than attentions and known reductions, by `final`, to a reader."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
     # a call of PyTorch's operator is its own anchor, and keeps its weights inside
