@@ -235,7 +235,7 @@ class Finder:
         query, key, val = read.operands
         taught = any(x.node in self.facts.differentiable for x in read.operands)
         taught = taught or any(c.grad for c in read.spec.captures)
-        if not taught or _rows_live(read, parts):  # adding a fill or replacing the score by it is the same here
+        if not taught or _rows_live(read, parts):  # adding a fill then equals replacing the score by it
             read = replace(read, spec=replace(read.spec, score=A.in_place(read.spec.score)))
         if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
             message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"

@@ -20,7 +20,7 @@ from attnfx.report.records import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
 BY_HAND = ("normaliser", "softmax_dim", "columns")  # refusal codes for an exponential divided by some sum
-NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # name parts in a Dynamo graph
+NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of names in a Dynamo graph
 
 
 def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:

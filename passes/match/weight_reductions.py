@@ -75,7 +75,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         weights, kind = found
         starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
-            if kind != "logsumexp" or read_beside([n], ends):  # else only a hand-written softmax reads it
+            if kind != "logsumexp" or read_beside([n], ends):  # else only the attention's own softmax reads it
                 asked.setdefault(match, []).append(n)
     for match, nodes in asked.items():
         for n in nodes:
@@ -184,7 +184,7 @@ def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> t
         return None
     count = found[1][0][0].args[0] if found[1] else A.ONE
     if count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
-        return None  # most rows: nearly all weights are materialized anyway
+        return None  # more than half of the weights are materialized anyway
     return int(found[0].value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
 
 
@@ -318,7 +318,7 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     other = [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
     if mine == other:
         return True
-    # if the match replaces the scores that an added fill swallows by the fill, so may the reading
+    # if the match treats an added fill as replacing the score, so may the reading
     return [A.in_place(x) for x in mine] == other and (not match.training or match.every_row_live)
 
 

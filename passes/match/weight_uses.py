@@ -19,7 +19,7 @@ def needed(matches: Iterable[Match]) -> dict[Node, Node]:
     """Map each match whose weights have other readers than attentions and known reductions, by `final`, to a reader."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    # a call of PyTorch's operator is its own anchor, and keeps its weights inside
+    # a call of PyTorch's operator, which is its own anchor, does not expose its weights
     found = ((m, read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors)
     return {m.final: n for m, n in found if n is not None}
 

@@ -98,7 +98,7 @@ def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
 
 def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half], out: Index, axis: Expr) -> Node:
     """Emit the product of `common` with all sets, joined along `axis`, which is a variable of `out` or `summed`."""
-    # a dimension of size 1 may be in neither operand: the sets get it
+    # a dimension of size 1 may be in neither operand, and then belongs to the sets
     of_sets = frozenset().union(*(free(h.own.index) for h in halves))
     shared = [v for v in out if v is not axis and (v.value in of_sets or v.value not in free(common.index))]
     rest = [axis] if axis is summed else [axis, summed]

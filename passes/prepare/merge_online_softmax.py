@@ -38,7 +38,7 @@ aten = torch.ops.aten
 LAST = ("div", "add", "mul")  # the last operator of a combination
 EXPONENTIALS = ("exp", "exp2")
 CASTS = ("to", "_to_copy", "type_as")
-MOST = 64  # chunks
+MOST = 64  # chunks of one softmax
 ZERO = A.const(0.0)
 Core = Callable[[Expr], bool]
 
