@@ -1,4 +1,4 @@
-"""Lifting rules of gathers, concatenations and what is written into a part: several sources, or a computed index."""
+"""Lift gathers, concatenations and writes into a part: several sources, or a computed index."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _pad(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(INDEXING, "index")
 def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """Advanced indexing with integer tensors (kept positions None): the tensors broadcast together."""
+    """Lift advanced indexing with integer tensors, which broadcast together; None keeps a dimension."""
     x, indices = source(at), at.args[1]
     rank = len(shape(x))
     given = [(d, t) for d, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
@@ -148,7 +148,7 @@ def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 
 def _position(e: Expr, extent: Expr) -> Expr:
-    """A gathered position: negative numbers count from the end."""
+    """Return a gathered position from the start; a negative one counts from the end."""
     if e.kind != INT:
         raise Opaque
     low, _ = poly.bounds(e)

@@ -1,4 +1,4 @@
-"""Recognize products of two batches of matrices, and the operators that count as normalisers or layers."""
+"""Recognize products of two batches of matrices, and list the operators that normalize or act as layers."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 
 def of_batch(x: Node) -> bool:
-    """Whether a matrix is one of a batch of them, or is such a batch itself."""
+    """Return whether a matrix is one of a batch, or is a batch of matrices itself."""
     while len(shape(x)) < 3:
         if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
             return False
@@ -43,8 +43,8 @@ def batched(n: Node) -> bool:
 
 
 def meeting(n: Node) -> bool:
-    """Whether rows of two batches meet one by one in a node that is no product: by broadcasting, each operand with a
-    dimension of its own (additive attention), or as distances."""
+    """Return whether a node combines rows of two batches pair by pair without a product: by broadcasting, with a
+    dimension of its own for each operand (additive attention), or as distances."""
     if n.op != "call_function" or not is_tensor(n) or not value(n).is_floating_point():
         return False
     if op_name(n) in DISTANCES:
@@ -56,11 +56,11 @@ def meeting(n: Node) -> bool:
     return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
 
 
-NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
+NEAR = 12  # most nodes between parts and their softmax, or between a softmax and its weights
 
 
 def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
-    """Whether a softmax stands near behind a node: behind elementwise operators and views alone, or `anyhow`."""
+    """Return whether a softmax follows closely, through elementwise operators and views (`anyhow`: any operators)."""
     at, seen = [n], {n}
     for _ in range(NEAR):
         at = [u for x in at for u in x.users if u not in seen]

@@ -1,4 +1,4 @@
-"""A call of PyTorch's own attention operator, read as the parts of an attention: it is a site like any other."""
+"""Read a call of PyTorch's own attention operator as the parts of an attention: it is a site like any other."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnfx.passes.match.spec_builder import Parts, Refused
 
 
 def library_call(lifter: Lifter, at: Node) -> Parts:
-    """Raises Refused."""
+    """Return the parts of the attention that the call computes. Raises Refused."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given: dict[str, Any] = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
     nodes = [given[n] for n in names[:3]]
