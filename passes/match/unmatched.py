@@ -42,8 +42,6 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
         flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
         if begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the scores come from another graph")
-        elif flat_scores and n in meeting and len(dims(n)) == 2:
-            yield n, refusal("unbatched", "the scores and the weights are plain matrices", n)
         elif flat_scores and n in meeting:
             yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
         else:

@@ -237,17 +237,6 @@ def keys_changed_in_place(q, k, v):
     return s.softmax(-1) @ v
 
 
-@obstacle("unbatched", **ALWAYS)
-def no_batch(q, k, v):
-    q, k, v = q[0, 0].sin(), k[0, 0].sin(), v[0, 0].sin()
-    return (q @ k.T).softmax(-1) @ v  # here
-
-
-@obstacle("unbatched", **ALWAYS)
-def no_batch_for_the_library(q, k, v):
-    return F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])  # here
-
-
 @obstacle("shared_keys", **ALWAYS)
 def codebook(q, k, v):
     entries = k[0, 0]
