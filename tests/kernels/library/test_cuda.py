@@ -53,7 +53,7 @@ def test_plain_and_causal_attention_are_expressed(spec):
     ],
 )
 def test_what_it_would_compute_otherwise_is_refused(spec, reason):
-    """A mask in a tensor may empty a row, of which the kernels make zeros; a row without keys is NaN in eager."""
+    """A mask in a tensor may leave a row without keys: the kernels return zeros for it, eager returns NaN."""
     assert reason in why(spec)
 
 
