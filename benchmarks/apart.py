@@ -17,9 +17,8 @@ MARK = "answer "  # marks lines for the parent, because libraries print to stdou
 
 
 def once(command: Sequence[str], **how: Any) -> dict[str, Any]:
-    """Run a command and return the JSON of its last line, or {"error": its last line of stderr} if it fails.
-
-    `how` is passed to subprocess.run."""
+    """Run a command and return the JSON of its last line, or {"error": its last line of stderr} if it fails. `how` is
+    passed to subprocess.run."""
     done = subprocess.run(command, capture_output=True, text=True, **how)
     if done.returncode:
         return {"error": (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]}
@@ -103,9 +102,8 @@ class Apart:
 
 
 def serve(answer: Callable[[Any], dict[str, Any]], sound: Callable[[], object]) -> None:
-    """Answer the parent's jobs. `sound` raises if the process is unusable, for example after a fault on a GPU.
-
-    The parent then starts another process for the next job."""
+    """Answer the parent's jobs. `sound` raises if the process is unusable, for example after a fault on a GPU. The
+    parent then starts another process for the next job."""
     for job in sys.stdin:
         try:
             found = answer(json.loads(job))

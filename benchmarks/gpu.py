@@ -169,9 +169,8 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Time each contender in turn, in several rounds, with a cold L2 cache. Return the least and the median ms.
-
-    The times are the GPU's. If launching the call takes less time than flushing the cache, they exclude the launch."""
+    """Time each contender in turn, in several rounds, with a cold L2 cache. Return the least and the median ms. The
+    times are the GPU's. If launching the call takes less time than flushing the cache, they exclude the launch."""
     flush = torch.empty(FLUSH, dtype=torch.int8, device=DEVICE)
     found: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + seconds, 0
@@ -250,10 +249,8 @@ def predicted(program: Program, x: Tensors, some: list[Tensor], train: bool) -> 
 
 
 def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Summarize the cost model's choices.
-
-    The ratios are ms of the chosen over the best, and over the original code. The errors are the relative errors of the
-    predicted ms of attnfx's kernels."""
+    """Summarize the cost model's choices. The ratios are ms of the chosen over the best, and over the original code.
+    The errors are the relative errors of the predicted ms of attnfx's kernels."""
     regrets, against, errors = [], [], []
     for row in rows:
         got = {name: by["min_ms"] for name, by in row["by"].items() if "min_ms" in by}

@@ -152,9 +152,8 @@ def innermost(code: list[Instruction], bodies: Iterable[set[int]]) -> list[list[
 
 
 def matrix_flops(op: str) -> int:
-    """Return the FLOPs per warp of a matrix instruction; the four warps of a warp group share one.
-
-    Return 0 on Blackwell, whose opcodes lack the shape."""
+    """Return the FLOPs per warp of a matrix instruction; the four warps of a warp group share one. Return 0 on
+    Blackwell, whose opcodes lack the shape."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
         return int(found[1]) * int(found[2]) * int(found[3]) // 2
     found = re.match(r"HMMA\.168(8|16|32)\b", op)
@@ -248,10 +247,8 @@ GOALS = {
 
 
 def steady(loops: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Return the main loop, the one without a mask.
-
-    Among the loops within 10% of the most matrix FLOPs, it has the fewest instructions per FLOP (the fewest
-    instructions if FLOPs are unknown)."""
+    """Return the main loop, the one without a mask. Among the loops within 10% of the most matrix FLOPs, it has the
+    fewest instructions per FLOP (the fewest instructions if FLOPs are unknown)."""
     top = max((row["kflop"] for row in loops), default=0)
     most = [row for row in loops if row["kflop"] >= 0.9 * top]
     return min(most, default=None, key=lambda row: row["instrs_per_kflop"] or row["instrs"])

@@ -111,9 +111,8 @@ CASES = {
 
 # -- one measurement, in its own process ----------------------------------------------------------
 def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """Return the largest difference, relative to the largest value of all tensors.
-
-    A small gradient is not compared with itself: the gradient of a key's bias, for one, is only rounding error."""
+    """Return the largest difference, relative to the largest value of all tensors. A small gradient is not compared
+    with itself: the gradient of a key's bias, for one, is only rounding error."""
     largest = max(x.abs().max().item() for x in expected.values())
     return max((found[name] - expected[name]).abs().max().item() for name in expected) / largest
 

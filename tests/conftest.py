@@ -34,7 +34,6 @@ COMPILING = ("backend", "compiler", "memory", "passes", "tuning", "verify")
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Mark more tests as slow: cases that Inductor compiles, and all but the first case of each test in COMPILING.
-
     `pytest -m "not slow"` runs the rest."""
     tests = Path(__file__).parent
     seen = set()

@@ -60,9 +60,8 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
 def run(
     fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.nn.Module | None = None, **kwargs: Any
 ) -> list[Tensor]:
-    """Return the floating outputs of `fn` in float64.
-
-    In training, append the gradients of a fixed projection of them by the floating inputs and `owner`'s parameters."""
+    """Return the floating outputs of `fn` in float64. In training, append the gradients of a fixed projection of them
+    by the floating inputs and `owner`'s parameters."""
     args, kwargs = tree_map(
         lambda a: (
             a.detach().clone(memory_format=torch.preserve_format).requires_grad_(train and a.is_floating_point())
@@ -113,7 +112,6 @@ def compare(
     **options: Any,
 ) -> list[Report]:
     """Run `fn` compiled, require results (and gradients) as close to float64 as eager's, and return the reports.
-
     `exact=False` compares with eager in its own precision."""
     kwargs = kwargs or {}
     module = fn if isinstance(fn, torch.nn.Module) else None
@@ -152,10 +150,9 @@ def assert_right(fn: Any, *args: Any, **how: Any) -> list[Site]:
 
 
 def assert_kept(fn: Any, *args: Any, code: str | Sequence[str], **how: Any) -> list[Site]:
-    """Require correct results (`compare` takes `how`) and that every site is kept. Return the sites.
-
-    There must be one site with this code, or sites with these codes in any order. Without any site, the
-    softmaxes outside attention count instead."""
+    """Require correct results (`compare` takes `how`) and that every site is kept. Return the sites. There must be one
+    site with this code, or sites with these codes in any order. Without any site, the softmaxes outside attention count
+    instead."""
     filed = compare(fn, *args, **how)
     sites = [site for report in filed for site in report.sites]
     assert not any(site.rewritten for site in sites), _text(filed)

@@ -29,7 +29,6 @@ _ZERO = A.const(0.0)
 
 def forward(call: Call, make: Make = Run) -> tuple[Tensor, Tensor]:
     """Compute out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
-
     `make` creates the run of the call. Callers override it to change the dropout or to hold fewer scores at once."""
     out = output_like(call.query, call.value.shape[-1], call.out_dtype)
     logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)

@@ -122,9 +122,8 @@ class Plan:
                     yield from self._parts(block, per_group)
 
     def _parts(self, whole: Block, per_group: int) -> Iterator[list[Block]]:
-        """Divide a block into parts and yield, for each range of rows, its parts.
-
-        A part has at most `elements` scores, unless one group of heads with LEAST_ROWS rows already exceeds that."""
+        """Divide a block into parts and yield, for each range of rows, its parts. A part has at most `elements` scores,
+        unless one group of heads with LEAST_ROWS rows already exceeds that."""
         row = max(1, (whole.j1 - whole.j0) * per_group)
         rows = min(max(self.elements // row, LEAST_ROWS), max(whole.i1 - whole.i0, 1))
         fit, groups = max(1, self.elements // (row * rows)), whole.g1 - whole.g0

@@ -53,9 +53,8 @@ def expresses(
     value_width: int,
     target: int | None = None,
 ) -> str | None:
-    """Return why the flash and decode tiers cannot run such calls, as one sentence, or None.
-
-    With `target`, answer for a GPU of that compute capability."""
+    """Return why the flash and decode tiers cannot run such calls, as one sentence, or None. With `target`, answer for
+    a GPU of that compute capability."""
     if (why := missing(device, target)) is not None:
         return why
     from attnfx.kernels.flash.host import forward as launch
@@ -105,9 +104,8 @@ def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tens
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Compute the gradients of query, key, value and the captures with `grad`, each in its tensor's dtype.
-
-    `out` and `logsumexp` may come from either tier's forward pass."""
+    """Compute the gradients of query, key, value and the captures with `grad`, each in its tensor's dtype. `out` and
+    `logsumexp` may come from either tier's forward pass."""
     from attnfx.kernels.flash.host import backward as gradients
     from attnfx.kernels.flash.host import blocks
     from attnfx.kernels.flash.host.fallback import CannotLaunch

@@ -57,10 +57,8 @@ def expresses(
     grouped: bool = False,
     square: bool = True,
 ) -> str | None:
-    """Return why a spec cannot be such a call, as one sentence, or None.
-
-    With `target`, answer for a GPU of that compute capability. `grouped`: heads share keys. `square`: there are as many
-    queries as keys."""
+    """Return why a spec cannot be such a call, as one sentence, or None. With `target`, answer for a GPU of that
+    compute capability. `grouped`: heads share keys. `square`: there are as many queries as keys."""
     call, name = call_of(spec), str(dtype).removeprefix("torch.")
     if isinstance(call, str):
         return call

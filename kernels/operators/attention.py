@@ -93,10 +93,9 @@ def refusals(
     value_width: int,
     capability: int | None = None,
 ) -> dict[str, str]:
-    """Return, by tier, why it cannot run a spec at any other sizes; tiers that can are left out.
-
-    With `capability`, answer for a device of that compute capability, which need not be present. On a GPU, the library
-    tier is a call of PyTorch's operator in the graph itself."""
+    """Return the reason for each tier that cannot run a spec with these widths, at any other sizes. With `capability`,
+    answer for a device of that compute capability, which need not be present. On a GPU, the library tier is a call of
+    PyTorch's operator in the graph itself."""
     reasons = {}
     for name, tier in TIERS.items():
         if name == "library" and device.type == "cuda":
@@ -251,10 +250,9 @@ _library = torch.library.Library("attnfx", "DEF")
 
 
 def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0, capturable: bool = True) -> None:
-    """Define an operator of the `attnfx` namespace.
-
-    Autocast casts its first `autocast` operands, as it does for a matrix product. An operator that is not `capturable`
-    synchronizes with the device, so Inductor leaves it out of CUDA graphs."""
+    """Define an operator of the `attnfx` namespace. Autocast casts its first `autocast` operands, as it does for a
+    matrix product. An operator that is not `capturable` synchronizes with the device, so Inductor leaves it out of CUDA
+    graphs."""
     name = schema[: schema.index("(")]
     tags = (torch.Tag.pt2_compliant_tag,) if capturable else (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     _library.define(schema, tags=tags)

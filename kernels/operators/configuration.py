@@ -4,7 +4,7 @@
     tier           = name [":" ROWS "x" KEYS "/" WARPS "/" STAGES ["/" SPLITS] | ":" ELEMENTS]
 
 for example "flash:128x64/8/3,chunked", "decode:16x128/4/3/32,chunked" or "chunked:65536". The kernels' own table
-supplies the tile if none is given, or if the given one does not compile or fit.
+supplies the tile by default, and if the given one does not compile or fit.
 """
 
 from __future__ import annotations

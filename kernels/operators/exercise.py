@@ -35,7 +35,6 @@ class Like(NamedTuple):
 
 def exercise(operator: Any, args: Sequence[Any], training: bool) -> None:
     """Call `operator`, an overload of torch.ops.attnfx, on small tensors like `args`, which has a `Like` per tensor.
-
     With `training`, also compute the gradients of its differentiable operands."""
     known = repr((str(operator), args, training))
     if known in _done:

@@ -52,7 +52,6 @@ class RowCall:
 
     def keys(self, rows: int) -> list[tuple[int, int]] | None:
         """Return the first key and the number of keys of each chunk of `rows` rows, or None if chunks take all keys.
-
         There are few distinct numbers of keys, because each needs its own compiled body."""
         live = self.program.live
         if live is None or not self.length:

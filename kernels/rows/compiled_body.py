@@ -33,9 +33,8 @@ _log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """A chunk's number of rows and of keys, its first row (start), and first row minus first key (corner).
-
-    In a body, start and corner are int64 tensors."""
+    """A chunk's number of rows and of keys, its first row (start), and first row minus first key (corner). In a body,
+    start and corner are int64 tensors."""
 
     rows: int
     columns: int
@@ -53,7 +52,7 @@ class Body:
 
     run      the compiled function: first row, corner, inputs, factors, gradients of results -> tensors
     factors  shape, dtype and probability of each dropout's factors, in sampling order
-    given    for each result or gradient, whether the function returns it; a gradient without a path to its input is not
+    given    for each result or gradient, whether the function returns it; False for the gradient of an unused input
     """
 
     run: Callable[..., Sequence[Tensor]]
@@ -112,9 +111,8 @@ BODIES = Bodies()
 
 
 def _apart(make: Callable[[], T]) -> T:
-    """Return the result of a call run in a new thread.
-
-    Modes, dispatch keys and compiler contexts have PyTorch's defaults there, whichever graph calls."""
+    """Return the result of a call run in a new thread. Modes, dispatch keys and compiler contexts have PyTorch's
+    defaults there, regardless of the calling graph."""
     found: list[T] = []
     problems: list[BaseException] = []
     device = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -136,10 +134,9 @@ def _apart(make: Callable[[], T]) -> T:
 
 
 def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
-    """Compare two lists of tensors and raise WrongResults if they differ.
-
-    The tolerance includes rounding relative to the largest tensor. Some tensors should be zero, for example the
-    gradient of a constant added to a whole row, so their own norm is too small a scale."""
+    """Compare two lists of tensors and raise WrongResults if they differ. The tolerance includes rounding relative to
+    the largest tensor. Some tensors should be zero, for example the gradient of a constant added to a whole row, so
+    their own norm is too small a scale."""
     if [x is None for x in found] != [x is None for x in wanted]:
         raise WrongResults("it gives other tensors than the calls")
     pairs = [(g, w) for g, w in zip(found, wanted) if g is not None and w is not None and w.numel()]

@@ -17,10 +17,9 @@ STATM = Path("/proc/self/statm")
 
 
 class Heap:
-    """A limit on the heap's growth: `trim()` between chunks keeps freed memory below about `growth` bytes.
-
-    Trimmed pages fault again at their next use, so a smaller `growth` costs more time. It has no effect on systems
-    without `malloc_trim`."""
+    """A limit on the heap's growth: `trim()` between chunks keeps freed memory below about `growth` bytes. Trimmed
+    pages fault again at their next use, so a smaller `growth` costs more time. It has no effect on systems without
+    `malloc_trim`."""
 
     def __init__(self, growth: int):
         self.growth = growth

@@ -100,9 +100,8 @@ class Runner:
         return calls()
 
     def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Compute the gradients of the chunk's inputs `wanted` from the whole results' gradients.
-
-        A gradient is None if none of the results with a gradient depends on that input."""
+        """Compute the gradients of the chunk's inputs `wanted` from the whole results' gradients. A gradient is None if
+        none of the results with a gradient depends on that input."""
         of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
 
         def calls() -> Sequence[Tensor | None]:
@@ -178,9 +177,8 @@ def forward(call: RowCall) -> list[Tensor]:
 
 
 def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Compute the gradients of the inputs that the program's `grads` marks, in each input's dtype, contiguous.
-
-    `grads` holds the gradient of each result, or None."""
+    """Compute the gradients of the inputs that the program's `grads` marks, in each input's dtype, contiguous. `grads`
+    holds the gradient of each result, or None."""
     run, program = Runner(call), call.program
     wanted = [n for n, g in enumerate(program.grads) if g]
     sums: dict[int, Tensor] = {}

@@ -91,9 +91,8 @@ BEST = {"product": 2, "mul": 1, "topk": 1, "lt": 1, "masked_fill": 1, "softmax":
     ],
 )
 def test_whole_rows_are_predicted_as_they_were_measured(work, training, measured):
-    """Measured in ms under Inductor, in chunks call by call, and in chunks with a compiled body.
-
-    The shape is 12 heads x 4096 x 64, float32, on one thread of an AMD EPYC."""
+    """Measured in ms under Inductor, in chunks call by call, and in chunks with a compiled body. The shape is 12 heads
+    x 4096 x 64, float32, on one thread of an AMD EPYC."""
     kept, ways = rows.candidates(rows.Rows(work, 12 * 4096 * 4096, 4, 64, training))
     assert [c.kernel for c in (kept, *ways)] == ["inductor", rows.CALLS, rows.COMPILED]
     for candidate, ms in zip((kept, *ways), measured):

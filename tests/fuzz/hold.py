@@ -47,9 +47,8 @@ def _by(backend: str, recipe: Recipe, **options: Any) -> Callable[[torch.nn.Modu
 
 
 def hold(recipe: Recipe) -> Outcome:
-    """Run the recipe in eager and through attnfx, in each of its modes, and return the differences.
-
-    If there are any, also run PyTorch's own compiler without attnfx."""
+    """Run the recipe in eager and through attnfx, in each of its modes, and return the differences. If there are any,
+    also run PyTorch's own compiler without attnfx."""
     outcome = Outcome(recipe)
     for mode in recipe.modes:
         want = observe(recipe, lambda model: model, mode)

@@ -33,9 +33,8 @@ MARK = "answer "  # marks lines for the parent, because libraries print to stdou
 
 
 def prepare() -> None:
-    """Make `tests` importable as pytest does, without the project's root on sys.path.
-
-    There, the folder `kernels` would hide the package of that name."""
+    """Make `tests` importable as pytest does, without the project's root on sys.path. There, the folder `kernels` would
+    hide the package of that name."""
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path(__file__).resolve().parent]
     tests = types.ModuleType("tests")
     tests.__path__ = [str(ROOT / "tests")]

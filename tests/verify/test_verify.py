@@ -128,7 +128,6 @@ PLANTED = [
 
 def caught(fn, operands, folder, train=True, **options):
     """Run `fn` compiled under `verify`, and require eager's results and one warning that names a reproducing script.
-
     Return the site and the script."""
     with new_reports() as filed, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -234,9 +233,8 @@ def test_the_script_runs_by_itself(tmp_path, monkeypatch):
 
 # -- right rewrites ---------------------------------------------------------------------------------------------
 def passes(fn, operands, train=True, sites=1, **options):
-    """Compile under `verify`, and require that every site is rewritten and noted as verified, without warnings.
-
-    Return the notes."""
+    """Compile under `verify`, and require that every site is rewritten and noted as verified, without warnings. Return
+    the notes."""
     with new_reports() as filed, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.filterwarnings("error", message="attnfx")

@@ -51,9 +51,8 @@ def emit(
     wide: frozenset[int] = frozenset(),
     inside: frozenset[int] = frozenset(),
 ) -> Source:
-    """Generate the module of a program. Raise `NotEmitted` if an operation cannot be translated.
-
-    Captures in `wide` get 64-bit offsets. Loads from captures in `inside` must be in bounds at all valid indices."""
+    """Generate the module of a program. Raise `NotEmitted` if an operation cannot be translated. Captures in `wide` get
+    64-bit offsets. Loads from captures in `inside` must be in bounds at all valid indices."""
     return _Emitter(spec, program, wide, inside).source()
 
 

@@ -190,9 +190,8 @@ def assume(e: Expr, fact: Expr) -> Expr:
 
 
 def _scaled(kept: Expr) -> tuple[float, Expr]:
-    """Return (c, x) with kept * log2(e) = c * x and c > 0.
-
-    c is the constant factor, or for a sum the factor of dot. The exponent's own FMA applies it."""
+    """Return (c, x) with kept * log2(e) = c * x and c > 0. c is the constant factor, or for a sum the factor of dot.
+    The exponent's own FMA applies it."""
     moved = A.mul(A.const(LOG2E), kept)
     if (c := _factor(moved)) is not None:
         return c, A.mul(*moved.args[1:])
@@ -294,9 +293,8 @@ class _Tables:
         return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
 
     def by_diagonal(self, root: Expr) -> Expr:
-        """Move lookups that depend on j - i alone, with the arithmetic around them, into tables by diagonal.
-
-        A score then loads one element, adjacent to its neighbor's. Comparisons of a mask stay in place."""
+        """Move lookups that depend on j - i alone, with the arithmetic around them, into tables by diagonal. A score
+        then loads one element, adjacent to its neighbor's. Comparisons of a mask stay in place."""
         marked: set[Expr] = set()
         for e in walk(root):
             if (e.op == "load" and _looked_up(toeplitz(e))) or any(a in marked for a in e.args):

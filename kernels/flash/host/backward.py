@@ -224,10 +224,9 @@ class Backward:
         values.add_gradient(form, line, total)
 
     def _pair_tile(self) -> Tile:
-        """Return the tile of the pairs kernel: square, for diagonals, with few elements per thread.
-
-        A thread holds a sum in addition to two products. Warps also split a tile's columns only on sm_90, whose matrix
-        instructions span four warps."""
+        """Return the tile of the pairs kernel: square, for diagonals, with few elements per thread. A thread holds a
+        sum in addition to two products. Warps also split a tile's columns only on sm_90, whose matrix instructions span
+        four warps."""
         tile = self.tiles[1]
         side = min(tile.rows, tile.keys)
         if self.target >= 90:
@@ -235,9 +234,8 @@ class Backward:
         return tile._replace(rows=min(side, 32), keys=min(side, 32))
 
     def pairs_launch(self, result: Tensor, number: int, leaf: Leaf, first: int = 0) -> Launch:
-        """Launch `pairs_kernel`, the gradient of a load that depends on both rows and keys.
-
-        It covers as many rows as the result has, from `first`, a multiple of the tile's rows."""
+        """Launch `pairs_kernel`, the gradient of a load that depends on both rows and keys. It covers as many rows as
+        the result has, from `first`, a multiple of the tile's rows."""
         tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
         walks = over_keys(self.call, self.program.keep, tile, spans=True)

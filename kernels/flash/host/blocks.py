@@ -19,9 +19,8 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute `tl.philox`: four 32-bit words, as int64, for each counter (c0, c1, c2, 0).
-
-    seed is one int64 tensor. It is never read by the host, so that a CUDA graph can capture this."""
+    """Compute `tl.philox`: four 32-bit words, as int64, for each counter (c0, c1, c2, 0). seed is one int64 tensor. It
+    is never read by the host, so that a CUDA graph can capture this."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD

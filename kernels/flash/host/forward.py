@@ -41,9 +41,8 @@ def padded(width: int) -> int:
 def functions(
     spec: AttentionSpec, wide: frozenset[int] = frozenset(), inside: frozenset[int] = frozenset()
 ) -> Mapping[str, object]:
-    """Return the generated functions of a spec by name; a function that it does not need is None.
-
-    Raise the exceptions of `program` and `emit`, and PermissionError if generated code cannot be stored."""
+    """Return the generated functions of a spec by name; a function that it does not need is None. Raise the exceptions
+    of `program` and `emit`, and PermissionError if generated code cannot be stored."""
     source = emit(spec, program(spec), wide, inside)
     made = module.load(source.text)
     return {name: getattr(made, name) if name in source.names else None for name in FUNCTIONS}
@@ -102,7 +101,6 @@ def never_outside(
     spec: AttentionSpec, sizes: tuple[tuple[str, int], ...], shapes: tuple[tuple[int, ...], ...]
 ) -> frozenset[int]:
     """Return the slots of captures and tables, of these shapes, whose loads are proved in bounds at all valid indices.
-
     A slot is left out if this cannot be proved, for example for an index that is itself loaded."""
     loads = {e for root in program(spec).roots for e in walk(root) if e.op == "load"}
 

@@ -52,7 +52,6 @@ class Launch:
 
     def compile(self, target: int | GPUTarget):
         """Compile the kernel for an NVIDIA GPU of this compute capability, 90 for 9.0, or for another Triton target.
-
         This works without a GPU; the tensors may be on the meta device."""
         if isinstance(target, int):
             target = GPUTarget("cuda", target, 32)

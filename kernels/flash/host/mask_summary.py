@@ -19,10 +19,8 @@ from attnfx.spec import AttentionSpec
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """Compute the summary of `Summary.spec` over its captures: uint8, of `attnfx.mask.runtime_summary.shape`.
-
-    `sizes` are B, H, T, S and the spec's own. If no kernel compiles, every grain counts as partial, which is always
-    valid."""
+    """Compute the summary of `Summary.spec` over its captures: uint8, of `attnfx.mask.runtime_summary.shape`. `sizes`
+    are B, H, T, S and the spec's own. If no kernel compiles, every grain counts as partial, which is always valid."""
     call = call_of(captures, sizes, spec)
     states = captures[0].new_empty(summary.shape(spec, call.sizes), dtype=torch.uint8)
     try:

@@ -45,10 +45,9 @@ class Path:
     step: int
 
     def lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the lists of live tiles of a path with states.
-
-        The first tensor (blocks, 4) has [0, 0, full, live]. The second (blocks, most) has the first index of each live
-        tile: first the `full` unmasked tiles, then the others, `live` in all."""
+        """Return the lists of live tiles of a path with states. The first tensor (blocks, 4) has [0, 0, full, live].
+        The second (blocks, most) has the first index of each live tile: first the `full` unmasked tiles, then the
+        others, `live` in all."""
         assert self.states is not None
         live, full = self.states & boxes.LIVE != 0, self.states == boxes.LIVE
         count, zero = live.sum(1), np.zeros(len(live), np.int64)
@@ -98,9 +97,8 @@ def _path(keep: Expr, items: tuple[tuple[str, int], ...], block: int, step: int)
 
 
 def gap(keep: Expr | None, sizes: Mapping[str, int], step: int) -> tuple[int, int] | None:
-    """Return the longest run [first, end) of keys in tiles that are empty for all rows, or (0, 0).
-
-    Return None if the mask cannot have such a run at any length."""
+    """Return the longest run [first, end) of keys in tiles that are empty for all rows, or (0, 0). Return None if the
+    mask cannot have such a run at any length."""
     if keep is None or not any(e.op in ("or", "where", "not", "eq0", "mod", "floordiv") for e in walk(keep)):
         return None
     return _gap(P.numeric(keep, sizes), tuple(sorted(sizes.items())), step)

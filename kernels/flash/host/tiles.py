@@ -134,9 +134,8 @@ def _tried(device: torch.device, chosen: Tile | None, first: Tile, others: Itera
 def forward_tiles(
     device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, spec: AttentionSpec = PLAIN
 ) -> list[Tile]:
-    """List the tiles to try for the forward kernel: the table's for a head dim padded to `width`, then smaller ones.
-
-    On a GPU, `chosen` comes first."""
+    """List the tiles to try for the forward kernel: the table's for a head dim padded to `width`, then smaller ones. On
+    a GPU, `chosen` comes first."""
     if dtype == torch.float32:
         return _tried(device, chosen, pick(SINGLE, 80, width), SINGLE.values())
     first = pick(forward_table(spec), capability(device), width)
@@ -213,9 +212,8 @@ DECODE = {
 
 
 def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
-    """List the tiles to try for the decode kernel: the table's for a head dim padded to `width`, then smaller ones.
-
-    On a GPU, `chosen` comes first."""
+    """List the tiles to try for the decode kernel: the table's for a head dim padded to `width`, then smaller ones. On
+    a GPU, `chosen` comes first."""
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:

@@ -58,9 +58,8 @@ class Splits:
 
 
 def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Splits:
-    """Return the keys to divide for a kernel that has all rows in one block.
-
-    With `certain`, skip keys only if each row is known to have a live key: a row without one depends on masked keys."""
+    """Return the keys to divide for a kernel that has all rows in one block. With `certain`, skip keys only if each row
+    is known to have a live key: a row without one depends on masked keys."""
     sizes, found = call.sizes, _summary(call)
     if found is not None:
         per_group = sizes["H"] // call.key.shape[1] if "h" in summary.axes(found.spec) else 1

@@ -41,9 +41,8 @@ def delta_kernel(
 
 @triton.jit
 def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr):
-    """Load one value per row, at `at` and a stride of STEP, for BM rows: (BM, 1), or TURNED (1, BM).
-
-    With CHECK, return zero beyond the `left` rows that exist."""
+    """Load one value per row, at `at` and a stride of STEP, for BM rows: (BM, 1), or TURNED (1, BM). With CHECK, return
+    zero beyond the `left` rows that exist."""
     n = tl.arange(0, BM)
     if CHECK:
         x = tl.load(at + STEP * n, mask=n < left, other=0.0)

@@ -24,7 +24,6 @@ def _keys_step(
     NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Add one tile to the gradients of keys (BN, BD) and values (BN, BDV); with LEAF, dk (BN,) is a load's gradient.
-
     `at` points to the statistics of the tile's rows. With NATURAL, add only the rows without a live key."""
     size_t = sizes[2] >> 1
     i = f.indices(i0, BM, True)

@@ -61,9 +61,8 @@ def _whole(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Recompute the rows without a live key over all keys, masked scores included.
-
-    Scores are in natural units, in which float32's lowest value as a fill stays finite."""
+    """Recompute the rows without a live key over all keys, masked scores included. Scores are in natural units, in
+    which float32's lowest value as a fill stays finite."""
     size_s = sizes[3] >> 1
     dead = m_i <= LARGEST_LOST
     # from here on the other rows see only -inf, which leaves them unchanged

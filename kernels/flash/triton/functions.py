@@ -60,7 +60,6 @@ def walk(walks, at):
 @triton.jit
 def tile_at(order, at, n, STEP: tl.constexpr):
     """Return the first index of the n-th tile of a list. order is (pointer, 2 m + 1 for the length m of a list).
-
     Without a list, n itself is the index."""
     if order is None:
         first = n
@@ -87,9 +86,8 @@ def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.con
 @triton.jit
 def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
               CHECK: tl.constexpr):  # fmt: skip
-    """Load (ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`.
-
-    Without strides, x is a descriptor with blocks (1, 1, ROWS, PADDED)."""
+    """Load (ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor
+    with blocks (1, 1, ROWS, PADDED)."""
     if strides is None:
         tile = tl.reshape(x.load([b, h, tl.cast(first, tl.int32), 0]), [ROWS, PADDED])
     else:
@@ -113,9 +111,8 @@ def store_tile(x, strides, b, h, first, length, values, ROWS: tl.constexpr, WIDT
 
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
-    """Compute acc + x @ y in float32; acc may be None.
-
-    PRECISION "widened" is "ieee" for Triton's interpreter, which multiplies the bit patterns of bfloat16 operands."""
+    """Compute acc + x @ y in float32; acc may be None. PRECISION "widened" is "ieee" for Triton's interpreter, which
+    multiplies the bit patterns of bfloat16 operands."""
     if PRECISION == "widened":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(x, y, acc, input_precision=PRECISION)
@@ -123,10 +120,8 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_product(dot, x):
-    """Compute dot + x after the matrix product dot.
-
-    Otherwise Triton would use x as the product's initial accumulator. The product would then wait for x, and each of
-    its steps would round at the magnitude of x."""
+    """Compute dot + x after the matrix product dot. Otherwise Triton would use x as the product's initial accumulator.
+    The product would then wait for x, and each of its steps would round at the magnitude of x."""
     return tl.fma(dot, 1.0, x)
 
 
@@ -241,9 +236,8 @@ def survives(seed, b, h, i0, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constex
 
 @triton.jit
 def survives_each(seed, head, i, j, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """Return the same as `survives` for any rows (BM, 1), heads b * H + h (BM, 1) and keys (1, BN).
-
-    This takes one Philox call per weight."""
+    """Return the same as `survives` for any rows (BM, 1), heads b * H + h (BM, 1) and keys (1, BN). This takes one
+    Philox call per weight."""
     zero = tl.zeros([BM, BN], tl.int32)
     column, row = zero + (j // 16 * 8 + j % 8), zero + (i // 16 * 8 + i % 8)
     r0, r1, r2, r3 = tl.philox(seed, column, row, zero + head, zero, ROUNDS)

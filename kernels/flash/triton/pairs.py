@@ -21,9 +21,8 @@ def _part(
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
     LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Compute the derivative by the load for each element of one tile, (BM, BN), zero out of bounds.
-
-    With NATURAL, include only the rows without a live key."""
+    """Compute the derivative by the load for each element of one tile, (BM, BN), zero out of bounds. With NATURAL,
+    include only the rows without a live key."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     i, j = f.clamped(f.indices(i0, BM, False), size_t), f.clamped(f.indices(j0, BN, True), size_s)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)

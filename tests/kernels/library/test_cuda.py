@@ -1,4 +1,4 @@
-"""Express a spec as a call of PyTorch's fused operator only where the two compute the same."""
+"""Express a spec as a call of PyTorch's fused operator only if the two compute the same."""
 
 import math
 from dataclasses import replace

@@ -117,7 +117,6 @@ def test_a_body_that_gives_something_else_is_not_used_and_says_so(monkeypatch, c
 
 def transposed_scores():
     """Build an attention over transposed scores that also returns its weights, whose gradient is the same for all rows.
-
     Inductor of PyTorch 2.13 computes wrong gradients for it on a CPU with AVX-512 (pytorch/pytorch#185702)."""
     calls = [
         Call("matmul.default", (Ref("value", 0), Ref("value", 1))),

@@ -66,9 +66,8 @@ def matrix(keep, sizes):
 
 
 def check_path(path, live, block, step):
-    """Check that each tile with a live score is visited once, and that full tiles are fully live and in bounds.
-
-    `live` is (H, rows, keys)."""
+    """Check that each tile with a live score is visited once, and that full tiles are fully live and in bounds. `live`
+    is (H, rows, keys)."""
     for t in range(len(path.walks)):
         rows = live[:, t * block : (t + 1) * block]
         start, full_start, full_end, end = path.walks[t]
