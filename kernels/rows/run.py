@@ -149,7 +149,7 @@ def _factor(draw: Draw) -> Factor:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
+def without_autocast() -> Iterator[None]:
     """Disable autocast: the program already contains its casts."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
@@ -169,7 +169,7 @@ def _recorded() -> Iterator[None]:
 def forward(call: RowCall) -> list[Tensor]:
     """Compute the whole results."""
     run, outs = Runner(call), call.outputs()
-    with _plainly(), torch.no_grad():
+    with without_autocast(), torch.no_grad():
         for chunk in run.chunks():
             for out, part, r in zip(outs, run.forward(chunk), call.program.results):
                 chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
@@ -182,7 +182,7 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
     run, program = Runner(call), call.program
     wanted = [n for n, g in enumerate(program.grads) if g]
     sums: dict[int, Tensor] = {}
-    with _plainly():
+    with without_autocast():
         for chunk in run.chunks():
             for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
                 if part is None:
