@@ -1,4 +1,4 @@
-"""Naive models, each with one deliberate obstacle: name -> (function, code that the report must give, options).
+"""Naive models, each with one deliberate obstacle: name -> (function, the code that the report must state, options).
 
 The line that the report must name ends in "# here".
 """

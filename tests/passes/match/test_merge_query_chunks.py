@@ -1,4 +1,4 @@
-"""Merge a loop over chunks of queries into one attention where that is proved, and keep its chunks apart elsewhere."""
+"""Merge a loop over chunks of queries into one attention if that is proved correct, else keep its chunks separate."""
 
 import pytest
 import torch
