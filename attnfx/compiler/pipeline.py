@@ -38,6 +38,7 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.unmatched import unread, unread_bodies, with_reasons
 from attnfx.passes.prepare import (
     canonicalize,
+    detach_no_grad,
     expand_vmap,
     functionalize,
     hoist_concat,
@@ -65,6 +66,7 @@ PREPARE = (
     expand_vmap,
     trace,
     functionalize,
+    detach_no_grad,
     split_pair_linear,
     split_ones_column,
     canonicalize,

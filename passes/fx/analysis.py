@@ -92,13 +92,13 @@ class Facts:
         at = self.mutations[key][0]
         return next(n for n, position in self.position.items() if position == at)
 
-    def changed_before(self, base: Node, final: Node) -> Node | None:
+    def changed_before(self, base: Node, final: Node, sources: Collection[Node]) -> Node | None:
         """Return the first write to the memory of `base` between its first read and `final`, or None. Reads count if
-        `final` is computed from them, through any view of the memory."""
+        they are between `sources` and `final`, through any view of the memory."""
         key = storage(base)
         if key is None or key not in self.mutations:
             return None
-        cone = set(reach([final], lambda n: n.all_input_nodes))
+        cone = set(reach([final], lambda n: [] if n in sources else n.all_input_nodes))
         reads = [
             self.position[u]
             for n in cone

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch.fx import Node
 
@@ -74,3 +76,17 @@ def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
 GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
+
+
+def near_normalizer(nodes: Collection[Node]) -> set[Node]:
+    """Return nodes that lead to a normalizer or come from one, without a product or a layer in between."""
+    layers = (*PRODUCTS, *NORMS)
+    before: set[Node] = set()
+    after: set[Node] = set()
+    for n in reversed(list(nodes)):
+        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
+            before.add(n)
+    for n in nodes:
+        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
+            after.add(n)
+    return before | after

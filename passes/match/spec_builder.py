@@ -106,7 +106,7 @@ class Reader:
             message = "the keys are one matrix, as a router's gate or a codebook is"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
-        spec, captures, sizes = self._spec(parts, programs, found, chosen[0].node)
+        spec, captures, sizes = self._spec(parts, programs, found, [x.node for x in chosen])
         out = tuple(apply_splits(v, splits) for v in parts.out)
         return Reading(spec, captures, sizes, operands, kv_axes, group_axes, out)
 
@@ -125,8 +125,9 @@ class Reader:
             found = [c for c in chosen if c is not None]
             if len({value(a.node).dtype for a, _ in found}) == 1:
                 break
-        for access, _ in found:
-            self._unchanged(access.node, parts.final)
+        nodes = [access.node for access, _ in found]
+        for x in nodes:
+            self._unchanged(x, parts.final, nodes)
         return [access for access, _ in found], _merge([splits for _, splits in found])
 
     def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
@@ -169,7 +170,7 @@ class Reader:
         return None
 
     def _spec(
-        self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
+        self, parts: Parts, programs: list[Expr], found: N.Normalised, sources: Sequence[Node]
     ) -> tuple[AttentionSpec, list[Node], list[str]]:
         """Return the canonical spec, the nodes of its captures, and the names of its symbolic sizes, in order."""
         score, weight, *extra = programs
@@ -185,12 +186,12 @@ class Reader:
                 message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
                 raise Refused("axes", message, [parts.final])
             if e.op == "load":
-                slots[e.value] = self._capture(e.value, parts, programs)
+                slots[e.value] = self._capture(e.value, parts, programs, sources)
         for program in extra:
             if "j" in program.free or any(e.op == "dot" for e in walk(program)):
                 raise Refused("extra", "an added column of the softmax depends on the keys", [parts.final])
         dtype = str(value(parts.final).dtype).removeprefix("torch.")
-        compute = "float64" if value(query).dtype == torch.float64 else "float32"
+        compute = "float64" if value(sources[0]).dtype == torch.float64 else "float32"
         draft = AttentionSpec(
             score,
             found.normaliser,
@@ -204,7 +205,7 @@ class Reader:
         )
         return S.canonical(draft)  # type: ignore[return-value]
 
-    def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
+    def _capture(self, slot: object, parts: Parts, programs: list[Expr], sources: Collection[Node]) -> Capture:
         """Return the capture for a load of the program. Raises Refused if loading the node is not sound."""
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
@@ -215,13 +216,13 @@ class Reader:
             return Capture(FLOAT, 0, False)  # a symbolic number
         if held.dtype.is_complex:
             raise Refused("dtype", f"{at.name} is complex", [at])
-        self._unchanged(at, parts.final)
+        self._unchanged(at, parts.final, sources)
         kind = kind_of(held.dtype)
         taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
         return Capture(kind, held.dim(), taught)
 
-    def _unchanged(self, base: Node, final: Node) -> None:
-        writer = self.facts.changed_before(base, final)
+    def _unchanged(self, base: Node, final: Node, sources: Collection[Node]) -> None:
+        writer = self.facts.changed_before(base, final, sources)
         if writer is not None:
             raise Refused(
                 "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]

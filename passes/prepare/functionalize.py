@@ -10,17 +10,16 @@ their base. All other mutation stays. Needs `meta["val"]`; changes the graph in 
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
+from attnfx.passes.fx.nodes import dims, op_name, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.products import ANCHORS, NORMS
+from attnfx.passes.lift.products import near_normalizer
 
 aten = torch.ops.aten
 # Allocations that are written part by part: passes/prepare/hoist_concat.py joins the parts.
@@ -51,7 +50,7 @@ def run(graph: Graph) -> int:
     writes = [n for n in nodes if len(w := written_operands(n)) == 1 and n.args[0] is w[0]]
     if not writes:
         return 0
-    facts, near = graph.facts, _near_normaliser(nodes)
+    facts, near = graph.facts, near_normalizer(nodes)
     families: dict[int, list[Node]] = {}
     for n in nodes:
         key = storage(n)
@@ -96,20 +95,6 @@ def run(graph: Graph) -> int:
             families[key].append(n)
         changed += 1
     return changed
-
-
-def _near_normaliser(nodes: Collection[Node]) -> set[Node]:
-    """Return nodes that lead to a normalizer or come from one, without a product or a layer in between."""
-    layers = (*PRODUCTS, *NORMS)
-    before: set[Node] = set()
-    after: set[Node] = set()
-    for n in reversed(list(nodes)):
-        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
-            before.add(n)
-    for n in nodes:
-        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
-            after.add(n)
-    return before | after
 
 
 def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:

@@ -31,6 +31,13 @@ def functionalize(q, k, v, bias):
     return scores.softmax(-1) @ v
 
 
+def detach_no_grad(q, k, v):
+    scores = q @ k.mT
+    with torch.no_grad():
+        decay = scores.softmax(-1).cumsum(-1)
+    return (scores * decay).softmax(-1) @ v
+
+
 def split_pair_linear(q, k, w, b):
     pairs = torch.cat([q[:, :, None].expand(-1, -1, S, -1), k[:, None].expand(-1, T, -1, -1)], -1)
     return F.linear(pairs, w, b).squeeze(-1).softmax(-1) @ k
@@ -83,6 +90,7 @@ FORMS = [
     (inline_checkpoints, heads),
     (expand_vmap, heads),
     (functionalize, lambda: (*heads(), rand(T, S))),
+    (detach_no_grad, lambda: [x.requires_grad_() for x in heads()]),
     (split_pair_linear, lambda: (rand(B, T, D), rand(B, S, D), rand(1, 2 * D), rand(1))),
     (split_ones_column, heads),
     (canonicalize, lambda: (*heads(), torch.ones(T, S, dtype=torch.bool).triu(1))),
