@@ -61,10 +61,10 @@ def _united(graph: Graph, at: Node) -> Node | None:
         return None
     ways = [_sides(factor, load, node) for factor, node, load in found]
     for rows, columns in _partitions(ways[0], out):
-        terms = [next((t for t in way if _parted(t, rows, columns)), None) for way in ways]
-        if all(t is not None for t in terms):
+        terms = [t for way in ways if (t := next((t for t in way if _parted(t, rows, columns)), None)) is not None]
+        if len(terms) == len(ways) and _as_large(terms):
             try:
-                return _einsum(graph.emitter(at), [t for t in terms if t is not None], out)
+                return _einsum(graph.emitter(at), terms, out)
             except CannotEmit:
                 return None
     return None
@@ -111,6 +111,13 @@ def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr
 def _parted(t: Term, row: Expr, column: Expr) -> bool:
     query, key = free(t.query.index), free(t.key.index)
     return row.value in query - key and column.value in key - query
+
+
+def _as_large(terms: list[Term]) -> bool:
+    """Return whether each merged operand has the axes of one of its parts: otherwise it would be larger than all of
+    them, as a table of positions that is copied for each row of the queries."""
+    queries, keys = ([free(getattr(t, side).index) - {t.reduced.value} for t in terms] for side in ("query", "key"))
+    return frozenset().union(*queries) in queries and frozenset().union(*keys) in keys
 
 
 def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:

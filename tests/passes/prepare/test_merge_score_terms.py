@@ -94,3 +94,18 @@ def test_a_dimension_of_one_that_no_operand_names():
         return ((s + s.mT) * 0.25).softmax(-1) @ v
 
     check(fn, *(rand(2, 1, T, D) for _ in range(3)))
+
+
+def test_tables_of_rows_and_columns_stay_biases():
+    """Each row of an image has its own table of keys: a merged key would be copied for each row."""
+    side = 6
+
+    def fn(q, k, v, rows, columns):
+        near = torch.arange(side)[:, None] - torch.arange(side) + side - 1
+        grid = q.unflatten(2, (side, side))
+        s = (q @ k.mT).unflatten(2, (side, side)).unflatten(4, (side, side))
+        s = s + torch.einsum("nhrwc,rkc->nhrwk", grid, rows[near])[..., None]
+        s = s + torch.einsum("nhrwc,wkc->nhrwk", grid, columns[near])[..., None, :]
+        return s.flatten(4).flatten(2, 3).softmax(-1) @ v
+
+    check(fn, *qkv(t=side * side), rand(2 * side - 1, 8), rand(2 * side - 1, 8))
