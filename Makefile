@@ -1,5 +1,5 @@
-# Every target sets up .venv by itself: with the pinned versions of constraints.txt, again whenever these or
-# pyproject.toml change. Knobs: PYTHON (the interpreter .venv is made of), WORKERS and PYTEST_ARGS (make test).
+# Every target sets up .venv first, with the pinned versions of constraints.txt, and again whenever that file or
+# pyproject.toml changes. Variables: PYTHON (the interpreter for .venv), WORKERS and PYTEST_ARGS (make test).
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -16,12 +16,12 @@ DOCS_READY := $(VENV)/.docs-installed
 demo: $(READY)
 	$(BIN)/python examples/demo.py
 
-# One thread a worker, or the workers' OpenMP threads fight over the cores.
+# One thread per worker: otherwise the workers' OpenMP threads compete for the cores.
 test: $(READY)
 	OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1 \
 	    $(BIN)/pytest -n $(WORKERS) --dist worksteal $(PYTEST_ARGS)
 
-# What is not marked as slow, in two minutes; tests/conftest.py says what is.
+# The tests that are not marked slow, in two minutes; tests/conftest.py marks the slow ones.
 test-fast: $(READY)
 	$(MAKE) test PYTEST_ARGS='-m "not slow" $(PYTEST_ARGS)'
 
@@ -38,16 +38,16 @@ docs: $(DOCS_READY)
 bench: $(READY)
 	$(BIN)/python benchmarks/run.py
 
-# The Triton kernels on a GPU against PyTorch's own, and what the cost model chose, in ten minutes; writes
+# Time the Triton kernels, PyTorch's kernels and the cost model's choices on a GPU, in ten minutes; writes
 # benchmarks/results/gpu.json.
 bench-gpu: $(READY)
 	$(BIN)/python benchmarks/gpu.py
 
-# Plans held against a GPU's memory, in ten minutes; writes benchmarks/results/gpu_plan.json.
+# Compare planned with measured GPU memory, in ten minutes; writes benchmarks/results/gpu_plan.json.
 bench-gpu-plan: $(READY)
 	$(BIN)/python benchmarks/gpu_plan.py
 
-# Keeps .venv, which costs a download to make again.
+# Keeps .venv, because making it again needs a download.
 clean:
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .pytest_cache .ruff_cache torch_compile_debug
 	rm -rf out benchmarks/out examples/out

@@ -1,7 +1,7 @@
-"""The backend that `torch.compile(model, backend="attnfx")` finds by its entry point.
+"""Define the backend that `torch.compile(model, backend="attnfx")` finds by its entry point.
 
-It orchestrates: options are checked, the graph is rewritten, a report is filed, and the rest is compiled by Inductor. A
-failure of attnfx, or of the compiler on a rewritten graph, costs the rewrite and never the program.
+The backend checks the options, rewrites the graph, files a report, and compiles the result with Inductor. If attnfx
+fails, or the compiler fails on a rewritten graph, the program still runs, without the rewrite.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report import report
 
 _REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
-# How Dynamo is told to trace a frame again, or to leave it alone: not a failure.
+# Not failures: exceptions that make Dynamo trace a frame again, or skip it.
 _SIGNALS = (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame)
 
 
 def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[str, Any] | None = None,
            mode: str | None = None) -> Callable[..., Any]:  # fmt: skip
-    """Compile a Dynamo graph. `options` are those of `Options`; `mode` goes to Inductor.
+    """Compile a Dynamo graph. `options` takes the fields of `Options`; `mode` goes to Inductor.
 
-    Raises OptionError for a bad option, before anything is compiled. A failure inside attnfx is one warning, and the
-    graph is compiled without the part that failed, or without the rewrite; with `strict` it is raised. So is a failure
-    of the compiler on the rewritten graph.
+    Raises OptionError for a bad option, before anything is compiled. If attnfx fails, it warns once and compiles the
+    graph without the part that failed, or without any rewrite. It does the same if the compiler fails on the rewritten
+    graph. With `strict`, both failures are raised, and a refused site raises RefusalError.
     """
     chosen = Options.make(options or {})
     more: dict[str, Any] = {}
@@ -69,7 +69,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
 
 
 def _complain(result: Result, options: Options) -> None:
-    """Warn of what failed or could not be traced; with `strict`, raise for that and for a refusal."""
+    """Warn about failed parts and untraceable graphs. With `strict`, raise for an untraceable graph or a refusal."""
     if result.untraceable:
         if options.strict:
             raise RefusalError(f"a graph could not be traced: {result.untraceable}")
@@ -87,7 +87,7 @@ def _contained(
     gm: GraphModule, example_inputs: Sequence[Any], options: Options, mode: str | None, result: Result,
     more: Mapping[str, Any],
 ) -> Callable[..., Any]:  # fmt: skip
-    """The rewritten graph compiled; the graph as it was where the compiler fails on the rewritten one."""
+    """Compile the rewritten graph; if the compiler fails on it, compile the original graph instead."""
     sites = ", ".join(s.where or s.name for s in result.report.rewritten)
 
     def backward_failed(problem: Exception) -> None:
@@ -105,7 +105,7 @@ def _contained(
     except Exception as problem:
         if options.strict:
             raise
-        compiled = _compile(gm, example_inputs, options, mode)  # raises what the graph itself is to blame for
+        compiled = _compile(gm, example_inputs, options, mode)  # raises if the original graph fails too
         what = f"{options.inner} failed on the rewritten graph, and compiled it without the rewrite of {sites}"
         _warn(f"failed: {what} ({described(problem)})")
         result.report.undo("compiler", f"{options.inner} failed on the rewritten graph ({described(problem)})")

@@ -1,4 +1,4 @@
-"""`attnfx.explain`: what would be done with a model, without running it."""
+"""Implement `attnfx.explain`: report how a model would be rewritten, without running it."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from attnfx.report.report import Report
 
 
 def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
-    """Trace `model` on example inputs and decide, running none of its kernels.
+    """Trace `model` on example inputs and decide on its sites, running none of its kernels.
 
-    `attnfx.explain(model, rewrite="always")(*args, **kwargs)` gives a `Report` over all graphs that Dynamo makes of the
-    call. Tensors that a graph would have computed are zeros of the right shape while the rest is traced, so control
-    flow that depends on values may take another branch than a real run. The model's state is not changed.
+    `attnfx.explain(model, rewrite="always")(*args, **kwargs)` returns a `Report` on all graphs that Dynamo captures
+    from the call. Each graph returns zeros of the right shapes instead of its results. So control flow that depends on
+    values may take another branch than in a real run. The model's state is not changed.
 
     Raises:
-        OptionError: an option is unknown or has a bad value.
+        OptionError: An option is unknown or has a bad value.
     """
     chosen = Options.make(options)
-    if chosen.tune:  # nothing is timed here
+    if chosen.tune:  # use cached measurements, time nothing
         chosen = replace(chosen, tune="known")
 
     def run(*args: Any, **kwargs: Any) -> Report:

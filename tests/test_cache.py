@@ -1,4 +1,4 @@
-"""Keep what is put into the cache on disk for every process, and survive whatever is wrong on disk."""
+"""Keep cache entries on disk for every process, and survive any damage on disk."""
 
 import json
 import os

@@ -1,6 +1,6 @@
 """Run every code block of the documentation in its page's order: Python in one namespace, shell in one folder.
 
-A block of another language ("text", "json") shows what was printed. A page's blocks must not depend on another page's.
+A block of another language ("text", "json") shows output. A page's blocks must not depend on another page's.
 Links, anchors, named files and the site's navigation are checked without the site's tools.
 """
 
@@ -25,7 +25,7 @@ FILE = re.compile(r"`((?:attnfx|benchmarks|docs|examples|kernels|passes|tests)/[
 
 
 def script(page: Path) -> str:
-    """The page's blocks as one Python program; what fails is at the page's own line."""
+    """Return the page's blocks as one Python program, with the page's line numbers."""
     text = page.read_text()
     lines = ["import subprocess as _subprocess, os as _os"]
     for found in BLOCK.finditer(text):

@@ -1,4 +1,4 @@
-"""Check options: defaults, accepted values, the sentence that refuses any other, and the environment."""
+"""Check options: defaults, accepted values, the error message for any other value, and the environment."""
 
 import dataclasses
 import pickle

@@ -1,4 +1,4 @@
-"""A transformers model by its type, small and of random weights, with inputs to call it on."""
+"""Build a small transformers model with random weights from its type, with inputs to call it on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from attnfx.cli.loading import users_code
 
-# What configurations call a size. All that exist are set, in those inside a configuration too.
+# The names that configurations use for each size. All existing ones are set, in nested configurations too.
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
                "decoder_layers"),
@@ -26,9 +26,9 @@ VOCABULARY = 1000
 def made(
     model_type: str, layers: int, hidden: int, heads: int, length: int, batch: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The model with its own eager attention, and its inputs.
+    """Build a model with transformers' eager attention, and its inputs.
 
-    Raises click.UsageError where transformers is not installed, knows no such type, or the model's main input is
+    Raises click.UsageError if transformers is not installed or does not know the type, or if the model's main input is
     neither tokens nor images.
     """
     try:
@@ -63,7 +63,7 @@ def _resize(config: Any, wanted: dict[str, int], length: int) -> None:
             if isinstance(getattr(config, name, None), int):
                 setattr(config, name, wanted[size])
     groups, heads = getattr(config, "num_key_value_heads", None), next((n for n in before.values() if n), None)
-    if isinstance(groups, int) and heads:  # as many query heads for each key head as before, where that divides
+    if isinstance(groups, int) and heads:  # keep the query heads per key head, if that divides evenly
         each = max(1, heads // groups)
         config.num_key_value_heads = wanted["heads"] // each if wanted["heads"] % each == 0 else 1
     if isinstance(getattr(config, "layer_types", None), list):

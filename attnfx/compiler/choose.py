@@ -1,4 +1,4 @@
-"""Choose what becomes of each place that was found. Changes no graph: `apply` carries the choices out."""
+"""Choose for each place that was found: rewrite or keep it. Leaves the graph as it is; `apply` applies the choices."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from attnfx.report.records import Candidate, Decision
 from attnfx.targets import Target
 from attnfx.tuning import calibrate, tune
 
-# Codes of refusals after which rows that are computed one by one would be the next form.
+# Refusal codes after which computing whole rows is tried; if that fails too, the message gives both reasons.
 THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product", "layout", "axes")
 
 
 def choose(found: Found, context: Context, options: Options) -> list[Choice]:
-    """One choice for each place of a graph, by the options: those of the context, or others for the same graph."""
+    """Make one choice for each place of a graph. `options` may differ from the context's."""
     chosen = []
     for place in found.places:
         told = context.told.get((found.path, place.number))
@@ -46,7 +46,7 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Choosing:
-    """The choice for one place. `told` takes its place; `keeping` is the choice to keep it for what refused it."""
+    """The inputs of one choice: `told`, a decision given in advance, and `keeping`, the choice to keep the place."""
 
     found: Found
     options: Options
@@ -108,7 +108,7 @@ class _Choosing:
     def _decided(
         self, question: cost.Question, match: Match, here: Mapping[str, str]
     ) -> tuple[Decision, tuple[str, ...]]:
-        """The decision by prediction, or by times where the options ask for these; and what the target notes."""
+        """Decide by prediction, or by measured times if the options ask for them; also return the target's notes."""
         present, options = value(match.query.node).device, self.options
         target, _ = target_of(options, present)
         at_hand = options.target == "auto"
@@ -149,8 +149,8 @@ class _Choosing:
 
     # -- whole rows ---------------------------------------------------------------------------------
     def _whole_rows(self, otherwise: Choice, lean: bool = False) -> Choice:
-        """Compute in chunks of rows, where that is possible and pays; else `otherwise`. `lean`: take the region only if
-        it covers every reader of the weights, so that they need not be materialized."""
+        """Choose to compute in chunks of rows if that is possible and predicted to help, else `otherwise`. `lean`: only
+        if the region covers every reader of the weights, so that they need not be materialized."""
         finding, told = self.place.finding, self.told
         refused = otherwise.site.refusal
         if op_name(finding.final) in SDPA or (lean and told is not None and told.kernel not in cost.ROW_KERNELS):

@@ -1,4 +1,4 @@
-"""The choice among the candidates of a site."""
+"""Choose among the candidates of a site."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from attnfx.spec import UNKNOWN_SIZE
 from attnfx.targets import Target
 
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
-# The same on a GPU where the original is PyTorch's fused operator itself: the model is within 15% of published kernels,
-# and no more is known of either.
+# The same on a GPU if the original is PyTorch's fused operator itself: the model is only known to be within 15% of
+# published kernels, on either side.
 NATIVE_GAIN = 0.8
 # A configuration must be predicted to take at most this share of the time of its kernel's default, which comes first:
-# the model orders tiles less surely than tiers.
+# the model orders tiles less reliably than tiers.
 TILE_GAIN = 0.9
 
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
-    """The value of a size expression; sizes that are not known count as UNKNOWN_SIZE."""
+    """Evaluate a size expression; unknown sizes count as UNKNOWN_SIZE."""
 
     class Known(dict[str, int]):
         def __missing__(self, key: str) -> int:
@@ -42,8 +42,8 @@ def select(
     device: Target | None = None,
     corrections: Mapping[str, float] | None = None,
 ) -> Decision:
-    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work. `corrections` are factors of the
-    predicted times by tier and direction ("library/training"), as `attnfx bench --calibrate` measures them."""
+    """Decide on one site, for a GPU or for a CPU whose `threads` share the work. `corrections` are factors of the
+    predicted times by tier and direction ("library/training"), as measured by `attnfx bench --calibrate`."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, others = gpu.candidates(ask, device) if on_gpu and device else cpu.candidates(ask, threads)
     if corrections:
@@ -68,8 +68,8 @@ def select(
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
-    """The candidate with the shortest predicted time; of one tier, a configuration that is not much faster than the
-    tier's first gives way to it."""
+    """Return the candidate with the shortest predicted time. Within a tier, the default (first) configuration wins
+    unless another is much faster (TILE_GAIN)."""
     tiers: dict[str, Candidate] = {}
     for c in sorted(some, key=lambda c: c.predicted_ms):
         default = next(d for d in some if d.tier == c.tier)
@@ -78,7 +78,7 @@ def likeliest(some: list[Candidate]) -> Candidate:
 
 
 def line(tier: str, training: bool) -> str:
-    """The name of a correction."""
+    """Return the key of a correction factor, e.g. "library/training"."""
     return f"{tier}/{'training' if training else 'forward'}"
 
 
@@ -89,7 +89,7 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
 def select_rows(
     ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
-    """A decision for a region of whole rows, on a GPU, or on a CPU whose `threads` share the work. `weights_read` says
+    """Decide on a region of whole rows, for a GPU or for a CPU whose `threads` share the work. `weights_read` means
     that a value of the scores' size leaves the region."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
@@ -116,7 +116,7 @@ def select_rows(
 
 
 def _memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,4 +1,4 @@
-"""A memory budget: what a user may write, and the bytes that it means on a device."""
+"""Parse and format sizes in bytes, and convert a user's memory budget to bytes on a device."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MOST = 1 << 60  # bytes; no device has more
 
 
 def size(value: str) -> int | None:
-    """The bytes of a size such as "16GiB"; None where the text is none."""
+    """Return the bytes of a size such as "16GiB", or None if the text is not a size."""
     found = _SIZE.fullmatch(value.strip())
     return None if found is None else round(float(found[1]) * _UNITS[(found[2] or "").lower()])
 
 
 def _nearest(value: object) -> str:
-    """What a user may have meant."""
+    """Return the valid budget that is nearest to an invalid one, for an error message."""
     found = NEAR.match(value) if isinstance(value, str) else None
     return f"'{found[1]}{found[2].upper()}iB'" if found and float(found[1]) else "None"
 
 
 def check(source: str, value: object) -> int | float | str | None:
-    """A budget as a number of bytes, a fraction, or "auto". Raises OptionError for anything else."""
+    """Return a budget as a number of bytes, a fraction, "auto" or None. Raises OptionError for anything else."""
     if value is None or value == "auto":
         return value  # pyright: ignore[reportReturnType]
     wanted = WANTED.format(_nearest(value))
@@ -52,8 +52,8 @@ def check(source: str, value: object) -> int | float | str | None:
 
 
 def in_bytes(budget: int | float | str, total: int, free: int, device: str) -> int:
-    """The bytes of a budget on a device that has `total` of which `free` can be had. Raises OptionError where it asks
-    for more than there is."""
+    """Return the bytes of a budget on a device with `total` bytes of memory, `free` of them available. Raises
+    OptionError if the budget is more than the total."""
     if budget == "auto":
         return free
     if isinstance(budget, float):
@@ -65,7 +65,7 @@ def in_bytes(budget: int | float | str, total: int, free: int, device: str) -> i
 
 
 def text(of: float) -> str:
-    """Bytes for reading: "3.42 GiB"."""
+    """Format bytes for reading: "3.42 GiB"."""
     for unit, bytes_ in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
         if abs(of) >= bytes_:
             return f"{of / bytes_:.2f} {unit}"

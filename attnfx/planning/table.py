@@ -1,4 +1,4 @@
-"""A plan as a table and as a picture."""
+"""Render a plan as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ ROWS = 16  # of modules, in a table
 
 
 def table(plan: Prediction) -> Any:
-    """A rich renderable: the peak and what is in it, the limits, each site's decision, what is saved and what computed
-    again."""
+    """Return a rich renderable: the peak and its contents, limits, decisions, and saved and recomputed values."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -61,7 +60,7 @@ def table(plan: Prediction) -> Any:
 
 
 def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
-    """The sites, those that follow each other with the same decision as one row: (names, (where, tier, reason))."""
+    """Return rows (names, (where, tier, reason)); consecutive sites with the same decision share a row."""
     rows: list[tuple[list[str], tuple[str, str, str]]] = []
     for site in plan.sites:
         chosen = site.decision
@@ -77,8 +76,7 @@ def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
 
 
 def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:
-    """Bytes that are saved, and bytes that are computed again instead, by module; layers of a list are one: "h.*.mlp".
-    The largest come first."""
+    """Return (saved bytes, recomputed bytes) by module, the largest first; layers of a list are one: "h.*.mlp"."""
     made = {
         f"{n}.{r.name}": re.sub(r"\b\d+\b", "*", op.where)
         for n, part in enumerate(plan.strategy.parts) for op in part.forward.ops for r in op.results
@@ -91,7 +89,7 @@ def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:
 
 
 def plot(plan: Prediction, path: str | PathLike[str]) -> None:
-    """The bytes over the events of the step, one colour for each phase."""
+    """Plot the bytes over the events of the step, with one color for each phase."""
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:

@@ -1,6 +1,6 @@
-"""The stable codes of why an attention was left as it was: one frozen table, which the documentation prints.
+"""Define the stable codes for why an attention was kept, in one frozen table.
 
-`python -m attnfx.report.codes` writes the page `docs/refusals.md`.
+`python -m attnfx.report.codes` prints the page `docs/refusals.md` from it.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ from types import MappingProxyType
 
 @dataclass(frozen=True)
 class Code:
-    """title    a few words
-    means    what was found, in a sentence or two
-    closest  the form nearest to it that is rewritten, as code or in words
-    edit     the smallest change of the user's code, or of an option, that makes a difference
+    """The explanation of a code for the user.
+
+    title    a few words
+    means    the condition that was found, in a sentence or two
+    closest  the nearest form that is rewritten, as code or in words
+    edit     the smallest change to the user's code or options that helps
     """
 
     title: str
@@ -296,14 +298,14 @@ CODES: Mapping[str, Code] = MappingProxyType({**_SITES, **_OTHERS, **_DECISIONS}
 
 
 def known(code: str) -> Code:
-    """The entry of a code. Raises ValueError for one that does not exist."""
+    """Return the entry of a code. Raises ValueError for an unknown code."""
     if code not in CODES:
         raise ValueError(f"{code!r} is no code of a refusal: attnfx/report/codes.py lists them")
     return CODES[code]
 
 
 def page() -> str:
-    """The documentation page, in Markdown: a heading for each code."""
+    """Return the documentation page in Markdown, with a heading for each code."""
     sections = (
         ("Something that looks like attention was refused", _SITES),
         ("A softmax that was not looked at as attention", _OTHERS),

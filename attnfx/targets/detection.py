@@ -1,4 +1,4 @@
-"""The device at hand as a target: by its record, by its architecture, or, for a CPU, by measurement."""
+"""Detect a present device as a target: a GPU by its record or architecture, a CPU by measurement."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from attnfx.targets.target import RANGES, Target, aliases, key, records, replace
 
 
 def detect(device: torch.device | str | None = None) -> Target:
-    """As `attnfx.targets.detect`."""
+    """Implement `attnfx.targets.detect`."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -36,7 +36,7 @@ def _present(index: int) -> Target:
 
 
 def of_properties(found: object) -> Target:
-    """The target of a GPU with these properties, named as `torch.cuda.get_device_properties` names them."""
+    """Return the target of a GPU with properties as returned by `torch.cuda.get_device_properties`."""
 
     def ask(name: str, otherwise: float = 0) -> float:
         value = getattr(found, name, otherwise)
@@ -54,7 +54,7 @@ def of_properties(found: object) -> Target:
 
     near = nearest_architecture(name, kind, capability)
     clock = ask("clock_rate") / 1e6 or near.clock  # kHz
-    # two transfers a clock; kHz and bits
+    # two transfers per clock; rate in kHz, width in bits
     bandwidth = 2 * ask("memory_clock_rate") * ask("memory_bus_width") / 8 / 1e6
     if not RANGES["bandwidth"][0] <= bandwidth <= RANGES["bandwidth"][1]:
         bandwidth = near.bandwidth
@@ -77,8 +77,8 @@ def of_properties(found: object) -> Target:
 
 
 def nearest_architecture(name: str, kind: str, capability: int) -> Target:
-    """The record of the same kind with the largest compute capability that is not above this one, and of these the one
-    whose name is most alike: GeForce cards have half the matrix rate of others of their capability."""
+    """Return the record of this kind with the largest compute capability up to this one and the most similar name. The
+    name matters: GeForce cards have half the matrix rate of other cards of the same capability."""
     same = [r for r in records().values() if r.kind == kind]
     below = [r.capability for r in same if r.capability <= capability] or [min(r.capability for r in same)]
     like = [r for r in same if r.capability == max(below)]

@@ -1,9 +1,9 @@
-"""PyTorch's fused operator on a GPU, `aten.scaled_dot_product_attention`: which specs it computes, and its call.
+"""Express specs as calls of PyTorch's fused GPU attention, `aten.scaled_dot_product_attention`.
 
-It is called as it is, not from an operator of ours, so that PyTorch chooses among its kernels, saves for the backward
-pass and differentiates as for any such call. It gets no mask tensor: of a row that one empties its kernels make zeros,
-where eager gives NaN or an average. And no dropout: FlashAttention-2 keeps a weight with a probability that is rounded
-to a 256th.
+The graph calls the operator directly, not through one of `torch.ops.attnfx`. PyTorch then chooses the kernel, saves
+tensors for the backward pass and differentiates as for any such call. A mask tensor is never passed: for a fully masked
+row the kernels return zeros, but eager returns NaN or an average. Dropout is not passed either: FlashAttention-2 rounds
+the keep probability to a multiple of 1/256.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from attnfx.targets import sdpa_dispatch as fused
 
 
 class Fused(NamedTuple):
-    """softmax(scale * query @ key.mT) @ value; `causal`: query i sees the keys up to i."""
+    """The call softmax(scale * query @ key.mT) @ value; with `causal`, query i sees the keys up to i."""
 
     scale: float
     causal: bool
@@ -29,7 +29,7 @@ class Fused(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def call_of(spec: AttentionSpec) -> Fused | str:
-    """How the operator is called, or why it cannot compute a spec, whatever the device."""
+    """Return the operator's arguments for a spec, or why no device can compute the spec with it."""
     form = form_of(spec)
     if isinstance(form, str):
         return form
@@ -57,8 +57,8 @@ def expresses(
     grouped: bool = False,
     square: bool = True,
 ) -> str | None:
-    """Why no such call is made of a spec, one sentence, or None; with `target`, on a GPU of that compute capability.
-    `grouped`: heads share keys; `square`: there are as many queries as keys."""
+    """Return why a spec cannot be such a call, as one sentence, or None. With `target`, answer for a GPU of that
+    compute capability. `grouped`: heads share keys. `square`: there are as many queries as keys."""
     call, name = call_of(spec), str(dtype).removeprefix("torch.")
     if isinstance(call, str):
         return call
@@ -85,7 +85,7 @@ def expresses(
 
 
 def prefers_cudnn() -> bool:
-    """Whether the fused operator of this process takes cuDNN's kernel first, on the devices where it may."""
+    """Return whether PyTorch prefers cuDNN's kernel in this process, on the devices that allow it."""
     version = torch.backends.cudnn.version() or 0
     return (
         version > fused.PREFERRED

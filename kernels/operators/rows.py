@@ -1,6 +1,6 @@
-"""The operators `attnfx::attention_rows` and `attnfx::attention_rows_backward`.
+"""Define the operators `attnfx::attention_rows` and `attnfx::attention_rows_backward`.
 
-What a rewritten graph calls for a region of whole rows.
+A rewritten graph calls them for a region, whose whole rows are computed together.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _differentiate(ctx, grads):
     seed, inputs = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.random else (None, ctx.saved_tensors)
     found = iter(torch.ops.attnfx.attention_rows_backward(list(grads), list(inputs), ctx.sizes, seed, ctx.program))
     of_inputs = [next(found) if g else None for g in from_json(ctx.program).grads]
-    # register_autograd takes an empty list for a list of numbers, and any other for one leaf
+    # register_autograd treats an empty list as a list of tensors, and any other list of integers as one leaf
     return of_inputs, [] if not ctx.sizes else None, None, None
 
 

@@ -1,7 +1,7 @@
-"""The operators `attnfx::attention_weights`, `attnfx::attention_weights_max`, and their backward passes.
+"""Define the operators `attnfx::attention_weights` and `attnfx::attention_weights_max`, and their backward operators.
 
-What a rewritten graph calls where a model reads a sum, a mean, some rows or the largest of the weights beside the
-attention itself.
+A rewritten graph calls them if a model reads a sum, a mean, some rows or the maximum of the weights in addition to the
+attention's output.
 """
 
 from __future__ import annotations
@@ -76,22 +76,22 @@ def _differentiate(ctx, grad_out):
     )
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
-    # logsumexp is a number that the weights are computed with, no way that a gradient takes
+    # the gradient does not flow through logsumexp: the weights are differentiated from the scores
     return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
 
 
 def _flops(query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Of the one contraction: 2 * B * H * T * S * D."""
+    """Count the FLOPs of the one contraction: 2 * B * H * T * S * D."""
     b, h, t, d = query_shape
     return 2 * b * h * t * key_shape[2] * d
 
 
 def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Of three contractions, of which one recomputes the scores."""
+    """Count the FLOPs of three contractions, including one that recomputes the scores."""
     return 3 * _flops(query_shape, key_shape)
 
 
-# -- the largest of each row, or of each key --------------------------------------------------------
+# -- the largest weight of each row, or of each key -------------------------------------------------
 def _max_call(*given) -> Call:
     call, over = _call(*given[:-1]), given[-1]
     require(over in ("i", "j"), f"over is {over!r}, expected 'i' or 'j'")

@@ -1,4 +1,4 @@
-"""Rules of whole rows for views, and for what is put together, taken apart, gathered or made of nothing."""
+"""Separate the rows of views, joins, splits, gathers and new tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _product(sizes: Sequence[Expr]) -> Expr:
 
 
 def _same_place(use: Use, x: Node) -> Along | Node:
-    """The dimension of a reshaped operand that is the result's rows, whole."""
+    """Return the dimension of a reshaped operand that is the whole row dimension of the result."""
     have, want = dims(x), dims(use.at)
     before, after = _product(want[: use.row]), _product(want[use.row + 1 :])
     for d, n in enumerate(have):
@@ -102,7 +102,7 @@ def _squeeze(use: Use) -> None:
     gone = {d % len(have) for d in (which if isinstance(which, list | tuple) else [which])}
     left = [d for d, n in enumerate(have) if d not in gone or n is not A.ONE]
     use.given["self"] = use.along(x, left[use.row])
-    if "dim" not in use.defaults:  # a chunk of one row has one dimension more to lose
+    if "dim" not in use.defaults:  # in a chunk of one row, squeeze would drop the rows too
         use.op, use.given["dim"] = "squeeze.dims", sorted(gone)
 
 
@@ -143,7 +143,7 @@ def _pad(use: Use) -> None:
     use.given["self"] = use.along(x, use.row)
 
 
-# -- together and apart ---------------------------------------------------------------------------
+# -- joins and splits ------------------------------------------------------------------------------
 @rule("cat", "concat", "concatenate")
 def _cat(use: Use) -> None:
     if use["dim"] % use.rank() == use.row:
@@ -191,7 +191,7 @@ def _one_hot(use: Use) -> None:
 
 @rule("index")
 def _index(use: Use) -> None:
-    """x[:, i, j]: the indices' own dimensions stand where the first of them does, or in front where they are apart."""
+    """Separate x[:, i, j]: the indices' own dimensions replace the first indexed one, or come first if not adjacent."""
     x, indices = use["self"], list(use["indices"])
     given = [d for d, i in enumerate(indices) if i is not None]
     if any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in given):
@@ -208,11 +208,11 @@ def _index(use: Use) -> None:
         use.given["self"] = use.along(x, left[use.row if use.row < first else use.row - count])
 
 
-# -- made of nothing --------------------------------------------------------------------------------
+# -- new tensors and triangles ----------------------------------------------------------------------
 @rule("ones", "zeros", "full", "new_ones", "new_zeros", "new_full")
 def _constant(use: Use) -> None:
     made = value(use.at)
-    if use.op.startswith("new_"):  # of what is given, only the kind counts
+    if use.op.startswith("new_"):  # the given tensor only sets dtype and device
         use.op = use.op.removeprefix("new_")
         use.given = {k: v for k, v in use.given.items() if k in ("size", "fill_value")}
         use.given |= {"dtype": made.dtype, "device": made.device}

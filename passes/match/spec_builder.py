@@ -1,7 +1,8 @@
-"""From operands and a normalised weight to a spec over canonical variables.
+"""Build a spec over canonical variables from operands and a normalized weight.
 
-A `Reader` takes `Parts`, indices over the dimensions of some node, chooses where the operands are read, splits the
-batch axes as that needs it, and gives a `Reading`: the spec with its captures, and the operands over the axes.
+A `Reader` takes `Parts`, whose indices are over the dimensions of some node. It chooses the nodes at which to read the
+operands, and splits the batch axes accordingly. It returns a `Reading`: the spec with its captures, and the operands
+over the axes.
 """
 
 from __future__ import annotations
@@ -43,11 +44,9 @@ from attnfx.spec import AttentionSpec, Capture
 
 @dataclass(frozen=True)
 class Parts:
-    """An attention as it was read off the graph: indices over the dimensions of `final`, nothing chosen yet.
-
-    `pairs` are the operands (node, index) for query, key and value (query and key, for weights without values);
-    `found.score` is a program over `dot`; `product` is the node of the scores, None where the graph has none.
-    """
+    """An attention as read off the graph: indices over the dimensions of `final`, with the operands' nodes still open.
+    `pairs` are the operands (node, index) for query, key and value (query and key, for weights without values).
+    `found.score` is a program over `dot`. `product` is the node of the scores, if the graph has one."""
 
     final: Node
     out: Index
@@ -62,8 +61,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the parts came to: `operands` as the parts' pairs, `out` as theirs, split into `kv_axes` and `group_axes`
-    (the batch axes that key or value depend on, and those that only the query has)."""
+    """The parts after the choice of nodes and axes. `operands` correspond to the parts' pairs, and `out` to their
+    `out`. The batch axes are split into `kv_axes`, which key or value depend on, and `group_axes`, which only the query
+    has."""
 
     spec: AttentionSpec
     captures: list[Node]
@@ -81,13 +81,13 @@ class Refused(Exception):
 
 
 class Reader:
-    """Reads the parts of one graph."""
+    """A reader of the parts of attentions in one graph."""
 
     def __init__(self, facts: Facts, lifter: Lifter):
         self.facts, self.lifter = facts, lifter
 
     def read(self, parts: Parts, sources: tuple[Node, ...] | None = None) -> Reading:
-        """Raises Refused. `sources` are the nodes that the operands are to be read at, where they are known."""
+        """Read the parts, with the operands at the nodes `sources` if these are known. Raises Refused."""
         inner = (parts.row, parts.column, parts.value_width)
         batch = [v for v in parts.out if v not in inner and v.args[0] is not A.ONE]
         chosen, splits = self._operands(parts, frozenset(str(v.value) for v in batch), sources)
@@ -102,7 +102,7 @@ class Reader:
         in_kv = frozenset().union(*(free(x.index) for x in operands[1:]))
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
-        if not kv_axes and not of_batch(chosen[1].node):
+        if group_axes and not kv_axes and not of_batch(chosen[1].node):
             message = "the keys are one matrix, as a router's gate or a codebook is"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
@@ -113,7 +113,7 @@ class Reader:
     def _operands(
         self, parts: Parts, batch: frozenset[str], sources: tuple[Node, ...] | None
     ) -> tuple[list[Access], list[Split]]:
-        """The best readings of the operands; upcasts are undone only where all of them agree on a dtype."""
+        """Return the best readings of the operands. Upcasts are undone only if all of them then agree on a dtype."""
         lists = [accesses(self.lifter, *pair) for pair in parts.pairs]
         if sources is not None:
             lists = [[a for a in found if a.node is source] for found, source in zip(lists, sources, strict=True)]
@@ -131,7 +131,7 @@ class Reader:
 
     def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
-        """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
+        """Return the programs over the canonical variables: b is all key axes but the last, h the other batch axes."""
         by: dict[Expr, Expr] = {row: S.I, j: S.J}
         if row.args[0] is A.ONE:
             by[row] = A.ZERO
@@ -146,7 +146,7 @@ class Reader:
         return out
 
     def _load_reductions(self, program: Expr) -> Expr:
-        """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
+        """Replace the reductions outside the normalizer by loads: the graph computes them."""
 
         def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
             place = self._place(old) if old.op in ("rsum", "rmax", "softmax") else None
@@ -155,7 +155,7 @@ class Reader:
         return rebuild(program, change)
 
     def _place(self, e: Expr) -> tuple[Node, Index] | None:
-        """Where the graph computes a reduction. The softmax's own variable is the column's now."""
+        """Return the (node, index) that computes a reduction, also if its variable was the softmax's and is now j."""
         found = self.lifter.reductions.get(e)
         if found is not None:
             return found
@@ -171,7 +171,7 @@ class Reader:
     def _spec(
         self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
     ) -> tuple[AttentionSpec, list[Node], list[str]]:
-        """The canonical spec, the nodes behind its captures and the names of its symbolic sizes, in order."""
+        """Return the canonical spec, the nodes of its captures, and the names of its symbolic sizes, in order."""
         score, weight, *extra = programs
         if found.normaliser == "none":
             score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
@@ -205,7 +205,7 @@ class Reader:
         return S.canonical(draft)  # type: ignore[return-value]
 
     def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
-        """What the program loads, where loading it is sound."""
+        """Return the capture for a load of the program. Raises Refused if loading the node is not sound."""
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
             message = f"the scores pass through {op_name(at)}, which no score program expresses"
@@ -228,20 +228,20 @@ class Reader:
             )
         learns = torch.is_grad_enabled() and final in self.facts.differentiable
         if learns and (writer := self.facts.input_writer(base)) is not None:
-            # AOTAutograd writes inputs at the end of the forward pass, and its partitioner may save what was there
-            # before, or make a copy again from what is there after: the operator would keep more of it than eager
+            # AOTAutograd writes inputs at the end of the forward pass. Its partitioner may save the value from before
+            # the write, or recompute a copy from the value after it: the operator would keep more of it than eager
             message = f"{base.name} is an input of the graph that is changed in place, and the backward pass reads it"
             raise Refused("mutated", message, [writer, base])
 
 
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
-    """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
+    """Return the axes of the operator's b and h: the last key axis is a head, unless it is the only one."""
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
 
 
 def every_row_live(spec: AttentionSpec, axes: Mapping[str, Sequence[Expr]], sizes: Collection[str]) -> bool:
-    """Whether every row provably has a live key. Under a mask it is only known where all sizes are numbers; `axes` are
-    those that B, H, T and S are made of, `sizes` the spec's own."""
+    """Return whether every row provably has a live key. Under a mask, this needs constant sizes. `axes` are the axes
+    that B, H, T and S consist of, `sizes` the spec's own."""
     if kept(spec) is A.TRUE:
         return True
     extents = {name: extent(of) for name, of in axes.items()}
@@ -263,7 +263,7 @@ def _merge(lists: list[list[Split]]) -> list[Split]:
 
 
 def _differentiable(node: Node, programs: list[Expr]) -> bool:
-    """Whether some load of the node is reached without passing a detach."""
+    """Return whether some load of the node is reached without passing a detach."""
 
     def learns(e: Expr) -> bool:
         return e.op != "detach" and (e.kind == FLOAT or e.op == "where")

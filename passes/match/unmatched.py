@@ -1,6 +1,6 @@
-"""Softmaxes of which no attention was made, and why: so that every softmax of a graph ends in the report.
+"""Report the softmaxes that did not become attentions, so that every softmax of a graph ends in the report.
 
-Reads a graph in which attentions were found, or one of Dynamo's that was not looked into; changes nothing.
+Reads a graph that was searched, or a Dynamo graph that was not; changes nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from attnfx.passes.match.results import Finding
 from attnfx.report.records import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
-BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum
-NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of their names in a graph of Dynamo
+BY_HAND = ("normaliser", "softmax_dim", "columns")  # refusal codes for an exponential divided by some sum
+NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of names in a Dynamo graph
 
 
 def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break at the graph's end."""
+    """Yield the softmaxes outside `anchors`, each with the reason. `ended` is the break at the graph's end."""
     products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
     flat = [p for p in products if not batched(p)]
     of_flat = finder.descent.descendants(flat)
@@ -42,8 +42,6 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
         flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
         if begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the scores come from another graph")
-        elif flat_scores and n in meeting and len(dims(n)) == 2:
-            yield n, refusal("unbatched", "the scores and the weights are plain matrices", n)
         elif flat_scores and n in meeting:
             yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
         else:
@@ -61,10 +59,10 @@ def with_reasons(
     dropped: list[tuple[Finding, Refusal | None]],
     filed: list[Finding],
 ) -> list[tuple[Node, Refusal]]:
-    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
-    dropped on the way: they tell more than that no attention was found."""
+    """Return `left` without the softmaxes of filed sites, and with the reasons of sites that were dropped earlier:
+    these say more than that the weights meet no values. Adds the dropped hand-written softmaxes."""
     reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
-    made_of = finder.descent.weights  # a softmax that another one is made of
+    made_of = finder.descent.weights  # node -> the softmaxes that it is computed from
     anchors = [a for f in filed for a in f.anchors]
     seen = set(reach(anchors, lambda n: [s for a in n.all_input_nodes for s in made_of.get(a, ())]))
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
@@ -73,7 +71,7 @@ def with_reasons(
 
 
 def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes of a graph as Dynamo made it, none of which was looked at."""
+    """Yield the softmaxes of a Dynamo graph that was not searched, each with the same refusal."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
             for n in module.graph.nodes:
@@ -83,7 +81,7 @@ def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Ref
 
 
 def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes in the bodies of higher-order operators other than those whose names are in `read`."""
+    """Yield the softmaxes in the bodies of higher-order operators that are not named in `read`."""
     for n in gm.graph.nodes:
         if n.op == "call_function" and isinstance(n.target, HigherOrderOperator) and n.target.name() not in read:
             for x in n.all_input_nodes:
@@ -98,13 +96,13 @@ def _broken(n: Node, at: Break, what: str) -> Refusal:
 
 
 def _leaves(finder: Finder, n: Node) -> bool:
-    """Whether the weights, or what is made of them, are an output of the graph."""
+    """Return whether the weights, or values computed from them, are an output of the graph."""
     output = next(x for x in finder.gm.graph.nodes if x.op == "output")
     return any(n in finder.descent.weights.get(a, ()) for a in output.all_input_nodes)
 
 
 def _from_input(n: Node) -> bool:
-    """Whether a softmax is made of an input of the graph as large as itself, by operators of one such operand."""
+    """Return whether a softmax comes from a graph input as large as itself, by operators of one such operand."""
     at = n
     while at.op == "call_function":
         same = [a for a in at.all_input_nodes if is_tensor(a) and dims(a) == dims(n)]

@@ -1,10 +1,10 @@
-"""Scores that are a sum of products of queries with keys: one product over the widths of all.
+"""Merge scores that are a sum of products of queries with keys into one product over all their widths.
 
-    q1 @ k1.mT * a + q2 @ k2.mT * b   is   cat([q1 * a, q2 * b], -1) @ cat([k1, k2], -1).mT
+    q1 @ k1.mT * a + q2 @ k2.mT * b   becomes   cat([q1 * a, q2 * b], -1) @ cat([k1, k2], -1).mT
 
-So are content and position scored apart, or the part of a head that is rotated and the part that is not. Only where
-each product has the rows on one side and the keys on the other: a table that is read at i - j has both on one. Needs
-`meta["val"]`; changes the graph in place; promises the same results up to rounding.
+Such sums score content and position apart, or the rotated part of a head and the rest. Each product must have the rows
+on one side and the keys on the other: a table that is read at i - j has both on one side. Needs `meta["val"]`; changes
+the graph in place; promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUMS = ("add", "sub", "baddbmm")
 
 @dataclass(frozen=True)
 class Term:
-    """`factor` * sum over `reduced` of query[..] * key[..]."""
+    """The value `factor` * sum over `reduced` of query[..] * key[..]."""
 
     query: Operand
     key: Operand
@@ -40,7 +40,7 @@ class Term:
 
 
 def run(graph: Graph) -> int:
-    """Merge each sum of products into one product of wider operands; give how many."""
+    """Merge each sum of products into one product of wider operands; return how many were merged."""
     return sum(_merged(graph, n) for n in list(graph.gm.graph.nodes) if op_name(n) in SUMS and is_tensor(n))
 
 
@@ -71,7 +71,7 @@ def _united(graph: Graph, at: Node) -> Node | None:
 
 
 def _terms(e: Expr, at: Node) -> list[tuple[float, Node, Expr]]:
-    """(factor, product, load of it) for each term of a sum of nothing but products; empty where it is another sum."""
+    """Return (factor, product, load of it) for each term of a sum of products; empty for any other sum."""
     while e.op == "half":
         e = e.args[0]
     out = []
@@ -99,7 +99,7 @@ def _sides(factor: float, load: Expr, node: Node) -> list[Term]:
 
 
 def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr]]:
-    """The variables that may be the rows' and the keys': the last of those that a side has alone."""
+    """Return the variables that may be the rows' and the keys': on each side alone, the last ones first."""
     found = []
     for t in way:
         alone = [v for v in out if v.value in free(t.query.index) - free(t.key.index)]

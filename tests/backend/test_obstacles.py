@@ -1,4 +1,4 @@
-"""Name the obstacle: each naive model with one gets its code and the line of the user's code."""
+"""Name the obstacle: the report on each naive model has its code and the line of the user's code."""
 
 import ast
 import inspect
@@ -105,7 +105,7 @@ def test_the_page_of_codes_has_a_heading_for_each_and_no_other():
 
 
 def test_every_code_in_the_source_is_in_the_table():
-    """Codes are literals where they are raised: a misspelt one would be found only when it happens."""
+    """Codes are literals at the place that raises them, so a misspelled one would only be noticed at run time."""
     makers = {"Refused", "NotNormalised", "refusal", "Refusal", "unread"}
     found = set()
     for file in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:

@@ -19,7 +19,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two sites of a few numbers, and no code generation."""
+    """Benchmark two tiny sites without code generation."""
     monkeypatch.setenv("ATTNFX_INNER", "eager")
     sites = [bench.Site("causal", 1, 2, 16, 8, "float32", False), bench.Site("softcap", 1, 2, 16, 8, "float32", True)]
     monkeypatch.setattr(bench, "standard", lambda device, many: sites)
@@ -28,7 +28,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def steady(small, monkeypatch):
-    """Each candidate runs, and is said to take the same time, however busy the machine is."""
+    """Run each candidate, but report the same time for all, even on a busy machine."""
 
     def shortest(contenders, device):
         for run in contenders.values():
@@ -48,7 +48,7 @@ def test_bench_gives_every_tier_its_measured_and_predicted_time(small):
     first, second = json.loads(said("bench", "--device", "cpu", "--json"))["sites"]
     assert first["site"] == "causal, 1 x 2 x 16 x 8, float32, forward"
     assert {c["tier"] for c in first["candidates"]} == {"kept", "library", "chunked"}
-    assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # no library operator has a soft cap
+    assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # library operators lack a soft cap
     assert all(c["measured_ms"] > 0 and c["predicted_ms"] > 0 for c in first["candidates"] + second["candidates"])
     assert first["fastest"] == min(first["candidates"], key=lambda c: c["measured_ms"])["tier"]
     assert calibration.CORRECTIONS.entries() == {}

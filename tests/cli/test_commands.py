@@ -1,4 +1,4 @@
-"""Check the command `attnfx`: its output, its exit codes, and that a user's error is shown as the user's own."""
+"""Check the command `attnfx`: its output, its exit codes, and its tracebacks for errors in the user's code."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def wrong_number_of_inputs():
 
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch):
-    """What a command puts on the path for the user's modules, and these, do not stay for other tests."""
+    """Remove the user's modules, and their entry in sys.path, after a test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("models", None)
@@ -112,18 +112,18 @@ def file(tmp_path) -> Path:
 
 
 def line(text: str, function: str) -> str:
-    """How a traceback names the line of FILE that holds a text."""
+    """Return how a traceback names the line of FILE that contains a text."""
     return f"line {next(n for n, held in enumerate(FILE.splitlines(), 1) if text in held)}, in {function}"
 
 
 def attnfx(*arguments: object, code: int = 0) -> tuple[str, str]:
-    """What the command writes to stdout and stderr; it must end with `code`."""
+    """Run the command, require the exit code `code`, and return its stdout and stderr."""
     done = CliRunner().invoke(main, [str(a) for a in arguments])
     assert done.exit_code == code, f"{done.exit_code}\n{done.output}\n{done.exception!r}"
     return done.stdout, done.stderr
 
 
-# -- what is asked about ---------------------------------------------------------------------------------------
+# -- loading a model -------------------------------------------------------------------------------------------
 def test_a_factory_is_found_by_file_and_by_module(file, monkeypatch):
     model, args, kwargs = load(f"{file}:positional")
     assert model.__name__ == "attend" and len(args) == 3 and kwargs == {}

@@ -1,4 +1,4 @@
-"""Decide for a device that is not there: `explain` decides as for it, a compiled model runs on what is there."""
+"""Decide for a device that is not present: `explain` decides for it, a compiled model runs on a present device."""
 
 from dataclasses import replace
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Keep records of devices complete, with sources, and find them by any spelling; make targets of what is there."""
+"""Keep device records complete, with sources, find them by any spelling of a name, and detect the present devices."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ OWN = json.loads((FOLDER / "l4.json").read_text())
 
 
 def own(**changes):
-    """The text of a user's record; a change to None leaves the field out."""
+    """Return the text of a user's record; a change to None drops the field."""
     return json.dumps({name: value for name, value in (OWN | changes).items() if value is not None})
 
 
@@ -33,7 +33,7 @@ def test_a_record_has_a_source_for_every_number(name):
 
 @pytest.mark.parametrize("name", Target.names())
 def test_a_record_s_numbers_agree_with_each_other(name):
-    """A typing error in one number shows against the others: a multiprocessor does a power of two in a clock."""
+    """A typo in one value contradicts the others: operations per multiprocessor and clock are a power of two."""
     target = Target.by_name(name)
     clocks = target.multiprocessors * target.clock / 1e3
     per_clock = target.rate("float16") / clocks
@@ -113,7 +113,7 @@ def test_the_option_takes_a_name_a_path_and_a_target(tmp_path, monkeypatch):
 
 
 def properties(name, **fields):
-    """As `torch.cuda.get_device_properties` gives them."""
+    """Create properties in the form of `torch.cuda.get_device_properties`."""
     usual = dict(major=8, minor=9, total_memory=24 << 30, multi_processor_count=128, L2_cache_size=72 << 20,
                  shared_memory_per_multiprocessor=100 << 10, regs_per_multiprocessor=65536, warp_size=32,
                  max_threads_per_multi_processor=1536)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Hold the gradient that comes through the logsumexp, on every tier, against the whole matrix in float64."""
+"""Compare the gradient through the logsumexp, on every tier, with the whole matrix in float64."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Express a spec as a call of PyTorch's fused operator only where the two compute the same."""
+"""Express a spec as a call of PyTorch's fused operator only if the two compute the same."""
 
 import math
 from dataclasses import replace
@@ -53,7 +53,7 @@ def test_plain_and_causal_attention_are_expressed(spec):
     ],
 )
 def test_what_it_would_compute_otherwise_is_refused(spec, reason):
-    """A mask in a tensor may empty a row, of which the kernels make zeros; a row without keys is NaN in eager."""
+    """A mask in a tensor may leave a row without keys: the kernels return zeros for it, eager returns NaN."""
     assert reason in why(spec)
 
 

@@ -39,7 +39,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_pytorchs_own_checks_of_an_operator_pass(name):
-    """Schema, autograd registration, fake kernel, and AOTAutograd with dynamic shapes."""
+    """The checks cover the schema, autograd registration, fake kernel, and AOTAutograd with dynamic shapes."""
     spec, count, sizes, seed = SPECS[name]
     query, key, value = tensors()
     captures = [torch.randn(4, requires_grad=True)] * count

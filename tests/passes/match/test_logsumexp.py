@@ -1,4 +1,4 @@
-"""Take the log-sum-exp of the scores from the operator, with its gradient, and leave no scores."""
+"""Take the logsumexp of the scores and its gradient from the operator, without materializing scores."""
 
 import pytest
 import torch
@@ -177,7 +177,7 @@ def test_dropped_weights_leave_it_whole():
 
 
 def test_a_largest_score_that_may_be_none_is_not_added_back():
-    """Where a row has no key, -inf - -inf is NaN."""
+    """In a row without a key, -inf - -inf is NaN."""
 
     def fn(q, k, v):
         keep = torch.arange(T)[:, None] >= torch.arange(S) + 3

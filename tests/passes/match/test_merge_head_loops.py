@@ -1,4 +1,4 @@
-"""Merge a loop over heads or batch elements into one attention where that is proved; elsewhere its steps stay apart."""
+"""Merge a loop over heads or batch elements into one attention if that is proved correct, else keep steps separate."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Show one graph as text before and after each pass of `prepare`. ATTNFX_ACCEPT=1 accepts changes."""
+"""Compare one graph before and after each pass of `prepare` with golden text. ATTNFX_ACCEPT=1 accepts changes."""
 
 import pytest
 import torch
@@ -95,7 +95,7 @@ FORMS = [
 
 
 def prepared(gm, steps, monkeypatch):
-    """A graph of Dynamo after some of the passes, and the products that it looks up in smaller ones."""
+    """Format a graph of Dynamo after some of the passes, and its products that are lookups in smaller ones."""
     monkeypatch.setattr(pipeline, "PREPARE", steps)
     graph = pipeline.prepare(gm, Context(Options(), Report()))
     looked_up = [f"{n} = {x.node}[{', '.join(map(str, x.index))}]" for n, x in graph.tables.items()]

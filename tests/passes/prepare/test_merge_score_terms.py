@@ -1,4 +1,4 @@
-"""Merge a sum of products into one product over all widths; a table that is read at i - j is none of them."""
+"""Merge a sum of products into one product over all widths, but not a table that is indexed by i - j."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ T, D = 24, 16
 
 
 def given():
-    """query, key and value, and query and key of positions."""
+    """Create query, key and value, and query and key for positions."""
     return rand(2, 4, T, D), rand(2, 4, T, D), rand(2, 4, T, D), rand(2, 4, T, 8), rand(2, 4, T, 8)
 
 
@@ -75,7 +75,7 @@ def test_a_table_read_at_a_distance_stays_a_bias():
 
 
 def test_heads_between_rows_and_keys_do_not_hide_the_mask():
-    """Queries laid out as (batch, row, head): the mask says which of the two is the row."""
+    """Queries have the layout (batch, row, head); the mask decides which of the two dims is the row."""
 
     def fn(q, k, v):
         s = torch.einsum("bihd,bjd->bihj", q, k) * 0.25
