@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import check, compiled, new_reports, rand
+from tests.support import check, compiled, new_reports, qkv, rand
 
 T, D = 24, 16
 
