@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.private_code import private_code
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins, zeros
 from attnfx.report.report import Report
@@ -36,7 +37,8 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
             total.take(pipeline.run(gm, chosen, stages=True).report)
             return stand_ins(gm, zeros)
 
-        torch.compile(model, backend=backend)(*args, **kwargs)
+        with private_code(model) as traced:
+            torch.compile(traced, backend=backend)(*args, **kwargs)
         if not total.graphs:
             total.notes.append("Dynamo made no graph of this call: nothing of it can be compiled")
         return total

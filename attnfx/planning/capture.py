@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.private_code import private_code
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins
@@ -81,11 +82,9 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
             made.problem = f"is not planned: {type(problem).__name__}: {str(problem).splitlines()[0]}"
         return stand_ins(gm, lambda x: x)
 
-    # every capture recompiles the same code; Dynamo's limit is for programs that recompile by mistake
-    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
-    with mode, torch.set_grad_enabled(train), _quiet(), limits:
+    with mode, torch.set_grad_enabled(train), _quiet(), private_code(model) as traced:
         try:
-            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+            torch.compile(traced, backend=backend, dynamic=False)(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException) as problem:
             if not found:
                 raise
