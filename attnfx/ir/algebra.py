@@ -390,11 +390,22 @@ def unary(op: str, x: Expr) -> Expr:
             return mul(const(1.0 / float(x.args[0].value)), unary("recip", _product(1.0, x.args[1:])))  # type: ignore[arg-type]
         if x.op == "exp":
             return unary("exp", neg(x.args[0]))
-    if op == "exp" and x.op == "log":
+    if op == "exp" and x.op == "log" and _nonnegative(x.args[0]):
         return x.args[0]
     if op == "log" and x.op == "exp":
         return x.args[0]
     return node(op, FLOAT, (x,))
+
+
+def _nonnegative(x: Expr) -> bool:
+    """Return whether a float is known not to be negative, whatever its operands are."""
+    if x.op == "const":
+        return float(x.value) >= 0  # type: ignore[arg-type]
+    if x.op in ("mul", "add", "recip", "half", "detach"):
+        return all(map(_nonnegative, x.args))
+    if x.op == "rsum":
+        return _nonnegative(x.args[0])
+    return x.op in ("exp", "exp2", "softmax", "prob", "sigmoid", "sqrt", "abs", "softplus")
 
 
 def _absolute(x: Expr) -> Expr:

@@ -100,7 +100,8 @@ def fastest(decision: Decision, every: Sequence[Candidate], times: Mapping[str, 
     best = min(rivals, key=lambda c: c.measured_ms or 0.0)
     said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda x: x[1]))
     others = tuple(c for c in timed if c is not best)
-    return Decision(**vars(best), reason=f"measured: {said}", alternatives=others)
+    code = "slower" if best.tier == "kept" else ""
+    return Decision(**vars(best), reason=f"measured: {said}", code=code, alternatives=others)
 
 
 def measure(

@@ -303,7 +303,8 @@ def attention(
 
 def _summary(call: Call, tier: str) -> Tensor | None:
     """Summarize the mask for this call alone, if the flash tier may run the call and the summary pays off."""
-    if "flash" not in (AUTO.get(call.query.device.type, ()) if tier == "auto" else tier.split(",")):
+    names = AUTO.get(call.query.device.type, ()) if tier == "auto" else tier.split(",")
+    if all(name.partition(":")[0] != "flash" for name in names):  # a name may be followed by a configuration
         return None
     check(call)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))

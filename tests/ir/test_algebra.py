@@ -234,3 +234,10 @@ def test_adding_an_infinite_constant_outside_a_mask_is_kept():
 def test_zero_times_a_load_is_not_dropped_for_it_may_be_infinite():
     assert A.mul(n(0.0), BIAS) is not n(0.0)
     assert minus(BIAS, BIAS) is not n(0.0)
+
+
+def test_the_exponential_of_a_logarithm_is_folded_if_the_operand_cannot_be_negative():
+    """exp(log(x)) is NaN for x < 0."""
+    assert A.unary("exp", A.unary("log", A.PROB)) is A.PROB
+    assert A.unary("exp", A.unary("log", A.unary("exp", A.DOT))) is A.unary("exp", A.DOT)
+    assert A.unary("exp", A.unary("log", A.DOT)).op == "exp"
