@@ -69,7 +69,7 @@ class JsonCache:
                 entries.pop(key, None)
                 _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
         except (OSError, NotImplementedError) as problem:  # the second: a file system without locks
-            _warn(path.parent, f"cannot be written ({problem}): what is measured is not kept for other processes")
+            _warn(path.parent, f"cannot be written, so other processes cannot reuse this one's results ({problem})")
             with _lock:
                 _unwritten.setdefault(path, {})[key] = value
         else:
@@ -100,7 +100,7 @@ class JsonCache:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:
-            _warn(path, f"cannot be read and is made anew ({problem})")
+            _warn(path, f"cannot be read and is rebuilt ({problem})")
             return {}
 
 
@@ -109,7 +109,7 @@ def _parsed(path: Path, *_: int) -> dict[str, Any]:
     """The file's entries; the other arguments change when the file does. Raises OSError, ValueError."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not isinstance(data.get("entries"), dict):
-        raise ValueError("it holds no entries")
+        raise ValueError("it lacks the object 'entries'")
     return data["entries"] if data.get("version") == VERSION else {}
 
 

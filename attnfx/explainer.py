@@ -38,7 +38,7 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
 
         torch.compile(model, backend=backend)(*args, **kwargs)
         if not total.graphs:
-            total.notes.append("Dynamo made no graph of this call: nothing of it can be compiled")
+            total.notes.append("Dynamo captured no graph of this call, so there is nothing to rewrite")
         return total
 
     return run

@@ -24,8 +24,8 @@ PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may name 
 @click.command(epilog=EXIT_CODES)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(as_json: bool) -> None:
-    """Describe this machine for a bug report: versions, devices, cache directory, ATTNFX_ variables. No path but the
-    cache directory's is told."""
+    """Describe this machine for a bug report: versions, devices, cache directory, ATTNFX_ variables. The cache
+    directory's path is the only path in it."""
     found = environment()
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -44,7 +44,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda or torch.version.hip or "not in this build of torch",
+        "cuda": torch.version.cuda or torch.version.hip or "not in this build of PyTorch",
         "gpus": _gpus(),
         "cache": str(cache.directory()),
         "variables": {

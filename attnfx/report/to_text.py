@@ -91,12 +91,12 @@ def _said(site: Site) -> str:
     reason = ""
     if site.refusal is not None:
         reason = f"kept: {site.refusal}"
-        reason += f" The closest form that is rewritten: {site.refusal.closest}."
+        reason += f" Closest form that is rewritten: {site.refusal.closest}."
     elif site.decision is not None and site.decision.reason:
         made = site.decision
         reason = f"{made.tier}: {made.reason}"
         if made.code:
-            reason += f" [{made.code}] {CODES[made.code].edit}"
+            reason += f" [{made.code}]. {CODES[made.code].edit}"
     return "; ".join(filter(None, (reason, *site.notes, *site.fallbacks)))
 
 
