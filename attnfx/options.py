@@ -195,7 +195,7 @@ def _tiers(source: str, value: object) -> tuple[str, ...]:
 def _strict(source: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    nearest = _nearest(value, ("true", "false")).capitalize() if isinstance(value, str) else value == 1
+    nearest = _nearest(value, ("true", "false")) == "true" if isinstance(value, str) else value == 1
     raise OptionError(_invalid(source, value, nearest, (False, True)))
 
 

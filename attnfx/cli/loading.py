@@ -207,5 +207,5 @@ def _is_function_of(x: Any, module: ModuleType) -> bool:
 
 
 def _kind(x: Any) -> str:
-    inside = f" of {len(x)}" if isinstance(x, tuple | list) else ""
-    return "None" if x is None else f"a {type(x).__name__}{inside}"
+    inside, name = f" of {len(x)}" if isinstance(x, tuple | list) else "", type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}{inside}"

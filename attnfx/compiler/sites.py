@@ -36,11 +36,11 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
         if finding.match.chunks > 1:
-            site.notes = (*site.notes, f"a loop over {finding.match.chunks} chunks of queries, joined to one attention")
+            site.notes = (*site.notes, f"joined from {finding.match.chunks} chunks of queries")
         if finding.match.steps > 1:
             site.notes = (
                 *site.notes,
-                f"a loop of {finding.match.steps} steps over heads or batch elements, joined to one attention",
+                f"joined from {finding.match.steps} steps of a loop over heads or batch elements",
             )
     return site
 
