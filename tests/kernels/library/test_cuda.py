@@ -45,7 +45,7 @@ def test_plain_and_causal_attention_are_expressed(spec):
         (replace(PLAIN, score=A.unary("tanh", A.DOT)), "not a multiple of the dot product"),
         (
             replace(PLAIN, score=A.add(SCORE, A.load(0, [H], "f")), captures=(Capture("f", 1),)),
-            "the attention adds a bias",
+            "attention adds a bias",
         ),
         (masked(A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(64)))), "the mask is not plain causality"),
         (masked(A.ge(J, I)), "the mask is not plain causality"),
