@@ -69,7 +69,7 @@ class JsonCache:
                 entries.pop(key, None)
                 _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
         except (OSError, NotImplementedError) as problem:  # the second: a file system without locks
-            _warn(path.parent, f"cannot be written, so other processes cannot reuse this one's results ({problem})")
+            _warn(path.parent, f"cannot be written ({problem}); to reuse results, set ATTNFX_CACHE_DIR to a writable folder")
             with _lock:
                 _unwritten.setdefault(path, {})[key] = value
         else:

@@ -51,7 +51,8 @@ def select(
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
-        return _of(kept, f"no allowed tier can run this attention ({why or 'kept is the only one'})", others, "no_tier")
+        none = "the option `tiers` allows only kept" if options.tiers == ("kept",) else "none suits these sizes"
+        return _of(kept, f"no allowed tier can run this attention ({why or none})", others, "no_tier")
     best = likeliest(allowed)
     alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":

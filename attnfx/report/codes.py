@@ -56,7 +56,7 @@ _SITES = {
         "The function between the two products is neither a softmax nor a supported gate of the scores, such as "
         "sigmoid, ReLU, GELU or SiLU.",
         _PLAIN,
-        "Nothing, if this is not attention; otherwise normalize the weights with `softmax(-1)`.",
+        "Nothing to do if this is not attention; otherwise normalize the weights with `softmax(-1)`.",
     ),
     "several_softmaxes": Code(
         "The weights combine several softmaxes",
@@ -158,7 +158,7 @@ _SITES = {
         "The keys are one matrix",
         "The whole batch shares one matrix of keys, as in a router's gate, a codebook or a classifier.",
         "keys shaped (batch, keys, width), expanded if they are shared",
-        "Nothing, if this is a codebook; otherwise expand the keys over the batch.",
+        "Nothing to do if this is a codebook; otherwise expand the keys over the batch.",
     ),
     "layout": Code(
         "Views cannot express how an operand is read",
@@ -233,13 +233,13 @@ _OTHERS = {
         "Known operators do not lead from a product of two batches of matrices to this softmax: it gives the "
         "probabilities of a classifier, a loss or a router's gate, for example.",
         _PLAIN,
-        "Nothing.",
+        "Nothing to do.",
     ),
     "no_values": Code(
         "The weights are not multiplied by values",
         "The softmax of a product of queries and keys is returned or reduced, and no product with values follows.",
         _PLAIN,
-        "Nothing, if the weights themselves are the result.",
+        "Nothing to do if the weights themselves are the result.",
     ),
     "functorch": Code(
         "The graph contains a functorch transform",
@@ -268,7 +268,7 @@ _DECISIONS = {
         "The cost model predicts that a rewrite takes more than 0.95 times the original's time at these sizes on this "
         "device (0.8 times, where the original is PyTorch's fused operator on a GPU).",
         "longer sequences, a causal or window mask",
-        'Nothing; `rewrite="always"` rewrites it anyway.',
+        'Nothing to do; `rewrite="always"` rewrites it anyway.',
     ),
     "weights_read": Code(
         "The weights themselves are read",

@@ -97,7 +97,8 @@ def _said(site: Site) -> str:
         reason = f"{made.tier}: {made.reason}"
         if made.code:
             reason += f" [{made.code}]. {CODES[made.code].edit}"
-    return "; ".join(filter(None, (reason, *site.notes, *site.fallbacks)))
+    notes = "; ".join((*site.notes, *site.fallbacks))
+    return f"{reason} Note: {notes}." if reason.endswith(".") and notes else "; ".join(filter(None, (reason, notes)))
 
 
 def _others(sites: Sequence[Site]) -> Iterable[str]:
