@@ -69,7 +69,8 @@ class JsonCache:
                 entries.pop(key, None)
                 _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
         except (OSError, NotImplementedError) as problem:  # the second: a file system without locks
-            _warn(path.parent, f"cannot be written ({problem}); to reuse results, set ATTNFX_CACHE_DIR to a writable folder")
+            why = f"cannot be written ({problem}), so new entries last for this process only; set ATTNFX_CACHE_DIR"
+            _warn(path.parent, f"{why} to another folder to keep them")
             with _lock:
                 _unwritten.setdefault(path, {})[key] = value
         else:
