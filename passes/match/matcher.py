@@ -115,18 +115,14 @@ class Finder:
             return Finding(n, refusal=refusal("fault", "attnfx failed on this attention", *anchors, n), anchors=anchors)
 
     def _unsupported(self, final: Node, anchors: list[Node]) -> list[Node]:
-        """Return the operators from the scores through the anchors to `final` that cannot be lifted, in order."""
+        """Return the operators between the scores that lead to the anchors and `final` that cannot be lifted."""
 
-        def computed(n: Node) -> list[Node]:
+        def operands(n: Node) -> list[Node]:
             return [a for a in n.all_input_nodes if a.op == "call_function" and not batched(a)]
 
-        def follows(n: Node) -> bool:
-            if any(self.facts.descends(n, a) for a in anchors):
-                return True
-            from_product = any(batched(a) for x in reach([n], computed) for a in x.all_input_nodes)
-            return from_product and any(self.facts.descends(a, n) for a in anchors)
-
-        found = [n for n in reach(computed(final), computed) if not _lifted(op_name(n)) and follows(n)]
+        starts = [n for n in reach(anchors, operands) if any(map(batched, n.all_input_nodes))]
+        follow = set(reach(starts, lambda n: [u for u in n.users if not batched(u)]))
+        found = [n for n in reach(operands(final), operands) if n in follow and not _lifted(op_name(n))]
         return sorted(found, key=self.facts.position.__getitem__)
 
     # -- attention written out ----------------------------------------------------------------

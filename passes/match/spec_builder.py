@@ -234,7 +234,7 @@ class Reader:
         if learns and (writer := self.facts.input_writer(base)) is not None:
             # AOTAutograd writes inputs at the end of the forward pass, and its partitioner may save what was there
             # before, or make a copy again from what is there after: the operator would keep more of it than eager
-            message = f"{label(writer)} changes {what}, an input of the graph, in place, and the backward pass reads it"
+            message = f"{label(writer)} changes an input of the graph in place: {what}, which the backward pass reads"
             raise Refused(
                 "mutated", message, [writer, base], "Use the out-of-place operator: `k = k + x` for `k.add_(x)`."
             )
