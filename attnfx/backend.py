@@ -22,8 +22,9 @@ from attnfx.inductor import compile_graph
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report import report
+from attnfx.report.codes import CODES
 
-_REPORT = "please report this with ATTNFX_STRICT=1's traceback to the project's issue tracker"
+_REPORT = "please report this to the project's issue tracker, with the traceback that ATTNFX_STRICT=1 shows"
 # Not failures: exceptions that make Dynamo trace a frame again, or skip it.
 _SIGNALS = (torch._dynamo.exc.RestartAnalysis, torch._dynamo.exc.SkipFrame)
 
@@ -45,7 +46,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     except Exception as problem:
         if chosen.strict:
             raise
-        _warn(f"failed on a graph and compiles it without the rewrite ({described(problem)})")
+        _warn(f"attnfx failed on a graph, which is compiled without a rewrite ({described(problem)})")
         result = Result(None, report.Report(notes=[f"attnfx failed on this graph: {described(problem)}"]))
     _complain(result, chosen)
     try:
@@ -60,8 +61,10 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
     except Exception as problem:
         if chosen.strict:
             raise
-        _warn(f"failed to dump a graph or to fit it to the budget, and compiles it as it is ({described(problem)})")
-        result.report.notes.append(f"attnfx failed to dump this graph or to fit it: {described(problem)}")
+        _warn(f"attnfx failed to dump a graph or to fit it to the budget, and skips that step ({described(problem)})")
+        result.report.notes.append(
+            f"attnfx failed to dump this graph or to fit it to the memory budget: {described(problem)}"
+        )
     report.file(result.report)
     if result.gm is None:
         return _compile(gm, example_inputs, chosen, mode, **more)
@@ -72,15 +75,16 @@ def _complain(result: Result, options: Options) -> None:
     """Warn about failed parts and untraceable graphs. With `strict`, raise for an untraceable graph or a refusal."""
     if result.untraceable:
         if options.strict:
-            raise RefusalError(f"a graph could not be traced: {result.untraceable}")
+            raise RefusalError(f"a graph could not be traced: {result.untraceable}. {CODES['untraceable'].edit}")
         warnings.warn(
-            f"attnfx could not trace a graph and leaves it to {options.inner}: {result.untraceable}", stacklevel=3
+            f"attnfx could not trace a graph, which {options.inner} compiles unchanged: {result.untraceable}",
+            stacklevel=3,
         )
     refused = next((s for s in result.report.sites if s.refusal is not None), None)
     if options.strict and refused is not None:
         raise RefusalError(f"{refused.where or refused.name}: {refused.refusal}")
     if result.faults:
-        _warn(f"failed in a part of a graph and compiles it without that part ({'; '.join(result.faults)})")
+        _warn(f"attnfx failed in a part of a graph, which is compiled without that part ({'; '.join(result.faults)})")
 
 
 def _contained(
@@ -91,11 +95,11 @@ def _contained(
     sites = ", ".join(s.where or s.name for s in result.report.rewritten)
 
     def backward_failed(problem: Exception) -> None:
-        what = f"the backward pass of a graph with {sites} could not be compiled and runs operator by operator"
+        what = f"{options.inner} could not compile the backward pass of the graph with {sites}, which runs uncompiled"
         result.report.notes.append(f"{what}: {described(problem)}")
         if options.strict:
             raise problem
-        _warn(f"failed: {what} ({described(problem)})")
+        _warn(f"attnfx: {what} ({described(problem)})")
 
     assert result.gm is not None
     try:
@@ -106,8 +110,10 @@ def _contained(
         if options.strict:
             raise
         compiled = _compile(gm, example_inputs, options, mode)  # raises if the original graph fails too
-        what = f"{options.inner} failed on the rewritten graph, and compiled it without the rewrite of {sites}"
-        _warn(f"failed: {what} ({described(problem)})")
+        what = (
+            f"{options.inner} failed on the rewritten graph and compiled the original, without the rewrite of {sites}"
+        )
+        _warn(f"attnfx: {what} ({described(problem)})")
         result.report.undo("compiler", f"{options.inner} failed on the rewritten graph ({described(problem)})")
         return compiled
 
@@ -119,4 +125,4 @@ def _compile(
 
 
 def _warn(what: str) -> None:
-    warnings.warn(f"attnfx {what}; {_REPORT}", stacklevel=4)
+    warnings.warn(f"{what}; {_REPORT}", stacklevel=4)

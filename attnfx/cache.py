@@ -69,7 +69,8 @@ class JsonCache:
                 entries.pop(key, None)
                 _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
         except (OSError, NotImplementedError) as problem:  # NotImplementedError: a file system without locks
-            _warn(path.parent, f"cannot be written ({problem}): what is measured is not kept for other processes")
+            why = f"cannot be written ({problem}), so new entries last for this process only; set ATTNFX_CACHE_DIR"
+            _warn(path.parent, f"{why} to another folder to keep them")
             with _lock:
                 _unwritten.setdefault(path, {})[key] = value
         else:
@@ -100,7 +101,7 @@ class JsonCache:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:
-            _warn(path, f"cannot be read and is made anew ({problem})")
+            _warn(path, f"cannot be read and is rebuilt ({problem})")
             return {}
 
 
@@ -109,7 +110,7 @@ def _parsed(path: Path, *_: int) -> dict[str, Any]:
     """Parse the file's entries; the other arguments only key the lru_cache. Raises OSError or ValueError."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not isinstance(data.get("entries"), dict):
-        raise ValueError("it holds no entries")
+        raise ValueError("it lacks the object 'entries'")
     return data["entries"] if data.get("version") == VERSION else {}
 
 

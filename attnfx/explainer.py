@@ -40,7 +40,7 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         with private_code(model) as traced:
             torch.compile(traced, backend=backend)(*args, **kwargs)
         if not total.graphs:
-            total.notes.append("Dynamo made no graph of this call: nothing of it can be compiled")
+            total.notes.append("Dynamo captured no graph of this call, so there is nothing to rewrite")
         return total
 
     return run

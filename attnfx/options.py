@@ -76,7 +76,9 @@ class Options:
         if given is None:
             given = {}
         if not isinstance(given, Mapping):
-            raise OptionError(f"options must be a mapping of names to values, not {given!r}")
+            raise OptionError(
+                f"options must be a mapping of names to values, such as {{'strict': True}}, not {given!r}"
+            )
         for name in given:
             if name not in _CHECKS:
                 raise OptionError(_unknown(name))
@@ -117,13 +119,13 @@ def _number(text: str) -> int | float | str:
 def _unknown(name: object) -> str:
     """Describe an unknown option; say so if it belongs to torch.compile or Inductor."""
     if name == "mode":
-        whose = ", and mode is an argument of torch.compile itself"
+        whose = " (mode is an argument of torch.compile itself)"
     elif name in _inductor_options():
-        whose = ", and Inductor's settings belong in torch._inductor.config"
+        whose = " (Inductor's settings belong in torch._inductor.config)"
     else:
         whose = ""
     valid = ", ".join(_CHECKS)
-    return f"unknown option {name!r}{whose}; the nearest that attnfx has is {_nearest(name, _CHECKS)!r} (of {valid})"
+    return f"unknown option {name!r}{whose}; did you mean {_nearest(name, _CHECKS)!r}? Valid options: {valid}"
 
 
 def _inductor_options() -> list[str]:
@@ -144,9 +146,13 @@ def _choice(*valid: str) -> Callable[[str, object], str]:
         if isinstance(value, str) and value in valid:
             return value
         nearest = _nearest(value, valid)
-        raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+        raise OptionError(_invalid(source, value, nearest, valid))
 
     return check
+
+
+def _invalid(source: str, value: object, nearest: object, valid: Iterable[object]) -> str:
+    return f"{source}: {value!r} is not valid; did you mean {nearest!r}? Valid values: {_listed(valid)}"
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -157,10 +163,12 @@ def _target(source: str, value: object) -> str | Target:
     if value == "auto" or isinstance(value, Target):
         return value  # pyright: ignore[reportReturnType]
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"{source}: {value!r} is not a target, the nearest is 'auto' (or a name such as 'h100-sxm')")
+        raise OptionError(
+            f"{source}: {value!r} is not a target; give 'auto', a name such as 'h100-sxm', or a JSON file"
+        )
     text = os.fsdecode(value)
     if difflib.SequenceMatcher(None, key(text), "auto").ratio() > 0.7:
-        raise OptionError(f"{source}: {value!r} is not valid, the nearest is 'auto'")
+        raise OptionError(f"{source}: {value!r} is not a target; did you mean 'auto'?")
     try:
         is_file = text.endswith(".json") or os.path.dirname(text) or not isinstance(value, str)
         return Target.from_json(text) if is_file else Target.by_name(text)
@@ -172,19 +180,23 @@ def _tiers(source: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise OptionError(f"{source}: {value!r} is not a list of tiers, such as 'flash,library' (of {_listed(TIERS)})")
+        raise OptionError(
+            f"{source}: {value!r} is not a list of tiers, such as 'flash,library'; valid tiers: {_listed(TIERS)}"
+        )
     one = _choice(*TIERS)
     names = {one(source, name) for name in value}
     if not names:
-        raise OptionError(f"{source}: no tier is named, the nearest to none is 'kept' (of {_listed(TIERS)})")
+        raise OptionError(
+            f"{source}: the list of tiers is empty; for no rewrite, give 'kept'. Valid tiers: {_listed(TIERS)}"
+        )
     return tuple(tier for tier in TIERS if tier in names or tier == "kept")
 
 
 def _strict(source: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    nearest = _nearest(value, ("true", "false")).capitalize() if isinstance(value, str) else value == 1
-    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest} (of False, True)")
+    nearest = _nearest(value, ("true", "false")) == "true" if isinstance(value, str) else value == 1
+    raise OptionError(_invalid(source, value, nearest, (False, True)))
 
 
 def _tune(source: str, value: object) -> object:
@@ -193,18 +205,18 @@ def _tune(source: str, value: object) -> object:
         return value
     by_text = {str(v).lower(): v for v in valid}
     nearest = by_text[_nearest(bool(value) if value in (0, 1) else value, by_text)]
-    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+    raise OptionError(_invalid(source, value, nearest, valid))
 
 
 def _dump_dir(source: str, value: object) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"{source}: {value!r} is not a path, the nearest is None")
+        raise OptionError(f"{source}: {value!r} is not a path; give the path of a folder, or None")
     path = Path(os.fsdecode(value)).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise OptionError(
-            f"{source}: {str(path)!r} is a file, not a folder; the nearest folder is {str(path.parent)!r}"
+            f"{source}: {str(path)!r} is a file, not a folder; give a folder, such as {str(path.parent)!r}"
         )
     return path
 

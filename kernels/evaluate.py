@@ -207,7 +207,7 @@ class Evaluator:
         body, extent = e.args
         length = int(self(extent))
         if opaque(body):
-            raise ValueError(f"a reduction over the scores cannot be evaluated block by block: {e}")
+            raise ValueError(f"a reduction of the scores cannot be evaluated block by block: {e}")
         dim = min(-5, min(a.dim for a in self.axes.values()) - 1)
         inner = self._like({**self.axes, str(e.value): Axis(0, length, dim)})
         x = inner.tensor(body)

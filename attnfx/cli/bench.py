@@ -128,7 +128,7 @@ def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tupl
         if decision is None:
             click.echo(f"attnfx bench: {site} could not be timed", err=True)
         elif not (before and free):
-            click.echo(f"attnfx bench: {site} is left out: other programs kept the processor busy", err=True)
+            click.echo(f"attnfx bench: {site} is left out, because other programs kept the processor busy", err=True)
         else:
             found.append((site, decision))
     return found
@@ -148,7 +148,7 @@ def row(site: Site, decision: Decision) -> dict[str, object]:
 
 
 def table(rows: list[dict[str, object]], name: str) -> Table:
-    out = Table(title=f"attention on {name}, ms of a call (predicted)", title_justify="left")
+    out = Table(title=f"attention on {name}: ms per call, measured (predicted)", title_justify="left")
     out.add_column("site", overflow="fold")
     tiers = [t for t in ("kept", "library", "flash", "decode", "chunked") if any(_best(r, t) for r in rows)]
     for tier in tiers:
@@ -169,9 +169,9 @@ def _best(found: dict, tier: str) -> dict | None:
 
 
 @click.command(epilog=EXIT_CODES)
-@click.option("--calibrate", is_flag=True, help="Correct the cost model of this device by a dozen measured sites.")
+@click.option("--calibrate", is_flag=True, help="Correct the cost model for this device from a dozen measured sites.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=150, show_default=True,
-              help="How long --calibrate may take; it starts no site that would end later.")  # fmt: skip
+              help="Time limit of --calibrate; a site that would end later is not started.")  # fmt: skip
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None:
@@ -184,7 +184,9 @@ def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None
     rows = [row(site, decision) for site, decision in found]
     factors = calibration.fit((decision, site.training) for site, decision in found)
     if calibrate and not factors:
-        raise click.ClickException("no site was timed: the corrections that there were are kept")
+        raise click.ClickException(
+            "no site was timed, so the previous corrections are kept; rerun when the processor is idle"
+        )
     if calibrate:
         calibration.store(at, factors)
     if as_json:
@@ -194,14 +196,14 @@ def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None
     console = Console(file=sys.stdout)
     console.print(table(rows, device_name(at)))
     if calibrate:
-        corrected = Table(title=f"corrections by {len(found)} of {len(sites)} sites, measured over predicted")
+        corrected = Table(title=f"corrections from {len(found)} of {len(sites)} sites: measured / predicted time")
         corrected.title_justify = "left"
         corrected.add_column("tier and direction")
         corrected.add_column("factor", justify="right")
         for name, factor in factors.items():
             corrected.add_row(name, f"{factor:.2f}")
         console.print(corrected)
-        console.print(f"kept in {calibration.CORRECTIONS.path}", soft_wrap=True)
+        console.print(f"stored in {calibration.CORRECTIONS.path}", soft_wrap=True)
 
 
 def _device(name: str) -> torch.device:
@@ -210,7 +212,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} is neither 'cpu' nor 'cuda'", param_hint="--device")
+        raise click.BadParameter(f"{name!r} is not a supported device; give cpu or cuda", param_hint="--device")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("there is no CUDA device here; the nearest is 'cpu'", param_hint="--device")
+        raise click.BadParameter("this machine has no CUDA device; give cpu", param_hint="--device")
     return device

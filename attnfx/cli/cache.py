@@ -55,4 +55,4 @@ def clear(names: tuple[str, ...]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             count = cache.JsonCache(name).clear()
-        click.echo(f"{name}: {count} forgotten")
+        click.echo(f"{name}: {count} removed")

@@ -46,7 +46,7 @@ def environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda or torch.version.hip or "not in this build of torch",
+        "cuda": torch.version.cuda or torch.version.hip or "not in this build of PyTorch",
         "gpus": _gpus(),
         "cache": str(cache.directory()),
         "variables": {

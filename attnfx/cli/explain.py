@@ -33,12 +33,14 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("factory", required=False, metavar="[FACTORY]")
-@click.option("--hf", metavar="MODEL_TYPE", help="A transformers model of random weights instead, such as llama.")
+@click.option(
+    "--hf", metavar="MODEL_TYPE", help="Explain a transformers model type with random weights instead, such as llama."
+)
 @sizes
 @click.option("--train", is_flag=True, help="Explain a training step: the model in training mode, with gradients.")
-@click.option("--target", default=None, help="The device to decide for; by default the one that the tensors are on.")
-@click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="As the option of the backend.")
-@click.option("--strict", is_flag=True, help="Exit with 3 where a site was refused.")
+@click.option("--target", default=None, help="The device to decide for; by default the one that holds the tensors.")
+@click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="The backend's option rewrite.")
+@click.option("--strict", is_flag=True, help="Exit with code 3 if a site was refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @pages.options
 def command(factory: str | None, hf: str | None, train: bool, target: str | None, rewrite: str | None, strict: bool,
@@ -53,10 +55,10 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     --batch change its size. It uses transformers' "eager" attention.
     """
     if (factory is None) == (hf is None):
-        raise click.UsageError("one of FACTORY and --hf is needed: " + ARGUMENT_HELP)
+        raise click.UsageError("give either FACTORY or --hf: FACTORY is " + ARGUMENT_HELP)
     pages.free(html, force)
     waiting = Console(stderr=True)
-    with waiting.status("making the model"):
+    with waiting.status("building the model"):
         model, args, kwargs = load(factory) if factory is not None else _of_transformers(str(hf), size)
     given = {"target": target, "rewrite": rewrite}
     with waiting.status("explaining"):

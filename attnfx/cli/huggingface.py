@@ -35,12 +35,12 @@ def made(
         from transformers import AutoConfig, AutoModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as problem:
-        raise click.UsageError(f"--hf needs transformers ({problem}): pip install transformers") from None
+        raise click.UsageError(f"--hf needs transformers: pip install transformers ({problem})") from None
     if model_type not in CONFIG_MAPPING:
-        raise click.UsageError(f"transformers knows no model type {model_type!r}; {_like(model_type, CONFIG_MAPPING)}")
+        raise click.UsageError(f"transformers has no model type {model_type!r}{_like(model_type, CONFIG_MAPPING)}")
     if hidden % heads:
-        raise click.UsageError(f"--hidden {hidden} is no multiple of --heads {heads}")
-    with users_code(f"transformers could not make a {model_type} model of these sizes"), torch.random.fork_rng([]):
+        raise click.UsageError(f"--hidden {hidden} is not a multiple of --heads {heads}")
+    with users_code(f"transformers could not build a {model_type} model of these sizes"), torch.random.fork_rng([]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type)
         wanted = {"layers": layers, "hidden": hidden, "heads": heads, "inner": 4 * hidden, "width": hidden // heads}
@@ -53,7 +53,8 @@ def made(
 def _like(model_type: str, known: Any) -> str:
     import difflib
 
-    return f"the nearest is {(difflib.get_close_matches(model_type, list(known), 1, 0.0) or ['none'])[0]!r}"
+    found = difflib.get_close_matches(model_type, list(known), 1, 0.0)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _resize(config: Any, wanted: dict[str, int], length: int) -> None:
@@ -93,4 +94,4 @@ def _inputs(model: Any, config: Any, batch: int, length: int) -> dict[str, Any]:
         extent = getattr(vision, "image_size", 224)
         height, width = (extent, extent) if isinstance(extent, int) else extent
         return {name: torch.randn(batch, getattr(vision, "num_channels", 3), height, width)}
-    raise click.UsageError(f"the input of this model is {name!r}, which --hf cannot make: write a factory")
+    raise click.UsageError(f"--hf cannot create the input {name!r} of this model; write a factory instead")

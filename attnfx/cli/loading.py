@@ -25,8 +25,8 @@ from attnfx.errors import RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes besides 0 and click's 2 for wrong usage
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 refused: a site under "
-    "--strict, or a memory budget that nothing fits; 4 attnfx itself failed."
+    "Exit codes: 0 done; 1 your own code failed; 2 wrong use of the command; 3 a site was refused under --strict, or "
+    "nothing fits the memory budget; 4 attnfx itself failed."
 )
 
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
@@ -71,7 +71,7 @@ def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]
     factory = getattr(module, name, None)
     if not callable(factory):
         there = ", ".join(n for n, x in vars(module).items() if _is_function_of(x, module)) or "none"
-        raise click.UsageError(f"{place} has no function {name!r}; its functions are: {there}")
+        raise click.UsageError(f"{place} has no function {name!r}; its functions: {there}")
     with users_code(f"{name}() of {place} failed"):
         made = factory()
     return taken_apart(made, f"{name}() of {place}")
@@ -88,7 +88,7 @@ def taken_apart(made: Any, source: str) -> tuple[Callable[..., Any], tuple[Any, 
         return model, tuple(inputs), {}
     if isinstance(inputs, Mapping) and all(isinstance(k, str) for k in inputs):
         return model, (), dict(inputs)
-    raise UsersError(f"the inputs that {source} returned are {_kind(inputs)}, expected a tensor, a tuple or a dict")
+    raise UsersError(f"{source} returned {_kind(inputs)} as inputs, expected a tensor, a tuple or a dict")
 
 
 @contextmanager
@@ -166,7 +166,7 @@ def _is_plumbing(file: str) -> bool:
 def _file(place: str) -> ModuleType:
     path = Path(place).expanduser()
     if not path.is_file():
-        raise click.UsageError(f"there is no file {place!r}")
+        raise click.UsageError(f"the file {place!r} does not exist")
     name = path.stem if path.stem not in sys.modules else f"{path.stem} (a file of the user)"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
@@ -186,7 +186,7 @@ def _module(place: str) -> ModuleType:
     except Exception:  # the import below shows the parent package's error
         there = True
     if not there:
-        raise click.UsageError(f"there is no module {place!r}; a file is named with its .py")
+        raise click.UsageError(f"the module {place!r} does not exist; to name a file, include its .py")
     with users_code(f"{place} could not be imported"):
         return importlib.import_module(place)
 
@@ -210,5 +210,5 @@ def _is_function_of(x: Any, module: ModuleType) -> bool:
 
 
 def _kind(x: Any) -> str:
-    inside = f" of {len(x)}" if isinstance(x, tuple | list) else ""
-    return "None" if x is None else f"a {type(x).__name__}{inside}"
+    inside, name = f" of {len(x)}" if isinstance(x, tuple | list) else "", type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}{inside}"

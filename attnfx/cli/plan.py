@@ -18,7 +18,7 @@ from attnfx.errors import BudgetError, OptionError
 @click.option("--target", default="auto", show_default=True, help="A device's name, such as h100-sxm, or a JSON file.")
 @click.option("--memory-budget", help="Bytes, 16GiB, a fraction of the device's memory such as 0.8, or auto.")
 @click.option(
-    "--train/--inference", default=None, help="Whether a backward pass follows; the model's own mode if unset."
+    "--train/--inference", default=None, help="Whether a backward pass follows; by default as in the model's own mode."
 )
 @click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")

@@ -17,7 +17,7 @@ from attnfx.compiler.tiers import fused_call, refusals, target_of, tiers_of
 from attnfx.kernels.library import cuda
 from attnfx.mask import prepare
 from attnfx.options import Options
-from attnfx.passes.fx.nodes import SDPA, number, op_name, refusal, value, where_in_source
+from attnfx.passes.fx.nodes import SDPA, label, number, op_name, refusal, value, where_in_source
 from attnfx.passes.match.results import Match
 from attnfx.passes.match.weight_uses import drawn_for_others
 from attnfx.passes.rows.find_region import find_region
@@ -64,7 +64,7 @@ class _Choosing:
             return self._whole_rows(keep)
         apart = drawn_for_others(match, [] if reader is not None else match.reductions)
         if apart is not None:
-            message = "the dropped weights are read beside the attention, which would be of another draw than they are"
+            message = f"the weights after dropout are also read outside the attention, by way of {label(apart)}"
             why = refusal("one_draw", message, *finding.anchors, apart)
             return self._whole_rows(keep.kept(None, why, SHIELD), lean=True)
         chosen = self._attention(match)
@@ -142,10 +142,11 @@ class _Choosing:
         present = value(action.match.query.node).device.type
         if isinstance(target, Target) and (tiers[0].partition(":")[0] in here or target.kind != present):
             instead = next(t for t in tiers if t.partition(":")[0] not in here)
-            yield f"decided for {target.name}; the {present} at hand runs it as {instead}"
+            yield f"decided for {target.name}; the present {present} device runs tier {instead} instead"
         if action.reductions:
             what = "sums" if all(r.kind in ("sum", "logsumexp") for r in action.reductions) else "parts"
-            yield f"{what} of its weights are computed without them ({_places([r.final for r in action.reductions])})"
+            places = _places([r.final for r in action.reductions])
+            yield f"{what} of its weights are computed without storing the weights ({places})"
 
     # -- whole rows ---------------------------------------------------------------------------------
     def _whole_rows(self, otherwise: Choice, lean: bool = False) -> Choice:
@@ -158,7 +159,7 @@ class _Choosing:
         if "chunked" not in self.options.tiers:
             if lean or refused is None:
                 return otherwise
-            allowed = 'The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
+            allowed = 'Or add "chunked" to the option `tiers`: that tier may compute the attention row by row.'
             return otherwise.kept(None, replace(refused, hint=f"{refused.hint} {allowed}"), otherwise.shield)
         region = find_region(self.found.graph, finding)
         if not isinstance(region, Region):
@@ -192,9 +193,9 @@ class _Choosing:
             return otherwise
         notes = []
         if decision.tier != "kept" and live < 1:
-            notes.append(f"chunks take live keys only: {live:.0%} of the scores")
+            notes.append(f"only keys that the mask leaves live are computed: {live:.0%} of the scores")
         if others := [n for n in region.results if n is not region.final]:
-            notes.append(f"parts of its weights are computed with it, row by row ({_places(others)})")
+            notes.append(f"parts of its weights are computed row by row together with it ({_places(others)})")
         site.decision = decision
         if decision.tier == "kept":
             return Choice(self.place, None, site, SHIELD).noted(*notes)

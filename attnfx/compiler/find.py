@@ -117,8 +117,9 @@ def _described(finding: Finding, known: dict[str, int]) -> tuple[dict[str, int],
 
 def _kept(finding: Finding, fault: Fault) -> Finding:
     """Refuse a place because attnfx failed on it."""
-    what = "when it was run once on tiny tensors" if fault.code == "exercise" else "when it was looked at"
-    message = f"attnfx failed on it {what} ({described(fault.problem)})"
+    trial = fault.code == "exercise"
+    what = "the new kernel call failed in its trial run on tiny tensors" if trial else "attnfx failed on this attention"
+    message = f"{what} ({described(fault.problem)})"
     why = refusal(fault.code, message, *finding.anchors, finding.final)
     return Finding(finding.final, refusal=why, anchors=finding.anchors)
 

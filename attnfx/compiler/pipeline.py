@@ -134,7 +134,9 @@ def run(
             continue
         result.passes = context.passes
         result.faults = [str(f) for f in faults.found.values()]
-        result.report.notes.extend(f"attnfx failed in a part, which was left out: {f}" for f in result.faults)
+        result.report.notes.extend(
+            f"attnfx failed in a part of the graph and left that part out: {f}" for f in result.faults
+        )
         return result
 
 
@@ -152,12 +154,15 @@ def _attempt(gm: GraphModule, context: Context, inputs: Sequence[Any] | None) ->
     report, options = context.report, context.options
     ended = graph_breaks.ended_by(gm)
     if ended is not None:
-        report.notes.append(f"a graph breaks at {ended.where}: {ended.reason}")
+        report.notes.append(f"graph break at {ended.where}: {ended.reason}")
     if options.rewrite == "never":
-        report.notes.append('rewrite="never": nothing was looked for')
+        report.notes.append('the graph was not searched, because of rewrite="never"')
         return Result(None, report)
     if not worth_tracing(gm):
-        log.debug("a graph of %d nodes holds no normaliser: not traced", len(gm.graph.nodes))
+        log.debug(
+            "a graph of %d nodes was not traced: it contains no operator that can normalize weights",
+            len(gm.graph.nodes),
+        )
         return Result(None, report)
     try:
         found = _searched(gm, context, ended)
@@ -168,10 +173,10 @@ def _attempt(gm: GraphModule, context: Context, inputs: Sequence[Any] | None) ->
 
 def _left(gm: GraphModule, report: Report, problem: Untraceable) -> Result:
     if isinstance(problem, Transformed):
-        report.notes.append(f"{problem} and passes through untouched")
+        report.notes.append(f"{problem}; the graph is compiled without a rewrite")
         _file_others(report, unread(gm, "functorch", str(problem)))
         return Result(None, report)
-    report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
+    report.notes.append(f"the graph could not be traced and is compiled without a rewrite: {problem}")
     _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
     log.info("untraceable: %s", problem)
     return Result(None, report, str(problem))
@@ -239,7 +244,7 @@ def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
                 _file_others(context.report, unread(body, "functorch", str(problem)))
                 continue
             except Untraceable as problem:
-                context.report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
+                context.report.notes.append(f"the body of {n.target.name()} is compiled without a rewrite: {problem}")
                 _file_others(context.report, unread(body, "untraceable", f"the body could not be traced: {problem}"))
                 continue
             if searched is not None:
@@ -297,7 +302,7 @@ def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Cont
             return choice
         if name not in failures:
             return choice.noted(notes[name])
-        reason = f"on its first call the rewrite gave another result: {failures[name]}"
+        reason = f"on the first call the rewrite and the original disagreed: {failures[name]}"
         shield = LEAVE if op_name(choice.finding.final) in SDPA else SHIELD
         return choice.kept(Decision("kept", "", reason=reason, code="mismatch"), None, shield).noted(notes[name])
 

@@ -36,9 +36,12 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
         if finding.match.chunks > 1:
-            site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
+            site.notes = (*site.notes, f"joined from {finding.match.chunks} chunks of queries")
         if finding.match.steps > 1:
-            site.notes = (*site.notes, f"{finding.match.steps} steps of a loop over heads or batch elements, joined")
+            site.notes = (
+                *site.notes,
+                f"joined from {finding.match.steps} steps of a loop over heads or batch elements",
+            )
     return site
 
 

@@ -38,7 +38,9 @@ def refusals(
     if device.type == "cuda" and "library" not in found:
         shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
         if match.reductions:
-            found["library"] = "parts of the weights are read, and it gives no log-sum-exp to compute them from"
+            found["library"] = (
+                "parts of the weights are read, and PyTorch's operator does not return the log-sum-exp that these need"
+            )
         elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
             found["library"] = why
     return found

@@ -51,20 +51,27 @@ def select(
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
-        return _of(kept, "no allowed tier can run it" + (f" ({why})" if why else ""), others, "no_tier")
+        none = "the option `tiers` allows only kept" if options.tiers == ("kept",) else "none suits these sizes"
+        return _of(kept, f"no allowed tier can run this attention ({why or none})", others, "no_tier")
     best = likeliest(allowed)
     alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":
         return _of(best, "", alternatives)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version knows no rates of {ask.device}", others, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", others, "no_rates")
     if ask.weights_read:
-        return _of(kept, f"the weights themselves are read at {ask.weights_read}", others, "weights_read")
+        return _of(
+            kept,
+            f"the weights themselves are read at {ask.weights_read}, so they are computed in any case",
+            others,
+            "weights_read",
+        )
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
-    if ratio <= (NATIVE_GAIN if ask.native and on_gpu else GAIN):
+    most = NATIVE_GAIN if ask.native and on_gpu else GAIN
+    if ratio <= most:
         return _of(best, f"predicted {told}", alternatives)
-    return _of(kept, f"a rewrite is predicted to take {told}", others, "slower")
+    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", others, "slower")
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
@@ -98,21 +105,23 @@ def select_rows(
     if options.rewrite == "always":
         return _of(best, "whole rows", others)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version knows no rates of {ask.device}", ways, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", ways, "no_rates")
     if weights_read:
-        return _of(kept, "values as large as the scores are read outside", ways, "weights_read")
+        return _of(kept, "a tensor as large as the scores is read outside the attention", ways, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
-    told = f"{ratio:.2f} x the original's time" + (", from the device's rates: no GPU was measured" if on_gpu else "")
+    told = f"{ratio:.2f} x the original's time" + (
+        ", estimated from the device's rates and not measured" if on_gpu else ""
+    )
     size, memory = ask.bytes >> 20, device.memory if device is not None else _memory()
     if kept.predicted_bytes > memory:
-        why = f"whole rows: with the scores of {size} MiB the original is larger than memory ({memory >> 20} MiB)"
-        return _of(best, f"{why}; {told}", others)
+        why = f"with its scores of {size} MiB the original exceeds the memory of {memory >> 20} MiB"
+        return _of(best, f"whole rows: {why}; predicted {told}", others)
     if ratio <= GAIN:
-        return _of(best, f"whole rows, whose scores take {size} MiB: {told}", others)
+        return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", others)
     why = f"chunks of rows are predicted to take {told}"
     if ask.bytes < rows.CACHE:
-        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
-    return _of(kept, f'{why}, but less memory: rewrite="always" does it', ways, "slower")
+        return _of(kept, f"{why}, as the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
+    return _of(kept, f"{why}, but less memory", ways, "slower")
 
 
 def _memory() -> int:

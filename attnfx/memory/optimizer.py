@@ -50,7 +50,7 @@ def given(value: object) -> Optimizer | int:
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise OptionError(
-        f"optimizer: {value!r} is not known; give one of {', '.join(OPTIMIZERS)}, or the bytes of its state, such as "
+        f"optimizer: {value!r} is not valid; give one of {', '.join(OPTIMIZERS)}, or the bytes of its state, such as "
         "'3GiB'"
     )
 

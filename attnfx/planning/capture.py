@@ -26,6 +26,7 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.faults import described
 from attnfx.compiler.private_code import private_code
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
@@ -79,7 +80,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         except Done:
             pass
         except Exception as problem:
-            made.problem = f"is not planned: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+            made.problem = f"could not be compiled for planning: {described(problem)}"
         return stand_ins(gm, lambda x: x)
 
     with mode, torch.set_grad_enabled(train), _quiet(), private_code(model) as traced:
@@ -88,7 +89,9 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         except (DynamicOutputShapeException, DataDependentOutputException) as problem:
             if not found:
                 raise
-            found[-1].report.notes.append(f"what follows is not planned, as its shapes depend on data: {problem}")
+            found[-1].report.notes.append(
+                f"the rest of the call is not planned, because its shapes depend on data: {problem}"
+            )
     return found
 
 

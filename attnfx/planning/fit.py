@@ -68,13 +68,15 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
     marks = way.marks[0]
     if way.chunk and chosen.gm is not None:
         limit_chunks(chosen.gm, way.chunk)
-    told = [f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"]
+    told = [f"memory_budget: the predicted peak is {text(total(way.events, resident, target))} of {text(limit)}"]
     if way.chunk:
         told.append(f"attention is computed in chunks of {way.chunk} scores")
     if marks.again:
-        told.append(f"{len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}")
+        told.append(
+            f"{len(marks.dropped)} values ({text(sum(marks.dropped.values()))}) are recomputed in the backward pass"
+        )
     if ended_by(gm) is not None:
-        told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
+        told.append("this counts one graph, which ends at a graph break, and not the memory of the other graphs")
     chosen.report.notes.append("; ".join(told))
     patches = {} if way.waits else {"allow_buffer_reuse": False}
     return Fitted(chosen, _partitioner(marks) if marks.again else None, patches)
@@ -110,7 +112,9 @@ class Marking:
     def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
         missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
         if missing:
-            raise RuntimeError(f"the planned graph is not the compiled one: it has no {', '.join(sorted(missing)[:3])}")
+            raise RuntimeError(
+                f"the compiled graph differs from the planned one: it lacks {', '.join(sorted(missing)[:3])}"
+            )
         mark(joint, self.marks.saved, self.marks.again)
         return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
@@ -152,8 +156,8 @@ def ran_out(device: int, wanted: int, most: int, free: int) -> None:
     really = min(most, held + min(wanted - 1, free + cached))
     _limits[device] = min(_limits.get(device, really), really)
     warnings.warn(
-        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for beside {text(held)} of this process's "
-        f"tensors; {text(free)} were free and {text(cached)} cached): free what is not needed, call "
-        'torch._dynamo.reset(), and run the step again; memory_budget="auto" then plans with what there really was',
+        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were requested beside {text(held)} of this process's "
+        f"tensors; {text(free)} were free and {text(cached)} cached). Free unused tensors, call torch._dynamo.reset(), "
+        'and run the step again: memory_budget="auto" then plans with the memory that was really available',
         stacklevel=2,
     )

@@ -86,9 +86,9 @@ class Limits:
                 refused = refused or (str(problem).splitlines() or [type(problem).__name__])[0]
                 continue
             if refused and not chosen.sizes.length:
-                self.notes.append(f"max_length is not known, as the model refuses another one: {refused}")
+                self.notes.append(f"max_length could not be determined: {refused}")
             return chosen, found
-        self.notes.append(f"max_batch and max_length are not known: {refused}")
+        self.notes.append(f"max_batch and max_length could not be determined: {refused}")
         return None
 
     @cached_property
@@ -104,7 +104,9 @@ class Limits:
             return self._both(chosen, prime(longest, -1))
         except Exception as problem:  # e.g. beyond a table of positions
             said = (str(problem).splitlines() or [type(problem).__name__])[0]
-            self.notes.append(f"max_length is what memory allows; the model refuses a length of {longest}: {said}")
+            self.notes.append(
+                f"max_length is the limit of memory alone; the model fails at a length of {longest}: {said}"
+            )
             return scaled
 
     def _near(self, way: Strategy, chosen: Roles, last: bool) -> Scaled:
@@ -140,7 +142,7 @@ class Limits:
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
         found = self.capture(chosen.resized(self.inputs, s), options, told)
         if any(c.problem for c in found):
-            raise Unknown("other sizes make a graph that is not planned")
+            raise Unknown("the graph at other sizes could not be compiled for planning")
         return found
 
     def _expected(self, way: Strategy, batch: int) -> int:
@@ -219,7 +221,9 @@ class Limits:
         found = self._last(chosen, self._long, lambda n: replace(s, length=n), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
-        self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")
+        self.notes.append(
+            f"max_length is limited by a table of {rows} positions; memory allows {found or 'any length'}"
+        )
         return rows
 
     def _largest(self, at: Callable[[int], int], start: int) -> int | None:

@@ -81,7 +81,7 @@ def contents(events: Sequence[Event], resident: Resident, saved: Mapping[str, in
     gradients = sum(b for v, b in best.items() if train and v in kept and ".backward." in v)
     activations = sum(b for v, b in best.items() if v in saved)
     out |= {"gradients": gradients, "saved for the backward pass": activations, "the optimizer's step": scratch}
-    out["outputs and what is computed there"] = sum(best.values()) - gradients - activations
+    out["outputs and temporaries at the peak"] = sum(best.values()) - gradients - activations
     return {name: size for name, size in out.items() if size}
 
 
@@ -97,10 +97,10 @@ def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, tar
             best = size + kept, kept, way
     assert best is not None
     least, kept, way = best
-    inside = contents(way.events, resident, way.step.saved, train) | {"reserve for what the prediction is off by": kept}
+    inside = contents(way.events, resident, way.step.saved, train) | {"reserve for errors of the prediction": kept}
     raise BudgetError(
-        f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest peak that can be had is "
-        f"{text(least)} ({', '.join(f'{name} {text(size)}' for name, size in inside.items())})"
+        f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest possible peak is {text(least)} "
+        f"({', '.join(f'{name} {text(size)}' for name, size in inside.items())}); raise the budget or shrink the step"
     )
 
 

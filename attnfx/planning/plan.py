@@ -88,7 +88,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
     wanted = budgets.check("memory_budget", memory_budget)
     keeps = optimizers.given(optimizer)
     if train not in (None, True, False):
-        raise OptionError(f"train: {train!r} is not valid, the nearest is {bool(train)} (of None, True, False)")
+        raise OptionError(f"train: {train!r} is not valid; did you mean {bool(train)}? Valid values: None, True, False")
 
     def run(*args: Any, **kwargs: Any) -> Plan:
         device = chosen.target if isinstance(chosen.target, Target) else detected(_device(model))
@@ -130,12 +130,12 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 def _covered(captured: Sequence[Captured]) -> list[str]:
     """Return the plan's notes on the graphs. Raises OptionError if none of them can be planned."""
     if not captured:
-        raise OptionError("Dynamo made no graph of this call: there is nothing to plan")
+        raise OptionError("Dynamo captured no graph of this call, so there is nothing to plan")
     if all(c.problem for c in captured):
         raise OptionError(f"there is nothing to plan: the graph {captured[0].problem}")
     notes = [f"graph {n}: {note}" for n, c in enumerate(captured) for note in c.report.notes]
     if len(captured) > 1:
-        notes.append(f"Dynamo made {len(captured)} graphs; what Python does between them is not planned")
+        notes.append(f"Dynamo captured {len(captured)} graphs; the Python code between them is not planned")
     return notes + [f"graph {n} {c.problem}" for n, c in enumerate(captured) if c.problem]
 
 

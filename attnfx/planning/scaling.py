@@ -143,7 +143,7 @@ def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
         if found is None and factor.denominator == 1 and rest.denominator == 1 and abs(rest) <= max(at.length, 64):
             found = Dim(i, j, factor, rest)
     if found is None:
-        raise Unknown(f"a size of {first} becomes {second} where the batch and length {at} become {then}")
+        raise Unknown(f"a size changes from {first} to {second} when batch and length change from {at} to {then}")
     return found
 
 
@@ -155,15 +155,15 @@ class Table:
         self.dims: dict[str, tuple[Dim, ...]] = {}
         self.attention: dict[str, Node] = {}
         if len(first) != len(second):
-            raise Unknown("other sizes make another number of graphs")
+            raise Unknown("other sizes give another number of graphs")
         cache: dict[tuple[int, int], Dim] = {}
         for n, (a, b) in enumerate(zip(first, second)):
             one, two = _values(a), _values(b)
             if len(one) != len(two):
-                raise Unknown("other sizes make another graph")
+                raise Unknown("other sizes give another graph")
             for (name, node, x), (_, again, y) in zip(one, two):
                 if _operator(node) != _operator(again) or x.ndim != y.ndim:
-                    raise Unknown(f"other sizes make another graph, from {name} on")
+                    raise Unknown(f"other sizes give another graph, from {name} on")
                 pairs = [(int(p), int(q)) for p, q in zip(x.shape, y.shape)]
                 for pair in pairs:
                     if pair not in cache:
@@ -180,7 +180,7 @@ class Table:
             """Return the factor by which a value's number of elements changes."""
             dims = self.dims.get(name)
             if dims is None:
-                raise Unknown(f"the compiler's graph has a value that the joint graph has not: {name}")
+                raise Unknown(f"the compiled graph has a value that the joint graph lacks: {name}")
             if dims not in shares:
                 shares[dims] = Fraction(1)
                 for d in dims:

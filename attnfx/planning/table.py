@@ -30,15 +30,17 @@ def table(plan: Prediction) -> Any:
     for name, size in plan.parts().items():
         facts.add_row(f"  {name}", text(size))
     if plan.reserved_bytes is not None:
-        facts.add_row("taken from the device", text(plan.reserved_bytes))
+        facts.add_row("reserved by the allocator", text(plan.reserved_bytes))
     facts.add_row("predicted time", f"{plan.predicted_ms:.2f} ms")
     for name, found in (("largest batch", plan.max_batch), ("largest length", plan.max_length)):
-        facts.add_row(name, "not known, or not limited" if found is None else str(found))
+        facts.add_row(name, "unknown or unlimited" if found is None else str(found))
     if plan.recomputed:
         size = sum(plan.recomputed.values())
-        facts.add_row("computed again", f"{len(plan.recomputed)} values, {text(size)} that are not saved")
+        facts.add_row(
+            "recomputed", f"{len(plan.recomputed)} values, {text(size)}, which are not saved for the backward pass"
+        )
     if not plan.strategy.waits:
-        facts.add_row("dead memory", "is given back at once, no value waits for it")
+        facts.add_row("dead memory", "is freed at once instead of being reused by a later value")
 
     sites = Table(title="attention", title_justify="left")
     for column in ("site", "where", "tier", "reason"):
@@ -47,7 +49,7 @@ def table(plan: Prediction) -> Any:
         sites.add_row(names, *row)
 
     held = Table(title="for the backward pass, by module", title_justify="left")
-    for column in ("module", "saved", "computed again"):
+    for column in ("module", "saved", "recomputed"):
         held.add_column(column, overflow="fold")
     rows = by_module(plan)
     for module, sizes in list(rows.items())[:ROWS]:
@@ -93,7 +95,7 @@ def plot(plan: Prediction, path: str | PathLike[str]) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
-        raise ImportError("to draw a plan, install matplotlib: pip install attnfx[plot]") from problem
+        raise ImportError("drawing a plan needs matplotlib: pip install attnfx[plot]") from problem
     figure = Figure(figsize=(10, 4))
     axes = figure.subplots()
     gib = [m.bytes / 2**30 for m in plan.timeline]

@@ -41,7 +41,7 @@ class Refusal:
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where and self.where not in self.message else ""
-        return f"{self.message}{place} [{self.code}]" + (f" {self.hint}" if self.hint else "")
+        return f"{self.message}{place} [{self.code}]" + (f". {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def fields(text: str) -> dict[str, Any]:
     """Read the fields of a report by name. Raises ValueError for another version of the schema."""
     found = json.loads(text)
     if found.get("version") != VERSION:
-        raise ValueError(f"this report is of version {found.get('version')}, and only version {VERSION} can be read")
+        raise ValueError(f"the report has JSON version {found.get('version')}, but only version {VERSION} can be read")
     return {
         "sites": [_read_site(s) for s in found["sites"]],
         "others": [_read_site(s) for s in found["others"]],

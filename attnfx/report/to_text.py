@@ -20,7 +20,7 @@ from attnfx.report.records import Candidate, Site, share
 
 WIDTH = 120
 PLACE = 28  # longest source location that is not wrapped, in characters
-QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes, listed without a message
+QUIET = ("not_attention", "no_values", "shared_keys")  # codes of other softmaxes, listed without a message
 T = TypeVar("T")
 
 
@@ -91,13 +91,14 @@ def _said(site: Site) -> str:
     reason = ""
     if site.refusal is not None:
         reason = f"kept: {site.refusal}"
-        reason += f" The closest form that is rewritten: {site.refusal.closest}."
+        reason += f" Closest form that is rewritten: {site.refusal.closest}."
     elif site.decision is not None and site.decision.reason:
         made = site.decision
         reason = f"{made.tier}: {made.reason}"
         if made.code:
-            reason += f" [{made.code}] {CODES[made.code].edit}"
-    return "; ".join(filter(None, (reason, *site.notes, *site.fallbacks)))
+            reason += f" [{made.code}]. {CODES[made.code].edit}"
+    notes = "; ".join((*site.notes, *site.fallbacks))
+    return f"{reason} Note: {notes}." if reason.endswith(".") and notes else "; ".join(filter(None, (reason, notes)))
 
 
 def _others(sites: Sequence[Site]) -> Iterable[str]:

@@ -99,7 +99,7 @@ def from_json(text: str) -> AttentionSpec:
     """Parse the text of `AttentionSpec.to_json`. Raises ValueError for the text of another version."""
     data = json.loads(text)
     if data.pop("version") != VERSION:
-        raise ValueError(f"this attention spec is of another version than {VERSION}: compile the model again")
+        raise ValueError(f"the attention spec has another version than {VERSION}; compile the model again")
     score, weight, *extra = parse(data.pop("programs"))
     data["captures"] = tuple(Capture(*c) for c in data["captures"])
     data["sizes"] = tuple(data["sizes"])

@@ -130,7 +130,7 @@ def from_json(text: str) -> RowProgram:
             d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"not the text of a row program: {problem!r}") from problem
+        raise ValueError(f"the text is not a row program: {problem!r}") from problem
 
 
 def _plain(x: Any) -> Any:

@@ -20,13 +20,13 @@ def detect(device: torch.device | str | None = None) -> Target:
     try:
         device = torch.device(device)
     except RuntimeError as problem:
-        raise OptionError(f"{device!r} is no device: {problem}") from problem
+        raise OptionError(f"{device!r} is not a PyTorch device: {problem}") from problem
     if device.type == "cpu":
         return measure_cpu.measured()
     if device.type != "cuda":
-        raise OptionError(f"no target can be made of a {device.type} device, only of cuda and cpu ones")
+        raise OptionError(f"the device {device} cannot be a target: only cuda and cpu devices can")
     if not torch.cuda.is_available():
-        raise OptionError(f"there is no {device} to detect: name a target, such as 'h100-sxm'")
+        raise OptionError(f"this machine has no device {device} to detect; name a target, such as 'h100-sxm'")
     return _present(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -70,9 +70,9 @@ def of_properties(found: object) -> Target:
         matrix={dtype: rate * scale for dtype, rate in near.matrix.items()},
         **{field: getattr(near, field) * scale for field in ("fp32", "exponentials", "l2_bandwidth")},
     )
-    by = f"estimate: {near.name}'s, by multiprocessors and clock"
+    by = f"estimate: {near.name}'s, scaled by multiprocessors and clock"
     sources = {**near.sources, **dict.fromkeys(told, "the driver of the device"), **dict.fromkeys(scaled, by)}
-    note = f"{name} has no record: its rates are {near.name}'s, scaled by multiprocessors and clock"
+    note = f"{name} has no record, so its rates are those of {near.name}, scaled by multiprocessors and clock"
     return replaced(near, name=name, kind=kind, note=note, sources=sources, **told, **scaled)
 
 

@@ -77,7 +77,7 @@ class Target:
             return OptionError(f"target {self.name!r}: field {name!r} is {value!r}, expected {wanted}")
 
         if not isinstance(self.name, str) or not self.name:
-            raise OptionError(f"a target's field 'name' is {self.name!r}, expected some text")
+            raise OptionError(f"a target's field 'name' is {self.name!r}, expected a non-empty string")
         if self.kind not in KINDS:
             raise refuse("kind", self.kind, "one of " + ", ".join(map(repr, KINDS)))
         for name in ("matrix", "sources"):
@@ -117,8 +117,8 @@ class Target:
         found = aliases().get(key(name))
         if found is None:
             raise OptionError(
-                f"unknown target {name!r}; the nearest is {nearest(name)!r} (of {', '.join(Target.names())}; a path to "
-                "a JSON file is taken too)"
+                f"unknown target {name!r}; did you mean {nearest(name)!r}? Valid targets: "
+                f"{', '.join(Target.names())}, or the path of a JSON file"
             )
         return found
 
@@ -143,7 +143,7 @@ class Target:
         except ValueError as problem:
             raise OptionError(f"{where} is not valid JSON: {problem}") from problem
         if not isinstance(data, dict):
-            raise OptionError(f"{where} holds no JSON object of a target's fields")
+            raise OptionError(f"{where} does not contain a JSON object with a target's fields")
         return _target(data, where)
 
 
@@ -207,7 +207,7 @@ def _target(data: Mapping[str, Any], where: str) -> Target:
     for name in given:
         if name not in known:
             close = max(known, key=lambda k: difflib.SequenceMatcher(None, name, k).ratio())
-            raise OptionError(f"{where}: a target has no field {name!r}, the nearest is {close!r}")
+            raise OptionError(f"{where}: unknown field {name!r} of a target; did you mean {close!r}?")
     for f in fields(Target):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise OptionError(f"{where}: the field {f.name!r} of the target is missing")

@@ -96,7 +96,7 @@ def fastest(decision: Decision, every: Sequence[Candidate], times: Mapping[str, 
         rivals = [c for c in rivals if c.tier != "kept"]
     if len([c for c in timed if c.measured_ms is not None]) < 2 or not rivals:
         said = f"{decision.reason}; " if decision.reason else ""
-        return replace(decision, reason=f"{said}predicted: nothing could be timed")
+        return replace(decision, reason=f"{said}not measured: fewer than two candidates could be timed")
     best = min(rivals, key=lambda c: c.measured_ms or 0.0)
     said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda x: x[1]))
     others = tuple(c for c in timed if c is not best)

@@ -72,7 +72,7 @@ def compare_dropout(original: GraphModule, rewritten: GraphModule, inputs: Seque
             apart = (x.mean() - y.mean()).abs()
             spread = ((x.var() + y.var()) / DRAWS).sqrt()
             if apart > SIGMAS * spread + SLIGHT:
-                return f"the {what} of the dropout is {y.mean():.3g}, the original's {x.mean():.3g}"
+                return f"the {what} of the dropout noise is {y.mean():.3g}, and {x.mean():.3g} in the original"
     return ""
 
 
@@ -146,7 +146,7 @@ def _judged(
     if not eager.is_floating_point():
         clear = (eager == exact) & (eager == moved)
         wrong = int((got != eager)[clear].sum())
-        return Difference(name, wrong / max(1, eager.numel()), 0.0, f"{wrong} numbers differ" if wrong else "")
+        return Difference(name, wrong / max(1, eager.numel()), 0.0, f"{wrong} elements differ" if wrong else "")
     scale = max(_largest(exact), floor, torch.finfo(torch.float32).tiny)
     g, e = got.double(), eager.double()
     lost = (g.isnan() & ~e.isnan()) | (g.isinf() & (g != e))
@@ -156,9 +156,9 @@ def _judged(
     errors, eagers, noise = _apart(g, exact), _apart(e, exact), torch.maximum(_apart(e, exact), _apart(moved, exact))
     error, eagers_own = _largest(errors) / scale, _largest(eagers) / scale
     if strange.any():
-        problem = f"{int(strange.sum())} numbers are NaN or infinite in one alone"
+        problem = f"{int(strange.sum())} elements are NaN or infinite in only one of the two"
     elif (errors > TIMES * noise.clamp_min(_most(noise)) + _tolerance(eager.dtype) * scale).any():
-        problem = f"an error of {error:.2g} of the largest number, eager's is {eagers_own:.2g}"
+        problem = f"an error of {error:.2g} relative to the largest element (eager's is {eagers_own:.2g})"
     else:
         problem = ""
     return Difference(name, error, eagers_own, problem)

@@ -17,9 +17,9 @@ from attnfx.passes.rewrite.site_pairs import Pair
 from attnfx.verify.compare import Difference, compare, compare_dropout
 
 SCRIPT = '''\
-"""The attention at {where} and what attnfx made of it, on the tensors of the call that showed the difference.
+"""Compare the attention at {where} with its rewrite by attnfx, on the tensors of the call on which they differed.
 
-Run it: `python {name}/repro.py`. It needs attnfx and the files beside it, and exits with 1 while they differ.
+Run `python {name}/repro.py`. It needs attnfx and the files beside it, and exits with 1 if the two differ.
 {found}
 """
 

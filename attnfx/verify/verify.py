@@ -50,7 +50,7 @@ class Failure:
     script: Path | None
 
     def __str__(self) -> str:
-        return self.problem + (f", run {self.script}" if self.script else "")
+        return self.problem + (f"; to reproduce it, run {self.script}" if self.script else "")
 
 
 def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tuple[dict[str, str], dict[str, Failure]]:
@@ -77,7 +77,7 @@ def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tu
         _warn("; ".join(missed.values()))
     if done.failures:
         told = "; ".join(f"{f.pair.site.where or f.pair.site.name}: {f}" for f in done.failures.values())
-        _warn(f"a rewrite gave another result than the original, which was kept ({told})")
+        _warn(f"a rewrite and its original disagreed, so the original was kept ({told})")
     return done.notes, done.failures
 
 
@@ -98,7 +98,7 @@ def _own(example_inputs: Sequence[Any], trial: Trial) -> list[Any]:
     """Detach the inputs, and copy storages that the graph may write; tensors that share a storage share its copy."""
     strange = next((x for x in example_inputs if isinstance(x, Tensor) and not _plain(x)), None)
     if strange is not None:
-        raise CannotVerify(f"an input is no plain tensor but a {type(strange).__name__}")
+        raise CannotVerify(f"an input is a {type(strange).__name__}, not a plain tensor")
     written = Facts(trial.gm).written
     holders = [n for n in trial.gm.graph.nodes if n.op == "placeholder"]
     opaque = any(isinstance(n.target, HigherOrderOperator) for n in trial.gm.graph.nodes)
@@ -218,7 +218,11 @@ def _script(
     try:
         return repro.write(home / "verify", replace(pair, taught=tuple(taught)), inputs, found)
     except OSError as problem:
-        warnings.warn(f"attnfx: no script could be written under {home}: {problem}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"attnfx: the script that reproduces a mismatch could not be written under {home}: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 
@@ -230,4 +234,4 @@ def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     free = free_on(device)
     if free is not None and needed > free:
-        raise CannotVerify(f"the scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")
+        raise CannotVerify(f"its scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")

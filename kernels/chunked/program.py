@@ -85,7 +85,7 @@ def program_of(spec: AttentionSpec) -> Program:
             if e.op == "load" and _has_gradient(spec, e):
                 wanted[e] = None
             if e.op in ("rsum", "rmax") and any(x.op == "load" and _has_gradient(spec, x) for x in walk(e)):
-                raise ValueError(f"a reduction over a capture that needs a gradient has no derivative here: {e}")
+                raise ValueError(f"the chunked tier cannot differentiate a reduction of a captured tensor: {e}")
     scale = _scale(spec.score)
     score = _unscaled(spec.score, scale)
     masked = fill_of(score) is not None and spec.normaliser == "softmax"

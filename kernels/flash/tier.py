@@ -27,13 +27,13 @@ def missing(device: torch.device, target: int | None = None) -> str | None:
     if device.type == "cpu":
         from triton import knobs
 
-        return None if knobs.runtime.interpret else "the tensors are on the CPU, where Triton has no compiler"
+        return None if knobs.runtime.interpret else "Triton cannot compile for the CPU, which holds the tensors"
     if device.type != "cuda" or (target is None and torch.version.hip is not None):
-        return f"the kernels are for NVIDIA GPUs, the tensors are on {device}"
+        return f"the kernels need an NVIDIA GPU, and the tensors are on {device}"
     if target is not None or torch.cuda.is_available():
         found = capability(device) if target is None else target
         if found < LEAST_CAPABILITY:
-            return f"the GPU is of compute capability {found // 10}.{found % 10}, the kernels need 8.0"
+            return f"the kernels need compute capability 8.0, and the GPU has {found // 10}.{found % 10}"
     return None
 
 
@@ -41,7 +41,7 @@ def beyond(batches: int, heads: int) -> str | None:
     """Return why a grid cannot have a program for each batch and head, or None."""
     for name, number in (("batches", batches), ("heads", heads)):
         if number > MOST_PROGRAMS:
-            return f"there are {number} {name}, and a launch takes {MOST_PROGRAMS}"
+            return f"the attention has {number} {name}, and a kernel launch takes at most {MOST_PROGRAMS}"
     return None
 
 

@@ -59,23 +59,23 @@ class Form:
 def form_of(spec: AttentionSpec) -> Form | str:
     """Convert a spec to the operator's form, or return why this is impossible."""
     if spec.normaliser != "softmax":
-        return "it has no softmax"
+        return "the weights are not a softmax"
     if spec.weight is not A.PROB:
-        return "its weights are changed after the softmax"
+        return "the weights are changed after the softmax"
     if spec.random:
-        return "it has dropout"
+        return "the attention has dropout"
     mask = mask_of(spec.score)
     score, keep = spec.score, A.TRUE
     if mask is not None and score.op == "where" and mask.keep is score.args[0] and score.args[2].op == "const":
         keep, score = score.args[0], score.args[1]
     found = additive(score)
     if found is None:
-        return "its score is not a multiple of the dot product plus a bias"
+        return "the score is not a multiple of the dot product plus a bias"
     scale, bias, inner = found
     if inner is not None:
         keep = A.and_(keep, inner)
     if any(e.op in ("dot", "prob") for e in walk(keep)):
-        return "its mask depends on the scores"
+        return "the mask depends on the scores"
     if mask is not None and keep is not mask.keep:
         keep, bias = A.TRUE, A.where(keep, bias, A.const(mask.fill)) if keep is not A.TRUE else bias
     conjuncts = keep.args if keep.op == "and" else () if keep is A.TRUE else (keep,)
@@ -90,12 +90,12 @@ def expresses(
     if isinstance(form, str):
         return form
     if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
+        return f"PyTorch's CPU operator does not run on {device.type}"
     compute = "float64" if dtype == torch.float64 else "float32"
     if spec.compute != compute:
-        return f"it computes {dtype} in {compute}, the spec asks for {spec.compute}"
+        return f"PyTorch's operator computes {dtype} in {compute}, and the attention needs {spec.compute}"
     if max(head_dim, value_width) > MAX_HEAD_DIM:
-        return f"its head_dim is at most {MAX_HEAD_DIM}"
+        return f"PyTorch's operator takes a head_dim up to {MAX_HEAD_DIM}"
     return None
 
 
@@ -104,7 +104,7 @@ def supports(call: Call) -> str | None:
     query, key, value = call.query, call.key, call.value
     why = expresses(call.spec, query.dtype, query.device, query.shape[3], value.shape[3])
     if why is None and not (query.numel() and key.numel() and value.numel()):
-        return "it crashes on empty tensors"
+        return "PyTorch's operator crashes on empty tensors"
     return why
 
 

@@ -34,15 +34,15 @@ def call_of(spec: AttentionSpec) -> Fused | str:
     if isinstance(form, str):
         return form
     if spec.extra:
-        return "its softmax has logits without keys"
+        return "the softmax has columns beside the keys"
     if not isinstance(form.scale, float):
-        return "its scale is no number"
+        return "the scale is not a constant"
     if not form.scale > 0:
-        return f"its scale is {form.scale:g}, and the kernels take the largest product for the largest score"
+        return f"the scale is {form.scale:g}, and PyTorch's kernels need a positive one"
     if form.bias is not A.const(0.0):
-        return "it adds a bias"
+        return "the attention adds a bias to the scores"
     if form.keep not in ((), (A.ge(I, J),)):
-        return "its mask is another one than plain causality"
+        return "the mask is not plain causality"
     return Fused(form.scale, bool(form.keep))
 
 
@@ -63,24 +63,26 @@ def expresses(
     if isinstance(call, str):
         return call
     if spec.compute != "float32" or spec.out_dtype != name:
-        return f"it computes in float32 and gives {name}, the spec asks for {spec.compute} and {spec.out_dtype}"
+        needs = f"the attention needs {spec.compute} and {spec.out_dtype}"
+        return f"PyTorch's operator computes in float32 and returns {name}, and {needs}"
     if device.type != "cuda" or (target is None and (torch.version.hip is not None or not torch.cuda.is_available())):
-        return "its kernels are for NVIDIA GPUs"
+        return "PyTorch's kernels need an NVIDIA GPU"
     capable = capability(device) if target is None else target
     cudnn = target is not None or prefers_cudnn()
     plain = square or not call.causal
     chosen = fused.kernel(name, capable, head_dim, value_width, cudnn, grouped, plain)
     if chosen is None:
         widths = f"{head_dim}" if head_dim == value_width else f"{head_dim} and {value_width}"
-        shared = ", with heads that share keys," if grouped else ""
-        return f"its kernels take no {name} of width {widths}{shared} on {capable // 10}.{capable % 10}"
+        shared = " with heads that share keys" if grouped else ""
+        here = f"compute capability {capable // 10}.{capable % 10}"
+        return f"PyTorch lacks a kernel for {name} of width {widths}{shared} on {here}"
     if chosen == fused.CUDNN and not plain:
-        return "cuDNN's kernel is causal where there are as many queries as keys"
+        return "cuDNN's causal kernel needs as many queries as keys"
     cuda = torch.backends.cuda
     if target is None and chosen == fused.FLASH and not cuda.flash_sdp_enabled():
-        return "torch.backends.cuda has turned FlashAttention off"
+        return "FlashAttention is turned off in torch.backends.cuda"
     if target is None and chosen == fused.EFFICIENT and not cuda.mem_efficient_sdp_enabled():
-        return "torch.backends.cuda has turned memory-efficient attention off"
+        return "memory-efficient attention is turned off in torch.backends.cuda"
     return None
 
 

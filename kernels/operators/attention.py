@@ -73,7 +73,7 @@ def choose(tiers: str, call: Call) -> Tier:
         tiers = ",".join(AUTO.get(call.query.device.type, ("chunked",)))
     for name, tile, splits, elements in parse(tiers):
         if name not in TIERS:
-            raise ValueError(f"attnfx.attention: tier {name!r} is none of {', '.join(['auto', *TIERS])}")
+            raise ValueError(f"attnfx.attention: unknown tier {name!r}; valid tiers: {', '.join(['auto', *TIERS])}")
         tier = TIERS[name]
         why = tier.supports(call)
         if why is None and elements:
@@ -103,7 +103,7 @@ def refusals(
         elif name in AUTO.get(device.type, ("chunked",)):
             reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width, capability)
         else:
-            reasons[name] = f"it is no tier of {device.type}"
+            reasons[name] = f"this tier does not run on {device.type}"
     return {name: why for name, why in reasons.items() if why is not None}
 
 
@@ -133,26 +133,29 @@ def check(call: Call) -> None:
     )
     require(
         len(captures) == len(spec.captures),
-        f"captures holds {len(captures)} tensors, the spec needs {len(spec.captures)}",
+        f"captures has {len(captures)} tensors, expected {len(spec.captures)}",
     )
     for n, (x, c) in enumerate(zip(captures, spec.captures)):
-        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, the spec needs {c.ndim}")
+        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, expected {c.ndim}")
         require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
-        require(not c.grad or x.dtype in _FLOATS, f"captures[{n}] is {x.dtype}: only a floating type has a gradient")
-    require(len(sizes) == len(spec.sizes), f"sizes holds {len(sizes)} numbers, the spec needs {len(spec.sizes)}")
+        require(
+            not c.grad or x.dtype in _FLOATS,
+            f"captures[{n}] is {x.dtype}, but only a floating type can have a gradient",
+        )
+    require(len(sizes) == len(spec.sizes), f"sizes has {len(sizes)} numbers, expected {len(spec.sizes)}")
     if spec.random:
         require(seed is not None, "seed is None, but the spec has dropout")
         require(
             seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
-            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one",  # type: ignore[union-attr]
+            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one element",  # type: ignore[union-attr]
         )
     if summary is not None:
         found = mask_summary.of(spec)
-        require(found is not None, "summary is given, but no captured tensor masks")
+        require(found is not None, "summary is given, but the spec has no mask in a captured tensor")
         want = mask_summary.shape(found.spec, call.sizes)  # type: ignore[union-attr]
         require(summary.dtype == torch.uint8, f"summary is {summary.dtype}, expected torch.uint8")
         require(summary.device == query.device, f"summary is on {summary.device}, but query is on {query.device}")
-        require(tuple(summary.shape) == want, f"summary is {tuple(summary.shape)}, the spec's mask has {want}")
+        require(tuple(summary.shape) == want, f"summary has shape {tuple(summary.shape)}, expected {want}")
 
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -170,11 +173,11 @@ def _attention_backward(
 ):
     call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
-    require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
+    require(grad_out.shape == out.shape, f"grad_out has shape {tuple(grad_out.shape)}, but out has {tuple(out.shape)}")
     if grad_logsumexp is not None:
         require(call.spec.normaliser == "softmax", "grad_logsumexp is given, but the spec has no softmax")
         have, want = tuple(grad_logsumexp.shape), tuple(logsumexp.shape)
-        require(have == want, f"grad_logsumexp is {have}, but logsumexp is {want}")
+        require(have == want, f"grad_logsumexp has shape {have}, but logsumexp has {want}")
     return choose(tier, call).backward(call, grad_out, out, logsumexp, grad_logsumexp)
 
 

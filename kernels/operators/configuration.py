@@ -48,16 +48,19 @@ def parse(tiers: str) -> tuple[Configuration, ...]:
         found = _FORM.fullmatch(part)
         if found is None:
             raise ValueError(
-                f"attnfx.attention: tier {part!r} is not a name with an optional tile, such as 'flash:128x64/8/3'"
+                f"attnfx.attention: tier {part!r} is not valid; expected a name with an optional tile, such as "
+                "'flash:128x64/8/3'"
             )
         name, *numbers = found.groups()
         rows, keys, warps, stages, splits, elements = (int(n or 0) for n in numbers)
         if numbers[5] is not None and (name != "chunked" or not elements):
             raise ValueError(
-                f"attnfx.attention: tier {part!r}: only the chunked tier takes a number of scores, above 0"
+                f"attnfx.attention: tier {part!r} is not valid; only chunked takes a number of scores, above 0"
             )
         if numbers[0] is not None and not all(_power(n) for n in (rows, keys, warps)):
-            raise ValueError(f"attnfx.attention: tier {part!r}: rows, keys and warps of a tile are powers of two")
+            raise ValueError(
+                f"attnfx.attention: tier {part!r} is not valid; a tile's rows, keys and warps must be powers of two"
+            )
         out.append(
             Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements)
         )

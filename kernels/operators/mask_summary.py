@@ -21,8 +21,8 @@ _SCHEMA = "mask_summary(Tensor[] captures, SymInt[] sizes, str spec) -> Tensor"
 def _shape(captures, sizes, spec) -> tuple[int, ...]:
     made: AttentionSpec = from_json(spec)
     names = (*AXES.values(), *made.sizes)
-    require(len(captures) == len(made.captures), f"{len(captures)} captures of {len(made.captures)}")
-    require(len(sizes) == len(names), f"{len(sizes)} sizes of {len(names)}")
+    require(len(captures) == len(made.captures), f"captures has {len(captures)} tensors, expected {len(made.captures)}")
+    require(len(sizes) == len(names), f"sizes has {len(sizes)} numbers, expected {len(names)}")
     return summary.shape(made, dict(zip(names, sizes)))
 
 

@@ -24,7 +24,9 @@ def _rows(inputs, sizes, seed, program):
 def _rows_backward(grads, inputs, sizes, seed, program):
     call = rowcall.prepare(program, inputs, sizes, seed)
     results = call.program.results
-    require(len(grads) == len(results), f"{len(grads)} gradients of {len(results)} results")
+    require(
+        len(grads) == len(results), f"grads has {len(grads)} tensors, expected one for each of {len(results)} results"
+    )
     return rows.backward(call, grads)
 
 

@@ -31,7 +31,7 @@ def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:
     require(keep == in_order, f"keep is {keep!r}, expected letters of {weights.AXES!r} in that order")
     require(
         logsumexp.shape == query.shape[:3],
-        f"logsumexp is {tuple(logsumexp.shape)}, but query has batch, heads and length {tuple(query.shape[:3])}",
+        f"logsumexp has shape {tuple(logsumexp.shape)}, expected the query's {tuple(query.shape[:3])}",
     )
     return call
 
@@ -44,7 +44,7 @@ def _weights_backward(grad_out, query, key, logsumexp, *rest):
     call = _call(query, key, logsumexp, *rest)
     require(
         list(grad_out.shape) == weights.shape_of(call, rest[-1]),
-        f"grad_out is {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
+        f"grad_out has shape {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
     )
     query, key, captures = weights.backward(call, grad_out, logsumexp, rest[-1])
     return query, key, captures
@@ -96,9 +96,9 @@ def _max_call(*given) -> Call:
     call, over = _call(*given[:-1]), given[-1]
     require(over in ("i", "j"), f"over is {over!r}, expected 'i' or 'j'")
     plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
-    require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
+    require(plain, "the largest weight needs probabilities that are neither changed nor dropped out")
     size, what = (call.query.shape[2], "row") if over == "i" else (call.key.shape[2], "key")
-    require(size > 0, f"there is no {what} to be the largest")
+    require(size > 0, f"the largest weight needs at least one {what}")
     return call
 
 
@@ -114,7 +114,7 @@ def _max_backward(grad_out, index, query, key, logsumexp, *rest):
     call = _max_call(query, key, logsumexp, *rest)
     wanted = _shape_of_max(call, rest[-1])
     for name, x in (("grad_out", grad_out), ("index", index)):
-        require(list(x.shape) == wanted, f"{name} is {tuple(x.shape)}, expected {tuple(wanted)}")
+        require(list(x.shape) == wanted, f"{name} has shape {tuple(x.shape)}, expected {tuple(wanted)}")
     return weights.largest_backward(call, grad_out, index, logsumexp, rest[-1])
 
 

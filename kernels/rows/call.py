@@ -86,13 +86,13 @@ def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: 
     """Check the operands of a program and prepare its calls. Raise ValueError for operands that do not fit."""
     made = from_json(program)
     if len(inputs) != len(made.inputs):
-        raise ValueError(f"attnfx.attention_rows: {len(inputs)} inputs, the program needs {len(made.inputs)}")
+        raise ValueError(f"attnfx.attention_rows: inputs has {len(inputs)} tensors, expected {len(made.inputs)}")
     lengths: list[int] = []
     for n, (x, d) in enumerate(zip(inputs, made.inputs)):
         if d is not None:
             if d >= x.ndim:
                 raise ValueError(
-                    f"attnfx.attention_rows: inputs[{n}] has {x.ndim} dims, and its rows should lie along {d}"
+                    f"attnfx.attention_rows: inputs[{n}] has {x.ndim} dims, but its rows should be dim {d}"
                 )
             lengths.append(x.shape[d])
     if not lengths or any(n != lengths[0] for n in lengths):

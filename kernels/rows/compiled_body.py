@@ -102,7 +102,9 @@ class Bodies:
         except Exception as problem:
             reason = str(problem).strip().split("\n")[0]
             _log.warning(
-                "whole rows run call by call, their body cannot be used: %s: %s", type(problem).__name__, reason
+                "whole rows run call by call, because their compiled body cannot be used: %s: %s",
+                type(problem).__name__,
+                reason,
             )
             return None
 
@@ -138,7 +140,7 @@ def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) ->
     the largest tensor. Some tensors should be zero, for example the gradient of a constant added to a whole row, so
     their own norm is too small a scale."""
     if [x is None for x in found] != [x is None for x in wanted]:
-        raise WrongResults("it gives other tensors than the calls")
+        raise WrongResults("the compiled body returns other tensors than the calls")
     pairs = [(g, w) for g, w in zip(found, wanted) if g is not None and w is not None and w.numel()]
     largest = max((float(_finite(w).square().mean().sqrt()) for _, w in pairs), default=0.0)
     for n, (got, want) in enumerate(pairs):
@@ -146,7 +148,9 @@ def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) ->
         limit = FAR * float(_finite(want).norm()) + 16 * rounding * largest * want.numel() ** 0.5
         distance = float((_finite(got) - _finite(want)).norm())
         if not distance <= limit or not torch.equal(got.isfinite(), want.isfinite()):
-            raise WrongResults(f"tensor {n} differs from that of the calls by {distance:.3g}, more than {limit:.3g}")
+            raise WrongResults(
+                f"tensor {n} of the compiled body differs from the calls' by {distance:.3g}, more than {limit:.3g}"
+            )
 
 
 def _finite(x: Tensor) -> Tensor:

@@ -43,4 +43,4 @@ def check(gm: GraphModule) -> None:
     gm.graph.lint()
     for n in gm.graph.nodes:
         if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.returns:
-            assert "val" in n.meta, f"{n.name} has no example value"
+            assert "val" in n.meta, f"node {n.name} has no example value"

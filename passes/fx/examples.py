@@ -23,7 +23,7 @@ def example(value: Any, mode: FakeTensorMode, learns: bool = True) -> Any:
     if not isinstance(value, torch.Tensor):
         return value
     if not isinstance(value, FakeTensor):
-        raise Untraceable(f"an input of type {type(value).__name__} is no plain tensor")
+        raise Untraceable(f"an input is a {type(value).__name__}, not a plain tensor")
     if value.layout != torch.strided:
         raise Untraceable("an input is a sparse tensor")
     with mode, torch.no_grad():

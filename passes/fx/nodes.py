@@ -37,6 +37,14 @@ def op_name(node: Node) -> str:
     return "." + getattr(target, "__name__", str(target))
 
 
+def label(node: Node) -> str:
+    """Return a node's name for messages: its operator, or the operator whose tuple it is taken from."""
+    if node.op != "call_function":
+        return node.name
+    source = node.args[0] if op_name(node) == "getitem" else None
+    return label(source) if isinstance(source, Node) else op_name(node).removeprefix(".")
+
+
 def value(x: object) -> Any:
     """Return a node's example value, or the constant itself."""
     return x.meta.get("val") if isinstance(x, Node) else x

@@ -11,7 +11,7 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, size_expr, value
+from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, label, size_expr, value
 from attnfx.passes.lift.access import Operand, radix
 
 aten = torch.ops.aten
@@ -83,7 +83,7 @@ class Emitter:
                 out = self.call(operator.add if e.op == "add" else operator.mul, out, p)
             assert isinstance(out, Node)
             return out
-        raise CannotEmit(f"the size {e} is carried by no tensor")
+        raise CannotEmit(f"the size {e} cannot be read off a tensor")
 
     def operand(self, source: Operand, axes: list[Expr]) -> Node:
         """Emit the operand with one dimension per axis, in this order (size 1 if it does not depend on the axis)."""
@@ -94,7 +94,7 @@ class Emitter:
         for d in reversed(range(len(index))):  # from the last, so that removing one does not shift the others
             found = radix(index[d])
             if found is None:
-                raise CannotEmit(f"{source.node.name} is gathered")
+                raise CannotEmit(f"{label(source.node)} is gathered at computed positions")
             offset, terms = found
             extent = dims(node)[d]
             if not terms:
@@ -105,7 +105,7 @@ class Emitter:
             if offset is not A.ZERO or total is not extent or step is not A.ONE:
                 last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
                 if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
-                    raise CannotEmit(f"{source.node.name} is shorter than what is read of it")
+                    raise CannotEmit(f"{label(source.node)} is read beyond its end")
                 node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
             parts.insert(0, [v for v, _ in terms])
         flat = [v for group in parts for v in group]
@@ -113,7 +113,7 @@ class Emitter:
             node = self.call(aten.reshape.default, node, [self.size(v.args[0]) for v in flat])
         order = [flat.index(a) for a in axes if a in flat]
         if len(order) != len(flat):
-            raise CannotEmit(f"{source.node.name} depends on an index that is no axis")
+            raise CannotEmit(f"{label(source.node)} depends on another index than those of the attention")
         if order != sorted(order):
             node = self.call(aten.permute.default, node, order)
         for at, a in enumerate(axes):

@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
-from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name, shape, value, where_in_source
+from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.contraction import terms
 
 
@@ -93,7 +93,7 @@ class Use:
             return Along(x, dim)
         if extent is A.ONE:
             return x
-        raise NotSeparable(f"{op_name(self.at)} reads {x.name}, which has other rows")
+        raise NotSeparable(f"{label(self.at)} reads {label(x)}, which has another number of rows")
 
     def broadcast(self, x: Any, rank: int | None = None) -> Any:
         """Return the rows of an operand that is aligned with the result from the last dimension on."""
@@ -106,7 +106,7 @@ class Use:
         return Made(self.op, args, {k: v for k, v in self.given.items() if k not in self.positional})
 
     def refuse(self, why: str) -> NotSeparable:
-        return NotSeparable(f"{op_name(self.at)} {why}")
+        return NotSeparable(f"{label(self.at)} {why}")
 
 
 Rule = Callable[[Use], None]
@@ -135,7 +135,7 @@ def _split(at: Node, row: int, extent: Expr) -> Made:
     if name == "getitem":
         return Made("getitem", (Along(at.args[0], _row_of_tuple(at, row)), at.args[1]), {})  # type: ignore[arg-type]
     if not isinstance(at.target, torch._ops.OpOverload) or at.target.namespace != "aten":
-        raise NotSeparable(f"{name.lstrip('.')} is not known to keep rows apart")
+        raise NotSeparable(f"{label(at)} is not known to keep rows separate")
     if written_operands(at):
         raise NotSeparable(f"{name} writes in place")
     use = Use(at, row, extent)
@@ -144,7 +144,7 @@ def _split(at: Node, row: int, extent: Expr) -> Made:
     elif torch.Tag.pointwise in at.target.tags and torch.Tag.nondeterministic_seeded not in at.target.tags:
         _pointwise(use)
     else:
-        raise NotSeparable(f"{name} is not known to keep rows apart")
+        raise NotSeparable(f"{name} is not known to keep rows separate")
     return use.made()
 
 
@@ -177,7 +177,7 @@ def _type_as(use: Use) -> None:
 def _dropout(use: Use) -> None:
     x, p, training = use.broadcast(use["input"]), use["p"], use["train"]
     if not isinstance(p, int | float) or not isinstance(training, bool):
-        raise use.refuse("has a probability that is no number")
+        raise use.refuse("has a probability that is not a number")
     if training and p > 0:
         use.op, use.given = "dropout", {"input": x, "p": float(p)}
     else:
@@ -189,7 +189,7 @@ def _apart(use: Use, operand: Node, which: Any) -> list[int]:
     """Return the dimensions that an operator works along, counted from the front; refuse an operator over all."""
     rank = len(shape(operand))
     if which is None or (isinstance(which, list | tuple) and not which):
-        raise use.refuse("works over all dimensions, the rows' included")
+        raise use.refuse("works over all dimensions, including the rows")
     return [int(d) % max(rank, 1) for d in (which if isinstance(which, list | tuple) else [which])]
 
 
@@ -210,7 +210,7 @@ def _reduces(use: Use) -> None:
     if "dim" not in use.defaults:
         if use.op in ("max.other", "min.other"):
             return _pointwise(use)
-        raise use.refuse("works over all dimensions, the rows' included")
+        raise use.refuse("works over all dimensions, including the rows")
     gone = _apart(use, x, use["dim"])
     kept = list(range(len(shape(x)))) if use["keepdim"] else [d for d in range(len(shape(x))) if d not in gone]
     if use.row >= len(kept) or kept[use.row] in gone:
@@ -229,9 +229,9 @@ def _layer_norm(use: Use) -> None:
 @rule("batch_norm")
 def _batch_norm(use: Use) -> None:
     if use["training"] is not False or use["running_mean"] is None:
-        raise use.refuse("mixes rows in training")
+        raise use.refuse("combines rows in training")
     if use.row == 1:
-        raise use.refuse("has a factor for each row")
+        raise use.refuse("has a separate factor for each row")
     use.given["input"] = use.along(use["input"], use.row)
 
 
@@ -241,14 +241,14 @@ def _convolution(use: Use) -> None:
     d = use.row - 2
     x, weight = use["input"], use["weight"]
     if len(shape(x)) != len(shape(weight)) or d < 0:
-        raise use.refuse("mixes rows")
+        raise use.refuse("combines rows")
 
     def at(name: str) -> Any:
         given = use[name]
         return given[d if len(given) > 1 else 0] if isinstance(given, list | tuple) else given
 
     if dims(weight)[use.row] is not A.ONE or at("stride") != 1 or at("padding") not in (0, "valid", "same"):
-        raise use.refuse("mixes rows")
+        raise use.refuse("combines rows")
     use.given["input"] = use.along(x, use.row)
 
 
@@ -264,7 +264,7 @@ def _factors(use: Use, x: Node, y: Node) -> tuple[Along | Node, Along | Node]:
     if a < 2 or b < 2:
         if a >= 2:
             return use.along(x, use.row), y
-        raise use.refuse("of a vector is not known to keep rows apart")
+        raise use.refuse("of a vector is not known to keep rows separate")
     if use.row == rank - 2:
         return use.along(x, a - 2), y
     if use.row == rank - 1:
@@ -291,7 +291,7 @@ def _baddbmm(use: Use) -> None:
 @rule("linear", "embedding")
 def _linear(use: Use) -> None:
     if use.row == use.rank() - 1:
-        raise use.refuse("has its rows in the weight")
+        raise use.refuse("takes its rows from the weight")
     name = use.names("input", "indices")
     use.given[name] = use.along(use[name], use.row)
 
@@ -302,7 +302,7 @@ def _einsum(use: Use) -> None:
     try:
         inputs, out = terms(use["equation"], [len(shape(x)) for x in operands])
     except Opaque:
-        raise use.refuse("has no index for each dimension") from None
+        raise use.refuse("does not name each dimension") from None
     letter = out[use.row]
     if any(len(set(t)) != len(t) for t in (*inputs, out)):
         raise use.refuse("reads a diagonal")

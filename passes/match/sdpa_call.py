@@ -20,7 +20,7 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     nodes = [given[n] for n in names[:3]]
     p, mask, scale = given.get("dropout_p", 0.0), given.get("attn_mask"), given.get("scale")
     if not isinstance(p, int | float) or not 0 <= p < 1:
-        raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
+        raise Refused("dropout", f"dropout_p is {p}, not a Python number in [0, 1)", [at])
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
     *heads, row, e = out
     j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))

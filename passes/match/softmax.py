@@ -54,18 +54,18 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     if not found:
         if any(e.op in ("rsum", "rmax") for e in outside(weight)):
             raise NotNormalised(
-                "normaliser", "the weights are divided by something that is no sum of their exponentials"
+                "normaliser", "the weights are not divided by the sum of their own exponentials over the keys"
             )
         if not any(e.op in GATES for e in outside(weight)):
-            raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
+            raise NotNormalised("no_normaliser", "the weights are neither a softmax nor a supported gate of the scores")
         return _gated(weight, dropout, draw)
     if len(found) > 1:
-        raise NotNormalised("several_softmaxes", "the weights combine several softmaxes")
+        raise NotNormalised("several_softmaxes", f"the weights combine {len(found)} softmaxes")
     made = found[0]
     body, extent, at = made.args
     name, safe = made.value  # type: ignore[misc]
     if str(j.value) not in at.free:
-        raise NotNormalised("softmax_dim", "the softmax does not run over the keys")
+        raise NotNormalised("softmax_dim", "the softmax normalizes over another dimension than the keys")
     program = substitute(weight, {made: A.PROB})
     if any(e.op in ("rsum", "rmax", "softmax") for e in walk(program)):
         raise NotNormalised("normaliser", "the weights are reduced again after the softmax")
@@ -73,7 +73,9 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     variable = A.var(name, extent)
     shifted = A.sub(at, j)
     if shifted.free or shifted.op != "const":
-        raise NotNormalised("softmax_dim", "the softmax is read at a computed key")
+        raise NotNormalised(
+            "softmax_dim", "the softmax runs over a flattened dimension, or its weights are reordered along the keys"
+        )
     body = strip_maximum(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
     return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
@@ -90,14 +92,14 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     if not drops:
         return weight, 0.0, None
     if len(drops) > 1:
-        raise NotNormalised("several_dropouts", "the weights are dropped out more than once")
+        raise NotNormalised("several_dropouts", "dropout is applied to the weights more than once")
     # only products and zero fills commute with dropout
     at = weight
     while at is not drops[0]:
         inner = [a for a in at.args if any(e is drops[0] for e in walk(a))]
         plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is A.const(0.0) and inner == [at.args[1]])
         if not plain or len(inner) != 1:
-            raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a product")
+            raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a multiplication")
         at = inner[0]
     p, draw = drops[0].value  # type: ignore[misc]
     return substitute(weight, {drops[0]: drops[0].args[0]}), float(p), draw
@@ -133,10 +135,13 @@ def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> t
     """Return the logits of the softmax's columns besides the keys: [0, start) and [start + S, extent)."""
     more = A.sub(extent, j.args[0])
     if more.op != "const":
-        raise NotNormalised("columns", "the softmax runs over another number of columns than there are keys")
+        raise NotNormalised("columns", "the softmax has more or fewer columns than keys, by a symbolic size")
     count = int(more.value)  # type: ignore[call-overload]
-    if not 0 <= count <= MAX_EXTRA or start < 0 or start > count:
-        raise NotNormalised("columns", f"the softmax runs over {count} columns that are no keys")
+    if count > MAX_EXTRA:
+        why = f"the softmax runs over {count} columns beside the keys, and at most {MAX_EXTRA} are supported"
+        raise NotNormalised("columns", why)
+    if count < 0 or not 0 <= start <= count:
+        raise NotNormalised("columns", "the weights of some keys are not columns of the softmax")
     before = [A.const(n) for n in range(start)]
     after = [A.add(j.args[0], A.const(start + n)) for n in range(count - start)]
     return tuple(substitute(body, {variable: at}) for at in (*before, *after))

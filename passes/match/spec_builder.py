@@ -21,7 +21,7 @@ from attnfx.ir.reach import reach
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
+from attnfx.passes.fx.nodes import Product, kind_of, label, refusal, slot_node, value
 from attnfx.passes.lift.access import (
     Access,
     Operand,
@@ -74,6 +74,9 @@ class Reading:
     out: Index
 
 
+ROLES = ("query", "key", "value")  # of the pairs of `Parts`, in order
+
+
 class Refused(Exception):
     def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
         super().__init__(message)
@@ -103,7 +106,7 @@ class Reader:
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
         if group_axes and not kv_axes and not of_batch(chosen[1].node):
-            message = "the keys are one matrix, as a router's gate or a codebook is"
+            message = "the keys are one matrix, which the whole batch shares"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
         spec, captures, sizes = self._spec(parts, programs, found, [x.node for x in chosen])
@@ -119,15 +122,15 @@ class Reader:
             lists = [[a for a in found if a.node is source] for found, source in zip(lists, sources, strict=True)]
         for upcast in (True, False):
             chosen = [best(candidates, batch, upcast or sources is not None) for candidates in lists]
-            for c, (node, _) in zip(chosen, parts.pairs, strict=True):
+            for name, c, (node, _) in zip(ROLES, chosen, parts.pairs, strict=False):
                 if c is None:
-                    raise Refused("layout", "an operand is gathered in a way that views cannot express", [node])
+                    raise Refused("layout", f"the {name} is read at positions that views cannot express", [node])
             found = [c for c in chosen if c is not None]
             if len({value(a.node).dtype for a, _ in found}) == 1:
                 break
         nodes = [access.node for access, _ in found]
-        for x in nodes:
-            self._unchanged(x, parts.final, nodes)
+        for name, x in zip(ROLES, nodes, strict=False):
+            self._unchanged(x, parts.final, nodes, f"the {name}")
         return [access for access, _ in found], _merge([splits for _, splits in found])
 
     def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
@@ -179,11 +182,13 @@ class Reader:
         slots: dict[object, Capture] = {}
         whole = [e for program in (score, weight, *extra) for e in walk(program)]
         if any(e.op in ("rsum", "rmax", "softmax", "dropout") for e in whole):
-            raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final])
+            message = "a sum, mean or maximum over a row of scores changes the scores before the softmax"
+            raise Refused("reduction", message, [parts.final])
         for e in whole:
             stray = sorted(e.free - set(S.AXES))
             if stray:
-                message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
+                length = next(v.args[0] for v in walk(e) if v.op == "var" and v.value == stray[0])
+                message = f"the scores depend on an index of size {length} beside batch, head, query and key"
                 raise Refused("axes", message, [parts.final])
             if e.op == "load":
                 slots[e.value] = self._capture(e.value, parts, programs, sources)
@@ -209,30 +214,31 @@ class Reader:
         """Return the capture for a load of the program. Raises Refused if loading the node is not sound."""
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
-            message = f"the scores pass through {op_name(at)}, which no score program expresses"
-            raise Refused("score_used", message, [at], "It may need a whole row of scores.")
+            message = f"the scores pass through {label(at)}, which cannot be computed for each score by itself"
+            raise Refused("score_used", message, [at])
         held = value(at)
         if not isinstance(held, torch.Tensor):
             return Capture(FLOAT, 0, False)  # a symbolic number
         if held.dtype.is_complex:
-            raise Refused("dtype", f"{at.name} is complex", [at])
-        self._unchanged(at, parts.final, sources)
+            raise Refused("dtype", f"the scores read {label(at)}, which is complex", [at])
+        self._unchanged(at, parts.final, sources, "a tensor that the scores read")
         kind = kind_of(held.dtype)
         taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
         return Capture(kind, held.dim(), taught)
 
-    def _unchanged(self, base: Node, final: Node, sources: Collection[Node]) -> None:
+    def _unchanged(self, base: Node, final: Node, sources: Collection[Node], what: str) -> None:
         writer = self.facts.changed_before(base, final, sources)
         if writer is not None:
-            raise Refused(
-                "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]
-            )
+            message = f"{label(writer)} changes {what} in place before the attention has read it for the last time"
+            raise Refused("mutated", message, [writer, base])
         learns = torch.is_grad_enabled() and final in self.facts.differentiable
         if learns and (writer := self.facts.input_writer(base)) is not None:
             # AOTAutograd writes inputs at the end of the forward pass. Its partitioner may save the value from before
             # the write, or recompute a copy from the value after it: the operator would keep more of it than eager
-            message = f"{base.name} is an input of the graph that is changed in place, and the backward pass reads it"
-            raise Refused("mutated", message, [writer, base])
+            message = f"{label(writer)} changes an input of the graph in place: {what}, which the backward pass reads"
+            raise Refused(
+                "mutated", message, [writer, base], "Use the out-of-place operator: `k = k + x` for `k.add_(x)`."
+            )
 
 
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:

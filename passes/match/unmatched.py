@@ -34,23 +34,19 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
             continue
         if finder.descent.from_scores(n) or n in finder.descent.near:
             if ended is not None and _leaves(finder, n):
-                yield n, _broken(n, ended, "the weights leave the graph before they meet the values")
+                yield n, _broken(n, ended, "the weights from the values")
             else:
-                yield n, refusal("no_values", "the weights meet no values", n)
+                yield n, refusal("no_values", "the weights are not multiplied by values", n)
             continue
         begun = begun_by(n)
         flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
         if begun is not None and n in meeting and _from_input(n):
-            yield n, _broken(n, begun, "the scores come from another graph")
+            yield n, _broken(n, begun, "the softmax from the scores")
         elif flat_scores and n in meeting:
-            yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
+            yield n, refusal("shared_keys", "the keys are one matrix, which the whole batch shares", n)
         else:
-            yield (
-                n,
-                refusal(
-                    "not_attention", "no product of queries with keys leads to it by operators that are understood", n
-                ),
-            )
+            message = "known operators do not lead from a product of queries and keys to this softmax"
+            yield n, refusal("not_attention", message, n)
 
 
 def with_reasons(
@@ -87,12 +83,13 @@ def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node
             for x in n.all_input_nodes:
                 body = getattr(gm, str(x.target), None) if x.op == "get_attr" else None
                 if isinstance(body, GraphModule):
-                    yield from unread(body, "higher_order", f"it stands in the body of {n.target.name()}")
+                    yield from unread(body, "higher_order", f"the body of {n.target.name()} is not searched")
 
 
 def _broken(n: Node, at: Break, what: str) -> Refusal:
     why = f": {at.reason}" if at.reason else ""
-    return Refusal("graph_break", f"{what}, which broke at {at.where}{why}", (n.name,), at.hint, at.where)
+    message = f"a graph break at {at.where} separates {what}{why}"
+    return Refusal("graph_break", message, (n.name,), at.hint, at.where)
 
 
 def _leaves(finder: Finder, n: Node) -> bool:

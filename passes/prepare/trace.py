@@ -147,7 +147,7 @@ def run(graph: Graph) -> int:
         raise Untraceable("an input has no example value")
     inputs = [example(v, graph.mode) for v in fakes]
     if uses_functorch(gm):
-        raise Transformed("the graph uses functorch transforms")
+        raise Transformed("the graph contains a functorch transform that cannot be expanded")
     retrace = _Retrace(gm, graph.mode)
     make = make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:

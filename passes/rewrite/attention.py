@@ -178,10 +178,10 @@ def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
     for x in wanted:
         found = radix(x)
         if found is None:
-            raise CannotEmit("the output is gathered")
+            raise CannotEmit("the output is read at computed positions")
         named.extend(v for v, _ in found[1] if v in axes)
     missing = [a for a in axes if a not in named]
     if any(a.args[0] is not A.ONE for a in missing):
-        raise CannotEmit("an axis is missing from the output")
+        raise CannotEmit("the output lacks a dimension of the attention")
     order = [axes.index(a) for a in (*named, *missing)]
     return emit.call(aten.permute.default, out, order) if order != sorted(order) else out

@@ -15,7 +15,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
+from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.graph import Graph
@@ -43,9 +43,11 @@ def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
             return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:
             problem = problem or p
-    reason = str(problem) if problem else "the output has no rows that the weights have alone"
+    reason = str(problem) if problem else "the output lacks a dimension of the queries"
     culprits = [problem.node] if problem is not None and problem.node is not None else []
-    return refusal("rows_mixed", f"it cannot be computed row by row: {reason}", *culprits, final)
+    return refusal(
+        "rows_mixed", f"the rows (one for each query) cannot be computed separately: {reason}", *culprits, final
+    )
 
 
 def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
@@ -82,7 +84,7 @@ class _Walk:
         found = self.found
         found.scores = self._scores()
         if not found.scores:
-            raise self.problem or NotSeparable("no product of queries with keys is reached")
+            raise self.problem or NotSeparable("known operators do not lead to a product of queries and keys")
         self._descend()
         self._collect([self.final])
         self._grow()
@@ -214,11 +216,11 @@ class _Walk:
                         found.rows[other] = row
                         stack.append(other)
             if len(found.calls) > LARGEST:
-                raise NotSeparable("the region is too large")
+                raise NotSeparable(f"more than {LARGEST} operators are between the scores and the output")
             for x in made.operands():
                 if isinstance(x, Node):
                     if x in self.descendants:
-                        raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
+                        raise NotSeparable(f"{label(n)} needs all rows of {label(x)}", n)
                     if is_tensor(x):
                         self._read(x, None)
                 elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
@@ -233,7 +235,7 @@ class _Walk:
         other = self.found.rows.get(x.node, x.dim) != x.dim
         if x.node in self.descendants:
             if other:
-                raise NotSeparable(f"{op_name(x.node)} is read along two dimensions")
+                raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
         return x.node.op == "call_function" and not other and self.large(x.node, x.dim)
 
@@ -247,28 +249,30 @@ class _Walk:
         region = facts.regions[self.final]
         for n in order:
             if facts.regions[n] != region:
-                raise NotSeparable("it crosses the border of an autocast or a no_grad region")
+                raise NotSeparable(f"{label(n)} is in another autocast or no_grad region", n)
         for n in [*order, *(n for n, _ in found.inputs)]:
             if n in facts.written:
-                raise NotSeparable(f"{n.name} is changed in place")
+                raise NotSeparable(f"{label(n)} is changed in place", n)
             held = value(n)
             if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):
-                raise NotSeparable(f"{n.name} is complex or sparse")
+                raise NotSeparable(f"{label(n)} is complex or sparse", n)
             if isinstance(held, torch.Tensor) and held.device != value(self.final).device and held.ndim:
-                raise NotSeparable(f"{n.name} is on another device")
+                raise NotSeparable(f"{label(n)} is on another device", n)
         for n in order:
             outside = [u for u in n.users if u not in found.calls and op_name(u) != "sym_size" and _read_by(u)]
             # a value that is not computed from scores stays in the graph for other readers
             if n is self.final or (outside and n in self.descendants):
                 if not is_tensor(n):
-                    raise NotSeparable(f"{n.name} is read outside")
+                    raise NotSeparable(f"the tuple that {label(n)} returns is read outside the attention", n)
                 found.results.append(n)
         for n, d in found.inputs:
             queries = all(u in found.scores for u in n.users if u in found.calls)
             if d is not None and not queries and self.large(n, d) and self._made_of_a_product(n):
-                raise self.problem or NotSeparable(f"{n.name} is made of another product")
+                raise self.problem or NotSeparable(
+                    f"{label(n)} is as large as the scores and comes from another product", n
+                )
         if not any(d is not None for _, d in found.inputs):
-            raise NotSeparable("nothing that has rows is read")
+            raise NotSeparable("none of the inputs has rows")
 
     def _made_of_a_product(self, n: Node) -> bool:
         """Return whether a large operand comes from a product through other large ones: it would stay as large."""

@@ -32,7 +32,7 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
     if any(position[n] >= position[before] for n, _ in found.inputs):
-        raise CannotEmit("an operand is computed after a result is read")
+        raise CannotEmit("an operand is computed after a result of the attention is first read")
     emit = graph.emitter(before)
     program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
@@ -73,7 +73,7 @@ def _program(
         for x in made.operands():
             if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
                 if x.op != "call_method" or x.target != "item":
-                    raise CannotEmit(f"the number {x.name} is carried by no tensor")
+                    raise CannotEmit(f"the number {x.name} cannot be read off a tensor")
                 scalars[x] = x.args[0]  # type: ignore[assignment]
                 numbers[x] = len(inputs)
                 inputs.append(scalars[x])
@@ -104,7 +104,7 @@ def _program(
             return tuple(text(a) for a in x)
         if x is None or isinstance(x, bool | int | float | str | Ref):
             return x
-        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be written down")
+        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be stored in a row program")
 
     calls = [
         Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))

@@ -186,8 +186,8 @@ def complex_scores(q, k, v):
 
 @obstacle("no_product", **NO_ROWS)
 def integer_scores(q, k, v):
-    s = (q.long() @ k.long().mT).float()
-    return s.softmax(-1) @ v  # here
+    s = (q.long() @ k.long().mT).float()  # here
+    return s.softmax(-1) @ v
 
 
 # -- the weights and the values ----------------------------------------------------------------------

@@ -75,7 +75,7 @@ def test_a_loop_over_chunks_is_tuned(fixed_times):
     (site,) = filed[0].sites
     assert site.rewritten and site.decision.reason.startswith("measured")
     assert {"kept", "library", "chunked"} <= set(fixed_times)
-    assert "4 chunks of queries" in " ".join(site.notes)
+    assert "joined from 4 chunks of queries" in " ".join(site.notes)
 
 
 def test_choosing_changes_no_graph(monkeypatch):

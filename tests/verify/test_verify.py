@@ -399,7 +399,7 @@ def test_a_nan_in_a_key_that_is_hidden_is_excused():
 
 def test_where_memory_is_short_the_site_is_rewritten_and_one_warning_says_that_it_was_not_verified(monkeypatch):
     monkeypatch.setattr(verify, "free_on", lambda device: 1 << 20)
-    with pytest.warns(RuntimeWarning, match="not verified: the scores in float64 would take . MiB, and 1 MiB are free"):
+    with pytest.warns(RuntimeWarning, match="not verified: its scores in float64 would take . MiB, and 1 MiB are free"):
         (notes,) = same_as_eager(plain, qkv(b=8, h=8, t=T))
     assert "not verified" in notes
 
@@ -423,7 +423,7 @@ def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
     planted(monkeypatch, no_scale)
     monkeypatch.setattr(verify.repro, "write", fails)
-    with pytest.warns(RuntimeWarning, match="no script could be written under .*no room"):
+    with pytest.warns(RuntimeWarning, match="script that reproduces a mismatch could not be written under .*no room"):
         same_as_eager(plain, qkv(t=T), dump_dir=tmp_path)
 
 
@@ -434,7 +434,7 @@ def test_of_two_sites_the_right_one_stays_rewritten(tmp_path, monkeypatch):
         return original(graph, facts, match, *rest, **more)
 
     monkeypatch.setattr(apply, "rewrite", planted)
-    with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite gave another result"):
+    with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite and its original disagreed"):
         same_as_eager(lambda q, k, v: capped(plain(q, k, v), k, v), qkv(t=T), dump_dir=tmp_path)
     first, second = filed[0].sites
     assert not first.rewritten and second.rewritten and "verified" in " ".join(second.notes)

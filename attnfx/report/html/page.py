@@ -72,7 +72,7 @@ def _script(value: object) -> Markup:
 def _site(site: Mapping[str, Any]) -> dict[str, Any]:
     decision, refusal, tiles = site["decision"], site["refusal"], site["tiles"]
     if refusal is not None:
-        why = f"{refusal['message']} [{refusal['code']}] {refusal['hint']}"
+        why = f"{refusal['message']} [{refusal['code']}]. {refusal['hint']}"
     else:
         why = decision["reason"] if decision is not None else ""
     share = f" {site['share']:.0%} of the graph's FLOPs." if site["share"] else ""

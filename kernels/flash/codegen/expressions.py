@@ -172,7 +172,7 @@ class Body:
                 return f"1.0 / {x[0]}"
         if e.op in _CALLS:
             return f"{_CALLS[e.op]}({', '.join(plain)})"
-        raise NotEmitted(f"the operation {e.op!r} has no kernel: {e}")
+        raise NotEmitted(f"the kernels lack the operation {e.op!r}: {e}")
 
     def _sum(self, e: Expr) -> str:
         text, rest = "", [a for a in e.args if a is not A.DOT]

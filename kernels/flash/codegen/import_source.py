@@ -36,11 +36,13 @@ def _check(path: Path) -> None:
     found = path.lstat()
     owner = getattr(os, "getuid", lambda: found.st_uid)()
     if stat.S_ISLNK(found.st_mode):
-        raise PermissionError(f"{path} is a link: generated code is not kept there")
+        raise PermissionError(f"{path} is a symbolic link; set ATTNFX_CACHE_DIR to a folder of yours")
     if found.st_uid != owner:
-        raise PermissionError(f"{path} belongs to another user: generated code is not kept there")
+        raise PermissionError(f"{path} belongs to another user; set ATTNFX_CACHE_DIR to a folder of yours")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{path} can be written by other users: generated code is not kept there")
+        raise PermissionError(
+            f"{path} can be written by other users; make it private, or set ATTNFX_CACHE_DIR to a private folder"
+        )
 
 
 def load(text: str, where: Path | None = None) -> ModuleType:

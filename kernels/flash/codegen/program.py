@@ -111,7 +111,7 @@ def program_of(spec: AttentionSpec) -> Program | str:
 
 def _program(spec: AttentionSpec) -> Program:
     if spec.compute != "float32":
-        raise Unsupported(f"it computes in {spec.compute}, the kernels in float32")
+        raise Unsupported(f"the attention needs {spec.compute}, and the kernels compute in float32")
     tables = _Tables(len(spec.captures))
     score, weight = tables.out_of(spec.score), tables.out_of(spec.weight)
     extras = tuple(tables.out_of(e) for e in spec.extra)
@@ -143,7 +143,7 @@ def _program(spec: AttentionSpec) -> Program:
         slopes = whole_slopes = [_ZERO] * len(wanted)
         whole_slope = None
     else:
-        raise Unsupported(f"its normaliser is {spec.normaliser!r}")
+        raise Unsupported(f"the kernels lack the normalizer {spec.normaliser!r}")
     to = tables.by_diagonal
     leaves = tuple(
         Leaf(x, _space(x), to(s), to(e) if whole is not None else _ZERO, to(w))
@@ -166,9 +166,11 @@ def _program(spec: AttentionSpec) -> Program:
     )
     for e in (x for root in made.roots for x in walk(root)):
         if e.op in ("rsum", "rmax"):
-            raise Unsupported(f"a reduction over a capture that depends on more than one index has no kernel: {e}")
+            raise Unsupported(f"the kernels cannot reduce a captured tensor that depends on more than one index: {e}")
         if e.op in ("aten", "softmax", "dropout"):
-            raise Unsupported(f"{e.op} depends on more than one index, or on the scores: {e}")
+            raise Unsupported(
+                f"the kernels cannot compute {e.op}, which depends on more than one index, or on the scores: {e}"
+            )
     return made
 
 
@@ -226,8 +228,8 @@ def _linear(weight: Expr) -> Expr:
         branches = [_ZERO if x is _ZERO else _linear(x) for x in weight.args[1:]]
         return A.where(weight.args[0], *branches)
     if weight.op == "detach":
-        raise Unsupported("its weights are detached from the graph")
-    raise Unsupported(f"its weight program is not a multiple of the probability: {weight}")
+        raise Unsupported("the weights are detached from autograd")
+    raise Unsupported(f"the weight is not a multiple of the probability: {weight}")
 
 
 def _has_prob(e: Expr) -> bool:
@@ -274,7 +276,7 @@ class _Tables:
         if e not in self.done:
             table = self._table(e) if e.kind in (BOOL, INT) or e.op in ("rsum", "rmax") else None
             if table is None and e.op in ("aten", "rsum", "rmax"):
-                raise Unsupported(f"a table of this would depend on more than one index: {e}")
+                raise Unsupported(f"the kernels cannot tabulate an expression of more than one index: {e}")
             if table is None:
                 args = tuple(self._visit(a, marked) for a in e.args)
                 self.done[e] = A.make(e.op, e.kind, args, e.value)

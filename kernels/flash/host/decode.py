@@ -24,7 +24,7 @@ def supports(call: Call) -> str | None:
     """Return why these kernels cannot run the call, as one sentence, or None."""
     per_group = call.query.shape[1] // max(call.key.shape[1], 1)
     if call.query.shape[2] * per_group > MOST_ROWS:
-        return f"{call.query.shape[2]} queries of {per_group} heads a group are more than {MOST_ROWS} rows"
+        return f"{call.query.shape[2]} queries of {per_group} heads per key head are more than {MOST_ROWS} rows"
     return launch.supports(call)
 
 

@@ -40,7 +40,7 @@ def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[
             why = _reason(problem)
             if why is None:
                 raise
-            _remember(key, tried, why, f"smaller tiles run, {tiles[tried + 1]}" if tried + 1 < len(tiles) else "")
+            _remember(key, tried, why, f"the next tile is tried, {tiles[tried + 1]}" if tried + 1 < len(tiles) else "")
     raise CannotLaunch(f"the {kernel} kernel cannot run: {_failed[key][-1]}")
 
 
@@ -56,14 +56,14 @@ def _remember(key: tuple[object, ...], tried: int, why: str, instead: str) -> No
             return
         reasons.append(why)
     kernel, spec, *_, device = key
-    ending = instead or "it runs in blocks of PyTorch's operators"
+    ending = instead or "the call runs in blocks of PyTorch's operators"
     fell_back(spec, f"the {kernel} kernel on {device} {why}: {ending}")  # type: ignore[arg-type]
 
 
 def _reason(problem: Exception) -> str | None:
     """Return why a launch failed if a smaller tile may succeed; None for any other failure."""
     if isinstance(problem, OutOfResources):
-        return f"needs {problem.required} of {problem.name}, the device has {problem.limit}"
+        return f"needs {problem.required} of {problem.name}, and the device has {problem.limit}"
     if isinstance(problem, (CompilationError, PTXASError)) or "PassManager::run failed" in str(problem):
         words = str(problem).strip().splitlines()
         return f"does not compile ({words[-1].strip() if words else type(problem).__name__})"

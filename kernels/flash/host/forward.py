@@ -59,18 +59,18 @@ def program(spec: AttentionSpec) -> Program:
 def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_width: int) -> str | None:
     """Return why these kernels cannot run such calls, as one sentence, or None."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+        return f"the inputs are {dtype}, and the kernels take float16, bfloat16 and float32"
     if getattr(torch, spec.out_dtype).itemsize > dtype.itemsize:
-        return f"the result is {spec.out_dtype}, finer than the {dtype} that the kernels would multiply"
+        return f"the result is {spec.out_dtype}, finer than the inputs' {dtype}, in which the kernels multiply"
     for name, width in (("head_dim", head_dim), ("value width", value_width)):
         if not 0 < width <= LARGEST_HEAD_DIM:
-            return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
+            return f"the {name} is {width}, and the kernels take 1 to {LARGEST_HEAD_DIM}"
     try:
         functions(spec)
     except (Unsupported, NotEmitted) as why:
         return str(why)
     except PermissionError as why:
-        return f"generated code cannot be kept: {why}"
+        return f"generated code cannot be stored: {why}"
     return None
 
 
@@ -80,9 +80,9 @@ def supports(call: Call) -> str | None:
     if (why := expresses(call.spec, query.dtype, query.shape[3], call.value.shape[3])) is not None:
         return why
     if 0 in query.shape or 0 in call.key.shape:
-        return "a dim of the inputs has size 0"
+        return "a dimension of the inputs has size 0"
     if any(x.numel() == 0 for x in call.captures):
-        return "a capture is empty"
+        return "a captured tensor is empty"
     try:
         functions(call.spec, wide_captures(call.captures))
     except NotEmitted as why:

@@ -151,7 +151,7 @@ def test_of_equal_weights_the_first_key_counts():
 def test_the_largest_weight_is_asked_of_probabilities_only():
     query, key, _ = tensors()
     call, logsumexp = attention_of(AttentionSpec(score=DOT, weight=A.mul(A.PROB, A.PROB), **DOUBLE), query, key)
-    with pytest.raises(ValueError, match="only known of probabilities"):
+    with pytest.raises(ValueError, match="the largest weight needs probabilities"):
         torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "j")
 
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_an_error_that_names_it():
     run = torch.ops.attnfx.attention_weights
     with pytest.raises(ValueError, match="keep is 'jb', expected letters of 'bhij' in that order"):
         run(query, key, logsumexp, [], [], None, call.spec.to_json(), "jb")
-    with pytest.raises(ValueError, match="logsumexp is"):
+    with pytest.raises(ValueError, match="logsumexp has shape"):
         run(query, key, logsumexp[:1], [], [], None, call.spec.to_json(), "bj")
     with pytest.raises(ValueError, match="over is 'h', expected 'i' or 'j'"):
         torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "h")

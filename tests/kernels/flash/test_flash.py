@@ -236,7 +236,7 @@ def test_what_the_kernels_cannot_run_is_said_in_a_sentence():
     assert "finer than" in why(tensors(dtype=torch.bfloat16))
     assert "head_dim is 320" in why(tensors(D=320, T=2, S=2))
     assert "size 0" in why(tensors(S=0))
-    assert "a capture is empty" in why(
+    assert "a captured tensor is empty" in why(
         tensors(), (torch.empty(0),), score=A.add(DOT, A.load(0, [H], "f")), captures=(Capture("f", 1),)
     )
 
@@ -259,7 +259,7 @@ def test_split_keys_give_what_the_whole_matrix_gives(name, processors):
     spec = AttentionSpec(**fields)
     inputs = tensors(heads=2, groups=1)
     call = Call(spec, *inputs, captures, (), None)
-    assert split.supports(call) == "37 queries of 2 heads a group are more than 64 rows"
+    assert split.supports(call) == "37 queries of 2 heads per key head are more than 64 rows"
     inputs[0] = inputs[0][:, :, :5]
     if name == "sink by row":
         captures = (captures[0][:, :5],)

@@ -235,7 +235,7 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        (dict(normaliser="none"), "no softmax"),
+        (dict(normaliser="none"), "the weights are not a softmax"),
         (dict(weight=A.mul(A.const(2.0), A.PROB)), "changed after the softmax"),
         (dict(dropout=0.1), "dropout"),
         (dict(score=A.unary("tanh", A.DOT)), "not a multiple of the dot product"),
@@ -244,7 +244,7 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
             dict(score=A.mul(A.DOT, A.load(0, [H], "f")), captures=(Capture("f", 1),)),
             "not a multiple of the dot product",
         ),
-        (dict(compute="float32"), "the spec asks for float32"),
+        (dict(compute="float32"), "the attention needs float32"),
     ],
 )
 def test_what_it_cannot_run_is_said(fields, why):

@@ -111,7 +111,7 @@ def test_a_body_that_gives_something_else_is_not_used_and_says_so(monkeypatch, c
         got = step(replace(program(), compiled=True))
     for x, want in zip(got, step(program())):
         torch.testing.assert_close(x, want)
-    assert ["differs from that of the calls" in r.getMessage() for r in caplog.records] == [True, True]
+    assert ["of the compiled body differs from the calls'" in r.getMessage() for r in caplog.records] == [True, True]
     assert made_bodies() == [None, None]
 
 

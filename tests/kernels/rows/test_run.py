@@ -183,9 +183,9 @@ def test_autocast_adds_no_casts():
 
 def test_operands_that_do_not_fit_are_named():
     inputs = operands()
-    with pytest.raises(ValueError, match="3 inputs, the program needs 4"):
+    with pytest.raises(ValueError, match="inputs has 3 tensors, expected 4"):
         call(inputs[:3])
     with pytest.raises(ValueError, match="seed is None"):
         call(inputs, 0.5)
-    with pytest.raises(ValueError, match="should lie along 1"):
+    with pytest.raises(ValueError, match="its rows should be dim 1"):
         call([inputs[0][0, 0], *inputs[1:]])

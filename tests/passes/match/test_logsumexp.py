@@ -6,7 +6,7 @@ import torch
 from tests.support import check, compiled, new_reports, qkv, rand
 
 T, S = 40, 56
-NOTE = "sums of its weights are computed without them (test_logsumexp.py:"
+NOTE = "sums of its weights are computed without storing the weights (test_logsumexp.py:"
 
 
 def scores_of(q, k):

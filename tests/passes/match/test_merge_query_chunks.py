@@ -74,7 +74,7 @@ ONE = [joined_by_cat, written_into_place, offsets_by_hand, a_last_chunk_of_one_r
 def test_chunks_of_one_attention_are_one_site(fn):
     (site,) = check(fn, *qkv(t=T))
     assert site.dims["T"] == site.dims["S"] == T
-    assert "chunks of queries, joined" in site.notes[-1]
+    assert "chunks of queries" in site.notes[-1]
 
 
 def test_a_bias_is_read_in_chunks_and_has_its_gradient():

@@ -1,4 +1,4 @@
-"""Match attention whose operands are written in place before they are read, and keep it where they change afterwards."""
+"""Match attention whose operands are written in place before they are read; keep it if they change later."""
 
 import torch
 from torch import nn

@@ -69,7 +69,7 @@ def passes(some):
 def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one_once_with_one_warning(refuse):
     want = passes(call())
     refused = refuse(TOO_LARGE, keys=LEAST.keys)
-    with pytest.warns(RuntimeWarning, match="needs 300000 of shared memory, the device has 232448") as told:
+    with pytest.warns(RuntimeWarning, match="needs 300000 of shared memory, and the device has 232448") as told:
         got = passes(call())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     ours = [x for x in told if str(x.message).startswith("attnfx")]  # Triton's interpreter warns, too

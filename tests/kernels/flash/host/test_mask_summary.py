@@ -247,7 +247,7 @@ def test_pytorchs_own_checks_of_an_operator_pass():
 def test_a_summary_that_does_not_fit_is_refused():
     call, states = call_with_summary(*MASKS["any"])
     args = call.query, call.key, call.value, list(call.captures), [], None, call.spec.to_json(), "flash"
-    with pytest.raises(ValueError, match=r"summary is \(2, 1, 3, 3\), the spec's mask has \(2, 1, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"summary has shape \(2, 1, 3, 3\), expected \(2, 1, 3, 4\)"):
         torch.ops.attnfx.attention(*args, states[..., :3].contiguous())
 
 
