@@ -260,7 +260,7 @@ _DECISIONS = {
     "slower": Code(
         "The predicted gain is too small",
         "The cost model predicts that a rewrite takes more than 0.95 times the original's time at these sizes on this "
-        "device (0.8 times, where the original is PyTorch's fused operator on a GPU).",
+        "device (0.8 times, where the original is PyTorch's fused operator on a GPU), or tuning measured it as slower.",
         "longer sequences, a causal or window mask",
         'Nothing to do; `rewrite="always"` rewrites it anyway.',
     ),
