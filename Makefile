@@ -9,7 +9,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint bench bench-gpu bench-gpu-plan clean
+.PHONY: demo test test-fast lint bench bench-gpu bench-gpu-plan performance clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -41,6 +41,11 @@ bench-gpu: $(READY)
 # Plans held against a GPU's memory, in ten minutes; writes benchmarks/results/gpu_plan.json.
 bench-gpu-plan: $(READY)
 	$(BIN)/python benchmarks/gpu_plan.py
+
+# docs/performance.md, the README's table and pictures, from the files in benchmarks/results; measures nothing.
+performance: $(READY)
+	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/picture.py
 
 # Keeps .venv, which costs a download to make again.
 clean:

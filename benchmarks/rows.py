@@ -3,7 +3,7 @@
 A process per contender and program, each after a warm-up; operands (1, H, T, D) in float32. The step is one forward
 and backward pass. Peaks are over what is in memory before the step: `peak_MiB` of the process, as the system counts its
 pages; `live_MiB` of tensors that are alive, as the profiler counts PyTorch's allocations. Contenders that are not
-measured anew keep what the file has of the same machine and sizes.
+measured anew keep what the file has of the same machine and sizes; `earlier` names them.
 
 `activations` are of one program at three numbers of keys, a quarter, half and whole: what a training step saves beyond
 its operands and result, and what a forward pass has alive beyond them, call by call, for chunks of three sizes.
@@ -154,8 +154,11 @@ def main(heads: int, length: int, width: int, threads: int, contenders: str, pro
 
     for program in programs.split(","):
         found = rows.setdefault(program, {})
-        for contender in contenders.split(",") if contenders else ():
+        chosen = contenders.split(",") if contenders else []
+        for contender in chosen:
             found[contender] = measured(f"{program}:{contender}")
+        if chosen:
+            found["earlier"] = [c for c in ("eager", "inductor", "attnfx") if c in found and c not in chosen]
         if {"eager", "attnfx"} <= found.keys():
             names = {"peak": "peak_MiB", "live": "live_MiB", "time": "seconds", "forward": "forward_seconds"}
             ratios = {k: found["attnfx"][name] / found["eager"][name] for k, name in names.items()}
