@@ -203,7 +203,7 @@ def usual() -> str:
         "## Whole models, short sequences",
         text(f"""Models of base width at their usual input sizes, {count(file['threads'], 'thread')}. Little is to be
             gained here, and the default must not lose: attnfx took {spread(parts)} times Inductor's time. In {kept}
-            of {len(rows)} rows the cost rule kept every site, so the two ran the same code."""),
+            of {len(rows)} rows the cost rule kept every site."""),
         table(["model", "pass", "sites", *(LABELS[name] for name in names)], rows),
     ])  # fmt: skip
 
@@ -365,7 +365,7 @@ def whole_rows() -> str:
                 part, ours = found[contender], found["attnfx"]
                 times, sizes = (part["seconds"], part["forward_seconds"]), (part["peak_MiB"], part["live_MiB"])
                 our_times, our_sizes = (ours["seconds"], ours["forward_seconds"]), (ours["peak_MiB"], ours["live_MiB"])
-                earlier = " (earlier run)" if contender in found["earlier"] else ""
+                earlier = " (earlier run)" if contender in found.get("earlier", ()) else ""
                 rows.append([
                     name, LABELS[contender] + earlier,
                     *(f"{a:.1f} s" + ("" if part is ours else f" ({b / a:.2f})") for a, b in zip(times, our_times)),
@@ -620,7 +620,7 @@ def headline() -> str:
     alone, whole, peaks = stored("attention"), stored("models"), stored("memory")
     threads = {file["threads"] for file in (alone, whole, peaks)}
     picked = [
-        *((f"{attention_of(r['job'])}, {'forward and backward' if r['job']['train'] else 'forward'}", r, ms)
+        *((f"attention alone, {attention_of(r['job'])}, forward{' and backward' * r['job']['train']}", r, ms)
           for r in alone["rows"] if r["job"]["program"] == "causal" or not r["job"]["train"]),
         *((f"{model_of(r['job'])}, {direction(r['job']['train'])}", r, ms) for r in whole["rows"]),
         *((f"peak memory: {model_of(r['job'])}, training step", r, mib)
@@ -643,7 +643,7 @@ def headline() -> str:
 def with_headline(readme: str) -> str:
     """Return the README's text with its table made anew. Raises ValueError if a marker is missing."""
     before, after = readme.index(BEGIN) + len(BEGIN), readme.index(END)
-    return readme[:before] + "\n" + headline() + "\n" + readme[after:]
+    return readme[:before] + "\n\n" + headline() + "\n\n" + readme[after:]
 
 
 def main() -> None:
