@@ -124,25 +124,26 @@ def unit_of(name: str, size: int) -> str:
 
 
 # -- sections -----------------------------------------------------------------------------------
-def machines() -> str:
-    """The machine of all results; if there are several, each with its files."""
-    found: dict[str, list[str]] = {}
-    dates = []
-    for file in sorted(RESULTS.glob("*.json")):
-        about = json.loads(file.read_text()).get("machine")
-        if about is None:
-            continue
-        v = about["versions"]
-        words = (
-            f"{about['cores']} cores of an {about['cpu']}, {about['memory_GiB']} GiB, {about['system']}; Python "
-            f"{v['python']}, PyTorch {v['torch']}, Triton {v['triton']}, transformers {v['transformers']}"
-        )
-        found.setdefault(words, []).append(f"`{file.name}`")
-        dates.append(about["date"])
-    when = f"on {dates[0]}" if len(set(dates)) == 1 else f"between {min(dates)} and {max(dates)}"
-    if len(found) == 1:
-        return f"Machine: {next(iter(found))}. Measured {when}."
-    return f"Measured {when}. " + " ".join(f"Machine of {', '.join(files)}: {words}." for words, files in found.items())
+def machines(*names: str) -> str:
+    """Name the machine, versions and dates of some result files, or of all; a file that differs from most is named."""
+    about = {name: stored(name).get("machine") for name in names or sorted(f.stem for f in RESULTS.glob("*.json"))}
+    known = {name: found for name, found in about.items() if found}
+
+    def most_and_others(say: Callable[[dict[str, Any]], str]) -> str:
+        groups: dict[str, list[str]] = {}
+        for name, found in known.items():
+            groups.setdefault(say(found), []).append(f"`{name}.json`")
+        first, *rest = sorted(groups, key=lambda words: -len(groups[words]))
+        return "; ".join([first, *(f"for {listed(groups[words])}, {words}" for words in rest)])
+
+    def versions(found: dict[str, Any]) -> str:
+        v = found["versions"]
+        return f"Python {v['python']}, PyTorch {v['torch']}, Triton {v['triton']}, transformers {v['transformers']}"
+
+    hardware = most_and_others(lambda m: f"{m['cores']} cores of an {m['cpu']}, {m['memory_GiB']} GiB, {m['system']}")
+    days = sorted({found["date"] for found in known.values()})
+    when = f"on {days[0]}" if len(days) == 1 else f"between {days[0]} and {days[-1]}"
+    return f"Machine: {hardware}. {most_and_others(versions)}. Measured {when}."
 
 
 def introduction() -> str:
@@ -214,11 +215,10 @@ def memory() -> str:
 
     def sites(row: dict[str, Any]) -> str:
         ours = row["by_backend"]["attnfx"]
-        return f"{ours['rewritten']} of {ours['sites']}" if "sites" in ours else ""
+        return f"{ours['rewritten']} of {ours['sites']}"
 
     rows = [
-        [model_of(r["job"]), direction(r["job"].get("train", True)), sites(r), *compared(r, names, mib)]
-        for r in file["rows"]
+        [model_of(r["job"]), direction(r["job"]["train"]), sites(r), *compared(r, names, mib)] for r in file["rows"]
     ]
     return "\n\n".join([
         "## Peak memory",
@@ -615,6 +615,13 @@ def page() -> str:
 
 
 # -- the README's table -------------------------------------------------------------------------
+def training_peaks() -> list[dict[str, Any]]:
+    """The rows of memory.json that train, those of causal models first."""
+    return sorted(
+        (r for r in stored("memory")["rows"] if r["job"]["train"]), key=lambda r: r["job"]["model"][0] == "vit"
+    )
+
+
 def headline() -> str:
     """Return the README's table and its sentence, without the markers."""
     alone, whole, peaks = stored("attention"), stored("models"), stored("memory")
@@ -624,7 +631,7 @@ def headline() -> str:
           for r in alone["rows"] if r["job"]["program"] == "causal" or not r["job"]["train"]),
         *((f"{model_of(r['job'])}, {direction(r['job']['train'])}", r, ms) for r in whole["rows"]),
         *((f"peak memory: {model_of(r['job'])}, training step", r, mib)
-          for r in peaks["rows"] if r["job"].get("train", True) and r["job"]["model"][0] in ("llama", "vit")),
+          for r in training_peaks() if r["job"]["model"][0] != "mistral"),
     ]  # fmt: skip
     others = ("inductor", "sdpa")
     rows = []
@@ -633,7 +640,7 @@ def headline() -> str:
         parts = [f"{found['attnfx'] / found[name]:.2f}" for name in others if name in found]
         cells = [shown(found[name]) if name in found else "" for name in ("attnfx", *others)]
         rows.append([what, *cells, " / ".join(parts)])
-    about = text(f"""{machines()} Float32, {listed([str(n) for n in sorted(threads)])} threads. The contenders of a
+    about = text(f"""{machines("attention", "models", "memory")} Float32, {listed([str(n) for n in sorted(threads)])} threads. The contenders of a
         row ran in turn in one process, and the shortest time counts; peaks are a process's own, over its memory
         before the step. `sdpa` is the model's fused attention. "Ratio" is attnfx's part of Inductor's, and of
         Inductor's on `sdpa`.""")

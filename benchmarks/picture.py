@@ -14,7 +14,7 @@ import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
-from page import MODELS, ROOT, amounts, attention_of, direction, mib, ms, stored, unit_of
+from page import MODELS, ROOT, amounts, attention_of, direction, mib, ms, stored, training_peaks, unit_of
 
 FOLDER = ROOT / "docs" / "pictures"
 NAMES = {"eager": "eager", "inductor": "Inductor", "sdpa": "Inductor, sdpa", "attnfx": "attnfx"}
@@ -48,7 +48,7 @@ def data() -> dict[str, list[dict[str, Any]]]:
 
     def model(row: dict[str, Any]) -> str:
         name, _, size, _ = row["job"]["model"]
-        return f"{MODELS[name]}, {size} {unit_of(name, size)}, {direction(row['job'].get('train', True))}"
+        return f"{MODELS[name]}, {size} {unit_of(name, size)}, {direction(row['job']['train'])}"
 
     return {
         "time": [
@@ -56,7 +56,7 @@ def data() -> dict[str, list[dict[str, Any]]]:
               for r in stored("attention")["rows"] if r["job"]["train"]),
             *(group(model(r), r) for r in stored("models")["rows"]),
         ],
-        "memory": [group(model(r), r) for r in stored("memory")["rows"] if r["job"].get("train", True)],
+        "memory": [group(model(r), r) for r in training_peaks()],
     }  # fmt: skip
 
 

@@ -59,10 +59,10 @@ def test_a_number_follows_its_file(page, monkeypatch):
     assert "123456 ms" in page.attention() and "123456 ms" in page.headline()
 
 
-def test_another_machine_is_named_with_its_files(page, monkeypatch, tmp_path):
-    for name in ("attention", "models"):
-        text = (page.RESULTS / f"{name}.json").read_text()
-        (tmp_path / f"{name}.json").write_text(text if name == "models" else text.replace('"cores": 2', '"cores": 64'))
-    monkeypatch.setattr(page, "RESULTS", tmp_path)
-    said = page.machines()
-    assert "64 cores" in said and "`attention.json`" in said and "`models.json`" in said
+def test_a_file_of_another_machine_is_named(page, monkeypatch):
+    changed = copy.deepcopy(page.stored("models"))
+    changed["machine"] |= {"cores": 64, "date": "2030-01-01"}
+    read = page.stored
+    monkeypatch.setattr(page, "stored", lambda name: changed if name == "models" else read(name))
+    said = page.machines("attention", "grid", "models")
+    assert "for `models.json`, 64 cores" in said and "2030-01-01" in said and said.count("PyTorch") == 1
