@@ -616,7 +616,7 @@ def page() -> str:
 
 # -- the README's table -------------------------------------------------------------------------
 def training_peaks() -> list[dict[str, Any]]:
-    """The rows of memory.json that train, those of causal models first."""
+    """The training steps of memory.json, those of causal models first."""
     return sorted(
         (r for r in stored("memory")["rows"] if r["job"]["train"]), key=lambda r: r["job"]["model"][0] == "vit"
     )
@@ -640,10 +640,10 @@ def headline() -> str:
         parts = [f"{found['attnfx'] / found[name]:.2f}" for name in others if name in found]
         cells = [shown(found[name]) if name in found else "" for name in ("attnfx", *others)]
         rows.append([what, *cells, " / ".join(parts)])
-    about = text(f"""{machines("attention", "models", "memory")} Float32, {listed([str(n) for n in sorted(threads)])} threads. The contenders of a
-        row ran in turn in one process, and the shortest time counts; peaks are a process's own, over its memory
-        before the step. `sdpa` is the model's fused attention. "Ratio" is attnfx's part of Inductor's, and of
-        Inductor's on `sdpa`.""")
+    about = text(f"""{machines("attention", "models", "memory")} Float32, {listed([str(n) for n in sorted(threads)])}
+        threads. The contenders of a row ran in turn in one process, and the shortest time counts; peaks are a process's
+        own, over its memory before the step. `sdpa` is the model's fused attention. "Ratio" is attnfx's part of
+        Inductor's, and of Inductor's on `sdpa`.""")
     return "\n\n".join([table(["", "attnfx", "Inductor", "Inductor on `sdpa`", "ratio"], rows), about])
 
 
