@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 DOCS_READY := $(VENV)/.docs-installed
 
-.PHONY: demo test test-fast lint docs bench bench-gpu bench-gpu-plan clean
+.PHONY: demo test test-fast lint docs performance bench bench-gpu bench-gpu-plan clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -46,6 +46,11 @@ bench-gpu: $(READY)
 # Compare planned with measured GPU memory, in ten minutes; writes benchmarks/results/gpu_plan.json.
 bench-gpu-plan: $(READY)
 	$(BIN)/python benchmarks/gpu_plan.py
+
+# Writes docs/performance.md and the README's table and pictures from the files in benchmarks/results; measures nothing.
+performance: $(READY)
+	$(BIN)/python benchmarks/page.py
+	$(BIN)/python benchmarks/picture.py
 
 # Keeps .venv, because making it again needs a download.
 clean:

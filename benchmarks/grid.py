@@ -290,17 +290,22 @@ def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
     return [float(f"{v / s:.3g}") if v > 1e-6 else 0.0 for v, s in zip(x, scale)]
 
 
-def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Compute the regret of the choices: the time of the chosen over the best candidate, and over the original."""
+def chosen(point: dict[str, Any]) -> str:
+    """Return the tier that the default takes at a measured point; "kept" is the original."""
     from attnfx.cost import select
     from attnfx.options import Options
 
+    return select(question(point), Options()).tier
+
+
+def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
     over_best, over_original = [], []
     for got in points:
         times = {name: t["min_ms"] for name, t in got["times"].items()}
-        chosen = times[select(question(got), Options()).tier]
-        over_best.append(chosen / min(times.values()))
-        over_original.append(chosen / times["kept"])
+        ours = times[chosen(got)]
+        over_best.append(ours / min(times.values()))
+        over_original.append(ours / times["kept"])
     over_best.sort()
     return {
         "points": len(over_best), "mean": sum(over_best) / len(over_best),
@@ -309,26 +314,44 @@ def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
     }  # fmt: skip
 
 
+def use(some: Sequence[dict[str, Any]]) -> None:
+    """Fit the cost model's rates to some points, and decide by them from now on."""
+    from attnfx.cost import cpu
+
+    cpu.FORWARD.update(fit(some, False))
+    cpu.TRAINING.update(fit(some, True))
+
+
+def out_of_sample(points: Sequence[dict[str, Any]]) -> list[dict[str, float]]:
+    """Return the regret of each half of the points under rates fitted to the other half; restore the rates."""
+    from attnfx.cost import cpu
+
+    before = dict(cpu.FORWARD), dict(cpu.TRAINING)
+    halves, found = (points[0::2], points[1::2]), []
+    try:
+        for some, rest in (halves, halves[::-1]):
+            use(some)
+            found.append(regret(rest))
+    finally:
+        cpu.FORWARD.update(before[0])
+        cpu.TRAINING.update(before[1])
+    return found
+
+
 def report_fit(points: list[dict[str, Any]]) -> None:
     """Print the table for attnfx/cost/cpu.py, its errors, and the regret: in sample, cross-validated and held out."""
     from attnfx.cost import cpu
 
-    def use(some: Sequence[dict[str, Any]]) -> None:
-        cpu.FORWARD.update(fit(some, False))
-        cpu.TRAINING.update(fit(some, True))
+    def say(what: str, found: dict[str, float]) -> None:
+        print(f"{what}: " + ", ".join(f"{k} {v:.3g}" for k, v in found.items()))
 
-    def say(what: str, some: Sequence[dict[str, Any]]) -> None:
-        print(f"{what}: " + ", ".join(f"{k} {v:.3g}" for k, v in regret(some).items()))
-
-    say("regret by the rates in attnfx/cost/cpu.py", points)
-    halves = points[0::2], points[1::2]
-    for number, (some, rest) in enumerate((halves, halves[::-1]), 1):
-        use(some)
-        say(f"regret by cross-validation, half {number}", rest)
+    say("regret by the rates in attnfx/cost/cpu.py", regret(points))
+    for number, found in enumerate(out_of_sample(points), 1):
+        say(f"regret by cross-validation, half {number}", found)
     use(points)
-    say("regret by the rates below", points)
+    say("regret by the rates below", regret(points))
     if HELD_OUT_FILE.exists():
-        say("regret on the held-out points", json.loads(HELD_OUT_FILE.read_text())["points"])
+        say("regret on the held-out points", regret(json.loads(HELD_OUT_FILE.read_text())["points"]))
     for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
         print(f"{name} = {{")
         for way, rates in table.items():

@@ -30,14 +30,18 @@ def causal(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
     return torch.softmax(scores(query, key).masked_fill(future, -math.inf), -1) @ value
 
 
+def in_window(query: Tensor, key: Tensor, width: int) -> Tensor:
+    """Return the mask (T, S) of the keys that a query sees: itself and the `width - 1` before it."""
+    i = torch.arange(query.shape[-2])[:, None]
+    j = torch.arange(key.shape[-2])[None, :]
+    return (j <= i) & (i - j < width)
+
+
 def window(width: int) -> Program:
     """Create causal attention with a sliding window: the key is at most `width - 1` before the query."""
 
     def program(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
-        i = torch.arange(query.shape[-2])[:, None]
-        j = torch.arange(key.shape[-2])[None, :]
-        seen = (j <= i) & (i - j < width)
-        return torch.softmax(torch.where(seen, scores(query, key), -math.inf), -1) @ value
+        return torch.softmax(torch.where(in_window(query, key, width), scores(query, key), -math.inf), -1) @ value
 
     return program
 
@@ -112,6 +116,18 @@ def dropout(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 def fused_masked(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
     """Call PyTorch's own operator with a causal mask as a tensor."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden(query, key))
+
+
+def fused(name: str) -> Program:
+    """Return "causal" or "window:WIDTH" as a call of PyTorch's own operator; the window is a mask tensor there."""
+
+    def program(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
+        if name == "causal":
+            return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        seen = in_window(query, key, int(name.partition(":")[2]))
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=seen)
+
+    return program
 
 
 NAMED = (

@@ -3,7 +3,7 @@
 Each contender and program has its own process and a warm-up; operands are (1, H, T, D) in float32. A step is one
 forward and backward pass. Peaks exclude memory in use before the step. `peak_MiB` is resident memory of the process,
 `live_MiB` is memory of live tensors, from the profiler's record of PyTorch's allocations. Contenders that are not
-measured keep their results in the file, if machine and sizes are the same.
+measured keep their results in the file, if machine and sizes are the same; `earlier` names them.
 
 `activations` measures one program with a quarter, half and all of the keys. It has the bytes that a training step saves
 in addition to its operands and result, and the peak of a forward pass in addition to them, call by call, for chunks of
@@ -155,8 +155,11 @@ def main(heads: int, length: int, width: int, threads: int, contenders: str, pro
 
     for program in programs.split(","):
         found = rows.setdefault(program, {})
-        for contender in contenders.split(",") if contenders else ():
+        chosen = contenders.split(",") if contenders else []
+        for contender in chosen:
             found[contender] = measured(f"{program}:{contender}")
+        if chosen:
+            found["earlier"] = [c for c in ("eager", "inductor", "attnfx") if c in found and c not in chosen]
         if {"eager", "attnfx"} <= found.keys():
             names = {"peak": "peak_MiB", "live": "live_MiB", "time": "seconds", "forward": "forward_seconds"}
             ratios = {k: found["attnfx"][name] / found["eager"][name] for k, name in names.items()}

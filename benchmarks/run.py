@@ -1,10 +1,10 @@
 """Measure the project's performance goals on a CPU, one process per measurement, and write results/<group>.json.
 
 \b
-attention   attention alone against Inductor on the same function: causal and a sliding window
-models      Llama and Mistral shapes at 4096 tokens against Inductor on eager and on sdpa attention
+attention   attention alone, causal and a sliding window: eager, Inductor, Inductor on PyTorch's fused attention
+models      Llama and Mistral shapes at 4096 tokens: eager, Inductor, Inductor on the model's fused attention ("sdpa")
 usual       BERT, GPT-2, T5, Swin and ViT at their usual sizes against Inductor: never slower
-memory      the peak of a ViT training step against eager
+memory      the peak of a training step of a ViT and of the Llama and Mistral shapes; contenders as for models
 compile     attnfx's share of a cold compile, and its growth with the number of layers
 
 All contenders of a time ratio run in turn in one process, and the ratio compares their shortest times.
@@ -39,18 +39,30 @@ class Row:
     result: dict[str, Any] = field(default_factory=dict)
 
 
+EVERY = ["eager", "inductor", "sdpa"]  # the contenders beside attnfx
+
+
+def way(train: bool) -> str:
+    return "training step" if train else "forward"
+
+
 def attention(program: str, train: bool, limit: float) -> Row:
     job = {"kind": "attention", "program": program, "H": 8, "T": 4096, "D": 64, "train": train}
-    job |= {"contenders": ["inductor", "attnfx"], "seconds": 10}
-    way = "forward and backward" if train else "forward"
-    return Row(f"{program.replace(':', ' ')}, 8 x 4096 x 64, {way}", job, {"inductor": limit})
+    job |= {"contenders": [*EVERY, "attnfx"], "seconds": 10}
+    direction = "forward and backward" if train else "forward"
+    return Row(f"{program.replace(':', ' ')}, 8 x 4096 x 64, {direction}", job, {"inductor": limit})
 
 
 def model(name: str, layers: int, size: int, batch: int, train: bool, limits: dict[str, float], seconds: int) -> Row:
     job = {"kind": "model", "model": [name, layers, size, batch], "train": train}
-    job |= {"contenders": [*limits, "attnfx"], "seconds": seconds}
-    way = "training step" if train else "forward"
-    return Row(f"{name}, {layers} layers, {batch} x {size}, {way}", job, limits)
+    others = EVERY if "sdpa" in limits else list(limits)
+    job |= {"contenders": [*others, "attnfx"], "seconds": seconds}
+    return Row(f"{name}, {layers} layers, {batch} x {size}, {way(train)}", job, limits)
+
+
+def memory(name: str, layers: int, size: int, train: bool, limits: dict[str, float]) -> Row:
+    job = {"kind": "memory", "model": [name, layers, size, 1], "train": train, "backends": [*EVERY, "attnfx"]}
+    return Row(f"{name}, {layers} layers, 1 x {size}, {way(train)}", job, limits)
 
 
 def compiling(name: str, layers: int, inner: str, limits: dict[str, float]) -> Row:
@@ -80,11 +92,8 @@ GROUPS = {
     ],
     "usual": [model(*shape, train, {"inductor": 1.05}, 10) for shape in USUAL for train in (False, True)],
     "memory": [
-        Row(
-            "vit, 3 layers, 2448 patches, training step",
-            {"kind": "memory", "model": ["vit", 3, 2448, 1], "backends": ["eager", "inductor", "attnfx"]},
-            {"eager": 0.27},
-        )
+        memory("vit", 3, 2448, True, {"eager": 0.27}),
+        *(memory(name, 4, 4096, train, {}) for name in ("llama", "mistral") for train in (False, True)),
     ],
     "compile": [
         *(compiling(name, 12, "inductor", {"whole": 0.03}) for name in ("gpt2", "bert", "llama")),

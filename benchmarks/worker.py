@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from measure import give_back_freed_memory, interleaved, peak_over_base
 from models import build
-from programs import make
+from programs import fused, make
 from torch import Tensor, nn
 
 
@@ -32,7 +32,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def attention(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure attention alone: one function, operands (1, H, T, D)."""
+    """Measure attention alone: one function, operands (1, H, T, D). "sdpa" is Inductor on PyTorch's fused attention."""
     torch.manual_seed(0)
     program = make(job["program"], job["T"])
     shape = (1, job["H"], job["T"], job["D"])
@@ -48,7 +48,9 @@ def attention(job: dict[str, Any]) -> dict[str, Any]:
                 out.backward(grad)
         return out.detach()
 
-    runs = {name: compiled(program, name) for name in job["contenders"]}
+    runs = {name: compiled(program, name) for name in job["contenders"] if name != "sdpa"}
+    if "sdpa" in job["contenders"]:
+        runs["sdpa"] = compiled(fused(job["program"]), "inductor")
     outputs = {name: call(run) for name, run in runs.items()}
     gap = max(difference(out, outputs["inductor"]) for out in outputs.values())
     times = interleaved(
@@ -69,8 +71,6 @@ def step(model: nn.Module, run: Callable[..., Any], batch: dict[str, Tensor], tr
 
 def model(job: dict[str, Any]) -> dict[str, Any]:
     """Measure a whole model. The contender "sdpa" is Inductor on the library's own fused attention, same weights."""
-    import attnfx
-
     runs: dict[str, Callable[[], Tensor]] = {}
     torch.manual_seed(0)
     eager, batch = build(*job["model"])
@@ -84,26 +84,35 @@ def model(job: dict[str, Any]) -> dict[str, Any]:
         runs[name] = partial(step, own, compiled(own, backend), batch, job["train"])
     outputs = {name: run() for name, run in runs.items()}
     gap = max(difference(out, outputs["inductor"]) for out in outputs.values())
-    sites = [site for report in attnfx.reports() for site in report.sites]
     return {
         "times": interleaved(runs, job["seconds"], least=3, clock=clock(job["threads"])),
         "difference": None if job["train"] else gap,  # the models' own dropout is on in training
-        "sites": len(sites),
-        "rewritten": sum(site.rewritten for site in sites),
+        **rewritten(),
     }
 
 
+def rewritten() -> dict[str, int]:
+    """Count the attention sites of the graphs compiled so far, and those that were rewritten."""
+    import attnfx
+
+    sites = [site for report in attnfx.reports() for site in report.sites]
+    return {"sites": len(sites), "rewritten": sum(site.rewritten for site in sites)}
+
+
 def memory(job: dict[str, Any]) -> dict[str, Any]:
-    """Measure the peak of a training step after the first, minus the memory in use before it."""
+    """Measure the peak of a step after the first, minus the memory in use before it. "sdpa" as in `model`."""
     torch.manual_seed(0)
-    eager, batch = build(*job["model"])
-    run = compiled(eager, job["backend"])
-    step(eager, run, batch, True)
+    backend, implementation = ("inductor", "sdpa") if job["backend"] == "sdpa" else (job["backend"], "eager")
+    eager, batch = build(*job["model"], implementation)
+    eager.train(job["train"])
+    run = compiled(eager, backend)
+    step(eager, run, batch, job["train"])
     eager.zero_grad(set_to_none=True)
     give_back_freed_memory()
     start = time.perf_counter()
-    peak, _ = peak_over_base(lambda: step(eager, run, batch, True))
-    return {"peak_bytes": peak, "seconds": round(time.perf_counter() - start, 2)}
+    peak, _ = peak_over_base(lambda: step(eager, run, batch, job["train"]))
+    result = {"peak_bytes": peak, "seconds": round(time.perf_counter() - start, 2)}
+    return result | (rewritten() if backend == "attnfx" else {})
 
 
 def compile_time(job: dict[str, Any]) -> dict[str, Any]:
