@@ -299,7 +299,7 @@ def chosen(point: dict[str, Any]) -> str:
 
 
 def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
+    """Compute the regret of the choices: the time of the chosen over the best candidate, and over the original."""
     over_best, over_original = [], []
     for got in points:
         times = {name: t["min_ms"] for name, t in got["times"].items()}

@@ -616,7 +616,7 @@ def page() -> str:
 
 # -- the README's table -------------------------------------------------------------------------
 def training_peaks() -> list[dict[str, Any]]:
-    """The training steps of memory.json, those of causal models first."""
+    """Return the training steps of memory.json, the causal models first."""
     return sorted(
         (r for r in stored("memory")["rows"] if r["job"]["train"]), key=lambda r: r["job"]["model"][0] == "vit"
     )
@@ -631,7 +631,7 @@ def headline() -> str:
           for r in alone["rows"] if r["job"]["program"] == "causal" or not r["job"]["train"]),
         *((f"{model_of(r['job'])}, {direction(r['job']['train'])}", r, ms) for r in whole["rows"]),
         *((f"peak memory: {model_of(r['job'])}, training step", r, mib)
-          for r in training_peaks() if r["job"]["model"][0] != "mistral"),
+          for r in training_peaks() if r["job"]["model"][0] == "llama"),
     ]  # fmt: skip
     others = ("inductor", "sdpa")
     rows = []
@@ -640,10 +640,9 @@ def headline() -> str:
         parts = [f"{found['attnfx'] / found[name]:.2f}" for name in others if name in found]
         cells = [shown(found[name]) if name in found else "" for name in ("attnfx", *others)]
         rows.append([what, *cells, " / ".join(parts)])
-    about = text(f"""{machines("attention", "models", "memory")} Float32, {listed([str(n) for n in sorted(threads)])}
-        threads. The contenders of a row ran in turn in one process, and the shortest time counts; peaks are a process's
-        own, over its memory before the step. `sdpa` is the model's fused attention. "Ratio" is attnfx's part of
-        Inductor's, and of Inductor's on `sdpa`.""")
+    about = text(f"""Float32, {listed([str(n) for n in sorted(threads)])} threads. "Ratio" is attnfx divided by Inductor
+        on the hand-written attention, and by Inductor on the model's fused attention (`sdpa`).
+        {machines("attention", "models", "memory")}""")
     return "\n\n".join([table(["", "attnfx", "Inductor", "Inductor on `sdpa`", "ratio"], rows), about])
 
 
