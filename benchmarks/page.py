@@ -132,7 +132,7 @@ def machines(*names: str) -> str:
     def most_and_others(say: Callable[[dict[str, Any]], str]) -> str:
         groups: dict[str, list[str]] = {}
         for name, found in known.items():
-            groups.setdefault(say(found), []).append(f"`{name}.json`")
+            groups.setdefault(say(found), []).append("peak memory" if name == "memory" else f"`{name}.json`")
         first, *rest = sorted(groups, key=lambda words: -len(groups[words]))
         return "; ".join([first, *(f"for {listed(groups[words])}, {words}" for words in rest)])
 
