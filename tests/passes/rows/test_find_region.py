@@ -4,16 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from attnfx.kernels.rows import run as rows
 from tests.support import assert_kept, check, compiled, new_reports, qkv, rand
 
 T, S = 40, 56
-
-
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Configure several chunks, the last one shorter."""
-    monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
 
 
 def inputs(**sizes):

@@ -10,12 +10,6 @@ from tests.support import check, qkv
 T, S = 40, 56
 
 
-@pytest.fixture(autouse=True)
-def small_chunks(monkeypatch):
-    """Configure several chunks, the last one shorter."""
-    monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
-
-
 def inputs(**sizes):
     return qkv(**{"t": T, "s": S, **sizes})
 
