@@ -1,15 +1,18 @@
 # Every target sets up .venv by itself: with the pinned versions of constraints.txt, again whenever these or
-# pyproject.toml change. Knobs: PYTHON (the interpreter .venv is made of), WORKERS and PYTEST_ARGS (make test).
+# pyproject.toml change. Knobs: PYTHON (the interpreter .venv is made of), WORKERS and PYTEST_ARGS (make test), PINS
+# (versions instead of those of constraints.txt in a new .venv, such as PINS="torch==2.11.0 triton==3.6.0").
 
 PYTHON ?= python3
 WORKERS ?= 2
 PYTEST_ARGS ?=
+PINS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.installed
 
-.PHONY: demo test test-fast lint bench bench-gpu bench-gpu-plan clean
+.PHONY: demo test test-fast lint bench bench-gpu bench-gpu-plan dist check-dist check-install \
+    check-tag clean
 .DELETE_ON_ERROR:
 
 demo: $(READY)
@@ -42,6 +45,23 @@ bench-gpu: $(READY)
 bench-gpu-plan: $(READY)
 	$(BIN)/python benchmarks/gpu_plan.py
 
+# The wheel and the sdist. An old attnfx.egg-info would add the files that it lists.
+dist: $(READY)
+	rm -rf dist attnfx.egg-info
+	$(BIN)/python -m build --quiet
+
+# Each of them in a clean environment, which shares the packages of .venv that attnfx requires.
+check-dist: dist
+	$(BIN)/python tests/packaging/check_dist.py dist/*
+
+# The same for the files of dist/ as they are and another PYTHON; pip downloads what attnfx requires.
+check-install:
+	$(PYTHON) tests/packaging/check_dist.py --download dist/*
+
+# Before a release: the tag must be the version.
+check-tag:
+	@test "$(TAG)" = "v$$($(PYTHON) -c 'import attnfx; print(attnfx.__version__)')" || { echo "TAG is not v + version"; exit 1; }
+
 # Keeps .venv, which costs a download to make again.
 clean:
 	rm -rf build dist *.egg-info .hypothesis .import_linter_cache .pytest_cache .ruff_cache torch_compile_debug
@@ -51,5 +71,7 @@ clean:
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || { echo "making $(VENV)"; $(PYTHON) -m venv $(VENV); }
 	@echo "installing attnfx and its tools into $(VENV)"
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@cp constraints.txt $(VENV)/constraints.txt
+	@for pin in $(PINS); do sed -i "s/^$${pin%%==*}==[^;]*/$$pin/" $(VENV)/constraints.txt; done
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(VENV)/constraints.txt -e '.[dev]'
 	@touch $@
