@@ -145,7 +145,7 @@ def link(name: str, packages: Path) -> None:
 
 
 def run(*command: object, cwd: Path, caches: Path) -> str:
-    """Run a command as a user would who has no checkout; return its output."""
+    """Run a command without access to the checkout, and return its output."""
     hidden = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "ATTNFX_", "TORCH")
     kept = {k: v for k, v in os.environ.items() if not k.startswith(hidden)}
     kept |= {"ATTNFX_CACHE_DIR": str(caches / "attnfx"), "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor")}
