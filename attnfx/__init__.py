@@ -1,11 +1,11 @@
-"""attnfx: a torch.compile backend that lifts hand-written attention and runs it in linear memory.
+"""A torch.compile backend that finds hand-written attention and runs it in linear memory.
 
-torch.compile(model, backend="attnfx")                       rewrites what pays
-attnfx.explain(model)(*inputs)                               says what would be done, and why not
-attnfx.Target.by_name("h100-sxm")                            a device to decide for
-attnfx.plan(model, target="h100-sxm")(*inputs)               what it will take there, and what fits
-attnfx.reports()                                             what was done in this process
-attnfx.attention(query, key, value, spec, captures)          the operator itself
+torch.compile(model, backend="attnfx")                  compile, rewriting each attention that gains from it
+attnfx.explain(model)(*inputs)                          report what would be rewritten, or why not
+attnfx.Target.by_name("h100-sxm")                       look up a device to decide for
+attnfx.plan(model, target="h100-sxm")(*inputs)          predict time and memory there, and the sizes that fit
+attnfx.reports()                                        list the reports of this process
+attnfx.attention(query, key, value, spec, captures)     call the attention operator directly
 """
 
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """The public names are imported when they are first used: an entry point that is never called costs nothing."""
+    """Import a public name on first use, so that importing attnfx without using it costs nothing."""
     if name not in _HOMES:
         raise AttributeError(f"module 'attnfx' has no attribute {name!r}")
     import importlib

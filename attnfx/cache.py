@@ -1,8 +1,8 @@
-"""What is kept between processes: small JSON files in the user's cache directory.
+"""Keep values between processes in small JSON files in the user's cache directory.
 
-A cache is never needed: a file that is damaged is rebuilt, a directory that cannot be written is done without, each
-with one warning. A file is replaced as a whole, under a lock, so that concurrent processes lose nothing of each other's
-and no reader sees half a file.
+The program never depends on the cache: a damaged file is rebuilt, and an unwritable directory is ignored, each with one
+warning. A file is replaced as a whole, under a lock. So concurrent processes keep each other's entries, and readers
+never see a partial file.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from typing import Any
 from filelock import FileLock
 from platformdirs import user_cache_dir
 
-VERSION = 1  # of the files' form
+VERSION = 1  # of the file format
 WAIT = 10.0  # seconds for another process's lock
 
 _lock = threading.Lock()
 _warned: set[tuple[Path, str]] = set()
-_unwritten: dict[Path, dict[str, Any]] = {}  # by file: what this process could not write
+_unwritten: dict[Path, dict[str, Any]] = {}  # by file: entries that this process could not write
 
 
 def directory() -> Path:
-    """Where attnfx keeps files: ATTNFX_CACHE_DIR, or the user's cache directory. It need not exist."""
+    """Return the cache directory: ATTNFX_CACHE_DIR, or the user's cache directory. It need not exist."""
     return Path(os.environ.get("ATTNFX_CACHE_DIR") or user_cache_dir("attnfx"))
 
 
 def key_of(**parts: Any) -> str:
-    """The key that the parts make, whatever their order; readable in the file. The parts are JSON values."""
+    """Build a readable key from JSON values; their order makes no difference."""
     return json.dumps(parts, sort_keys=True)
 
 
 class JsonCache:
-    """One file of entries, key -> JSON value. Nothing in it raises for what is wrong on disk.
+    """A file of entries, key -> JSON value. Its methods warn about errors on disk instead of raising.
 
-    The directory is asked for at each call, so that ATTNFX_CACHE_DIR may change. What cannot be written is kept for
-    this process.
+    The directory is looked up at each call, so that ATTNFX_CACHE_DIR may change. An entry that cannot be written is
+    kept in memory for this process.
     """
 
     def __init__(self, name: str):
@@ -52,15 +52,15 @@ class JsonCache:
         return directory() / f"{self.name}.json"
 
     def get(self, key: str) -> Any:
-        """The value, or None."""
+        """Return the value of a key, or None."""
         return self.entries().get(key)
 
     def entries(self) -> dict[str, Any]:
-        """All that is known, newest last."""
+        """Return all entries, newest last."""
         return {**self._read(), **_unwritten.get(self.path, {})}
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a value; what is not JSON raises TypeError."""
+        """Store a value. Raises TypeError if it is not a JSON value."""
         json.dumps(value)
         path = self.path
         try:
@@ -68,8 +68,9 @@ class JsonCache:
                 entries = self._read()
                 entries.pop(key, None)
                 _replace(path, json.dumps({"version": VERSION, "entries": {**entries, key: value}}, indent=1) + "\n")
-        except (OSError, NotImplementedError) as problem:  # the second: a file system without locks
-            _warn(path.parent, f"cannot be written ({problem}): what is measured is not kept for other processes")
+        except (OSError, NotImplementedError) as problem:  # NotImplementedError: a file system without locks
+            why = f"cannot be written ({problem}), so new entries last for this process only; set ATTNFX_CACHE_DIR"
+            _warn(path.parent, f"{why} to another folder to keep them")
             with _lock:
                 _unwritten.setdefault(path, {})[key] = value
         else:
@@ -77,7 +78,7 @@ class JsonCache:
                 _unwritten.get(path, {}).pop(key, None)
 
     def clear(self) -> int:
-        """Forget everything. Gives the number of entries there were."""
+        """Delete all entries and return their number."""
         count = len(self.entries())
         _unwritten.pop(self.path, None)
         try:
@@ -100,16 +101,16 @@ class JsonCache:
         except (FileNotFoundError, NotADirectoryError):
             return {}
         except (OSError, ValueError) as problem:
-            _warn(path, f"cannot be read and is made anew ({problem})")
+            _warn(path, f"cannot be read and is rebuilt ({problem})")
             return {}
 
 
 @lru_cache(maxsize=64)
 def _parsed(path: Path, *_: int) -> dict[str, Any]:
-    """The file's entries; the other arguments change when the file does. Raises OSError, ValueError."""
+    """Parse the file's entries; the other arguments only key the lru_cache. Raises OSError or ValueError."""
     data = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(data, dict) or not isinstance(data.get("entries"), dict):
-        raise ValueError("it holds no entries")
+        raise ValueError("it lacks the object 'entries'")
     return data["entries"] if data.get("version") == VERSION else {}
 
 

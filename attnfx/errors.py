@@ -1,17 +1,17 @@
-"""The exceptions that attnfx raises."""
+"""Define the exceptions that attnfx raises."""
 
 
 class AttnfxError(Exception):
-    """Base of every exception that attnfx raises on purpose."""
+    """The base class of every exception that attnfx raises on purpose."""
 
 
 class OptionError(AttnfxError, ValueError):
-    """An option of the backend, or the environment variable that sets its default, is unknown or has a bad value."""
+    """An unknown option or a bad value, in the backend's options or in an environment variable."""
 
 
 class RefusalError(AttnfxError):
-    """With `strict`, a site was refused: the message says what, where in the user's code, and what to do."""
+    """A refused site, with `strict`. The message gives the reason, the line in the user's code, and a remedy."""
 
 
 class BudgetError(AttnfxError):
-    """A memory budget cannot be met; the message names the smallest peak that can be had, and what is in it."""
+    """A memory budget that no plan meets. The message gives the smallest possible peak and its parts."""

@@ -1,4 +1,4 @@
-"""`attnfx.explain`: what would be done with a model, without running it."""
+"""Implement `attnfx.explain`: report how a model would be rewritten, without running it."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ import torch
 from torch.fx import GraphModule
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.private_code import private_code
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins, zeros
 from attnfx.report.report import Report
 
 
 def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
-    """Trace `model` on example inputs and decide, running none of its kernels.
+    """Trace `model` on example inputs and decide on its sites, running none of its kernels.
 
-    `attnfx.explain(model, rewrite="always")(*args, **kwargs)` gives a `Report` over all graphs that Dynamo makes of the
-    call. Tensors that a graph would have computed are zeros of the right shape while the rest is traced, so control
-    flow that depends on values may take another branch than a real run. The model's state is not changed.
+    `attnfx.explain(model, rewrite="always")(*args, **kwargs)` returns a `Report` on all graphs that Dynamo captures
+    from the call. Each graph returns zeros of the right shapes instead of its results. So control flow that depends on
+    values may take another branch than in a real run. The model's state is not changed.
 
     Raises:
-        OptionError: an option is unknown or has a bad value.
+        OptionError: An option is unknown or has a bad value.
     """
     chosen = Options.make(options)
-    if chosen.tune:  # nothing is timed here
+    if chosen.tune:  # use cached measurements, time nothing
         chosen = replace(chosen, tune="known")
 
     def run(*args: Any, **kwargs: Any) -> Report:
@@ -36,9 +37,10 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
             total.take(pipeline.run(gm, chosen, stages=True).report)
             return stand_ins(gm, zeros)
 
-        torch.compile(model, backend=backend)(*args, **kwargs)
+        with private_code(model) as traced:
+            torch.compile(traced, backend=backend)(*args, **kwargs)
         if not total.graphs:
-            total.notes.append("Dynamo made no graph of this call: nothing of it can be compiled")
+            total.notes.append("Dynamo captured no graph of this call, so there is nothing to rewrite")
         return total
 
     return run

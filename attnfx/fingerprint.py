@@ -1,4 +1,4 @@
-"""What a measurement must name to be used again: the device it was made on, and the versions of what ran."""
+"""Identify the device and the software versions of a measurement, so that it is reused only under the same."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 
 def fingerprint(device: torch.device) -> dict[str, object]:
-    """The device's name, its threads (0 on a GPU), and the versions of attnfx, PyTorch and Triton."""
+    """Return the device's name, its threads (0 on a GPU), and the versions of attnfx, PyTorch and Triton."""
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
@@ -20,7 +20,7 @@ def fingerprint(device: torch.device) -> dict[str, object]:
 
 
 def device_name(device: torch.device) -> str:
-    """The processor's or the GPU's own name."""
+    """Return the model name of the processor or GPU."""
     if device.type == "cpu":
         return processor()
     there = device.type == "cuda" and torch.cuda.is_available()
@@ -29,7 +29,7 @@ def device_name(device: torch.device) -> str:
 
 @lru_cache(maxsize=1)
 def processor() -> str:
-    """The name that the processor gives itself."""
+    """Return the processor's model name."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):

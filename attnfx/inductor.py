@@ -1,4 +1,4 @@
-"""Hand a graph to Inductor, or to AOTAutograd alone. Knows no attention."""
+"""Compile a graph with Inductor, or with AOTAutograd alone. Independent of attention."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Failed = Callable[[Exception], None]
 
 
 class Partitioner(CustomPartitionerFn):
-    """Calls a function with the joint graph and what a partitioner is called with."""
+    """A function as Inductor's custom partitioner, with a cache key."""
 
     def __init__(self, function: Callable[..., tuple[GraphModule, GraphModule]], key: object):
         self.function, self.key = function, key
@@ -40,12 +40,12 @@ def compile_graph(
     patches: Mapping[str, Any] | None = None,
     backward_failed: Failed | None = None,
 ) -> Callable[..., Any]:
-    """Compile a graph as `options.inner` says. Raises what the compiler raises.
+    """Compile a graph with the compiler that `options.inner` names. The compiler's errors propagate.
 
-    capturable       False where no CUDA graph may be made of it
-    partitioner      says what is saved for the backward pass
-    patches          Inductor's configuration meanwhile
-    backward_failed  is told of a backward graph that Inductor cannot compile, which then runs operator by operator
+    capturable       False if the graph must not be captured as a CUDA graph
+    partitioner      selects the values that are saved for the backward pass
+    patches          Inductor configuration during this compilation
+    backward_failed  called if Inductor cannot compile a backward graph, which then runs operator by operator
     """
     if options.inner == "eager":
         return gm.forward
@@ -60,7 +60,7 @@ def compile_graph(
 
 def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches: Mapping[str, Any] | None = None,
                  partitioner: Partitioner | None = None, compiler: Any = None) -> Any:  # fmt: skip
-    """Hand a graph to Inductor (or to AOTAutograd alone), with a partitioner and an inner compiler of one's own."""
+    """Compile with Inductor, or AOTAutograd alone, with an optional partitioner and inner compiler."""
     if inner == "aot_eager":
         from torch._dynamo.backends.common import aot_autograd
         from torch._dynamo.backends.debugging import boxed_nop
@@ -78,7 +78,7 @@ def compile_rest(gm: GraphModule, example_inputs: list[Any], inner: str, patches
 
 
 def _forgiving(failed: Failed) -> Callable[..., Any]:
-    """Inductor's inner compiler; a backward graph that it cannot compile runs as it is."""
+    """Wrap Inductor's inner compiler: a backward graph that it cannot compile runs operator by operator."""
     import torch._inductor.compile_fx as inductor
     from torch._dynamo.backends.debugging import boxed_nop
 
@@ -95,14 +95,16 @@ def _forgiving(failed: Failed) -> Callable[..., Any]:
 
 
 def _draws_by_itself(n: torch.fx.Node) -> bool:
-    """Whether an operator draws what Inductor's generated code draws otherwise."""
+    """Check for Inductor's own random operators: run in eager, they would draw other numbers than generated code."""
     return "inductor_random" in str(n.target) or "inductor_randint" in str(n.target)
 
 
 def compiled(function: Callable[..., Sequence[Tensor]], operands: Sequence[Tensor], grad: bool) -> Callable[..., Any]:
-    """`function` for operands of the sizes, strides and dtypes of `operands`, which are fakes. It is traced once, with
-    autograd at work where `grad` says so; what no result needs is not computed. The result is called with no gradient
-    of its own, and never makes a CUDA graph."""
+    """Compile `function` for the sizes, strides and dtypes of `operands`, which are fake tensors.
+
+    It is traced once, with autograd enabled if `grad`, and dead code is eliminated. The result is not differentiable
+    and never uses CUDA graphs.
+    """
     import torch._inductor.compile_fx as inductor
 
     with torch.set_grad_enabled(grad):

@@ -1,4 +1,4 @@
-"""The backend's options: what `torch.compile(model, backend="attnfx", options={...})` takes.
+"""Define the options of `torch.compile(model, backend="attnfx", options={...})`.
 
 One frozen dataclass holds them. The environment variable `ATTNFX_<OPTION>` sets an option's default.
 """
@@ -30,22 +30,22 @@ _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false"
 
 @dataclass(frozen=True)
 class Options:
-    """What the user asked of the backend, checked and normalised.
+    """The backend's options, checked and normalized.
 
     Attributes:
-        rewrite: Rewrite a site where it is predicted to help ("cost"), wherever it is sound ("always"), or nowhere.
-        target: The device to decide for; "auto" is the one that the graph's tensors are on. A record's name or the path
-            of a JSON file becomes its `Target`.
+        rewrite: Rewrite a site if it is predicted to help ("cost"), whenever it is sound ("always"), or never.
+        target: The device to decide for; "auto" is the device of the graph's tensors. A record's name or the path of
+            a JSON file becomes its `Target`.
         tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
-        memory_budget: The peak that the compiled step must fit: bytes, "16GiB", a fraction of the device's memory, or
-            "auto" for what of it is free; None is no limit.
+        memory_budget: The largest allowed peak of the compiled step: bytes, "16GiB", a fraction of the device's
+            memory, or "auto" for its free memory; None sets no limit.
         verify: "first" compares each rewritten site with the original subgraph when a graph is compiled, on the
             inputs of its first call; on a mismatch the original stays.
-        strict: Raise where a site is refused or attnfx itself fails, instead of compiling the original.
+        strict: Raise if a site is refused or attnfx itself fails, instead of compiling the original.
         dump_dir: An absolute path; every graph's stages are written under it.
-        inner: Who compiles the rewritten graph.
-        tune: Time the likeliest candidates of each site once, and keep the answer in the user's cache; "known" takes
-            the answers that are there and times nothing, "again" replaces them.
+        inner: The compiler of the rewritten graph.
+        tune: Time the likeliest candidates of each site once, and keep the times in the user's cache; "known" uses
+            cached times and measures nothing, "again" measures anew and replaces them.
 
     Raises:
         OptionError: A value is not valid, or not available in this version.
@@ -67,16 +67,18 @@ class Options:
 
     @classmethod
     def make(cls, given: Mapping[str, object] | None = None) -> Options:
-        """Options from a mapping of names to values; what it leaves out comes from the environment, else the default.
+        """Build options from names and values; the rest come from the environment, else the defaults.
 
         Raises:
             OptionError: A name is unknown, or a value is not valid or not available in this version. The message
-                names the nearest valid one, and the environment variable where the value came from one.
+                names the nearest valid one, and the environment variable if the value came from one.
         """
         if given is None:
             given = {}
         if not isinstance(given, Mapping):
-            raise OptionError(f"options must be a mapping of names to values, not {given!r}")
+            raise OptionError(
+                f"options must be a mapping of names to values, such as {{'strict': True}}, not {given!r}"
+            )
         for name in given:
             if name not in _CHECKS:
                 raise OptionError(_unknown(name))
@@ -84,7 +86,7 @@ class Options:
 
 
 def _from_environment(skip: Iterable[str]) -> dict[str, object]:
-    """The options that `ATTNFX_<OPTION>` variables set; an empty variable counts as unset."""
+    """Read options from `ATTNFX_<OPTION>` variables; an empty variable counts as unset."""
     found = {}
     for name in _CHECKS.keys() - skip:
         variable = f"ATTNFX_{name.upper()}"
@@ -95,7 +97,7 @@ def _from_environment(skip: Iterable[str]) -> dict[str, object]:
 
 
 def _parse(name: str, text: str) -> object:
-    """The value that an environment variable's text stands for; what cannot be parsed is left for the check."""
+    """Parse an environment variable's text; unparsable text is returned for the check to reject."""
     if name in ("strict", "tune"):
         return _SWITCH.get(text.lower(), text)
     if name in ("memory_budget", "dump_dir") and text.lower() == "none":
@@ -115,19 +117,19 @@ def _number(text: str) -> int | float | str:
 
 
 def _unknown(name: object) -> str:
-    """The sentence about an option that does not exist; it knows the ones that belong to torch.compile or Inductor."""
+    """Describe an unknown option; say so if it belongs to torch.compile or Inductor."""
     if name == "mode":
-        whose = ", and mode is an argument of torch.compile itself"
+        whose = " (mode is an argument of torch.compile itself)"
     elif name in _inductor_options():
-        whose = ", and Inductor's settings belong in torch._inductor.config"
+        whose = " (Inductor's settings belong in torch._inductor.config)"
     else:
         whose = ""
     valid = ", ".join(_CHECKS)
-    return f"unknown option {name!r}{whose}; the nearest that attnfx has is {_nearest(name, _CHECKS)!r} (of {valid})"
+    return f"unknown option {name!r}{whose}; did you mean {_nearest(name, _CHECKS)!r}? Valid options: {valid}"
 
 
 def _inductor_options() -> list[str]:
-    import torch._inductor  # only on the way to an error: this module is otherwise free of torch
+    import torch._inductor  # only for an error message: this module otherwise avoids importing torch
 
     return torch._inductor.list_options()
 
@@ -138,15 +140,19 @@ def _nearest(value: object, valid: Iterable[str]) -> str:
 
 
 def _choice(*valid: str) -> Callable[[str, object], str]:
-    """A check for one of a few strings."""
+    """Make a check for one of several strings."""
 
     def check(source: str, value: object) -> str:
         if isinstance(value, str) and value in valid:
             return value
         nearest = _nearest(value, valid)
-        raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+        raise OptionError(_invalid(source, value, nearest, valid))
 
     return check
+
+
+def _invalid(source: str, value: object, nearest: object, valid: Iterable[object]) -> str:
+    return f"{source}: {value!r} is not valid; did you mean {nearest!r}? Valid values: {_listed(valid)}"
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -157,10 +163,12 @@ def _target(source: str, value: object) -> str | Target:
     if value == "auto" or isinstance(value, Target):
         return value  # pyright: ignore[reportReturnType]
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"{source}: {value!r} is not a target, the nearest is 'auto' (or a name such as 'h100-sxm')")
+        raise OptionError(
+            f"{source}: {value!r} is not a target; give 'auto', a name such as 'h100-sxm', or a JSON file"
+        )
     text = os.fsdecode(value)
     if difflib.SequenceMatcher(None, key(text), "auto").ratio() > 0.7:
-        raise OptionError(f"{source}: {value!r} is not valid, the nearest is 'auto'")
+        raise OptionError(f"{source}: {value!r} is not a target; did you mean 'auto'?")
     try:
         is_file = text.endswith(".json") or os.path.dirname(text) or not isinstance(value, str)
         return Target.from_json(text) if is_file else Target.by_name(text)
@@ -172,19 +180,23 @@ def _tiers(source: str, value: object) -> tuple[str, ...]:
     if isinstance(value, str):
         value = [name.strip() for name in value.split(",") if name.strip()]
     if not isinstance(value, Iterable) or isinstance(value, bytes):
-        raise OptionError(f"{source}: {value!r} is not a list of tiers, such as 'flash,library' (of {_listed(TIERS)})")
+        raise OptionError(
+            f"{source}: {value!r} is not a list of tiers, such as 'flash,library'; valid tiers: {_listed(TIERS)}"
+        )
     one = _choice(*TIERS)
     names = {one(source, name) for name in value}
     if not names:
-        raise OptionError(f"{source}: no tier is named, the nearest to none is 'kept' (of {_listed(TIERS)})")
+        raise OptionError(
+            f"{source}: the list of tiers is empty; for no rewrite, give 'kept'. Valid tiers: {_listed(TIERS)}"
+        )
     return tuple(tier for tier in TIERS if tier in names or tier == "kept")
 
 
 def _strict(source: str, value: object) -> bool:
     if isinstance(value, bool):
         return value
-    nearest = _nearest(value, ("true", "false")).capitalize() if isinstance(value, str) else value == 1
-    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest} (of False, True)")
+    nearest = _nearest(value, ("true", "false")) == "true" if isinstance(value, str) else value == 1
+    raise OptionError(_invalid(source, value, nearest, (False, True)))
 
 
 def _tune(source: str, value: object) -> object:
@@ -193,23 +205,23 @@ def _tune(source: str, value: object) -> object:
         return value
     by_text = {str(v).lower(): v for v in valid}
     nearest = by_text[_nearest(bool(value) if value in (0, 1) else value, by_text)]
-    raise OptionError(f"{source}: {value!r} is not valid, the nearest is {nearest!r} (of {_listed(valid)})")
+    raise OptionError(_invalid(source, value, nearest, valid))
 
 
 def _dump_dir(source: str, value: object) -> Path | None:
     if value is None:
         return None
     if not isinstance(value, (str, os.PathLike)) or not os.fspath(value):
-        raise OptionError(f"{source}: {value!r} is not a path, the nearest is None")
+        raise OptionError(f"{source}: {value!r} is not a path; give the path of a folder, or None")
     path = Path(os.fsdecode(value)).expanduser().absolute()
     if path.exists() and not path.is_dir():
         raise OptionError(
-            f"{source}: {str(path)!r} is a file, not a folder; the nearest folder is {str(path.parent)!r}"
+            f"{source}: {str(path)!r} is a file, not a folder; give a folder, such as {str(path.parent)!r}"
         )
     return path
 
 
-# Each takes the value's source, for the message, and the value; gives the normalised value or raises OptionError.
+# Each takes the value's source, for the message, and the value; returns the normalized value or raises OptionError.
 _CHECKS: dict[str, Callable[[str, object], object]] = {
     "rewrite": _choice(*get_args(Rewrite)),
     "target": _target,

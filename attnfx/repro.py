@@ -1,4 +1,4 @@
-"""Keep the old home of `show` for the scripts that `verify` wrote before."""
+"""Re-export `show` for scripts that older versions of `verify` wrote."""
 
 from attnfx.verify.repro import show
 

@@ -1,4 +1,4 @@
-"""Run jobs in processes of their own: one that takes its process down, or never ends, loses no other."""
+"""Run jobs in separate processes, so that a job that crashes or hangs does not affect the others."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 RESULTS = Path(__file__).resolve().parent / "results"
-MARK = "answer "  # before what is meant for the parent: libraries print as well
+MARK = "answer "  # marks lines for the parent, because libraries print to stdout as well
 
 
 def once(command: Sequence[str], **how: Any) -> dict[str, Any]:
-    """The JSON that a command prints last; {"error": its last words} where it fails. `how` as subprocess.run has it."""
+    """Run a command and return the JSON of its last line, or {"error": its last line of stderr} if it fails. `how` is
+    passed to subprocess.run."""
     done = subprocess.run(command, capture_output=True, text=True, **how)
     if done.returncode:
         return {"error": (done.stderr.strip() or f"ended with {done.returncode}").splitlines()[-1]}
@@ -25,7 +26,7 @@ def once(command: Sequence[str], **how: Any) -> dict[str, Any]:
 
 
 def parser(results: str) -> argparse.ArgumentParser:
-    """Options of a script that runs itself again for each job: --only, --output and, in a job's process, --job."""
+    """Create the options of a script that reruns itself for each job: --only, --output and, in a child, --job."""
     made = argparse.ArgumentParser()
     made.add_argument("--only")
     made.add_argument("--output", type=Path, default=RESULTS / results)
@@ -34,7 +35,7 @@ def parser(results: str) -> argparse.ArgumentParser:
 
 
 def job(file: str, *words: Any) -> dict[str, Any] | None:
-    """The answer of such a script to --job, or None where that failed; what it said is printed then."""
+    """Run such a script with --job and return its answer. If it fails, print its stderr and return None."""
     ran = subprocess.run([sys.executable, file, "--job", json.dumps(words)], capture_output=True, text=True)
     if ran.returncode:
         print(f"{words}: {ran.stderr[-2000:]}", file=sys.stderr)
@@ -43,7 +44,7 @@ def job(file: str, *words: Any) -> dict[str, Any] | None:
 
 
 def answered(options: argparse.Namespace, answer: Callable[..., object]) -> bool:
-    """Whether this is the process of a job; prints its answer, computed on one thread, then."""
+    """Return whether this process runs a job. If so, print the job's answer, computed on one thread."""
     if options.job:
         import torch
 
@@ -54,10 +55,10 @@ def answered(options: argparse.Namespace, answer: Callable[..., object]) -> bool
 
 
 class Apart:
-    """A process that answers jobs with `serve`, started when it is needed and again after one that it did not survive.
+    """A process that answers jobs with `serve`. It is started on demand, and again after a job that ended it.
 
-    command  starts it
-    limit    seconds that a job may take
+    command  the command that starts it
+    limit    the most seconds that a job may take
     """
 
     def __init__(self, command: Sequence[str], limit: float) -> None:
@@ -65,7 +66,7 @@ class Apart:
         self.child: subprocess.Popen[str] | None = None
 
     def ask(self, job: Any) -> dict[str, Any]:
-        """The answer; {"error": why} where there is none."""
+        """Return the answer to a job, or {"error": why}."""
         if self.child is None:
             self.child = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         child, late = self.child, threading.Event()
@@ -101,8 +102,8 @@ class Apart:
 
 
 def serve(answer: Callable[[Any], dict[str, Any]], sound: Callable[[], object]) -> None:
-    """Answers the jobs that the parent has. `sound` raises where the process is of no further use, as after a fault on
-    a GPU: the next job then has another."""
+    """Answer the parent's jobs. `sound` raises if the process is unusable, for example after a fault on a GPU. The
+    parent then starts another process for the next job."""
     for job in sys.stdin:
         try:
             found = answer(json.loads(job))

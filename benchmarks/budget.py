@@ -1,12 +1,12 @@
-"""Steps under memory budgets: predicted and measured peaks, gradients against the unplanned step's, and time.
+"""Measure training steps under memory budgets: predicted and measured peaks, gradients, and time.
 
     python benchmarks/budget.py [--only NAME] [--budgets 10] [--output benchmarks/results/budget.json]
 
-Budgets go from the peak that is predicted of the unplanned step down to the smallest that can be had, in equal parts.
-Peaks are over what is there before the step (parameters and inputs), so "half" is half of what activations and
-gradients take. Attention is rewritten everywhere, with and without a budget. Gradients are compared for the same
-seed: the largest difference over the largest gradient. Times are the CPU time of one thread, the median of pairs of
-steps that take turns with the unplanned step's.
+Budgets go in equal steps from the predicted peak of the unplanned step to the smallest possible peak. Peaks exclude
+memory that exists before the step (parameters and inputs), so "half" is half of the activations and gradients.
+Attention is rewritten everywhere, with and without a budget. Gradients are compared with the unplanned step's for the
+same seed, as the largest difference over the largest gradient. Times are the CPU time of one thread: planned and
+unplanned steps alternate, and the ratio is the median over the pairs.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ OPTIONS = {"rewrite": "always"}
 
 
 class Block(nn.Module):
-    """Causal attention by hand and a multilayer perceptron, with dropout on weights, outputs and hidden values."""
+    """Hand-written causal attention and an MLP, with dropout on weights, outputs and hidden values."""
 
     def __init__(self, width: int, heads: int):
         super().__init__()
@@ -48,7 +48,7 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """A small GPT; the whole step is one call."""
+    """A small GPT whose forward pass returns the loss."""
 
     def __init__(self, width: int = 256, heads: int = 4, layers: int = 3, vocabulary: int = 1024):
         super().__init__()
@@ -63,7 +63,7 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """BERT of the transformers library, two to six times narrower than its base; the whole step is one call."""
+    """A small BERT of the transformers library, narrower than its base size, whose forward pass returns the loss."""
 
     def __init__(self, width: int = 256, layers: int = 3):
         super().__init__()
@@ -89,7 +89,7 @@ def built(name: str) -> Built:
 
 
 def choices(name: str) -> tuple[Any, list[Any]]:
-    """(a plan of the unplanned step, the ways to compile it that budgets leave)."""
+    """Return a plan of the unplanned step, and the ways to compile it under budgets."""
     import attnfx
 
     model, inputs = built(name)
@@ -99,7 +99,7 @@ def choices(name: str) -> tuple[Any, list[Any]]:
 
 
 def stepper(name: str, budget: int | None) -> tuple[Callable[[], Tensor], nn.Module, int]:
-    """(a step, its model, bytes of parameters and inputs)."""
+    """Return a step, its model, and the bytes of parameters and inputs."""
     model, inputs = built(name)
     options = OPTIONS | ({} if budget is None else {"memory_budget": budget})
     run = torch.compile(model.train(), backend="attnfx", dynamic=False, options=options)
@@ -121,7 +121,7 @@ def gradients(step: Callable[[], Tensor], model: nn.Module) -> list[Tensor]:
 
 
 def sweep(name: str, count: int, pairs: int, done: Callable[[dict[str, Any]], None]) -> None:
-    """Steps under budgets from the unplanned peak to the smallest, and under half of it, beside the unplanned step."""
+    """Compare steps under budgets, from the unplanned peak to the smallest and at half, with the unplanned step."""
     import attnfx
     from attnfx.planning.peak import fitting, reserve
 
@@ -169,7 +169,7 @@ def main() -> None:
     chosen = parser.parse_args()
     logging.disable(logging.WARNING)
     torch.set_num_threads(1)
-    # each budget compiles the same code again, and what Dynamo would run without a compiler is no result
+    # each budget recompiles the same code; beyond Dynamo's limit it would run eagerly, which must not be measured
     torch._dynamo.config.recompile_limit = 1 << 10
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     file: Path = chosen.output

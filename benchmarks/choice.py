@@ -1,11 +1,11 @@
-"""How long a choice takes: one site's decision, of this thread's own CPU time.
+"""Measure the time of one site's decision, in this thread's own CPU time.
 
     python benchmarks/choice.py [--out benchmarks/results/choice.json]
 
 `first` is the first decision for a spec and its sizes: the median over specs that differ in their constants. `again`
-is any later one, as for the other layers of a model. `mask` is the analysis of the mask that the rewrite makes before,
-once for a spec and its sizes, beside its words for the report, which are not counted. Nor is what is done once for a
-process: the tables are read. Nothing is compiled. Each device and mask has a process of its own.
+is a later decision, as for the other layers of a model. `mask` is the analysis of the mask that precedes a rewrite,
+once per spec and sizes, without its description for the report. Work done once per process, such as reading the tables,
+is not counted either. Nothing is compiled. Each device and mask has its own process.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def image(width: int) -> Expr:
     return A.and_(*(A.le(A.unary("abs", gap), A.const(4)) for gap in (rows, columns)))
 
 
-# n differs from spec to spec; the masks of the last three are not made of intervals of keys
+# n makes the specs distinct; the last three masks are not unions of key intervals
 MASKS = {
     "plain": lambda n: None,
     "causal": lambda n: CAUSAL,
@@ -81,7 +81,7 @@ def milliseconds(run: Callable[[], object]) -> float:
 def measure(device: str, mask: str) -> list[dict[str, object]]:
     target = None if device == "cpu" else Target.by_name(device)
     rows, number = [], 0
-    for training in (False, True):  # the tables
+    for training in (False, True):  # reads the tables
         select(question(mask, 99, device, 512, training), Options(), device=target)
     for length in LENGTHS:
         for training in (False, True):

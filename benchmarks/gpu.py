@@ -1,15 +1,15 @@
-"""Measures the Triton kernels on a GPU and writes results/gpu.json, within the minutes that it is given.
+"""Measure the Triton kernels on a GPU within a time limit, and write results/gpu.json.
 
-Every attention is run in turn by attnfx (on the model's own code), Inductor on the same code, flex_attention, and
-PyTorch's fused operator with its flash and its cuDNN kernels where these can express it. A row holds the time of a call
-in ms, TFLOP/s of the scores that are not masked, the share of a matrix product's measured rate, and the largest error
-against float64 over the largest value, on some rows of one head.
+Each attention runs in turn with attnfx (on the model's own code), Inductor on the same code, flex_attention, and
+PyTorch's fused operator with its flash and cuDNN kernels if these can express it. A row has the time of a call in ms,
+the TFLOP/s of the unmasked scores, that rate's share of a matrix product's measured rate, and the largest error against
+float64, relative to the largest value, on some rows of one head.
 
-A fault on a GPU ends a process, so the cases run in one of their own. Where it did not survive one, or one took more
-than LIMIT seconds, the row of that case has an "error" and the next begins in another process.
+A fault on a GPU ends the process, so the cases run in a child process. If a case crashes it, or takes more than LIMIT
+seconds, its row has an "error" and the next case starts in a new process.
 
-The cost model is asked about every case too: "choice" says what its choices cost beside the best of the ways measured
-(attnfx's kernels, and the code as it was under Inductor), and how far its predicted times are from the measured ones.
+The cost model also decides every case. "choice" compares the time of its choices with the best measured one (attnfx's
+kernels, and the original code under Inductor), and its predicted times with the measured ones.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from torch import Tensor
 import attnfx
 
 HERE = Path(__file__).resolve().parent
-TOKENS, WIDTH = 16384, 2048  # of a batch, and of all heads together
+TOKENS, WIDTH = 16384, 2048  # tokens of a batch, and width of all heads together
 DEVICE = "cuda"
-FLUSH, FLUSHES = 256 << 20, 16  # bytes, more than any second-level cache; together a ms, in which the host gets ahead
-LIMIT = 150  # seconds of a case
-NAIVE = 8192  # the longest that is run under Inductor as well: its scores take gigabytes
+FLUSH, FLUSHES = 256 << 20, 16  # bytes, more than any L2 cache; all flushes take about 1 ms, so the host runs ahead
+LIMIT = 150  # seconds per case
+NAIVE = 8192  # the longest sequence to run under Inductor as well: its scores take gigabytes
 Run = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -55,9 +55,9 @@ class Case:
 
 LENGTHS, WIDTHS = (512, 1024, 2048, 4096, 8192, 16384), (128, 64)
 EVERY = tuple(p.name for p in PROGRAMS)
-KNOWN = ("full", "causal")  # what is published
+KNOWN = ("full", "causal")  # programs with published numbers
 FORWARD, BOTH = (False,), (False, True)
-# (programs, lengths, head dims, ways): the most telling first
+# (programs, lengths, head dims, with or without training), the most informative first
 ORDER = (
     (KNOWN, (16384,), (128,), BOTH),
     (("decode",), (32768,), (128,), FORWARD),
@@ -73,7 +73,7 @@ ORDER = (
 
 
 def cases() -> list[Case]:
-    """The most telling first: what the time does not suffice for is left out from the end."""
+    """List the cases, the most informative first: if time runs out, the last ones are skipped."""
     every = (
         Case(name, length, head_dim, train)
         for names, lengths, dims, ways in ORDER
@@ -87,7 +87,7 @@ def program_of(case: Case) -> Program:
 
 
 def operands(case: Case, program: Program) -> tuple[list[Tensor], Tensors]:
-    """query, key and value (B, H, T, D) of bfloat16, stored as (B, T, H, D), and the program's tensors."""
+    """Create query, key and value (B, H, T, D) in bfloat16, stored as (B, T, H, D), and the program's tensors."""
     torch.manual_seed(0)
     heads = WIDTH // case.head_dim
     decode = program is DECODE
@@ -116,7 +116,7 @@ def flex(program: Program, x: Tensors, q: Tensor, k: Tensor) -> Run:
     mask = None
     if keep is not None:
         batch = q.shape[0] if program.make in (PROGRAMS[5].make, PROGRAMS[6].make) else None
-        # not compiled: its sort takes the assembler a minute for each length
+        # not compiled: assembling its sort takes a minute for each length
         mask = create_block_mask(lambda b, h, i, j: keep(b, i, j, x), batch, None, q.shape[2], k.shape[2], DEVICE)
     fast = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: fast(q, k, v, score_mod, mask, enable_gqa=program.groups > 1)  # type: ignore[return-value]
@@ -169,8 +169,8 @@ def milliseconds(run: Callable[[], object]) -> float:
 
 
 def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, dict[str, float]]:
-    """Of each in turn, round after round, with a cold second-level cache: least and median ms by the GPU's clock, which
-    starts when the host has launched the call already, where that takes less than the flushing."""
+    """Time each contender in turn, in several rounds, with a cold L2 cache. Return the least and the median ms. The
+    times are the GPU's. If launching the call takes less time than flushing the cache, they exclude the launch."""
     flush = torch.empty(FLUSH, dtype=torch.int8, device=DEVICE)
     found: dict[str, list[float]] = {name: [] for name in runs}
     end, rounds = time.perf_counter() + seconds, 0
@@ -184,7 +184,7 @@ def times(runs: dict[str, Callable[[], object]], seconds: float) -> dict[str, di
 
 
 def errors(program: Program, case: Case, run: Run, some: list[Tensor], x: Tensors) -> dict[str, float]:
-    """Of the output and, in training, of the queries' gradient, at the first and last rows of the last head."""
+    """Return the errors of the output and, in training, the query gradient, on the first and last rows of a head."""
     rows = torch.arange(some[0].shape[2], device=DEVICE)
     rows = torch.cat([rows[:64], rows[64:][-64:]])
     torch.manual_seed(1)
@@ -202,7 +202,7 @@ def errors(program: Program, case: Case, run: Run, some: list[Tensor], x: Tensor
 
 
 def measure(case: Case, seconds: float, peak: float, copy: float) -> dict[str, Any]:
-    """A row of the results; a contender that fails has an "error"."""
+    """Measure a case and return its row of the results. A contender that fails has an "error"."""
     torch._dynamo.reset()
     program = program_of(case)
     some, x = operands(case, program)
@@ -236,7 +236,7 @@ def measure(case: Case, seconds: float, peak: float, copy: float) -> dict[str, A
 
 
 def predicted(program: Program, x: Tensors, some: list[Tensor], train: bool) -> dict[str, Any]:
-    """What the cost model would choose, and the ms of each way to compute the case."""
+    """Return the cost model's choice, and its predicted ms for each tier."""
     with torch.set_grad_enabled(train):
         sites = attnfx.explain(lambda q, k, v: program.by_hand(q, k, v, x))(*some).sites
     if len(sites) != 1 or sites[0].decision is None:
@@ -249,8 +249,8 @@ def predicted(program: Program, x: Tensors, some: list[Tensor], train: bool) -> 
 
 
 def choice(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """What the choices cost: ms of the chosen over the best, and over the code as it was; and the relative error of the
-    predicted ms of attnfx's kernels."""
+    """Summarize the cost model's choices. The ratios are ms of the chosen over the best, and over the original code.
+    The errors are the relative errors of the predicted ms of attnfx's kernels."""
     regrets, against, errors = [], [], []
     for row in rows:
         got = {name: by["min_ms"] for name, by in row["by"].items() if "min_ms" in by}
@@ -277,7 +277,7 @@ def nearest_rank(some: Sequence[float], percent: int) -> float:
 
 
 def rates() -> tuple[float, float]:
-    """Measured here: TFLOP/s of a matrix product in bfloat16, and GB/s of a copy, read and written bytes together."""
+    """Measure the TFLOP/s of a bfloat16 matrix product, and the GB/s of a copy (bytes read plus written)."""
     x, y = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
     big = torch.empty(1 << 30, dtype=torch.int8, device=DEVICE)
     to = torch.empty_like(big)
@@ -294,16 +294,16 @@ def line(row: dict[str, Any]) -> str:
 
 
 def answer(job: dict[str, Any]) -> dict[str, Any]:
-    """What the process of the cases is asked: the rates, or a case."""
+    """Answer a job of the child process: measure the rates, or a case."""
     if "case" not in job:
         return dict(zip(("peak", "copy"), rates()))
     return measure(Case(**job["case"]), job["seconds"], job["peak"], job["copy"])
 
 
 @click.command(help=__doc__)
-@click.option("--minutes", default=9.0, help="No measurement starts later.")
-@click.option("--seconds", default=0.4, help="Of each measurement, beside compiling.")
-@click.option("--only", default="", help="Programs with this in their name.")
+@click.option("--minutes", default=9.0, help="Start no measurement after this time.")
+@click.option("--seconds", default=0.4, help="Time of each measurement, without compilation.")
+@click.option("--only", default="", help="Run only programs whose name contains this text.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "gpu.json")
 @click.option("--cases", "apart", is_flag=True, hidden=True)
 def main(minutes: float, seconds: float, only: str, out: Path, apart: bool) -> None:
@@ -343,9 +343,7 @@ def main(minutes: float, seconds: float, only: str, out: Path, apart: bool) -> N
     process.close()
     console.print(f"choice: {record.get('choice')}")
     if record["left"]:
-        console.print(
-            f"[yellow]{len(record['left'])} of {len(chosen)} were not measured: the {minutes:g} minutes were up"
-        )
+        console.print(f"[yellow]{len(record['left'])} of {len(chosen)} were not measured within {minutes:g} minutes")
 
 
 if __name__ == "__main__":

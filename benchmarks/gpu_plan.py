@@ -1,11 +1,11 @@
-"""Plans held against a GPU: the predicted peak of a step and the largest batch. Writes results/gpu_plan.json.
+"""Compare plans with a GPU: the predicted peak of a step and the largest batch. Write results/gpu_plan.json.
 
     python benchmarks/gpu_plan.py [--only NAME] [--minutes 8] [--budget 4GiB]
 
-`error` is that of the predicted peak against `torch.cuda.max_memory_allocated`, parameters and gradients among them. A
-process that may take no more than --budget of the GPU's memory then runs the predicted largest batch, which must work,
-and a tenth more, which must not: "fits" and "more_fits". Every step is a process of its own, which may take LIMIT
-seconds; what went wrong in one is "failed" in its row.
+`error` compares the predicted peak with `torch.cuda.max_memory_allocated`, including parameters and gradients. Then a
+process limited to --budget of the GPU's memory runs the predicted largest batch, which must fit ("fits"), and one a
+tenth larger, which must not ("more_fits"). Every step runs in its own process for at most LIMIT seconds. If it fails,
+its row has the reason as "failed".
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def planned(name: str, layers: int, size: int, batch: int, train: bool, budget: 
 def step_of(
     name: str, layers: int, size: int, batch: int, train: bool, budget: str | None = None
 ) -> tuple[Callable[[], None], nn.Module]:
-    """(what runs a compiled step, its module) on the GPU."""
+    """Compile a step on the GPU, and return a function that runs it, and its module."""
     torch.manual_seed(0)
     model, inputs = batched(build(name, layers, size, batch), batch)
     whole = Step(model).train(train).to(DEVICE)
@@ -82,7 +82,7 @@ def largest(name: str, layers: int, size: int, batch: int, train: bool, budget: 
 
 
 def fits(name: str, layers: int, size: int, batch: int, train: bool, budget: str) -> dict[str, Any]:
-    """Whether a batch runs within a budget, twice: the first step compiles."""
+    """Check whether a batch fits a budget, in two steps: the first one compiles."""
     from attnfx.memory.byte_size import check
 
     total = torch.cuda.get_device_properties(0).total_memory
@@ -102,7 +102,7 @@ JOBS = {job.__name__: job for job in (peak, largest, fits)}
 
 
 def run(job: str, *arguments: Any) -> dict[str, Any]:
-    """A job in a process of its own; as "failed", what it printed last where it did."""
+    """Run a job in its own process. If it fails, return its last line of stderr as "failed"."""
     command = [sys.executable, __file__, "--job", json.dumps([job, *arguments])]
     try:
         ran = subprocess.run(command, capture_output=True, text=True, timeout=LIMIT)
@@ -137,9 +137,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 @click.command(help=__doc__)
-@click.option("--minutes", default=8.0, help="No step is begun later.")
-@click.option("--budget", default="4GiB", help="Of the largest batches.")
-@click.option("--only", default="", help="Models with this in their name.")
+@click.option("--minutes", default=8.0, help="Start no step after this time.")
+@click.option("--budget", default="4GiB", help="Memory budget for the largest batches.")
+@click.option("--only", default="", help="Run only models whose name contains this text.")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results" / "gpu_plan.json")
 @click.option("--job", hidden=True)
 def main(minutes: float, budget: str, only: str, out: Path, job: str | None) -> None:

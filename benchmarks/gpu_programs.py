@@ -1,6 +1,6 @@
-"""The attention of the GPU benchmark: by hand as models write it, and as flex_attention's functions of one score.
+"""The attention programs of the GPU benchmark, as hand-written code and as flex_attention's functions of one score.
 
-The latter are the reference too: they are evaluated in float64 on some rows of the matrix.
+These functions also define the reference, which evaluates them in float64 on some rows of the matrix.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def slopes(batch: int, heads: int, length: int) -> Tensors:
 
 
 def documents(batch: int, heads: int, length: int) -> Tensors:
-    """Eight documents of unequal length in each row of the batch."""
+    """Assign the tokens of each sequence to eight documents of unequal length."""
     ends = torch.tensor([0.05, 0.11, 0.25, 0.31, 0.5, 0.72, 0.9]).mul(length).long()
     return {"doc": torch.bucketize(torch.arange(length), ends, right=True).expand(batch, length).contiguous()}
 
@@ -39,7 +39,7 @@ def table(batch: int, heads: int, length: int) -> Tensors:
 
 
 def bucket(distance: Tensor) -> Tensor:
-    """T5's, of j - i, for an encoder."""
+    """Return T5's bucket of j - i, for an encoder."""
     half = BUCKETS // 2
     size = distance.abs()
     large = half // 2 + (torch.log(size.clamp(min=1).float() / (half // 2)) / math.log(16) * (half // 2)).long()
@@ -57,9 +57,13 @@ Keep = Callable[[Tensor, Tensor, Tensor, Tensors], Tensor]  # (batch, i, j, tens
 
 @dataclass(frozen=True)
 class Program:
-    """score, keep  of one element, None where nothing is changed or masked; `make(batch, heads, length)` the tensors
-    fused    what PyTorch's own operator needs besides the inputs; None where it cannot express the program
-    groups   query heads of each key head
+    """An attention program.
+
+    score    changes one score, or None
+    keep     the mask of one score, or None
+    make     creates the program's tensors from (batch, heads, length)
+    fused    further arguments of PyTorch's own operator; None if it cannot express the program
+    groups   query heads per key head
     """
 
     name: str
@@ -70,7 +74,7 @@ class Program:
     groups: int = 1
 
     def by_hand(self, q: Tensor, k: Tensor, v: Tensor, x: Tensors) -> Tensor:
-        """As a model has it: the whole matrix, index tensors, `where` with the lowest number."""
+        """Compute the attention as models do: the whole matrix, index tensors, `where` with the lowest value."""
         n = q.shape[1] // k.shape[1]
         if n > 1:
             k, v = k.repeat_interleave(n, dim=1), v.repeat_interleave(n, dim=1)
@@ -140,7 +144,7 @@ DECODE = Program("decode", fused={"enable_gqa": True}, groups=4)
 
 
 def reference(program: Program, q: Tensor, k: Tensor, v: Tensor, x: Tensors, rows: Tensor) -> Tensor:
-    """The output of the last batch and head at some rows, float64, (rows, D); differentiable."""
+    """Compute the output at some rows of the last batch and head, (rows, D), in float64. Differentiable."""
     b = torch.tensor(q.shape[0] - 1, device=q.device)
     h = torch.tensor(q.shape[1] - 1, device=q.device)
     query, key, value = q[-1, -1, rows].double(), k[-1, -1].double(), v[-1, -1].double()
@@ -154,7 +158,7 @@ def reference(program: Program, q: Tensor, k: Tensor, v: Tensor, x: Tensors, row
 
 
 def live_share(program: Program, x: Tensors, length: int, device: torch.device) -> float:
-    """The share of the scores that no mask hides, of the last batch."""
+    """Return the unmasked share of the last batch's scores."""
     if program.keep is None:
         return 1.0
     i = torch.arange(0, length, max(1, length // 256), device=device)[:, None]

@@ -1,13 +1,13 @@
-"""The grid that a CPU's cost rule is fitted to: each way of computing a site against Inductor on the same function.
+"""Measure the grid to which the CPU's cost rule is fitted: each tier against Inductor on the same function.
 
-results/grid.json has per point the shape, the spec that was found, and `times`: "kept" (the function under Inductor),
-"library" and "chunked" where they can run it, each the time of a call, of a training step where `train`.
-`inductor_fused` says that Inductor's own patterns knew the function. Operands are laid out as in models: (B, T, H * D),
-split into heads and transposed inside the function. A point is measured in one process, the contenders in turn. With
---threads 1, as for the table that the rule is fitted to, the clock is the thread's own time, which other programs on
-the machine touch little. --fit fits the rule's numbers to the file and says what the choice by them costs.
+Each point of results/grid.json has a shape, the spec that was found, and `times` of a call, or with `train` of a
+training step: "kept" (the function under Inductor), and "library" and "chunked" if they can run it. `inductor_fused`
+states that Inductor's own patterns matched the function. Operands have the layout of models: (B, T, H * D), split into
+heads and transposed inside the function. A point is measured in one process, the contenders in turn. With --threads 1,
+as for the table that the rule is fitted to, the clock is the thread's own time, on which other programs have little
+influence. --fit fits the rule's rates to the file and prints the cost of the resulting choices.
 
-results/grid_held_out.json (--held-out) has points of shapes that the grid does not have; nothing is fitted to it.
+results/grid_held_out.json (--held-out) has held-out points, whose shapes are not in the grid.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ TIERS = ("library", "chunked")
 
 @dataclass(frozen=True)
 class Point:
-    """One shape. T queries of H heads and S keys of G, all of width D, in a batch of B."""
+    """One program and shape: T queries of H heads and S keys of G heads, all of width D, in a batch of B."""
 
     program: str
     B: int
@@ -45,7 +45,7 @@ class Point:
 
 
 KEY = tuple(field.name for field in fields(Point))
-# program -> lengths: forward and in training steps, float32
+# program -> lengths, in float32: forward passes, then training steps
 FORWARD = {
     "plain": (256, 512, 1024, 2048),
     "plain_upcast": (64, 128, 256, 512, 1024, 2048, 4096),
@@ -107,7 +107,7 @@ def points() -> Iterator[Point]:
             yield Point(program, 1, 12, 12, t, s, 64, "float32", False)
 
 
-# Points that no number was fitted to, of shapes that the grid does not have: B, H, G, T, S, D.
+# Held-out points, whose shapes are not in the grid: B, H, G, T, S, D.
 HELD_OUT = {
     ("float32", False): {
         "plain": ((2, 4, 4, 700, 700, 96),),
@@ -152,7 +152,7 @@ def held_out() -> Iterator[Point]:
 
 
 def measure(point: Point, threads: int) -> dict[str, object]:
-    """The time of each way for one point, and the largest difference of their results from Inductor's."""
+    """Measure each tier for one point, and the largest difference of their results from Inductor's."""
     import torch
     from measure import interleaved
     from programs import make
@@ -216,7 +216,7 @@ def measure(point: Point, threads: int) -> dict[str, object]:
 
 
 def work(threads: int) -> None:
-    """Measures the points given on standard input, a line of JSON each."""
+    """Measure the points given on standard input, one line of JSON each."""
     import torch
 
     torch.set_num_threads(threads)
@@ -225,7 +225,7 @@ def work(threads: int) -> None:
 
 
 def groups(some: Sequence[Point]) -> list[list[Point]]:
-    """Points that share a process: those of one program, dtype and direction."""
+    """Group points by program, dtype and direction; a group shares a process."""
     out: dict[tuple[str, str, bool], list[Point]] = {}
     for p in some:
         out.setdefault((p.program, p.dtype, p.train), []).append(p)
@@ -238,7 +238,7 @@ def key_of(point: Any) -> str:
 
 # -- the fit --------------------------------------------------------------------------------------
 def question(got: dict[str, Any]) -> Any:
-    """What the cost model is asked about a measured point."""
+    """Create the question for the cost model about a measured point."""
     from attnfx.cost import Question
     from attnfx.spec import from_json
 
@@ -249,20 +249,20 @@ def question(got: dict[str, Any]) -> Any:
 
 
 def ways(got: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(way of computing, ms) of a point, for those that the cost model has a line for."""
+    """Yield (way of computing, ms) of a point for each way that the cost model has rates for."""
     by_call = got["inductor_fused"] or got["program"].startswith("fused")
-    if not (got["inductor_fused"] and got["program"] == "dropout"):  # a pattern, but not the fused operator
+    if not (got["inductor_fused"] and got["program"] == "dropout"):  # a pattern match, but not to the fused operator
         yield "fused" if by_call else "inductor", got["times"]["kept"]["min_ms"]
     else:
         yield "inductor", got["times"]["kept"]["min_ms"]
     for tier in TIERS:
         borrowed = tier == "library" and got["train"] and any(c.grad for c in question(got).spec.captures)
-        if tier in got["times"] and not borrowed:  # a backward pass that is the chunked tier's
+        if tier in got["times"] and not borrowed:  # a borrowed backward pass is the chunked tier's
             yield tier, got["times"][tier]["min_ms"]
 
 
 def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
-    """way -> Rates: not negative, least squares of the relative errors."""
+    """Fit nonnegative Rates for each way of computing, by least squares of the relative errors."""
     from attnfx.cost import cpu
 
     names = [field.name for field in fields(cpu.Rates)]
@@ -276,7 +276,7 @@ def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
 
 
 def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
-    """x >= 0 with the least |rows . x - 1|, by coordinate descent on scaled columns."""
+    """Minimize |rows . x - 1| over x >= 0 by coordinate descent on scaled columns."""
     columns = list(zip(*rows))
     scale = [max(c) or 1.0 for c in columns]
     columns = [[v / s for v in c] for c, s in zip(columns, scale)]
@@ -291,7 +291,7 @@ def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
 
 
 def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """What the choice costs: time of the chosen over that of the best candidate, and over the original's."""
+    """Compute the regret of the choices: the time of the chosen over the best candidate, and over the original."""
     from attnfx.cost import select
     from attnfx.options import Options
 
@@ -310,7 +310,7 @@ def regret(points: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def report_fit(points: list[dict[str, Any]]) -> None:
-    """Prints the table for attnfx/cost/cpu.py, its errors and the regret; out of sample, each half by the other's."""
+    """Print the table for attnfx/cost/cpu.py, its errors, and the regret: in sample, cross-validated and held out."""
     from attnfx.cost import cpu
 
     def use(some: Sequence[dict[str, Any]]) -> None:
@@ -324,11 +324,11 @@ def report_fit(points: list[dict[str, Any]]) -> None:
     halves = points[0::2], points[1::2]
     for number, (some, rest) in enumerate((halves, halves[::-1]), 1):
         use(some)
-        say(f"regret out of sample, half {number}", rest)
+        say(f"regret by cross-validation, half {number}", rest)
     use(points)
     say("regret by the rates below", points)
     if HELD_OUT_FILE.exists():
-        say("the same, held out", json.loads(HELD_OUT_FILE.read_text())["points"])
+        say("regret on the held-out points", json.loads(HELD_OUT_FILE.read_text())["points"])
     for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
         print(f"{name} = {{")
         for way, rates in table.items():
@@ -352,7 +352,7 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="default: results/grid.json, or grid_held_out.json beside it")
-    parser.add_argument("--held-out", action="store_true", help="the points that nothing is fitted to")
+    parser.add_argument("--held-out", action="store_true", help="measure the held-out points")
     parser.add_argument("--program", action="append", help="only this one (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument("--fit", action="store_true", help="measure nothing: fit the cost rule to the file")

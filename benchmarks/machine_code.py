@@ -1,22 +1,25 @@
-"""Read the machine code of the flash kernels, compiled ahead of time for GPUs that need not be there.
+"""Read the machine code of the flash kernels, compiled ahead of time for GPUs that need not be present.
 
     python benchmarks/machine_code.py counts [--only REGEX] [--tile ROWS,KEYS,WARPS,STAGES] [--out FILE] [--probe FILE]
     python benchmarks/machine_code.py spills [--only REGEX] [--tile ROWS,KEYS,WARPS,STAGES] [--out FILE]
     python benchmarks/machine_code.py table [--only REGEX] [--out attnfx/cost/instructions.json]
 
-counts  registers, spills and instructions per kflop of the plain program (bfloat16, a constant scale, no mask); all of
-        them go to results/sass.json. --probe names another reader of machine code, to check this one by.
-spills  registers that spill to memory, by program: one line for each kernel, with the loads and stores of spilled
-        registers in each of its loops with matrix instructions, the steady one first, in which nothing is masked. All
-        of them take an hour; a kernel that FILE has already, by its fingerprint, is not compiled again.
-table   the cost model's table. For each kernel, architecture, head width and tile: registers, shared memory, and the
-        instructions of one trip of its innermost loops with matrix instructions, of one warp. "full" is the loop over
-        tiles in which nothing is masked, "checked" the one that tests bounds. The program is the plain one; that of the
-        rows named "dropout" draws besides, and those named "loads" have the tiles of programs that read a value for
-        each score. Takes minutes. With --only, the other rows stay as they are in the file. Run it again whenever a
-        kernel changes: a test compares the kernels' fingerprint with the one written here.
+"counts" prints the registers, spills and instructions per kflop of the plain program (bfloat16, constant scale,
+unmasked). A run over all kernels is written to results/sass.json. --probe names another reader of machine code, to
+check this one.
 
-Needs only the tools of Triton's wheel.
+"spills" prints the spilled registers by program: one line per kernel, with the loads and stores of spilled registers in
+each of its loops with matrix instructions. The main loop over unmasked tiles comes first. All kernels take an hour; a
+kernel that FILE already has, by its fingerprint, is skipped.
+
+"table" writes the cost model's table. A row (kernel, architecture, head width and tile) has registers, shared memory,
+and the instructions of one warp in one iteration of the innermost loops with matrix instructions. "full" is the loop
+over unmasked tiles, "checked" the loop that tests bounds. Rows use the plain program. Rows named "dropout" add dropout;
+rows named "loads" have the tiles of programs that load a value per score. This takes minutes. With --only, the file's
+other rows stay unchanged. Run it again whenever a kernel changes: a test compares the kernels' fingerprint with the
+file's.
+
+The script needs only the tools of Triton's wheel.
 """
 
 from __future__ import annotations
@@ -66,7 +69,7 @@ KINDS = {
 }  # fmt: skip
 CLASSES = {
     "matrix": MATRIX.pattern, "special": "MUFU", "float": "FFMA|FMUL|FADD|FMNMX|FSETP|FSEL",
-    "loads": "LDSM|LDS|LDTM|LDL",  # of shared, tensor and local memory: one port serves all of them
+    "loads": "LDSM|LDS|LDTM|LDL",  # from shared, tensor and local memory, which share one port
     "stores": "STSM|STS|STTM|STL",
 }  # fmt: skip
 
@@ -79,7 +82,7 @@ class Instruction(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """The instructions of a kernel, what it uses (REG, STACK and others), and bytes of shared memory."""
+    """A kernel's instructions, its resource usage (REG, STACK and others), and its shared memory in bytes."""
 
     code: list[Instruction]
     used: dict[str, int]
@@ -98,26 +101,26 @@ def compiled(made: Launch, capability: int) -> Compiled:
     code = []
     for found in filter(None, map(LINE.search, sass.splitlines())):
         address, predicate, op, operands = found[1], found[2], found[3], found[4] or ""
-        # a branch is also conditional by a predicate among its operands
+        # a predicate among its operands also makes a branch conditional
         conditional = bool(predicate) or re.search(r"\bU?P\d", operands.split("0x")[0]) is not None
         code.append(Instruction(int(address, 16), conditional, op, operands))
     return Compiled(code, {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)}, built.metadata.shared)
 
 
 def jumps(code: list[Instruction]) -> dict[int, int]:
-    """Where each branch goes, by positions in the code."""
+    """Return the target of each branch, by positions in the code."""
     at = {x.address: n for n, x in enumerate(code)}
     found = ((n, re.search(r"0x([0-9a-f]+)", x.operands)) for n, x in enumerate(code) if x.op.startswith("BRA"))
     return {n: at[int(to[1], 16)] for n, to in found if to is not None and int(to[1], 16) in at}
 
 
 def spans(code: list[Instruction]) -> list[set[int]]:
-    """All between a backward jump and its target. The cost model's table counts these."""
+    """Return the ranges from the target of a backward jump to the jump. The cost model's table counts these."""
     return [set(range(head, n + 1)) for n, head in jumps(code).items() if head < n]
 
 
 def natural_loops(code: list[Instruction]) -> list[set[int]]:
-    """The natural loops: what waits for a barrier out of line belongs to its loop, an exit's code does not."""
+    """Return the natural loops. Out-of-line waits for a barrier belong to their loop, the code of an exit does not."""
     flow, to = nx.DiGraph(), jumps(code)
     flow.add_node(0)
     for n, x in enumerate(code):
@@ -143,13 +146,14 @@ def _dominates(head: int, node: int, above: dict[int, int]) -> bool:
 
 
 def innermost(code: list[Instruction], bodies: Iterable[set[int]]) -> list[list[str]]:
-    """The opcodes of each of some loops that holds a matrix instruction and no other such loop."""
+    """Return the opcodes of each innermost loop with matrix instructions."""
     some = [b for b in bodies if any(MATRIX.match(code[n].op) for n in b)]
     return [[code[n].op for n in sorted(b)] for b in some if not any(other < b for other in some)]
 
 
 def matrix_flops(op: str) -> int:
-    """Of one warp; four share an instruction of a warp group. 0 on Blackwell, where the shape is not in the opcode."""
+    """Return the FLOPs per warp of a matrix instruction; the four warps of a warp group share one. Return 0 on
+    Blackwell, whose opcodes lack the shape."""
     if found := re.match(r"HGMMA\.(\d+)x(\d+)x(\d+)", op):
         return int(found[1]) * int(found[2]) * int(found[3]) // 2
     found = re.match(r"HMMA\.168(8|16|32)\b", op)
@@ -165,7 +169,7 @@ def of_kinds(ops: list[str], kinds: Mapping[str, str]) -> dict[str, int]:
 
 
 def describe(ops: list[str]) -> dict[str, Any]:
-    """One trip of a loop: instructions, those of each kind, and how many there are for 1000 matrix FLOPs."""
+    """Count the instructions of one iteration of a loop, in all, by kind and per 1000 matrix FLOPs."""
     flops = sum(map(matrix_flops, ops))
     row: dict[str, Any] = {"instrs": len(ops)} | of_kinds(ops, KINDS)
     return row | {"kflop": flops / 1e3, "instrs_per_kflop": round(len(ops) / flops * 1e3, 3) if flops else None}
@@ -177,7 +181,7 @@ def plain(head_dim: int, dropout: float = 0.0) -> AttentionSpec:
 
 
 def call_of(spec: AttentionSpec, head_dim: int, queries: int = SIZE) -> Call:
-    """Two of a batch, eight heads; a mask that stands in a tensor has its summary."""
+    """Create a call on the meta device, batch 2 and 8 heads. A mask in a tensor has its summary."""
     x = torch.empty(2, 8, SIZE, head_dim, dtype=torch.bfloat16, device="meta")
     shapes = {
         ("f", 1, True): (8,), ("f", 2, True): (257, 8), ("f", 3, True): (8, queries, SIZE),
@@ -203,7 +207,7 @@ def forward_launch(call: Call, tile: Tile, capability: int) -> Launch:
 
 
 def backward_launches(call: Call, pair: tuple[Tile, Tile], capability: int) -> tuple[Launch, Launch]:
-    """The pass over keys and the pass over rows."""
+    """Create the launches of the passes over keys and over rows."""
     run = Backward(call, call.query, call.query, logsumexp(call), pair, capability)
     return run.keys_launch(call.key, call.value), run.rows_launch(call.query)
 
@@ -214,7 +218,7 @@ def decode_launch(spec: AttentionSpec, head_dim: int, tile: Tile, capability: in
 
 
 def launches(spec: AttentionSpec, head_dim: int, capability: int, tile: Tile | None) -> Iterator[tuple[str, Launch]]:
-    """The four kernels of a program, of the tables' tiles or all of one."""
+    """Yield the four kernels of a program, with the tables' tiles or with `tile`."""
     call = call_of(spec, head_dim)
     at = tile or tiles.pick(tiles.forward_table(spec), capability, head_dim)
     yield "forward", forward_launch(call, at, capability)
@@ -235,7 +239,7 @@ ABOUT = """All instructions that one trip of the steady loop issues for a warp, 
 better. `backward` is the pass over keys: four products, for dk and dv. `backward-rows` is the pass over rows: three,
 for dq. The goals are Triton's tutorial kernels: of its one backward kernel the goal counts the loop for dk and dv, with
 the most matrix FLOPs; so it compares with `backward`, and the loop for dq is in neither number. Nothing is timed."""
-# instructions per kflop of the best open Triton kernel, for the same program
+# instructions per kflop of the best open-source Triton kernel for the same program
 GOALS = {
     "forward-90-64": 0.996, "forward-90-128": 0.475, "forward-80-128": 1.07,
     "backward-90-64": 0.57, "backward-90-128": 0.36,
@@ -243,8 +247,8 @@ GOALS = {
 
 
 def steady(loops: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """Of the loops within 10% of the most matrix FLOPs (instructions, where these are not known) the one with the
-    fewest instructions for each, which is the one without a mask."""
+    """Return the main loop, the one without a mask. Among the loops within 10% of the most matrix FLOPs, it has the
+    fewest instructions per FLOP (the fewest instructions if FLOPs are unknown)."""
     top = max((row["kflop"] for row in loops), default=0)
     most = [row for row in loops if row["kflop"] >= 0.9 * top]
     return min(most, default=None, key=lambda row: row["instrs_per_kflop"] or row["instrs"])
@@ -259,7 +263,7 @@ def another_reader(path: Path) -> ModuleType:
 
 
 def check(row: dict, probe: ModuleType, made: Launch, capability: int) -> None:
-    """Raises ValueError where the other reader finds another steady loop."""
+    """Raise ValueError if the other reader finds another main loop."""
     probe.compile_kernel = lambda *_: made.compile(capability)
     other = probe.probe(made.kernel, capability, {}, {}, {})
     ours, theirs = (x["loop"] and x["loop"]["instrs"] for x in (row, other))
@@ -355,7 +359,7 @@ def spills(options: argparse.Namespace) -> None:
 
 # -- table --------------------------------------------------------------------------------------
 def tabled(capability: int, width: int) -> Iterator[tuple[str, Tile, Launch, int]]:
-    """(kernel, tile, what to compile, multiply-adds of one step) for every tile that the cost model may choose."""
+    """Yield (kernel, tile, launch, multiply-adds of one step) for every tile that the cost model may choose."""
     others = tiles.OTHERS.get((tiles.SMALL if capability in tiles.OF_SMALL else capability, width), ())
     tables = {
         "": (tiles.FORWARD, tiles.BACKWARD),
@@ -376,20 +380,20 @@ def tabled(capability: int, width: int) -> Iterator[tuple[str, Tile, Launch, int
 
 
 def step(ops: list[str], warps: int, macs: int) -> dict[str, float]:
-    """The instructions of one warp in one step of the kernel."""
+    """Count the instructions of one warp in one step of the kernel."""
     done = sum(map(matrix_flops, ops)) * warps / (2 * macs)
-    steps = max(1, round(done)) if done else 1  # Blackwell's shapes are not in the opcode
+    steps = max(1, round(done)) if done else 1  # Blackwell's opcodes lack the shape
     row = {"instructions": len(ops)} | of_kinds(ops, CLASSES)
     return {name: round(count / steps, 1) for name, count in row.items()}
 
 
 def measured(head: dict, made: Launch, macs: int) -> dict:
-    """A row of the table. Raises SystemExit where the kernel has no loop with matrix instructions."""
+    """Compile a kernel and return its row of the table. Raise SystemExit if no loop has matrix instructions."""
     start = time.time()
     code, used, shared = compiled(made, head["capability"])
     bodies = innermost(code, spans(code))
     most = max((sum(map(matrix_work, body)) for body in bodies), default=0)
-    bodies = [body for body in bodies if sum(map(matrix_work, body)) > most / 2]  # the others are of rarer rows
+    bodies = [body for body in bodies if sum(map(matrix_work, body)) > most / 2]  # smaller loops are for rare rows
     loops = sorted((step(body, head["tile"][2], macs) for body in bodies), key=lambda loop: loop["instructions"])
     if not loops:
         raise SystemExit(f"no loop with matrix instructions in {name_of(head)}")

@@ -1,4 +1,4 @@
-"""Time, memory, and the machine they were measured on."""
+"""Measure time and memory, and describe the machine."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def interleaved(
     most: int = 200,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, dict[str, float]]:
-    """Times each contender in turn, round after round, so that a slow spell of the machine strikes all of them.
+    """Time each contender in turn, in several rounds, so that a slow phase of the machine affects all of them.
 
-    Stops after `seconds`, but not before `least` rounds. A call shorter than 2 ms is repeated within a round. Gives
-    per contender the least and the median time of a call in ms, and the number of rounds. With one thread, the `clock`
-    time.thread_time leaves out the time that other programs took from it.
+    Stop after `seconds`, but not before `least` rounds. A call shorter than 2 ms is repeated within a round. Return,
+    per contender, the least and the median ms of a call and the number of rounds. With one thread, time.thread_time as
+    the `clock` excludes the time of other programs.
     """
     repeats = {}
     for name, run in contenders.items():
@@ -57,23 +57,22 @@ def interleaved(
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory now."""
+    """Return the resident memory of this process in bytes."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * PAGE
 
 
 def give_back_freed_memory() -> None:
-    """Otherwise what the allocator keeps of earlier work hides part of a later peak."""
+    """Return freed memory to the system: memory that the allocator keeps would hide part of a later peak."""
     gc.collect()
     with contextlib.suppress(AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def peak_over_base(run: Callable[[], T]) -> tuple[int, T]:
-    """The most bytes in memory while `run` runs, less those before it; and its result.
+    """Return the peak resident memory while `run` runs, minus the memory before it, and the result of `run`.
 
-    The kernel's own high-water mark (`ru_maxrss`) counts from the start of the process, so it says nothing where
-    compiling took more than the run does. A thread that samples every 2 ms does, and `ru_maxrss` is taken instead
-    where the run raised it.
+    The kernel's high-water mark (`ru_maxrss`) covers the whole process, so it is useless if compilation took more
+    memory than the run. A thread therefore samples every 2 ms; `ru_maxrss` is used as well if the run raised it.
     """
     base, mark = resident(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     peak, done = base, threading.Event()
@@ -97,7 +96,7 @@ def peak_over_base(run: Callable[[], T]) -> tuple[int, T]:
 
 
 def machine() -> dict[str, object]:
-    """What a result must name: the processor, its cores, the memory, and the versions of what ran."""
+    """Describe the machine for a result: the processor, its cores, the memory, and the versions of packages."""
     model = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):

@@ -1,4 +1,4 @@
-"""Models of the transformers library, of random weights, at the widths of their base sizes. Nothing is downloaded."""
+"""Build models of the transformers library with random weights, mostly at their base widths. Nothing is downloaded."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ def tokens(batch: int, length: int, vocabulary: int = 8192) -> Tensor:
 
 
 def padded(batch: int, length: int) -> dict[str, Tensor]:
-    """Token ids, and a mask in which the last text of the batch is three quarters long."""
+    """Create token ids, and a mask in which the last text of the batch has three quarters of the length."""
     mask = torch.ones(batch, length, dtype=torch.int64)
     mask[-1, length * 3 // 4 :] = 0
     return {"input_ids": tokens(batch, length), "attention_mask": mask}
 
 
 def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int = 8, **more: Any) -> Built:
-    """Llama or Mistral of so many heads of 64."""
+    """Build a Llama or Mistral with `heads` heads of width 64."""
     import transformers
 
     config = getattr(transformers, f"{kind}Config")(
@@ -34,7 +34,7 @@ def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int
 
 
 class Chunked(nn.Module):
-    """A layer of a ViT-B whose attention is written as a loop over chunks of queries; 0: whole."""
+    """A layer of a ViT-B whose attention is a loop over chunks of queries; with `chunk` 0, of all queries at once."""
 
     def __init__(self, chunk: int, width: int = 768, heads: int = 12):
         super().__init__()
@@ -57,7 +57,7 @@ class Chunked(nn.Module):
 
 
 class ChunkedViT(nn.Module):
-    """Such layers over patches that are embedded already."""
+    """A stack of `Chunked` layers over embedded patches."""
 
     def __init__(self, layers: int, chunk: int):
         super().__init__()
@@ -68,7 +68,7 @@ class ChunkedViT(nn.Module):
 
 
 def build(name: str, layers: int, size: int, batch: int = 1, implementation: str = "eager") -> Built:
-    """A model and its inputs. `size` is the number of tokens, or the side of an image in pixels."""
+    """Build a model and its inputs. `size` is the number of tokens, or the side of an image in pixels."""
     import transformers as hf
 
     how = {"attn_implementation": implementation}

@@ -1,8 +1,8 @@
-"""The peak of a call over what was allocated before it, from the allocator's own events.
+"""Measure the peak memory of a call beyond the memory allocated before it, from the allocator's own events.
 
-PyTorch's profiler records every allocation and every release of the CPU allocator in order; the running sum of them is
-what the call has taken at each moment. What a kernel takes without the allocator (a thread's stack, a library's own
-scratch) is not among them.
+PyTorch's profiler records all allocations and releases of the CPU allocator in order. Their running sum is the memory
+that the call holds at each moment. Memory that kernels obtain elsewhere (a thread's stack, a library's own scratch) is
+not included.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ T = TypeVar("T")
 
 
 def events(run: Callable[[], T]) -> tuple[list[int], T]:
-    """(bytes of each allocation, negative where it is a release, in order of time; the result of `run`)."""
+    """Run `run`, and return the bytes of its allocations in order (negative for releases), and its result."""
     gc.collect()
     gc.disable()
     try:
@@ -33,7 +33,7 @@ def events(run: Callable[[], T]) -> tuple[list[int], T]:
 
 
 def peak_over_base(run: Callable[[], T]) -> tuple[int, T]:
-    """The most bytes that are allocated while `run` runs, over those before it; and its result."""
+    """Return the peak of the bytes allocated while `run` runs, minus those allocated before, and its result."""
     changes, result = events(run)
     peak = now = 0
     for change in changes:

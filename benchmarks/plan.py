@@ -1,15 +1,15 @@
-"""The peak that `attnfx.plan` predicts for a compiled step, against the peak that the allocator's events show.
+"""Compare the peak that `attnfx.plan` predicts for a compiled step with the peak from the allocator's events.
 
     python benchmarks/plan.py [--only NAME] [--again] [--output benchmarks/results/plan.json]
 
-A step is the loss and the backward pass in training, the last hidden state in inference. Each is measured in a process
-of its own, on one thread. Both numbers are over what is there before the step. Results are written as they come; what
-has been measured is not measured again; with `--again` it is predicted again, and measured where the tiers are others.
+A step computes the loss and the backward pass in training, the last hidden state in inference. Each is measured in its
+own process, on one thread. Both peaks exclude memory allocated before the step. Results are written as they come, and
+existing ones are kept. With `--again`, they are predicted again, and measured again if the tiers have changed.
 
-Two tables: "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B of 2448 tokens
-whose attention is written whole, or as a loop over chunks of queries: as its code would run without a compiler
-(inner="aot_eager", rewrite="never"), and with attnfx. The former's rows of twelve layers follow from those of one and
-two.
+There are two tables. "steps" are models of full depth as a user compiles them. "chunks" are the layers of a ViT-B with
+2448 tokens whose attention is written whole, or as a loop over chunks of queries. They run as without a compiler
+(inner="aot_eager", rewrite="never"), and with attnfx. Without a compiler, the rows for twelve layers are extrapolated
+from one and two layers.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from attnfx.report.records import Site
 
 
 class Case(NamedTuple):
-    """A model of `models.py` (of so many layers, for so many tokens) and how it is compiled; `options` as JSON."""
+    """A model of `models.py` with its number of layers and tokens, and its compile options as JSON."""
 
     name: str
     layers: int
@@ -59,7 +59,7 @@ CHUNKS = [
 
 
 class Step(nn.Module):
-    """A model whose whole step is one call: the loss in training, else the last hidden state."""
+    """A model whose forward pass returns the loss in training, else the last hidden state."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
@@ -71,7 +71,7 @@ class Step(nn.Module):
 
 
 def batched(built: Built, batch: int) -> Built:
-    """The decoders are built for a batch of one."""
+    """Expand the inputs to the batch size: `build` makes decoders for a batch of one."""
     model, inputs = built
     return model, {k: x if len(x) == batch else x.expand(batch, *x.shape[1:]).contiguous() for k, x in inputs.items()}
 
@@ -82,7 +82,7 @@ def built(case: Case) -> tuple[Step, dict[str, Tensor]]:
 
 
 def predicted(case: Case) -> dict[str, Any]:
-    """By a plan on meta tensors."""
+    """Predict the peak with a plan on meta tensors."""
     with torch.device("meta"):
         step, inputs = built(case)
     start = time.process_time()
@@ -97,7 +97,7 @@ def _tiers(sites: Iterable[Site]) -> dict[str, int]:
 
 
 def measured(case: Case) -> dict[str, Any]:
-    """By the allocator's events of a real step, after one that compiled it."""
+    """Measure the peak of a real step by the allocator's events, after compilation."""
     torch.manual_seed(0)
     whole, inputs = built(case)
     run = torch.compile(whole, backend="attnfx", dynamic=False, options=json.loads(case.options))
@@ -119,7 +119,7 @@ def answer(what: str, *case: Any) -> dict[str, Any]:
 
 
 def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """The mean and the worst error of a table, each row's noted in it."""
+    """Add its error to each row of a table, and return the mean and the worst error."""
     for row in table.values():
         row["error"] = round(row["predicted"] / row["measured"] - 1, 4)
     errors = [abs(row["error"]) for row in table.values()]
@@ -127,7 +127,7 @@ def with_errors(table: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def of_twelve(table: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Uncompiled, each layer adds the same bytes: those of twelve layers from those of one and two."""
+    """Extrapolate uncompiled rows from one and two layers to twelve: each layer adds the same bytes."""
     out: dict[str, dict[str, Any]] = {}
     for case in CHUNKS:
         one, two = (table.get(str(case._replace(layers=n))) for n in (1, 2))
@@ -152,7 +152,7 @@ def main() -> None:
             if chosen.only not in (None, case.name) or (old and not chosen.again):
                 continue
             plan = apart.job(__file__, "predicted", *case)
-            same = plan is not None and plan["planned"] == old.get("tiers")  # what was measured is what is planned
+            same = plan is not None and plan["planned"] == old.get("tiers")  # the tiers are still the same
             row = old if same else apart.job(__file__, "measured", *case)
             if row is None or plan is None:
                 continue

@@ -1,11 +1,11 @@
-"""Plans of whole models for GPUs that are not there: how long each takes, and whether its limits are true.
+"""Plan whole models for GPUs that are not present, time the plans, and verify their limits.
 
     python benchmarks/plan_targets.py [--only NAME] [--output benchmarks/results/plan_targets.json]
 
-Each model is built at full depth on the "meta" device, and planned for each target in a process of its own. The limits,
-max_batch and max_length, are found on sizes read off two traces; they are held against plans that are made anew, with
-their own traces and their own liveness, at the limit and one above: the one must fit and the other not. Seconds are the
-process's own CPU time. Results are written as they come; a plan that is there is skipped.
+Each model is built at full depth on the "meta" device, and planned for each target in its own process. The limits,
+max_batch and max_length, are computed from the sizes in two traces. max_batch is verified with new plans, which have
+their own traces and liveness analysis: the plan at the limit must fit, and the plan at one more must not. Seconds are
+the process's own CPU time. Results are written as they come; existing plans are skipped.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BATCH = 4
 
 
 def made(name: str, batch: int, length: int | None = None) -> Built:
-    """A model on "meta" and its inputs; "llama" has 1.2e9 parameters, and four heads share a key."""
+    """Build a model and its inputs on "meta". "llama" has 1.2e9 parameters, and four heads share a key."""
     import transformers as hf
 
     layers, size = MODELS[name]
@@ -57,7 +57,7 @@ def planned(name: str, target: str, train: bool, batch: int, **how: Any):
 
 
 def one(name: str, target: str, train: bool, budget: str | None) -> dict[str, Any]:
-    """A plan with its limits, and plans made anew at and above its limit of the batch."""
+    """Make a plan with its limits, and new plans at and above its largest batch."""
     from attnfx.errors import BudgetError
 
     plan, seconds = planned(name, target, train, BATCH, memory_budget=budget)
@@ -95,7 +95,7 @@ def main() -> None:
         return
     file: Path = chosen.output
     held = json.loads(file.read_text()) if file.exists() else {"machine": machine(), "plans": {}}
-    for shift in range(len(TARGETS)):  # every model early, on one of the targets
+    for shift in range(len(TARGETS)):  # early on, plan every model for one of the targets
         for train, (n, name) in product((True, False), enumerate(MODELS)):
             target = TARGETS[(n + shift) % len(TARGETS)]
             kind = "training" if train else "inference"

@@ -1,7 +1,7 @@
-"""Attention written by hand, in the spellings that models use. Each takes query, key, value of (B, H, T, D).
+"""Hand-written attention, in the ways that models write it. Each function takes query, key and value (B, H, T, D).
 
-`pad` is (B, T) of ones and zeros; the programs that have no padding leave it alone, and those that need another tensor
-take it in its place.
+`pad` is (B, T) of ones and zeros. Programs without padding ignore it; programs that need another tensor take that
+instead.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 
 
 def window(width: int) -> Program:
-    """Causal, and the key at most `width - 1` behind the query."""
+    """Create causal attention with a sliding window: the key is at most `width - 1` before the query."""
 
     def program(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
         i = torch.arange(query.shape[-2])[:, None]
@@ -43,13 +43,13 @@ def window(width: int) -> Program:
 
 
 def plain_upcast(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
-    """As the transformers library writes it: `plain` again, but Inductor's own patterns do not know it."""
+    """Compute `plain` as the transformers library writes it, which Inductor's own patterns do not match."""
     weight = torch.softmax(torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5, -1, dtype=torch.float32)
     return torch.matmul(weight.to(query.dtype), value)
 
 
 def padding_upcast(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
-    """As the transformers library writes it, its mask (B, 1, T, S) made of `pad`."""
+    """Compute `padding` as the transformers library writes it, with a mask (B, 1, T, S) from `pad`."""
     lowest = torch.finfo(query.dtype).min
     seen = pad[:, None, None, :].bool().expand(-1, 1, query.shape[-2], -1)
     bias = torch.where(seen, torch.tensor(0.0, dtype=query.dtype), lowest)
@@ -63,7 +63,7 @@ def padding(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 
 
 def hidden(query: Tensor, key: Tensor) -> Tensor:
-    """Where a query must not look: at later keys."""
+    """Return the causal mask, True at the later keys that a query must not see."""
     return torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).triu(1)
 
 
@@ -76,7 +76,7 @@ def alibi(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 
 
 def relative(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor:
-    """A learned bias by clipped distance: `table` (2 * n + 1, H)."""
+    """Add a learned bias by clipped distance, from `table` (2 * n + 1, H)."""
     most = table.shape[0] // 2
     distance = torch.arange(key.shape[-2])[None, :] - torch.arange(query.shape[-2])[:, None]
     bias = table[distance.clamp(-most, most) + most].permute(2, 0, 1)
@@ -84,7 +84,7 @@ def relative(query: Tensor, key: Tensor, value: Tensor, table: Tensor) -> Tensor
 
 
 def masked(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """An additive mask that the caller made: `bias` (1, 1, T, S)."""
+    """Add a mask that the caller made, `bias` (1, 1, T, S)."""
     weight = torch.matmul(query, key.transpose(2, 3)) * query.shape[-1] ** -0.5 + bias
     return torch.matmul(torch.softmax(weight, -1, dtype=torch.float32).to(query.dtype), value)
 
@@ -95,7 +95,7 @@ def softcap(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 
 
 def grouped(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
-    """Causal, with fewer heads of keys: they are repeated."""
+    """Compute causal attention with fewer key heads, which are repeated."""
     batch, groups, length, width = key.shape
     each = query.shape[1] // groups
     key, value = (
@@ -110,7 +110,7 @@ def dropout(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
 
 
 def fused_masked(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
-    """PyTorch's own operator, its causal mask given as a tensor."""
+    """Call PyTorch's own operator with a causal mask as a tensor."""
     return F.scaled_dot_product_attention(query, key, value, attn_mask=~hidden(query, key))
 
 
@@ -121,7 +121,7 @@ NAMED = (
 
 
 def make(name: str, length: int) -> Program:
-    """A program by name, that of its function; window takes its width after a colon, else an eighth of the length."""
+    """Return a program by its function's name. "window:N" has the width N, "window" an eighth of the length."""
     if name.startswith("window"):
         _, _, width = name.partition(":")
         return window(int(width) if width else max(32, length // 8))

@@ -1,15 +1,17 @@
-"""The cost model against published numbers: TFLOP/s of attention kernels whose authors measured them.
+"""Compare the cost model with published numbers: TFLOP/s of attention kernels, measured by their authors.
 
     python benchmarks/published.py [--out benchmarks/results/published.json]
 
-A kernel is described by what is known of its schedule and its instructions (attnfx/cost/others.json), a device by its
-data sheet (attnfx/targets/records). No constant is fitted to a number of this table; that a program's warp groups count
-as one stream, and single warps as streams, was settled with the table in sight. Shapes are those of the FlashAttention
-papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, FLOPs of a causal mask counted half. `held` marks
-the points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds; shorter rows are mostly what
-happens before and after a kernel's loop, and little is published of the kernels' schedules at head width 256.
-The products of a backward pass are predicted as a share of the forward pass's rate, which others.json has from this
-table's 16384 tokens; what it passes through memory beside them shows in the shorter rows.
+A kernel is described by the known facts about its schedule and instructions (attnfx/cost/others.json), a device by its
+data sheet (attnfx/targets/records). Constants are not fitted to this table, with one exception below. But the table was
+known when the model's form was chosen: a program's warp groups count as one stream, single warps as separate streams.
+Shapes are from the FlashAttention papers: 16384 tokens in all, hidden size 2048, bfloat16 or float16, half the FLOPs
+for a causal mask. `held` marks the points of at least 1024 tokens at head widths 64 and 128, whose error a test bounds.
+The time of shorter rows is mostly before and after a kernel's loop, and little is published about the kernels'
+schedules at head width 256.
+
+The rate of a backward pass's products is predicted as a share of the forward pass's rate. others.json has this share
+from the table's 16384 tokens. The backward pass's other memory traffic is visible in the shorter rows.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ SPECS = {
 
 
 class Point(NamedTuple):
-    """One published number, in TFLOP/s, and what is predicted for it."""
+    """One published rate and its prediction, in TFLOP/s."""
 
     kernel: str
     device: str
@@ -88,7 +90,7 @@ class Point(NamedTuple):
 def predict(
     kernel: str, device: str, width: int, causal: bool, length: int, backward: bool = False, tokens: int = 16384
 ) -> float:
-    """TFLOP/s of a forward or a backward pass over `tokens` tokens in rows of `length`, hidden size 2048."""
+    """Predict the TFLOP/s of a forward or backward pass over `tokens` tokens in rows of `length`, hidden size 2048."""
     target, heads, batch = Target.by_name(device), 2048 // width, tokens // length
     one = other(kernel, target, "bfloat16", width)
     sizes = (("B", batch), ("H", heads), ("S", length), ("T", length))
@@ -120,9 +122,9 @@ def main() -> None:
     for p in found:
         mask = "causal" if p.causal else "backward" if p.backward else ""
         print(f"{p.kernel:18} {p.device:10} {p.width:4} {mask:8} {p.length:6} {p.published:7.0f} {p.predicted:7.0f} "
-              f"{p.error:+6.1%} {'' if p.held else '(not held)'}")  # fmt: skip
+              f"{p.error:+6.1%} {'' if p.held else '(not bounded by a test)'}")  # fmt: skip
     held = [abs(p.error) for p in found if p.held]
-    print(f"{len(held)} points held: error {sum(held) / len(held):.1%} in the mean, {max(held):.1%} at most; "
+    print(f"{len(held)} points bounded by a test: mean error {sum(held) / len(held):.1%}, largest {max(held):.1%}; "
           f"{sum(e <= 0.15 for e in held)} within 15%")  # fmt: skip
     rows = [p._asdict() | {"predicted": round(p.predicted, 1), "error": round(p.error, 3)} for p in found]
     data = {"unit": "TFLOP/s; predicted by attnfx.cost, published by the sources", "rows": rows}

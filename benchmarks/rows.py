@@ -1,12 +1,13 @@
-"""Attention that needs whole rows of scores (talking heads, the best keys): time and peak of a step against eager.
+"""Measure attention that needs whole rows of scores (talking heads, top keys): time and peak of a step against eager.
 
-A process per contender and program, each after a warm-up; operands (1, H, T, D) in float32. The step is one forward
-and backward pass. Peaks are over what is in memory before the step: `peak_MiB` of the process, as the system counts its
-pages; `live_MiB` of tensors that are alive, as the profiler counts PyTorch's allocations. Contenders that are not
-measured anew keep what the file has of the same machine and sizes.
+Each contender and program has its own process and a warm-up; operands are (1, H, T, D) in float32. A step is one
+forward and backward pass. Peaks exclude memory in use before the step. `peak_MiB` is resident memory of the process,
+`live_MiB` is memory of live tensors, from the profiler's record of PyTorch's allocations. Contenders that are not
+measured keep their results in the file, if machine and sizes are the same.
 
-`activations` are of one program at three numbers of keys, a quarter, half and whole: what a training step saves beyond
-its operands and result, and what a forward pass has alive beyond them, call by call, for chunks of three sizes.
+`activations` measures one program with a quarter, half and all of the keys. It has the bytes that a training step saves
+in addition to its operands and result, and the peak of a forward pass in addition to them, call by call, for chunks of
+three sizes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def best_causal_keys(query: Tensor, key: Tensor, value: Tensor, before: Tensor, 
 
 
 PROGRAMS: dict[str, Callable[..., Tensor]] = {f.__name__: f for f in (talking_heads, best_keys, best_causal_keys)}
-LIMITS = {"peak": 0.15, "time": 1.15}  # of attnfx's to eager's
+LIMITS = {"peak": 0.15, "time": 1.15}  # the largest ratios of attnfx to eager
 
 
 def measure(program: str, contender: str, heads: int, length: int, width: int, threads: int) -> dict[str, float]:
@@ -76,7 +77,7 @@ def measure(program: str, contender: str, heads: int, length: int, width: int, t
         step()
         best = min(best, clock() - start)
     with torch.no_grad():
-        run(*operands, *mixing)  # compiles it without gradients
+        run(*operands, *mixing)  # compiles the function without gradients
         start = clock()
         run(*operands, *mixing)
         forward = clock() - start
@@ -87,7 +88,7 @@ def measure(program: str, contender: str, heads: int, length: int, width: int, t
 
 
 def changes(run: Callable[[], object]) -> list[int]:
-    """Bytes of tensors that `run` takes, and gives back (negative), in order."""
+    """Return the bytes of tensors that `run` allocates and releases (negative), in order."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -95,12 +96,12 @@ def changes(run: Callable[[], object]) -> list[int]:
 
 
 def live_peak(run: Callable[[], object]) -> int:
-    """The most bytes of tensors that `run` has alive, beyond those before it."""
+    """Return the peak of the live tensors' bytes during `run`, without those alive before."""
     return max(accumulate(changes(run)))
 
 
 def activations(heads: int, length: int, width: int) -> list[dict[str, object]]:
-    """Of the best keys, a quarter of `length` rows on more and more keys."""
+    """Measure `best_keys` with a quarter of `length` rows and an increasing number of keys."""
     from attnfx.kernels.rows import run as kernel
 
     found: list[dict[str, object]] = []
@@ -110,7 +111,7 @@ def activations(heads: int, length: int, width: int) -> list[dict[str, object]]:
         mixing = [torch.eye(heads)] * 2
         torch._dynamo.reset()
         run = torch.compile(best_keys, backend="attnfx", dynamic=False, options={"rewrite": "always", "inner": "eager"})
-        whole = heads * sizes[0] * width * 4  # the result itself
+        whole = heads * sizes[0] * width * 4  # bytes of the result
         kernel.TILE_ELEMENTS = {"cpu": heads * n * 64}
         run(*operands, *mixing)
         result: list[Tensor] = []
@@ -120,7 +121,7 @@ def activations(heads: int, length: int, width: int) -> list[dict[str, object]]:
             kernel.TILE_ELEMENTS = {"cpu": heads * n * rows}
             with torch.no_grad():
                 run(*operands, *mixing)
-                # events of one time are in no order: the most of several runs
+                # events with equal timestamps are unordered, so take the maximum of several runs
                 most = max(live_peak(lambda: run(*operands, *mixing)) for _ in range(5))  # noqa: B023
             alive[rows] = round((most - whole) / 2**20, 2)
         found.append({"rows": sizes[0], "keys": n, "saved_bytes": kept - whole, "chunk_MiB_by_rows": alive})
@@ -166,7 +167,7 @@ def main(heads: int, length: int, width: int, threads: int, contenders: str, pro
 
 
 def _before(path: Path, about: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The programs of the file, where they were measured on this machine with these sizes."""
+    """Return the file's programs if they were measured on this machine with these sizes."""
     if not path.exists():
         return {}
     old = json.loads(path.read_text())

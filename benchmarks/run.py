@@ -1,13 +1,13 @@
-"""Measures what the project promises on a CPU, a process per measurement, and writes results/<group>.json.
+"""Measure the project's performance goals on a CPU, one process per measurement, and write results/<group>.json.
 
 \b
 attention   attention alone against Inductor on the same function: causal and a sliding window
 models      Llama and Mistral shapes at 4096 tokens against Inductor on eager and on sdpa attention
 usual       BERT, GPT-2, T5, Swin and ViT at their usual sizes against Inductor: never slower
 memory      the peak of a ViT training step against eager
-compile     attnfx's share of a cold compile, and how it grows with the number of layers
+compile     attnfx's share of a cold compile, and its growth with the number of layers
 
-All contenders of a ratio run in one process, in turn; a ratio is that of their shortest times.
+All contenders of a time ratio run in turn in one process, and the ratio compares their shortest times.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HERE = Path(__file__).resolve().parent
 
 @dataclass
 class Row:
-    """One line of a table: the jobs it needs, and the most that each ratio of attnfx to a contender may be."""
+    """One line of a table: its job, and the limits of attnfx's ratio to each contender."""
 
     name: str
     job: dict[str, Any]
@@ -94,7 +94,7 @@ GROUPS = {
 
 
 def work(job: dict[str, Any], threads: int) -> dict[str, Any]:
-    """The result of one job, or {"error": its last words}."""
+    """Run one job and return its result, or {"error": its last line of stderr}."""
     environment = os.environ | {
         "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
         "OMP_NUM_THREADS": str(threads),
@@ -105,7 +105,7 @@ def work(job: dict[str, Any], threads: int) -> dict[str, Any]:
 
 
 def measure(row: Row, threads: int) -> None:
-    """Fills in the row's result, its ratios with it."""
+    """Run the row's jobs, and fill in its result and ratios."""
     if "backends" in row.job:
         parts = {backend: work(row.job | {"backend": backend}, threads) for backend in row.job["backends"]}
         failed = [part["error"] for part in parts.values() if "error" in part]
@@ -123,7 +123,7 @@ def measure(row: Row, threads: int) -> None:
 
 
 def detail(result: dict[str, Any]) -> str:
-    """What the ratios were made of."""
+    """Format the measurements behind a row's ratios."""
     if "error" in result:
         return f"[red]{result['error']}"
     if "times" in result:
@@ -134,12 +134,12 @@ def detail(result: dict[str, Any]) -> str:
             ", ".join(f"{name} {part['peak_bytes'] / 2**20:.0f}" for name, part in result["by_backend"].items())
             + " MiB"
         )
-    return f"attnfx {result['attnfx_s']:.2f} s of {result['whole_s']:.1f} s; processor {result['cpu_share']:.1%}"
+    return f"attnfx {result['attnfx_s']:.2f} s of {result['whole_s']:.1f} s; CPU time {result['cpu_share']:.1%}"
 
 
 def table(group: str, rows: list[Row]) -> Table:
-    made = Table(title=f"{group}: attnfx as a part of another's", title_justify="left")
-    for column in ("", "ratio", "at most", "measured"):
+    made = Table(title=f"{group}: attnfx relative to the others", title_justify="left")
+    for column in ("", "ratio", "limit", "measured"):
         made.add_column(column)
     for row in rows:
         ratios = row.result.get("ratios", {})
@@ -156,7 +156,7 @@ def table(group: str, rows: list[Row]) -> Table:
 
 @click.command(help=__doc__)
 @click.argument("groups", nargs=-1, type=click.Choice(list(GROUPS)))
-@click.option("--threads", type=int, help="1 also measures the thread's own time, whatever else runs. [default: all]")
+@click.option("--threads", type=int, help="With 1, measure the thread's own time. [default: all]")
 @click.option("--out", type=click.Path(path_type=Path), default=HERE / "results", help="Folder for the JSON files.")
 def main(groups: tuple[str, ...], threads: int | None, out: Path) -> None:
     threads = threads or len(os.sched_getaffinity(0))

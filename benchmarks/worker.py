@@ -1,4 +1,4 @@
-"""One measurement, in a process of its own: reads a job as JSON from its argument, prints the result as JSON."""
+"""Run one measurement in its own process: read a job as JSON from the argument, and print the result as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def compiled(function: Callable[..., Any], backend: str) -> Callable[..., Any]:
 
 
 def clock(threads: int) -> Callable[[], float]:
-    """With one thread, its own time: other programs on the machine do not touch it."""
+    """Return the clock. With one thread, it is the thread's own time, which excludes other programs."""
     return time.thread_time if threads == 1 else time.perf_counter
 
 
@@ -32,7 +32,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
 
 
 def attention(job: dict[str, Any]) -> dict[str, Any]:
-    """Attention alone: one function, operands (1, H, T, D)."""
+    """Measure attention alone: one function, operands (1, H, T, D)."""
     torch.manual_seed(0)
     program = make(job["program"], job["T"])
     shape = (1, job["H"], job["T"], job["D"])
@@ -58,7 +58,7 @@ def attention(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def step(model: nn.Module, run: Callable[..., Any], batch: dict[str, Tensor], train: bool) -> Tensor:
-    """The model's last hidden state; where `train`, after a backward pass through its mean square."""
+    """Return the model's last hidden state; with `train`, run a backward pass through its mean square first."""
     model.zero_grad(set_to_none=True)
     with torch.set_grad_enabled(train):
         out = run(**batch).last_hidden_state
@@ -68,7 +68,7 @@ def step(model: nn.Module, run: Callable[..., Any], batch: dict[str, Tensor], tr
 
 
 def model(job: dict[str, Any]) -> dict[str, Any]:
-    """A whole model. The contender "sdpa" is Inductor on the library's own fused attention, with the same weights."""
+    """Measure a whole model. The contender "sdpa" is Inductor on the library's own fused attention, same weights."""
     import attnfx
 
     runs: dict[str, Callable[[], Tensor]] = {}
@@ -94,7 +94,7 @@ def model(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def memory(job: dict[str, Any]) -> dict[str, Any]:
-    """The peak of a training step after the first, over what was in use before it."""
+    """Measure the peak of a training step after the first, minus the memory in use before it."""
     torch.manual_seed(0)
     eager, batch = build(*job["model"])
     run = compiled(eager, job["backend"])
@@ -107,11 +107,10 @@ def memory(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def compile_time(job: dict[str, Any]) -> dict[str, Any]:
-    """A cold first call: all of it, and attnfx's part from trace to rewrite. `inner` compiles the rest.
+    """Measure a cold first call as a whole, and attnfx's part of it, from trace to rewrite. `inner` compiles the rest.
 
-    The shares are of the time on the clock, and of the processor's time in this process. On a machine that is busy
-    otherwise trust the second, which is too large rather than too small: what Inductor's pool of C++ compilers takes
-    is not counted in the whole.
+    "share" compares wall time, "cpu_share" CPU time. On a busy machine, trust the second. It is an upper bound, because
+    the whole excludes the CPU time of Inductor's pool of C++ compilers.
     """
     from attnfx.compiler import pipeline
 

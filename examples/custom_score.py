@@ -1,4 +1,4 @@
-"""A score modification that no library call knows: soft capping, ALiBi slopes and a sliding window at once."""
+"""Compile attention that library calls cannot express: soft capping, ALiBi slopes and a sliding window at once."""
 
 from __future__ import annotations
 

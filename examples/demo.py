@@ -1,12 +1,12 @@
-"""Eager, Inductor and attnfx side by side on four models of the transformers library, with random weights.
+"""Compare eager, Inductor and attnfx on four models of the transformers library, with random weights.
 
-Each model is used as its authors wrote it (attn_implementation="eager"). Every measurement is a process of its own, so
-that one's memory is not another's. What is shown:
+Each model runs as its authors wrote it (attn_implementation="eager"). Each measurement has its own process, so that
+memory use stays separate. The columns are:
 
-time         the shortest of a few steps after the first, which compiles; and its ratio to eager's
-peak         the most memory in use during a step, over what was in use before it; and its ratio to eager's
-difference   from eager: the largest in the outputs or the gradients, as a part of the largest of these
-first        what the first step took
+time         the shortest of a few steps after the first, and its ratio to eager's
+peak         the peak memory of a step minus the memory in use before it, and its ratio to eager's
+difference   the largest difference from eager, relative to the largest value, in outputs or gradients
+first        the time of the first step, which compiles
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ BACKENDS = ("eager", "inductor", "attnfx")
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a batch for it, and whether a step trains."""
+    """A model with its batch, for a training step or for inference."""
 
     title: str
     make: Callable[[bool], tuple[torch.nn.Module, dict[str, torch.Tensor]]]
@@ -109,16 +109,16 @@ CASES = {
 }
 
 
-# -- one measurement, in a process of its own ---------------------------------------------------
+# -- one measurement, in its own process ----------------------------------------------------------
 def difference(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> float:
-    """The largest difference, as a part of the largest number. A single small gradient is no measure for itself: that
-    of a key's bias, for one, is zero but for rounding."""
+    """Return the largest difference, relative to the largest value of all tensors. A small gradient is not compared
+    with itself: the gradient of a key's bias, for one, is only rounding error."""
     largest = max(x.abs().max().item() for x in expected.values())
     return max((found[name] - expected[name]).abs().max().item() for name in expected) / largest
 
 
 def describe(site: attnfx.Site) -> list[str]:
-    """Where a site stands, what it is, its mask, and what became of it."""
+    """Return a site's place, summary, mask and decision."""
     if site.refusal is not None:
         fate = f"kept: {site.refusal}"
     else:
@@ -173,14 +173,14 @@ def measure(name: str, backend: str, quick: bool, folder: Path) -> dict[str, Any
 
 
 def in_a_process(name: str, backend: str, quick: bool, folder: Path) -> dict[str, Any]:
-    """Runs `measure` in a fresh interpreter."""
+    """Run `measure` in a fresh interpreter."""
     command = [sys.executable, __file__, "--worker", name, backend, str(folder)] + ["--quick"] * quick
     return once(command, env=os.environ | {"PYTHONWARNINGS": "ignore"})
 
 
 # -- the display --------------------------------------------------------------------------------
 def sites_table(sites: list[list[str]]) -> Table:
-    """Sites that read the same, such as those of a model's layers, are counted in one row."""
+    """List the sites. Identical ones, such as the layers of a model, share a row."""
     table = Table(title="attention found by attnfx", title_justify="left", title_style="")
     for column in ("sites", "where", "what", "mask", "decision"):
         table.add_column(column, overflow="fold", no_wrap=column == "where")
@@ -215,7 +215,7 @@ def results_table(name: str, by_backend: dict[str, dict[str, Any]]) -> Table:
 
 @click.command(help=(__doc__ or "").replace("\n\ntime", "\n\n\b\ntime"))
 @click.option("--model", "names", multiple=True, type=click.Choice(list(CASES)), help="Only this model (repeatable).")
-@click.option("--quick", is_flag=True, help="Tiny sizes: a look at the display, not at the numbers.")
+@click.option("--quick", is_flag=True, help="Use tiny sizes, to see the display only.")
 @click.option("--worker", nargs=3, hidden=True)
 def main(names: tuple[str, ...], quick: bool, worker: tuple[str, str, str] | None) -> None:
     if worker:

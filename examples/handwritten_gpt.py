@@ -1,4 +1,4 @@
-"""A small GPT with hand-written attention: a few steps of training in eager mode and through attnfx, and the report."""
+"""Train a small GPT with hand-written attention for a few steps, in eager mode and through attnfx."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class GPT(nn.Module):
 
 
 def batches() -> Iterator[Batch]:
-    """Text that repeats itself."""
+    """Yield batches of repetitive text."""
     text = torch.randint(LETTERS, (4, 16)).repeat(1, LENGTH // 16 + 1)[:, : LENGTH + 1]
     for _ in range(5):
         yield (text[:, :-1],), text[:, 1:]

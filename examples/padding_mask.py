@@ -1,4 +1,4 @@
-"""Training with a padding mask: texts of different lengths in one batch. The mask stays a row of (B, T)."""
+"""Train with a padding mask, for texts of different lengths in one batch. The fused call reads the mask as (B, T)."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ HEADS, WIDTH, LENGTH, WORDS = 4, 128, 256, 100
 
 
 class Classifier(nn.Module):
-    """Says which of four words a text holds most of."""
+    """A classifier that predicts which of four words is the most frequent in a text."""
 
     def __init__(self) -> None:
         super().__init__()

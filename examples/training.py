@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 import attnfx
 
-Batch = tuple[tuple[Tensor, ...], Tensor]  # what the model takes, and the classes that it should find
+Batch = tuple[tuple[Tensor, ...], Tensor]  # the model's inputs, and the target classes
 
 
 def train(make: Callable[[], nn.Module], batches: Callable[[], Iterator[Batch]], compiled: bool) -> list[float]:
-    """The losses of a few steps; every run starts from the same weights."""
+    """Train for a few steps and return the losses. Every run starts from the same weights."""
     torch.manual_seed(0)
     model = make()
     run = torch.compile(model, backend="attnfx", options={"rewrite": "always"}) if compiled else model

@@ -1,1 +1,1 @@
-"""Executors: the spec of an attention site in, tensors out."""
+"""Execute attention specs: compute the output tensors of one site from its spec and operands."""

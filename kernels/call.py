@@ -1,4 +1,4 @@
-"""One call of the operator: what every tier is given."""
+"""Describe one call of the attention operator, the input of every tier."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from attnfx.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Call:
-    """The tensors and numbers that a spec runs on.
+    """The operands of one attention call.
 
-    query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) of one floating dtype, G a divisor of H; `captures` one
-    tensor per slot of the spec, `given` one number per name in `spec.sizes`; `seed` one int64, where there is dropout.
-    Weights without values are asked for with the keys as values. `summary` is that of the mask, as
-    `attnfx.mask.runtime_summary` describes it: kernels that know it skip what it says is empty.
+    query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) share one floating dtype; G divides H. `captures` holds
+    one tensor per slot of the spec, `given` one integer per name in `spec.sizes`. `seed` is one int64, needed for
+    dropout. A call that computes weights alone passes the keys as values. `summary` is the mask's summary (see
+    `attnfx.mask.runtime_summary`); kernels that support it skip the grains it marks as empty.
     """
 
     spec: AttentionSpec
@@ -33,12 +33,12 @@ class Call:
 
     @cached_property
     def sizes(self) -> dict[str, int]:
-        """B, H, T, S and the spec's own sizes."""
+        """Return B, H, T, S and the spec's own sizes by name."""
         named = dict(B=self.query.shape[0], H=self.query.shape[1], T=self.query.shape[2], S=self.key.shape[2])
         return named | dict(zip(self.spec.sizes, self.given))
 
     def outputs(self) -> tuple[Tensor, Tensor]:
-        """out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in its compute type, both empty."""
+        """Allocate out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in its compute type."""
         out = output_like(self.query, self.value.shape[3], self.out_dtype)
         return out, self.query.new_empty(self.query.shape[:3], dtype=self.compute)
 
@@ -52,7 +52,6 @@ class Call:
 
 
 def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """An empty output (B, H, T, width) whose memory is (B, T, H, width): models merge the heads next, and then need no
-    copy."""
+    """Allocate an output (B, H, T, width) stored as (B, T, H, width), so that merging the heads needs no copy."""
     batch, heads, rows, _ = query.shape
     return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)

@@ -1,9 +1,9 @@
-"""Evaluates expressions as tensors over a block of indices, and adds gradients up in what they loaded from.
+"""Evaluate expressions as tensors over a block of indices, and accumulate the gradients of their captures.
 
-A value is a tensor that broadcasts over the block: dim -4 is b, -3 is h, -2 is i, -1 is j, and an expression that does
-not depend on an index has size 1 there. Constants and sizes stay Python numbers until they meet a tensor. Floats are
-computed in the compute type by ATen's own operators, in the program's order, so that an integer that was computed
-through floats rounds as it did in the original graph.
+A value is a tensor that broadcasts over the block: dim -4 is b, -3 is h, -2 is i, -1 is j. An expression that does not
+depend on an index has size 1 in its dim. Constants and sizes stay Python scalars until they meet a tensor. ATen's own
+operators compute floats in the compute type and in the program's order. An integer computed through floats therefore
+rounds as in the original graph.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Value = Tensor | bool | int | float
 
 
 class Axis(NamedTuple):
-    """The variable runs over [start, stop) along dim (counted from the end, so negative)."""
+    """The range [start, stop) of a variable, and its dim (negative, counted from the end)."""
 
     start: int
     stop: int
@@ -53,7 +53,7 @@ _INTEGER: dict[str, Callable] = {"floordiv": operator.floordiv, "mod": operator.
 
 @lru_cache(maxsize=10_000)
 def _offset(index: Expr) -> tuple[str | None, Expr] | None:
-    """(variable, index - variable), or (None, index) of an index without one; None where it is neither."""
+    """Split an index into (variable, index - variable), or (None, index) without a variable; else return None."""
     variables = [x for x in walk(index) if x.op == "var"]
     if len(variables) > 1 or any(x.op == "load" or x.op in OPAQUE for x in walk(index)):
         return None
@@ -65,7 +65,7 @@ def _offset(index: Expr) -> tuple[str | None, Expr] | None:
 
 @lru_cache(maxsize=256)
 def _has_overload(packet: torch._ops.OpOverloadPacket, tensors: tuple[bool, ...]) -> bool:
-    """Whether an overload takes tensors in these positions and Python numbers in the others."""
+    """Return whether an overload takes tensors in these positions and Python scalars in the others."""
 
     kinds = {True: ("Tensor",), False: ("number", "Optional[number]", "float")}
 
@@ -77,12 +77,12 @@ def _has_overload(packet: torch._ops.OpOverloadPacket, tensors: tuple[bool, ...]
 
 
 class Evaluator:
-    """Values of expressions over one block.
+    """An evaluator of expressions over one block.
 
-    captures  the tensors behind the loads' slots
+    captures  the captured tensors by slot, the source of the loads
     sizes     every size by name
-    axes      what each variable runs over
-    leaves    values of `dot`, `prob` or any other expression, given from outside
+    axes      the range and dim of each variable
+    leaves    known values of `dot`, `prob` or any other expression
     compute   float32 or float64
     shared    a memo that outlives this block, for expressions without b, h and leaves (or None)
     """
@@ -115,7 +115,7 @@ class Evaluator:
         return memo[e]
 
     def tensor(self, e: Expr) -> Tensor:
-        """The value as a tensor, of no more than the dims it needs."""
+        """Return the value as a tensor with only the dims that it needs."""
         return self._tensor(self(e), e.kind)
 
     def bind(self, leaf: Expr, value: Tensor) -> None:
@@ -126,7 +126,7 @@ class Evaluator:
         if isinstance(value, Tensor):
             return value
         dtype = self.compute if kind == FLOAT else torch.int64 if kind == INT else torch.bool
-        return torch.full((), value, dtype=dtype, device=self.device)  # no copy from the host, which no graph captures
+        return torch.full((), value, dtype=dtype, device=self.device)  # a copy from the host cannot be captured
 
     def _evaluate(self, e: Expr) -> Value:
         if e.op == "const":
@@ -174,7 +174,7 @@ class Evaluator:
         return reduce(_BINARY[e.op], tensors) if e.op in _BINARY else _UNARY[e.op](tensors[0])
 
     def _exactly(self, e: Expr, args: list[Value]) -> Tensor:
-        """The operator that the user's graph had, on the dtypes that it had: its rounding decides an integer."""
+        """Run the user's own operator on its original dtypes, because its rounding decides an integer."""
         name, dtype = str(e.value).split(":")
         to = getattr(torch, dtype)
         if name == "to":
@@ -188,7 +188,7 @@ class Evaluator:
         value = e.value
         assert isinstance(value, (bool, int, float))
         if e.kind == FLOAT and self.compute == torch.float32 and abs(value) > 3.4028235677973366e38:
-            return math.copysign(math.inf, value)  # rounds to infinity, which ATen's scalars refuse to do
+            return math.copysign(math.inf, value)  # rounds to infinity; ATen rejects such a scalar
         return value
 
     def _index(self, axis: Axis) -> Tensor:
@@ -207,7 +207,7 @@ class Evaluator:
         body, extent = e.args
         length = int(self(extent))
         if opaque(body):
-            raise ValueError(f"a reduction over the scores cannot be evaluated block by block: {e}")
+            raise ValueError(f"a reduction of the scores cannot be evaluated block by block: {e}")
         dim = min(-5, min(a.dim for a in self.axes.values()) - 1)
         inner = self._like({**self.axes, str(e.value): Axis(0, length, dim)})
         x = inner.tensor(body)
@@ -220,12 +220,12 @@ class Evaluator:
         return Evaluator(self.captures, self.sizes, axes, self.compute, self.device)
 
     def without(self, name: str) -> Evaluator:
-        """The evaluator for what does not depend on the variable."""
+        """Return an evaluator for expressions that do not depend on the variable."""
         return self._like({n: a for n, a in self.axes.items() if n != name})
 
     # -- diagonals ------------------------------------------------------------------------------
     def diagonal(self) -> Evaluator:
-        """The evaluator over the block's diagonals: axis `w` in dim -1, dim -2 of size 1."""
+        """Return the evaluator over the block's diagonals: axis `w` in dim -1, and dim -2 of size 1."""
         if self._diagonal is None:
             i, j = self.axes["i"], self.axes["j"]
             first = j.start - (i.stop - 1) + self.sizes["T"] - 1
@@ -255,9 +255,9 @@ class Evaluator:
 
     # -- loads and their gradients --------------------------------------------------------------
     def _view(self, e: Expr, tensor: Tensor) -> Tensor | None:
-        """The load as a view of the tensor, where each index is a number or a variable plus a number and in range."""
+        """Return the load as a view of the tensor if each index is a constant or variable + constant, in range."""
         at: dict[int, Axis] = {}
-        dims: list[int] = []  # of the axis, for each dim that is kept
+        dims: list[int] = []  # the axis's dim, for each dim that is kept
         for n, index in enumerate(e.args):
             split = _offset(index)
             if split is None:
@@ -290,7 +290,7 @@ class Evaluator:
         return tensor
 
     def _indices(self, e: Expr, shape: Sequence[int]) -> tuple[Tensor, ...]:
-        """In range everywhere: under a mask, where nothing is used, an index may point outside."""
+        """Return the indices clamped into range: at masked elements an index may point outside the tensor."""
         return tuple(self.tensor(a).clamp(0, n - 1) for a, n in zip(e.args, shape))
 
     def _load(self, e: Expr) -> Tensor:
@@ -305,7 +305,7 @@ class Evaluator:
         return found.to(self.compute if e.kind == FLOAT else torch.int64 if e.kind == INT else torch.bool)
 
     def add_gradient(self, e: Expr, slope: Tensor, total: Tensor) -> None:
-        """Adds d/d(load e) over the block, `slope` of the block's full shape, to `total`, shaped as the capture."""
+        """Add the gradient of load `e`, `slope` over the whole block, to `total`, which has the capture's shape."""
         shape = [1] * slope.ndim
         for name, axis in self.axes.items():
             if name in e.free:
@@ -331,8 +331,8 @@ class Evaluator:
 
 
 def diagonal_sums(tile: Tensor) -> Tensor:
-    """(..., t, s) to (..., 1, t + s - 1): entry w is the sum over j - i = w - (t - 1)."""
+    """Sum (..., t, s) along its diagonals to (..., 1, t + s - 1): entry w sums j - i = w - (t - 1)."""
     t, s = tile.shape[-2:]
-    padded = torch.nn.functional.pad(tile.flip(-2), (0, t))  # row m of width t + s; cut to t + s - 1 it moves by m
+    padded = torch.nn.functional.pad(tile.flip(-2), (0, t))  # width t + s; re-cut to t + s - 1, row m shifts by m
     skewed = padded.reshape(*tile.shape[:-2], t * (t + s))[..., : t * (t + s - 1)]
     return skewed.reshape(*tile.shape[:-2], t, t + s - 1).sum(-2, keepdim=True)

@@ -1,4 +1,4 @@
-"""The GPU at hand: its compute capability, and what a CUDA graph that is being captured asks of it."""
+"""Query the GPU's compute capability and the state of CUDA graph capture."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ T = TypeVar("T")
 
 
 def lasting(make: Callable[[], T], device: torch.device) -> T:
-    """What `make` gives: tensors on the device that outlive the call.
+    """Return the result of `make`: tensors on the device that outlive the call.
 
-    With mode="reduce-overhead" torch.compile gives a thread that warms up or captures a CUDA graph memory of the
-    graph's own, and refuses what is found to live on there. So another thread allocates them.
+    With mode="reduce-overhead", a thread that warms up or captures a CUDA graph allocates from the graph's private
+    pool, and torch.compile rejects tensors that stay alive there. So another thread allocates them.
     """
     if device.type != "cuda":
         return make()
@@ -24,12 +24,12 @@ def lasting(make: Callable[[], T], device: torch.device) -> T:
 
 
 def capturing() -> bool:
-    """Whether this thread captures a CUDA graph, in which nothing can be compiled and the host can wait for nothing."""
+    """Return whether this thread captures a CUDA graph. During capture, code must not compile or synchronize."""
     return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def capability(device: torch.device) -> int:
-    """The compute capability as a number, 90 for 9.0; 0 for what is no NVIDIA GPU."""
+    """Return the compute capability as an integer, 90 for 9.0; 0 if the device is not an NVIDIA GPU."""
     if device.type != "cuda":
         return 0
     major, minor = torch.cuda.get_device_capability(device)

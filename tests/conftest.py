@@ -11,7 +11,7 @@ os.environ.setdefault("TORCHINDUCTOR_FX_GRAPH_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_AUTOGRAD_CACHE", "0")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
-# Generated modules are kept for this run alone.
+# Generated modules are kept for this run only.
 if "ATTNFX_CACHE_DIR" not in os.environ:
     os.environ["ATTNFX_CACHE_DIR"] = tempfile.mkdtemp(prefix="attnfx-tests-")
     atexit.register(shutil.rmtree, os.environ["ATTNFX_CACHE_DIR"], ignore_errors=True)
@@ -27,14 +27,14 @@ if not torch.cuda.is_available():
 logging.getLogger("torch.__trace").propagate = False
 
 
-# Folders whose tests compile: a case of theirs takes half a second and more.
+# Folders whose tests compile; each case takes half a second or more.
 COMPILING = ("backend", "compiler", "memory", "passes", "tuning", "verify")
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Mark as slow, beside what the files mark: cases that Inductor compiles, and of each test in COMPILING all cases
-    but the first. `pytest -m "not slow"` runs the rest."""
+    """Mark more tests as slow: cases that Inductor compiles, and all but the first case of each test in COMPILING.
+    `pytest -m "not slow"` runs the rest."""
     tests = Path(__file__).parent
     seen = set()
     for item in items:
@@ -61,7 +61,7 @@ def fresh(monkeypatch):
 
 @pytest.fixture
 def golden(request):
-    """Compares a text with the file golden/<name> beside the test; ATTNFX_ACCEPT=1 writes the file instead."""
+    """Compare a text with the file golden/<name> next to the test; ATTNFX_ACCEPT=1 writes the file instead."""
 
     def compare(name: str, text: str) -> None:
         file = request.path.parent / "golden" / name
@@ -76,13 +76,13 @@ def golden(request):
 
 @pytest.fixture
 def unexercised(monkeypatch):
-    """Calls are not tried on tiny tensors when a graph is compiled, for tests that watch what is called."""
+    """Disable the exercise of calls on tiny tensors at compile time, for tests that record calls."""
     monkeypatch.setattr("attnfx.compiler.apply.exercise", lambda *_: None)
 
 
 @pytest.fixture
 def shapes_left(monkeypatch):
-    """The shapes of what the rewritten graphs hold, as the graphs come."""
+    """Collect the shapes of all tensors in the rewritten graphs."""
     from attnfx.compiler import pipeline
     from attnfx.passes.fx.nodes import number
 

@@ -1,4 +1,4 @@
-"""Run a function compiled, in eager and in float64, and compare: the helpers that tests of the whole backend share."""
+"""Run a function compiled, in eager and in float64, and compare: helpers for tests of the whole backend."""
 
 from __future__ import annotations
 
@@ -29,20 +29,20 @@ def rand(*shape: int, seed: int | None = None, dtype: torch.dtype = torch.float3
 def qkv(
     b: int = 2, h: int = 4, t: int = 40, s: int | None = None, d: int = 8, g: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """query (b, h, t, d), key and value (b, g, s, d)."""
+    """Create query (b, h, t, d), key and value (b, g, s, d)."""
     s, g = t if s is None else s, h if g is None else g
     return rand(b, h, t, d), rand(b, g, s, d), rand(b, g, s, d)
 
 
 def compiled(fn: Callable[..., Any], *, dynamic: bool | None = None, fullgraph: bool = False, **options: Any) -> Any:
-    """`fn` through attnfx: every sound rewrite, and no code generation unless `inner` says so."""
+    """Compile `fn` with attnfx: apply every sound rewrite, and generate code only if `inner` asks for it."""
     options = {"rewrite": "always", "inner": "aot_eager", **options}
     return torch.compile(fn, backend="attnfx", dynamic=dynamic, fullgraph=fullgraph, options=options)
 
 
 @contextmanager
 def new_reports() -> Iterator[list[Report]]:
-    """A list that holds, at the end of the block, the reports filed in it."""
+    """Yield a list that contains, at the end of the block, the reports filed in it."""
     before = reports()
     found: list[Report] = []
     yield found
@@ -60,8 +60,8 @@ def cast(values: Any, dtype: torch.dtype) -> Any:
 def run(
     fn: Callable[..., Any], args: Sequence[Any], train: bool, owner: torch.nn.Module | None = None, **kwargs: Any
 ) -> list[Tensor]:
-    """The floating outputs of `fn`; in training also the gradients of a fixed projection of them, for the floating
-    inputs and the parameters of `owner`. All in float64."""
+    """Return the floating outputs of `fn` in float64. In training, append the gradients of a fixed projection of them
+    by the floating inputs and `owner`'s parameters."""
     args, kwargs = tree_map(
         lambda a: (
             a.detach().clone(memory_format=torch.preserve_format).requires_grad_(train and a.is_floating_point())
@@ -88,7 +88,7 @@ def run(
 
 
 def error(got: list[Tensor], want: list[Tensor]) -> float:
-    """The largest difference over the largest value, tensor by tensor; inf where shapes, counts or NaNs differ."""
+    """Return the largest difference over the largest value of a tensor; inf if shapes, counts or NaNs differ."""
     if len(got) != len(want):
         return float("inf")
     worst = 0.0
@@ -111,7 +111,7 @@ def compare(
     kwargs: dict[str, Any] | None = None,
     **options: Any,
 ) -> list[Report]:
-    """Runs `fn` compiled and demands results (and gradients) as near to float64 as eager's; gives the reports.
+    """Run `fn` compiled, require results (and gradients) as close to float64 as eager's, and return the reports.
     `exact=False` compares with eager in its own precision."""
     kwargs = kwargs or {}
     module = fn if isinstance(fn, torch.nn.Module) else None
@@ -137,8 +137,7 @@ def compare(
 
 
 def check(fn: Any, *args: Any, sites: int = 1, **how: Any) -> list[Site]:
-    """Demands right numbers (`compare`, which takes `how`), and `sites` rewritten sites and none kept. Gives the
-    sites."""
+    """Require correct results (`compare` takes `how`) and exactly `sites` sites, all rewritten. Return the sites."""
     filed = compare(fn, *args, **how)
     found = [site for report in filed for site in report.sites]
     assert (len([s for s in found if s.rewritten]), len(found)) == (sites, sites), _text(filed)
@@ -146,13 +145,14 @@ def check(fn: Any, *args: Any, sites: int = 1, **how: Any) -> list[Site]:
 
 
 def assert_right(fn: Any, *args: Any, **how: Any) -> list[Site]:
-    """Demands right numbers (`compare`, which takes `how`), whatever is rewritten. Gives the sites."""
+    """Require correct results (`compare` takes `how`), with or without rewrites. Return the sites."""
     return [site for report in compare(fn, *args, **how) for site in report.sites]
 
 
 def assert_kept(fn: Any, *args: Any, code: str | Sequence[str], **how: Any) -> list[Site]:
-    """Demands right numbers (`compare`, which takes `how`), and that all is left as it was: one site with this code,
-    or sites with these codes, in any order. A softmax that is no site stands for one. Gives the sites."""
+    """Require correct results (`compare` takes `how`) and that every site is kept. Return the sites. There must be one
+    site with this code, or sites with these codes in any order. Without any site, the softmaxes outside attention count
+    instead."""
     filed = compare(fn, *args, **how)
     sites = [site for report in filed for site in report.sites]
     assert not any(site.rewritten for site in sites), _text(filed)
@@ -163,7 +163,7 @@ def assert_kept(fn: Any, *args: Any, code: str | Sequence[str], **how: Any) -> l
 
 @contextmanager
 def raises_refusal(code: str) -> Iterator[None]:
-    """Demands that compiling in the block raises RefusalError with this code."""
+    """Require that compiling in the block raises RefusalError with this code."""
     with pytest.raises(BackendCompilerFailed) as caught:
         yield
     problem = caught.value.inner_exception

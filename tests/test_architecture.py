@@ -1,4 +1,4 @@
-"""Check imports where import-linter's contracts (pyproject.toml) cannot, the links, and the package's data."""
+"""Check imports beyond import-linter's contracts (pyproject.toml), the symbolic links, and the package's data."""
 
 import ast
 import re
@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def names_used(source: str) -> Iterator[str]:
-    """Dotted names of the modules, and of the attributes of modules, that the source imports or reaches by a dot."""
+    """Yield the dotted names of modules and module attributes that the source imports or accesses by a dot."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -32,7 +32,7 @@ def imports(source: str) -> Iterator[str]:
 
 
 def modules() -> dict[str, Path]:
-    """Every module of attnfx by its name, the links followed."""
+    """Return every module of attnfx by name, following the links."""
     found = {}
     for folder, name in (
         (ROOT / "attnfx", "attnfx"),
@@ -47,7 +47,7 @@ def modules() -> dict[str, Path]:
 
 
 def imported(source: str, known: Collection[str]) -> set[str]:
-    """The modules among `known` that a source imports, at its top or inside of a function."""
+    """Return the modules among `known` that a source imports, at its top or inside a function."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -97,7 +97,7 @@ def is_fx(name: str) -> bool:
 
 
 def stands_alone(name: str) -> bool:
-    """Whether the spec and the expression IR may import this name: the standard library and each other."""
+    """Return whether spec and IR may import this name: from the standard library or from each other."""
     return name.split(".")[0] in sys.stdlib_module_names or f"{name}.".startswith(("attnfx.ir.", "attnfx.spec."))
 
 
@@ -149,7 +149,7 @@ def test_transformers_works_from_the_root_where_our_folder_shadows_its_kernels_p
 
 
 def test_every_data_file_is_packaged():
-    """A wheel holds what a pattern of pyproject.toml names, of a package's own folder."""
+    """A wheel contains the files in a package's folder that match a pattern of pyproject.toml."""
     text = (ROOT / "pyproject.toml").read_text().partition("[tool.setuptools.package-data]")[2].partition("\n[")[0]
     patterns = re.findall(r'^"([\w.]+)" = \[(.*)\]', text, re.MULTILINE)
     named = {

@@ -1,4 +1,4 @@
-"""Keep what is put into the cache on disk for every process, and survive whatever is wrong on disk."""
+"""Keep cache entries on disk for every process, and survive any damage on disk."""
 
 import json
 import os
@@ -53,7 +53,7 @@ def test_a_damaged_file_is_one_warning_and_made_anew(text):
     cache = JsonCache("answers")
     cache.put("a", 1)
     cache.path.write_bytes(text)
-    with pytest.warns(RuntimeWarning, match="cannot be read and is made anew") as caught:
+    with pytest.warns(RuntimeWarning, match="cannot be read and is rebuilt") as caught:
         assert cache.get("a") is None and cache.get("a") is None
         cache.put("b", 2)
     assert len(caught) == 1

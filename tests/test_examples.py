@@ -1,4 +1,4 @@
-"""Run the examples, and check that they say that attnfx rewrote the attention and got eager's numbers."""
+"""Run the examples, and check that they report a rewrite and eager's results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Keep operators that wait for the device out of the CUDA graphs that Inductor captures."""
+"""Keep operators that synchronize with the device out of the CUDA graphs that Inductor captures."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The command `attnfx`: one module for each of its commands, imported when it is called."""
+"""Define the command `attnfx`. Each subcommand has a module of its own, imported when it is called."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COMMANDS: dict[str, str] = {
 
 
 class Commands(click.Group):
-    """A group whose commands are imported when they are asked for: torch takes seconds to import."""
+    """A command group that imports a command on first use, because importing torch takes seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return sorted(COMMANDS)
@@ -32,4 +32,4 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="attnfx")
 def main() -> None:
-    """Find hand-written attention in a PyTorch model, and run it in linear memory."""
+    """Find hand-written attention in a PyTorch model and run it in linear memory."""

@@ -1,4 +1,4 @@
-"""`attnfx bench`: a few standard sites on this device, tier by tier; `--calibrate` corrects the cost model by them."""
+"""Implement `attnfx bench`: time standard sites tier by tier; `--calibrate` corrects the cost model by the times."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from attnfx.tuning import timing
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, seen: Tensor | None = None, cap: float = 0.0) -> Tensor:
-    """(B, H, T, D) each; `seen` (T, S) of bool."""
+    """Compute attention of query, key and value, (B, H, T, D) each; `seen` is a (T, S) bool mask of visible keys."""
     score = query @ key.mT * query.shape[-1] ** -0.5
     if cap:
         score = torch.tanh(score / cap) * cap
@@ -44,7 +44,7 @@ def causal(query: Tensor, key: Tensor, value: Tensor, cap: float = 0.0) -> Tenso
 
 
 def window(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """Causal, and an eighth of the length back."""
+    """Compute causal attention over a window of an eighth of the length."""
     at = torch.arange(query.shape[-2], device=query.device)
     behind = at[:, None] - at[None, :]
     return attend(query, key, value, (behind >= 0) & (behind < max(32, query.shape[-2] // 8)))
@@ -57,7 +57,7 @@ PROGRAMS: dict[str, Callable[..., Tensor]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One standard site: a program on query, key and value (B, H, T, D)."""
+    """A standard site: a program on query, key and value of shape (B, H, T, D)."""
 
     program: str
     B: int
@@ -73,8 +73,8 @@ class Site:
 
 
 def standard(device: torch.device, many: bool) -> list[Site]:
-    """The sites for a device; `many` for calibration, a dozen: forward and training in turn, so that the first few
-    stand for all."""
+    """Return four standard sites for a device; with `many`, about a dozen for calibration, alternating between forward
+    and training so that the first few represent them all."""
     dtype, lengths = ("float32", (128, 512, 1024)) if device.type == "cpu" else ("bfloat16", (512, 2048, 8192))
     heads, width = (8, 64) if device.type == "cpu" else (16, 128)
     if not many:
@@ -87,8 +87,8 @@ def standard(device: torch.device, many: bool) -> list[Site]:
 
 
 def in_time(sites: Iterable[Site], seconds: float, clock: Callable[[], float] = time.perf_counter) -> Iterator[Site]:
-    """The sites, until one that takes as long as the longest so far would end after so many seconds. At least two, so
-    that there is one of each direction."""
+    """Yield sites while the next one, if it takes as long as the longest so far, would end within `seconds`. Yields at
+    least two sites, one of each direction."""
     start = last = clock()
     longest = 0.0
     for n, site in enumerate(sites):
@@ -100,7 +100,7 @@ def in_time(sites: Iterable[Site], seconds: float, clock: Callable[[], float] = 
 
 
 def measure(site: Site, device: torch.device) -> Decision | None:
-    """The decision for a site with every candidate timed; None where nothing could be."""
+    """Return the decision for a site with its candidates timed; None if none could be timed."""
     torch._dynamo.reset()
     found: list[Decision | None] = []
     options = Options.make({"tune": "again"})
@@ -118,8 +118,8 @@ def measure(site: Site, device: torch.device) -> Decision | None:
 
 
 def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tuple[Site, Decision]]:
-    """The sites that could be timed, with their decisions; what could not is said on the error output. With `alone`,
-    times of a processor that other programs kept busy are left out: they say nothing of it."""
+    """Time sites and return them with their decisions; report failures on stderr. With `alone`, drop sites whose times
+    are unreliable because other programs kept the processor busy."""
     found = []
     free = not alone or timing.undisturbed(device)
     for site in sites:
@@ -128,14 +128,14 @@ def timed(sites: Iterable[Site], device: torch.device, alone: bool) -> list[tupl
         if decision is None:
             click.echo(f"attnfx bench: {site} could not be timed", err=True)
         elif not (before and free):
-            click.echo(f"attnfx bench: {site} is left out: other programs kept the processor busy", err=True)
+            click.echo(f"attnfx bench: {site} is left out, because other programs kept the processor busy", err=True)
         else:
             found.append((site, decision))
     return found
 
 
 def row(site: Site, decision: Decision) -> dict[str, object]:
-    """What --json says of a site."""
+    """Build the JSON entry of a site."""
     every = sorted((decision, *decision.alternatives), key=lambda c: c.measured_ms or math.inf)
     timed = [c for c in every if c.measured_ms is not None]
     return {
@@ -148,7 +148,7 @@ def row(site: Site, decision: Decision) -> dict[str, object]:
 
 
 def table(rows: list[dict[str, object]], name: str) -> Table:
-    out = Table(title=f"attention on {name}, ms of a call (predicted)", title_justify="left")
+    out = Table(title=f"attention on {name}: ms per call, measured (predicted)", title_justify="left")
     out.add_column("site", overflow="fold")
     tiers = [t for t in ("kept", "library", "flash", "decode", "chunked") if any(_best(r, t) for r in rows)]
     for tier in tiers:
@@ -164,18 +164,18 @@ def table(rows: list[dict[str, object]], name: str) -> Table:
 
 
 def _best(found: dict, tier: str) -> dict | None:
-    """The fastest candidate of a tier."""
+    """Return the fastest candidate of a tier, or None."""
     return next((c for c in found["candidates"] if c["tier"] == tier), None)
 
 
 @click.command(epilog=EXIT_CODES)
-@click.option("--calibrate", is_flag=True, help="Correct the cost model of this device by a dozen measured sites.")
+@click.option("--calibrate", is_flag=True, help="Correct the cost model for this device from a dozen measured sites.")
 @click.option("--seconds", type=click.FloatRange(min=0), default=150, show_default=True,
-              help="How long --calibrate may take; it starts no site that would end later.")  # fmt: skip
+              help="Time limit of --calibrate; a site that would end later is not started.")  # fmt: skip
 @click.option("--device", default="cuda" if torch.cuda.is_available() else "cpu", show_default=True, help="cpu or cuda")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None:
-    """Time a few standard sites on this device, tier by tier. A star marks the fastest."""
+    """Time a few standard attention sites on this device, tier by tier. A star marks the fastest tier."""
     at = _device(device)
     sites = standard(at, calibrate)
     shown = timing.with_progress(sites, "standard sites")
@@ -184,7 +184,9 @@ def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None
     rows = [row(site, decision) for site, decision in found]
     factors = calibration.fit((decision, site.training) for site, decision in found)
     if calibrate and not factors:
-        raise click.ClickException("no site was timed: the corrections that there were are kept")
+        raise click.ClickException(
+            "no site was timed, so the previous corrections are kept; rerun when the processor is idle"
+        )
     if calibrate:
         calibration.store(at, factors)
     if as_json:
@@ -194,14 +196,14 @@ def command(calibrate: bool, seconds: float, device: str, as_json: bool) -> None
     console = Console(file=sys.stdout)
     console.print(table(rows, device_name(at)))
     if calibrate:
-        corrected = Table(title=f"corrections by {len(found)} of {len(sites)} sites, measured over predicted")
+        corrected = Table(title=f"corrections from {len(found)} of {len(sites)} sites: measured / predicted time")
         corrected.title_justify = "left"
         corrected.add_column("tier and direction")
         corrected.add_column("factor", justify="right")
         for name, factor in factors.items():
             corrected.add_row(name, f"{factor:.2f}")
         console.print(corrected)
-        console.print(f"kept in {calibration.CORRECTIONS.path}", soft_wrap=True)
+        console.print(f"stored in {calibration.CORRECTIONS.path}", soft_wrap=True)
 
 
 def _device(name: str) -> torch.device:
@@ -210,7 +212,7 @@ def _device(name: str) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise click.BadParameter(f"{name!r} is neither 'cpu' nor 'cuda'", param_hint="--device")
+        raise click.BadParameter(f"{name!r} is not a supported device; give cpu or cuda", param_hint="--device")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise click.BadParameter("there is no CUDA device here; the nearest is 'cpu'", param_hint="--device")
+        raise click.BadParameter("this machine has no CUDA device; give cpu", param_hint="--device")
     return device

@@ -1,4 +1,4 @@
-"""`attnfx cache`: what attnfx keeps in the user's cache directory."""
+"""Implement `attnfx cache`: list or clear the files in the user's cache directory."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ MODULES = "triton"  # the folder of generated kernels
 
 @click.group()
 def command() -> None:
-    """List or clear what is kept between runs."""
+    """List or clear the measurements and kernels kept between runs."""
 
 
 @command.command("path")
 def path() -> None:
-    """Print the directory."""
+    """Print the cache directory."""
     click.echo(cache.directory())
 
 
 @command.command("list")
 @click.option("--json", "as_json", is_flag=True, help="Print every entry as JSON.")
 def entries(as_json: bool) -> None:
-    """Say what is kept, file by file."""
+    """List the cache files and their numbers of entries."""
     held = {name: cache.JsonCache(name).entries() for name in KEPT}
     if as_json:
         click.echo(json.dumps(held, indent=1))
@@ -47,7 +47,7 @@ def entries(as_json: bool) -> None:
 @command.command("clear")
 @click.argument("names", nargs=-1, type=click.Choice([*KEPT, MODULES]))
 def clear(names: tuple[str, ...]) -> None:
-    """Forget the named files, or all. Generated kernels are made again when they are needed."""
+    """Delete the named caches, or all. Generated kernels are made again when needed."""
     for name in names or (*KEPT, MODULES):
         if name == MODULES:
             folder = cache.directory() / MODULES
@@ -55,4 +55,4 @@ def clear(names: tuple[str, ...]) -> None:
             shutil.rmtree(folder, ignore_errors=True)
         else:
             count = cache.JsonCache(name).clear()
-        click.echo(f"{name}: {count} forgotten")
+        click.echo(f"{name}: {count} removed")

@@ -1,4 +1,4 @@
-"""`attnfx env`: what a bug report needs to know of the machine."""
+"""Implement `attnfx env`: describe the machine for a bug report."""
 
 from __future__ import annotations
 
@@ -18,14 +18,16 @@ from attnfx.cli.loading import EXIT_CODES
 from attnfx.fingerprint import processor
 
 PACKAGES = ("attnfx", "torch", "triton", "islpy", "transformers")
-PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may name folders of the user
+PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may contain the user's paths
 
 
 @click.command(epilog=EXIT_CODES)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def command(as_json: bool) -> None:
-    """Describe this machine for a bug report: versions, devices, cache directory, ATTNFX_ variables. No path but the
-    cache directory's is told."""
+    """Describe this machine for a bug report.
+
+    Shows versions, devices, the cache directory and ATTNFX_ variables. The cache directory is the only path shown.
+    """
     found = environment()
     if as_json:
         click.echo(json.dumps(found, indent=1))
@@ -37,14 +39,14 @@ def command(as_json: bool) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """The report as JSON values."""
+    """Collect the description as JSON values."""
     return {
         "packages": {name: _version(name) for name in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "cpu capability": torch.backends.cpu.get_cpu_capability(),
-        "cuda": torch.version.cuda or torch.version.hip or "not in this build of torch",
+        "cuda": torch.version.cuda or torch.version.hip or "not in this build of PyTorch",
         "gpus": _gpus(),
         "cache": str(cache.directory()),
         "variables": {

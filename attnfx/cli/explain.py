@@ -1,4 +1,4 @@
-"""`attnfx explain`: what would be done with a model, without running it."""
+"""Implement `attnfx explain`: report how a model would be rewritten, without running it."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from attnfx.report.report import Report
 
 
 def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
-    """The options that say how large a model of `--hf` is made."""
+    """Add the options for the size of the model of `--hf` to a command."""
     for name, default, what in (
         ("batch", 1, "sequences or images"), ("length", 512, "tokens of each sequence"), ("heads", 4, "query heads"),
         ("hidden", 256, "width of the hidden states"), ("layers", 2, "layers"),
@@ -33,30 +33,32 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @click.command(epilog=EXIT_CODES)
 @click.argument("factory", required=False, metavar="[FACTORY]")
-@click.option("--hf", metavar="MODEL_TYPE", help="A transformers model of random weights instead, such as llama.")
+@click.option(
+    "--hf", metavar="MODEL_TYPE", help="Explain a transformers model type with random weights instead, such as llama."
+)
 @sizes
 @click.option("--train", is_flag=True, help="Explain a training step: the model in training mode, with gradients.")
-@click.option("--target", default=None, help="The device to decide for; by default the one that the tensors are on.")
-@click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="As the option of the backend.")
-@click.option("--strict", is_flag=True, help="Exit with 3 where a site was refused.")
+@click.option("--target", default=None, help="The device to decide for; by default the one that holds the tensors.")
+@click.option("--rewrite", type=click.Choice(get_args(Rewrite)), default=None, help="The backend's option rewrite.")
+@click.option("--strict", is_flag=True, help="Exit with code 3 if a site was refused.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @pages.options
 def command(factory: str | None, hf: str | None, train: bool, target: str | None, rewrite: str | None, strict: bool,
             as_json: bool, html: Path | None = None, force: bool = False, **size: int) -> None:  # fmt: skip
-    """Say what would be done with a model, and why not. Nothing of it is run.
+    """Report which attention in a model would be rewritten, and why.
 
-    FACTORY is FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs): inputs that
-    are a tensor are the one argument, a tuple are the arguments, a dict are the keyword arguments. The model is
-    explained as in inference unless --train is given.
+    The model is traced, not run. FACTORY is FILE.py:FACTORY or module:factory and names a function without arguments
+    that returns (model, inputs). Inputs are a tensor (the only argument), a tuple of arguments, or a dict of keyword
+    arguments. The report is for inference unless --train is given.
 
-    With --hf the model is made small, for a table of sites in seconds; --layers, --hidden, --heads, --length and
-    --batch change that. Its attention is the one that transformers writes out ("eager").
+    With --hf, a small model is made, so that the report takes seconds. --layers, --hidden, --heads, --length and
+    --batch change its size. It uses transformers' "eager" attention.
     """
     if (factory is None) == (hf is None):
-        raise click.UsageError("one of FACTORY and --hf is needed: " + ARGUMENT_HELP)
+        raise click.UsageError("give either FACTORY or --hf: FACTORY is " + ARGUMENT_HELP)
     pages.free(html, force)
     waiting = Console(stderr=True)
-    with waiting.status("making the model"):
+    with waiting.status("building the model"):
         model, args, kwargs = load(factory) if factory is not None else _of_transformers(str(hf), size)
     given = {"target": target, "rewrite": rewrite}
     with waiting.status("explaining"):
@@ -86,7 +88,7 @@ def _explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 
 def prepared(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool) -> tuple[Any, Any]:
-    """Puts a module in training or evaluation mode; in training, the floating inputs of a plain function learn."""
+    """Set a module's mode; in training, make a plain function's floating-point inputs require gradients."""
     if isinstance(model, torch.nn.Module):
         model.train(train)
     elif train:

@@ -1,4 +1,4 @@
-"""A transformers model by its type, small and of random weights, with inputs to call it on."""
+"""Build a small transformers model with random weights from its type, with inputs to call it on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 
 from attnfx.cli.loading import users_code
 
-# What configurations call a size. All that exist are set, in those inside a configuration too.
+# The names that configurations use for each size. All existing ones are set, in nested configurations too.
 NAMES = {
     "layers": ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers", "encoder_layers",
                "decoder_layers"),
@@ -26,21 +26,21 @@ VOCABULARY = 1000
 def made(
     model_type: str, layers: int, hidden: int, heads: int, length: int, batch: int
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The model with its own eager attention, and its inputs.
+    """Build a model with transformers' eager attention, and its inputs.
 
-    Raises click.UsageError where transformers is not installed, knows no such type, or the model's main input is
+    Raises click.UsageError if transformers is not installed or does not know the type, or if the model's main input is
     neither tokens nor images.
     """
     try:
         from transformers import AutoConfig, AutoModel
         from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     except ImportError as problem:
-        raise click.UsageError(f"--hf needs transformers ({problem}): pip install transformers") from None
+        raise click.UsageError(f"--hf needs transformers: pip install transformers ({problem})") from None
     if model_type not in CONFIG_MAPPING:
-        raise click.UsageError(f"transformers knows no model type {model_type!r}; {_like(model_type, CONFIG_MAPPING)}")
+        raise click.UsageError(f"transformers has no model type {model_type!r}{_like(model_type, CONFIG_MAPPING)}")
     if hidden % heads:
-        raise click.UsageError(f"--hidden {hidden} is no multiple of --heads {heads}")
-    with users_code(f"transformers could not make a {model_type} model of these sizes"), torch.random.fork_rng([]):
+        raise click.UsageError(f"--hidden {hidden} is not a multiple of --heads {heads}")
+    with users_code(f"transformers could not build a {model_type} model of these sizes"), torch.random.fork_rng([]):
         torch.manual_seed(0)
         config = AutoConfig.for_model(model_type)
         wanted = {"layers": layers, "hidden": hidden, "heads": heads, "inner": 4 * hidden, "width": hidden // heads}
@@ -53,7 +53,8 @@ def made(
 def _like(model_type: str, known: Any) -> str:
     import difflib
 
-    return f"the nearest is {(difflib.get_close_matches(model_type, list(known), 1, 0.0) or ['none'])[0]!r}"
+    found = difflib.get_close_matches(model_type, list(known), 1, 0.0)
+    return f"; did you mean {found[0]!r}?" if found else ""
 
 
 def _resize(config: Any, wanted: dict[str, int], length: int) -> None:
@@ -63,7 +64,7 @@ def _resize(config: Any, wanted: dict[str, int], length: int) -> None:
             if isinstance(getattr(config, name, None), int):
                 setattr(config, name, wanted[size])
     groups, heads = getattr(config, "num_key_value_heads", None), next((n for n in before.values() if n), None)
-    if isinstance(groups, int) and heads:  # as many query heads for each key head as before, where that divides
+    if isinstance(groups, int) and heads:  # keep the query heads per key head, if that divides evenly
         each = max(1, heads // groups)
         config.num_key_value_heads = wanted["heads"] // each if wanted["heads"] % each == 0 else 1
     if isinstance(getattr(config, "layer_types", None), list):
@@ -93,4 +94,4 @@ def _inputs(model: Any, config: Any, batch: int, length: int) -> dict[str, Any]:
         extent = getattr(vision, "image_size", 224)
         height, width = (extent, extent) if isinstance(extent, int) else extent
         return {name: torch.randn(batch, getattr(vision, "num_channels", 3), height, width)}
-    raise click.UsageError(f"the input of this model is {name!r}, which --hf cannot make: write a factory")
+    raise click.UsageError(f"--hf cannot create the input {name!r} of this model; write a factory instead")

@@ -1,4 +1,4 @@
-"""What a command is asked about: a model and its inputs, made by a function of the user.
+"""Load the model and inputs of a command from a factory function of the user.
 
 Every failure in the user's code is shown as the user's own traceback, without the frames of this package.
 """
@@ -23,10 +23,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from attnfx.errors import RefusalError
 
-FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes beside 0 and click's 2 for a wrong use of the command
+FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes besides 0 and click's 2 for wrong usage
 EXIT_CODES = (
-    "Exit codes: 0 done; 1 the user's own code failed; 2 wrong use of the command; 3 refused: a site under "
-    "--strict, or a memory budget that nothing fits; 4 attnfx itself failed."
+    "Exit codes: 0 done; 1 your own code failed; 2 wrong use of the command; 3 a site was refused under --strict, or "
+    "nothing fits the memory budget; 4 attnfx itself failed."
 )
 
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
@@ -34,7 +34,7 @@ _OURS = Path(__file__).resolve().parent.parent
 
 
 class UsersError(click.ClickException):
-    """The user's own code failed; the message is its traceback."""
+    """A failure of the user's own code; the message is its traceback."""
 
     exit_code = FAILED
 
@@ -43,26 +43,26 @@ class UsersError(click.ClickException):
 
 
 class Refused(click.ClickException):
-    """With --strict, a site was refused; or no plan fits the budget."""
+    """A refused site under --strict, or a budget that no plan fits."""
 
     exit_code = REFUSED
 
 
 class Broken(click.ClickException):
-    """attnfx itself failed; the message is its traceback."""
+    """A failure of attnfx itself; the message is its traceback."""
 
     exit_code = BROKEN
 
 
 def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """The model, and the positional and keyword arguments that it is called with.
+    """Load a model, and the positional and keyword arguments to call it with.
 
-    `text` is "FILE.py:FACTORY" or "module:factory". The factory takes no arguments and returns (model, inputs); inputs
-    that are a tensor are the one argument, a tuple or list are the arguments, a dict are the keyword arguments.
+    `text` is "FILE.py:FACTORY" or "module:factory". The factory takes no arguments and returns (model, inputs). Inputs
+    are a tensor (the only argument), a tuple or list of arguments, or a dict of keyword arguments.
 
     Raises:
-        click.UsageError: `text` names no such file, module or function.
-        UsersError: the file does not import, the factory raises, or it returns something else.
+        click.UsageError: The file, module or function that `text` names does not exist.
+        UsersError: The file does not import, the factory raises, or it returns something else.
     """
     place, _, name = text.rpartition(":")
     if not place or not name:
@@ -71,14 +71,14 @@ def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]
     factory = getattr(module, name, None)
     if not callable(factory):
         there = ", ".join(n for n, x in vars(module).items() if _is_function_of(x, module)) or "none"
-        raise click.UsageError(f"{place} has no function {name!r}; its functions are: {there}")
+        raise click.UsageError(f"{place} has no function {name!r}; its functions: {there}")
     with users_code(f"{name}() of {place} failed"):
         made = factory()
     return taken_apart(made, f"{name}() of {place}")
 
 
 def taken_apart(made: Any, source: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """A factory's result as model, args and kwargs. Raises UsersError where it is none."""
+    """Split a factory's result into model, args and kwargs. Raises UsersError if it has another form."""
     if not isinstance(made, tuple | list) or len(made) != 2 or not callable(made[0]):
         raise UsersError(f"{source} returned {_kind(made)}, expected a tuple (model, inputs)")
     model, inputs = made
@@ -88,12 +88,12 @@ def taken_apart(made: Any, source: str) -> tuple[Callable[..., Any], tuple[Any, 
         return model, tuple(inputs), {}
     if isinstance(inputs, Mapping) and all(isinstance(k, str) for k in inputs):
         return model, (), dict(inputs)
-    raise UsersError(f"the inputs that {source} returned are {_kind(inputs)}, expected a tensor, a tuple or a dict")
+    raise UsersError(f"{source} returned {_kind(inputs)} as inputs, expected a tensor, a tuple or a dict")
 
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Runs the user's code: what it raises becomes a UsersError that begins with `what`."""
+    """Run the user's code; its exceptions become a UsersError that begins with `what`."""
     try:
         yield
     except (click.ClickException, click.exceptions.Exit, click.Abort):
@@ -104,9 +104,12 @@ def users_code(what: str) -> Iterator[None]:
 
 @contextmanager
 def tracing() -> Iterator[None]:
-    """Runs `explain` or `plan` on the user's model: what the model raises is shown as its own error, what attnfx raises
-    as a failure of attnfx (exit code 4), and a refusal under `strict` as one (exit code 3)."""
-    # PyTorch logs the traceback of an operator that fails while it is traced: the user is shown that error once
+    """Run `explain` or `plan` on the user's model, and sort its errors by their origin.
+
+    An error of the model is shown as the user's own (exit code 1), an error of attnfx as a failure of attnfx (exit code
+    4), and a refusal under `strict` as a refusal (exit code 3).
+    """
+    # PyTorch also logs the traceback of an operator that fails during tracing; show the error only once
     log = logging.getLogger("torch._subclasses.fake_tensor")
     before, log.disabled = log.disabled, True
     try:
@@ -128,9 +131,9 @@ def tracing() -> Iterator[None]:
 
 
 def users_traceback(problem: BaseException) -> str:
-    """The traceback of an error without the frames of this package, and of importlib and torch above the user's.
+    """Format a traceback without this package's frames, and without importlib and torch frames above the user's.
 
-    What Dynamo raises of an operator that failed is shown as that operator's error at the user's line.
+    Dynamo's error about a failed operator is shown as the operator's own error at the user's line.
     """
     stack = getattr(problem, "real_stack", None)
     if stack and type(problem).__module__.startswith("torch._dynamo"):
@@ -163,11 +166,11 @@ def _is_plumbing(file: str) -> bool:
 def _file(place: str) -> ModuleType:
     path = Path(place).expanduser()
     if not path.is_file():
-        raise click.UsageError(f"there is no file {place!r}")
+        raise click.UsageError(f"the file {place!r} does not exist")
     name = path.stem if path.stem not in sys.modules else f"{path.stem} (a file of the user)"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None and spec.loader is not None
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look a class's module up there
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)  # dataclasses look up a class's module there
     _make_importable(path.resolve().parent)
     with users_code(f"{place} could not be imported"):
         spec.loader.exec_module(module)
@@ -178,12 +181,12 @@ def _module(place: str) -> ModuleType:
     _make_importable(Path.cwd())
     try:
         there = importlib.util.find_spec(place) is not None
-    except (ImportError, ValueError, AttributeError):  # a parent package that is none, or does not import
+    except (ImportError, ValueError, AttributeError):  # the parent is not a package, or does not import
         there = _is_there(place.partition(".")[0])
-    except Exception:  # what a parent package raises is shown below
+    except Exception:  # the import below shows the parent package's error
         there = True
     if not there:
-        raise click.UsageError(f"there is no module {place!r}; a file is named with its .py")
+        raise click.UsageError(f"the module {place!r} does not exist; to name a file, include its .py")
     with users_code(f"{place} could not be imported"):
         return importlib.import_module(place)
 
@@ -196,8 +199,8 @@ def _is_there(top: str) -> bool:
 
 
 def _make_importable(folder: Path) -> None:
-    """What stands beside the user's file can be imported, as with `python FILE.py`. At the end: a folder of the
-    user's project hides no installed package."""
+    """Add a folder to sys.path, so that the user's file can import its neighbors. It goes to the end, so that the
+    folder's files cannot hide installed packages."""
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
@@ -207,5 +210,5 @@ def _is_function_of(x: Any, module: ModuleType) -> bool:
 
 
 def _kind(x: Any) -> str:
-    inside = f" of {len(x)}" if isinstance(x, tuple | list) else ""
-    return "None" if x is None else f"a {type(x).__name__}{inside}"
+    inside, name = f" of {len(x)}" if isinstance(x, tuple | list) else "", type(x).__name__
+    return "None" if x is None else f"{'an' if name[0] in 'aeiou' else 'a'} {name}{inside}"

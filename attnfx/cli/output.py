@@ -1,4 +1,4 @@
-"""`--html PATH` and `--force`, as the commands that draw a page have them."""
+"""Define the options `--html PATH` and `--force` of the commands that write a page."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ class Drawn(Protocol):
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Adds `html` and `force` to a command's arguments."""
-    command = click.option("--force", is_flag=True, help="Overwrite the file of --html.")(command)
+    """Add the options `--html` and `--force` to a command."""
+    command = click.option("--force", is_flag=True, help="Overwrite the file that --html names.")(command)
     path = click.Path(dir_okay=False, path_type=Path)
-    return click.option("--html", type=path, help="Write the report as a self-contained page.")(command)
+    return click.option("--html", type=path, help="Write the report to this path as a self-contained HTML page.")(
+        command
+    )
 
 
 def free(html: Path | None, force: bool) -> None:
-    """Raises UsageError where a page would overwrite a file; to be called before the work begins."""
+    """Raise UsageError if a page would overwrite a file. Call this before the work begins."""
     if html is not None and html.exists() and not force:
-        raise click.UsageError(f"{str(html)!r} exists; --force overwrites it")
+        raise click.UsageError(f"{str(html)!r} exists; add --force to overwrite it")
 
 
 def write(drawn: Drawn, html: Path | None, force: bool) -> None:

@@ -1,4 +1,4 @@
-"""`attnfx plan`: what a step of a model takes on a device, and what fits."""
+"""Implement `attnfx plan`: predict the memory and time of a model's step on a device, and the sizes that fit."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from attnfx.errors import BudgetError, OptionError
 @click.option("--target", default="auto", show_default=True, help="A device's name, such as h100-sxm, or a JSON file.")
 @click.option("--memory-budget", help="Bytes, 16GiB, a fraction of the device's memory such as 0.8, or auto.")
 @click.option(
-    "--train/--inference", default=None, help="Whether a backward pass follows; the model's own mode if unset."
+    "--train/--inference", default=None, help="Whether a backward pass follows; by default as in the model's own mode."
 )
 @click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pages.options
 def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
          html: Path | None, force: bool) -> None:  # fmt: skip
-    """Plan a step of MODEL, which is FILE.py:FACTORY: a function that returns (model, inputs).
+    """Predict a model step's memory and time, and the sizes that fit.
 
-    Nothing is run, and nothing is allocated at full size where the factory builds on the "meta" device.
+    MODEL is FILE.py:FACTORY and names a function that returns (model, inputs). The model is not run. If the factory
+    builds it on the "meta" device, nothing is allocated at full size.
     """
     from attnfx.planning.plan import plan as make
 
@@ -46,7 +47,7 @@ def plan(model: str, target: str, memory_budget: str | None, train: bool | None,
 
 
 def number(given: str | None) -> int | float | str | None:
-    """A number where the text is one."""
+    """Convert text to an int or float if possible; else return it unchanged."""
     for kind in (int, float):
         try:
             return kind(given) if given is not None else None
@@ -56,7 +57,7 @@ def number(given: str | None) -> int | float | str | None:
 
 
 def as_data(plan: Any) -> dict[str, Any]:
-    """A plan's numbers: bytes, and milliseconds."""
+    """Return a plan as JSON values, in bytes and milliseconds."""
     return {
         "target": plan.target.name, "train": plan.train, "budget": plan.budget, "peak_bytes": plan.peak_bytes,
         "reserved_bytes": plan.reserved_bytes, "predicted_ms": round(plan.predicted_ms, 4), "peak": plan.parts(),

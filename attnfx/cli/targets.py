@@ -1,4 +1,4 @@
-"""`attnfx targets`: the devices that can be decided for."""
+"""Implement `attnfx targets`: list and show the devices that attnfx can decide for."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ COLUMNS = {"kind": "kind", "capability": "capability", "bandwidth": "GB/s", "mem
 
 @click.group(epilog=EXIT_CODES)
 def command() -> None:
-    """List the devices that the option `target` knows by name, or show what is known of one."""
+    """List the devices that the option `target` knows, or show one."""
 
 
 @command.command("list", epilog=EXIT_CODES)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def known(as_json: bool) -> None:
-    """List the names, with what tells the devices apart."""
+    """List the device names with their main properties."""
     found = [Target.by_name(name) for name in Target.names()]
     if as_json:
         click.echo(json.dumps([asdict(t) for t in found], indent=1))
@@ -42,8 +42,10 @@ def known(as_json: bool) -> None:
 @click.argument("name")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def show(name: str, as_json: bool) -> None:
-    """Show every number of a device and where it is from. NAME is one of the list, the path of a JSON file, or
-    "detect": the device at hand."""
+    """Show every number of a device and its source.
+
+    NAME is a name from the list, the path of a JSON file, or "detect" for this machine's device.
+    """
     try:
         found = Options(target=name).target if name not in ("auto", "detect") else detect()
     except OptionError as problem:

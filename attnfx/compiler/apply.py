@@ -1,4 +1,4 @@
-"""Carry choices out: rewrite the graph that they were made for, or a copy of it."""
+"""Apply choices: rewrite the graph that they were made for, or a copy of it."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ OPERATORS = Operators(
     operators.ATTENTION, operators.WEIGHTS, operators.LARGEST_WEIGHTS, operators.MASK_SUMMARY
 )  # fmt: skip
 
-Replaced = list[tuple[Node, Node]]  # each node that was replaced, and what stands for it
+Replaced = list[tuple[Node, Node]]  # each replaced node with its replacement
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a choice: the choice that was carried out, what it replaced, and whether the graph changed."""
+    """The result of a choice: the choice that was applied, the nodes it replaced, and whether the graph changed."""
 
     choice: Choice
     replaced: Replaced
@@ -45,8 +45,11 @@ class Outcome:
 def apply(
     graph: Graph, choices: Sequence[Choice], context: Context, after: Callable[[Place], None] | None = None
 ) -> list[Outcome]:
-    """Carry out the choices for a graph, the last first: an operand may be the result of an attention before it, which
-    is replaced then. What is replaced stays in the graph, unread. `after` is told of each place when it is done."""
+    """Apply the choices for a graph and return an outcome for each.
+
+    They are applied from last to first: an operand may be the result of an earlier attention, which is replaced after
+    it. Replaced nodes stay in the graph without users. `after` is called with each place when it is done.
+    """
     before = graph.facts
     out = []
     for choice in reversed(choices):
@@ -91,14 +94,14 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
 def _shielded(graph: Graph, choice: Choice) -> Outcome:
     refused = choice.site.refusal
     if choice.shield not in (SHIELD, SHIELD_RISKY) or (refused is not None and refused.code == "mutated"):
-        return Outcome(choice, [], False)  # what the compiler saves of a graph that writes in place is left to it alone
+        return Outcome(choice, [], False)  # in-place writes: do not influence the values that the compiler saves
     if not shield(graph.gm, choice.finding, choice.shield == SHIELD_RISKY):
         return Outcome(choice, [], False)
-    return Outcome(choice.noted("shielded from other rewriters"), [], True)
+    return Outcome(choice.noted("shielded from Inductor's attention patterns"), [], True)
 
 
 def _exercise(replaced: Replaced, training: bool) -> None:
-    """Run each new call once on tiny tensors. Raises Exercised where one fails."""
+    """Run each new call once on tiny tensors. Raises Exercised if one fails."""
     stack, seen = [new for _, new in replaced], set()
     while stack:
         n = stack.pop()
@@ -119,7 +122,7 @@ def _exercise(replaced: Replaced, training: bool) -> None:
 
 
 def _likes(args: Any) -> Any:
-    """The arguments of a call, each tensor by its shape, symbolic sizes as the example has them."""
+    """Replace each tensor in a call's arguments by a `Like`, and each symbolic size by its example value."""
 
     def like(x: Any) -> Any:
         held = value(x)
@@ -131,8 +134,8 @@ def _likes(args: Any) -> Any:
 
 
 def cut_out(found: Found, choice: Choice) -> GraphModule | None:
-    """The one site of a choice as a graph that runs alone: rewritten in a copy of the graph, or as it is where there is
-    no action. None where the action cannot be written."""
+    """Cut the site of a choice out as a graph that runs alone. With an action, it is first rewritten in a copy of the
+    graph. Returns None if the action cannot be applied."""
     match = choice.finding.match
     assert match is not None
     ends = [match.final, *(r.final for r in match.reductions)]

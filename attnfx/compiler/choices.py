@@ -1,4 +1,4 @@
-"""Record what becomes of each place that was found."""
+"""Define the choices for a place: the actions that rewrite it, or keeping it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SHIELD, SHIELD_RISKY, LEAVE = "shield", "shield where risky", "leave"
 
 @dataclass(frozen=True)
 class Attention:
-    """Replace a match by a call of the operator, or with `fused` by PyTorch's own."""
+    """Replace a match by a call of attnfx's operator or, with `fused`, of PyTorch's fused operator."""
 
     match: Match
     reductions: tuple[Reduction, ...]
@@ -36,12 +36,12 @@ class WholeRows:
 
 @dataclass(frozen=True)
 class Choice:
-    """What becomes of one place.
+    """The choice for one place.
 
-    action     how the graph is changed; None where it is kept
-    site       what the report says of it
-    shield     what is done where it is kept: one of SHIELD, SHIELD_RISKY, LEAVE
-    otherwise  the choice that holds where the action cannot be written
+    action     how the graph is changed; None if the place is kept
+    site       its entry in the report
+    shield     how a kept place is shielded from other rewriters: SHIELD, SHIELD_RISKY or LEAVE
+    otherwise  the choice that applies if the action's code cannot be emitted
     """
 
     place: Place
@@ -56,7 +56,7 @@ class Choice:
 
     @property
     def name(self) -> str:
-        """What the action comes to, the same in every choice for this place."""
+        """Return the action's tiers, or the decision as text; equal for equal actions at this place."""
         action = self.action
         return ",".join(action.tiers) if isinstance(action, Attention) else str(self.site.decision)
 

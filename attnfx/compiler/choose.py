@@ -1,4 +1,4 @@
-"""Choose what becomes of each place that was found. Changes no graph: `apply` carries the choices out."""
+"""Choose for each place that was found: rewrite or keep it. Leaves the graph as it is; `apply` applies the choices."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnfx.compiler.tiers import fused_call, refusals, target_of, tiers_of
 from attnfx.kernels.library import cuda
 from attnfx.mask import prepare
 from attnfx.options import Options
-from attnfx.passes.fx.nodes import SDPA, number, op_name, refusal, value, where_in_source
+from attnfx.passes.fx.nodes import SDPA, label, number, op_name, refusal, value, where_in_source
 from attnfx.passes.match.results import Match
 from attnfx.passes.match.weight_uses import drawn_for_others
 from attnfx.passes.rows.find_region import find_region
@@ -26,12 +26,12 @@ from attnfx.report.records import Candidate, Decision
 from attnfx.targets import Target
 from attnfx.tuning import calibrate, tune
 
-# Codes of refusals after which rows that are computed one by one would be the next form.
+# Refusal codes after which computing whole rows is tried; if that fails too, the message gives both reasons.
 THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product", "layout", "axes")
 
 
 def choose(found: Found, context: Context, options: Options) -> list[Choice]:
-    """One choice for each place of a graph, by the options: those of the context, or others for the same graph."""
+    """Make one choice for each place of a graph. `options` may differ from the context's."""
     chosen = []
     for place in found.places:
         told = context.told.get((found.path, place.number))
@@ -46,7 +46,7 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
 
 @dataclass(frozen=True)
 class _Choosing:
-    """The choice for one place. `told` takes its place; `keeping` is the choice to keep it for what refused it."""
+    """The inputs of one choice: `told`, a decision given in advance, and `keeping`, the choice to keep the place."""
 
     found: Found
     options: Options
@@ -64,7 +64,7 @@ class _Choosing:
             return self._whole_rows(keep)
         apart = drawn_for_others(match, [] if reader is not None else match.reductions)
         if apart is not None:
-            message = "the dropped weights are read beside the attention, which would be of another draw than they are"
+            message = f"the weights after dropout are also read outside the attention, by way of {label(apart)}"
             why = refusal("one_draw", message, *finding.anchors, apart)
             return self._whole_rows(keep.kept(None, why, SHIELD), lean=True)
         chosen = self._attention(match)
@@ -108,7 +108,7 @@ class _Choosing:
     def _decided(
         self, question: cost.Question, match: Match, here: Mapping[str, str]
     ) -> tuple[Decision, tuple[str, ...]]:
-        """The decision by prediction, or by times where the options ask for these; and what the target notes."""
+        """Decide by prediction, or by measured times if the options ask for them; also return the target's notes."""
         present, options = value(match.query.node).device, self.options
         target, _ = target_of(options, present)
         at_hand = options.target == "auto"
@@ -142,15 +142,16 @@ class _Choosing:
         present = value(action.match.query.node).device.type
         if isinstance(target, Target) and (tiers[0].partition(":")[0] in here or target.kind != present):
             instead = next(t for t in tiers if t.partition(":")[0] not in here)
-            yield f"decided for {target.name}; the {present} at hand runs it as {instead}"
+            yield f"decided for {target.name}; the present {present} device runs tier {instead} instead"
         if action.reductions:
             what = "sums" if all(r.kind in ("sum", "logsumexp") for r in action.reductions) else "parts"
-            yield f"{what} of its weights are computed without them ({_places([r.final for r in action.reductions])})"
+            places = _places([r.final for r in action.reductions])
+            yield f"{what} of its weights are computed without storing the weights ({places})"
 
     # -- whole rows ---------------------------------------------------------------------------------
     def _whole_rows(self, otherwise: Choice, lean: bool = False) -> Choice:
-        """Compute in chunks of rows, where that is possible and pays; else `otherwise`. `lean`: take the region only if
-        it covers every reader of the weights, so that they need not be materialized."""
+        """Choose to compute in chunks of rows if that is possible and predicted to help, else `otherwise`. `lean`: only
+        if the region covers every reader of the weights, so that they need not be materialized."""
         finding, told = self.place.finding, self.told
         refused = otherwise.site.refusal
         if op_name(finding.final) in SDPA or (lean and told is not None and told.kernel not in cost.ROW_KERNELS):
@@ -158,7 +159,7 @@ class _Choosing:
         if "chunked" not in self.options.tiers:
             if lean or refused is None:
                 return otherwise
-            allowed = 'The tier "chunked" may compute it row by row, and `tiers` does not allow it.'
+            allowed = 'Or add "chunked" to the option `tiers`: that tier may compute the attention row by row.'
             return otherwise.kept(None, replace(refused, hint=f"{refused.hint} {allowed}"), otherwise.shield)
         region = find_region(self.found.graph, finding)
         if not isinstance(region, Region):
@@ -192,9 +193,9 @@ class _Choosing:
             return otherwise
         notes = []
         if decision.tier != "kept" and live < 1:
-            notes.append(f"chunks take live keys only: {live:.0%} of the scores")
+            notes.append(f"only keys that the mask leaves live are computed: {live:.0%} of the scores")
         if others := [n for n in region.results if n is not region.final]:
-            notes.append(f"parts of its weights are computed with it, row by row ({_places(others)})")
+            notes.append(f"parts of its weights are computed row by row together with it ({_places(others)})")
         site.decision = decision
         if decision.tier == "kept":
             return Choice(self.place, None, site, SHIELD).noted(*notes)

@@ -1,4 +1,4 @@
-"""Hold what is asked of one compilation, through all of its steps."""
+"""Define the context that all steps of one compilation share."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Context:
-    """What is asked of one graph, or of the body of a higher-order operator in it.
+    """The options, report and state for one graph, or for the body of a higher-order operator in it.
 
-    report    what is found out is written here
-    stages    whether the report is to hold the graph's stages as data
-    told      what is to be decided, as another report's `decided` has it; what is not there is chosen
-    faults    the parts that failed before, which are left out
+    report    receives the results
+    stages    whether the report records the graph's stages as data
+    told      given decisions, in the form of `Report.decided`; other places are decided as usual
+    faults    the parts that failed before and are left out
     exercise  whether each new call is run once on tiny tensors
-    path      leads to the body, from the graph itself; empty for that
-    passes    with `dump_dir`, the graph's code after each pass that changed it, by the pass's name
+    path      the path from the graph to the body; empty for the graph itself
+    passes    with `dump_dir`, (pass, the graph's code after it) for each pass that changed the graph
     """
 
     options: Options
@@ -38,12 +38,12 @@ class Context:
     passes: list[tuple[str, str]] = field(default_factory=list)
 
     def attempt(self, name: str, run: Callable[[], T], otherwise: T) -> T:
-        """What `run` gives; `otherwise` where the part of this name has failed before."""
+        """Return the result of `run`, or `otherwise` if the part of this name has failed before."""
         return self.faults.attempt(Part(self.path, name), run, otherwise)
 
     def fault(self, name: str) -> Fault | None:
         return self.faults.found.get(Part(self.path, name))
 
     def body(self, name: str) -> Context:
-        """The context of the body that an attribute holds."""
+        """Return the context for the body in the attribute `name`."""
         return replace(self, path=f"{self.path}{name}/")

@@ -1,4 +1,4 @@
-"""`dump_dir`: every stage of every graph, in numbered folders."""
+"""Implement `dump_dir`: write every stage of every graph to numbered folders."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnfx.options import Options
 
 
 def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
-    """Write the graph as Dynamo made it; the traced, lifted and rewritten one as text, DOT and GraphML; its code after
-    each pass that changed it; the report with the decisions as text and JSON; each site's spec, and what was generated
-    for its kernel.
+    """Write a graph's stages and report to a new folder `graph_N` under `dump_dir`, and return the folder.
 
-    Gives the folder, a new `graph_N` under `dump_dir`; nothing that is there is overwritten.
+    The folder holds the graph as Dynamo captured it, and its code after each pass that changed it. The traced, lifted
+    and rewritten stages are there as text, DOT and GraphML; the report, with the decisions, as text and JSON. Each site
+    adds its spec and the code generated for its kernel. Existing files are never overwritten.
     """
     if options.dump_dir is None:
         return None
@@ -48,7 +48,7 @@ def dump(gm: GraphModule, result: Result, options: Options) -> Path | None:
 
 
 def _new_folder(parent: Path) -> Path:
-    """The first free `graph_N`; another process may take one at the same time."""
+    """Create the first free `graph_N`; another process may take one at the same time."""
     for n in itertools.count():
         with contextlib.suppress(FileExistsError):
             (parent / f"graph_{n}").mkdir()

@@ -1,7 +1,7 @@
-"""Failures of attnfx itself: each costs the part in which it happened, and nothing else.
+"""Contain failures of attnfx itself: each costs only the part in which it happens.
 
-A graph is rewritten in named parts: a pass, one site, the body of a higher-order operator. Where a part raises, the
-graph, which may be half changed by then, is rewritten anew without that part.
+A graph is rewritten in named parts: a pass, one site, the body of a higher-order operator. If a part raises, the graph
+may be half changed, so it is rewritten from the start without that part.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Part:
-    """Where something is done: `path` leads to the body of a higher-order operator, empty for the graph itself."""
+    """A named part of a rewrite. `path` leads to the body of a higher-order operator; empty for the graph itself."""
 
     path: str
     name: str
@@ -25,11 +25,11 @@ class Part:
 
 
 class Exercised(Exception):
-    """A call that a site becomes fails on tiny tensors; the cause is what it raised."""
+    """The failure of a site's new call on tiny tensors; the exception's cause is the call's own error."""
 
 
 class Fault(Exception):
-    """A part failed with `problem`. `code` is that of the refusal for a site."""
+    """The failure of a part with `problem`. `code` is the refusal code that its site gets."""
 
     def __init__(self, part: Part, problem: Exception, code: str):
         super().__init__(f"{part}: {described(problem)}")
@@ -38,16 +38,16 @@ class Fault(Exception):
 
 @dataclass
 class Faults:
-    """The parts of one graph that failed, which are left out when it is rewritten again.
+    """The failed parts of one graph, which are left out when it is rewritten again.
 
-    passing   exceptions that are no failure of a part
+    passing   exceptions that pass through, without counting as the failure of a part
     """
 
     passing: tuple[type[Exception], ...] = ()
     found: dict[Part, Fault] = field(default_factory=dict)
 
     def attempt(self, part: Part, run: Callable[[], T], otherwise: T) -> T:
-        """What `run` gives; `otherwise` where this part has failed before. Raises Fault where it fails now."""
+        """Return the result of `run`, or `otherwise` if the part has failed before. Raises Fault if it fails now."""
         if part in self.found:
             return otherwise
         try:
@@ -66,6 +66,6 @@ class Faults:
 
 
 def described(problem: BaseException) -> str:
-    """The kind of an exception and the first line of its message."""
+    """Return an exception's type and the first line of its message."""
     text = str(problem).strip()
     return f"{type(problem).__name__}: {text.splitlines()[0]}" if text else type(problem).__name__

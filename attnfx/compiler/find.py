@@ -1,4 +1,4 @@
-"""Find the attentions of a prepared graph and of the bodies in it. Changes nothing."""
+"""Find the attentions of a prepared graph and of the bodies in it. Leaves the graph as it is."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Place:
-    """One place that looks like attention.
+    """A place that looks like attention.
 
-    number  its number in the graph
-    sizes   B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs
-    site    what the report says of it, without a decision
-    reader  what reads its weights beside the attention, where that needs them
+    number  its index among the places of the graph
+    sizes   B, H, G, T, S, D, Dv and the spec's own sizes, from the example inputs
+    site    its entry in the report, still without a decision
+    reader  a node that needs the weights themselves, if there is one
     """
 
     number: int
@@ -45,20 +45,20 @@ class Place:
 
     @property
     def part(self) -> str:
-        """Its name where it is to be left out after a failure: the same in every attempt at one graph."""
+        """Return the name of this part for fault handling: the same in every attempt at one graph."""
         return part_of(self.finding.final)
 
 
 @dataclass(frozen=True)
 class Found:
-    """One graph after the search.
+    """A graph after the search.
 
-    graph   as it was prepared
-    path    leads to it from the graph of Dynamo: "" or, for the body of a higher-order operator, its names and slashes
-    finder  the search, which knows the places that did not prove to be attention
-    left    softmaxes of which no attention was made, each with the reason
-    bodies  of the higher-order operators in the graph, by the attribute that holds each
-    text    the prepared graph's code, where it was kept
+    graph   the prepared graph
+    path    "" for the graph of Dynamo; for the body of a higher-order operator, attribute names, each with a slash
+    finder  the search state, with the places that did not prove to be attention
+    left    softmaxes that are not part of a place, each with the reason
+    bodies  the searched bodies of higher-order operators, by attribute name
+    text    the prepared graph's code, if it was kept
     """
 
     graph: Graph
@@ -71,14 +71,14 @@ class Found:
     text: str = ""
 
     def walk(self) -> Iterator[Found]:
-        """The bodies at any depth, then the graph itself."""
+        """Yield the bodies at any depth, then the graph itself."""
         for body in self.bodies.values():
             yield from body.walk()
         yield self
 
 
 def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, Found], text: str = "") -> Found:
-    """Search a prepared graph. `ended` is the graph break that it ends with."""
+    """Search a prepared graph for attentions. `ended` is the graph break at its end, if any."""
     finder = Finder(graph)
     findings = finder.find()
     for n, problem in finder.failed.items():
@@ -116,9 +116,10 @@ def _described(finding: Finding, known: dict[str, int]) -> tuple[dict[str, int],
 
 
 def _kept(finding: Finding, fault: Fault) -> Finding:
-    """A place at which attnfx failed, refused for that."""
-    what = "when it was run once on tiny tensors" if fault.code == "exercise" else "when it was looked at"
-    message = f"attnfx failed on it {what} ({described(fault.problem)})"
+    """Refuse a place because attnfx failed on it."""
+    trial = fault.code == "exercise"
+    what = "the new kernel call failed in its trial run on tiny tensors" if trial else "attnfx failed on this attention"
+    message = f"{what} ({described(fault.problem)})"
     why = refusal(fault.code, message, *finding.anchors, finding.final)
     return Finding(finding.final, refusal=why, anchors=finding.anchors)
 

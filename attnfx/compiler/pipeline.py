@@ -1,10 +1,10 @@
 """Compile one graph of Dynamo in five steps: prepare, find, choose, verify, apply.
 
-prepare   the passes of PREPARE, in order: a Dynamo graph becomes a plain ATen graph
-find      attentions, or why a place is none; changes nothing
-choose    a decision for each; changes nothing
-verify    with verify="first", compare each rewrite with the original; what differs is kept
-apply     replace, share, eliminate dead code
+prepare   run the passes of PREPARE, in order: a Dynamo graph becomes a plain ATen graph
+find      find attentions, or the reason why a place is not one; leaves the graph as it is
+choose    decide on each; leaves the graph as it is
+verify    with verify="first", compare each rewrite with the original; keep the original if they differ
+apply     replace the sites, share mask summaries, eliminate dead code
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.unmatched import unread, unread_bodies, with_reasons
 from attnfx.passes.prepare import (
     canonicalize,
+    detach_no_grad,
     expand_vmap,
     functionalize,
     hoist_concat,
@@ -59,12 +60,13 @@ from attnfx.verify import verify
 
 log = logging.getLogger(__name__)
 
-# Each has `run(graph)`, which changes the graph and gives how much it changed.
+# Each has `run(graph)`, which changes the graph and returns the number of changes.
 PREPARE = (
     inline_checkpoints,
     expand_vmap,
     trace,
     functionalize,
+    detach_no_grad,
     split_pair_linear,
     split_ones_column,
     canonicalize,
@@ -74,8 +76,8 @@ PREPARE = (
     merge_score_terms,
     table_lookups,
 )
-CHECK_EACH = False  # verify the graph after each pass, as `strict` does too
-# Higher-order operators whose bodies are searched: which operands these are.
+CHECK_EACH = False  # verify the graph after each pass; `strict` and `dump_dir` do so too
+# Higher-order operators whose bodies are searched, each with the slice of its operands that are bodies.
 BODIES = {
     "tag_activation_checkpoint": slice(0, 1),
     "cond": slice(1, 3),
@@ -86,13 +88,13 @@ BODIES = {
 
 @dataclass
 class Result:
-    """What became of one graph.
+    """The result for one graph.
 
-    gm           the rewritten graph; None where the graph that Dynamo made should be compiled as it is
-    untraceable  why the graph could not be brought to ATen
+    gm           the rewritten graph; None if Dynamo's graph should be compiled as it is
+    untraceable  why the graph could not be traced to ATen; "" if it was
     faults       a sentence for each part of the rewriting that failed and was left out
-    found        the search, where the graph may be decided again: `again` carries other choices out
-    passes       with `dump_dir`, the graph's code after each pass that changed it, by the pass's name
+    found        the search, kept with a memory budget for `again`
+    passes       with `dump_dir`, (pass, the graph's code after it) for each pass that changed the graph
     """
 
     gm: GraphModule | None
@@ -107,14 +109,16 @@ def run(
     gm: GraphModule, options: Options, inputs: Sequence[Any] | None = None, *, stages: bool = False,
     told: Mapping[tuple[str, int], Decision] | None = None, exercise: bool = False,
 ) -> Result:  # fmt: skip
-    """Rewrite a graph; `gm` itself is never changed. An untraceable graph is a note in the report. A failure of attnfx
-    costs the part in which it happens, a pass or a site; with `strict` it is raised.
+    """Rewrite a graph; `gm` itself is never changed.
+
+    An untraceable graph becomes a note in the report. A failure of attnfx costs the part in which it happens, a pass or
+    a site; with `strict` it is raised.
 
     inputs    the tensors of the call, for verify="first"
-    stages    the report is to hold the prepared, lifted and rewritten graph as data; so it does with `dump_dir` and
-              where PyTorch's structured trace is read
-    told      the decisions of a report of the same graph at other sizes
-    exercise  run each call that a site becomes once on tiny tensors
+    stages    record the traced, lifted and rewritten graph in the report as data; also done with `dump_dir` and if
+              PyTorch's structured trace is on
+    told      decisions to take over, from a report on the same graph at other sizes
+    exercise  run each new call of a site once on tiny tensors
     """
     faults = Faults((Untraceable,))
     stages = stages or options.dump_dir is not None or traces()
@@ -130,13 +134,15 @@ def run(
             continue
         result.passes = context.passes
         result.faults = [str(f) for f in faults.found.values()]
-        result.report.notes.extend(f"attnfx failed in a part, which was left out: {f}" for f in result.faults)
+        result.report.notes.extend(
+            f"attnfx failed in a part of the graph and left that part out: {f}" for f in result.faults
+        )
         return result
 
 
 def again(result: Result, options: Options, inputs: Sequence[Any] | None = None) -> Result:
-    """Decide a graph again by other options, and carry that out; the search is not run again. Needs the result of a
-    `run` with a memory budget, and leaves it as it was."""
+    """Decide and rewrite a graph again under other options, without another search. Needs the result of a `run` with a
+    memory budget, and leaves that result unchanged."""
     found = result.found
     if found is None:
         return replace(result, report=Report(notes=list(result.report.notes)))
@@ -148,12 +154,15 @@ def _attempt(gm: GraphModule, context: Context, inputs: Sequence[Any] | None) ->
     report, options = context.report, context.options
     ended = graph_breaks.ended_by(gm)
     if ended is not None:
-        report.notes.append(f"a graph breaks at {ended.where}: {ended.reason}")
+        report.notes.append(f"graph break at {ended.where}: {ended.reason}")
     if options.rewrite == "never":
-        report.notes.append('rewrite="never": nothing was looked for')
+        report.notes.append('the graph was not searched, because of rewrite="never"')
         return Result(None, report)
     if not worth_tracing(gm):
-        log.debug("a graph of %d nodes holds no normaliser: not traced", len(gm.graph.nodes))
+        log.debug(
+            "a graph of %d nodes was not traced: it contains no operator that can normalize weights",
+            len(gm.graph.nodes),
+        )
         return Result(None, report)
     try:
         found = _searched(gm, context, ended)
@@ -164,10 +173,10 @@ def _attempt(gm: GraphModule, context: Context, inputs: Sequence[Any] | None) ->
 
 def _left(gm: GraphModule, report: Report, problem: Untraceable) -> Result:
     if isinstance(problem, Transformed):
-        report.notes.append(f"{problem} and passes through untouched")
+        report.notes.append(f"{problem}; the graph is compiled without a rewrite")
         _file_others(report, unread(gm, "functorch", str(problem)))
         return Result(None, report)
-    report.notes.append(f"the graph could not be traced and was left as it was: {problem}")
+    report.notes.append(f"the graph could not be traced and is compiled without a rewrite: {problem}")
     _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
     log.info("untraceable: %s", problem)
     return Result(None, report, str(problem))
@@ -175,7 +184,7 @@ def _left(gm: GraphModule, report: Report, problem: Untraceable) -> Result:
 
 # -- prepare and find ---------------------------------------------------------------------------------
 def prepare(gm: GraphModule, context: Context) -> Graph:
-    """Run the passes on a graph of Dynamo, which is not changed. Raises Untraceable."""
+    """Run the passes of PREPARE on a Dynamo graph, without changing `gm` itself. Raises Untraceable."""
     graph = Graph(gm)
     strict = CHECK_EACH or context.options.strict or context.options.dump_dir is not None
     for step in PREPARE:
@@ -191,7 +200,7 @@ def prepare(gm: GraphModule, context: Context) -> Graph:
 
 
 def _passed(step: Any, graph: Graph, strict: bool) -> int:
-    """How much a pass changed. What it left dead is eliminated, and with `strict` the graph verified."""
+    """Run a pass, eliminate dead code, verify the graph if `strict`, and return the number of changes."""
     changes = step.run(graph)
     if changes:
         graph.changed()
@@ -207,7 +216,7 @@ def _listed(name: str, changes: int, graph: Graph) -> str:
 
 
 def _searched(gm: GraphModule, context: Context, ended: graph_breaks.Break | None = None) -> Found:
-    """A graph prepared and searched, the bodies of its higher-order operators first."""
+    """Prepare a graph, then search the bodies of its higher-order operators and the graph itself."""
     graph = prepare(gm, context)
     log.info("traced %s: %d nodes become %d", context.path or "a graph", len(gm.graph.nodes), len(graph.gm.graph.nodes))
     publish("traced", lambda: readable(graph.gm))
@@ -217,7 +226,7 @@ def _searched(gm: GraphModule, context: Context, ended: graph_breaks.Break | Non
 
 
 def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
-    """The bodies of higher-order operators, searched; one that cannot be traced stays as it was."""
+    """Search the bodies of higher-order operators; a body that cannot be traced stays as it was."""
     found: dict[str, Found] = {}
     for n in gm.graph.nodes:
         if n.op != "call_function" or not isinstance(n.target, HigherOrderOperator) or n.target.name() not in BODIES:
@@ -235,7 +244,7 @@ def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
                 _file_others(context.report, unread(body, "functorch", str(problem)))
                 continue
             except Untraceable as problem:
-                context.report.notes.append(f"the body of {n.target.name()} was left as it was: {problem}")
+                context.report.notes.append(f"the body of {n.target.name()} is compiled without a rewrite: {problem}")
                 _file_others(context.report, unread(body, "untraceable", f"the body could not be traced: {problem}"))
                 continue
             if searched is not None:
@@ -244,11 +253,11 @@ def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
 
 
 # -- choose, verify, apply ----------------------------------------------------------------------------
-Chosen = list[tuple[Found, list[Choice]]]  # of each body and the graph itself, in the order of `Found.walk`
+Chosen = list[tuple[Found, list[Choice]]]  # for each body and the graph itself, in the order of `Found.walk`
 
 
 def _decided(found: Found, context: Context, inputs: Sequence[Any] | None, keep: bool) -> Result:
-    """`keep`: carry the choices out in a copy, so that the search can be decided again."""
+    """Choose, verify and apply. `keep`: apply the choices to a copy, so that `again` can reuse the search."""
     options, report = context.options, context.report
     chosen = _named([(part, choose(part, replace(context, path=part.path), options)) for part in found.walk()])
     if options.verify == "first" and inputs is not None:
@@ -266,7 +275,7 @@ def _by_path(chosen: Chosen) -> dict[str, list[Choice]]:
 
 
 def _named(chosen: Chosen) -> Chosen:
-    """The choices, the sites that the report will list named in its order."""
+    """Name the sites that the report will list, in the report's order."""
     number, out = 0, []
     for part, choices in chosen:
         named = []
@@ -284,7 +293,7 @@ def _is_filed(choice: Choice) -> bool:
 
 
 def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Context) -> Chosen:
-    """The choices without those whose rewrite gave something else than the original."""
+    """Compare each rewrite with the original, and keep the original if the results differ."""
     notes, failures = verify.compare(_trial(found, _by_path(chosen), context), inputs, context.options)
 
     def judged(path: str, choice: Choice) -> Choice:
@@ -293,7 +302,7 @@ def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Cont
             return choice
         if name not in failures:
             return choice.noted(notes[name])
-        reason = f"on its first call the rewrite gave another result: {failures[name]}"
+        reason = f"on the first call the rewrite and the original disagreed: {failures[name]}"
         shield = LEAVE if op_name(choice.finding.final) in SDPA else SHIELD
         return choice.kept(Decision("kept", "", reason=reason, code="mismatch"), None, shield).noted(notes[name])
 
@@ -301,7 +310,7 @@ def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Cont
 
 
 def _trial(found: Found, chosen: Mapping[str, list[Choice]], context: Context) -> Trial:
-    """Each rewritten site twice: the choices are carried out in a copy of the graph."""
+    """Pair each site with its rewrite, by applying the choices to a copy of the graph."""
     graph, copies = found.graph.copy()
     facts, names = graph.facts, {new: old.name for old, new in copies.items()}
     choices = [carried(c, copies) for c in chosen[found.path]]
@@ -316,7 +325,7 @@ def _trial(found: Found, chosen: Mapping[str, list[Choice]], context: Context) -
 def _applied(
     found: Found, chosen: Mapping[str, list[Choice]], context: Context, keep: bool
 ) -> tuple[GraphModule, bool]:  # fmt: skip
-    """The graph with the choices carried out, and whether it changed. Files the sites of it and of its bodies."""
+    """Apply the choices to a graph and its bodies, and file their sites; return the graph and whether it changed."""
     report, graph, choices = context.report, found.graph, chosen[found.path]
     places = [c.place for c in choices]
     if keep:
@@ -352,7 +361,7 @@ def _applied(
 
 
 def _file(found: Found, places: Sequence[Place], done: Sequence[Outcome], report: Report) -> dict[int, Site]:
-    """File the sites of a graph in the report, and its other softmaxes; gives the sites by their numbers."""
+    """File the sites of a graph and its other softmaxes in the report; return the sites by number."""
     filed: dict[int, Site] = {}
     dropped = [(f, f.refusal) for f in found.finder.doubtful]
     for place, outcome in zip(places, done, strict=True):
@@ -372,7 +381,7 @@ def _file(found: Found, places: Sequence[Place], done: Sequence[Outcome], report
 
 
 def _file_others(report: Report, found: Iterable[tuple[Node, Refusal]]) -> None:
-    """Softmaxes of which no attention was made; what a graph break has cut in two is a site that was refused."""
+    """File softmaxes that are not attention; one that a graph break cut in two counts as a refused site."""
     for n, why in found:
         site = Site("", where_in_source(n), refusal=why)
         if why.code == "graph_break":

@@ -1,4 +1,4 @@
-"""Tell at a glance which graphs hold no attention: these are not traced."""
+"""Rule out graphs without attention by the names of their operators, before they are traced."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch.fx import GraphModule
 from attnfx.passes.fx.nodes import PRODUCTS
 from attnfx.passes.lift.products import GATES
 
-# A graph without one of these words in its operators' names holds no normaliser: it is not traced. A gate, which many
-# linear layers have, may be one where there are products as well, and so may what is divided by a sum.
+# A graph whose operator names contain none of these words lacks a normalizer, so it is not traced. Many graphs have
+# gates or divisions by a sum; these can be normalizers only if the graph has products as well.
 SHARES = (("div", "normalize"), ("sum", "norm", "mean"))
 HINTS = ("softmax", "softmin", "exp", "sort", "scaled_dot_product", "multi_head")
 
 
 def worth_tracing(gm: GraphModule) -> bool:
-    """Whether the names of a graph's operators leave room for an attention."""
+    """Return whether a graph may hold an attention, judged by the names of its operators."""
     names = [
         str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
         for module in gm.modules()

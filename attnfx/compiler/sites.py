@@ -1,4 +1,4 @@
-"""What is said of a place that looks like attention: where it stands, its sizes, its mask in words."""
+"""Describe a place that looks like attention for the report: its source line, sizes and mask."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from attnfx.spec import UNKNOWN_SIZE
 
 
 def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
-    """The site of a finding, without a name and without a decision; `sizes` as `numeric_dims` has them."""
+    """Build the site of a finding, without a name and a decision; `sizes` come from `numeric_dims`."""
     final = finding.final
     place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
     site = Site("", place, refusal=finding.refusal, sizes=sizes)
@@ -36,14 +36,17 @@ def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
         if mask is not None and mask.assumption:
             site.notes = (f"assumes that {mask.assumption}",)
         if finding.match.chunks > 1:
-            site.notes = (*site.notes, f"{finding.match.chunks} chunks of queries, joined")
+            site.notes = (*site.notes, f"joined from {finding.match.chunks} chunks of queries")
         if finding.match.steps > 1:
-            site.notes = (*site.notes, f"{finding.match.steps} steps of a loop over heads or batch elements, joined")
+            site.notes = (
+                *site.notes,
+                f"joined from {finding.match.steps} steps of a loop over heads or batch elements",
+            )
     return site
 
 
 def _heads_alone(match: Match) -> bool:
-    """Whether the one batch axis of the keys stands where heads do, behind a batch of one. The spec calls it b."""
+    """Return whether the keys' only batch axis, b in the spec, is really the heads of a batch of one."""
     if len(match.kv_axes) != 1:
         return False
     inner = {match.row.value, match.value_width.value}
@@ -53,7 +56,7 @@ def _heads_alone(match: Match) -> bool:
 
 
 def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
-    """B, H, G, T, S, D, Dv and the spec's own sizes, by the example inputs."""
+    """Evaluate B, H, G, T, S, D, Dv and the spec's own sizes at the example inputs."""
     if finding.match is None:
         return {}
     out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
@@ -63,7 +66,7 @@ def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
 
 
 def hints(graph: Graph) -> dict[str, int]:
-    """The example value of each symbolic size in a graph."""
+    """Return the example value of each symbolic size in a graph."""
     out: dict[str, int] = {}
     for n in graph.nodes:
         held = value(n)
@@ -78,7 +81,7 @@ def hints(graph: Graph) -> dict[str, int]:
 
 
 def _known(shape_env: Any, symbol: Any) -> Any:
-    for name in ("backed_var_to_val", "var_to_val"):  # by PyTorch's version
+    for name in ("backed_var_to_val", "var_to_val"):  # the name depends on PyTorch's version
         found = getattr(shape_env, name, {}).get(symbol)
         if found is not None:
             return found

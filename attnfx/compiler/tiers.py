@@ -1,4 +1,4 @@
-"""Say which tiers can run a match, and how the operator names them."""
+"""Determine which tiers can run a match, and write them as the operator's `tier` argument."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnfx.targets import Target, detect
 
 
 def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:
-    """(what to decide for, or None for a CPU and for what nothing is known of; a device of its kind)."""
+    """Return (the target to decide for, a device of its kind). A CPU or an unknown device has the target None."""
     if isinstance(options.target, Target):
         return options.target, torch.device(options.target.kind)
     if present.type == "cuda" and torch.cuda.is_available():
@@ -30,7 +30,7 @@ def target_of(options: Options, present: torch.device) -> tuple[Target | None, t
 def refusals(
     match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None
 ) -> dict[str, str]:
-    """Why each tier that cannot run a site cannot, on a device or on any with that compute capability."""
+    """Map each tier that cannot run a match to the reason, for `device` or any device of `capability`."""
     dtype, extents = value(match.query.node).dtype, dimensions(match)
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
     if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
@@ -38,14 +38,16 @@ def refusals(
     if device.type == "cuda" and "library" not in found:
         shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
         if match.reductions:
-            found["library"] = "parts of the weights are read, and it gives no log-sum-exp to compute them from"
+            found["library"] = (
+                "parts of the weights are read, and PyTorch's operator does not return the log-sum-exp that these need"
+            )
         elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
             found["library"] = why
     return found
 
 
 def fused_call(match: Match, tier: str) -> cuda.Fused | None:
-    """How PyTorch's fused operator is called for a match, where the graph itself calls it: a GPU's library tier."""
+    """Return the call of PyTorch's fused operator that replaces a match directly: only for a GPU's library tier."""
     call = cuda.call_of(match.spec)
     gpu = value(match.query.node).device.type == "cuda"
     return call if gpu and tier == "library" and isinstance(call, cuda.Fused) else None
@@ -54,11 +56,12 @@ def fused_call(match: Match, tier: str) -> cuda.Fused | None:
 def tiers_of(
     chosen: Candidate, here: Mapping[str, str], present: torch.device, reductions: Sequence[Reduction] = ()
 ) -> list[str]:
-    """The operator's tiers for a decision. `here`: the tiers that the present device cannot run.
+    """Return the operator's tiers for a decision, in the order to try them.
 
-    Behind the chosen one come those that it can, where the decision is for another device, and the one for what only
-    the call shows: an empty tensor, say, is beyond most tiers. Sums of dropped weights are computed in blocks, and
-    other tiers drop others.
+    `here` holds the tiers that the present device cannot run. If the chosen tier is among them, as the decision is for
+    another device, tiers that can run follow it. "chunked" comes last, for conditions known only at the call: most
+    tiers cannot run empty tensors, for example. Sums of dropped weights use "chunked" alone: it computes them in
+    blocks, and other tiers would drop other weights.
     """
     if any(r.spec.random and r.kind != "logsumexp" for r in reductions):
         return ["chunked"]

@@ -1,4 +1,4 @@
-"""What a pass over a graph tells as it goes: log lines and PyTorch's structured trace."""
+"""Write the progress on a graph to the log and to PyTorch's structured trace."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def readable(gm: GraphModule) -> str:
 
 
 def publish(name: str, text: Callable[[], str], encoding: str = "string") -> None:
-    """Give a text to PyTorch's structured trace (TORCH_TRACE, tlparse); it is not asked for where that is off."""
+    """Add a text to PyTorch's structured trace (TORCH_TRACE, tlparse); `text` is called only if tracing is on."""
     trace_structured("artifact", metadata_fn=lambda: {"name": f"attnfx_{name}", "encoding": encoding}, payload_fn=text)
 
 
 def traces() -> bool:
-    """Whether somebody reads PyTorch's structured trace."""
+    """Return whether PyTorch's structured trace is on."""
     return bool(logging.getLogger("torch.__trace").handlers)
 
 
 def said(site: Site) -> str:
-    """What became of a site, as a log line says it."""
+    """Describe the outcome for a site in one log line."""
     if site.refusal is not None:
         return f"kept: {site.refusal}"
     made = site.decision

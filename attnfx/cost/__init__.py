@@ -1,4 +1,4 @@
-"""Which tier a site gets, and what it is predicted to cost."""
+"""Predict the cost of a site on each tier and choose one."""
 
 from attnfx.cost.gpu import summary
 from attnfx.cost.query import Question

@@ -1,8 +1,8 @@
-"""What a CPU takes for a site: for each way of computing it, a sum of what there is to do times what one of it takes.
+"""Predict the time of a site on a CPU: for each way to compute it, the sum of its work items times their rates.
 
 The rates are fitted to benchmarks/results/grid.json by `python benchmarks/grid.py --fit`, which prints this file's
-tables (AMD EPYC with 32 MiB of shared cache, one thread's own time). Other processors differ in the rates, less in the
-ratios that decide; `attnfx bench --calibrate` corrects them.
+tables (AMD EPYC with 32 MiB of shared cache, one thread's own time). Other processors have other rates, but the ratios
+that decide differ less. `attnfx bench --calibrate` corrects them.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from attnfx.spec import AttentionSpec, I, J, additive
 
 @dataclass(frozen=True)
 class Rates:
-    """Nanoseconds of one thread.
+    """Nanoseconds of one thread per unit of work (also the type of the amounts of work themselves).
 
-    call     of a call, and again where a score program must be evaluated in it
-    operand  of an element of query, key, value and output: the first pass through memory
-    copied   of one of them in a batch of more than one: batch and heads of a model's layout are no single axis then,
-             and batched products and Inductor's fused calls take copies; a single query is not multiplied in batches
-    score    of a score that is computed, whatever the width
-    width    of a score and unit of head width: the two contractions
-    spilled  of a score that does not fit into the shared cache
-    program  of a score and operation of the score program beyond a scaled product
-    function of a score and function (tanh, exp, ...) of the score program
-    draw     of a score that dropout decides on
-    narrow   the same as `width`, in its place, where operands have two bytes
+    call     per call, counted twice if the call must evaluate a score program
+    operand  per element of query, key, value and output: the first pass through memory
+    copied   per such element if the batch is larger than one: in a model's layout, batch and heads do not merge into
+             one axis, so batched products and Inductor's fused calls copy; not for a single query, which is not batched
+    score    per computed score, at any head width
+    width    per score and unit of head width: the two contractions
+    spilled  per score that does not fit into the shared cache
+    program  per score and operation of the score program beyond a scaled product
+    function per score and function of the score program: tanh, exp, ...
+    draw     per random number of dropout, one for each score
+    narrow   replaces `width` for operands of two bytes an element
     """
 
     call: float = 0.0
@@ -47,8 +47,8 @@ class Rates:
     narrow: float = 0.0
 
 
-# The original under Inductor, the same where Inductor's own patterns make it a fused call, and the tiers; forward, and
-# forward and backward together.
+# Rates of the original under Inductor, of the original if Inductor's own patterns make it a fused call, and of the
+# tiers. FORWARD is the forward pass, TRAINING forward and backward together.
 FORWARD = {
     # 44 points, mean error 9%
     "inductor": Rates(
@@ -60,7 +60,7 @@ FORWARD = {
     "library": Rates(call=224000, operand=0.576, copied=0.0904, score=0.735, width=0.0424, program=1.24, narrow=0.0483),
     # 74 points, mean error 14%
     "chunked": Rates(call=123000, operand=0.818, score=1.7, width=0.0576, program=0.743, function=1.87, narrow=0.0696),
-    # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
+    # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=400000, score=2.5, width=0.02),
 }
 TRAINING = {
@@ -78,35 +78,35 @@ TRAINING = {
         call=1.24e6, operand=0.47, copied=0.132, score=8.28, width=0.243, program=0.294, function=6.24, draw=10.6,
         narrow=0.253,
     ),
-    # 12 heads x 2048 x 64, one size: sums of the weights are not in the grid
+    # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=1.2e6, score=7.8, width=0.062),
 }  # fmt: skip
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
-BLOCK = 256  # queries in a block, as kernels/library/cpu.py cuts them; kernels/chunked/blocks.py cuts some in two
-KEYS = 512  # that PyTorch's operator takes at a time: under its own causality it skips no less
-# Inductor's patterns know some spellings of a site and not others, and the spec does not tell which. Where a rewrite
-# would take more than this share of the fused call's time, the site counts as known; else as not known. Plain sites are
-# alike in both, the same operator inside; what it saves there is less than what it may lose.
+BLOCK = 256  # queries in a block of kernels/library/cpu.py; kernels/chunked/blocks.py cuts some blocks in two
+KEYS = 512  # keys that PyTorch's operator computes at a time: with is_causal it skips whole groups of this size
+# Inductor's patterns match some spellings of a site and not others, and the spec does not record the spelling. If every
+# rewrite would take more than this share of the fused call's time, the model assumes that Inductor matches the site,
+# else that it does not. For plain sites both run the same operator, so a rewrite can lose more than it can save.
 ALIKE = 0.97
 
 
 def work(ask: Question, way: str) -> Rates:
-    """How much of each rate a way of computing a site has to do, on one thread."""
+    """Return the amount of work for each rate if the site is computed this way on one thread."""
     dims, scores = ask.dims, ask.scores
     width = (dims["D"] + dims["Dv"]) / 2
     operand = dims["B"] * (dims["H"] * dims["T"] + dims["G"] * dims["S"]) * (dims["D"] + dims["Dv"])
     copied = operand if dims["B"] > 1 and dims["T"] > 1 else 0.0
     spilled, computed = 0.0, float(scores)
     operations = _operations(ask.spec.score)
-    if way == "inductor":  # scores and weights are alive together
+    if way == "inductor":  # scores and weights are alive at the same time
         spilled = scores * min(1.0, max(0.0, 2.0 * scores * ask.element / SHARED_CACHE - 1.0))
     elif way != "fused":
         computed = scores * _live(ask.spec, tuple(ask.dims.items()), way == "library")
     if way == "library":
         operations = _mask(ask.spec).added
-    elif way == "fused":  # its causality is a mask like any other
+    elif way == "fused":  # causality counts as a mask like any other
         operations = max(_mask(ask.spec).added, float(_mask(ask.spec).causal))
     functions = computed * sum(_on_scores(e) and e.op in FLOAT_UNARY for e in walk(ask.spec.score))
     draws = computed if ask.spec.random else 0.0
@@ -120,21 +120,21 @@ def work(ask: Question, way: str) -> Rates:
 
 
 def time(ask: Question, way: str, threads: int) -> float:
-    """Predicted ms of a call; of a step where a backward pass follows."""
+    """Predict the ms of a call, or of a training step if a backward pass follows."""
     rate, todo = (TRAINING if ask.training else FORWARD)[way], work(ask, way)
     shared = sum(getattr(todo, name) * getattr(rate, name) for name in vars(rate) if name != "call")
     return (shared / threads + todo.call * rate.call) / 1e6
 
 
 def candidates(ask: Question, threads: int) -> tuple[Candidate, list[Candidate]]:
-    """(the original, the rewrites that can run) with their predicted times (ms) and bytes beyond inputs and output."""
+    """Return (the original, the possible rewrites) with predicted times (ms) and bytes beyond inputs and output."""
     dims, scores = ask.dims, ask.scores
     again = ask.sums * time(ask, "sums", threads)
     rows = dims["B"] * dims["H"] * 4
     out: list[Candidate] = []
     if ask.can("library"):
         ms = time(ask, "library", threads)
-        if ask.training and any(c.grad for c in ask.spec.captures):  # its backward pass gives captures no gradient
+        if ask.training and any(c.grad for c in ask.spec.captures):  # its own backward pass lacks captures' gradients
             forward = replace(ask, training=False)
             ms = time(ask, "chunked", threads) - time(forward, "chunked", threads) + time(forward, "library", threads)
         tile = rows * min(dims["T"], BLOCK) * (dims["S"] if _mask(ask.spec).tiled else 1)
@@ -157,31 +157,31 @@ def _kept(ask: Question, threads: int, others: list[Candidate]) -> Candidate:
 
 @lru_cache(maxsize=1024)
 def _may_be_known(spec: AttentionSpec) -> bool:
-    """Whether Inductor's patterns know some spelling of it: a softmax of scaled products, plus a bias or not."""
+    """Return whether Inductor matches some spelling of the site: a softmax of scaled products with an optional bias."""
     plain = spec.normaliser == "softmax" and spec.weight is A.PROB and not (spec.random or spec.extra)
     return plain and spec.score.op != "where" and additive(spec.score) is not None
 
 
 @lru_cache(maxsize=1024)
 def _operations(score: Expr) -> int:
-    """Operations on every score, beyond one scaled product."""
+    """Count the operations on every score beyond one scaled product."""
     return max(0, sum(_on_scores(e) and e.kind != "i" for e in walk(score)) - 1)
 
 
 @lru_cache(maxsize=4096)
 def _on_scores(e: Expr) -> bool:
-    """Whether an operation is one on every score."""
+    """Return whether an operation runs once for every score."""
     return bool(e.args) and ("j" in e.free or any(x.op == "dot" for x in walk(e)))
 
 
 @dataclass(frozen=True)
 class _Mask:
-    """What PyTorch's operator is given of a site.
+    """A site's mask and bias, as arguments of PyTorch's operator.
 
-    causal  its own causality, in one call for all queries
-    added   how often a score is touched by what is added: 0 nothing, a part for one row for all queries, 1 for a tile,
-            2 for one of each head
-    tiled   what is added differs by query, so that each block of queries is a call
+    causal  whether the call sets is_causal, once for all queries
+    added   operations per score to add the bias: 0 without one, 0.25 for a row that all queries share, 1 for a tile;
+            2 for a tile that differs by batch or head
+    tiled   whether the bias differs by query, so that each block of queries is a call
     """
 
     causal: bool
@@ -206,7 +206,7 @@ def _mask(spec: AttentionSpec) -> _Mask:
 
 @lru_cache(maxsize=1024)
 def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) -> float:
-    """The share of the scores that is computed; `fused` by PyTorch's operator."""
+    """Return the share of the scores that is computed, with `fused` by PyTorch's operator."""
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0

@@ -1,6 +1,6 @@
-"""What a GPU takes for a site: every way to compute it, with its predicted time and bytes.
+"""Predict the time and memory of every way to compute a site on a GPU.
 
-Times are of kernels whose inputs lie in memory; docs/targets.md says what each term means and where it is from.
+Times are of kernels whose inputs are in memory. docs/targets.md explains each term and its source.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from attnfx.report.records import Candidate
 from attnfx.spec import I, J
 from attnfx.targets import Target
 
-SINGLE_SHARE = 0.5  # of the float32 rate that products of float32 tiles hold without matrix instructions; an estimate
-DECODE_ROWS = 64  # queries times heads of a group, as kernels/flash/host/decode.py takes them
-SINGLE_DECODE_KEYS = 32  # of a float32 tile, as kernels/flash/host/tiles.py has it
-PAIR_ELEMENTS = 1 << 24  # of a gradient by row and key before its sum, as kernels/flash/host/backward.py slices it
-WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs for each multiprocessor; the first is the kernel's own
+SINGLE_SHARE = 0.5  # share of the float32 rate that float32 tiles reach without matrix instructions; an estimate
+DECODE_ROWS = 64  # most queries times heads of a group: see kernels/flash/host/decode.py
+SINGLE_DECODE_KEYS = 32  # keys of a float32 tile: see kernels/flash/host/tiles.py
+PAIR_ELEMENTS = 1 << 24  # in a slice of a gradient by row and key, before its sum: see kernels/flash/host/backward.py
+WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs per multiprocessor, the kernel's default first; most splits
 
 
 def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate]]:
-    """(the original, the rewrites that can run) with their predicted times (ms) and bytes; of a tier with several
+    """Return (the original, the possible rewrites) with predicted times (ms) and bytes. If a tier has several
     configurations, the kernels' own default comes first."""
     site = _Site(ask, target)
     out: list[Candidate] = []
@@ -49,8 +49,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
 
 
 def summary(ask: Question, target: Target, tier: str) -> mask_summary.Summary | None:
-    """What is summarised of a mask that stands in tensors, for the candidates of a tier; None where that does not pay,
-    or there is no such mask."""
+    """Return the summary of a mask stored in tensors that a tier's candidates use. None if the spec lacks such a mask
+    or summarizing it does not pay off."""
     site = _Site(ask, target)
     if tier in ("flash", "decode"):
         site.flash() if tier == "flash" else site.decode()
@@ -58,7 +58,7 @@ def summary(ask: Question, target: Target, tier: str) -> mask_summary.Summary | 
 
 
 class _Site(Operators):
-    """One question with its kernels' candidates."""
+    """One question with the candidates of attnfx's own kernels."""
 
     # -- flash ----------------------------------------------------------------------------------
     def flash(self) -> list[Candidate]:
@@ -69,10 +69,10 @@ class _Site(Operators):
             return [Candidate("flash", "triton", before + time, *self.held(states))]
         back, walked = self.backward() if self.ask.training else (0.0, frozenset())
         known = codes("forward" + self.kind, self.target.capability, self.width)
-        # with a draw the kernels have one tile, which they choose
+        # with dropout the kernels have one tile and choose it themselves
         named = not self.ask.spec.random
         if self.kind == " loads":
-            most = known[0].scores  # a thread holds as many loaded values: the default says how many it can
+            most = known[0].scores  # a thread holds one loaded value per score: the default tile shows how many fit
             known += tuple(c for c in codes("forward", self.target.capability, self.width)[1:] if c.scores <= most)
         times = {}
         for code in known:
@@ -89,29 +89,28 @@ class _Site(Operators):
         return out
 
     def held(self, states: int) -> tuple[int, int]:
-        """(bytes beside the operands, those of them that are saved), with a summary of `states` bytes."""
+        """Return (bytes beside the operands, bytes of them saved for backward), with a summary of `states` bytes."""
         held, training = 4 * self.rows + states, self.ask.training
         return held + training * self.between(), training * (held + (8 if self.ask.spec.random else 0))
 
     def walks(self, *of: tuple[str, int, int]) -> int:
-        """Bytes of the key ranges that kernels with these tiles are given, four int32 for each block; they are kept and
-        shared. With a summary also the ranges of every batch and head that it tells apart, and their lists of tiles."""
+        """Return the bytes of the key ranges for kernels with these tiles: four int32 per block, cached and shared.
+        With a summary, add the ranges and tile lists of every batch and head that it distinguishes."""
         if not self.masked and self.made is None:
             return 0
         ranges = sum(16 * -(-self.dims[axis] // block) for axis, block, _ in set(of))
         return ranges + sum(self.lists(*tile) for tile in of)
 
     def lists(self, axis: str, block: int, step: int) -> int:
-        """Bytes of the lists of tiles that a summary gives the blocks of an axis, for each batch and head that it tells
-        apart."""
+        """Return the bytes of a summary's ranges and tile lists along an axis, for each batch and head in it."""
         if self.made is None:
             return 0
         blocks, tiles = -(-self.dims[axis] // block), -(-self.dims["S" if axis == "T" else "T"] // step)
         return math.prod(mask_summary.shape(self.made.spec, self.dims)[:2]) * blocks * (16 + 4 * tiles)
 
     def summarised(self, kernels_time: float, kernels: int, decode: bool = False) -> tuple[float, int]:
-        """(ms, bytes that stay) of the summary of a mask that stands in tensors, for so many kernels; zeros where it
-        does not pay. What the kernels then skip is not counted: that is known at run time alone."""
+        """Return (ms, bytes that stay allocated) of summarizing a mask in tensors for `kernels` kernels. Both are zero
+        if the summary does not pay off. Skipped tiles are not counted: only the run time knows them."""
         found = mask_summary.of(self.ask.spec)
         self.made = None
         if found is None or (decode and not summaries.decodes(found, self.dims)):
@@ -123,9 +122,9 @@ class _Site(Operators):
         return time, mask_summary.cost(found, self.dims).written
 
     def between(self) -> int:
-        """Bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients: two statistics of
-        each row (three in float32), and the largest gradient of a load before it is added up in its capture, which
-        takes slices of rows where the capture may be smaller."""
+        """Return the bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients. These
+        are two statistics per row (three in float32) and the largest gradient of a load before its sum into the
+        capture. That gradient is computed in slices of rows if the capture may be smaller."""
         dims, spec = self.dims, self.ask.spec
         loads = {e for root in spec.programs for e in walk(root) if e.op == "load"}
         step, largest = self.pair_rows(), 0
@@ -139,7 +138,7 @@ class _Site(Operators):
                 if any(x.op != "var" for x in e.args):
                     rows = min(rows, -(-max(1, PAIR_ELEMENTS // (shared * dims["S"])) // step) * step)
                 size = shared * rows * dims["S"]
-            elif {"i", "j"} <= e.free:  # by j - i alone: a line for each half of a tile
+            elif {"i", "j"} <= e.free:  # depends on j - i only: a line for each half of a tile
                 size = 2 * shared * step * (-(-dims["T"] // step) + -(-dims["S"] // step))
             else:
                 size = self.heads * dims["S" if "j" in e.free else "T"]
@@ -147,18 +146,19 @@ class _Site(Operators):
         return 4 * self.rows * (3 if self.ask.dtype == "float32" else 2) + largest
 
     def pair_rows(self) -> int:
-        """The side of the square tiles of such a gradient, as kernels/flash/host/backward.py takes them."""
+        """Return the side of the square tiles of a gradient by row and key, as in kernels/flash/host/backward.py."""
         side = min(codes("rows" + self.kind, self.target.capability, self.width)[0].tile[:2])
         return side if self.target.capability >= 90 else min(side, 32)
 
     def kernel(self, code: Code, products: float) -> Kernel:
-        """`products`: matrix FLOPs of each score, over all of the kernel's products."""
+        """Return the cost of one of attnfx's kernels; `products` is its matrix FLOPs per score, over all products."""
         extra = self.extra if code.kernel == "decode" else self.beside
         return of_code(code, self.target, self.ask.dtype, products, extra)
 
     def tiled(self, kernel: Kernel, heads: int, repeat: int = 1, turned: bool = False) -> float:
-        """Milliseconds of a launch over blocks of rows; `turned`, over blocks of keys: each walks along the rows of
-        `repeat` heads. The work is then shared out evenly: masks leave the keys' ends empty as they do the rows'."""
+        """Predict the ms of a launch over blocks of rows, or with `turned` over blocks of keys. A block of keys walks
+        the rows of `repeat` heads. Its work is the average: masks empty tiles along the keys as they do along the
+        rows."""
         part = work(self.ask.spec, self.sizes, kernel.rows, kernel.keys)
         bytes_per_step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
         if turned:
@@ -169,7 +169,7 @@ class _Site(Operators):
         return max(time, self.fetched(part, kernel.keys))
 
     def single(self, share: float) -> float:
-        """float32: products by plain arithmetic, whatever the chip."""
+        """Predict the ms of `share` float32 forward passes, whose products use plain arithmetic on every chip."""
         part = work(self.ask.spec, self.sizes, 32, 32)
         scores = part.total * 32 * 32 * self.heads
         flops = 2.0 * scores * (padded(self.dims["D"]) + padded(self.dims["Dv"]))
@@ -179,7 +179,7 @@ class _Site(Operators):
         return share * max(flops / rate + other_work, self.copied(self.operands)) + self.launched()
 
     def backward(self) -> tuple[float, frozenset[tuple[str, int, int]]]:
-        """(ms, tiles whose key or row ranges it is given) of the flash kernels' backward pass."""
+        """Return (ms, tiles for which it needs key or row ranges) of the flash kernels' backward pass."""
         ask, dims = self.ask, self.dims
         width_k, width_v = padded(dims["D"]), padded(dims["Dv"])
         leaves = sum(c.grad for c in ask.spec.captures)
@@ -193,7 +193,7 @@ class _Site(Operators):
             kernel = self.kernel(code, products)
             group = dims["H"] // max(dims["G"], 1) if turned else 1
             once = self.tiled(kernel, self.heads // max(group, 1), group, turned) + self.launched()
-            time += once if turned else once * (1 + leaves)  # each capture's gradient is a pass of its own
+            time += once if turned else once * (1 + leaves)  # each capture's gradient is a separate launch
             tiles.add(("S", *code.tile[1::-1]) if turned else ("T", *code.tile[:2]))
         return time, frozenset(tiles)
 
@@ -233,7 +233,8 @@ class _Site(Operators):
         ]
 
     def seen(self) -> tuple[int, int]:
-        """The keys that the decode kernel reads; all, where a row may have no live key and is made of the others."""
+        """Return the range of keys that the decode kernel reads. It reads all keys if some row may lack live keys: that
+        row's output is computed from its masked keys."""
         spec, dims = self.ask.spec, self.dims
         mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
         finite = mask is not None and mask.fill != -math.inf and not rows_live(spec, dims)
@@ -243,7 +244,7 @@ class _Site(Operators):
 
 
 def splits_of(keys: int, heads: int, step: int, processors: int, waves: int) -> tuple[int, int]:
-    """(splits, keys of each), as kernels/flash/host/decode.py cuts them."""
+    """Return (splits, keys of each split), as in kernels/flash/host/decode.py."""
     tiles = -(-keys // step)
     wanted = max(1, min(MOST_SPLITS, -(-waves * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * step

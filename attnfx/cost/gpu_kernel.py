@@ -1,4 +1,4 @@
-"""The time of one launch of a tiled attention kernel: its work from the mask, its steps from its machine code."""
+"""Predict the time of one launch of a tiled attention kernel, from the mask's tiles and the kernel's machine code."""
 
 from __future__ import annotations
 
@@ -33,16 +33,16 @@ from attnfx.targets import Target
 
 OTHERS = Path(__file__).with_name("others.json")
 COPY = 0.9  # share of the stated bandwidth that copies reach: 4.3 of 4.8 TB/s measured on an H200
-L2_SHARE = 0.76  # the same of the last shared cache: 2155 of 2826 GB/s on a V100 (Jia et al. 2018, arXiv:1804.06826)
+L2_SHARE = 0.76  # same share of the last shared cache: 2155 of 2826 GB/s on a V100 (Jia et al. 2018, arXiv:1804.06826)
 
 
 class Work(NamedTuple):
     """The tiles of one head.
 
-    blocks             of rows
-    shortest, longest  tiles that one visits
-    total              tiles that all visit
-    full               share of them in which no score is masked and no bound tested
+    blocks             number of row blocks
+    shortest, longest  fewest and most tiles that a block visits
+    total              tiles that all blocks visit
+    full               share of the visited tiles without masked scores and bound tests
     """
 
     blocks: int
@@ -53,14 +53,14 @@ class Work(NamedTuple):
 
 
 def even(blocks: int, each: int, full: float) -> Work:
-    """Blocks that all visit as many tiles."""
+    """Return the work of blocks that all visit `each` tiles."""
     return Work(blocks, each, each, blocks * each, full)
 
 
 @lru_cache(maxsize=4096)
 def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys: int) -> Work:
-    """The tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S and the spec's sizes.
-    Blocks of fewer rows than the mask was analysed in count as parts of such a block, a bound."""
+    """Return the tiles of `rows` by `keys` that a kernel visits; `dims` are sorted pairs: B, H, T, S, the spec's sizes.
+    The mask is analyzed in blocks of at least ANALYSED rows. Smaller blocks count as parts of one: an upper bound."""
     sizes = dict(dims)
     if kept(spec) is A.TRUE:
         columns = -(-sizes["S"] // keys)
@@ -72,15 +72,15 @@ def work(spec: AttentionSpec, dims: tuple[tuple[str, int], ...], rows: int, keys
 
 @dataclass(frozen=True)
 class Kernel:
-    """What the model knows of a kernel at one tile.
+    """The cost of a kernel at one tile size.
 
-    rows, keys     of a tile
-    full, checked  what a step asks of a multiprocessor, without and with the mask
+    rows, keys     size of the tile
+    full, checked  cycles of a step on each unit: without and with the mask
     resident       programs that a multiprocessor holds
-    streams        independent streams of steps among them
-    stages         of the loads' pipeline
-    around         cycles of a program outside of its loop, beyond latency
-    longest_first  whether the blocks of rows with the most keys start first, as ours do
+    streams        independent streams of steps in these programs
+    stages         of the load pipeline
+    around         cycles of a program outside its loop; latency is counted separately
+    longest_first  whether row blocks with the most keys start first, as in attnfx's kernels
     """
 
     rows: int
@@ -94,24 +94,24 @@ class Kernel:
     longest_first: bool = True
 
     def program(self, target: Target, part: Work, steps: float, streams: int, bytes_per_step: float) -> float:
-        """Cycles of a multiprocessor for a program of `steps` steps, when `streams` streams share it."""
+        """Return the cycles of a multiprocessor for a program of `steps` steps, if `streams` streams share it."""
         step = self.full.times(part.full).plus(self.checked, 1.0 - part.full)
         hidden = (self.stages - 1) * sum(step)
         stall = max(0.0, LATENCY - hidden) if self.stages > 1 else LATENCY
-        # a program's work is cut among its streams; each of them waits
+        # the streams of a program share its work; each of them waits for memory
         inner = max(1, self.streams // max(self.resident, 1))
         delay = stall + TRIPS * LATENCY / max(steps, 1)
         one = cycles(step.times(1.0 / inner), streams, delay) * inner
-        # bytes that the last shared cache gives a multiprocessor in a cycle
+        # bytes per cycle from the last shared cache to a multiprocessor
         rate = L2_SHARE * target.l2_bandwidth / (target.multiprocessors * target.clock)
         return steps * max(one, bytes_per_step / rate) + self.around
 
     def milliseconds(self, target: Target, part: Work, heads: int, bytes_per_step: float, repeat: int = 1) -> float:
-        """Of a launch with a program for each block of rows and head; a program walks its tiles `repeat` times."""
+        """Predict the ms of a launch with a program per row block and head; it walks its tiles `repeat` times."""
         if not part.blocks or not self.resident:
             return float("inf") if part.blocks else 0.0
         mean = part.total * repeat / part.blocks
-        # a launch too small to fill the multiprocessors leaves each program more of its own
+        # in a launch too small to fill the multiprocessors, fewer programs share each
         held = max(1, min(self.resident, -(-part.blocks * heads // target.multiprocessors)))
         shared = max(1, self.streams * held // self.resident)
         alone = max(1, self.streams // self.resident)
@@ -125,7 +125,7 @@ class Kernel:
 
 @lru_cache(maxsize=4096)
 def of_code(code: Code, target: Target, dtype: str, products: float, extra: Operations) -> Kernel:
-    """A kernel of ours, whose products take `products` matrix FLOPs for each score."""
+    """Return the cost of one of attnfx's kernels, whose products take `products` matrix FLOPs per score."""
     rows, keys, warps, stages = code.tile
     scores = rows * keys
     rate = matrix_rate(target, dtype)
@@ -163,8 +163,8 @@ def _others() -> Mapping[str, list[Mapping]]:
 
 @lru_cache(maxsize=1024)
 def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
-    """What others.json states of a published kernel: for the dtype, the newest of the architectures that are no newer,
-    and the nearest head width."""
+    """Return a published kernel's row of others.json for a dtype, architecture and head width. The row is of the newest
+    listed architecture up to `capability` and the next larger width, else the largest."""
     kind = "float32" if dtype == "float32" else "float16"
     rows = [r for r in _others()[name] if r.get("dtype", kind) == kind]
     newest = max((r["capability"] for r in rows if r["capability"] <= capability), default=rows[0]["capability"])
@@ -175,17 +175,17 @@ def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
 def other_backward(
     name: str, target: Target, dtype: str, width: int, forward: float, elements: int, element: int
 ) -> float:
-    """Milliseconds of a published kernel's backward pass after a forward one of so many; `elements` are those of the
-    query, of so many bytes. Beside its five products it sums out * grad_out, fills a float32 gradient of the query with
-    zeros, and converts it."""
+    """Predict the ms of a published kernel's backward pass after a forward pass of `forward` ms. The query has
+    `elements` elements of `element` bytes. Besides its five products, the backward pass sums out * grad_out, fills a
+    float32 gradient of the query with zeros, and converts it."""
     passed = elements * (2 * element + 4 + 4 + element) / (COPY * target.bandwidth * 1e6)
     slower = _other(name, target.capability, dtype, width)["backward"]
     return 2.5 * forward / slower + passed + 3 * target.launch / 1e3
 
 
 def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
-    """A published kernel by the instructions that others.json states, or by the share of the matrix unit's rate that
-    it was measured to hold."""
+    """Return the cost of a published kernel. others.json states either its instructions or the share of the matrix
+    unit's rate that it was measured to reach."""
     row = _other(name, target.capability, dtype, width)
     rows, keys = row["tile"]
     scores = rows * keys
@@ -201,8 +201,8 @@ def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
             issue=row["instructions"] * scores / WARP / SCHEDULERS,
             shared=row["shared"] * scores / SHARED_BYTES,
         )
-    # a tile that the mask cuts costs a comparison and a selection for each score
+    # a tile that the mask cuts costs a comparison and a selection per score
     cut = one.plus(Step(0, 0, 2 * scores / WARP / SCHEDULERS, 0))
-    # the output: a rescaling, a conversion, an address and a store for each four numbers
+    # the output: a rescaling, a conversion, an address and a store per four elements
     around = 2.0 * rows * width / WARP / SCHEDULERS
     return Kernel(rows, keys, one, cut, row["programs"], row["streams"], 2, around, False)

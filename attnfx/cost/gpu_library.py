@@ -1,4 +1,4 @@
-"""What a GPU takes for a site without kernels of ours: PyTorch's fused operator, blocks of others, the original."""
+"""Predict a site's time on a GPU without attnfx's kernels: PyTorch's fused operator, eager blocks, the original."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from attnfx.spec import AttentionSpec, I, J, reads_pairs
 from attnfx.targets import Target
 from attnfx.targets import sdpa_dispatch as fused
 
-# How often the scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them
-# for the second product. Its backward pass: the gradient of the weights and of the scores, written and read, and the
-# weights read twice. Dropout adds a mask that is written and read.
+# How often scores pass through memory: Inductor writes them, reads and writes them in the softmax, and reads them for
+# the second product. Its backward pass writes and reads the gradients of the weights and of the scores, and reads the
+# weights twice. Dropout adds a mask that is written and read.
 PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
 LAUNCHES, BACKWARD_LAUNCHES = 3, 6
-PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes hold; an estimate
-EAGER_PASSES = 6  # of float32 scores in a block of eager operators, beyond one for each operation of the program
-BLOCK = 1 << 26  # scores of a block, as kernels/chunked/blocks.py cuts them
+PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes reach; an estimate
+EAGER_PASSES = 6  # over float32 scores in a block of eager operators, besides one per operation of the score program
+BLOCK = 1 << 26  # scores of a block, as in kernels/chunked/blocks.py
 BLOCK_ROWS = 128
-SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves with or without dropout
+SEEDS = 16  # bytes of a seed and its offset, which PyTorch's fused operator saves even without dropout
 
 
 def padded(width: int) -> int:
-    """The width of a tile that holds a head dim, as the kernels pad it: the next power of two, at least 16."""
+    """Pad a head dim to the kernels' tile width: the next power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
 class Operators:
-    """One question with what all of its candidates need, and those that PyTorch's operators are."""
+    """One question, the quantities that all its candidates need, and the candidates of PyTorch's own operators."""
 
     def __init__(self, ask: Question, target: Target) -> None:
         self.ask, self.target, self.dims = ask, target, ask.dims
@@ -44,30 +44,30 @@ class Operators:
         self.width = max(padded(self.dims["D"]), padded(self.dims["Dv"]))
         self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
         self.extra = self.beside = operations(ask.spec)
-        # kernels with tiles of their own, and the draw among their instructions
+        # these kernels have separate tiles, and the instructions of a dropout kernel include the random numbers
         self.kind = " dropout" if ask.spec.random else " loads" if reads_pairs(ask.spec) else ""
         if ask.spec.random:
             self.beside = replace(self.extra, always=self.extra.always - DROPOUT)
         self.masked = kept(ask.spec) is not A.TRUE
-        self.made: mask_summary.Summary | None = None  # of the tier that was asked for last
+        self.made: mask_summary.Summary | None = None  # of the tier computed last
 
     # -- memory ---------------------------------------------------------------------------------
     @property
     def operands(self) -> int:
-        """Bytes of query, key, value and output."""
+        """Return the bytes of query, key, value and output."""
         return self.operands_of(self.dims["S"])
 
     def operands_of(self, keys: int) -> int:
-        """The same, of so many keys."""
+        """Return the bytes of query, key, value and output with this many keys."""
         dims = self.dims
         return (self.rows + dims["B"] * dims["G"] * keys) * (dims["D"] + dims["Dv"]) * self.ask.element
 
     def copied(self, count: float) -> float:
-        """Milliseconds of bytes through memory."""
+        """Return the ms to move `count` bytes through memory."""
         return count / (COPY * self.target.bandwidth * 1e6)
 
     def passed(self, count: float) -> float:
-        """The same, of a value that another kernel has just written: what fits stays in the last shared cache."""
+        """Return the ms to move bytes just written by another kernel: they are in the last shared cache if they fit."""
         memory, cache = self.copied(count), count / (L2_SHARE * self.target.l2_bandwidth * 1e6)
         return min(memory, cache) if count <= self.target.l2 / 2 else memory
 
@@ -75,8 +75,8 @@ class Operators:
         return count * self.target.launch / 1e3
 
     def fetched(self, part: Work, keys: int) -> float:
-        """Milliseconds that memory needs for a tiled pass: operands once, and keys again where the heads that run at
-        the same time do not fit into the last shared cache."""
+        """Return the ms of memory traffic of a tiled pass: the operands once, and possibly keys again. Keys are read
+        again if the heads that run at the same time do not fit into the last shared cache."""
         dims, target = self.dims, self.target
         tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
         of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
@@ -86,7 +86,8 @@ class Operators:
 
     # -- candidates ----------------------------------------------------------------------------
     def chunked(self) -> Candidate:
-        """Blocks of eager operators on their live keys: float32 scores pass through memory for every operation."""
+        """Return the candidate of eager operators on blocks and their live keys. Every operation moves float32 scores
+        through memory."""
         ask, dims = self.ask, self.dims
         live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
@@ -98,7 +99,7 @@ class Operators:
         return Candidate("chunked", "blocks", time, 3 * 4 * block, 4 * self.rows if ask.training else 0)
 
     def products(self, scores: float) -> float:
-        """Milliseconds of the two products of dense scores."""
+        """Return the ms of the two products of dense scores."""
         dims, target = self.dims, self.target
         flops = 2.0 * scores * (dims["D"] + dims["Dv"])
         dtype = self.ask.dtype
@@ -106,7 +107,7 @@ class Operators:
         return max(flops / rate, self.copied(self.operands) / PRODUCTS)
 
     def original(self) -> Candidate:
-        """What stays where nothing is rewritten: the graph under Inductor, or PyTorch's own operator that it calls."""
+        """Return the original: the graph under Inductor, or PyTorch's fused operator if the graph calls it."""
         ask = self.ask
         if ask.native and (found := self.fused("kept")) is not None:
             return found
@@ -122,8 +123,9 @@ class Operators:
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
     def fused(self, tier: str) -> Candidate | None:
-        """PyTorch's fused operator, where it has a kernel that holds no scores. One that the graph calls already is
-        taken to be no slower with another kernel. Masks that are tensors are not skipped."""
+        """Return the candidate of PyTorch's fused operator, or None if none of its kernels avoids storing the scores.
+        If the graph itself calls the operator, another kernel of it is assumed to be as fast. The operator does not
+        skip tiles by masks that are tensors."""
         ask, dims, target = self.ask, self.dims, self.target
         if target.kind != "cuda":
             return None

@@ -1,4 +1,4 @@
-"""What the flash kernels' machine code holds: the table that `benchmarks/machine_code.py table` writes."""
+"""Read the instruction counts of the flash kernels' machine code, a table of `benchmarks/machine_code.py table`."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ from typing import Any
 
 TABLE = Path(__file__).with_name("instructions.json")
 KERNELS = Path(__file__).parent.parent / "kernels" / "flash"
-# The kernels and the functions of tiles that they call; programs are generated, and their part is counted apart.
+# The kernels and the tile functions that they call. Score programs are generated, so their part is counted separately.
 SOURCES = (
     "triton/forward.py", "triton/backward.py", "triton/backward_keys.py", "triton/backward_rows.py", "triton/decode.py",
     "host/tiles.py",
 )  # fmt: skip
 HELPERS = "triton/functions.py"
-SMALL, OF_SMALL = 86, (86, 89, 120, 121)  # these run what is compiled for 8.6, as kernels/flash/host/tiles.py has it
+SMALL, OF_SMALL = 86, (86, 89, 120, 121)  # these use the tiles compiled for 8.6, as in kernels/flash/host/tiles.py
 
 
 @dataclass(frozen=True)
 class Loop:
     """Instructions of one warp in one step, a tile of rows by keys.
 
-    instructions  all that are issued
+    instructions  all instructions issued
     matrix        for the matrix unit
-    special       for the special-function unit, exponentials above all
+    special       for the special-function unit, mostly exponentials
     float         of float32 arithmetic
-    loads         from shared memory (and spilled registers), 16 bytes a thread at most
-    stores        to it
+    loads         from shared memory (and of spilled registers), at most 16 bytes a thread
+    stores        to shared memory
     """
 
     instructions: float
@@ -47,11 +47,11 @@ class Code:
     """One kernel compiled for one architecture, head width and tile.
 
     tile       rows, keys, warps, stages
-    registers  of a thread
-    shared     bytes of a program
+    registers  per thread
+    shared     bytes of shared memory per program
     total      instructions of the whole kernel
-    full       the loop over tiles in which nothing is masked
-    checked    the loop that tests bounds; the mask's own instructions come on top
+    full       the loop over tiles without masked scores
+    checked    the loop that tests bounds, without the mask's own instructions
     """
 
     kernel: str
@@ -66,7 +66,7 @@ class Code:
 
     @property
     def scores(self) -> int:
-        """That a warp has at once."""
+        """Return the number of scores that a warp holds at once."""
         return self.tile[0] * self.tile[1] // self.tile[2]
 
 
@@ -81,9 +81,9 @@ def _table() -> Mapping[tuple[str, int], tuple[Code, ...]]:
 
 @lru_cache
 def codes(kernel: str, capability: int, width: int) -> tuple[Code, ...]:
-    """The compiled tiles of a kernel ("forward", "keys", "rows", "decode", the first three also with " loads" and
-    " dropout") for a GPU of this compute capability and a head width, the kernels' own default first. A width between
-    two is computed in the larger."""
+    """Return a kernel's compiled tiles for a compute capability and head width, the kernels' own default first. The
+    kernel is "forward", "keys", "rows" or "decode"; the first three also with " loads" or " dropout". A width that is
+    not in the table takes the next larger one."""
     known = [c for k, c in _table() if k == kernel]
     arch = SMALL if capability in OF_SMALL else max((c for c in known if c <= capability and c != SMALL), default=80)
     rows = _table()[kernel, arch]
@@ -93,7 +93,7 @@ def codes(kernel: str, capability: int, width: int) -> tuple[Code, ...]:
 
 
 def fingerprint(folder: Path = KERNELS) -> str:
-    """Of what the machine code is compiled from: the kernels' syntax trees without docstrings, and the tile tables."""
+    """Hash the sources of the machine code: the kernels' syntax trees without docstrings, and the tile tables."""
     trees = {name: ast.parse((folder / name).read_text(encoding="utf-8")) for name in (*SOURCES, HELPERS)}
     helpers = {n.name: n for n in trees.pop(HELPERS).body if isinstance(n, ast.FunctionDef)}
     parts = [n for tree in trees.values() for n in tree.body if isinstance(n, (ast.FunctionDef, ast.Assign))]
@@ -116,5 +116,5 @@ def _text(node: Any) -> str:
 
 
 def recorded() -> str:
-    """The fingerprint of the kernels that the table was made from."""
+    """Return the fingerprint of the kernels from which the table was generated."""
     return json.loads(TABLE.read_text(encoding="utf-8"))["fingerprint"]

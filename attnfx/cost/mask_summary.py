@@ -1,8 +1,8 @@
-"""When a mask that stands in a tensor is summarised, so that kernels leave out the tiles that it empties.
+"""Decide whether to summarize a mask stored in a tensor, so that kernels skip the tiles that it empties.
 
-How many it empties is known at run time alone. The pass and the lists that are made from it are therefore paid for
-where they take at most EMPTY of the kernels' predicted time: a mask that leaves that share of the tiles empty or more
-makes the whole faster, and one that leaves none costs no more than that.
+The number of empty tiles is known only at run time. The summary pass and its tile lists are therefore used if they take
+at most EMPTY of the kernels' predicted time. A mask that empties at least that share of the tiles makes the whole
+faster, and a mask that empties none costs at most that share.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from attnfx.cost.operation_counts import operations
 from attnfx.mask.runtime_summary import Summary, axes, cost
 from attnfx.targets import Target
 
-EMPTY = 1 / 8  # the least share of empty tiles that a mask in a tensor is made for: less padding hardly needs one
-SUMMARISED = 8  # instructions of a score beside its mask: two tests of bounds, a selection and the reduction of a grain
+EMPTY = 1 / 8  # share of tiles that a mask in a tensor is expected to empty at least: less padding hardly needs a mask
+SUMMARISED = 8  # instructions per score beside its mask: two bound tests, a selection and the reduction of a grain
 
 
 def milliseconds(found: Summary, sizes: Mapping[str, int], target: Target, kernels: int) -> float:
-    """Of the pass, and of making from it the lists of so many kernels. It is whole for every site, though layers that
-    have one mask share it."""
+    """Return the ms of the summary pass and of building the lists of `kernels` kernels from it. Every site counts the
+    whole pass, although layers with the same mask share it."""
     one, ops = cost(found, sizes), operations(found.spec)
     clocks = target.multiprocessors * target.clock * 1e6
     busy = one.evaluations * (SUMMARISED + ops.always + ops.masked) / (float_lanes(target) * clocks)
@@ -30,10 +30,10 @@ def milliseconds(found: Summary, sizes: Mapping[str, int], target: Target, kerne
 
 
 def pays(found: Summary, sizes: Mapping[str, int], target: Target, kernels: int, kernels_ms: float) -> bool:
-    """Whether the summary is made for so many kernels, which take `kernels_ms` without it."""
+    """Return whether a summary pays off for `kernels` kernels, which take `kernels_ms` without it."""
     return milliseconds(found, sizes, target, kernels) <= EMPTY * kernels_ms
 
 
 def decodes(found: Summary, sizes: Mapping[str, int]) -> bool:
-    """Whether the decode kernel can use it: the heads that share keys share a list of tiles."""
+    """Return whether the decode kernel can use the summary: heads that share keys must share a list of tiles."""
     return "h" not in axes(found.spec) or sizes["G"] == sizes["H"]

@@ -1,4 +1,4 @@
-"""What a program costs beyond the kernel that it is inlined in: operations of each score, from the IR."""
+"""Count the operations per score that a score program adds to the kernel it is inlined in, from the IR."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from attnfx.ir.expr import Expr, walk
 from attnfx.mask import mask_of
 from attnfx.spec import AttentionSpec
 
-# Instructions and special-function results of one operation of a score; what is not listed is one instruction. Counted
-# from the functions that the kernels' generated programs call (kernels/flash/triton/functions.py).
+# Instructions and special-function results of one operation on a score; an unlisted operation is one instruction.
+# Counted from the functions that the kernels' generated programs call (kernels/flash/triton/functions.py).
 INSTRUCTIONS = {
     "load": 6, "exp": 2, "exp2": 1, "log": 2, "log2": 1, "recip": 2, "sigmoid": 4, "tanh": 14, "sqrt": 2, "expm1": 9,
     "log1p": 14, "softplus": 18, "sin": 20, "cos": 20, "erf": 20, "atan": 30, "pow": 30, "floordiv": 12, "mod": 13,
@@ -22,17 +22,17 @@ SPECIALS = {
     "exp": 1, "exp2": 1, "log": 1, "log2": 1, "recip": 1, "sigmoid": 2, "tanh": 2, "sqrt": 1, "expm1": 1, "log1p": 2,
     "softplus": 3, "sin": 1, "cos": 1, "erf": 1, "atan": 2, "pow": 2,
 }  # fmt: skip
-# Philox4x32-7 gives four numbers: 7 rounds of 2 wide products (4 instructions), 4 xors and 2 additions, for 4 keys;
-# then a comparison and a selection for each.
+# Philox4x32-7 returns four random numbers, for 4 keys: 7 rounds of 2 wide products (4 instructions), 4 xors and 2
+# additions; then a comparison and a selection for each key.
 DROPOUT = 7 * (4 + 4 + 2) / 4 + 2
 
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one score, in instructions and special-function results.
+    """Instructions and special-function results per score.
 
-    always, special       in every tile
-    masked, masked_special  in tiles that the mask cuts, on top
+    always, special         in every tile
+    masked, masked_special  in addition, in tiles that the mask cuts
     """
 
     always: float
@@ -43,12 +43,13 @@ class Operations:
 
 @lru_cache(maxsize=1024)
 def operations(spec: AttentionSpec) -> Operations:
-    """What a program computes for each score: values that depend on a row or a key alone are made once for a tile, a
-    constant factor is part of the exponential's own instruction, and the mask is tested where a tile is cut."""
+    """Count the operations of a spec's programs per score. Values that depend on only a row or only a key are computed
+    once per tile, so they do not count. A constant factor is part of the exponential's instruction. The mask is tested
+    only in tiles that it cuts."""
     mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
     tested = set(_of_scores([mask.keep])) if mask is not None else set()
     rest = [e for e in _of_scores([spec.score, spec.weight]) if e not in tested and not _scales(e)]
-    if mask is not None:  # the selection between score and fill is made with the mask
+    if mask is not None:  # the selection between score and fill counts with the mask
         rest = [e for e in rest if not (e.op == "where" and e.args[0] in tested)]
     gone = DROPOUT if spec.random else 0.0
     return Operations(
@@ -58,7 +59,7 @@ def operations(spec: AttentionSpec) -> Operations:
 
 
 def _of_scores(roots: Iterable[Expr]) -> list[Expr]:
-    """The distinct nodes whose value differs from score to score."""
+    """Return the distinct nodes whose value differs from score to score."""
     found: dict[Expr, None] = {}
     differs: dict[Expr, bool] = {}
     for root in roots:
@@ -71,7 +72,7 @@ def _of_scores(roots: Iterable[Expr]) -> list[Expr]:
 
 
 def _scales(e: Expr) -> bool:
-    """A constant factor of the scores, which the exponential's multiply-add takes in."""
+    """Return whether a node is a constant times the scores, which the exponential's multiply-add absorbs."""
     return e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const" and e.args[1] is A.DOT
 
 

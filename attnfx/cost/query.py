@@ -1,4 +1,4 @@
-"""What the cost models are asked about a site."""
+"""The input of the cost models: one site on one device."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from attnfx.spec import AttentionSpec
 class Question:
     """One site on one device.
 
-    dims          B, H, G, T, S, D, Dv and the spec's own sizes, as numbers
-    dtype         of query, key and value, the name without "torch."
-    device        a torch.device's type: "cpu", "cuda"
+    dims          B, H, G, T, S, D, Dv and the spec's own sizes, as integers
+    dtype         of query, key and value; its name without "torch."
+    device        type of a torch.device: "cpu", "cuda"
     training      whether a backward pass follows
-    native        the graph calls PyTorch's fused operator itself
-    sums          how many sums of the weights are computed again
-    weights_read  where the weights themselves are read, so that they exist whatever is decided
-    cudnn         whether PyTorch's fused operator takes cuDNN's kernel first, on GPUs where it may
-    refused       for each tier that cannot run the site, why
+    native        whether the graph itself calls PyTorch's fused operator
+    sums          number of sums of the weights to recompute
+    weights_read  source line or node that uses the weights: they then exist with any decision
+    cudnn         whether PyTorch's fused operator prefers cuDNN's kernel, on GPUs that allow it
+    refused       the reason for each tier that cannot run the site
     """
 
     spec: AttentionSpec
@@ -43,5 +43,5 @@ class Question:
 
     @property
     def element(self) -> int:
-        """Bytes of an element of query, key and value."""
+        """Return the bytes of an element of query, key and value."""
         return {"float16": 2, "bfloat16": 2, "float64": 8}.get(self.dtype, 4)

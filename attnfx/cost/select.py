@@ -1,4 +1,4 @@
-"""The choice among the candidates of a site."""
+"""Choose among the candidates of a site."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from attnfx.spec import UNKNOWN_SIZE
 from attnfx.targets import Target
 
 GAIN = 0.95  # a rewrite must be predicted to take at most this share of the original's time
-# The same on a GPU where the original is PyTorch's fused operator itself: the model is within 15% of published kernels,
-# and no more is known of either.
+# The same on a GPU if the original is PyTorch's fused operator itself: the model is only known to be within 15% of
+# published kernels, on either side.
 NATIVE_GAIN = 0.8
 # A configuration must be predicted to take at most this share of the time of its kernel's default, which comes first:
-# the model orders tiles less surely than tiers.
+# the model orders tiles less reliably than tiers.
 TILE_GAIN = 0.9
 
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
-    """The value of a size expression; sizes that are not known count as UNKNOWN_SIZE."""
+    """Evaluate a size expression; unknown sizes count as UNKNOWN_SIZE."""
 
     class Known(dict[str, int]):
         def __missing__(self, key: str) -> int:
@@ -42,8 +42,8 @@ def select(
     device: Target | None = None,
     corrections: Mapping[str, float] | None = None,
 ) -> Decision:
-    """A decision for one site: on a GPU, or on a CPU whose `threads` share the work. `corrections` are factors of the
-    predicted times by tier and direction ("library/training"), as `attnfx bench --calibrate` measures them."""
+    """Decide on one site, for a GPU or for a CPU whose `threads` share the work. `corrections` are factors of the
+    predicted times by tier and direction ("library/training"), as measured by `attnfx bench --calibrate`."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, others = gpu.candidates(ask, device) if on_gpu and device else cpu.candidates(ask, threads)
     if corrections:
@@ -51,25 +51,32 @@ def select(
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
-        return _of(kept, "no allowed tier can run it" + (f" ({why})" if why else ""), others, "no_tier")
+        none = "the option `tiers` allows only kept" if options.tiers == ("kept",) else "none suits these sizes"
+        return _of(kept, f"no allowed tier can run this attention ({why or none})", others, "no_tier")
     best = likeliest(allowed)
     alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":
         return _of(best, "", alternatives)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version knows no rates of {ask.device}", others, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", others, "no_rates")
     if ask.weights_read:
-        return _of(kept, f"the weights themselves are read at {ask.weights_read}", others, "weights_read")
+        return _of(
+            kept,
+            f"the weights themselves are read at {ask.weights_read}, so they are computed in any case",
+            others,
+            "weights_read",
+        )
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
-    if ratio <= (NATIVE_GAIN if ask.native and on_gpu else GAIN):
+    most = NATIVE_GAIN if ask.native and on_gpu else GAIN
+    if ratio <= most:
         return _of(best, f"predicted {told}", alternatives)
-    return _of(kept, f"a rewrite is predicted to take {told}", others, "slower")
+    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", others, "slower")
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
-    """The candidate with the shortest predicted time; of one tier, a configuration that is not much faster than the
-    tier's first gives way to it."""
+    """Return the candidate with the shortest predicted time. Within a tier, the default (first) configuration wins
+    unless another is much faster (TILE_GAIN)."""
     tiers: dict[str, Candidate] = {}
     for c in sorted(some, key=lambda c: c.predicted_ms):
         default = next(d for d in some if d.tier == c.tier)
@@ -78,7 +85,7 @@ def likeliest(some: list[Candidate]) -> Candidate:
 
 
 def line(tier: str, training: bool) -> str:
-    """The name of a correction."""
+    """Return the key of a correction factor, e.g. "library/training"."""
     return f"{tier}/{'training' if training else 'forward'}"
 
 
@@ -89,7 +96,7 @@ def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) ->
 def select_rows(
     ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
-    """A decision for a region of whole rows, on a GPU, or on a CPU whose `threads` share the work. `weights_read` says
+    """Decide on a region of whole rows, for a GPU or for a CPU whose `threads` share the work. `weights_read` means
     that a value of the scores' size leaves the region."""
     on_gpu = device is not None and device.kind != "cpu"
     kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
@@ -98,25 +105,27 @@ def select_rows(
     if options.rewrite == "always":
         return _of(best, "whole rows", others)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version knows no rates of {ask.device}", ways, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", ways, "no_rates")
     if weights_read:
-        return _of(kept, "values as large as the scores are read outside", ways, "weights_read")
+        return _of(kept, "a tensor as large as the scores is read outside the attention", ways, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
-    told = f"{ratio:.2f} x the original's time" + (", from the device's rates: no GPU was measured" if on_gpu else "")
+    told = f"{ratio:.2f} x the original's time" + (
+        ", estimated from the device's rates and not measured" if on_gpu else ""
+    )
     size, memory = ask.bytes >> 20, device.memory if device is not None else _memory()
     if kept.predicted_bytes > memory:
-        why = f"whole rows: with the scores of {size} MiB the original is larger than memory ({memory >> 20} MiB)"
-        return _of(best, f"{why}; {told}", others)
+        why = f"with its scores of {size} MiB the original exceeds the memory of {memory >> 20} MiB"
+        return _of(best, f"whole rows: {why}; predicted {told}", others)
     if ratio <= GAIN:
-        return _of(best, f"whole rows, whose scores take {size} MiB: {told}", others)
+        return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", others)
     why = f"chunks of rows are predicted to take {told}"
     if ask.bytes < rows.CACHE:
-        return _of(kept, f"{why}: the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
-    return _of(kept, f'{why}, but less memory: rewrite="always" does it', ways, "slower")
+        return _of(kept, f"{why}, as the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
+    return _of(kept, f"{why}, but less memory", ways, "slower")
 
 
 def _memory() -> int:
-    """Bytes of memory that this machine has."""
+    """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 

@@ -1,1 +1,1 @@
-"""The expression IR: score programs as scalar functions of indices. Depends on the standard library alone."""
+"""The expression IR: score programs as scalar functions of indices. Depends only on the standard library."""

@@ -1,10 +1,10 @@
-"""Constructors that keep expressions canonical: two spellings of one function give one object.
+"""Construct canonical expressions: two spellings of one function become the same object.
 
-What is normalised, and why it is sound:
+The canonical form, and why it is sound:
   * integers are expanded polynomials; comparisons become `x >= 0` or `x == 0` of such a polynomial;
-  * floats are sums of products with constant coefficients. Reassociation changes rounding alone; no term is dropped
-    because its coefficient is zero, and nothing moves across `half`, `detach` or a reduction;
-  * `where` merges equal fills, and a term that is added to a drowning fill (-inf, or beyond 1e38) moves inside.
+  * floats are sums of products with constant coefficients. Reassociation only changes rounding. A term is not dropped
+    if its coefficient is zero, and terms do not move across `half`, `detach` or a reduction;
+  * `where` merges equal fills; a term added to a `where` with a drowning fill (-inf, or at most -1e38) moves inside.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Added, Expr, node, walk
 from attnfx.ir.poly import Poly, by_digest
 
-LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: what cancels would take digits with it
-DROWNS = 1e38  # a fill this large swallows every finite score that fits float32 or bfloat16 arithmetic
+LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: cancellation would lose digits
+DROWNS = 1e38  # a fill of this magnitude swallows every finite score that fits float32 or bfloat16 arithmetic
 
 
 # -- leaves -----------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def from_poly(p: Poly) -> Expr:
 
 
 def _rejoin(p: Poly) -> Poly:
-    """c * y * (x // y) + c * (x % y) = c * x."""
+    """Rewrite c * y * (x // y) + c * (x % y) as c * x."""
     for monomial, coefficient in list(p.items()):
         for at, atom in enumerate(monomial):
             if atom.op != "mod" or monomial not in p:
@@ -118,7 +118,7 @@ def mod(x: Expr, y: Expr) -> Expr:
 
 
 def _split(x: Expr, y: Expr) -> tuple[Poly, Poly | None]:
-    """x = whole * y + rest, with every term that y divides in whole. (rest None: y may be zero or negative.)"""
+    """Split x = whole * y + rest, with all multiples of y in whole; rest=None if y may be zero or negative."""
     divisor = poly.of(y)
     if not poly.nonnegative(poly.plus(divisor, {(): 1}, -1)):
         return {}, None
@@ -128,7 +128,7 @@ def _split(x: Expr, y: Expr) -> tuple[Poly, Poly | None]:
         quotient = poly.divide(coefficient, divisor)
         left: Poly = {}
         if quotient is None and set(coefficient) <= {()} and set(divisor) <= {()}:
-            # a constant coefficient: take out what the divisor holds, leave a remainder in [0, divisor)
+            # a constant coefficient: take out multiples of the divisor, leave a remainder in [0, divisor)
             q, r = divmod(coefficient[()], divisor[()])
             quotient, left = ({(): q} if q else {}), {(): r}
             if index and 2 * r > divisor[()]:
@@ -150,17 +150,17 @@ def add(*xs: Expr) -> Expr:
         return from_poly(out)
     xs = tuple(to_float(x) for x in xs)
     for at, x in enumerate(xs):
-        if x.op == "where":  # rest + where(p, a, fill) = where(p, rest + a, fill) where the fill drowns the rest
+        if x.op == "where":  # rest + where(p, a, fill) = where(p, rest + a, fill) if the fill drowns the rest
             rest = xs[:at] + xs[at + 1 :]
             if all(_number(r) is not None for r in rest):
                 if any(_number(a) is not None for a in x.args[1:]):
                     return where(x.args[0], add(*rest, x.args[1]), add(*rest, x.args[2]))
                 continue
             for branch, other in ((2, 1), (1, 2)):
-                # -inf takes whatever is added; a finite fill nothing that has a fill of its own, -inf least of all
+                # -inf absorbs any addend; a finite fill does not absorb an addend with its own fill, such as -inf
                 if drowning(x.args[branch]) and (_number(x.args[branch]) == -math.inf or not _has_fill(rest)):
                     moved, fill = add(*rest, x.args[other]), x.args[branch]
-                    if _number(x.args[other]) is not None:  # else the fill stands in the place of something
+                    if _number(x.args[other]) is not None:  # else the fill replaces a value
                         fill = added(fill)
                     return where(x.args[0], *((moved, fill) if branch == 2 else (fill, moved)))
     constant = 0.0
@@ -189,7 +189,7 @@ def _sum_terms(x: Expr) -> list[tuple[float, tuple[Expr, ...]]]:
 
 
 def _cancels(x: Expr) -> bool:
-    """Whether a sum may be small though its terms are large, as in 1e9 * keep - 1e9: it is left as it was written."""
+    """Return whether a sum may be small though its terms are large, as 1e9 * keep - 1e9; it then stays as written."""
     return any(abs(c) > LARGE for t in x.args for c, _ in _sum_terms(t))
 
 
@@ -225,7 +225,7 @@ def mul(*xs: Expr) -> Expr:
             return add(*(mul(const(coefficient), a) for a in only.args))
         if only.op == "where" and any(_number(a) is not None for a in only.args[1:]):
             return where(only.args[0], *(mul(const(coefficient), a) for a in only.args[1:]))
-    if len(atoms) > 1:  # a sum among several factors has one sign
+    if len(atoms) > 1:  # normalize the sign of a sum among several factors
         for at, factor in enumerate(atoms):
             if factor.op == "add" and _leading(factor) < 0 and not _cancels(factor):
                 atoms[at], coefficient = neg(factor), -coefficient
@@ -241,7 +241,7 @@ def sub(x: Expr, y: Expr) -> Expr:
 
 
 def div(x: Expr, y: Expr) -> Expr:
-    """True division."""
+    """Return the true quotient, a float."""
     return mul(to_float(x), unary("recip", to_float(y)))
 
 
@@ -250,30 +250,30 @@ def _number(x: Expr) -> float | None:
 
 
 def _has_fill(addends: Sequence[Expr]) -> bool:
-    """Whether one of them is, at some index, a number that swallows a score."""
+    """Return whether an addend contains a constant that swallows a score."""
     return any(drowning(e) for x in addends for e in walk(x))
 
 
 def drowning(x: Expr) -> bool:
-    """A constant that swallows whatever finite score is added to it."""
+    """Return whether x is a constant that swallows any finite score added to it."""
     value = _number(x)
     return value is not None and value <= -DROWNS
 
 
 def added(fill: Expr) -> Expr:
-    """The fill as one that was added; -inf leaves no gradient that is a number."""
+    """Mark a finite fill as added to the scores; -inf stays unmarked, since gradients next to it are NaN."""
     value = float(fill.value)  # type: ignore[arg-type]
     return node("const", FLOAT, (), Added(value)) if math.isfinite(value) else fill
 
 
 def _combined(value: float, parts: Sequence[Expr]) -> Expr:
-    """A number that others give: added where one of them was."""
+    """Return a constant computed from `parts`, marked as added if one of them is."""
     made = const(value)
     return added(made) if any(type(x.value) is Added for x in parts) else made
 
 
 def in_place(e: Expr) -> Expr:
-    """The expression with its added fills put in the place of what they swallow."""
+    """Turn added fills into fills that replace the values they swallow."""
     if not any(type(x.value) is Added for x in walk(e)):
         return e
     return rebuild(e, lambda old, args: const(float(old.value)) if type(old.value) is Added else None)  # type: ignore[arg-type]
@@ -299,7 +299,7 @@ def to_float(x: Expr) -> Expr:
 
 
 def to_int(x: Expr) -> Expr:
-    """Truncation toward zero, as `.long()`."""
+    """Truncate toward zero, as `.long()` does."""
     if x.kind == INT:
         return x
     if x.kind == BOOL:
@@ -321,7 +321,7 @@ def to_bool(x: Expr) -> Expr:
 
 
 def as_integer(x: Expr) -> Expr | None:
-    """The integer expression that a float expression equals exactly, or None."""
+    """Return the integer expression that a float expression equals exactly, or None."""
     if x.op == "float":
         return x.args[0]
     if x.op == "const" and x.kind == FLOAT:
@@ -336,7 +336,7 @@ def as_integer(x: Expr) -> Expr | None:
 
 
 def half(x: Expr) -> Expr:
-    """Rounded to float16: what exceeds its range becomes infinite."""
+    """Round to float16; a value beyond its range becomes infinite."""
     if x.op == "half":
         return x
     value = _number(x)
@@ -364,7 +364,7 @@ _FOLD = {
 
 
 def unary(op: str, x: Expr) -> Expr:
-    """A unary function of a float (see FLOAT_UNARY), `abs` or `sign` of a number."""
+    """Apply a unary function: one of FLOAT_UNARY to a float, `abs` or `sign` to an integer or float."""
     if op == "abs":
         return _absolute(x)
     if op == "sign":
@@ -390,11 +390,22 @@ def unary(op: str, x: Expr) -> Expr:
             return mul(const(1.0 / float(x.args[0].value)), unary("recip", _product(1.0, x.args[1:])))  # type: ignore[arg-type]
         if x.op == "exp":
             return unary("exp", neg(x.args[0]))
-    if op == "exp" and x.op == "log":
+    if op == "exp" and x.op == "log" and _nonnegative(x.args[0]):
         return x.args[0]
     if op == "log" and x.op == "exp":
         return x.args[0]
     return node(op, FLOAT, (x,))
+
+
+def _nonnegative(x: Expr) -> bool:
+    """Return whether a float is known not to be negative, whatever its operands are."""
+    if x.op == "const":
+        return float(x.value) >= 0  # type: ignore[arg-type]
+    if x.op in ("mul", "add", "recip", "half", "detach"):
+        return all(map(_nonnegative, x.args))
+    if x.op == "rsum":
+        return _nonnegative(x.args[0])
+    return x.op in ("exp", "exp2", "softmax", "prob", "sigmoid", "sqrt", "abs", "softplus")
 
 
 def _absolute(x: Expr) -> Expr:
@@ -467,7 +478,7 @@ def power(x: Expr, y: Expr) -> Expr:
 
 # -- comparisons and logic --------------------------------------------------------------------
 def ge0(x: Expr) -> Expr:
-    """x >= 0 for an integer expression."""
+    """Compare x >= 0 for an integer expression."""
     p = poly.of(x)
     divisor = math.gcd(*(c for m, c in p.items() if m)) if any(p) else 0
     if divisor > 1:
@@ -482,7 +493,7 @@ def ge0(x: Expr) -> Expr:
 
 
 def eq0(x: Expr) -> Expr:
-    """x == 0 for an integer expression."""
+    """Compare x == 0 for an integer expression."""
     if x.op == "const":
         return const(x.value == 0)
     p = poly.of(x)
@@ -502,25 +513,25 @@ def eq0(x: Expr) -> Expr:
 
 
 def _positive(x: Expr) -> Expr:
-    """x or -x, whichever's first variable term has a positive coefficient: one of the two for |x| and x == 0."""
+    """Return x or -x so that the first variable term has a positive coefficient: canonical in |x| and x == 0."""
     return neg(x) if _leading(x) < 0 else x
 
 
 def _leading(x: Expr) -> float:
-    """The coefficient of the first term of a sum that is no constant."""
+    """Return the coefficient of a sum's first term that is not a constant."""
     first = next((t for t in (x.args if x.op == "add" else (x,)) if t.op != "const"), x)
     return float(first.args[0].value) if first.op == "mul" and first.args[0].op == "const" else 1.0  # type: ignore[arg-type]
 
 
 def _compare(op: str, x: Expr, y: Expr) -> Expr:
-    """op in lt, le, eq."""
+    """Compare two expressions; `op` is lt, le or eq."""
     if x.kind == BOOL and y.kind == BOOL and op == "eq":
         return or_(and_(x, y), and_(not_(x), not_(y)))
     if x.kind == BOOL:
         x = to_int(x)
     if y.kind == BOOL:
         y = to_int(y)
-    for a, b, flipped in ((x, y, False), (y, x, True)):  # push a comparison with a number into a choice of numbers
+    for a, b, flipped in ((x, y, False), (y, x, True)):  # push a comparison with a constant into a where of constants
         if a.op == "where" and b.op == "const" and all(_number(v) is not None or v.op == "where" for v in a.args[1:]):
             results = [_compare(op, *((b, v) if flipped else (v, b))) for v in a.args[1:]]
             return where(a.args[0], results[0], results[1])
@@ -611,7 +622,7 @@ def where(c: Expr, x: Expr, y: Expr) -> Expr:
         return (
             or_(and_(c, x), and_(not_(c), y)) if x.op == "const" or y.op == "const" else node("where", BOOL, (c, x, y))
         )
-    # one orientation: a constant stands last; between two of a kind, the condition decides
+    # canonical order: a constant comes last; if both branches are constants or neither is, the condition decides
     swap = x.op == "const" and y.op != "const"
     if (x.op == "const") == (y.op == "const"):
         swap = not_(c).digest < c.digest
@@ -634,12 +645,12 @@ def _one_fill(x: Expr, y: Expr) -> bool:
 
 # -- reductions -------------------------------------------------------------------------------
 def reduction(op: str, name: str, extent: Expr, body: Expr) -> Expr:
-    """`rsum` or `rmax` of body over the variable `name` in [0, extent)."""
+    """Reduce body by `rsum` or `rmax` over the variable `name` in [0, extent)."""
     return node(op, FLOAT, (body, extent), name)
 
 
 def make(op: str, kind: str, args: tuple[Expr, ...], value: object = None) -> Expr:
-    """The canonical expression for an operation by name: how passes rebuild a node from new operands."""
+    """Return the canonical expression for an operation by name; passes rebuild a node from new operands with it."""
     if op in _BUILD:
         return _BUILD[op](*args)
     if op in FLOAT_UNARY or op in ("abs", "sign"):
@@ -657,7 +668,7 @@ _BUILD = {
 def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None]) -> Expr:
     """Rebuild bottom-up through the canonical constructors.
 
-    `change(old, new_args)` gives the replacement of a node, or None to rebuild it from its new operands.
+    `change(old, new_args)` returns the replacement of a node, or None to rebuild it from its new operands.
     """
 
     done: dict[Expr, Expr] = {}
@@ -671,5 +682,5 @@ def rebuild(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr | None])
 
 
 def substitute(root: Expr, by: dict[Expr, Expr]) -> Expr:
-    """Replace each occurrence of a key (any expression) by its value; bound variables are not special."""
+    """Replace each occurrence of a key (any expression) by its value, including bound variables."""
     return rebuild(root, lambda old, _: by.get(old)) if by else root

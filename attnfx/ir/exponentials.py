@@ -1,4 +1,4 @@
-"""Read the exponent of an expression that is an exponential."""
+"""Find the exponent of an expression that is an exponential."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from attnfx.ir.reach import reach
 
 
 def outside(root: Expr) -> list[Expr]:
-    """The nodes of an expression that stand under no reduction and no softmax."""
+    """Return the nodes of an expression outside reductions and softmaxes."""
     inside = {"rsum": (), "rmax": ()}
     return list(reach([root], lambda e: e.args[2:3] if e.op == "softmax" else inside.get(e.op, e.args)))
 
 
 def exponent(e: Expr) -> Expr | None:
-    """a where e = exp(a), with zeros as exp(-inf); None where e is no such thing."""
+    """Return a with e = exp(a), taking zeros as exp(-inf), or None if e is not an exponential."""
     if e.op == "exp":
         return e.args[0]
     if e.op == "exp2":

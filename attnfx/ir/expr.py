@@ -7,12 +7,12 @@ them in canonical form; nothing else should call `node`.
 Kinds: `b` truth values, `i` mathematical integers, `f` floats of the spec's compute type.
 
     op        value      args            meaning
-    const     number     -               a bool, int or float
+    const     constant   -               a bool, int or float
     var       name       size            an index, 0 <= var < size
     size      name       -               a symbolic size, an integer >= 1
     load      slot       indices         an element of a captured tensor (the slot is a node while lifting)
     dot       -          -               sum_d q[b, h, i, d] * k[b, h', j, d]
-    prob      -          -               the normalised weight of (b, h, i, j)
+    prob      -          -               the normalized weight of (b, h, i, j)
     add, mul  -          terms, factors  n-ary, sorted; a constant comes first
     floordiv, mod        x, y            integers, rounding to minus infinity
     ge0, eq0  -          x               x >= 0, x == 0 for an integer x
@@ -21,10 +21,10 @@ Kinds: `b` truth values, `i` mathematical integers, `f` floats of the spec's com
     where     -          c, x, y
     float, int           x               conversions (int truncates)
     half      -          x               rounded to float16 and back: overflow to inf is part of the meaning
-    detach    -          x               no gradient flows through
+    detach    -          x               stops the gradient
     recip, exp, log, tanh, ...           unary functions of a float, see FLOAT_UNARY
     rsum, rmax           body, size      reduction over the variable called `value`
-    aten      op:dtype   x, ...          a float operator kept exactly as PyTorch runs it, constants as Python numbers
+    aten      op:dtype   x, ...          a float operator that runs exactly as in PyTorch, constants as Python numbers
     softmax   name, safe body, size, at  (while lifting) softmax of body over the variable `name`, read at `at`
     dropout   p          x               (while lifting) x with probability 1 - p, divided by 1 - p; else zero
 """
@@ -44,14 +44,15 @@ FLOAT_UNARY = frozenset(
 
 
 class Added(float):
-    """The value of a fill that was added to the scores, and not put in their place: it swallows them, but what they are
-    made of keeps its gradient. That shows in rows without a live key alone, where a masked weight is not zero."""
+    """The value of a fill that was added to the scores instead of replacing them. It swallows the scores, but their
+    operands keep a gradient. The difference only shows in rows without a live key: their masked weights are not
+    zero."""
 
     __slots__ = ()
 
 
 class Expr:
-    """One interned node. `free` holds the names of the variables that occur in it and are not bound by a reduction."""
+    """One interned node. `free` holds the names of its free variables: those not bound by a reduction."""
 
     __slots__ = ("__weakref__", "args", "digest", "free", "kind", "op", "value")
     op: str
@@ -81,7 +82,7 @@ _NONE: frozenset[str] = frozenset()
 
 
 def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) -> Expr:
-    """The one expression with these fields. Does not simplify."""
+    """Return the interned expression with these fields, without simplifying it."""
     # 0.0 and -0.0, 1 and True are equal as keys, and must not be merged
     key = (op, kind, args, (type(value), repr(value)) if isinstance(value, (float, bool)) else value)
     found = _interned.get(key)
@@ -96,7 +97,7 @@ def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) 
         free = free | {str(value)}
     elif op in ("rsum", "rmax"):
         free = free - {str(value)}
-    elif op == "softmax":  # only its first operand is under the binder; the others are read outside
+    elif op == "softmax":  # binds its variable in the first operand only
         free = (args[0].free - {value[0]}) | args[1].free | args[2].free  # type: ignore[index]
     made.free = free
     with _lock:
@@ -105,7 +106,7 @@ def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) 
 
 @lru_cache(maxsize=4096)
 def walk(root: Expr) -> tuple[Expr, ...]:
-    """Every distinct node below and including `root`, operands before their users."""
+    """Return every distinct node of `root`, itself included, operands before their users."""
     seen: set[Expr] = set()
     found: list[Expr] = []
     stack = [(root, False)]
@@ -126,7 +127,7 @@ _TIGHT = {"const", "var", "size", "load", "dot", "prob"}
 
 
 def show(e: Expr, names: dict[object, str] | None = None) -> str:
-    """One line of infix text. `names` gives captures readable names."""
+    """Format an expression as one line of infix text; `names` maps captures to readable names."""
     names = names or {}
     done: dict[Expr, str] = {}
     for at in walk(e):

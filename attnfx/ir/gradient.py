@@ -1,4 +1,4 @@
-"""Symbolic derivatives of score programs: what the backward kernels evaluate."""
+"""Differentiate score programs symbolically, for the backward kernels."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ _ZERO, _ONE = const(0.0), const(1.0)
 
 
 def gradient(root: Expr, leaves: list[Expr]) -> list[Expr]:
-    """d root / d leaf for each leaf (`dot`, `prob` or a load), by reverse accumulation; const 0.0 where independent.
+    """Differentiate root by each leaf (`dot`, `prob` or a load) by reverse accumulation; 0.0 for an independent leaf.
 
     Distinct loads of one capture are distinct leaves: the caller adds their contributions. A half-precision rounding
-    passes gradients through, as PyTorch's casts do; ties of min and max go to their first operand's side.
+    passes gradients through, as PyTorch's casts do. In a tie of min or max, the first operand gets the gradient.
     """
     order = list(walk(root))
     depends: set[Expr] = set(leaves)
@@ -34,7 +34,7 @@ def gradient(root: Expr, leaves: list[Expr]) -> list[Expr]:
 
 
 def _local(e: Expr) -> list[tuple[Expr, Expr]]:
-    """(operand, d e / d operand) for the float operands of one node."""
+    """Return (operand, d e / d operand) for the float operands of one node."""
     if e.kind != FLOAT:
         return []
     a = e.args

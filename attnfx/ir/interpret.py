@@ -1,4 +1,4 @@
-"""The oracle: evaluates an expression for one index tuple in Python numbers (double precision)."""
+"""Evaluate an expression for one index tuple in Python numbers (double precision): the oracle of every emitter."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ _ATEN: dict[str, Callable[..., Number]] = {
 
 
 def evaluate(e: Expr, env: Mapping[str, Number], load: Loader | None = None) -> Number:
-    """The value of `e`. `env` binds variables, sizes by name, and `dot` and `prob`; `load(slot, indices)`
-    gives an element of a capture. Raises KeyError for an unbound name."""
+    """Return the value of `e`. `env` binds variables, sizes by name, and `dot` and `prob`; `load(slot, indices)`
+    returns an element of a capture. Raises KeyError for an unbound name."""
     if e.op == "const":
         return e.value  # type: ignore[return-value]
     if e.op in ("var", "size"):

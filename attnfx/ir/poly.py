@@ -1,7 +1,7 @@
-"""Integer polynomials: the normal form behind integer expressions, and bounds that follow from index ranges.
+"""Integer polynomials, the normal form of integer expressions, and their bounds from index ranges.
 
-A polynomial maps monomials (sorted tuples of atoms) to integer coefficients. Atoms are whatever `algebra` does not
-expand: variables, sizes, floor divisions, remainders, loads.
+A polynomial maps monomials (sorted tuples of atoms) to integer coefficients. Atoms are the expressions that `algebra`
+does not expand: variables, sizes, floor divisions, remainders, loads.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def by_digest(e: Expr) -> bytes:
 
 
 def of(e: Expr) -> Poly:
-    """The polynomial that a canonical integer expression stands for."""
+    """Return the polynomial of a canonical integer expression."""
     return dict(_of(e))
 
 
@@ -62,7 +62,7 @@ def _rank(m: Monomial) -> tuple[int, tuple[bytes, ...]]:
 
 
 def divide(a: Poly, b: Poly) -> Poly | None:
-    """The exact quotient a / b, or None. Long division by the leading term."""
+    """Return the exact quotient a / b, or None, by long division by the leading term."""
     if not b:
         return None
     lead = max(b, key=_rank)
@@ -86,7 +86,7 @@ def divide(a: Poly, b: Poly) -> Poly | None:
 
 
 def by_index(p: Poly) -> dict[Monomial, Poly]:
-    """Group by the atoms that are not sizes: the coefficients are polynomials in the sizes."""
+    """Group terms by their atoms other than sizes; the coefficients are polynomials in the sizes."""
     out: dict[Monomial, Poly] = {}
     for m, c in p.items():
         index = tuple(a for a in m if a.op != "size")
@@ -96,8 +96,8 @@ def by_index(p: Poly) -> dict[Monomial, Poly]:
 
 
 def nonnegative(p: Poly | None) -> bool:
-    """Proves p >= 0 for all sizes >= 1 (never wrong, may fail to prove): substitutes size = 1 + s and asks that no
-    coefficient is negative."""
+    """Prove p >= 0 for all sizes >= 1; False means unproven. Substitutes size = 1 + s and tests that no coefficient is
+    negative."""
     if p is None:
         return False
     shifted: Poly = {}
@@ -112,7 +112,7 @@ def nonnegative(p: Poly | None) -> bool:
 
 
 def bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
-    """Lower and upper bound of an integer expression as polynomials in the sizes; None where there is none."""
+    """Return lower and upper bound of an integer expression as polynomials in the sizes, each None if unknown."""
     return _bounds(e)
 
 
@@ -129,7 +129,7 @@ def _atom_bounds(a: Expr) -> tuple[Poly | None, Poly | None]:
         low, high = _bounds(a.args[0])
         divisor = of(a.args[1])
         if low is not None and high is not None and nonnegative(low) and nonnegative(plus(divisor, {(): 1}, -1)):
-            # floor(high / d): exact where d divides high + 1, else high itself is a bound
+            # floor(high / d): exact if d divides high + 1, else high itself is a bound
             whole = divide(plus(high, {(): 1}), divisor)
             if whole is not None:
                 return {}, plus(whole, {(): 1}, -1)
@@ -151,7 +151,7 @@ def _atom_bounds(a: Expr) -> tuple[Poly | None, Poly | None]:
 
 
 def _extreme(values: list[Poly | None], sign: int) -> Poly | None:
-    """One of the values that is provably the largest (sign 1) or smallest (sign -1) of all."""
+    """Return a value that is provably the largest (sign 1) or smallest (sign -1) of all, or None."""
     for v in values:
         if v is not None and all(w is not None and nonnegative(plus({}, plus(v, w, -1), sign)) for w in values):
             return v
@@ -167,7 +167,7 @@ def _bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
         b: Poly | None = {(): abs(coefficient)}
         for atom in monomial:
             la, ha = _atom_bounds(atom)
-            # products of ranges that start at zero or above; anything else is unbounded for us
+            # only products of nonnegative ranges have known bounds
             ok = la is not None and nonnegative(la)
             if len(monomial) == 1 and not ok:
                 a = None if la is None else times(a or {}, la)

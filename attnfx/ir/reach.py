@@ -1,4 +1,4 @@
-"""Walk over the nodes of any graph: expressions, FX nodes, operations of a memory plan."""
+"""Traverse the nodes of any graph: expressions, FX nodes, operations of a memory plan."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ T = TypeVar("T", bound=Hashable)
 
 
 def reach(starts: Iterable[T], following: Callable[[T], Iterable[T]]) -> Iterator[T]:
-    """Yield the starts and all that follows from them, each once and depth first, as far as the caller asks."""
+    """Yield the starts and all nodes reachable from them, each once, depth first and lazily."""
     stack, seen = list(starts), set()
     while stack:
         at = stack.pop()

@@ -1,4 +1,4 @@
-"""Expressions as text for people, and as JSON lists for specs."""
+"""Serialize expressions as JSON lists, for specs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from attnfx.ir.expr import Added, Expr, node, walk
 
 
 def dump(roots: list[Expr]) -> list:
-    """JSON-ready: [nodes, root numbers], each node [op, kind, value, operand numbers]."""
+    """Convert to JSON-ready lists: [nodes, root numbers], each node [op, kind, value, operand numbers]."""
     number: dict[Expr, int] = {}
     nodes: list = []
     for root in roots:
@@ -26,7 +26,7 @@ def dump(roots: list[Expr]) -> list:
 
 
 def parse(data: list) -> list[Expr]:
-    """The inverse of `dump`."""
+    """Rebuild the expressions from the output of `dump`."""
     nodes, roots = data
     made: list[Expr] = []
     for op, kind, value, operands in nodes:

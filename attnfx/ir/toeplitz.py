@@ -1,4 +1,4 @@
-"""Expressions that depend on i and j through j - i only: a block's values lie along its diagonals."""
+"""Find Toeplitz expressions: they depend on i and j only through j - i, so they are constant along diagonals."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ SPAN = "w"  # the variable of a diagonal: w = j - i + T - 1, from 0 to T + S - 2
 
 @lru_cache(maxsize=10_000)
 def opaque(e: Expr) -> bool:
-    """Whether the expression depends on the block's own scores."""
+    """Return whether the expression depends on the scores themselves."""
     return any(x.op in OPAQUE for x in walk(e))
 
 
 @lru_cache(maxsize=10_000)
 def toeplitz(e: Expr) -> Expr | None:
-    """The expression over the diagonal `w` alone (and b, h), where it depends on i and j through j - i only."""
+    """Rewrite a Toeplitz expression over the diagonal `w` (and b, h) instead of i and j; None if it is not Toeplitz."""
     if not {"i", "j"} <= e.free or opaque(e):
         return None
     variables = {str(x.value): x for x in walk(e) if x.op == "var"}
@@ -30,7 +30,7 @@ def toeplitz(e: Expr) -> Expr | None:
     by = {j: A.sub(A.add(i, along), last_row)}
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        # a sum of converted indices is converted as a whole: only among integers do terms cancel
+        # convert a sum of converted indices as a whole: terms cancel only among integers
         whole = A.as_integer(old) if old.kind == FLOAT and old.op in ("add", "mul") else None
         return by.get(old) if whole is None else node("float", FLOAT, (substitute(whole, by),))
 

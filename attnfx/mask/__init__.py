@@ -1,9 +1,9 @@
-"""What a score program's mask keeps: as an expression, as key ranges, as tiles, and in words.
+"""Analyze the mask of a score program: as an expression, as key ranges, as tiles, and in words.
 
-`keep` is the predicate that the program tests; `polyhedron` translates it to integer sets, `spans` to intervals of keys
-where it is made of such; `ranges` and `tiles` ask these which scores need computing; `words` names the mask. Every
-answer is sound where the predicate is not affine: a key that may be live is never called dead, and a key that may be
-dead is never called live.
+`predicate` extracts the mask's predicate. `affine` translates it to integer sets, and `row_intervals` to intervals of
+keys if its rows consist of intervals. From these, `key_ranges` and `tiles` find the scores that need computing, and
+`describe` names the mask. Every answer is sound even if the predicate is not affine: a key that may be live is never
+reported dead, and a key that may be dead is never reported live.
 """
 
 from attnfx.mask.describe import describe

@@ -1,14 +1,13 @@
-"""What tensors add to a score: a mask of zeros and -inf (or of a finite fill), which the program alone cannot tell from
-a bias.
+"""Find additive masks: tensors of zeros and -inf (or a finite fill) that the program adds to the scores like a bias.
 
-Where the addend of a score is at or below DROWNED, the score is that of a masked key: its weight is zero beside any
-score above LOST, whatever dot product it was added to, as long as that is finite and below 9e29 in magnitude. In a
-row without such a score the masked ones decide, as they do in eager: they average if they are finite, and give NaN if
-all are -inf. So kernels may leave out what is drowned where they compute again, over every key, the rows whose largest
-score is not above LOST. Nothing less is safe without knowing the scores: -1e9 and float16's -65504 are biases here.
+A score whose addend is at or below DROWNED is masked: its weight is zero next to any score above LOST, for every dot
+product that is finite and below 9e29 in magnitude. In a row without a score above LOST the masked scores decide, as in
+eager: they average if they are finite, and give NaN if all are -inf. So kernels may skip drowned scores if they
+recompute, over every key, the rows whose largest score is not above LOST. A fill of smaller magnitude is only safe to
+skip if the scores are known: -1e9 and float16's -65504 are biases here.
 
-LOST is that high for another reason: where all scores of a row are as low as -1e9, the steps between numbers of float32
-are larger than the scores' differences in units of log 2, which kernels work in, and such rows need natural ones.
+LOST is that high for another reason. If all scores of a row are as low as -1e9, the spacing of float32 numbers exceeds
+the scores' differences in units of log 2, which kernels use. Such rows need natural units.
 """
 
 from __future__ import annotations
@@ -25,13 +24,13 @@ LOST = -1e6
 
 _PLAIN = frozenset("const load add mul float half detach min max where not and or ge0 eq0".split())
 _INDEX = frozenset("const size var add mul floordiv mod".split())
-_FLAG = 1.0  # the largest magnitude that is expected of an integer in a mask
+_FLAG = 1.0  # the largest magnitude expected of an integer in a mask
 
 
 @lru_cache(maxsize=4096)
 def addend(score: Expr, least: float = DROWNED) -> Expr | None:
-    """An expression over b, h, i, j and loads by key, without dot, that is added to the score and may be as low as
-    `least`; None where there is none. The score differs from it by what is finite."""
+    """Return the addend of a score that loads by key and may be as low as `least`, or None. It is an expression over b,
+    h, i, j and loads, without dot. The score differs from it by finite terms."""
     found = _addend(score, 1.0)
     if found is None or _interval(found)[0] > least:
         return None
@@ -39,7 +38,7 @@ def addend(score: Expr, least: float = DROWNED) -> Expr | None:
 
 
 def _addend(e: Expr, scale: float) -> Expr | None:
-    """The addend of an expression that is multiplied by `scale` in the score."""
+    """Return the addend of an expression that the score multiplies by `scale`."""
     if _plain(e) and any(x.op == "load" for x in walk(e)):
         return e
     match e.op:
@@ -55,7 +54,7 @@ def _addend(e: Expr, scale: float) -> Expr | None:
             return _addend(e.args[0], scale)
         case "where":
             rest = [a for a in e.args[1:] if not (a.op == "const" and float(a.value) * scale <= FILL)]  # type: ignore[arg-type]
-            if len(rest) == 1:  # where the fill stands, the mask's own predicate says so
+            if len(rest) == 1:  # the mask's own predicate covers the filled scores
                 return _addend(rest[0], scale)
         case "max" | "min":
             some = [a if a.op == "const" else _addend(a, scale) for a in e.args]
@@ -66,7 +65,7 @@ def _addend(e: Expr, scale: float) -> Expr | None:
 
 
 def _plain(e: Expr) -> bool:
-    """Whether an expression is but a few operations on elements that stand where the indices say."""
+    """Return whether an expression consists of simple operations on elements loaded at computed indices."""
     if e.op == "load":
         return all(x.op in _INDEX for index in e.args for x in walk(index)) and not any(
             {"i", "j"} <= index.free for index in e.args
@@ -75,7 +74,7 @@ def _plain(e: Expr) -> bool:
 
 
 def _interval(e: Expr) -> tuple[float, float]:
-    """The least and the largest value that an expression of `_plain` operations may be expected to have."""
+    """Return the least and the largest value expected of an expression of `_plain` operations."""
     if e.op == "const":
         return float(e.value), float(e.value)  # type: ignore[arg-type]
     if e.op == "load":

@@ -1,8 +1,7 @@
-"""Mask predicates as integer sets: an expression becomes a formula of affine comparisons, approximated where it is not
-affine, and isl's text of it.
+"""Translate mask predicates to integer sets: formulas of affine comparisons, and their text for isl.
 
-Sizes are numbers here. What is opaque (loads, floats, products of indices) becomes true or false, whichever keeps the
-answer on the safe side under the negations that surround it.
+Sizes are integers here. A part that is not affine (loads, floats, products of indices) is opaque. It becomes true or
+false, chosen so that the answer stays sound under the surrounding negations.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ from attnfx.spec import AXES
 YES, NO = "1 = 1", "1 = 0"
 SPLITS = 6  # nested choices in one comparison; beyond, it is opaque
 LONGEST = 20_000  # characters of one predicate; beyond, it is opaque
-MAX_OPERATIONS = 100_000  # of isl, for one question: at most some hundred milliseconds; common masks take 5,000
+MAX_OPERATIONS = 100_000  # of isl for one analysis: at most some hundred milliseconds; common masks take 5,000
 
 _CHOICES = ("where", "min", "max", "abs")
-MAX_COUNT = 20_000_000  # of isl, to count the points of a set that it has already found: about a microsecond a row
+MAX_COUNT = 20_000_000  # operations of isl to count the points of a computed set: about a microsecond a row
 
 
 class TooHard(Exception):
-    """isl gave up: the caller falls back to the answer that is always sound."""
+    """The error if isl gives up: the caller falls back to an answer that is always sound."""
 
 
 @contextmanager
 def solver(factor: int = 1) -> Iterator[isl.Context]:
-    """A context of its own for one analysis, with a bound on its work."""
+    """Open an isl context for one analysis, with a bound on its work. Raises TooHard beyond it."""
     context = isl.Context()
     context.set_max_operations(factor * MAX_OPERATIONS)
     try:
@@ -49,7 +48,7 @@ def solver(factor: int = 1) -> Iterator[isl.Context]:
 
 
 def _spent(context: isl.Context) -> bool:
-    """Whether the bound was reached: some of isl's functions then give a partial answer and say nothing."""
+    """Return whether the bound was reached: some isl functions then silently return a partial answer."""
     try:
         isl.Set("{ : }", context)
     except isl.Error:
@@ -58,7 +57,7 @@ def _spent(context: isl.Context) -> bool:
 
 
 def count(points: isl.Set) -> int:
-    """The number of points of a bounded set."""
+    """Count the points of a bounded set."""
     points = points.compute_divs().make_disjoint()
     context = points.get_ctx()
     context.set_max_operations(MAX_COUNT)
@@ -66,7 +65,7 @@ def count(points: isl.Set) -> int:
 
 
 def numeric(e: Expr, sizes: Mapping[str, int]) -> Expr:
-    """The predicate with numbers for sizes."""
+    """Replace the sizes of a predicate by their values."""
     return _numeric(e, tuple((name, sizes[name]) for name in _sizes(e) if name in sizes))
 
 
@@ -84,7 +83,7 @@ def _numeric(e: Expr, named: tuple[tuple[str, int], ...]) -> Expr:
 class Formula:
     """A set of points (b, h, i, j).
 
-    text   isl's
+    text   the set for isl
     op     "and", "or" or "not" of `parts`; "ge0" or "eq0" of `line`, an affine expression
     """
 
@@ -99,28 +98,28 @@ ALWAYS, NEVER = Formula(YES, "and"), Formula(NO, "or")
 
 @lru_cache(maxsize=4096)
 def formula(e: Expr, over: bool, splits: int = SPLITS) -> Formula:
-    """A set that contains every point where `e` holds (over) or none where it does not (not over)."""
+    """Return a set that contains all points at which `e` holds (over), or only such points (not over)."""
     made = _formula(e, over, splits)
     return made if len(made.text) <= LONGEST else _unknown(over)
 
 
 def text(e: Expr, over: bool) -> str:
-    """isl's text of that set."""
+    """Return the isl text of `formula(e, over)`."""
     return formula(e, over).text
 
 
 def domain(sizes: Mapping[str, int], names: str) -> str:
-    """The bounds of the variables named."""
+    """Return the isl text of the named variables' bounds."""
     return " and ".join(f"0 <= {n} < {sizes[AXES[n]]}" for n in names)
 
 
 def hidden(e: Expr, *shown: str) -> str:
-    """Those of b, h, i, j that are to be projected away: the rest that the predicate is about."""
+    """Return the variables to project away: i, j, and b and h if the predicate depends on them, except `shown`."""
     return "".join(n for n in AXES if n not in shown and (n in e.free or n in "ij"))
 
 
 def either(x: Expr, y: Expr, *shown: str) -> str:
-    """`hidden` for two predicates at once."""
+    """Return `hidden` for two predicates at once."""
     return "".join(dict.fromkeys(hidden(x, *shown) + hidden(y, *shown)))
 
 
@@ -173,7 +172,7 @@ def _unknown(over: bool) -> Formula:
 
 
 def _extreme(e: Expr, choice: Expr) -> str | None:
-    """ "and" or "or" where a comparison of a min, max or abs is that of all or of any of its values; None elsewhere."""
+    """Return "and" or "or" if comparing a min, max or abs means comparing all or any of its values, else None."""
     rest = poly.of(e.args[0])
     factor = rest.pop((choice,), 0)
     if e.op != "ge0" or choice.op == "where" or not factor or any(choice in walk(a) for m in rest for a in m):
@@ -182,7 +181,7 @@ def _extreme(e: Expr, choice: Expr) -> str | None:
 
 
 def _branches(choice: Expr) -> tuple[Expr, Expr, Expr]:
-    """(c, x, y) with choice = where(c, x, y)."""
+    """Return (c, x, y) with choice = where(c, x, y)."""
     if choice.op == "where":
         return choice.args  # type: ignore[return-value]
     x = choice.args[0]
@@ -203,8 +202,8 @@ def _join(word: str, parts: list[Formula]) -> Formula:
 
 
 def affine(e: Expr) -> str | None:
-    """isl's text of an integer expression that is affine in b, h, i, j, with floor divisions and remainders by
-    constants; None for any other."""
+    """Return the isl text of an integer expression that is affine in b, h, i, j, or None. Floor divisions and
+    remainders by constants count as affine."""
     match e.op:
         case "const":
             return f"({e.value})" if e.value < 0 else str(e.value)  # type: ignore[operator]

@@ -1,8 +1,8 @@
-"""The mask in words, whatever its spelling.
+"""Describe a mask in words, independently of its spelling.
 
 The affine part is a set of (i, j). A few families of sets (bands, prefixes, sinks, blocks, dilations) are fitted to it,
-each with the tightest parameters under which it contains the mask; the mask is then named after the fewest of them
-whose intersection equals it.
+each with the tightest parameters under which it contains the mask. The mask is named after the fewest families whose
+intersection equals it.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ PATTERN = "fixed pattern"
 
 
 def describe(score: AttentionSpec | Expr, sizes: Mapping[str, int]) -> str:
-    """The mask of a score program in words: "none", "causal", "sliding window of 512 keys, causal and padding (by c0)".
+    """Describe a score program's mask: "none", "causal", "sliding window of 512 keys, causal and padding (by c0)".
 
-    A window of W keys is as wide as the predicate makes it: `i - j <= 511` keeps 512. A bidirectional window of W sees
-    W keys to each side. Sizes are numbers: what masks nothing at these sizes is not named.
+    A window of W keys keeps W keys including the query's own: `i - j <= 511` keeps 512. A bidirectional window of W
+    sees W keys to each side. Sizes are integers: a condition that masks nothing at these sizes is not named.
     """
     return _describe(kept(score), tuple(sorted(sizes.items())))
 
@@ -51,7 +51,7 @@ def _describe(keep: Expr, items: tuple[tuple[str, int], ...]) -> str:
     return " and ".join(words) or "none"
 
 
-# -- what depends on captures -----------------------------------------------------------------
+# -- parts that depend on captures ------------------------------------------------------------
 def _opaque(part: Expr, sizes: Mapping[str, int]) -> str:
     loads = [e for e in walk(part) if e.op == "load"]
     names = ", ".join(sorted({f"c{e.value}" if isinstance(e.value, int) else str(e.value) for e in loads}))
@@ -75,7 +75,7 @@ def _opaque(part: Expr, sizes: Mapping[str, int]) -> str:
 
 
 def _same_document(part: Expr, loads: list[Expr]) -> bool:
-    """Whether the part is load[.., i] == load[.., j] of one capture."""
+    """Return whether the part is load[.., i] == load[.., j] of one capture."""
     if part.op not in ("eq0", "eq") or len(loads) != 2:
         return False
     at_i, at_j = sorted(loads, key=lambda e: "j" in e.free)
@@ -90,10 +90,10 @@ def _variable(e: Expr, name: str) -> Expr:
     return next((a for a in walk(e) if a.op == "var" and a.value == name), I if name == "i" else J)
 
 
-# -- what is known exactly --------------------------------------------------------------------
+# -- parts that are known exactly -------------------------------------------------------------
 @dataclass(frozen=True)
 class _Family:
-    """One set of (i, j): isl's constraints, and the words for it."""
+    """One set of (i, j): its constraints in isl's syntax, and its description."""
 
     constraints: str
     words: str = ""
@@ -121,7 +121,7 @@ class _Fit:
         return self.all.intersect(isl.Set(f"{{ [i, j] : {constraints} }}", self.context))
 
     def most(self, line: str, over: isl.Set) -> int | None:
-        """The largest value of an affine function over a set; None where the set is empty."""
+        """Return the largest value of an affine function over a set, or None if the set is empty."""
         top = over.apply(isl.Map(f"{{ [i, j] -> [{line}] }}", self.context)).dim_max_val(0)
         return top.to_python() if top.is_int() else None
 
@@ -136,14 +136,14 @@ class _Fit:
             return "nothing is live"
         groups = [[ANY, *group] for group in (self.bands(), self.exceptions(), self.blocks(), self.dilations())]
         fitting = [[f for f in g if self.mask.is_subset(self.where(f.constraints))] for g in groups]
-        # the fewest words first; a plain band before one with exceptions
+        # the fewest families first; a plain band before one with exceptions
         for choice in sorted(product(*fitting), key=lambda c: (sum(f is not ANY for f in c), c[1] is not ANY)):
             if self.where(" and ".join(f"({f.constraints})" for f in choice)).is_subset(self.mask):
                 return " and ".join(f.words for f in choice if f.words)
         return PATTERN
 
     def bands(self) -> Iterator[_Family]:
-        """low <= j - i <= high."""
+        """Yield bands: low <= j - i <= high."""
         high, low = self.most("j - i", self.mask), self.least("j - i", self.mask)
         assert high is not None and low is not None
         yield _Family(f"j - i <= {high}", self.band_words(None, high))
@@ -165,7 +165,7 @@ class _Fit:
         return f"window of {-low} keys back and {high} ahead"
 
     def exceptions(self) -> Iterator[_Family]:
-        """A prefix that all see before the causal part; a window outside the first keys (sinks) and queries."""
+        """Yield bands with exceptions: a prefix for all queries, or first keys (sinks) and queries outside a window."""
         for shift in self.shifts:
             prefix = self.most("j", self.mask.intersect(self.where(f"j - i > {shift}")))
             if prefix is not None:
@@ -192,7 +192,7 @@ class _Fit:
                 yield _Family(f"{outer} and ({free})", " and ".join(words))
 
     def blocks(self) -> Iterator[_Family]:
-        """Equal blocks of the sequence, each seeing itself and `before` of its predecessors."""
+        """Yield equal blocks of the sequence; each sees itself and `before` of its predecessors."""
         for shift in self.shifts:
             rows = self.most("i", self.mask.intersect(self.where("j = 0")))
             keys = self.most("j", self.mask.intersect(self.where("i = 0")))

@@ -1,9 +1,9 @@
-"""The intervals of keys that a formula of affine comparisons leaves in each block of rows.
+"""Compute the intervals of keys that satisfy a formula of affine comparisons, for each block of rows.
 
-A comparison that is affine in j bounds j by a function of i: from below or from above. A conjunction of them leaves
-each row one interval, from the largest lower bound to the smallest upper one, and the disjunctive form a few. Where
-the bounds are monotone within a block of rows, its first and last row mostly give the union of the block's intervals;
-where it is not proven that they do, all rows of the block are looked at.
+A comparison that is affine in j bounds j from below or above by a function of i. A conjunction of comparisons gives
+each row one interval, from the largest lower bound to the smallest upper bound; the disjunctive normal form gives a
+few. If the bounds are monotone within a block of rows, the first and last row usually determine the union of the
+block's intervals. If that is not proven, all rows of the block are analyzed.
 """
 
 from __future__ import annotations
@@ -19,28 +19,28 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.interpret import evaluate
 from attnfx.mask.affine import Formula
 
-TERMS = 8  # intervals of a row; beyond, a mask counts as none
-FACTOR, CONSTANT = 1 << 15, 1 << 40  # of a comparison; larger ones might not fit into 63 bits with sizes of 31
+TERMS = 8  # intervals of a row; beyond, the bound is all keys
+FACTOR, CONSTANT = 1 << 15, 1 << 40  # largest in a comparison: more might not fit into 63 bits with 31-bit sizes
 MANY = 1 << 62
 
 Number = np.ndarray | int
 
 
 class _Apart(Exception):
-    """The rows of a comparison are no intervals."""
+    """The error if a comparison does not limit each row to one interval."""
 
 
 class Intervals(NamedTuple):
-    """Keys [low, high) by (term, block of rows); low is not below high where there are none."""
+    """Keys [low, high) by (term, block of rows); empty unless low < high."""
 
     low: np.ndarray
     high: np.ndarray
 
 
 def intervals(may: Formula, sure: Formula, rows: int, keys: int, step: int) -> tuple[Intervals, Intervals, bool]:
-    """(where `may` holds, where `sure` does not, whether both are exact) in each block of `step` rows, for each term of
-    the formula's disjunctive form. Exact: the rows see just these keys, and the intervals of a term's consecutive rows,
-    but for empty ones, meet. Else they see no others."""
+    """Return (keys at which `may` holds, keys at which `sure` fails, whether both are exact) by block of `step` rows.
+    Each term of the formula's disjunctive normal form has an interval. If exact, a block's rows have exactly these
+    keys, and the nonempty intervals of a term's consecutive rows meet. Else the rows have only keys in them."""
     starts = np.arange(0, rows, step)
     found = _Rows(np.array([starts, np.minimum(starts + step, rows) - 1]), keys, step)
     live, dead = found.terms(may, True), found.terms(sure, False)
@@ -60,10 +60,11 @@ def intervals(may: Formula, sure: Formula, rows: int, keys: int, step: int) -> t
 
 
 def _unions(terms: list[_Term], keys: int, found: _Rows) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(low, high) of each term and block, and whether the union of the block's rows in each term is proven to be that:
-    it is empty, or has the ends of the first or last row, and the rows meet. They do where all meet at one key: the
-    largest low and the smallest high are of the first or the last row. And where bounds are lines of slope 1 at most,
-    `gentle`: low - high is convex then, so that between two rows that are not empty none is."""
+    """Return (low, high) of each term and block, and whether they are proven to be the union of the block's rows.
+
+    A proven union is empty, or it has the ends of the first or last row and the rows' intervals meet. They meet if they
+    share a key: the largest low and the smallest high are of the first or last row. They also meet if the bounds are
+    lines of slope at most 1 (`gentle`): low - high is convex, so rows between two nonempty rows are not empty."""
     rows = found.env["i"]
     low, high = np.empty((2, len(terms), *rows.shape), np.int64)
     least, most = np.empty((2, len(terms), rows.shape[1]), np.int64)
@@ -82,7 +83,7 @@ def _unions(terms: list[_Term], keys: int, found: _Rows) -> tuple[np.ndarray, np
 
 
 def _meet(low: np.ndarray, high: np.ndarray) -> bool:
-    """Whether along the last axis the intervals, but for empty ones, meet one after the other."""
+    """Return whether consecutive nonempty intervals along the last axis meet."""
     some = low < high
     line, _ = np.nonzero(some)
     low, high = low[some], high[some]
@@ -92,8 +93,8 @@ def _meet(low: np.ndarray, high: np.ndarray) -> bool:
 
 @dataclass
 class _Term:
-    """A conjunction's interval: [low, high) of each row that is looked at, by (first and last, block); and `least` and
-    `most`, beyond which no row of a block has a key. What is one for all rows is a number."""
+    """The interval of a conjunction. [low, high) is the interval of each analyzed row, by (first and last, block).
+    [least, most) contains the keys of all rows of a block. A value that all rows share is an int."""
 
     low: Number
     high: Number
@@ -116,7 +117,7 @@ def _smaller(x: Number, y: Number) -> Number:
 
 
 def _least(x: Number) -> Number:
-    """Of each block."""
+    """Return the smallest value of each block."""
     return x if isinstance(x, int) else np.minimum(x[0], x[-1])
 
 
@@ -125,11 +126,11 @@ def _most(x: Number) -> Number:
 
 
 class _Rows:
-    """The rows that are looked at: of each block of `step` rows the first and the last, or its only one.
+    """The analyzed rows: the first and last of each block of `step` rows, or its only row.
 
-    monotone  whether all bounds seen so far are, within each block
-    gentle    whether they are lines whose slope is 1 at most
-    exact     whether all comparisons bound the keys; one that does not leaves them all
+    monotone  whether all bounds so far are monotone within each block
+    gentle    whether they are lines of slope at most 1
+    exact     whether all comparisons so far bound the keys; others leave all keys
     """
 
     def __init__(self, rows: np.ndarray, keys: int, step: int) -> None:
@@ -139,7 +140,7 @@ class _Rows:
         self.parts: dict[Expr, tuple[int, Expr | None, Number]] = {}
 
     def terms(self, f: Formula, holds: bool) -> list[_Term]:
-        """The terms of the formula's disjunctive form, or of its negation's."""
+        """Return the terms of the disjunctive normal form of the formula, or of its negation."""
         if f.op == "not":
             return self.terms(f.parts[0], not holds)
         if f.line is not None:
@@ -169,7 +170,7 @@ class _Rows:
         return _Term(low, high, _least(low), _most(high))
 
     def within(self, e: Expr, least: Number | None, most: Number | None) -> _Term:
-        """The keys at which least <= e <= most, for an affine e; None is no bound."""
+        """Return the keys at which least <= e <= most, for an affine e; None means unbounded."""
         if e not in self.parts:
             self.parts[e] = self.split(e)
         factor, at, rest = self.parts[e]
@@ -190,14 +191,14 @@ class _Rows:
             if by > FACTOR or any(a.op == "floordiv" and "j" in a.free for atoms in poly.of(inner) for a in atoms):
                 raise _Apart
             if not isinstance(rest, int) and "i" in inner.free:
-                self.monotone = False  # a bound may rise by one part and fall by the other
+                self.monotone = False  # a bound may rise with one part and fall with the other
             return self.within(
                 inner, None if least is None else least * by, None if most is None else most * by + by - 1
             )
         return self.term(0 if least is None else least, self.keys if most is None else most + 1)
 
     def split(self, e: Expr) -> tuple[int, Expr | None, Number]:
-        """(factor, at, rest) with e = factor * at + rest, where `at` is j, a quotient of it, or None."""
+        """Return (factor, at, rest) with e = factor * at + rest; `at` is j, a quotient of it, or None."""
         factor, at, signs = 0, None, set()
         rest: Number = 0
         for atoms, c in poly.of(e).items():
@@ -218,15 +219,15 @@ class _Rows:
 
 
 def _between(low: Number, high: Number, least: Number | None, most: Number | None) -> np.ndarray | bool:
-    """Whether a value in [low, high] may be in [least, most]."""
+    """Return whether a value in [low, high] may be in [least, most]."""
     return (least is None or high >= least) & (most is None or low <= most)
 
 
 def _slope(e: Expr, step: int) -> int:
-    """1 or -1 where an affine function of i rises or falls along a block of `step` rows, 0 where neither is sure."""
+    """Return 1 or -1 if an affine function of i rises or falls along a block of `step` rows, 0 if neither is proven."""
     if e.op == "floordiv":
         signs = {_slope(a, step) * (1 if c > 0 else -1) for m, c in poly.of(e.args[0]).items() for a in m}
         return signs.pop() if len(signs) == 1 else 0
-    if e.op == "mod":  # of i itself, by blocks of rows
+    if e.op == "mod":  # i mod n rises within a block of rows if the block's size divides n
         return int(e.args[0].op == "var" and int(e.args[1].value) % step == 0)  # type: ignore[call-overload]
     return int(e.op == "var")

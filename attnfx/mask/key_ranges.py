@@ -1,4 +1,4 @@
-"""Which keys a block of queries can see."""
+"""Find the range of keys that each block of queries can see."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from attnfx.spec import AttentionSpec
 
 
 class KeyRange(NamedTuple):
-    """Queries [i0, i1) see no key outside [j0, j1); `full` where the mask keeps every key inside."""
+    """Queries [i0, i1) see only keys in [j0, j1); with `full`, the mask keeps every key in this range."""
 
     i0: int
     i1: int
@@ -29,16 +29,16 @@ class KeyRange(NamedTuple):
 
 
 def key_ranges(spec: AttentionSpec | Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
-    """The smallest key interval of each block of `block` queries, for all b and h together.
+    """Return the smallest key interval of each block of `block` queries, for all b and h together.
 
-    `sizes` has numbers for B, H, T, S and the spec's own sizes. A row without a live key gets no key at all from
-    this: where the fill is finite, such a row averages over every key, and `rows_live` says whether there is one.
+    `sizes` has the values of B, H, T, S and the spec's own sizes. A row without a live key adds no keys to its block's
+    interval, although with a finite fill its output averages over every key; `rows_live` rules such rows out.
     """
     return _key_ranges(live(spec), kept(spec), tuple(sorted(sizes.items())), block)
 
 
 def ranges_of(keep: Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
-    """The same of a softmax whose mask is `keep`."""
+    """Return the `key_ranges` of a softmax whose mask is `keep`."""
     return _key_ranges(keep, keep, tuple(sorted(sizes.items())), block)
 
 
@@ -81,7 +81,7 @@ def _key_ranges(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], bloc
 
 
 def _parametric(some: str, count: int) -> list[tuple[int, int]]:
-    """[j0, j1) of each block by one projection: the first and last live key as functions of the block's number."""
+    """Return [j0, j1) of each block by one projection: first and last live key as functions of the block's index."""
     with P.solver() as context:
         keys = isl.Map(some, context)
         pairs = zip(_values(keys.dim_min(0), count), _values(keys.dim_max(0), count))
@@ -89,7 +89,7 @@ def _parametric(some: str, count: int) -> list[tuple[int, int]]:
 
 
 def _one_by_one(some: str, count: int) -> list[tuple[int, int]]:
-    """The same by a question per block, where the parametric one is too hard."""
+    """Return [j0, j1) of each block by one projection per block, for masks too hard for the parametric one."""
     with P.solver(5) as context:
         keys, out = isl.Map(some, context), []
         for n in range(count):
@@ -100,7 +100,7 @@ def _one_by_one(some: str, count: int) -> list[tuple[int, int]]:
 
 
 def _values(function: isl.PwAff, count: int) -> list[int | None]:
-    """function(0) to function(count - 1), None where it is not defined."""
+    """Return function(0) to function(count - 1), each None if undefined."""
     at, context = isl.Point.zero(function.get_domain_space()), function.get_ctx()
     points = (at.set_coordinate_val(isl.dim_type.set, 0, isl.Val(n, context)) for n in range(count))
     values = [function.eval(p) for p in points]
@@ -112,7 +112,7 @@ class _Opaque(Exception):
 
 
 def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
-    """A cheap refutation, before the solver is asked."""
+    """Return whether a corner of the range is masked: a cheap refutation of `full` before the solver runs."""
 
     def refuse(slot: object, index: tuple[int, ...]) -> int:
         raise _Opaque
@@ -127,8 +127,8 @@ def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
 
 
 def key_span(keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """[first, end) of the keys that some row may see, by each affine condition on i and j alone: not the smallest where
-    there are many rows, but found without the solver, in some 0.1 ms."""
+    """Return [first, end) of the keys that some row may see, from the affine conditions on only i and j. With many rows
+    it is not the smallest range, but it takes about 0.1 ms, without the solver."""
     return _key_span(keep, tuple(sorted(sizes.items())))
 
 
@@ -144,7 +144,7 @@ def _key_span(keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int]
         if not terms.keys() <= {(), ("i",), ("j",)}:
             continue
         by_key, by_row = terms.get(("j",), 0), terms.get(("i",), 0)
-        most = terms.get((), 0) + max(0, by_row * (sizes["T"] - 1))  # of what j * by_key is added to
+        most = terms.get((), 0) + max(0, by_row * (sizes["T"] - 1))  # largest sum of the other terms
         if by_key > 0:
             first = max(first, -(most // by_key))
         elif by_key < 0:
@@ -153,7 +153,7 @@ def _key_span(keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int]
 
 
 def rows_live(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> bool:
-    """Whether every row (b, h, i) provably keeps a live key: then no row is decided by a fill."""
+    """Return whether every row (b, h, i) provably keeps a live key, so that a fill never decides a row."""
     return _rows_live(kept(spec), tuple(sorted(sizes.items())))
 
 

@@ -1,4 +1,4 @@
-"""The mask of a score program: where a score is not drowned by a fill."""
+"""Extract the mask of a score program: the predicate that a fill does not drown the score."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr
 from attnfx.spec import AttentionSpec
 
-FILL = -1e8  # a larger constant is a bias like any other: -10000 does not mask
-HALF_MIN = -65504.0  # finfo(float16).min: as low as a score that is rounded to float16 can be
+FILL = -1e8  # a larger constant is a bias: -10000 does not mask
+HALF_MIN = -65504.0  # finfo(float16).min, the lowest finite score after rounding to float16
 MARGIN = 10.0  # scores are assumed to stay below |fill| / MARGIN, so that exp(fill - score) is exactly zero
 
 
 @dataclass(frozen=True)
 class Mask:
-    """keep        true where the score of (b, h, i, j) is live; elsewhere a fill decides it
-    fill        the largest fill: what a fully masked row is made of (-inf: NaN; finite: it averages over its keys)
-    assumption  what must hold of the scores for the fill to mask, a sentence; None where it masks any finite score
+    """A score program's mask.
+
+    keep        the predicate that the score of (b, h, i, j) is live; if false, a fill decides it
+    fill        the largest fill; it decides a fully masked row (-inf: NaN; finite: the average over its keys)
+    assumption  the condition on the scores under which the fill masks, a sentence; None if it masks any finite score
     """
 
     keep: Expr
@@ -30,7 +32,7 @@ class Mask:
 
 @lru_cache(maxsize=4096)
 def mask_of(score: Expr) -> Mask | None:
-    """The mask of a score program, or None where nothing in it masks."""
+    """Return the mask of a score program, or None if the program does not mask."""
     walk = _Walk()
     keep = walk.live(score, 1.0, False)
     if keep is A.TRUE:
@@ -44,8 +46,8 @@ def mask_of(score: Expr) -> Mask | None:
 
 
 class _Walk:
-    """One walk over a score program. `fills` as written (times the constants outside), `effective` as the softmax
-    sees them."""
+    """One walk over a score program. `fills` are the fills as written, times the constants outside; `effective` are the
+    fills that the softmax sees."""
 
     def __init__(self) -> None:
         self.fills: list[float] = []
@@ -53,7 +55,7 @@ class _Walk:
         self.done: dict[tuple[Expr, float, bool], Expr] = {}
 
     def live(self, e: Expr, scale: float, half: bool) -> Expr:
-        """Where `scale * e`, rounded to float16 if `half`, is not a fill and has none among its terms."""
+        """Return the predicate that `scale * e`, rounded to float16 if `half`, is not a fill and adds none."""
         key = (e, scale, half)
         if key not in self.done:
             self.done[key] = self._live(e, scale, half)
@@ -86,22 +88,22 @@ class _Walk:
         if not fill <= (HALF_MIN if half else FILL):
             return A.TRUE
         self.fills.append(fill)
-        # what float16 cannot hold even after the largest score is added becomes -inf
+        # a fill beyond float16's range, even after adding the largest score, becomes -inf
         self.effective.append(-math.inf if half and fill * (1 - 1 / MARGIN) <= -65520 else fill)
         return A.FALSE
 
 
 def _rounded(e: Expr) -> bool:
-    """Whether the value of `e` was rounded to float16."""
-    if e.op == "where":  # a constant fits in any type, and tells nothing of it
+    """Return whether the value of `e` was rounded to float16."""
+    if e.op == "where":  # a constant fits any type, so it does not reveal the type
         values = [a for a in e.args[1:] if a.op != "const"]
         return bool(values) and all(_rounded(a) for a in values)
     return e.op == "half" or (e.op == "detach" and _rounded(e.args[0]))
 
 
 def kept(spec: AttentionSpec | Expr) -> Expr:
-    """True where the mask keeps (b, h, i, j): where a score takes part in its row's softmax. Without a normaliser, it
-    is where the weight may differ from zero."""
+    """Return the predicate that the mask keeps (b, h, i, j): the score takes part in its row's softmax. Without a
+    normalizer, it is the predicate that the weight may differ from zero."""
     if isinstance(spec, AttentionSpec) and spec.normaliser != "softmax":
         return _nonzero(substitute(spec.weight, {A.PROB: spec.score}))
     mask = mask_of(spec.score if isinstance(spec, AttentionSpec) else spec)
@@ -110,10 +112,10 @@ def kept(spec: AttentionSpec | Expr) -> Expr:
 
 @lru_cache(maxsize=4096)
 def live(spec: AttentionSpec | Expr) -> Expr:
-    """True where (b, h, i, j) may add anything to the output of a spec (or of a softmax over a score program).
+    """Return the predicate that (b, h, i, j) may contribute to the output of a spec (or of a softmax over a program).
 
-    That is where the mask keeps it (a weight of zero there still counts in the sum), and where the weight program makes
-    something of a probability of zero.
+    It may if the mask keeps it, since the score counts in the sum even if its weight becomes zero, or if the weight
+    program maps a probability of zero to a nonzero weight.
     """
     keep = kept(spec)
     if not isinstance(spec, AttentionSpec) or spec.normaliser != "softmax" or spec.weight is A.PROB:
@@ -122,7 +124,7 @@ def live(spec: AttentionSpec | Expr) -> Expr:
 
 
 def _nonzero(e: Expr) -> Expr:
-    """Where a weight may differ from zero."""
+    """Return the predicate that a weight may differ from zero."""
     match e.op:
         case "const":
             return A.const(e.value != 0)

@@ -1,8 +1,8 @@
-"""Masks whose rows are intervals of keys: causal, windows, prefixes, sinks, blocks, and what is made of them.
+"""Represent masks by intervals of keys per row: causal, windows, prefixes, sinks, blocks, and their combinations.
 
-There every row sees the union of a few intervals [low, high) of keys, and the rest of it is the union of a few others.
-Arrays of their ends answer for blocks and tiles of any size what the polyhedral library answers for one size at a time,
-and a hundred times faster. Of other masks (remainders of keys, differences by batch or head) they are a bound.
+In these masks, the live keys of a row are the union of a few intervals [low, high), and so are its dead keys. Arrays of
+interval ends serve blocks and tiles of any size, and take a hundredth of the time of isl, which analyzes one size at a
+time. For other masks (remainders of keys, differences by batch or head) the intervals are a bound.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from attnfx.ir.expr import Expr
 from attnfx.mask import affine as P
 from attnfx.mask.intervals import Intervals, intervals
 
-GRAINS = (64, 32, 1)  # rows; the largest that divides a block is what the block is made of
-# Of a matrix of more rows than so many groups of so many, a sample is counted: that many groups.
+GRAINS = (64, 32, 1)  # rows; a block is analyzed in parts of the largest that divides it
+# A matrix of more than GROUPS groups of GROUP rows is sampled: only GROUPS groups are counted.
 GROUP, GROUPS = 128, 256
-GOLDEN = (5**0.5 - 1) / 2  # its multiples are spread evenly, and meet no period of a mask's
+GOLDEN = (5**0.5 - 1) / 2  # its multiples modulo 1 are spread evenly, and do not align with a mask's period
 
 
 class Spans:
-    """The intervals of one mask by blocks of `step` rows: `live` hold every score that may be live, `dead` every one
-    that may be dead, and where they are `exact` no other."""
+    """The intervals of one mask, by blocks of `step` rows. `live` contains every score that may be live, `dead` every
+    score that may be dead. If `exact`, they contain only these."""
 
     def __init__(self, live: Intervals, dead: Intervals, rows: int, keys: int, step: int, exact: bool) -> None:
         self.rows, self.keys, self.step, self.exact = rows, keys, step, exact
-        self.share = 1.0  # groups of rows that each stands for, but for the first and the last
+        self.share = 1.0  # groups of rows that each group represents, except the first and the last
         self._blocks = {step: (live, dead)}
         self._ends: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self._sorted: dict[tuple[int, bool], Intervals] = {}
 
     def blocks(self, size: int) -> tuple[Intervals, Intervals]:
-        """(live, dead) of each block of `size` rows, a multiple of the step."""
+        """Return (live, dead) of each block of `size` rows, a multiple of the step."""
         if size not in self._blocks:
             starts = np.arange(0, -(-self.rows // self.step), size // self.step)
             live, dead = (
@@ -44,7 +44,7 @@ class Spans:
         return self._blocks[size]
 
     def ends(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """(j0, j1) of each block of `size` rows: it sees keys in [j0, j1) alone, which is [0, 0) where it sees none."""
+        """Return (j0, j1) of each block of `size` rows, which sees only keys in [j0, j1); [0, 0) if it sees none."""
         if size not in self._ends:
             live, _ = self.blocks(size)
             low, high = live.low.min(0, initial=self.keys), live.high.max(0, initial=0)
@@ -52,13 +52,13 @@ class Spans:
         return self._ends[size]
 
     def ranges(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """(j0, j1, full) of each block of `size` rows: it sees all keys in [j0, j1) where full."""
+        """Return (j0, j1, full) of each block of `size` rows; if full, it sees all keys in [j0, j1)."""
         (low, high), (_, dead) = self.ends(size), self.blocks(size)
         holes = np.maximum(low, dead.low) < np.minimum(high, dead.high)
         return low, high, (low < high) & ~holes.any(0)
 
     def full(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """[low, high) of each block of `size` rows: the longest run of keys in its range of which none may be dead."""
+        """Return [low, high) of each block of `size` rows: the longest run of certainly live keys in its range."""
         first, last, _ = self.ranges(size)
         dead = self.blocks(size)[1]
         by_start = np.argsort(dead.low, axis=0)
@@ -69,7 +69,7 @@ class Spans:
         return np.take_along_axis(low, longest, 0)[0], np.take_along_axis(high, longest, 0)[0]
 
     def tiles(self, size: int, step: int, dead: bool) -> int:
-        """How many tiles of `size` rows by `step` keys hold a score that may be dead; else, one that may be live."""
+        """Count the tiles of `size` rows by `step` keys with a possibly dead score or, without `dead`, a live one."""
         key = size, dead
         if key not in self._sorted:
             self._sorted[key] = _sorted(*self.blocks(size)[dead])
@@ -77,7 +77,7 @@ class Spans:
         return self.total(_covered(low // step, -(-high // step)), size)
 
     def total(self, counts: np.ndarray, size: int) -> int:
-        """The sum of a count of each block of `size` rows."""
+        """Sum the counts of all blocks of `size` rows, scaled up if the rows are a sample."""
         if self.share == 1.0:
             return int(counts.sum())
         ends = GROUP // size, -(-(self.rows % GROUP or GROUP) // size)
@@ -85,8 +85,8 @@ class Spans:
         return round(float(outer + self.share * counts[ends[0] : -ends[1]].sum()))
 
     def sampled(self, size: int) -> Spans:
-        """Of many rows the first group, the last one and some between, for blocks of `size` rows that a group is made
-        of. Sums over its blocks are estimates then; of few rows all, and the sums are exact."""
+        """Return a sample of many rows: the first group, the last, and some between; of few rows, return all. A sample
+        needs blocks of `size` rows that divide a group. Sums over its blocks are estimates, else exact."""
         groups = -(-self.rows // GROUP)
         return self if groups <= GROUPS or GROUP % size else self._sample
 
@@ -105,27 +105,26 @@ class Spans:
         return made
 
     def touches(self, size: int, step: int, row: int, column: int) -> tuple[bool, bool]:
-        """Whether one of those tiles holds (a score that may be live, one that may be dead)."""
+        """Return whether a tile of `size` rows by `step` keys has (a score that may be live, one that may be dead)."""
         low, high = column * step, (column + 1) * step
         live, dead = (bool(((x.low[:, row] < high) & (x.high[:, row] > low)).any()) for x in self.blocks(size))
         return live, dead
 
     @property
     def live(self) -> int:
-        """How many (i, j) may be live; for a step of one row."""
+        """Return how many (i, j) may be live; needs a step of one row."""
         return int(_covered(*_sorted(*self.blocks(1)[0])).sum())
 
 
 def _sorted(low: np.ndarray, high: np.ndarray) -> Intervals:
-    """The starts and the ends of each row in order, each with its own: where there are none of an interval's numbers,
-    its start is its end."""
+    """Sort the starts and the ends of each row separately; an empty interval starts at its end."""
     low = np.minimum(low, high)
     return Intervals(low, high) if len(low) < 2 else Intervals(np.sort(low, axis=0), np.sort(high, axis=0))
 
 
 def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
-    """How many numbers the intervals of each row hold, by their sorted starts and ends: from the first start to the
-    last end, but for the gaps, which begin where as many have ended as have started."""
+    """Count the keys in the union of each row's intervals, given their sorted starts and ends. These are the keys from
+    the first start to the last end, without the gaps. A gap begins once as many intervals have ended as started."""
     if not len(low):
         return np.zeros(low.shape[1], np.int64)
     whole = high[-1] - low[0]
@@ -133,8 +132,8 @@ def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
 
 
 def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int) -> Spans:
-    """The intervals of what may be live by the predicate `seen`, and of what may be dead by `keep`, for blocks of
-    `size` rows; `items` has numbers for T and S, the predicates for all sizes."""
+    """Return the intervals of possibly live scores, by `seen`, and of possibly dead ones, by `keep`. They serve blocks
+    of `size` rows. `items` has the values of T and S; in the predicates, all sizes must be replaced by values."""
     grain = next(n for n in GRAINS if size % n == 0)
     return _spans(seen, keep, *(dict(items)[name] for name in "TS"), grain)
 

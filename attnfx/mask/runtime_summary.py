@@ -1,9 +1,9 @@
-"""The part of a mask that stands in tensors: which tiles it leaves empty or full is known at run time alone.
+"""Summarize the part of a mask that is stored in tensors, whose empty and full tiles are known only at run time.
 
-One pass over those tensors, the summary, says for each grain of GRAIN x GRAIN scores whether some of them is live,
-whether the mask's predicate is false for some, and whether each row has a live one. A score is live where the predicate
-holds and no addend drowns it. The summary has a dim for b, h, i and j, of size 1 where the tensors do not depend on the
-index: one serves all heads of a mask m[b, i, j], and all rows of a padding mask p[b, j].
+One pass over these tensors computes the summary. For each grain of GRAIN x GRAIN scores it records whether some score
+is live, whether the mask's predicate is false for some score, and whether each row has a live score. A score is live if
+the predicate holds and no addend drowns it. The summary has a dim for each of b, h, i and j, of size 1 if the tensors
+do not depend on that index: one serves all heads of a mask m[b, i, j], and all rows of a padding mask p[b, j].
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from attnfx.mask.predicate import kept
 from attnfx.spec import AXES, AttentionSpec, canonical
 
 GRAIN = 64  # rows and keys; tiles of the kernels are multiples of it, or divide it
-# bits of a grain: some score of it is live; for some the predicate is false; each of its rows has a live score in it
+# bits of a grain: some score is live; the predicate is false for some score; each row has a live score in the grain
 LIVE, DEAD, EVERY = 1, 2, 4
-LEAST = 1 << 26  # scores: a kernel takes some 100 us for them, the launches of a summary and its lists 10 to 20
-SHORTEST = 512  # rows and keys: less is but a few tiles
-SHARED = 4  # heads, or passes, that each evaluation of the predicate must serve: it costs a kernel a quarter of a score
+LEAST = 1 << 26  # scores: a kernel takes about 100 us for them, the launches of a summary and its lists 10 to 20 us
+SHORTEST = 512  # rows and keys: fewer are only a few tiles
+SHARED = 4  # heads or passes to share an evaluation of the predicate, a quarter of a kernel's work for a score
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What a summary of a spec's mask is made from.
+    """The inputs of a mask's summary.
 
-    fixed   the part of the mask that the indices alone decide
-    spec    a softmax whose mask is the rest, over dot and the addend: it has no captures but those that these read
-    slots   those captures among the whole spec's, in the order of `spec`
+    fixed   the part of the mask that depends only on the indices
+    spec    a softmax over dot and the addend, whose mask is the rest; it has only the captures that these read
+    slots   the slots of these captures in the whole spec, in the order of `spec`
     names   the whole spec's names of the sizes in `spec`
     """
 
@@ -46,7 +46,7 @@ class Summary:
 
 @lru_cache(maxsize=1024)
 def of(spec: AttentionSpec) -> Summary | None:
-    """What can be summarised of a spec's mask; None where no tensor takes part in it, or the scores do."""
+    """Return the part of a spec's mask to summarize; None if the mask does not read tensors, or reads the scores."""
     if not spec.captures:
         return None
     added = addend(spec.score) if spec.normaliser == "softmax" else None
@@ -67,23 +67,23 @@ def of(spec: AttentionSpec) -> Summary | None:
 
 
 def predicate(spec: AttentionSpec) -> Expr:
-    """The mask of `Summary.spec`."""
+    """Return the mask predicate of `Summary.spec`."""
     return spec.score.args[0] if spec.score.op == "where" else A.TRUE
 
 
 def added(spec: AttentionSpec) -> Expr | None:
-    """What is added to dot in `Summary.spec`, if anything is."""
+    """Return the expression added to dot in `Summary.spec`, or None."""
     score = spec.score.args[1] if spec.score.op == "where" else spec.score
     return None if score is A.DOT else substitute(score, {A.DOT: A.const(0.0)})
 
 
 def axes(spec: AttentionSpec) -> frozenset[str]:
-    """The names of the indices that a `Summary.spec` depends on."""
+    """Return the names of the indices on which a `Summary.spec` depends."""
     return spec.score.free
 
 
 def shape(spec: AttentionSpec, sizes: Mapping[str, int]) -> tuple[int, int, int, int]:
-    """Of what is made from a `Summary.spec`: batches, heads, grains of rows and of keys, each 1 where all share it."""
+    """Return the summary's shape: batches, heads, grains of rows and of keys, each 1 if all share the values."""
     free = axes(spec)
     counts = [sizes[size] if name in free else 1 for name, size in AXES.items()]
     return (*counts[:2], *(-(-n // GRAIN) for n in counts[2:]))  # type: ignore[return-value]
@@ -91,9 +91,9 @@ def shape(spec: AttentionSpec, sizes: Mapping[str, int]) -> tuple[int, int, int,
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one summary.
+    """The cost of one summary.
 
-    evaluations  of the predicate and the addend, some ten instructions each
+    evaluations  of the predicate and the addend, about ten instructions each
     read         bytes of the captures that it loads
     written      bytes of the summary itself
     """
@@ -104,7 +104,7 @@ class Cost:
 
 
 def cost(summary: Summary, sizes: Mapping[str, int]) -> Cost:
-    """What the pass takes, once for all heads and layers that share it. `sizes` has numbers for B, H, T, S."""
+    """Return the cost of one pass, for all heads and layers that share it. `sizes` has the values of B, H, T, S."""
 
     def points(free: frozenset[str]) -> int:
         return math.prod(sizes[size] for name, size in AXES.items() if name in free)
@@ -116,10 +116,10 @@ def cost(summary: Summary, sizes: Mapping[str, int]) -> Cost:
 
 
 def worth(spec: AttentionSpec, sizes: Mapping[str, int], passes: int = 1) -> Summary | None:
-    """The summary, where it is cheap beside the flash kernels on any GPU, whatever the mask holds; else None. It is for
-    calls that stand alone; in a graph, the cost model knows more.
+    """Return the summary if it is cheap next to the flash kernels on any GPU and for any mask values, else None.
 
-    `passes` is how many kernels walk by it: one, or three where a backward pass follows.
+    This is for calls outside a graph; in a graph, the cost model decides with more knowledge. `passes` is how many
+    kernels use the summary: one, or three if a backward pass follows.
     """
     found = of(spec)
     scores = math.prod(sizes[n] for n in AXES.values())

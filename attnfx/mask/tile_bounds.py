@@ -1,9 +1,9 @@
-"""Where a predicate may hold and where it may not, for every tile of the score matrix at once, by interval arithmetic.
+"""Bound a predicate over every tile of the score matrix at once, by interval arithmetic.
 
-An integer expression has a least and a most value over a tile, a predicate a "may hold" and a "may not". Both are
-sound: what depends on more than the indices may be anything. They are exact where each comparison alone decides, as in
-windows, sinks, dilations and neighbourhoods of an image; a tile in which two conditions hold, but at different scores,
-counts as live.
+An integer expression has a least and a largest value over a tile; a predicate may hold or may fail in a tile. Both
+bounds are sound: a value that depends on more than the indices may be anything. They are exact if each comparison
+alone decides, as in windows, sinks, dilations and neighborhoods of an image. A tile in which two conditions hold, but
+at different scores, counts as live.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from attnfx.ir.expr import BOOL, INT, Expr
 from attnfx.mask import affine as P
 from attnfx.spec import AXES
 
-LIVE, DEAD = 1, 2  # as those of `summary`
+LIVE, DEAD = 1, 2  # as in `runtime_summary`
 FAR = 1 << 62  # beyond every index: no bound
 
 Bounds = tuple[np.ndarray, np.ndarray]
@@ -26,8 +26,10 @@ Truth = tuple[np.ndarray, np.ndarray]
 
 
 def states(keep: Expr, sizes: Mapping[str, int], rows: int, keys: int) -> np.ndarray:
-    """(tiles of `rows` queries, tiles of `keys` keys) of uint8: LIVE where `keep` may hold for some score of a tile, of
-    any batch and head, plus DEAD where it may not for some. `sizes` has numbers for B, H, T, S and what `keep` names.
+    """Return the state of each tile of `rows` queries by `keys` keys, a uint8 matrix.
+
+    It is LIVE if `keep` may hold for some score of the tile, in any batch and head, plus DEAD if it may fail for some.
+    `sizes` has the values of B, H, T, S and the sizes that `keep` names.
     """
     made = _Boxes(sizes, rows, keys)
     some, dead = made.truth(P.numeric(keep, sizes))
@@ -36,13 +38,13 @@ def states(keep: Expr, sizes: Mapping[str, int], rows: int, keys: int) -> np.nda
 
 
 def extent(e: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
-    """The least and the most value of an integer over all indices; FAR and beyond where nothing is known."""
+    """Return the least and the largest value of an integer over all indices; FAR in magnitude or more if unknown."""
     low, high = _Boxes(sizes, max(1, sizes["T"]), max(1, sizes["S"])).of(P.numeric(e, sizes))
     return int(low.min()), int(high.max())
 
 
 class _Boxes:
-    """One evaluation; `env` has the first and last value of each index in a tile."""
+    """One evaluation; `env` has the first and last value of each index in every tile."""
 
     def __init__(self, sizes: Mapping[str, int], rows: int, keys: int) -> None:
         i, j = np.arange(0, sizes["T"], rows)[:, None], np.arange(0, sizes["S"], keys)[None, :]
@@ -56,7 +58,7 @@ class _Boxes:
         self.bounds: dict[Expr, Bounds] = {}
 
     def truth(self, e: Expr) -> Truth:
-        """(may hold, may not hold)."""
+        """Return (whether the predicate may hold, whether it may fail) by tile."""
         if e not in self.truths:
             self.truths[e] = self._truth(e)
         return self.truths[e]
@@ -84,7 +86,7 @@ class _Boxes:
         return np.array(True), np.array(True)
 
     def of(self, e: Expr) -> Bounds:
-        """(least, most) of an integer; beyond FAR / 2 in magnitude where nothing is known."""
+        """Return (least, largest) value of an integer by tile; beyond FAR / 2 in magnitude if unknown."""
         if e not in self.bounds:
             low, high = self._of(e)
             self.bounds[e] = np.maximum(low, -FAR), np.minimum(high, FAR)
@@ -116,7 +118,7 @@ class _Boxes:
         return unknown
 
     def _sum(self, e: Expr) -> Bounds:
-        """Of a polynomial: a product of two indices is unknown, as is what might not fit into 63 bits."""
+        """Bound a polynomial; products of two indices are unknown, as are values that might not fit into 63 bits."""
         low, high = np.array(0), np.array(0)
         for atoms, c in poly.of(e).items():
             if len(atoms) > 1 or abs(c) >= 1 << 30:

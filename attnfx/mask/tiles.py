@@ -1,4 +1,4 @@
-"""Which tiles of the score matrix are empty, full or partial."""
+"""Classify the tiles of the score matrix as empty, full or partial."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from attnfx.mask.predicate import kept, live
 from attnfx.mask.row_intervals import spans
 from attnfx.spec import AXES, AttentionSpec
 
-ANALYSED = 64  # rows of a block that `prepare` analyses a mask in
+ANALYSED = 64  # rows of the blocks in which `prepare` analyzes a mask
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Tiles:
     """The tiles of one (T, S) score matrix, for all b and h together.
 
     empty          tiles in which no score can be live
-    full           tiles in which every score that exists is live; at a ragged edge the bounds check stays
-    partial        the others
+    full           tiles in which every existing score is live; at a ragged edge the bounds check stays
+    partial        all other tiles
     live_fraction  share of the scores (b, h, i, j) that may be live
     """
 
@@ -38,10 +38,10 @@ class Tiles:
     live_fraction: float
     _touches: Callable[[int, int], tuple[bool, bool]] = field(
         repr=False, compare=False
-    )  # (may hold a live score, a dead)
+    )  # (may contain a live score, may contain a dead score)
 
     def classify(self, qi: int, ki: int) -> str:
-        """ "empty", "full" or "partial": the tile of the qi-th query tile and the ki-th key tile."""
+        """Return "empty", "full" or "partial" for the qi-th query tile and the ki-th key tile."""
         if not (0 <= qi < self.rows and 0 <= ki < self.columns):
             raise IndexError(f"tile ({qi}, {ki}) is outside {self.rows} x {self.columns} tiles")
         live, dead = self._touches(qi, ki)
@@ -60,15 +60,15 @@ def _holds(indicator: isl.PwAff | None, qi: int, ki: int) -> bool:
 
 
 def tiles(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Tiles:
-    """The tiles of `tile_q` queries by `tile_k` keys of a spec, or of a softmax over a score program.
+    """Count the tiles of `tile_q` queries by `tile_k` keys of a spec, or of a softmax over a score program.
 
-    `sizes` has numbers for T, S, the other sizes that the program names, and B and H where it depends on b and h.
+    `sizes` has the values of T, S, the other sizes that the program names, and B and H if it depends on b and h.
     """
     return _tiles(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
 def _numeric(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int, Expr, Expr]:
-    """Queries, keys, and the two programs with the sizes' numbers in them."""
+    """Return (queries, keys, seen, keep), with sizes replaced by their values."""
     sizes = dict(items)
     return sizes["T"], sizes["S"], P.numeric(seen, sizes), P.numeric(keep, sizes)
 
@@ -93,10 +93,10 @@ def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: i
 class Visited:
     """The tiles from the first live key of each block of rows to the last.
 
-    blocks             of rows
-    shortest, longest  tiles of one
-    total              tiles of all
-    full               those in which every score is live
+    blocks             number of row blocks
+    shortest, longest  fewest and most tiles of a block
+    total              tiles of all blocks
+    full               tiles in which every score is live
     """
 
     blocks: int
@@ -107,19 +107,19 @@ class Visited:
 
 
 def visited(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
-    """What `tiles` and `key_ranges` say of a mask whose rows see intervals of keys, in a fraction of their time; of
-    another mask a bound: not fewer tiles, and not more full ones. Of more than 32768 rows it is an estimate from some
-    of them."""
+    """Count the tiles that a kernel visits, as `tiles` and `key_ranges` would, in a fraction of their time. For masks
+    whose rows see intervals of keys the counts are exact. For others they are bounds: at least the tiles, and at most
+    the full ones. With more than 32768 rows they are estimates from a sample."""
     return _visited(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
 def visited_scores(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int = 1) -> int:
-    """How many (i, j) of the matrix are in those tiles."""
+    """Count the (i, j) of the matrix in the tiles of `visited`."""
     return _visited_scores(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
 
 
 def prepare(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> None:
-    """Analyse a mask at its sizes, before `visited` is asked for many tiles of it."""
+    """Analyze a mask at its sizes, before calls of `visited` with many tile sizes."""
     items = tuple(sizes.items())
     _, _, seen, keep = _numeric(live(spec), kept(spec), items)
     if keep is not A.TRUE:
@@ -153,8 +153,8 @@ def _visited_scores(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], 
 def _by_sets(
     seen: Expr, keep: Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int
 ) -> tuple[int, int, float, Callable[[int, int], tuple[bool, bool]]]:
-    """(tiles that may hold a live score, a dead one, share of the scores that may be live, which of the two a tile
-    may hold) by the polyhedral library."""
+    """Return (tiles with a live score, tiles with a dead one, share of live scores, function for one tile), by isl. A
+    score that may be live counts as live, one that may be dead as dead."""
     hidden, may = P.either(seen, keep), P.text(seen, True)
     is_live, some = _tiles_with(may, hidden, sizes, tile_q, tile_k)
     is_dead, holes = _tiles_with(f"not ({P.text(keep, False)})", hidden, sizes, tile_q, tile_k)
@@ -171,7 +171,7 @@ def _by_sets(
 def _tiles_with(
     holds: str, hidden: str, sizes: Mapping[str, int], tile_q: int, tile_k: int
 ) -> tuple[isl.PwAff | None, int]:
-    """Which and how many tiles hold a point of isl's predicate; (None, all) where that is too hard to say."""
+    """Return the indicator and number of the tiles that contain a point of isl's predicate; (None, all) if too hard."""
     inside = f"{P.domain(sizes, hidden)} and {tile_q} q <= i < {tile_q} q + {tile_q}"
     points = f"{inside} and {tile_k} k <= j < {tile_k} k + {tile_k} and ({holds})"
     try:

@@ -1,8 +1,8 @@
-"""PyTorch's caching allocator on a GPU: what it counts as allocated, and what it takes from the device.
+"""Simulate PyTorch's caching allocator on a GPU: the bytes it counts as allocated, and the bytes it reserves.
 
-The rules are those of c10/cuda/CUDACachingAllocator.cpp: sizes are rounded up to 512 bytes; a block of at most 1 MiB
-comes from a segment of 2 MiB, one of under 10 MiB from a segment of 20 MiB, a larger one from a segment of its own,
-rounded up to 2 MiB. A request takes the smallest free block that fits, and splits it.
+The rules follow c10/cuda/CUDACachingAllocator.cpp. Sizes are rounded up to 512 bytes. A block of at most 1 MiB comes
+from a segment of 2 MiB, a block under 10 MiB from a segment of 20 MiB, and a larger block from its own segment, rounded
+up to 2 MiB. A request takes the smallest free block that fits, and splits it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def rounded(size: int) -> int:
 
 @dataclass
 class _Block:
-    """A piece of a segment; `before` and `after` are its neighbours there."""
+    """A piece of a segment; `before` and `after` are its neighbors."""
 
     segment: int
     start: int
@@ -33,8 +33,8 @@ class _Block:
 
 
 class Cache:
-    """The allocator's state. `allocated` and `reserved` are bytes now, `peak` and `peak_reserved` the most so far;
-    `heads` is the first block of each segment, in the order in which they were taken from the device."""
+    """The allocator's state. `allocated` and `reserved` are the current bytes, `peak` and `peak_reserved` the most so
+    far. `heads` has the first block of each segment, in the order of their allocation on the device."""
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak = self.peak_reserved = 0
@@ -97,7 +97,7 @@ class Cache:
 
 
 def replay(resident: Iterable[int], events: Iterable[Event]) -> Cache:
-    """The allocator after tensors of the given sizes and then a step's events."""
+    """Return the allocator's state after allocating tensors of the given sizes and replaying a step's events."""
     cache = Cache()
     for size in resident:
         if size:

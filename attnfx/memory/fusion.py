@@ -1,10 +1,10 @@
-"""Which values a compiled graph keeps in memory, and which operations become one kernel.
+"""Model Inductor's fusion: the values that a compiled graph stores, and the operations that become one kernel.
 
-A model of Inductor's two decisions. First, which values are computed once and stored (`realised`): what a kernel or a
-reduction makes or reads, what leaves the graph, and what is read often enough or is too long to be computed again by
-each reader; all else is inlined. Second, which loops run as one kernel: those over the same elements, if one reads what
-the other writes or both read the same, and if no third kernel must run between. A stored value that only its own kernel
-reads is not stored after all.
+Inductor makes two decisions. First, it chooses the values to compute once and store ("realize"): the results of kernels
+and reductions, the operands of kernels, the graph's outputs, and values that are read too often, or take too many
+operations, to be recomputed by each reader. All other values are inlined. Second, it chooses the loops to run as one
+kernel: loops over the same elements, if one reads the other's result or both read the same value, and if no third
+kernel must run between them. A stored value that only its own kernel reads is not stored after all.
 """
 
 from __future__ import annotations
@@ -19,23 +19,23 @@ from attnfx.memory.records import Graph, Op, Result
 # CPU twin), max_fusion_size
 READS, OPERATIONS, ALL_READS, ALL_READS_CPU, FUSED = 4, 30, 8, 12, 64
 
-# Lowered to loops that are stored, whoever reads them (torch/_inductor/lowering.py: inductor_random, bucketize).
+# Loops whose results are always stored (torch/_inductor/lowering.py: inductor_random, bucketize).
 STORED = frozenset(["prims::inductor_random", "bucketize"])
 
-OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that are given the memory of their results
-WHOLE = OUT | {"convolution"}  # kernels whose result is no step of its own
+OUT = frozenset(["mm", "bmm", "addmm", "baddbmm"])  # kernels that write their results to memory passed to them
+WHOLE = OUT | {"convolution"}  # kernels whose result is not a separate step of the schedule
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """Operations that run as one. It reads and writes stored values.
+    """Operations that run as one kernel, which reads and writes stored values.
 
-    loop      the compiler's own code: it may write over an operand that dies
-    over      result -> the operands that it may be written over, once nothing else reads them
-    inner     results that only it reads, so that they are not stored
-    own       the compiler allocates its results, not the kernel
-    parts     a call that makes its own results: each is a step of its own in the compiler's schedule
-    joins     its result is written part by part, through views: the memory goes to no other value
+    loop      whether the compiler generates its code: it may then overwrite an operand that dies
+    over      result -> the operands that it may overwrite, once all other readers have run
+    inner     results that only this kernel reads, so that they are not stored
+    own       whether the compiler, not the kernel, allocates its results
+    parts     whether it is a call that creates its own results: each is a separate step of the compiler's schedule
+    joins     whether its result is written part by part, through views: other values do not reuse this memory
     """
 
     name: str
@@ -56,7 +56,7 @@ class Kernel:
 
 
 def unfused(graph: Graph) -> list[Kernel]:
-    """Each operation a kernel of its own: what an interpreter of the graph does."""
+    """Return a kernel for each operation, as an interpreter of the graph runs them."""
     base = graph.bases()
     return [
         Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
@@ -70,7 +70,7 @@ def unfused(graph: Graph) -> list[Kernel]:
 class _Body:
     """A value that is not stored: the operations that its readers would run, and the stored values they would read.
 
-    reads   in order; each with whether any of the reads is not of the very element that is computed
+    reads   in order; for each, whether some read is of another element than the computed one
     """
 
     operations: frozenset[str]
@@ -80,28 +80,28 @@ class _Body:
 
 @dataclass
 class _Loop:
-    """A stored value and the loop that computes it, or a kernel. `reads` as in a body."""
+    """A stored value and the loop that computes it, or a kernel. `reads` as in `_Body`."""
 
     op: Op
     reads: dict[str, bool]
-    alone: bool  # it fuses with nothing, as a kernel does
+    alone: bool  # whether it never fuses, like a kernel
 
 
 def fused(graph: Graph, cpu: bool) -> list[Kernel]:
-    """The kernels of a graph, in an order in which they can run."""
+    """Return the kernels of a graph, in an order in which they can run."""
     return _merged(_stored(graph, cpu), graph, cpu)
 
 
 def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
     base = graph.bases()
-    readers: dict[str, list[Op]] = defaultdict(list)  # direct ones, by name
+    readers: dict[str, list[Op]] = defaultdict(list)  # name -> direct readers
     for op in graph.ops:
         for r in dict.fromkeys(op.reads):
             readers[r].append(op)
     outputs = {base[o] for o in graph.outputs}
     changed = {base[c] for op in graph.ops for c in op.changes}
     bodies: dict[str, _Body] = {}
-    loops: dict[str, _Loop] = {}  # by the name of the first value that each stores
+    loops: dict[str, _Loop] = {}  # name of the first value that it stores -> loop
     ops = {r.name: op for op in graph.ops for r in op.results}
     written: dict[str, str] = {}  # value -> the loop that stores it
 
@@ -115,7 +115,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
             written[name] = name
 
     def shared(name: str, users: list[Op]) -> None:
-        """Store a value, or what a view shows, where that is what its several readers are taken to want."""
+        """Store a value, or the base of a view, if Inductor would do so for its several readers."""
         body = bodies.get(name)
         if body is None or len(users) < 2:
             return
@@ -142,7 +142,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
             for r, crooked in (bodies[s].reads if s in bodies else {s: False}).items():
                 reads[r] = reads.get(r, False) or crooked or s in aside
         if op.kind in ("reduce", "scatter") or (op.target == "cat" and (cpu or not inlined)):
-            # on a CPU, each part of a `cat` is a loop over its own elements: none runs over those of a reader
+            # on a CPU, each part of a `cat` is a loop over its own elements, which never match a reader's
             apart = cpu and op.target == "cat"
             loops[op.name] = _Loop(op, dict.fromkeys(reads, True) if op.kind == "scatter" else reads, apart)
             continue
@@ -163,7 +163,7 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
 class _Group:
     loops: list[_Loop]
     place: int
-    into: set[int] = field(default_factory=set)  # groups that read what this one writes
+    into: set[int] = field(default_factory=set)  # successor groups, which read this group's results
 
     @property
     def alone(self) -> bool:
@@ -175,7 +175,7 @@ def _domain(op: Op) -> tuple[int, int, bool]:
 
 
 def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
-    """Whether two groups run over the same elements: the same rows, or the same elements one by one."""
+    """Return whether two groups run over the same elements: the same rows, or the same elements one by one."""
     rows = {_domain(x.op) for g in (a, b) for x in g if x.op.kind == "reduce"}
     if len(rows) > 1:
         return False
@@ -202,7 +202,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
                 groups[owner[r]].into.add(n)
 
     def reaches(start: int, goal: int) -> bool:
-        """Whether a path of at least one group between leads from one group to another."""
+        """Return whether a path from one group to another leads through a third."""
         stack, seen = [g for g in groups[start].into if g != goal], {start}
         while stack:
             g = stack.pop()
@@ -226,7 +226,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
                 if g is not kept:
                     g.into.add(a)
 
-    pairs: dict[tuple[int, int], int] = defaultdict(int)  # -> bytes that need not pass through memory
+    pairs: dict[tuple[int, int], int] = defaultdict(int)  # -> bytes of memory traffic that fusion saves
     for value, who in readers.items():
         near = [n for n in ([owner[value]] if value in owner else []) + who if not loops[n].alone]
         for i, a in enumerate(near[:FUSED]):
@@ -241,7 +241,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         merge(a, b)
 
     outputs = {base[o] for o in graph.outputs}
-    # written to after they were made, or in parts: the compiler does not hand their memory on
+    # values written again later, or in parts: the compiler does not reuse their memory
     mended = {base[c] for op in graph.ops for c in op.changes}
     mended |= {
         r.name for x in loops if x.op.kind == "scatter" or (x.alone and x.op.target == "cat") for r in x.op.results
@@ -251,7 +251,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         own = {r.name for x in group.loops for r in x.op.results}
         reads = dict.fromkeys(r for x in group.loops for r in x.reads if r not in own)
         results = [r for x in group.loops for r in x.op.results]
-        # a loop of C++ reads what a reduction before it has made from memory
+        # a C++ loop reads the result of an earlier reduction from memory
         local = (r for x in group.loops if not (x.alone or (cpu and x.op.kind == "reduce")) for r in x.op.results)
         inner = tuple(r for r in local if r.name not in outputs and all(of[n] == g for n in readers[r.name]))
         writes = tuple(r for r in results if r not in inner)
@@ -269,8 +269,9 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
 
 
 def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
-    """What each loop of a kernel may write over: what it reads at the element that it writes, if the kernel's other
-    loops read it there too, and only before (torch/_inductor/scheduler.py, decide_inplace_update)."""
+    """Return the values that each loop of a kernel may overwrite. The loop reads such a value only at the element that
+    it writes, and the kernel's other loops read it only there and earlier (torch/_inductor/scheduler.py,
+    decide_inplace_update)."""
     maker = {r.name: x for x in loops for r in x.op.results}
 
     def before(loop: _Loop) -> set[str]:
@@ -296,7 +297,7 @@ def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
 
 
 def _sorted(made: list[tuple[int, Kernel]]) -> list[Kernel]:
-    """Each kernel after those that it reads from, otherwise in the graph's order."""
+    """Sort the kernels topologically, otherwise in the graph's order."""
     by_value = {r.name: k for _, k in made for r in k.writes}
     done: dict[str, Kernel] = {}
 

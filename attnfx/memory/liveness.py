@@ -1,9 +1,9 @@
-"""When each stored value of a step is allocated and released, and what is alive at each moment.
+"""Compute when each stored value of a step is allocated and released, and the bytes alive at each moment.
 
-A phase is one compiled graph: its kernels. A value is allocated before the kernel that writes it and released after the
-last kernel that reads it or a view of it, so that a kernel's operands and results are alive together. Inductor adds
-three things: an order of its own (`order.py`); a loop writes over an operand that dies in it; and what dies may wait
-for a later value of its size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
+A phase is the kernels of one compiled graph. A value is allocated before the kernel that writes it and released after
+the last kernel that reads it or a view of it, so a kernel's operands and results are alive at the same time. Inductor
+adds three things: it reorders kernels (`schedule.py`); a loop overwrites an operand that dies in it; and dead memory
+may wait for a later value of the same size and dtype (torch/_inductor/codegen/wrapper.py, AllocateLine).
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ WORKSPACE = "workspace of "
 class Phase:
     """One run of a compiled graph.
 
-    name      "forward" or "backward", with a number where there are several graphs
-    kernels   in the order they run
-    kept      values that stay when it has run: its outputs
-    released  values from before that it owns: each is released after its last reader here
+    name      "forward" or "backward", with a number if there are several graphs
+    kernels   in the order in which they run
+    kept      values that stay after it: its outputs
+    released  earlier values that it owns: each is released after its last reader in this phase
     arrives   values that come with its call (the gradients of the outputs); it owns them too
-    batched   loops that follow each other run as one function, and what dies in one is released after the last: so
-              Inductor compiles them for a CPU (torch/_inductor/codegen/cpp.py, KernelGroup)
-    places    of each kernel, in the compiler's own count; none: as they stand
-    alive     bytes at each place, as the compiler estimates them; none: no value takes the memory of one that died
+    batched   whether consecutive loops run as one function, which releases dead values at its end: Inductor compiles
+              them this way for a CPU (torch/_inductor/codegen/cpp.py, KernelGroup)
+    places    index of each kernel in the compiler's schedule; if empty, the order of `kernels`
+    alive     bytes alive at each place, by the compiler's estimate; if empty, dead memory is not reused
     """
 
     name: str
@@ -47,7 +47,7 @@ class Phase:
 class Event:
     """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase.
 
-    A value that takes the memory of another is a release and an allocation, one right after the other.
+    If a value takes the memory of another, a release is directly followed by an allocation.
     """
 
     value: str
@@ -58,12 +58,12 @@ class Event:
 
 
 def events(phases: Sequence[Phase]) -> list[Event]:
-    """The allocator's events of a step, in order."""
+    """Return the allocator's events of a step, in order."""
     return [e for phase in phases for e in _Lines(phase).events()]
 
 
 def peak(found: Iterable[Event], start: int = 0) -> int:
-    """The most bytes alive at once, from `start` on."""
+    """Return the most bytes alive at once, starting with `start` bytes."""
     now = most = start
     for e in found:
         now += e.bytes
@@ -75,7 +75,7 @@ def peak(found: Iterable[Event], start: int = 0) -> int:
 class _Line:
     """A line of a compiled graph's code: `value` is allocated, freed, or takes the memory of `old`.
 
-    at   the place in the compiler's order
+    at   the place in the compiler's schedule
     """
 
     value: Result
@@ -87,7 +87,7 @@ class _Line:
 
 
 class _Lines:
-    """The lines of a phase, and the events that follow from them."""
+    """The lines of a phase, and their events."""
 
     def __init__(self, phase: Phase):
         self.phase = phase
@@ -105,8 +105,9 @@ class _Lines:
             self._reuse(list(phase.alive))
 
     def _unaligned(self) -> set[str]:
-        """Results of calls that read an input, or such a result. On a CPU Inductor takes no input to be aligned, nor
-        what a call makes of it; its own values are (FallbackKernel.create in torch/_inductor/ir.py)."""
+        """Return the results of calls that read an input or such a result. On a CPU, Inductor does not assume that
+        inputs and results of calls on them are aligned; its own values are (FallbackKernel.create in
+        torch/_inductor/ir.py)."""
         made = {w.name for k in self.phase.kernels for w in k.writes}
         out: set[str] = set()
         for k in self.phase.kernels:
@@ -156,15 +157,16 @@ class _Lines:
         flush(before)
 
     def _fits(self, old: Result, new: Result) -> bool:
-        """can_match_buffer_size in torch/_inductor/codegen/wrapper.py. What came with the call is not written over."""
+        """Return whether `new` may overwrite `old`, by can_match_buffer_size in torch/_inductor/codegen/wrapper.py. A
+        value that came with the call is never overwritten."""
         return (
             old.name not in self.phase.arrives and old.dtype == new.dtype and 0.95 * old.bytes <= new.bytes <= old.bytes
         )
 
     def _reuse(self, alive: list[int]) -> None:
-        """Where a value takes the memory of the last one of its size and dtype that died.
+        """Let values take the memory of the last dead value of their size and dtype.
 
-        `alive` are the bytes at each place that the compiler counts with.
+        `alive` has the compiler's estimate of the bytes at each place; a reuse must not raise its peak.
         """
         most = max(alive, default=0)
         dead: dict[tuple[str, int], list[_Line]] = defaultdict(list)

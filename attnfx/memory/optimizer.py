@@ -1,4 +1,4 @@
-"""What an optimizer keeps, and what its step takes while it runs."""
+"""Compute the bytes of an optimizer's state, and of its step while it runs."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ BLOCK, SMALL = 256, 4096
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Bytes of an optimizer.
+    """The memory needs of an optimizer.
 
-    copies   float32-or-parameter-sized tensors that it keeps for each parameter
-    bits     8 where those are kept in blocks of 8-bit numbers; 0 where in the parameter's dtype
-    scratch  tensors of all parameters' size that its step makes at once (PyTorch's foreach implementations, which it
-             takes on a GPU)
+    copies   tensors of the parameter's shape that it keeps for each parameter
+    bits     8 if it keeps them in blocks of 8-bit numbers; 0 if in the parameter's dtype
+    scratch  tensors of all parameters' size that its step allocates at once (in PyTorch's foreach implementations,
+             the default on a GPU)
     """
 
     copies: int
@@ -27,7 +27,7 @@ class Optimizer:
     scratch: int = 0
 
 
-# torch/optim/adam.py (_multi_tensor_adam takes a square root of every second moment), sgd.py
+# torch/optim/adam.py (_multi_tensor_adam computes the square root of all second moments at once), sgd.py
 OPTIMIZERS = {
     "none": Optimizer(0),
     "sgd": Optimizer(0),
@@ -40,7 +40,7 @@ OPTIMIZERS = {
 
 
 def given(value: object) -> Optimizer | int:
-    """An optimizer by its name, or the bytes that one keeps. Raises OptionError, with the valid names, for another."""
+    """Return an optimizer by name, or the bytes of its state. Raises OptionError, with the valid names, otherwise."""
     if isinstance(value, str):
         known = OPTIMIZERS.get(value.lower().replace("-", "").replace("_", ""))
         if known is not None:
@@ -50,13 +50,13 @@ def given(value: object) -> Optimizer | int:
     elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
         return value
     raise OptionError(
-        f"optimizer: {value!r} is not known; give one of {', '.join(OPTIMIZERS)}, or the bytes of its state, such as "
+        f"optimizer: {value!r} is not valid; give one of {', '.join(OPTIMIZERS)}, or the bytes of its state, such as "
         "'3GiB'"
     )
 
 
 def state_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]]) -> int:
-    """Bytes kept for parameters given as (elements, bytes of all)."""
+    """Return the bytes of the state for parameters given as (elements, bytes)."""
     total = 0
     for elements, size in parameters:
         if optimizer.bits == 8:
@@ -68,6 +68,6 @@ def state_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]]) -> 
 
 
 def step_bytes(optimizer: Optimizer, parameters: Sequence[tuple[int, int]], cpu: bool) -> int:
-    """Bytes that its step takes beyond what it keeps: of all parameters at once, on a CPU of one after the other."""
+    """Return the bytes of a step beyond the state: for all parameters at once, on a CPU for one at a time."""
     sizes = [size for _, size in parameters]
     return optimizer.scratch * (max(sizes, default=0) if cpu else sum(sizes))

@@ -1,8 +1,8 @@
-"""A joint graph's records to those of its forward and backward graphs, given which values are saved between them.
+"""Split a joint graph's records into forward and backward graphs, given the saved values.
 
-What PyTorch's min-cut partitioner makes of a joint graph whose nodes are all marked (torch/_functorch/partitioners.py):
-the forward graph is what its outputs and the saved values need, in order; in the backward graph each operation that
-runs again stands right before the first that needs it (reordering_to_mimic_autograd_engine).
+This follows PyTorch's min-cut partitioner (torch/_functorch/partitioners.py) on a joint graph whose nodes are all
+marked. The forward graph consists of the operations that its outputs and the saved values need, in order. In the
+backward graph, each recomputed operation is right before the first that needs it (reordering_to_mimic_autograd_engine).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from attnfx.memory.step import Part
 class Joint:
     """A joint graph's records.
 
-    outputs   of `graph.outputs`, the first so many are the caller's; the rest are gradients
+    outputs   number of the caller's outputs, which come first in `graph.outputs`; the rest are gradients
     arriving  names of the inputs that are gradients of the outputs
     """
 
@@ -30,7 +30,7 @@ class Joint:
 
     @cached_property
     def makers(self) -> dict[str, Op]:
-        """The operation that makes each value."""
+        """The operation that computes each value."""
         return {r.name: op for op in self.graph.ops for r in op.results}
 
     @cached_property
@@ -56,12 +56,12 @@ class Joint:
 
     @cached_property
     def forward(self) -> frozenset[str]:
-        """Names of the operations that the forward pass's outputs come from. All others run in the backward pass."""
+        """Names of the operations that compute the forward pass's outputs. All others run in the backward pass."""
         return frozenset(op.name for op in self.closure(self.roots, ()))
 
     @cached_property
     def roots(self) -> tuple[str, ...]:
-        """The forward pass's outputs, and what it writes into inputs."""
+        """The forward pass's outputs, and the values that it writes into inputs."""
         written = (r.name for op in self.graph.ops if op.changes and op.name not in self.later for r in op.results)
         return (*self.graph.outputs[: self.outputs], *written)
 
@@ -73,7 +73,7 @@ class Joint:
         return frozenset(r for r in read if self.makers[r].name in self.forward)
 
     def closure(self, wanted: Iterable[str], held: Container[str]) -> list[Op]:
-        """The operations that give the wanted values where those `held` are there, in order."""
+        """Return, in order, the operations that compute the wanted values if the values in `held` are available."""
 
         def fresh(names: Iterable[str]) -> list[str]:
             return [x for x in names if x not in held]
@@ -83,7 +83,7 @@ class Joint:
         return sorted(found.values(), key=lambda op: self.order[op.name])
 
     def split(self, saved: Collection[str]) -> Part:
-        """The forward and backward graphs where these values are saved, and inputs that the backward pass reads."""
+        """Split into graphs that save these values, and the inputs that the backward pass reads."""
         backward = self._backward(frozenset(saved))
         kept = [op.name for op in backward.inputs if op.name not in self.arriving]
         given = [op for op in self.graph.inputs if op.name not in self.later]
@@ -117,7 +117,7 @@ class Joint:
 
 @dataclass(frozen=True)
 class _Held(Container[str]):
-    """Saved values, and those of operations that have run."""
+    """The saved values and the values of operations that have run."""
 
     saved: frozenset[str]
     placed: Mapping[str, Op]

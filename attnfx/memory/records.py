@@ -1,22 +1,22 @@
-"""What the memory model knows of a graph: its operations as plain records."""
+"""Plain records of a graph's operations, the input of the memory model."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from typing import Literal
 
-# input   a value that is there before the graph runs
-# view    another look at its first operand's memory
-# loop    one element of the result from a few of the operands: the compiler can inline it where it is read
-# reduce  a loop that adds up (or takes the largest of) `inner` elements for each element of the result
-# scatter a loop that writes to computed places, into a copy of its first operand
-# kernel  anything else: it reads memory and writes memory
+# input   a value that exists before the graph runs
+# view    a view of its first operand's memory
+# loop    computes an element of the result from a few elements of the operands: the compiler can inline it in readers
+# reduce  a loop that reduces `inner` elements (sum, maximum) to each element of the result
+# scatter a loop that writes to computed indices, in a copy of its first operand
+# kernel  any other operation: it reads memory and writes memory
 Kind = Literal["input", "view", "loop", "reduce", "scatter", "kernel"]
 
 
 @dataclass(frozen=True)
 class Result:
-    """A tensor that an operation makes: its name, the bytes of its memory, if it has its own, and its dtype."""
+    """A tensor computed by an operation: its name, the bytes of its own memory (0 for a view), and its dtype."""
 
     name: str
     bytes: int
@@ -28,19 +28,19 @@ class Op:
     """One operation.
 
     reads      names of the values it reads
-    results    the values it makes: one of the operation's own name, or one for each part
-    outer      elements of the result (of a loop: how often its body runs)
-    inner      of a reduction: elements that go into one element of the result; else 1
-    rows       the reduced dims are the last ones
+    results    its results: one with the operation's name, or one for each part
+    outer      elements of the result; for a loop, the number of iterations
+    inner      elements that a reduction combines into one element of the result; else 1
+    rows       whether the reduced dims are the last ones
     changes    names of the values that it writes into
     workspace  bytes that are alive only while it runs
-    aside      of `reads`, those of which it reads not the very element that it writes: transposed, repeated, in part
-    same       a copy in its operand's own layout: a compiler reads the operand instead
-    heavy      an exponential or the like: a CPU does not compute it twice
+    aside      values in `reads` that it reads at other elements than it writes: transposed, repeated, in part
+    same       whether it is a copy in its operand's layout: a compiler reads the operand instead
+    heavy      whether it is expensive, like an exponential: on a CPU it is not recomputed
     target     the operator's name
-    flops      of a kernel: floating point operations
-    dtype      of the result, without "torch."
-    where      the module or line that it belongs to, for timelines
+    flops      floating point operations of a kernel
+    dtype      of the result; its name without "torch."
+    where      its module or source line, for timelines
     """
 
     name: str
@@ -62,13 +62,13 @@ class Op:
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """The names of its results that are read."""
+        """The names of its results that are read; the unread parts are named "name[i]"."""
         return tuple(r.name for r in self.results if not r.name.endswith("]"))
 
 
 @dataclass(frozen=True)
 class Graph:
-    """A graph in the order of its operations. `outputs` are names; one may stand there twice."""
+    """A graph in the order of its operations. `outputs` are names, possibly repeated."""
 
     ops: tuple[Op, ...]
     outputs: tuple[str, ...]
@@ -78,8 +78,8 @@ class Graph:
         return tuple(op for op in self.ops if op.kind == "input")
 
     def without_copies(self) -> Graph:
-        """The graph with views in the place of copies that change nothing, as Inductor drops them: not where an output
-        would come to lie in another's memory, or in an input's (remove_noop_ops in torch/_inductor/fx_passes)."""
+        """Replace copies that change nothing by views, as Inductor drops them. A copy stays if an output would
+        otherwise share the memory of another output or an input (remove_noop_ops in torch/_inductor/fx_passes)."""
         base = self.bases()
         outputs = {base[o] for o in self.outputs}
         apart = outputs | {op.name for op in self.inputs}
@@ -92,7 +92,7 @@ class Graph:
         return Graph(tuple(map(dropped, self.ops)), self.outputs)
 
     def bases(self) -> dict[str, str]:
-        """The value in whose memory each value lies: itself, or what it is a view of."""
+        """Return the value that owns each value's memory: itself, or the base of a view."""
         out: dict[str, str] = {}
         for op in self.ops:
             for r in op.results:

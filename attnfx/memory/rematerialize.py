@@ -1,17 +1,18 @@
-"""Which forward values a step saves and which it computes again: the best trades of bytes for time, in order.
+"""Choose the forward values that a step saves or recomputes: the best trades of bytes for time, in order.
 
-For a price of `rate` picoseconds for a byte, a minimum cut is the cheapest way to have what the backward pass reads:
+At a price of `rate` picoseconds per byte, a minimum cut is the cheapest way to provide all values that the backward
+pass reads:
 
-    source -> operation     its time: cut where it runs again
-    operation -> value      rate * bytes: cut where the value is saved
-    value -> reader         infinite: what runs again has its operands
-    value -> sink           infinite: what the backward pass reads is there
+    source -> operation     its time: cut if it runs again
+    operation -> value      rate * bytes: cut if the value is saved
+    value -> reader         infinite: an operation that runs again has its operands
+    value -> sink           infinite: a value that the backward pass reads is available
 
-As the rate grows, minimum cuts are nested: ever more is computed again (G. Gallo, M. Grigoriadis, R. Tarjan, "A fast
+As the rate grows, minimum cuts are nested: more and more is recomputed (G. Gallo, M. Grigoriadis, R. Tarjan, "A fast
 parametric maximum flow algorithm and applications", 1989). So the solutions for all rates are one sequence, the lower
-hull of time over bytes. It is found by asking, between two of them, for the rate at which both cost the same
-(M. Eisner, D. Severance, "Mathematical techniques for efficient record segmentation", 1976); what both have decided
-alike is not asked again.
+hull of time over bytes. Between two known solutions, the search solves the cut at the rate at which both cost the same
+(M. Eisner, D. Severance, "Mathematical techniques for efficient record segmentation", 1976). Decisions on which both
+agree are fixed.
 """
 
 from __future__ import annotations
@@ -26,18 +27,21 @@ import networkx
 from attnfx.memory.partition import Joint
 from attnfx.memory.records import Op
 
-STEPS = 24  # solutions are looked for where two that are known lie further apart than this part of all bytes
-# A value that is made earlier lives longer: at each moment at which a later one is alive, it is too. Of two that
-# cost the same, its bytes count more, by up to this part.
+STEPS = 24  # the search stops between two solutions that differ by at most 1 / STEPS of the range of bytes
+# A value that is computed earlier lives longer: it is alive whenever a later one is. To break ties, its bytes count
+# more, by up to this share.
 LONGER = 1 / 16
 
 
 @dataclass(frozen=True)
 class Solution:
-    """What runs again, the values that are there in the backward pass, and those of them that are saved.
+    """A choice of values to save.
 
-    milliseconds   that it takes to run it
-    bytes          of what is saved
+    again          operations that run again
+    there          values that are available in the backward pass
+    saved          the saved ones among them
+    milliseconds   time of the operations that run again
+    bytes          of the saved values
     """
 
     again: frozenset[str]
@@ -49,9 +53,9 @@ class Solution:
 
 @dataclass(frozen=True)
 class Trades:
-    """A problem: a joint graph, and what it takes to run an operation again.
+    """The problem: a joint graph, and the price of running its operations again.
 
-    price   milliseconds of an operation, None for one that may not run again
+    price   milliseconds of an operation; None if it may not run again
     """
 
     joint: Joint
@@ -59,7 +63,7 @@ class Trades:
 
     @cached_property
     def ops(self) -> dict[str, Op]:
-        """The operations that what the backward pass reads comes from."""
+        """The operations that compute the values that the backward pass reads."""
         found = self.joint.closure(self.joint.needed, ())
         return {op.name: op for op in found if op.kind not in ("input", "view")}
 
@@ -71,13 +75,13 @@ class Trades:
 
     @cached_property
     def values(self) -> dict[str, list[str]]:
-        """The values of each operation that lie in memory of their own."""
+        """The values of each operation that own memory."""
         bases = self.joint.bases
         return {name: [r.name for r in op.results if bases[r.name] == r.name] for name, op in self.ops.items()}
 
     @cached_property
     def weight(self) -> dict[str, int]:
-        """What the bytes of each value count; those of the caller's own cost nothing to save."""
+        """The weight of each value's bytes; values that the caller keeps anyway weigh nothing."""
         joint, parts = self.joint, 1 << 10
         callers = {joint.bases[o] for o in joint.graph.outputs[: joint.outputs]}
         last = max((joint.order[name] for name in self.ops), default=0) + 1
@@ -99,7 +103,7 @@ class Trades:
         }
 
     def solutions(self) -> list[Solution]:
-        """From the least that must run again to the least that can be saved."""
+        """Return the solutions, from the least recomputation to the fewest saved bytes."""
         if not self.needed:
             return []
         most = sum(self.weight.values()) + 1
@@ -124,8 +128,8 @@ class Trades:
 
     def _cut(self, time: int, rate: int, again: frozenset[str], there: frozenset[str], may_again: Collection[str],
              may_there: Collection[str]) -> Solution:  # fmt: skip
-        """The solution that is best where a picosecond counts `time` and a weight `rate`, among those that hold
-        `again` and `there` and no more than `may_again` and `may_there`."""
+        """Return the best solution if a picosecond costs `time` and a unit of weight costs `rate`. It contains all of
+        `again` and `there`, and beyond these only members of `may_again` and `may_there`."""
         graph = networkx.DiGraph()
         graph.add_nodes_from(["source", "sink"])
 
@@ -163,8 +167,8 @@ class Trades:
 
 
 def together(graphs: Sequence[Sequence[Solution]]) -> Iterator[tuple[int, Solution]]:
-    """The solutions of several graphs as one sequence, (which graph, its next solution): always the one that costs the
-    least time for a byte. The first of each graph come first."""
+    """Merge the solutions of several graphs into one sequence of (index of the graph, its next solution). The first
+    solution of each graph comes first, then always the one that costs the least time per byte."""
     at = [0] * len(graphs)
     for n, found in enumerate(graphs):
         if found:

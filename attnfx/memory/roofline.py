@@ -1,4 +1,4 @@
-"""How long a step's kernels take on a target: each the longer of its arithmetic and its memory traffic."""
+"""Predict the time of a step's kernels on a target by the roofline model: the longer of arithmetic and traffic."""
 
 from __future__ import annotations
 
@@ -8,25 +8,25 @@ from attnfx.memory.fusion import Kernel
 from attnfx.memory.liveness import Phase
 from attnfx.targets import Target
 
-# Shares of the peak rates that library kernels reach, as in attnfx/cost/gpu_library.py.
+# Shares of the peak rates that library kernels reach; attnfx/cost/gpu_library.py has such shares for attention.
 PRODUCTS, COPY = 0.6, 0.85
 
 
 def kernel_ms(kernel: Kernel, sizes: Mapping[str, int], target: Target) -> float:
-    """Milliseconds of one kernel; `sizes` are the bytes of the values that it may read."""
+    """Return the milliseconds of one kernel; `sizes` has the bytes of the values that it may read."""
     moved = sum(sizes.get(r, 0) for r in kernel.reads) + sum(w.bytes for w in kernel.writes)
     return roofline_ms(kernel.flops, moved, kernel.dtype, target)
 
 
 def roofline_ms(flops: float, moved: float, dtype: str, target: Target) -> float:
-    """Milliseconds for so many operations and bytes: the longer of the two, and a launch."""
+    """Return the milliseconds for `flops` operations and `moved` bytes: the longer of the two, plus a launch."""
     arithmetic = flops / (PRODUCTS * target.rate(dtype) * 1e9)
     traffic = moved / (COPY * target.bandwidth * 1e6)
     return max(arithmetic, traffic) + target.launch / 1e3
 
 
 def step_ms(phases: Iterable[Phase], sizes: Mapping[str, int], target: Target) -> float:
-    """Milliseconds of all phases' kernels. `sizes` are the bytes of the inputs."""
+    """Return the milliseconds of all phases' kernels; `sizes` has the bytes of the inputs."""
     total, known = 0.0, dict(sizes)
     for phase in phases:
         known |= phase.arrives

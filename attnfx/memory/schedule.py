@@ -1,9 +1,9 @@
-"""In which order a compiler runs kernels, and what it thinks is alive while each runs.
+"""Model the order in which Inductor runs kernels, and its estimate of the bytes alive at each.
 
 Inductor compares four orders by an estimate of their peak and takes the best (torch/_inductor/memory.py,
-reorder_for_peak_memory): the graph's own; the ready kernel that leaves least memory; the one whose operands were ready
-first; and depth first, light operands first. The estimate counts values that only their own kernel reads, and knows of
-no value that is written over another.
+reorder_for_peak_memory): the graph's own order; always the ready kernel that leaves the least memory; always the kernel
+whose operands were ready first; and depth first, light operands first. The estimate includes values that only their own
+kernel reads, and ignores that values may overwrite others.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class Node:
     """A step of the compiler's schedule: a kernel, or one part of a kernel's results.
 
     index      its place in the graph's own order
-    takes      bytes that are allocated for it
-    gives      value -> bytes that are free after its last reader
-    after      what it must run after; `before` what must run after it
+    takes      bytes allocated for it
+    gives      value -> bytes freed after its last reader
+    after      its predecessors; `before` has its successors
     """
 
     kernel: Kernel
@@ -37,10 +37,10 @@ class Node:
 
 @dataclass
 class Schedule:
-    """Nodes in an order, the values that are freed (by name, in bytes), and which of them outlive the graph.
+    """Nodes in an order.
 
-    given   the values that are there before and are the graph's own to free
-    kept    the values that stay
+    given   earlier values that the graph owns and frees, in bytes by name
+    kept    the values that outlive the graph
     """
 
     nodes: list[Node]
@@ -48,14 +48,14 @@ class Schedule:
     kept: frozenset[str]
 
     def kernels(self) -> dict[int, Kernel]:
-        """By place. The parts of a call's result are nodes of their own after it."""
+        """Return the kernels by place; the parts of a call's result are separate nodes after it."""
         first: dict[str, int] = {}
         for n, node in enumerate(self.nodes):
             first.setdefault(node.kernel.name, n)
         return {n: self.nodes[n].kernel for n in first.values()}
 
     def alive(self) -> list[int]:
-        """Bytes at each node, what died in the one before left out."""
+        """Return the bytes alive at each node, without values that died at the node before."""
         change = [0] * (len(self.nodes) + 1)
         last = {value: n for n, node in enumerate(self.nodes) for value in (*node.gives, *node.reads)}
         for value, size in self.given.items():
@@ -77,7 +77,7 @@ class Schedule:
         return max(self.alive())
 
     def readers(self) -> dict[str, int]:
-        """How many nodes read each value."""
+        """Count the nodes that read each value."""
         count: dict[str, int] = defaultdict(int)
         for node in self.nodes:
             for value in node.reads:
@@ -86,7 +86,8 @@ class Schedule:
 
 
 def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str]) -> Schedule:
-    """The order that a compiler takes. `given` are values in bytes that it may free, `kept` those that it may not."""
+    """Return the order that the compiler takes. `given` has the bytes of earlier values that it may free; `kept` has
+    the values that it must not free."""
     nodes = _nodes(kernels)
     read = {value for node in nodes for value in node.reads}
     first = Schedule(nodes, {v: size for v, size in given.items() if v in read}, frozenset(kept))
@@ -96,8 +97,8 @@ def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str
 
 def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
     out: list[Node] = []
-    made: dict[str, Node] = {}  # value -> who wrote it last
-    users: dict[str, list[Node]] = defaultdict(list)  # value -> who read it since
+    made: dict[str, Node] = {}  # value -> its last writer
+    users: dict[str, list[Node]] = defaultdict(list)  # value -> its readers since then
     read = {r for k in kernels for r in (*k.reads, *k.changes)}
 
     def add(kernel: Kernel, takes: int, gives: Mapping[str, int], reads: Sequence[str], changes: Sequence[str]) -> Node:
@@ -113,7 +114,7 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
 
     for k in kernels:
         sizes = {w.name: w.bytes for w in k.writes}
-        if k.joins:  # the parts count beside the whole that they lie in
+        if k.joins:  # the estimate counts the parts in addition to the whole that contains them
             parts, size = f"{k.name}()", sum(sizes.values())
             add(k, size, {parts: size}, k.reads, k.changes)
             add(k, size, sizes, [parts], ())
@@ -122,7 +123,7 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
             sizes |= {w.name: w.bytes for w in k.inner}
             add(k, sum(sizes.values()), sizes, k.reads, k.changes)
             continue
-        # a call that makes its own results, and each of them that is asked for
+        # a call that creates its own results, and each result that is used
         parts = {name: size for name, size in sizes.items() if name in read or not name.endswith("]")}
         whole = f"{k.name}()"
         add(k, sum(parts.values()), {whole: 0}, k.reads, k.changes)
@@ -136,7 +137,7 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
 
 
 def _least(schedule: Schedule) -> list[Node]:
-    """Of the nodes that are ready: one that does not raise the peak so far and leaves least (topological_sort_lpmf)."""
+    """Order by memory: the next ready node keeps the peak so far and leaves the least (topological_sort_lpmf)."""
     nodes, kept = schedule.nodes, schedule.kept
     left = schedule.readers()
     size = dict(schedule.given) | {value: b for node in nodes for value, b in node.gives.items()}
@@ -177,7 +178,7 @@ def _least(schedule: Schedule) -> list[Node]:
 
 
 def _first_ready(nodes: Sequence[Node]) -> list[Node]:
-    """The node whose operands were computed first (topological_sort_bfs)."""
+    """Order breadth first: next is the node whose operands were computed first (topological_sort_bfs)."""
     waits = {node: len(node.after) for node in nodes}
     place: dict[Node, int] = {}
     ready: list[tuple[list[int], int, Node]] = [([], node.index, node) for node in nodes if not waits[node]]
@@ -195,7 +196,7 @@ def _first_ready(nodes: Sequence[Node]) -> list[Node]:
 
 
 def _depth_first(schedule: Schedule) -> list[Node]:
-    """Each node after its operands, those that hold and read little first (topological_sort_dfs)."""
+    """Order depth first, nodes that allocate and read few bytes first (topological_sort_dfs)."""
     size = dict(schedule.given) | {value: b for node in schedule.nodes for value, b in node.gives.items()}
     weight = {node: node.takes + sum(size.get(v, 0) for v in node.reads) for node in schedule.nodes}
 

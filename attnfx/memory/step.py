@@ -1,4 +1,4 @@
-"""A whole step as phases: every graph's forward pass, then their backward passes in reverse, then the optimizer."""
+"""Build a whole step from phases: every graph's forward pass, then the backward passes in reverse order."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ NEVER_FREED = ("primals_", "arg", "fwd_rng_state", "bwd_rng_state", "tangents")
 
 @dataclass(frozen=True)
 class Part:
-    """What one graph of Dynamo is compiled to.
+    """The graphs to which one graph of Dynamo is compiled.
 
     forward   its forward pass
-    backward  its backward pass, or None; an input of it bears the name of the forward value that it is
-    outputs   how many of the forward pass's outputs are the caller's; the rest is saved for the backward pass
+    backward  its backward pass, or None; an input that is a forward value has that value's name
+    outputs   number of the forward pass's outputs that are the caller's; the rest is saved for the backward pass
     """
 
     forward: Graph
@@ -29,11 +29,11 @@ class Part:
     outputs: int = 0
 
     def resized(self, other: Callable[[Op], Op]) -> Part:
-        """The same with `other(op)` in the place of each operation."""
+        """Replace each operation by `other(op)`."""
         return self._made(lambda graph: Graph(tuple(map(other, graph.ops)), graph.outputs))
 
     def without_copies(self) -> Part:
-        """The same without copies that change nothing."""
+        """Remove copies that change nothing."""
         return self._made(Graph.without_copies)
 
     def _made(self, of: Callable[[Graph], Graph]) -> Part:
@@ -42,17 +42,17 @@ class Part:
 
 @dataclass(frozen=True)
 class Step:
-    """The phases of a step, and its kernels' bytes that are written and read."""
+    """The phases of a step, and the values that it saves."""
 
     phases: tuple[Phase, ...]
-    saved: Mapping[str, int]  # what is kept for backward passes, in bytes
+    saved: Mapping[str, int]  # value kept for a backward pass -> bytes
 
     def events(self) -> list[Event]:
         return events(self.phases)
 
 
 def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
-    """The phases of the graphs' passes. `inlining` is whether the compiler fuses (else each operation is a kernel)."""
+    """Return the phases of the graphs' passes; without `inlining`, each operation is a kernel."""
     forward: list[Phase] = []
     backward: list[Phase] = []
     saved: dict[str, int] = {}
@@ -95,14 +95,14 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
 
 def _phase(name: str, graph: Graph, kept: frozenset[str], cpu: bool, inlining: bool, rename: Callable[[str], str],
            **more: Any) -> Phase:  # fmt: skip
-    """One run of a graph, its kernels in the compiler's order. `kept` and `more` are of a phase, renamed already."""
+    """Return the phase of a graph, its kernels in the compiler's order; names in `kept` and `more` are final."""
 
     def renamed(results: Iterable[Result]) -> tuple[Result, ...]:
         return tuple(replace(r, name=rename(r.name)) for r in results)
 
     if inlining:
         base = graph.bases()
-        # by its names alone, Inductor takes saved views of parameters for memory that it will free
+        # Inductor only goes by the names of inputs, so it counts saved views of parameters as memory that it will free
         given = {op.name: op.results[0].bytes for op in graph.inputs if not op.name.startswith(NEVER_FREED)}
         schedule = best(fused(graph, cpu), given, {base[o] for o in graph.outputs})
         made, more = schedule.kernels(), more | {"alive": tuple(schedule.alive()), "batched": cpu}

@@ -1,7 +1,7 @@
-"""What the attention operators take while they run, beyond their operands and results.
+"""Compute the memory that attention operators take while they run, beyond operands and results.
 
-Counted as the tiers allocate it: copies of operands in another layout, the expressions that a block evaluates (each is
-kept until the block is done), the scores and what is made of them, and the buffers that ATen's kernel takes.
+It is counted as the tiers allocate it: copies of operands in another layout, the expressions that a block evaluates
+(each is kept until the block ends), the scores and tensors computed from them, and the buffers of ATen's kernel.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from attnfx.targets import sdpa_dispatch as fused
 
 # kernels/library/cpu.py: queries of a block; kernels/chunked/blocks.py: elements of a tile, rows of a block
 BLOCK, TILE, ROWS = 256, {"cpu": 1 << 20, "cuda": 1 << 26}, {"cpu": 128, "cuda": 512}
-LEAST_ROWS = 16  # of a part of a block in kernels/chunked/blocks.py
-KEYS = 512  # aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: keys of a block there
+LEAST_ROWS = 16  # kernels/chunked/blocks.py: rows of a part of a block
+KEYS = 512  # aten/src/ATen/native/cpu/FlashAttentionKernel.cpp: keys of a block
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A tensor of shape (B, H, T, D): its sizes, its strides, the bytes of an element."""
+    """A tensor of shape (B, H, T, D), its strides, and the bytes of an element."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -36,7 +36,7 @@ class Operand:
         return prod(self.shape) * self.element
 
     def lies(self, order: Iterable[int]) -> bool:
-        """Whether its memory has no holes and its dims are in that order, outermost first."""
+        """Return whether its memory is dense, with its dims in this order, outermost first."""
         step = 1
         for d in reversed(tuple(order)):
             if self.shape[d] != 1 and self.strides[d] != step:
@@ -47,7 +47,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Use:
-    """One call of an operator: its operands, and on what it runs. `threads` share a kernel's work on a CPU."""
+    """One call of an operator: its operands and its device. On a CPU, `threads` share a kernel's work."""
 
     spec: AttentionSpec
     query: Operand
@@ -59,7 +59,7 @@ class Use:
 
     @property
     def compute(self) -> int:
-        """Bytes of a number in the type that it computes in."""
+        """Bytes of an element in the compute type."""
         return 8 if self.spec.compute == "float64" else 4
 
     @property
@@ -77,9 +77,9 @@ class Use:
 
 
 def workspace(use: Use, tier: str) -> int:
-    """Bytes alive only while one call of `attnfx::attention`, or with `grad_out` of its backward operator, runs.
+    """Return the bytes alive only while a call of `attnfx::attention` runs, or with `grad_out`, its backward operator.
 
-    `tier` is the first of the operator's `tier` argument, with its tile.
+    `tier` is the first entry of the operator's `tier` argument, with its tile.
     """
     if not all((*use.query.shape, *use.key.shape)):
         return 0
@@ -87,15 +87,15 @@ def workspace(use: Use, tier: str) -> int:
     if tier == "library":
         return _library(use) if use.cpu else _fused(use)
     if tier in ("flash", "decode"):
-        # the backward pass adds up row sums of out * grad_out, a float32 a row; a split writes float32 partial results
+        # the backward pass stores row sums of out * grad_out in float32; a split stores partial results in float32
         return 4 * use.rows if use.grad_out else (4 * use.rows * (use.value.shape[3] + 2) if tier == "decode" else 0)
     return _chunked(use, int(tile or 0) if tier == "chunked" else 0)
 
 
 def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> int:
-    """Bytes of the tensors that an evaluator makes of some expressions over a block (kernels/evaluate.py).
+    """Return the bytes of the tensors that kernels/evaluate.py allocates for expressions over a block.
 
-    `extents` are the sizes of the block along b, h, i and j. What depends on j - i is computed along the diagonals.
+    `extents` has the sizes of the block along b, h, i and j. Toeplitz expressions are computed along the diagonals.
     """
     seen: set[Expr] = set()
     total = 0
@@ -119,7 +119,7 @@ def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> 
 
 
 def _scaled_dot(e: Expr) -> bool:
-    """A constant times the dot product: the constant goes into the queries."""
+    """Return whether an expression is a constant times the dot product: the queries absorb the constant."""
     return e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const" and e.args[1] is A.DOT
 
 
@@ -164,8 +164,8 @@ def _kernel(use: Use, rows: int, keys: int) -> int:
 
 
 def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool, threads: int) -> int:
-    """Bytes of the buffers of ATen's fused kernel for the CPU, for the longest block of each thread. `element` is the
-    bytes of one of its operands' elements."""
+    """Return the bytes of the buffers of ATen's fused CPU kernel, for the longest block of each thread. `element` is
+    the bytes of an operand's element."""
     block, compute = min(256 if rows >= 768 else 64 if rows >= 192 else 32, rows), max(element, 4)
     tile, half = block * min(KEYS, keys), element if element < 4 else 0
     if backward:
@@ -194,17 +194,17 @@ def _library(use: Use) -> int:
         tile = prod(extents[name] for name in shape) * use.compute if shape else 0
         part = batch * heads * rows * use.width * use.query.element
         sums = batch * heads * rows * use.compute
-        # of a tile the kernel makes a copy of its own
+        # the kernel copies a tile
         kernel = (tile if layout.single else 2 * tile) + _kernel(use, rows, keys)
         if use.grad_out is None:
-            kept = 0 if before == 0 else part + sums  # the last block's are there until the next one's are
+            kept = 0 if before == 0 else part + sums  # a block's results live until the next block's exist
             most = max(most, before + evaluated, kept + kernel + part + sums)
             before = tile + part + sums
             continue
         key = batch * groups * keys * use.width * use.key.element
         if not (layout.single and use.grad_out.lies((0, 2, 1, 3))):
-            kernel += part  # the kernel wants its rows without holes
-        if layout.single:  # the gradients are the kernel's own, then one after the other is laid out as promised
+            kernel += part  # the kernel needs dense rows
+        if layout.single:  # the kernel allocates the gradients; then each in turn is copied to the promised layout
             most = max(evaluated, kernel, 0 if heads == 1 else max(part, key))
         else:
             most = max(most, before + evaluated, kernel + part + 2 * key)
@@ -213,7 +213,7 @@ def _library(use: Use) -> int:
 
 
 def _fused(use: Use) -> int:
-    """On a GPU: of PyTorch's fused operator."""
+    """Return the workspace of PyTorch's fused operator on a GPU."""
     if use.grad_out is None:
         return 0
     return fused.workspace(use.query.shape[:3], use.key.shape, use.value.shape[3], use.query.element)
@@ -223,7 +223,7 @@ def _fused(use: Use) -> int:
 
 
 def _chunked(use: Use, elements: int) -> int:
-    """`elements` are the most scores at once, 0 for a tile's."""
+    """Return the workspace of the chunked tier; `elements` is the most scores at once, 0 for a whole tile."""
     spec, sizes, groups = use.spec, use.sizes, use.key.shape[1]
     kind = "cpu" if use.cpu else "cuda"
     factor = use.query.element if kind == "cuda" and use.query.element == 2 else use.compute
@@ -244,7 +244,7 @@ def _chunked(use: Use, elements: int) -> int:
         fit = max(1, limit // (rows * keys * shared))
         b, g = (min(max(1, fit // groups), sizes["B"]), groups) if fit >= groups else (1, fit)
         drawn = 0
-        if elements and elements < limit:  # blocks are computed in parts, and their dropout is drawn at once
+        if elements and elements < limit:  # blocks are computed in parts, but their dropout is sampled at once
             drawn = b * g * shared * rows * keys if spec.dropout else 0
             rows = min(max(elements // (keys * shared), LEAST_ROWS), rows)
             fit = max(1, elements // (keys * shared * rows))

@@ -1,1 +1,1 @@
-"""Plan a step on a device: what it takes, what fits a memory budget, and what to compute again."""
+"""Plan a step on a device: predict its memory and time, and fit it into a memory budget by recomputation."""

@@ -1,7 +1,7 @@
-"""The graphs that a model's step is compiled to, traced without running it: nothing is allocated at full size.
+"""Capture the graphs to which a model's step is compiled, without running it or allocating tensors at full size.
 
-Parameters, buffers and inputs become fake tensors on the CPU, in a copy of the model that shares nothing with it but
-its other attributes; a parameter on "meta" is as good as a real one.
+Parameters, buffers and inputs become fake tensors on the CPU, in a copy of the model that shares only its other
+attributes. Parameters on "meta" work as well as real ones.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from torch.fx import GraphModule
 from torch.utils._pytree import tree_map, tree_map_only
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.faults import described
+from attnfx.compiler.private_code import private_code
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins
@@ -35,13 +37,13 @@ from attnfx.report.report import Report
 
 @dataclass
 class Captured:
-    """One graph of Dynamo, rewritten, as AOTAutograd makes it and Inductor's joint passes leave it.
+    """One graph of Dynamo, rewritten, after AOTAutograd and Inductor's joint passes.
 
-    joint       forward and backward in one graph, where there is a backward pass; else None
-    forward     the graph of an inference; None where there is a backward pass
-    arguments   what a partitioner of the joint graph is called with beside it
-    report      what attnfx did with it, under which options
-    problem     why the graph could not be brought that far; "" where it could
+    joint       forward and backward in one graph, if there is a backward pass; else None
+    forward     the graph of an inference; None if there is a backward pass
+    arguments   further arguments of a partitioner of the joint graph
+    report      the report of attnfx on the graph, under `options`
+    problem     the reason if the capture failed; "" if it succeeded
     """
 
     report: Report
@@ -53,15 +55,15 @@ class Captured:
 
 
 class Done(Exception):
-    """Nothing more is wanted of the compiler."""
+    """The exception that stops the compiler once the graph is captured."""
 
 
 def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any], options: Options,
             train: bool, told: Sequence[Report] = ()) -> list[Captured]:  # fmt: skip
-    """The graphs of one call of `model`, in the order in which they run. `told` are reports of the same graphs at other
-    sizes, whose decisions are taken.
+    """Capture the graphs of one call of `model`, in the order in which they run.
 
-    Raises what the model raises on fake tensors, and what attnfx does.
+    `told` has reports of the same graphs at other sizes, whose decisions are reused. Raises any error of attnfx, or of
+    the model on fake tensors.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     with mode:
@@ -78,25 +80,25 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
         except Done:
             pass
         except Exception as problem:
-            made.problem = f"is not planned: {type(problem).__name__}: {str(problem).splitlines()[0]}"
+            made.problem = f"could not be compiled for planning: {described(problem)}"
         return stand_ins(gm, lambda x: x)
 
-    # every capture is a new compilation of the same code: Dynamo's limit is for programs that recompile by mistake
-    limits = torch._dynamo.config.patch(recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16)
-    with mode, torch.set_grad_enabled(train), _quiet(), limits:
+    with mode, torch.set_grad_enabled(train), _quiet(), private_code(model) as traced:
         try:
-            torch.compile(model, backend=backend, dynamic=False)(*args, **kwargs)
+            torch.compile(traced, backend=backend, dynamic=False)(*args, **kwargs)
         except (DynamicOutputShapeException, DataDependentOutputException) as problem:
             if not found:
                 raise
-            found[-1].report.notes.append(f"what follows is not planned, as its shapes depend on data: {problem}")
+            found[-1].report.notes.append(
+                f"the rest of the call is not planned, because its shapes depend on data: {problem}"
+            )
     return found
 
 
 def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str = "inductor") -> None:
-    """Bring a graph of pre-dispatch ATen to what the compiler of the rest would be given, and stop there: raises Done.
+    """Lower a pre-dispatch ATen graph to the input of the inner compiler, store it in `into`, and raise Done.
 
-    The graph is changed.
+    Changes the graph.
     """
 
     def partition(joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
@@ -111,24 +113,24 @@ def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str
 
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> Captured:
-    """A graph that a backend was given, brought as far, and left as it was. Raises what stands in the way."""
+    """Capture a graph that a backend received, from a copy. Raises the errors of lowering."""
     made = Captured(report, options=options)
     mode = detect_fake_mode(list(example_inputs)) or TracingContext.get().fake_mode
     inputs = list(example_inputs)
     for n, node in enumerate(x for x in gm.graph.nodes if x.op == "placeholder"):
         held = node.meta.get("example_value")
-        if isinstance(held, FakeTensor):  # which knows the sizes that Dynamo took for fixed
+        if isinstance(held, FakeTensor):  # has the sizes that Dynamo specialized
             inputs[n] = held
     copy_ = GraphModule(gm, copied(gm.graph))
     copy_.meta.update(gm.meta)
-    # what a compiler notes in the context of a compilation must not reach the one that follows
+    # the lowering's entries in its tracing context must not reach the following compilation
     with tracing(TracingContext(mode)), _quiet(), suppress(Done):
         lower(copy_, inputs, made, options.inner)
     return made
 
 
 def fakes(tree: Any, mode: FakeTensorMode) -> Any:
-    """A copy whose tensors are fake ones on the CPU, those of modules included."""
+    """Copy a tree with fake tensors on the CPU in place of its tensors, including the tensors of modules."""
     memo: dict[int, Any] = {}
 
     def fake(x: torch.Tensor) -> torch.Tensor:
@@ -154,7 +156,7 @@ def fakes(tree: Any, mode: FakeTensorMode) -> Any:
 
 @contextmanager
 def _quiet():
-    """Dynamo logs the end that `Done` puts to a compilation as an error."""
+    """Silence errors in logs: Dynamo logs a compilation that `Done` stops as an error."""
     previous = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:

@@ -1,7 +1,7 @@
-"""A memory budget applied while a graph is compiled, and what a device that ran out of memory says about the next one.
+"""Apply a memory budget while a graph is compiled, and record the memory of devices that ran out of it.
 
-The budget is for all that the step holds: the graph's inputs (parameters among them), what it computes, and the
-gradients. An optimizer's state is no part of a graph: leave room for it, or give `attnfx.plan` the optimizer.
+The budget covers the whole step: the graph's inputs (including parameters), all computed values, and the gradients. An
+optimizer's state is not part of a graph: leave room for it, or pass the optimizer to `attnfx.plan`.
 """
 
 from __future__ import annotations
@@ -30,15 +30,14 @@ from attnfx.planning.strategies import Marks, strategies
 from attnfx.targets import Target
 from attnfx.targets.available import detected, free_bytes
 
-# What tensors could really have when a device ran out of memory, by its index: "auto" plans with no more than that.
+# Bytes that tensors could actually use when a device ran out of memory, by its index: "auto" plans with at most that.
 _limits: dict[int, int] = {}
 _watched: list[bool] = []
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """How a graph is compiled within a budget: what becomes of it, who carries out what is computed again, and what
-    Inductor is told."""
+    """The way to compile a graph within a budget: rewrite, partitioner for recomputation, and Inductor's config."""
 
     result: pipeline.Result
     partitioner: Partitioner | None
@@ -46,7 +45,7 @@ class Fitted:
 
 
 def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Fitted:
-    """A graph and its rewrite to what fits the budget. Raises BudgetError where nothing does."""
+    """Fit a graph and its rewrite into the budget. Raises BudgetError if that is impossible."""
     device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
     target = options.target if isinstance(options.target, Target) else detected(device)
     resident = _resident(example_inputs)
@@ -69,13 +68,15 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
     marks = way.marks[0]
     if way.chunk and chosen.gm is not None:
         limit_chunks(chosen.gm, way.chunk)
-    told = [f"memory_budget: {text(total(way.events, resident, target))} predicted of {text(limit)}"]
+    told = [f"memory_budget: the predicted peak is {text(total(way.events, resident, target))} of {text(limit)}"]
     if way.chunk:
         told.append(f"attention is computed in chunks of {way.chunk} scores")
     if marks.again:
-        told.append(f"{len(marks.dropped)} values are computed again, {text(sum(marks.dropped.values()))}")
+        told.append(
+            f"{len(marks.dropped)} values ({text(sum(marks.dropped.values()))}) are recomputed in the backward pass"
+        )
     if ended_by(gm) is not None:
-        told.append("of this graph alone, which ends at a graph break: what other graphs hold is not counted")
+        told.append("this counts one graph, which ends at a graph break, and not the memory of the other graphs")
     chosen.report.notes.append("; ".join(told))
     patches = {} if way.waits else {"allow_buffer_reuse": False}
     return Fitted(chosen, _partitioner(marks) if marks.again else None, patches)
@@ -86,7 +87,7 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: 
 
 
 def _resident(example_inputs: Sequence[Any]) -> Resident:
-    """The graph's inputs, parameters among them; those that share memory count once."""
+    """Return the bytes of the graph's inputs, including parameters; inputs that share memory count once."""
     sizes: dict[object, int] = {}
     parameters = set()
     for n, x in enumerate(example_inputs):
@@ -104,14 +105,16 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
 
 @dataclass(frozen=True)
 class Marking:
-    """PyTorch's partitioner on a joint graph with marks. A compiler's cache keeps it by its text."""
+    """PyTorch's partitioner, applied to a joint graph with marked nodes. A hash of the marks is its cache key."""
 
     marks: Marks
 
     def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
         missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
         if missing:
-            raise RuntimeError(f"the planned graph is not the compiled one: it has no {', '.join(sorted(missing)[:3])}")
+            raise RuntimeError(
+                f"the compiled graph differs from the planned one: it lacks {', '.join(sorted(missing)[:3])}"
+            )
         mark(joint, self.marks.saved, self.marks.again)
         return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
@@ -122,7 +125,7 @@ def _partitioner(marks: Marks) -> Partitioner:
 
 
 def _free(target: Target, device: torch.device) -> int:
-    """What "auto" may plan with; from now on, running out of memory is noted."""
+    """Return the bytes that "auto" may plan with, and start to record if devices run out of memory."""
     if device.type != "cuda":
         return free_bytes(target)
     _watch()
@@ -139,20 +142,22 @@ def _watch() -> None:
 
 
 def ran_out(device: int, wanted: int, most: int, free: int) -> None:
-    """Note that a device had no `wanted` bytes: the next compile under "auto" plans with what there really was. Called
-    as c10/cuda/CUDACachingAllocator.cpp calls the observers of an error.
+    """Record that a device ran out of memory: the next compile under "auto" plans with the memory it really had.
 
-    most   all that this process may have: the device's memory, or the share that is allowed
-    free   bytes that nobody had
+    c10/cuda/CUDACachingAllocator.cpp calls this as an observer of the error.
+
+    wanted  bytes of the failed allocation
+    most    bytes that this process may use: the device's memory, or its allowed share
+    free    unused bytes of the device
     """
     held, cached = torch.cuda.memory_allocated(device), torch.cuda.memory_reserved(device)
     cached -= held
-    # with the bytes that were asked for it was too much; they may have been more than there was at all
+    # the requested bytes did not fit beside the held ones; they may even be more than all remaining memory
     really = min(most, held + min(wanted - 1, free + cached))
     _limits[device] = min(_limits.get(device, really), really)
     warnings.warn(
-        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were asked for beside {text(held)} of this process's "
-        f"tensors; {text(free)} were free and {text(cached)} cached): free what is not needed, call "
-        'torch._dynamo.reset(), and run the step again; memory_budget="auto" then plans with what there really was',
+        f"attnfx: cuda:{device} ran out of memory ({text(wanted)} were requested beside {text(held)} of this process's "
+        f"tensors; {text(free)} were free and {text(cached)} cached). Free unused tensors, call torch._dynamo.reset(), "
+        'and run the step again: memory_budget="auto" then plans with the memory that was really available',
         stacklevel=2,
     )

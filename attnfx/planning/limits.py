@@ -1,10 +1,10 @@
-"""The largest batch and the largest length that fit, found without running or tracing at each size.
+"""Find the largest batch and the largest length that fit, without running or tracing at each size.
 
-The graphs are captured once more with the batch near what the peak at hand lets expect, where decisions are made, and
-values are chosen to be computed again, as they would be there. Where the decisions are the same, the two captures say
-how each size depends on batch and length; else (and where a batch of one makes another graph) there is a third, with
-the decisions of the second. The size that is found so is captured itself, and the one above it: where other decisions
-are made there, it is looked for from there on.
+The graphs are captured once more at a batch near the expected largest one, given the present peak. This second capture
+makes the decisions, and chooses the values to recompute, that apply to large batches. If it decides like the first
+capture, the two captures determine how each size depends on batch and length. Otherwise, or if a batch of one makes
+another graph, a third capture uses the decisions of the second. The size found in this way is captured itself, and so
+is the next one. If other decisions are made there, the search continues from there.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from attnfx.planning.scaling import Roles, Sizes, Table, Unknown, near, position
 from attnfx.planning.strategies import Strategy, as_decided
 from attnfx.report.report import Report
 
-FAR = 1 << 24  # a batch or length beyond which no limit is looked for
+FAR = 1 << 24  # a batch or length at which the search for a limit stops
 MOST = 1 << 13  # the largest batch that is traced
-ATTEMPTS = 6  # readings of what the dims of the inputs are
+ATTEMPTS = 6  # interpretations of the inputs' dims to try
 
 
 class Capture(Protocol):
-    """Captures the graphs for inputs, deciding as in the reports of other sizes where there are some."""
+    """A function that captures the graphs for inputs, with the decisions of `told`, if any: reports of other sizes."""
 
     def __call__(self, inputs: Any, options: Options, told: Sequence[Report] = ()) -> list[Captured]: ...
 
 
-# the ways to compile some captured graphs, and those that the function captures with every site rewritten
+# (captured graphs, a function that captures them with every site rewritten) -> the ways to compile them
 Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Strategy]]
 
 
 @dataclass
 class Scaled:
-    """One way to compile, at any sizes."""
+    """One way to compile, with its memory at any sizes."""
 
     strategy: Strategy
     table: Table
@@ -55,14 +55,14 @@ class Scaled:
 
 @dataclass
 class Limits:
-    """What is needed to know a step's peak at other sizes.
+    """A step's peak at other sizes, and the largest sizes that fit.
 
-    strategy    the way that was taken
+    strategy  the chosen way to compile
     inputs    (args, kwargs)
-    limit     bytes that the step must fit
-    ways      the ways to compile some captured graphs; None where what was decided stays
-    lowest    under a budget, the last of them for the graphs at hand; what fits is then held against the reserve too
-    notes     takes why a limit is not known
+    limit     bytes into which the step must fit
+    ways      returns the ways to compile captured graphs; None if decisions are fixed
+    lowest    under a budget, the last way for the given graphs; a size must then fit with its reserve
+    notes     receives the reasons for unknown limits
     """
 
     strategy: Strategy
@@ -86,14 +86,14 @@ class Limits:
                 refused = refused or (str(problem).splitlines() or [type(problem).__name__])[0]
                 continue
             if refused and not chosen.sizes.length:
-                self.notes.append(f"max_length is not known, as the model refuses another one: {refused}")
+                self.notes.append(f"max_length could not be determined: {refused}")
             return chosen, found
-        self.notes.append(f"max_batch and max_length are not known: {refused}")
+        self.notes.append(f"max_batch and max_length could not be determined: {refused}")
         return None
 
     @cached_property
     def _long(self) -> list[Scaled]:
-        """At the batch given, with the decisions of a length near the longest: few rewrites pay where it is short."""
+        """The ways at the given batch, with decisions made near the largest length: few rewrites pay at short ones."""
         assert self._scaled is not None
         chosen, scaled = self._scaled
         s = chosen.sizes
@@ -102,9 +102,11 @@ class Limits:
             return scaled if s.batch > 1 else self._both(chosen, near(s, s.batch).length)
         try:
             return self._both(chosen, prime(longest, -1))
-        except Exception as problem:  # as a table of positions does
+        except Exception as problem:  # e.g. beyond a table of positions
             said = (str(problem).splitlines() or [type(problem).__name__])[0]
-            self.notes.append(f"max_length is what memory allows; the model refuses a length of {longest}: {said}")
+            self.notes.append(
+                f"max_length is the limit of memory alone; the model fails at a length of {longest}: {said}"
+            )
             return scaled
 
     def _near(self, way: Strategy, chosen: Roles, last: bool) -> Scaled:
@@ -117,7 +119,7 @@ class Limits:
         return [self._scale(way, chosen, last, Sizes(s.batch, length), near(s, 2).length) for way, last in ways]
 
     def _scale(self, way: Strategy, chosen: Roles, last: bool, then: Sizes, length: int) -> Scaled:
-        """With the decisions of a capture at `then`, held against the one at hand or else one of that `length`."""
+        """Scale a way with the decisions of a capture at `then`, fitted with the given capture or one at `length`."""
         at, options = chosen.sizes, way.captured[0].options
         assert options is not None
         there = self._captured(chosen, then, options)
@@ -140,23 +142,23 @@ class Limits:
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
         found = self.capture(chosen.resized(self.inputs, s), options, told)
         if any(c.problem for c in found):
-            raise Unknown("other sizes make a graph that is not planned")
+            raise Unknown("the graph at other sizes could not be compiled for planning")
         return found
 
     def _expected(self, way: Strategy, batch: int) -> int:
-        """About the batch whose step takes all that there is, if a step's peak grows with it."""
+        """Estimate the batch that fills the memory, if a step's peak grows in proportion to it."""
         stays = self._stays(way)
         grows = max(total(way.events, self.resident, way.target) - stays, 1)
         return min(max(batch * (self.limit - stays) // grows, 2), MOST)
 
     def _stays(self, way: Strategy) -> int:
-        """Parameters, buffers, the optimizer's state, and what is left when a training step has run: the gradients."""
+        """Return the bytes of parameters, buffers, optimizer state and, after a training step, gradients."""
         training = any(c.joint is not None for c in way.captured)
         left = max(sum(e.bytes for e in way.events), 0) if training else 0
         return self.resident.total - self.resident.inputs + left
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
-        """The least peak at other sizes, with as much computed again as can be; None where it is not known."""
+        """Return the least peak at other sizes, with as much recomputed as possible, or None if unknown."""
         if self._scaled is None:
             return None
         chosen, scaled = self._scaled
@@ -175,12 +177,12 @@ class Limits:
         return min(size + (reserve(way, size, resident) if reserved else 0) for way, size in found)
 
     def _asked(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
-        """What must fit: the least peak, and its reserve where there is a budget."""
+        """Return the bytes that must fit: the least peak, plus its reserve under a budget."""
         return self._least(chosen, s, self._events(scaled, s), self.lowest is not None)
 
     def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
-        """The last size that fits by what is decided, and chosen to be computed again, at that size itself. `scaled`
-        says where to look; where it is right, that is two captures."""
+        """Return the last size that fits with the decisions and the recomputation made at that size itself. `scaled`
+        gives the start of the search; if it is right, two captures suffice."""
         found = self._largest(lambda n: self._asked(chosen, scaled, at(n)), start)
         options = self.strategy.captured[0].options
         assert options is not None
@@ -190,7 +192,7 @@ class Limits:
         def own(n: int) -> int:
             try:
                 there = self._captured(chosen, at(n), options)
-            except Exception:  # as where a table of positions ends
+            except Exception:  # e.g. beyond a table of positions
                 return self._asked(chosen, scaled, at(n))
             if self.lowest is None:
                 ways: Iterable[Strategy] = [as_decided(there, self.strategy.target, self.strategy.inlining)]
@@ -203,7 +205,7 @@ class Limits:
 
     @cached_property
     def batch(self) -> int | None:
-        """The largest batch for the length given; None where nothing limits it or it is not known."""
+        """The largest batch for the given length; None if unlimited or unknown."""
         if self._scaled is None or not self._scaled[0].sizes.batch:
             return None
         chosen, scaled = self._scaled
@@ -211,7 +213,7 @@ class Limits:
 
     @cached_property
     def length(self) -> int | None:
-        """The largest length for the batch given; None also where the inputs have none."""
+        """The largest length for the given batch; None if unlimited or unknown, or if the inputs lack a length."""
         if self._scaled is None or not (s := self._scaled[0].sizes).length:
             return None
         chosen = self._scaled[0]
@@ -219,11 +221,13 @@ class Limits:
         found = self._last(chosen, self._long, lambda n: replace(s, length=n), s.length)
         if rows is None or (found is not None and found <= rows):
             return found
-        self.notes.append(f"max_length ends with a table of {rows} positions; memory allows {found or 'any length'}")
+        self.notes.append(
+            f"max_length is limited by a table of {rows} positions; memory allows {found or 'any length'}"
+        )
         return rows
 
     def _largest(self, at: Callable[[int], int], start: int) -> int | None:
-        """The last size that fits: guessed from the sizes on both sides of it, and every third time from the middle."""
+        """Return the last size that fits, by interpolation between both sides and, every third step, by bisection."""
         stays = self._stays(self.strategy)
         if stays > self.limit:
             return 0

@@ -1,4 +1,4 @@
-"""What a whole step takes: what stays from one step to the next, and the events of the step on top of it."""
+"""Compute the peak of a whole step: the bytes that stay between steps, plus the events of the step."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from attnfx.memory.liveness import Event, peak
 from attnfx.planning.strategies import Strategy
 from attnfx.targets import Target
 
-# How much more than predicted a step may take, as a share of what it takes over what stays: above the worst that is
-# recorded, in benchmarks/results/budget.json and, where dead memory waits for later values, in results/plan.json.
+# Margin of error, as a share of a step's predicted bytes beyond the resident ones. It is above the worst recorded
+# error: benchmarks/results/budget.json and, if dead memory waits for later values, benchmarks/results/plan.json.
 ERROR, ERROR_WAITING = 0.03, 0.1
 
 
 @dataclass(frozen=True)
 class Resident:
-    """Bytes that stay from one step to the next, and what the optimizer's own step takes.
+    """Bytes that stay from one step to the next, and the scratch of the optimizer's step.
 
     held      of each parameter and buffer
     given     of each input
@@ -43,7 +43,7 @@ class Resident:
 
 
 def on_gpu(resident: Resident, events: Sequence[Event]) -> Cache:
-    """PyTorch's caching allocator after a step and the optimizer's."""
+    """Return the state of PyTorch's caching allocator after a step and the optimizer's step."""
     cache = replay([*resident.held, *resident.given, resident.state], events)
     if resident.scratch:
         cache.take(resident.scratch)
@@ -51,19 +51,19 @@ def on_gpu(resident: Resident, events: Sequence[Event]) -> Cache:
 
 
 def total(events: Sequence[Event], resident: Resident, target: Target) -> int:
-    """The most bytes at once: of the step, and of the optimizer's after it."""
+    """Return the most bytes at once, over the step and the optimizer's step after it."""
     if target.kind != "cpu":
         return on_gpu(resident, events).peak
     return resident.total + max(peak(events), sum(e.bytes for e in events) + resident.scratch)
 
 
 def reserve(way: Strategy, size: int, resident: Resident) -> int:
-    """The bytes beside a predicted peak of `size` that are kept free under a budget."""
+    """Return the bytes to keep free under a budget, in addition to a predicted peak of `size`."""
     return round((ERROR_WAITING if way.waits and way.inlining else ERROR) * (size - resident.total))
 
 
 def contents(events: Sequence[Event], resident: Resident, saved: Mapping[str, int], train: bool) -> dict[str, int]:
-    """What is allocated at the peak, by kind, in bytes."""
+    """Return the bytes allocated at the peak, by kind."""
     alive: dict[str, int] = {}
     best: dict[str, int] = {}
     now = most = 0
@@ -81,12 +81,12 @@ def contents(events: Sequence[Event], resident: Resident, saved: Mapping[str, in
     gradients = sum(b for v, b in best.items() if train and v in kept and ".backward." in v)
     activations = sum(b for v, b in best.items() if v in saved)
     out |= {"gradients": gradients, "saved for the backward pass": activations, "the optimizer's step": scratch}
-    out["outputs and what is computed there"] = sum(best.values()) - gradients - activations
+    out["outputs and temporaries at the peak"] = sum(best.values()) - gradients - activations
     return {name: size for name, size in out.items() if size}
 
 
 def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, target: Target, train: bool) -> Strategy:
-    """The first way that fits with its reserve. Raises BudgetError, naming the least, where none does."""
+    """Return the first way that fits with its reserve. Raises BudgetError, with the smallest peak, if none fits."""
     best: tuple[int, int, Strategy] | None = None
     for way in ways:
         size = total(way.events, resident, target)
@@ -97,16 +97,16 @@ def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, tar
             best = size + kept, kept, way
     assert best is not None
     least, kept, way = best
-    inside = contents(way.events, resident, way.step.saved, train) | {"reserve for what the prediction is off by": kept}
+    inside = contents(way.events, resident, way.step.saved, train) | {"reserve for errors of the prediction": kept}
     raise BudgetError(
-        f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest peak that can be had is "
-        f"{text(least)} ({', '.join(f'{name} {text(size)}' for name, size in inside.items())})"
+        f"memory_budget: the step does not fit into {text(limit or 0)}; the smallest possible peak is {text(least)} "
+        f"({', '.join(f'{name} {text(size)}' for name, size in inside.items())}); raise the budget or shrink the step"
     )
 
 
 @dataclass(frozen=True)
 class Moment:
-    """What is allocated after one of the allocator's events. `bytes` is all of it, `change` this event's part."""
+    """The memory allocated after one event: `bytes` in total, including `change` by this event."""
 
     phase: str
     where: str

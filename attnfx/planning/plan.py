@@ -1,4 +1,4 @@
-"""`attnfx.plan`: what a step of a model will take on a device, which need not be there, and what fits into a budget."""
+"""`attnfx.plan`: predict a step's memory and time on a device, present or not, and fit the step into a budget."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from attnfx.targets.available import detected, free_bytes
 
 
 class Plan(Prediction):
-    """Decisions for a model under a memory budget, with the predicted timeline: a `Prediction` that can be shown."""
+    """Decisions for a model under a memory budget, with the predicted timeline: a `Prediction` with output methods."""
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -44,15 +44,15 @@ class Plan(Prediction):
         return table(self)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Draw the timeline into an image file. Needs the extra "plot"."""
+        """Plot the timeline to an image file. Needs the extra "plot"."""
         from attnfx.planning.table import plot
 
         plot(self, path)
 
     def to_html(self, path: str | PathLike[str], force: bool = False) -> None:
-        """Write the report with the timeline as one page for a browser, which needs no network.
+        """Write the report with the timeline as one HTML page that works offline.
 
-        Raises FileExistsError where there is a file of that name, unless `force`.
+        Raises FileExistsError if the file exists, unless `force`.
         """
         from attnfx.report.html import write
 
@@ -61,7 +61,7 @@ class Plan(Prediction):
         write(self.report.to_data(), fspath(path), force, [m.bytes for m in self.timeline], caption)
 
     def snapshot(self, path: str | PathLike[str]) -> None:
-        """Write the timeline as a file that PyTorch's memory viewer (pytorch.org/memory_viz) opens."""
+        """Write the timeline as a file for PyTorch's memory viewer (pytorch.org/memory_viz)."""
         from attnfx.planning.snapshot import snapshot
 
         snapshot(self.timeline, self.resident, path)
@@ -69,26 +69,26 @@ class Plan(Prediction):
 
 def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_budget: int | float | str | None = None,
          train: bool | None = None, optimizer: str | int = "none", **options: Any) -> Callable[..., Plan]:  # fmt: skip
-    """Plan a step of `model` on example inputs, running nothing: parameters and inputs may be on "meta".
+    """Plan a step of `model` on example inputs without running it: parameters and inputs may be on "meta".
 
-    `attnfx.plan(model, target="rtx4090", memory_budget="24GiB", train=True)(*args, **kwargs)` gives a `Plan`.
+    `attnfx.plan(model, target="rtx4090", memory_budget="24GiB", train=True)(*args, **kwargs)` returns a `Plan`.
 
-    target          a device's name, or an `attnfx.Target`; "auto" is the device at hand
-    memory_budget   bytes, "16GiB", or a fraction of the target's memory; None is all of it, and nothing is changed for
-                    it; "auto" is the free memory of the device at hand
-    train           whether a backward pass follows; None is whether the model is in training mode
+    target          a device's name, or an `attnfx.Target`; "auto" is the present device
+    memory_budget   bytes, "16GiB", or a fraction of the target's memory; None is all of it, without any changes to fit
+                    it; "auto" is the free memory of the present device
+    train           whether a backward pass follows; None means the model's training mode decides
     optimizer       none, sgd, momentum, adam, adamw, adam8bit, adamw8bit, or the bytes of its state
-    options         those of `Options`
+    options         the fields of `Options`
 
     Raises:
-        OptionError: an option is unknown or has a bad value, or the budget is more than the target has.
-        BudgetError: nothing fits; it names the smallest peak that can be had, and what is in it.
+        OptionError: an option is unknown or invalid, or the budget exceeds the target's memory.
+        BudgetError: the step does not fit; the message has the smallest possible peak and its contents.
     """
     chosen = Options.make({**options, "target": target})
     wanted = budgets.check("memory_budget", memory_budget)
     keeps = optimizers.given(optimizer)
     if train not in (None, True, False):
-        raise OptionError(f"train: {train!r} is not valid, the nearest is {bool(train)} (of None, True, False)")
+        raise OptionError(f"train: {train!r} is not valid; did you mean {bool(train)}? Valid values: None, True, False")
 
     def run(*args: Any, **kwargs: Any) -> Plan:
         device = chosen.target if isinstance(chosen.target, Target) else detected(_device(model))
@@ -128,14 +128,14 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
 
 def _covered(captured: Sequence[Captured]) -> list[str]:
-    """What the plan says of the graphs. Raises OptionError where none of them can be planned."""
+    """Return the plan's notes on the graphs. Raises OptionError if none of them can be planned."""
     if not captured:
-        raise OptionError("Dynamo made no graph of this call: there is nothing to plan")
+        raise OptionError("Dynamo captured no graph of this call, so there is nothing to plan")
     if all(c.problem for c in captured):
         raise OptionError(f"there is nothing to plan: the graph {captured[0].problem}")
     notes = [f"graph {n}: {note}" for n, c in enumerate(captured) for note in c.report.notes]
     if len(captured) > 1:
-        notes.append(f"Dynamo made {len(captured)} graphs; what Python does between them is not planned")
+        notes.append(f"Dynamo captured {len(captured)} graphs; the Python code between them is not planned")
     return notes + [f"graph {n} {c.problem}" for n, c in enumerate(captured) if c.problem]
 
 

@@ -1,4 +1,4 @@
-"""Hold what a step is predicted to take: the strategy, its timeline, its limits."""
+"""Hold the prediction for a step: the strategy, its timeline, its limits."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from attnfx.targets import Target
 
 @dataclass
 class Prediction:
-    """What a step takes under a memory budget, with its timeline. Bytes are bytes, times milliseconds.
+    """The predicted memory and time of a step under a memory budget, with its timeline, in bytes and milliseconds.
 
-    peak_bytes     the most that is allocated at once: parameters, inputs, optimizer state, gradients, activations
-    reserved_bytes on a GPU, what PyTorch's caching allocator takes from the device for it
-    predicted_ms   of the step's kernels, by their arithmetic and traffic
+    peak_bytes     most bytes allocated at once: parameters, inputs, optimizer state, gradients, activations
+    reserved_bytes on a GPU, the bytes that PyTorch's caching allocator reserves on the device
+    predicted_ms   time of the step's kernels, from their arithmetic and memory traffic
     decisions      of each attention site, in order
-    saved          what is kept for the backward pass, name -> bytes; `recomputed` what the budget took from it
+    saved          values kept for the backward pass, name -> bytes; `recomputed` has those dropped for the budget
     timeline       a Moment for each of the allocator's events
-    max_batch      the largest batch that fits, for the length given; None where nothing limits it or it is not known
-    max_length     the largest length for the batch given; None also where the inputs have none
-    notes          what the plan does not cover, and why a limit is not known
+    max_batch      the largest batch that fits with the given length; None if unlimited or unknown
+    max_length     the largest length that fits with the given batch; None also if the inputs lack a length
+    notes          the limits of the plan, and the reasons for an unknown limit
     """
 
     target: Target
@@ -91,16 +91,16 @@ class Prediction:
         return None if self._limits is None else self._limits.length
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
-        """The peak at other sizes; under a budget with what can be computed again. None where it is not known."""
+        """Return the peak at other sizes, under a budget with as much recomputed as possible, or None if unknown."""
         return None if self._limits is None else self._limits.bytes_at(batch, length)
 
     def parts(self) -> dict[str, int]:
-        """What is allocated at the peak, by kind, in bytes."""
+        """Return the bytes allocated at the peak, by kind."""
         return contents(self.strategy.events, self.resident, self.saved, self.train)
 
     @cached_property
     def report(self) -> Report:
-        """What was found and decided, over all graphs of the call."""
+        """The sites and decisions of all graphs of the call."""
         whole = Report(graphs=0)
         for c in self.strategy.captured:
             whole.take(c.report)

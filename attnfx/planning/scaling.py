@@ -1,8 +1,8 @@
-"""Sizes as functions of the batch and the length: read off the same graphs at two pairs of sizes.
+"""Express the sizes of values as functions of batch and length, fitted to the same graphs at two pairs of sizes.
 
-A dim d of a value is k * batch**i * length**j + c. The graphs are captured once at one pair of sizes and once at
-another; the two numbers of each dim give k and c, and the simplest form that gives both is taken. The second sizes are
-primes, so that no other form gives the same numbers by chance.
+A dim of a value is k * batch**i * length**j + c. The graphs are captured at two pairs of batch and length; the two
+values of each dim determine k and c, and the simplest form that matches both is chosen. The second pair consists of
+primes, so that other forms do not match by chance.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ FORMS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
 
 @dataclass(frozen=True)
 class Sizes:
-    """The batch and the length of a call; a length of 0 where the inputs have none."""
+    """The batch and the length of a call; the length is 0 if the inputs lack one."""
 
     batch: int
     length: int
@@ -35,7 +35,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Dim:
-    """factor * batch**batches * length**lengths + rest."""
+    """The size factor * batch**batches * length**lengths + rest."""
 
     batches: int
     lengths: int
@@ -47,26 +47,26 @@ class Dim:
 
 
 class Unknown(Exception):
-    """A size is no such function, or the graphs differ; the message says what."""
+    """The error if a size does not have this form, or if the graphs differ; the message gives the reason."""
 
 
 @dataclass(frozen=True)
 class Roles:
-    """Which dims of the inputs are the batch and which the length, as pairs (input, dim), and how long they are."""
+    """The dims of the inputs that are the batch or the length, as pairs (input, dim), and their sizes."""
 
     sizes: Sizes
     batch: frozenset[tuple[int, int]]
     length: frozenset[tuple[int, int]]
 
     def shape(self, n: int, given: Sequence[int], new: Sizes) -> list[int]:
-        """The shape of the n-th input at other sizes."""
+        """Return the shape of the n-th input at other sizes."""
         return [
             new.batch if (n, d) in self.batch else new.length if (n, d) in self.length else int(size)
             for d, size in enumerate(given)
         ]
 
     def resized(self, inputs: Any, new: Sizes) -> Any:
-        """Empty inputs of the new sizes, on "meta"."""
+        """Return inputs of the new sizes on "meta"."""
         leaves, tree = tree_flatten(inputs)
         for n, x in enumerate(leaves):
             if isinstance(x, torch.Tensor):
@@ -76,8 +76,9 @@ class Roles:
 
 
 def sizes_of(inputs: Any) -> Sizes:
-    """The batch is the first dim of the first input that has two or more; the length is the second dim of the first
-    input of whole numbers, or else of the first of three dims."""
+    """Guess the batch and the length from the inputs' shapes. The batch is the first dim of the first input with two or
+    more dims. The length is the second dim of the first integer input with two or more dims, or else of the first input
+    with three dims."""
     leaves = [x for x in tree_leaves(inputs) if isinstance(x, torch.Tensor) and x.ndim >= 1]
     batch = next((x.shape[0] for x in leaves if x.ndim >= 2), leaves[0].shape[0] if leaves else 0)
     whole = [x for x in leaves if x.ndim >= 2 and not x.dtype.is_floating_point and x.dtype != torch.bool]
@@ -87,10 +88,11 @@ def sizes_of(inputs: Any) -> Sizes:
 
 
 def roles(inputs: Any) -> Iterator[Roles]:
-    """What the dims may be, likeliest first: every dim of the batch's or the length's size in its place is one.
+    """Yield interpretations of the inputs' dims, the likeliest first; a model refuses a wrong one.
 
-    A model refuses what is wrong: then the length is one dim of each input, or none, or an input other than the first
-    has neither, as a table whose rows happen to be as many as the batch.
+    In the first, every leading dim of the batch's size is the batch, and every other dim of the length's size is the
+    length. In the others, the length is only one dim of each input, or none, or an input other than the first has
+    neither, such as a table with as many rows as the batch.
     """
     at = sizes_of(inputs)
     leaves = [(n, x) for n, x in enumerate(tree_leaves(inputs)) if isinstance(x, torch.Tensor) and x.ndim >= 1]
@@ -112,7 +114,8 @@ def roles(inputs: Any) -> Iterator[Roles]:
 
 
 def near(s: Sizes, batch: int) -> Sizes:
-    """Primes other than the sizes: from the given batch on, and below a length, as positions may be a table."""
+    """Return primes other than the sizes: the batch from `batch` on, the length below the given one. A longer length
+    might exceed a table of positions."""
     found = prime(max(batch, 2), 1)
     length = prime(s.length - 1, -1) if s.length > 8 else prime(s.length + 1, 1) if s.length else 0
     return Sizes(found if found != s.batch else prime(found + 1, 1), length)
@@ -125,7 +128,7 @@ def prime(n: int, by: int) -> int:
 
 
 def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
-    """The simplest function that is `first` at the one sizes and `second` at the others. Raises Unknown."""
+    """Return the simplest function with the value `first` at sizes `at` and `second` at `then`. Raises Unknown."""
     if first == second:
         return Dim(0, 0, Fraction(0), Fraction(first))
     found = None
@@ -140,27 +143,27 @@ def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
         if found is None and factor.denominator == 1 and rest.denominator == 1 and abs(rest) <= max(at.length, 64):
             found = Dim(i, j, factor, rest)
     if found is None:
-        raise Unknown(f"a size of {first} becomes {second} where the batch and length {at} become {then}")
+        raise Unknown(f"a size changes from {first} to {second} when batch and length change from {at} to {then}")
     return found
 
 
 class Table:
-    """The dims of each value of a list of graphs, by its name "graph.name", and so its bytes at any sizes."""
+    """The dims of each value of a list of graphs, by its name "graph.name", which determine its bytes at any sizes."""
 
     def __init__(self, first: Sequence[Captured], second: Sequence[Captured], at: Sizes, then: Sizes):
         self.at_first = at
         self.dims: dict[str, tuple[Dim, ...]] = {}
         self.attention: dict[str, Node] = {}
         if len(first) != len(second):
-            raise Unknown("other sizes make another number of graphs")
+            raise Unknown("other sizes give another number of graphs")
         cache: dict[tuple[int, int], Dim] = {}
         for n, (a, b) in enumerate(zip(first, second)):
             one, two = _values(a), _values(b)
             if len(one) != len(two):
-                raise Unknown("other sizes make another graph")
+                raise Unknown("other sizes give another graph")
             for (name, node, x), (_, again, y) in zip(one, two):
                 if _operator(node) != _operator(again) or x.ndim != y.ndim:
-                    raise Unknown(f"other sizes make another graph, from {name} on")
+                    raise Unknown(f"other sizes give another graph, from {name} on")
                 pairs = [(int(p), int(q)) for p, q in zip(x.shape, y.shape)]
                 for pair in pairs:
                     if pair not in cache:
@@ -170,14 +173,14 @@ class Table:
                     self.attention[f"{n}.{node.name}"] = node
 
     def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool, chunk: int = 0) -> list[Part]:
-        """The graphs' records at other sizes, with chunked attention in chunks of so many scores."""
+        """Return the graphs' records at other sizes, with chunked attention in chunks of `chunk` scores."""
         shares: dict[tuple[Dim, ...], Fraction] = {}
 
         def share(name: str) -> Fraction:
-            """How many times a value's elements there are."""
+            """Return the factor by which a value's number of elements changes."""
             dims = self.dims.get(name)
             if dims is None:
-                raise Unknown(f"the compiler's graph has a value that the joint graph has not: {name}")
+                raise Unknown(f"the compiled graph has a value that the joint graph lacks: {name}")
             if dims not in shares:
                 shares[dims] = Fraction(1)
                 for d in dims:
@@ -212,7 +215,7 @@ def _operator(node: Node) -> str:
 
 
 def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
-    """The name of each tensor of the graph, its node and itself; the parts of a node are "name[i]"."""
+    """Return (name, node, tensor) for each tensor of the graph; the parts of a node's value are "name[i]"."""
     gm: GraphModule | None = captured.joint if captured.joint is not None else captured.forward
     assert gm is not None
     out = []
@@ -226,10 +229,10 @@ def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
 
 
 def position_rows(captured: Captured) -> list[int]:
-    """The rows of each table that is read at positions which no input gives: a longer call reads beyond its end."""
+    """Return the rows of each embedding table indexed by positions alone: a longer call would read beyond its end."""
     gm = captured.joint if captured.joint is not None else captured.forward
     assert gm is not None
-    counted: dict[Node, bool] = {}  # node -> whether it is made of positions alone
+    counted: dict[Node, bool] = {}  # node -> whether it is computed from positions alone
     out = []
     for n in gm.graph.nodes:
         sources = n.all_input_nodes

@@ -1,7 +1,7 @@
-"""A plan's timeline as a file for PyTorch's memory viewer, as `torch.cuda.memory._dump_snapshot` writes it.
+"""Write a plan's timeline as a file for PyTorch's memory viewer, in the format of `torch.cuda.memory._dump_snapshot`.
 
-Addresses are made up: the blocks lie where PyTorch's caching allocator would put them, in segments one after the other.
-Times are the numbers of the events.
+Addresses are synthetic: blocks are placed as PyTorch's caching allocator would place them, in consecutive segments.
+Times are the indices of the events.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ if TYPE_CHECKING:
     from attnfx.memory.allocator import _Block as Block
 
 START = 1 << 40  # the first segment's address
-PROTOCOL = 4  # the viewer reads no later one
+PROTOCOL = 4  # the latest pickle protocol that the viewer reads
 
 Frames = list[dict[str, Any]]
 
 
 def snapshot(timeline: Sequence[Moment], resident: Resident, path: str | PathLike[str]) -> None:
-    """Write the pickle of a plan's timeline, with what is resident before it."""
+    """Write a plan's timeline as a pickle, after the allocations of resident memory."""
     recorder = _Recorder()
     held: dict[str, list[Block]] = {}
     for size, frames in _resident(resident):
@@ -57,12 +57,12 @@ def _frame(name: str, where: str) -> dict[str, Any]:
 
 
 class _Recorder:
-    """The allocator, and what it would record."""
+    """The simulated allocator and the trace that it would record."""
 
     def __init__(self) -> None:
         self.cache, self.trace = Cache(), []
         self.addresses: list[int] = []  # of each segment
-        self.known: dict[int, tuple[int, Frames]] = {}  # address -> bytes asked for, and for what
+        self.known: dict[int, tuple[int, Frames]] = {}  # address -> requested bytes and their frames
 
     def take(self, size: int, frames: Frames) -> Block:
         before = self.cache.reserved
@@ -90,7 +90,7 @@ class _Recorder:
         self.trace.append({**entry, "frames": frames})
 
     def segments(self) -> list[dict[str, Any]]:
-        """What there is in the end, as `torch.cuda.memory_snapshot` has it."""
+        """Return the final segments, in the format of `torch.cuda.memory_snapshot`."""
         out = []
         for address, head in zip(self.addresses, self.cache.heads):
             blocks, at = [], head

@@ -1,9 +1,8 @@
-"""From captured graphs to the choices that a memory budget leaves: what each takes, and the first that fits.
+"""List the strategies to compile captured graphs under a memory budget, in order of the time that they cost.
 
-The choices are in order of the time that they cost: the decisions as they are; every site rewritten that can be; memory
-given back when what lies in it dies; then more and more of the forward pass computed again in the backward pass. Each
-of the last two is tried with smaller and smaller chunks of attention. The first that fits is taken, so that a smaller
-budget never gives a larger peak.
+The strategies are: the decisions as they are; every possible site rewritten; dead memory released at once; then more
+and more of the forward pass recomputed in the backward pass. Each of the last two is tried with smaller and smaller
+chunks of attention. The first strategy that fits is chosen, so a smaller budget never gives a larger peak.
 """
 
 from __future__ import annotations
@@ -25,15 +24,14 @@ from attnfx.passes.joint.read_joint import joint_records
 from attnfx.planning.capture import Captured
 from attnfx.targets import Target
 
-# The most scores at once that are tried, by device: an eighth and a thirty-second of a tile of
-# kernels/chunked/blocks.py. On a CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long
-# (256 and 2048 keys).
+# Chunk sizes to try, in scores, by device: an eighth and a thirty-second of a tile of kernels/chunked/blocks.py. On a
+# CPU the former took as long as the whole tile, the latter 1.0 to 2.1 times as long (256 and 2048 keys).
 CHUNKS = {"cpu": (1 << 17, 1 << 15), "cuda": (1 << 23, 1 << 21)}
 
 
 @dataclass(frozen=True)
 class Marks:
-    """For one graph: names of forward values that are saved, and of operations that run again. Empty: as PyTorch
+    """Names of the forward values that one graph saves, and of the operations that it recomputes. If empty, PyTorch
     decides."""
 
     saved: frozenset[str] = frozenset()
@@ -43,10 +41,10 @@ class Marks:
 
 @dataclass
 class Strategy:
-    """One way to compile the graphs; `parts` is what they become.
+    """One way to compile the graphs; `parts` has the results.
 
     chunk   the most scores that the chunked tier computes at once; 0 for its own choice
-    waits   what died may wait for a later value of its size and dtype, as Inductor does unless it is told otherwise
+    waits   whether dead memory may wait for a later value of its size and dtype, which is Inductor's default
     """
 
     captured: Sequence[Captured]
@@ -58,7 +56,7 @@ class Strategy:
     waits: bool = True
 
     def step_of(self, parts: Sequence[Part]) -> Step:
-        """The step of such graphs, its sizes perhaps others."""
+        """Return the step of such graphs, possibly at other sizes."""
         made = step(parts, self.target.kind == "cpu", self.inlining)
         return made if self.waits else replace(made, phases=tuple(replace(p, alive=()) for p in made.phases))
 
@@ -72,7 +70,7 @@ class Strategy:
 
     @cached_property
     def peak(self) -> int:
-        """Bytes over what is there before the step."""
+        """Most bytes beyond those allocated before the step."""
         return peak(self.events)
 
     @cached_property
@@ -89,8 +87,8 @@ class Strategy:
 
 def strategies(captured: Sequence[Captured], target: Target, inlining: bool = True,
             more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Strategy]:  # fmt: skip
-    """The ways to compile, in order of the time they cost, each with a peak no larger than those before it. `more`
-    captures the graphs with every site rewritten."""
+    """Yield the ways to compile, in order of the time they cost. Each has a smaller peak than all before it; only the
+    way that releases dead memory at once is always included. `more` captures the graphs with every site rewritten."""
     best = as_decided(captured, target, inlining)
     yield best
     least = best.peak
@@ -105,7 +103,7 @@ def strategies(captured: Sequence[Captured], target: Target, inlining: bool = Tr
                 best, least = other, other.peak
     base, sizes = replace(best, waits=False) if inlining else best, _chunks(best)
     if base is not best:
-        yield base  # what is predicted of it is nearer to what is measured
+        yield base  # its predicted peak is closer to measurements
         least = min(least, base.peak)
 
     def ways() -> Iterator[Strategy]:
@@ -121,7 +119,7 @@ def strategies(captured: Sequence[Captured], target: Target, inlining: bool = Tr
 
 
 def _chunks(base: Strategy) -> list[tuple[int, list[dict[str, int]]]]:
-    """(the most scores at once, for each graph what its chunked attention then takes), where it is any less."""
+    """Return (chunk size, workspaces of each graph's chunked attention) for the sizes that reduce a workspace."""
     cpu, out = base.target.kind == "cpu", []
     for size in CHUNKS["cpu" if cpu else "cuda"]:
         found = [workspaces(g, size, cpu) for c in base.captured if (g := c.joint or c.forward) is not None]
@@ -142,7 +140,7 @@ def _in_chunks(way: Strategy, size: int, found: Sequence[Mapping[str, int]]) -> 
 
 
 def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> Strategy:
-    """The graphs as they are, and what is saved as PyTorch decides."""
+    """Return the strategy with the graphs as they are, and with the saved values chosen by PyTorch."""
     cpu, parts = target.kind == "cpu", []
     for c in captured:
         if c.joint is None:
@@ -155,7 +153,7 @@ def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> 
 
 
 def _recomputing(base: Strategy) -> Iterator[tuple[list[Marks], list[Part]]]:
-    """More and more computed again, always what costs the least time for a byte."""
+    """Yield marks and graphs with more and more recomputation, always at the least time per byte."""
     joints: dict[int, Joint] = {}
     solutions: list[list[Solution]] = []
     for n, (captured, part) in enumerate(zip(base.captured, base.parts)):
@@ -178,8 +176,9 @@ def _recomputing(base: Strategy) -> Iterator[tuple[list[Marks], list[Part]]]:
 
 
 def _prices(joint: Joint, fixed: frozenset[str], part: Part, target: Target) -> Callable[[Op], float | None]:
-    """Milliseconds to run an operation again: nothing for what does so anyway; of a loop half the traffic, as most are
-    inlined where they are read."""
+    """Return a function for the milliseconds to run an operation again, None for one that may not run again. An
+    operation that PyTorch recomputes anyway costs nothing. A loop costs half its traffic: most are inlined in their
+    readers."""
     assert part.backward is not None
     twice = {op.name for op in part.forward.ops} & {op.name for op in part.backward.ops if op.kind != "input"}
 

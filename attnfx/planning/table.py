@@ -1,4 +1,4 @@
-"""A plan as a table and as a picture."""
+"""Render a plan as a table and as a plot."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ ROWS = 16  # of modules, in a table
 
 
 def table(plan: Prediction) -> Any:
-    """A rich renderable: the peak and what is in it, the limits, each site's decision, what is saved and what computed
-    again."""
+    """Return a rich renderable: the peak and its contents, limits, decisions, and saved and recomputed values."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
@@ -31,15 +30,17 @@ def table(plan: Prediction) -> Any:
     for name, size in plan.parts().items():
         facts.add_row(f"  {name}", text(size))
     if plan.reserved_bytes is not None:
-        facts.add_row("taken from the device", text(plan.reserved_bytes))
+        facts.add_row("reserved by the allocator", text(plan.reserved_bytes))
     facts.add_row("predicted time", f"{plan.predicted_ms:.2f} ms")
     for name, found in (("largest batch", plan.max_batch), ("largest length", plan.max_length)):
-        facts.add_row(name, "not known, or not limited" if found is None else str(found))
+        facts.add_row(name, "unknown or unlimited" if found is None else str(found))
     if plan.recomputed:
         size = sum(plan.recomputed.values())
-        facts.add_row("computed again", f"{len(plan.recomputed)} values, {text(size)} that are not saved")
+        facts.add_row(
+            "recomputed", f"{len(plan.recomputed)} values, {text(size)}, which are not saved for the backward pass"
+        )
     if not plan.strategy.waits:
-        facts.add_row("dead memory", "is given back at once, no value waits for it")
+        facts.add_row("dead memory", "is freed at once instead of being reused by a later value")
 
     sites = Table(title="attention", title_justify="left")
     for column in ("site", "where", "tier", "reason"):
@@ -48,7 +49,7 @@ def table(plan: Prediction) -> Any:
         sites.add_row(names, *row)
 
     held = Table(title="for the backward pass, by module", title_justify="left")
-    for column in ("module", "saved", "computed again"):
+    for column in ("module", "saved", "recomputed"):
         held.add_column(column, overflow="fold")
     rows = by_module(plan)
     for module, sizes in list(rows.items())[:ROWS]:
@@ -61,7 +62,7 @@ def table(plan: Prediction) -> Any:
 
 
 def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
-    """The sites, those that follow each other with the same decision as one row: (names, (where, tier, reason))."""
+    """Return rows (names, (where, tier, reason)); consecutive sites with the same decision share a row."""
     rows: list[tuple[list[str], tuple[str, str, str]]] = []
     for site in plan.sites:
         chosen = site.decision
@@ -77,8 +78,7 @@ def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
 
 
 def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:
-    """Bytes that are saved, and bytes that are computed again instead, by module; layers of a list are one: "h.*.mlp".
-    The largest come first."""
+    """Return (saved bytes, recomputed bytes) by module, the largest first; layers of a list are one: "h.*.mlp"."""
     made = {
         f"{n}.{r.name}": re.sub(r"\b\d+\b", "*", op.where)
         for n, part in enumerate(plan.strategy.parts) for op in part.forward.ops for r in op.results
@@ -91,11 +91,11 @@ def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:
 
 
 def plot(plan: Prediction, path: str | PathLike[str]) -> None:
-    """The bytes over the events of the step, one colour for each phase."""
+    """Plot the bytes over the events of the step, with one color for each phase."""
     try:
         from matplotlib.figure import Figure
     except ImportError as problem:
-        raise ImportError("to draw a plan, install matplotlib: pip install attnfx[plot]") from problem
+        raise ImportError("drawing a plan needs matplotlib: pip install attnfx[plot]") from problem
     figure = Figure(figsize=(10, 4))
     axes = figure.subplots()
     gib = [m.bytes / 2**30 for m in plan.timeline]

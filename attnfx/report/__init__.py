@@ -1,1 +1,1 @@
-"""Say what was found in a graph and what was decided: records, codes, and their text, JSON and HTML."""
+"""Report the sites found in a graph and the decisions on them: records and codes, and their text, JSON and HTML."""

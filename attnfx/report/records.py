@@ -1,4 +1,4 @@
-"""Record what became of one attention: site, decision, refusal."""
+"""Define the records of one attention: its site, candidates, and decision or refusal."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from attnfx.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why something that looks like attention was left as it was.
+    """The reason why a place that looks like attention was not rewritten.
 
     code     stable, one of `attnfx.report.codes.CODES`
     message  the first condition that failed, a sentence
-    nodes    the graph nodes that stopped the walk
-    hint     the smallest edit that would change it; the code's own where it is empty
+    nodes    the graph nodes that failed it
+    hint     the smallest edit that would help; defaults to the code's own
     where    the user's line ("file.py:88") that the nodes came from
 
-    Raises ValueError for a code that does not exist.
+    Raises ValueError for an unknown code.
     """
 
     code: str
@@ -36,24 +36,24 @@ class Refusal:
 
     @property
     def closest(self) -> str:
-        """The form nearest to this one that is rewritten."""
+        """Return the nearest form that is rewritten."""
         return known(self.code).closest
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where and self.where not in self.message else ""
-        return f"{self.message}{place} [{self.code}]" + (f" {self.hint}" if self.hint else "")
+        return f"{self.message}{place} [{self.code}]" + (f". {self.hint}" if self.hint else "")
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One way to compute a site, with its predicted cost.
+    """A way to compute a site, with its predicted cost.
 
-    predicted_ms      of one call: forward, or forward and backward where a backward pass follows
-    predicted_bytes   what is alive at its peak beyond the inputs and the output
-    saved_bytes       what is kept for the backward pass beyond the operands and the output
-    tile              rows and keys of a kernel's tile; warps and stages as Triton counts them
-    splits            parts that the decode kernel cuts the keys into
-    measured_ms       the same as predicted_ms where it was timed (`tune`), else None
+    predicted_ms      time of a call: forward, plus backward in training
+    predicted_bytes   bytes allocated at the peak of a call, without the inputs and the output
+    saved_bytes       bytes saved for the backward pass, without the operands and the output
+    tile              (rows, keys) of the kernel's tile; `warps` and `stages` are Triton's
+    splits            number of parts into which the decode kernel divides the keys
+    measured_ms       measured time of a call, like `predicted_ms` (`tune`), else None
     """
 
     tier: str
@@ -70,8 +70,8 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision(Candidate):
-    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; the
-    `code` of a site that is kept is one of `attnfx.report.codes.CODES`."""
+    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; `code`
+    is why the site is kept, one of `attnfx.report.codes.CODES`, or empty."""
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
@@ -83,7 +83,7 @@ class Decision(Candidate):
 
     @property
     def original(self) -> Candidate | None:
-        """What the site costs as it was written, where that was predicted."""
+        """Return the candidate that keeps the original code, or None if it was not predicted."""
         if self.tier == "kept":
             return self
         return next((c for c in self.alternatives if c.tier == "kept"), None)
@@ -91,13 +91,13 @@ class Decision(Candidate):
 
 @dataclass
 class Site:
-    """One attention found in a graph.
+    """An attention found in a graph.
 
-    dims    (B, H, G, T, S, D, Dv) as numbers, or text where symbolic; (T, S) where whole rows are computed; `sizes` are
-            the example's numbers, with those of the spec's own sizes
-    where   the user's "file.py:88"
+    dims    B, H, G, T, S, D, Dv as numbers, or as text if symbolic; only T and S if whole rows are computed
+    sizes   the same at the example inputs, and the spec's own sizes
+    where   the user's line ("file.py:88")
     notes   assumptions, and whether a kept site was shielded from other rewriters
-    flops   of its two products, forward, masks not counted; 0 where not known
+    flops   FLOPs of its two products, forward, as if unmasked; 0 if unknown
     """
 
     name: str
@@ -113,7 +113,7 @@ class Site:
 
     @property
     def code(self) -> str:
-        """Why it was kept, as a stable code of `attnfx.report.codes.CODES`; "" where it was rewritten."""
+        """Return the code in `attnfx.report.codes.CODES` for a kept site; "" if rewritten or kept by measurement."""
         if self.refusal is not None:
             return self.refusal.code
         return self.decision.code if self.decision is not None else ""
@@ -124,12 +124,12 @@ class Site:
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
-        """What had to run otherwise than decided in this process so far, a sentence each: for the site's spec."""
+        """Return a sentence for each deviation from a decision in this process so far, on any site of the same spec."""
         with _lock:
             return () if self.spec is None else tuple(_fallbacks.get(self.spec, ()))
 
     def summary(self) -> str:
-        """Heads, sizes, scale and dropout in words."""
+        """Describe heads, sizes, batch and dropout in words."""
         d = self.dims
         if not d or self.spec is None:
             return f"{d['T']} rows x {d['S']} keys" if d else ""
@@ -140,16 +140,16 @@ class Site:
 
 
 def share(site: Site, total: int) -> float | None:
-    """The site's part of `total` FLOPs; None where it is not known."""
+    """Return the site's share of `total` FLOPs; None if unknown."""
     return site.flops / total if total and site.flops else None
 
 
-_fallbacks: dict[AttentionSpec, list[str]] = {}  # by spec: kernels know no sites
+_fallbacks: dict[AttentionSpec, list[str]] = {}  # by spec, because a kernel does not know its site
 _lock = threading.Lock()
 
 
 def fell_back(spec: AttentionSpec, sentence: str) -> None:
-    """Say, in the reports of every site of this spec and in one warning, that a kernel could not run as decided."""
+    """Record that a kernel could not run as decided, for the reports of all sites of this spec; warn once."""
     with _lock:
         told = _fallbacks.setdefault(spec, [])
         if sentence in told:

@@ -1,4 +1,4 @@
-"""What became of each attention: sites, decisions, refusals, and the report that holds them."""
+"""Collect sites, decisions and refusals in reports, and keep the reports of this process."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """What attnfx did with one model or graph.
+    """A report on one model or graph.
 
     sites    the attentions, rewritten or kept
-    others   softmaxes of which no attention was made: each has a refusal
+    others   the softmaxes that are not attention, each with a refusal
     notes    sentences about a whole graph
-    graphs   how many graphs it is about
-    flops    of all matrix products and convolutions of these graphs, forward
-    stages   "traced", "lifted", "rewritten": the graphs as data, where they were asked for (`explain`, `dump_dir`)
-    decided  of one graph: what was decided for each place, by the path of its body and its number there
+    graphs   the number of graphs
+    flops    FLOPs of all matrix products and convolutions of these graphs, forward
+    stages   "traced", "lifted", "rewritten": the graphs as data, if requested (`explain`, `dump_dir`)
+    decided  for a single graph: the decision on each place, by the path of its body and its number there
     """
 
     sites: list[Site] = field(default_factory=list)
@@ -49,7 +49,7 @@ class Report:
         return [s for s in self.sites if not s.rewritten]
 
     def file_site(self, site: Site) -> None:
-        """Add a site, under the next name."""
+        """Add a site under the next name."""
         site.name = f"attention_{len(self.sites)}"
         self.sites.append(site)
 
@@ -67,18 +67,18 @@ class Report:
         self.graphs += 1
 
     def stage(self, name: str) -> Stage:
-        """The stage of this name, made where there is none yet."""
+        """Return the stage of this name, creating it if needed."""
         from attnfx.report.stages import Stage
 
         return self.stages.setdefault(name, Stage(name))
 
     def undo(self, code: str, message: str) -> None:
-        """Note that every rewritten site stays as it was after all, and why."""
+        """Mark every rewritten site as refused, because its rewrite is not used after all."""
         for site in self.rewritten:
             site.decision, site.refusal = None, Refusal(code, message, where=site.where)
 
     def share(self, site: Site) -> float | None:
-        """The site's part of the graphs' FLOPs; None where it is not known."""
+        """Return the site's share of the graphs' FLOPs; None if unknown."""
         return share(site, self.flops)
 
     def __iter__(self) -> Iterator[Site]:
@@ -95,19 +95,19 @@ class Report:
         return renderable(self.sites, self.others, self.notes, self.flops)
 
     def to_json(self) -> str:
-        """The whole report as JSON, in the schema of docs/report.md."""
+        """Return the whole report as JSON, in the schema of docs/report.md."""
         return json.dumps(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
-        """The whole report as JSON-ready values."""
+        """Return the whole report as JSON-ready values."""
         from attnfx.report.to_json import data
 
         return data(self.sites, self.others, self.notes, self.graphs, self.flops, self.stages)
 
     def to_html(self, path: str | Path, force: bool = False) -> None:
-        """Write the report as one page for a browser, which needs no network.
+        """Write the report as one self-contained HTML page.
 
-        Raises FileExistsError where there is a file of that name, unless `force`.
+        Raises FileExistsError if the file exists, unless `force`.
         """
         from attnfx.report.html import write
 
@@ -115,7 +115,7 @@ class Report:
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """The inverse of `to_json`. Raises ValueError for another version's text."""
+        """Read a report from the output of `to_json`. Raises ValueError for another version of the schema."""
         from attnfx.report.to_json import fields
 
         return Report(**fields(text))
@@ -132,6 +132,6 @@ def file(report: Report) -> None:
 
 
 def reports() -> list[Report]:
-    """The reports of the graphs that this process compiled, newest last (the last 1000)."""
+    """Return the reports on the last 1000 graphs that this process compiled, newest last."""
     with _lock:
         return list(_filed)

@@ -1,4 +1,4 @@
-"""A stage of a graph as data: for networkx, DOT, GraphML and JSON. Knows no torch."""
+"""Represent a stage of a graph as data, for networkx, DOT, GraphML and JSON. Independent of torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ if TYPE_CHECKING:
 class GraphNode:
     """One node of a stage.
 
-    id      unique in the stage: the node's name in its graph, with the number of the graph (and the names of the
-            submodules) before it
-    label   what it computes: "matmul", "input", "attention_3"
+    id      unique in the stage: the number of the graph, the names of submodules, and the node's name
+    label   the operator or role: "matmul", "input", "attention_3"
     kind    "input", "constant", "operator", "site" or "output"
-    shape   of a tensor: (2, 12, "s0", 64); symbolic sizes as text
-    dtype   of a tensor: "float32"
+    shape   a tensor's shape, with symbolic sizes as text: (2, 12, "s0", 64)
+    dtype   a tensor's dtype: "float32"
     where   the user's line: "model.py:88"
     module  the path of the module that it came from: "layers.3.attention"
     site    the name of the site that it belongs to
@@ -38,14 +37,13 @@ class GraphNode:
     site: str = ""
 
     def of(self, site: str) -> GraphNode:
-        """The same node, as a part of a site."""
+        """Return the same node as a part of a site."""
         return self if site == self.site else replace(self, site=site)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where a site stands in a graph: the id of its last node, and of the operands and captures that it reads
-    (None where these are not known)."""
+    """A site's place in a graph: the ids of its last node, and of its operands and captures (None if unknown)."""
 
     site: str
     final: str
@@ -56,7 +54,7 @@ class Place:
 class Stage:
     """The graphs of one stage: "traced" (ATen before autograd), "lifted" (one node for each site) or "rewritten".
 
-    Edges go from an operand to the node that reads it. `text` is the readable code, where it was kept.
+    Edges go from an operand to its user. `text` is the readable code, if it was kept.
     """
 
     name: str
@@ -65,7 +63,7 @@ class Stage:
     text: str = ""
 
     def add(self, other: Stage, prefix: str = "", sites: dict[str, str] | None = None) -> None:
-        """Take in the nodes of another graph, their ids behind `prefix` and their sites renamed."""
+        """Add the nodes of another graph, with `prefix` before their ids and their sites renamed."""
         sites = sites or {}
         for n in other.nodes:
             site = sites.get(n.site, n.site)
@@ -75,7 +73,7 @@ class Stage:
         self.text = "\n\n".join(t for t in (self.text, other.text) if t)
 
     def listing(self) -> str:
-        """A line for each node: what it computes, from what, its shape and the user's line."""
+        """Return a line for each node: its shape, operator, operands, site and the user's line."""
         operands: dict[str, list[str]] = defaultdict(list)
         for a, b in self.edges:
             operands[b].append(a)
@@ -88,7 +86,7 @@ class Stage:
         return "\n".join(lines) + "\n"
 
     def to_networkx(self) -> networkx.DiGraph:
-        """A directed graph whose nodes carry the fields of `GraphNode` as attributes (shapes as text, "2 x 12")."""
+        """Return a directed graph with the fields of `GraphNode` as node attributes (shapes as text, "2 x 12")."""
         import networkx
 
         graph = networkx.DiGraph(name=self.name)
@@ -100,8 +98,8 @@ class Stage:
         return graph
 
     def to_data(self) -> dict[str, Any]:
-        """Node-link data, as networkx reads it: {"directed", "multigraph", "graph", "nodes", "edges"}. A field that is
-        empty is left out."""
+        """Return networkx's node-link data, without the nodes' empty fields. The keys are "directed", "multigraph",
+        "graph", "nodes" and "edges"."""
         nodes = [
             {f.name: value for f in fields(n) if (value := getattr(n, f.name)) not in ("", None)} for n in self.nodes
         ]
@@ -124,7 +122,7 @@ class Stage:
         networkx.write_graphml(self.to_networkx(), Path(path))
 
     def to_dot(self, path: str | Path | None = None) -> str:
-        """The graph in Graphviz's language; written to `path` where one is given."""
+        """Return the graph in Graphviz's DOT language; also write it to `path` if given."""
         lines = [f"digraph {_quoted(self.name)} {{", "  node [shape=box, fontname=monospace];"]
         for n in self.nodes:
             shape = "" if n.shape is None else f"{n.dtype} {' x '.join(map(str, n.shape))}"
@@ -139,13 +137,16 @@ class Stage:
 
 
 def collapse(traced: Stage, places: Iterable[Place]) -> Stage:
-    """The "lifted" stage: one node for each site in the place of the nodes that serve it alone. It keeps the id of the
-    site's last node, and reads what the site does; what nobody reads any more is gone."""
+    """Build the "lifted" stage: replace the nodes that serve only one site by a single node.
+
+    That node keeps the id of the site's last node and reads the site's operands and captures. Operators that lose their
+    last user are removed.
+    """
     at = {p.final: p for p in places}
     readers: dict[str, list[str]] = defaultdict(list)
     for a, b in traced.edges:
         readers[a].append(b)
-    home: dict[str, str] = {}  # node -> the last node of the site that it serves alone
+    home: dict[str, str] = {}  # node -> the last node of the only site that it serves
     for n in reversed(traced.nodes):
         if n.id in at:
             home[n.id] = n.id
@@ -170,7 +171,7 @@ def collapse(traced: Stage, places: Iterable[Place]) -> Stage:
 def _unread(
     nodes: list[GraphNode], edges: dict[tuple[str, str], None], before: dict[str, list[str]]
 ) -> tuple[set[str], dict[tuple[str, str], None]]:
-    """The operators that were read `before` and are not now, and the edges without theirs."""
+    """Find the operators that lost all users they had `before`; return them and the edges that remain."""
     count: dict[str, int] = defaultdict(int)
     for a, _ in edges:
         count[a] += 1
@@ -187,5 +188,5 @@ def _unread(
 
 
 def _quoted(text: str) -> str:
-    """A double-quoted string of Graphviz; line breaks as its own escape."""
+    """Quote a string for Graphviz, with line breaks as its escape."""
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'

@@ -1,7 +1,7 @@
-"""A report as JSON and back: the schema is documented in docs/report.md.
+"""Convert a report to JSON and back. docs/report.md documents the schema.
 
-Numbers that follow from others (the printed program, the tiles, the share) are written for readers without attnfx, and
-computed again when a report is read.
+Derived values (the printed program, the tiles, the share) are written for readers without attnfx, and computed again
+when a report is read.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from attnfx.report.stages import Stage
 from attnfx.spec import AttentionSpec, from_json
 
 VERSION = 1
-PICTURE = 32  # most tiles of a picture, in rows and in columns
-SMALLEST = 16  # rows and keys of a tile of a picture, at least
+PICTURE = 32  # largest number of tiles in a picture, in rows and in columns
+SMALLEST = 16  # smallest rows and keys of a tile in a picture
 MARKS = {"empty": ".", "partial": "+", "full": "#"}
 
 
@@ -26,7 +26,7 @@ def data(
     sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], graphs: int, flops: int,
     stages: Mapping[str, Stage],
 ) -> dict[str, Any]:  # fmt: skip
-    """Give a report's fields as JSON-ready values."""
+    """Return a report's fields as JSON-ready values."""
     used = {s.code for s in (*sites, *others) if s.code}
     return {
         "version": VERSION,
@@ -41,10 +41,10 @@ def data(
 
 
 def fields(text: str) -> dict[str, Any]:
-    """Read the fields of a report back, by name. Raises ValueError for another version's text."""
+    """Read the fields of a report by name. Raises ValueError for another version of the schema."""
     found = json.loads(text)
     if found.get("version") != VERSION:
-        raise ValueError(f"this report is of version {found.get('version')}, and only version {VERSION} can be read")
+        raise ValueError(f"the report has JSON version {found.get('version')}, but only version {VERSION} can be read")
     return {
         "sites": [_read_site(s) for s in found["sites"]],
         "others": [_read_site(s) for s in found["others"]],
@@ -87,10 +87,10 @@ def _plain(candidate: Candidate) -> Candidate:
 
 
 def tile_picture(spec: AttentionSpec, sizes: dict[str, int]) -> dict[str, Any]:
-    """The mask as a picture of at most 32 x 32 tiles, for all b and h together, at the sizes of the example inputs.
+    """Draw the mask as at most 32 x 32 tiles, for all b and h together, at the sizes of the example inputs.
 
-    rows, columns  how many tiles
-    tile           [queries, keys] of one
+    rows, columns  number of tiles
+    tile           [queries, keys] of a tile
     picture        a string for each row of tiles: "." is an empty tile, "+" a partial, "#" a full one
     live_fraction  share of the scores that may be live
     """

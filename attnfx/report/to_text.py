@@ -1,6 +1,6 @@
-"""A report as text: a table of the sites, why some were kept, and the other softmaxes.
+"""Print a report as text: a table of the sites, the reasons for kept sites, and the other softmaxes.
 
-Sites that differ in nothing but their names share a row: the layers of a model.
+Sites that are equal except for their names, such as a model's layers, share a row.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from attnfx.report.codes import CODES
 from attnfx.report.records import Candidate, Site, share
 
 WIDTH = 120
-PLACE = 28  # characters of a place that are kept in one line
-QUIET = ("not_attention", "no_values", "shared_keys", "unbatched")  # codes of other softmaxes that need no sentence
+PLACE = 28  # longest source location that is not wrapped, in characters
+QUIET = ("not_attention", "no_values", "shared_keys")  # codes of other softmaxes, listed without a message
 T = TypeVar("T")
 
 
 def text(sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], flops: int) -> str:
-    """Give a report's fields as plain text, 120 columns wide."""
+    """Return a report's fields as plain text, 120 columns wide."""
     console = Console(width=WIDTH, record=False, force_terminal=False, no_color=True)
     with console.capture() as capture:
         console.print(renderable(sites, others, notes, flops))
@@ -35,7 +35,7 @@ def text(sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], fl
 def renderable(
     sites: Sequence[Site], others: Sequence[Site], notes: Sequence[str], flops: int
 ) -> RenderableType:  # fmt: skip
-    """Give a report's fields for `rich.print`; `text` gives the same as plain text."""
+    """Return a report's fields for `rich.print`; `text` returns the same as plain text."""
     title = f"attnfx: {sum(s.rewritten for s in sites)} of {len(sites)} attention sites rewritten"
     lines = [*_why(sites), *_others(others), *(f"note: {n}" for n in notes)]
     below = [Text(line) for line in lines]
@@ -64,7 +64,7 @@ def _row(site: Site) -> tuple[str, ...]:
 
 
 def _predicted(before: Candidate | None, after: Candidate) -> str:
-    """Time and peak memory of the original and, where it was rewritten, of the rewrite."""
+    """Format time and peak memory of the original and, if it was rewritten, of the rewrite."""
     both = (before, after)
     times = _pair([_number(c.predicted_ms) if c is not None and c.predicted_ms else "" for c in both])
     known = any(c is not None and c.predicted_bytes for c in both)
@@ -81,7 +81,7 @@ def _pair(values: list[str]) -> str:
 
 
 def _why(sites: Sequence[Site]) -> Iterable[str]:
-    """A line for each reason, assumption and fallback, with the sites that share it."""
+    """Yield a line for each set of reason, notes and fallbacks, with the sites that share it."""
     for group in _groups(sites, _said):
         if said := _said(group[0]):
             yield f"{names(group)}: {said}"
@@ -91,17 +91,18 @@ def _said(site: Site) -> str:
     reason = ""
     if site.refusal is not None:
         reason = f"kept: {site.refusal}"
-        reason += f" The closest form that is rewritten: {site.refusal.closest}."
+        reason += f" Closest form that is rewritten: {site.refusal.closest}."
     elif site.decision is not None and site.decision.reason:
         made = site.decision
         reason = f"{made.tier}: {made.reason}"
         if made.code:
-            reason += f" [{made.code}] {CODES[made.code].edit}"
-    return "; ".join(filter(None, (reason, *site.notes, *site.fallbacks)))
+            reason += f" [{made.code}]. {CODES[made.code].edit}"
+    notes = "; ".join((*site.notes, *site.fallbacks))
+    return f"{reason} Note: {notes}." if reason.endswith(".") and notes else "; ".join(filter(None, (reason, notes)))
 
 
 def _others(sites: Sequence[Site]) -> Iterable[str]:
-    """The other softmaxes, those with the same reason in one line; where nothing is to be done, without a sentence."""
+    """Yield a line for the other softmaxes of each reason; codes in QUIET without their message."""
     for group in _groups(sites, lambda s: s.code if s.code in QUIET else (s.code, s.refusal and s.refusal.message)):
         code, refusal = group[0].code, group[0].refusal
         found = _places(group)
@@ -118,7 +119,7 @@ def _places(sites: Sequence[Site]) -> list[tuple[str, list[Site]]]:
 
 
 def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """The items by their keys, in the order in which these come first."""
+    """Group items by key, in the order in which each key first occurs."""
     found: dict[Hashable, list[T]] = defaultdict(list)
     for item in items:
         found[key(item)].append(item)
@@ -126,7 +127,7 @@ def _groups(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
 
 
 def names(sites: Sequence[Site]) -> str:
-    """ "attention_0", or "attention_0-11", "attention_0, 2, .. 46" for several."""
+    """Join site names: "attention_0", or for several "attention_0-11 (12)", "attention_0, 2, .. 46 (24)"."""
     numbers = [int(s.name.rsplit("_", 1)[1]) if s.name.startswith("attention_") else -1 for s in sites]
     if min(numbers) < 0:
         return ", ".join(s.name for s in sites)

@@ -1,4 +1,4 @@
-"""Describe what a kernel computes: one attention as a score program, or whole rows as a row program."""
+"""Describe the computation of a kernel: one attention as a score program, or whole rows as a row program."""
 
 from attnfx.spec.attention import (
     AXES,

@@ -1,10 +1,10 @@
-"""The spec: a frozen, hashable, serialisable description of one attention.
+"""The spec: a frozen, hashable, serializable description of one attention.
 
-    out[b, h, i, :] = sum_j  weight( normalise_j( score(b, h, i, j) ) ) * v[b, h // (H // G), j, :]
+    out[b, h, i, :] = sum_j  weight( normalize_j( score(b, h, i, j) ) ) * v[b, h // (H // G), j, :]
     dot(b, h, i, j) = sum_d  q[b, h, i, d] * k[b, h // (H // G), j, d]
 
 with q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), G a divisor of H. Sizes are not part of a spec: they come with
-the tensors and, where the program names others, with the operator's `sizes`.
+the tensors and, if the program names other sizes, with the operator's `sizes`.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from attnfx.ir.algebra import rebuild
 from attnfx.ir.expr import Expr, show, walk
 from attnfx.ir.serialize import dump, parse
 
-VERSION = (
-    1  # of the serialised form and of what the operators compute from it: part of every spec, so of every cache key
-)
+VERSION = 1  # of the serialized form and of its meaning to the operators; part of every spec, so of every cache key
 
-UNKNOWN_SIZE = 1024  # what a symbolic size counts as that no example gives
+UNKNOWN_SIZE = 1024  # value assumed for a symbolic size without an example
 
 AXES = {"b": "B", "h": "H", "i": "T", "j": "S"}  # the program's variables and the sizes that bound them
 B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
@@ -30,8 +28,8 @@ B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
 
 @dataclass(frozen=True)
 class Capture:
-    """A tensor that the program loads from. `kind` is that of the loaded element; `grad` where its gradient may be
-    asked for (a float capture that needs none in this graph has False)."""
+    """A tensor that the program loads from. `kind` is the expression kind of its elements. `grad` is whether its
+    gradient may be needed; a float capture that needs none in this graph has False."""
 
     kind: str
     ndim: int
@@ -42,16 +40,16 @@ class Capture:
 class AttentionSpec:
     """One attention as a program.
 
-    score        over `dot`, the variables b, h, i, j and loads; what the normaliser sees
-    normaliser   "softmax" over j, or "none": the weight program is then applied to the score itself
-    extra        logits that take part in the softmax without a value (sinks; off-by-one is the logit 0.0); free of j
-    weight       over `prob`, the normalised value: head masks, masks after the softmax, sigmoid of a score
-    dropout      probability with which a weight is zeroed (the others are divided by 1 - dropout)
-    safe         a row without a live key (all scores -inf) gives zeros, as PyTorch's own operator does, not NaN
+    score        program over `dot`, the variables b, h, i, j and loads; its value is the normalizer's input
+    normaliser   "softmax" over j, or "none": the weight program then takes the score itself
+    extra        logits in the softmax without a value (sinks; off-by-one is the logit 0.0); independent of j
+    weight       program over `prob`, the normalized value: head masks, masks after the softmax, sigmoid of a score
+    dropout      probability that a weight becomes zero; the others are divided by 1 - dropout
+    safe         whether a row without a live key (all scores -inf) is zero, as in PyTorch's own operator, or NaN
     compute      "float32" or "float64": the type of the accumulation and of the program
-    out_dtype    dtype of the result, the name without "torch."
+    out_dtype    dtype of the result; its name without "torch."
     captures     one per slot of the program's loads
-    sizes        names of symbolic sizes that the program uses beyond B, H, T, S: values come with each call
+    sizes        names of the program's symbolic sizes beyond B, H, T, S; each call passes their values
     """
 
     score: Expr = A.DOT
@@ -75,7 +73,7 @@ class AttentionSpec:
         return self.dropout > 0.0
 
     def to_json(self) -> str:
-        """The text that the operator takes."""
+        """Serialize to the text that the operator takes."""
         data = dict(
             version=self.version, programs=dump(list(self.programs)), normaliser=self.normaliser, dropout=self.dropout,
             safe=self.safe, compute=self.compute, out_dtype=self.out_dtype, sizes=self.sizes,
@@ -98,10 +96,10 @@ class AttentionSpec:
 
 @lru_cache(maxsize=1024)
 def from_json(text: str) -> AttentionSpec:
-    """The inverse of `AttentionSpec.to_json`. Raises ValueError for another version's text."""
+    """Parse the text of `AttentionSpec.to_json`. Raises ValueError for the text of another version."""
     data = json.loads(text)
     if data.pop("version") != VERSION:
-        raise ValueError(f"this attention spec is of another version than {VERSION}: compile the model again")
+        raise ValueError(f"the attention spec has another version than {VERSION}; compile the model again")
     score, weight, *extra = parse(data.pop("programs"))
     data["captures"] = tuple(Capture(*c) for c in data["captures"])
     data["sizes"] = tuple(data["sizes"])
@@ -110,16 +108,16 @@ def from_json(text: str) -> AttentionSpec:
 
 @lru_cache(maxsize=1024)
 def reads_pairs(spec: AttentionSpec) -> bool:
-    """Whether a value is read from memory for each score: a mask or a bias by row and key, or by their distance."""
+    """Return whether each score loads a value from memory: a mask or bias by row and key, or by their distance."""
     some = (e for root in spec.programs for e in walk(root))
     return any(e.op in ("load", "aten") and {"i", "j"} <= e.free for e in some)
 
 
 def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
-    """(scale, bias, keep) where score = where(keep, scale * dot + bias, fill) for a drowning or no fill.
+    """Decompose score = where(keep, scale * dot + bias, fill) into (scale, bias, keep); None if it has another form.
 
-    `bias` does not depend on dot; `keep` is None where there is no mask. The scale is a number or an expression free
-    of i and j (a scalar or a load). None where the score is not of this form. The fill is `fill_of(score)`.
+    `bias` does not depend on dot; `keep=None` means unmasked. The scale is a constant, or an expression free of
+    b, h, i and j (a scalar or a load). The fill is drowning: `fill_of(score)`.
     """
     keep = None
     if score.op == "where" and A.drowning(score.args[2]):
@@ -144,14 +142,14 @@ def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
 
 
 def fill_of(score: Expr) -> float | None:
-    """The drowning constant that a masked score has, or None."""
+    """Return the drowning constant of masked scores, or None."""
     if score.op == "where" and A.drowning(score.args[2]):
         return float(score.args[2].value)  # type: ignore[arg-type]
     return None
 
 
 def loads(spec: AttentionSpec) -> list[Expr]:
-    """The distinct loads of the spec's programs."""
+    """Return the distinct loads of the spec's programs."""
     found: dict[Expr, None] = {}
     for program in spec.programs:
         for e in walk(program):
@@ -161,9 +159,9 @@ def loads(spec: AttentionSpec) -> list[Expr]:
 
 
 def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[str]]:
-    """Number the capture slots and name the symbolic sizes independently of where they came from.
+    """Number the capture slots and name the symbolic sizes independently of their origin.
 
-    Takes a spec whose loads carry any hashable slot and whose `captures` holds (slot, Capture) pairs; returns the spec
+    Takes a spec whose loads have any hashable slots and whose `captures` holds (slot, Capture) pairs. Returns the spec
     with slots 0.. and sizes n0.., the old slots in that order, and the old names of the sizes in that order.
     """
     by_slot: dict[object, Capture] = dict(spec.captures)  # type: ignore[arg-type]
@@ -183,7 +181,7 @@ def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[st
         rebuild(program, anonymous)
     slots: dict[object, int] = {}
     sizes: dict[str, str] = {}
-    # names by what surrounds them, not by where they came from; ties are interchangeable
+    # order by the surrounding expression, not by origin; ties are interchangeable
     for e in sorted((e for e in blind if e.op in ("load", "size")), key=lambda e: blind[e].digest):
         if e.op == "load":
             slots.setdefault(e.value, len(slots))

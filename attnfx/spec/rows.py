@@ -1,8 +1,8 @@
-"""A row program: a straight line of ATen calls that computes some rows of a result from the same rows of its inputs.
+"""Row programs: straight-line ATen calls that compute some rows of a result from the same rows of the inputs.
 
-The serialisable form of a region of a graph whose rows do not depend on each other (`passes/lift/row_rules.py` proves
-it), and what `kernels/rows/run.py` runs chunk by chunk. Values are numbered: first the inputs, then the result of each
-call.
+A row program is the serializable form of a region of a graph whose rows are independent of each other, as proven by
+`passes/lift/row_rules.py`. `kernels/rows/run.py` runs it chunk by chunk. Values are numbered: first the inputs, then
+the result of each call.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Ref:
-    """An argument that is no constant.
+    """An argument that is not a constant.
 
-    "value" n         the value of that number
-    "size" n          the call's own number n, an integer
-    "number" n        the value of that number, a tensor of one element, as a Python number
-    "rows" 0          how many rows the chunk has
-    "start" n         the chunk's first row, plus the constant n
-    "columns" 0       how many keys the chunk has
-    "corner" n        the chunk's first row less its first key, plus the constant n
-    "dtype" "int64"   and likewise "device", "layout", "memory_format"
+    "value" n         value number n
+    "size" n          integer number n among the sizes passed to the call
+    "number" n        value number n, a tensor of one element, as a Python number
+    "rows" 0          number of rows in the chunk
+    "start" n         first row of the chunk, plus the constant n
+    "columns" 0       number of keys in the chunk
+    "corner" n        first row of the chunk minus its first key, plus the constant n
+    "dtype" "int64"   a dtype; likewise "device", "layout", "memory_format"
     """
 
     kind: str
@@ -33,7 +33,7 @@ class Ref:
 
 @dataclass(frozen=True)
 class Call:
-    """`op` is "topk.default" of the namespace aten, "getitem", or "dropout" (input, probability)."""
+    """One call: `op` is an ATen overload such as "topk.default", or "getitem", or "dropout" (input, probability)."""
 
     op: str
     args: tuple[Any, ...]
@@ -42,8 +42,8 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A value that leaves: its rows lie along `row`; `shape` (numbers, and Ref of a size or the rows) is the whole, and
-    `order` its dimensions as they lie in memory, the slowest first; empty for contiguous."""
+    """A result of the program. `row` is the dimension of its rows. `shape` is the shape of the whole result: integers,
+    and Ref of a size or the rows. `order` lists its dimensions by stride, the largest first; empty for contiguous."""
 
     value: int
     row: int
@@ -54,9 +54,9 @@ class Result:
 
 @dataclass(frozen=True)
 class Live:
-    """Which keys a chunk takes.
+    """The keys that a chunk takes.
 
-    columns  for each input the dimension that the keys lie along, or None
+    columns  the dimension of the keys in each input, or None
     score    where(a key may be live, 0, -inf) over row i and key j, as JSON
     least    the fewest keys of a chunk
     """
@@ -68,11 +68,13 @@ class Live:
 
 @dataclass(frozen=True)
 class RowProgram:
-    """inputs   for each input the dimension that the rows lie along, or None: every chunk reads the whole of it
-    grads    whether an input takes a gradient
+    """The calls that compute a chunk of rows.
+
+    inputs   the dimension of the rows in each input, or None: every chunk reads the whole input
+    grads    whether each input takes a gradient
     weight   elements of the largest value, for one row
     compiled whether a chunk's calls run as one compiled function
-    live     which keys a chunk takes; None: all
+    live     the keys that a chunk takes; None: all
     """
 
     inputs: tuple[int | None, ...]
@@ -112,7 +114,7 @@ class RowProgram:
 
 @lru_cache(maxsize=512)
 def from_json(text: str) -> RowProgram:
-    """The inverse of `RowProgram.to_json`. Raises ValueError for another text."""
+    """Parse the text of `RowProgram.to_json`. Raises ValueError for any other text."""
     try:
         d = json.loads(text)
         calls = [
@@ -128,7 +130,7 @@ def from_json(text: str) -> RowProgram:
             d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as problem:
-        raise ValueError(f"not the text of a row program: {problem!r}") from problem
+        raise ValueError(f"the text is not a row program: {problem!r}") from problem
 
 
 def _plain(x: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Describe the devices to decide for: measured on a present one, or a record by name for an absent one."""
+"""Describe the devices to decide for: a present device by detection, an absent one by the name of its record."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ if TYPE_CHECKING:
 
 
 def detect(device: torch.device | str | None = None) -> Target:
-    """The device at hand; None is the present GPU, or the CPU where there is none.
+    """Return the target of a present device; None means the current GPU, or the CPU on a machine without one.
 
-    A GPU that has a record gets it, with the memory that it really has; another one gets the rates of the nearest
-    architecture, scaled by what its driver says, and `note` says so. A CPU is measured once, in about a second.
-    Raises OptionError for a device that is not there or is neither a GPU nor a CPU.
+    A GPU with a record gets that record, with its actual memory. Another GPU gets the rates of the nearest
+    architecture, scaled by values from its driver, and `note` states this. A CPU is measured once, in about a second.
+    Raises OptionError for a device that is absent or is neither a GPU nor a CPU.
     """
     from attnfx.targets.detection import detect
 

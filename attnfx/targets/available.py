@@ -1,4 +1,4 @@
-"""The device at hand: its record, and what of its memory this process can still have."""
+"""Return the target of a present device, and the memory that this process can still allocate on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from attnfx.targets.target import Target
 
 
 def detected(device: torch.device | str | None) -> Target:
-    """The record of the device at hand. A busy CPU may be measured out of all bounds once."""
+    """Return the target of a present device; a busy CPU may measure out of range, so detection is repeated."""
     for _ in range(3):
         try:
             return detect(device)
@@ -21,7 +21,7 @@ def detected(device: torch.device | str | None) -> Target:
 
 
 def free_on(device: torch.device) -> int | None:
-    """Bytes that this process can still have on a device; None where it does not say."""
+    """Return the bytes that this process can still allocate on a device, or None if unknown."""
     if device.type == "cuda":
         unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + unused
@@ -33,8 +33,8 @@ def free_on(device: torch.device) -> int | None:
 
 
 def free_bytes(target: Target, device: torch.device | None = None) -> int:
-    """What this process can still have of the device at hand; of several GPUs, of `device`, None for the current. The
-    target's whole memory where nothing is known."""
+    """Return the bytes that this process can still allocate on the present device, or the target's memory if unknown.
+    `device` selects one of several GPUs; None means the current one."""
     if target.kind == "cpu":
         device = torch.device("cpu")
     elif not torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""The device at hand as a target: by its record, by its architecture, or, for a CPU, by measurement."""
+"""Detect a present device as a target: a GPU by its record or architecture, a CPU by measurement."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from attnfx.targets.target import RANGES, Target, aliases, key, records, replace
 
 
 def detect(device: torch.device | str | None = None) -> Target:
-    """As `attnfx.targets.detect`."""
+    """Implement `attnfx.targets.detect`."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(device)
     except RuntimeError as problem:
-        raise OptionError(f"{device!r} is no device: {problem}") from problem
+        raise OptionError(f"{device!r} is not a PyTorch device: {problem}") from problem
     if device.type == "cpu":
         return measure_cpu.measured()
     if device.type != "cuda":
-        raise OptionError(f"no target can be made of a {device.type} device, only of cuda and cpu ones")
+        raise OptionError(f"the device {device} cannot be a target: only cuda and cpu devices can")
     if not torch.cuda.is_available():
-        raise OptionError(f"there is no {device} to detect: name a target, such as 'h100-sxm'")
+        raise OptionError(f"this machine has no device {device} to detect; name a target, such as 'h100-sxm'")
     return _present(torch.cuda.current_device() if device.index is None else device.index)
 
 
@@ -36,7 +36,7 @@ def _present(index: int) -> Target:
 
 
 def of_properties(found: object) -> Target:
-    """The target of a GPU with these properties, named as `torch.cuda.get_device_properties` names them."""
+    """Return the target of a GPU with properties as returned by `torch.cuda.get_device_properties`."""
 
     def ask(name: str, otherwise: float = 0) -> float:
         value = getattr(found, name, otherwise)
@@ -54,7 +54,7 @@ def of_properties(found: object) -> Target:
 
     near = nearest_architecture(name, kind, capability)
     clock = ask("clock_rate") / 1e6 or near.clock  # kHz
-    # two transfers a clock; kHz and bits
+    # two transfers per clock; rate in kHz, width in bits
     bandwidth = 2 * ask("memory_clock_rate") * ask("memory_bus_width") / 8 / 1e6
     if not RANGES["bandwidth"][0] <= bandwidth <= RANGES["bandwidth"][1]:
         bandwidth = near.bandwidth
@@ -70,15 +70,15 @@ def of_properties(found: object) -> Target:
         matrix={dtype: rate * scale for dtype, rate in near.matrix.items()},
         **{field: getattr(near, field) * scale for field in ("fp32", "exponentials", "l2_bandwidth")},
     )
-    by = f"estimate: {near.name}'s, by multiprocessors and clock"
+    by = f"estimate: {near.name}'s, scaled by multiprocessors and clock"
     sources = {**near.sources, **dict.fromkeys(told, "the driver of the device"), **dict.fromkeys(scaled, by)}
-    note = f"{name} has no record: its rates are {near.name}'s, scaled by multiprocessors and clock"
+    note = f"{name} has no record, so its rates are those of {near.name}, scaled by multiprocessors and clock"
     return replaced(near, name=name, kind=kind, note=note, sources=sources, **told, **scaled)
 
 
 def nearest_architecture(name: str, kind: str, capability: int) -> Target:
-    """The record of the same kind with the largest compute capability that is not above this one, and of these the one
-    whose name is most alike: GeForce cards have half the matrix rate of others of their capability."""
+    """Return the record of this kind with the largest compute capability up to this one and the most similar name. The
+    name matters: GeForce cards have half the matrix rate of other cards of the same capability."""
     same = [r for r in records().values() if r.kind == kind]
     below = [r.capability for r in same if r.capability <= capability] or [min(r.capability for r in same)]
     like = [r for r in same if r.capability == max(below)]

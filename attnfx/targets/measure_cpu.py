@@ -1,4 +1,4 @@
-"""The CPU at hand as a target: measured once, in about a second."""
+"""Measure this machine's CPU as a target, once, in about a second."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _ANSWERS = JsonCache("targets")
 
 
 def measured() -> Target:
-    """The target of this CPU with the threads that PyTorch has now. Measured on the first call for them, and kept for
-    other processes; a kept record that makes no sense is measured again."""
+    """Return the target of this CPU with PyTorch's current number of threads. The first call for a number of threads
+    measures and caches it, also for other processes. An invalid cached record is measured again."""
     name = f"{processor()}, {torch.get_num_threads()} threads"
     if name not in _measured:
         key = key_of(name=name, torch=torch.__version__)
@@ -36,7 +36,7 @@ def measured() -> Target:
 
 
 def measure(name: str) -> Target:
-    """The target of this CPU, measured now. Rates are those of PyTorch's own operators with the threads it has."""
+    """Measure the target of this CPU now. Rates are of PyTorch's own operators with its current number of threads."""
     threads = torch.get_num_threads()
     with torch.inference_mode():
         matrix = {name: _matrix(getattr(torch, name)) for name in ("float32", "bfloat16", "float16")}
@@ -64,7 +64,7 @@ def measure(name: str) -> Target:
 
 
 def _seconds(run: Callable[[], object], budget: float = 0.06) -> float:
-    """The shortest time of one call: other programs only ever add to it."""
+    """Return the shortest time of one call, in seconds: other programs can only add to it."""
     run()
     best, end = float("inf"), time.perf_counter() + budget
     while time.perf_counter() < end:
@@ -75,13 +75,13 @@ def _seconds(run: Callable[[], object], budget: float = 0.06) -> float:
 
 
 def _matrix(dtype: torch.dtype, n: int = 384) -> float:
-    """TFLOP/s of a matrix product that fits into a core's cache and its sums."""
+    """Return the TFLOP/s of a matrix product that fits into a core's cache."""
     a = torch.ones(n, n).to(dtype)
     return 2 * n**3 / _seconds(lambda: a @ a) / 1e12
 
 
 def _caches() -> list[int]:
-    """Bytes of the data caches of the first core, the largest last."""
+    """Return the sizes of the first core's data caches in bytes, in ascending order."""
     found = []
     for index in sorted(_CACHES.glob("index*")):
         try:

@@ -18,7 +18,7 @@ FOLDER = Path(__file__).with_name("records")
 _VENDORS = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct|radeon)\b")
 KINDS = ("cuda", "hip", "cpu")
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
-# The least and the largest value that a field may have, in its own unit: outside of them a record is mistyped.
+# Least and largest value of each field, in its own unit: a record with a value outside is mistyped.
 RANGES: Mapping[str, tuple[float, float]] = {
     "capability": (0, 2000), "matrix": (1e-6, 1e5), "fp32": (1e-6, 1e4), "exponentials": (1e-4, 1e6),
     "bandwidth": (0.1, 1e5), "memory": (1 << 27, 1 << 50), "l2": (1 << 15, 1 << 36), "l2_bandwidth": (0.1, 1e6),
@@ -30,7 +30,7 @@ WHOLE = ("capability", "memory", "l2", "multiprocessors", "shared_memory", "regi
 
 @dataclass(frozen=True)
 class Target:
-    """A device's rates and sizes. Nothing in it is about a model.
+    """A device's memory, bandwidth and compute rates, independent of any model.
 
     kind               "cuda", "hip" or "cpu"
     capability         90 for compute capability 9.0, or 942 for gfx942; 0 on a CPU
@@ -40,15 +40,15 @@ class Target:
     bandwidth          GB/s of memory
     memory             bytes
     l2                 bytes of the last shared cache
-    l2_bandwidth       GB/s of that cache
-    multiprocessors    or cores
+    l2_bandwidth       GB/s of the last shared cache
+    multiprocessors    number of multiprocessors, or of cores
     shared_memory      bytes of a multiprocessor (of a core's own last cache on a CPU)
     registers          32-bit registers of a multiprocessor
-    warps              that a multiprocessor holds at most (threads of a core on a CPU)
-    clock              GHz, that the rates are stated for
+    warps              most warps on a multiprocessor (threads of a core on a CPU)
+    clock              GHz at which the rates are stated
     launch             microseconds from one kernel's start to the next
-    note               what a reader must know of the numbers as a whole; empty for a record as its sources have it
-    sources            field -> where its number is from
+    note               a remark on the numbers as a whole; empty for a record that follows its sources
+    sources            field -> source of its number
 
     Raises OptionError, with the field's name, for a value that no device has.
     """
@@ -77,7 +77,7 @@ class Target:
             return OptionError(f"target {self.name!r}: field {name!r} is {value!r}, expected {wanted}")
 
         if not isinstance(self.name, str) or not self.name:
-            raise OptionError(f"a target's field 'name' is {self.name!r}, expected some text")
+            raise OptionError(f"a target's field 'name' is {self.name!r}, expected a non-empty string")
         if self.kind not in KINDS:
             raise refuse("kind", self.kind, "one of " + ", ".join(map(repr, KINDS)))
         for name in ("matrix", "sources"):
@@ -99,33 +99,34 @@ class Target:
                     raise refuse(name, value, f"{kind} from {low:,.10g} to {high:,.10g} ({UNITS[name]})")
 
     def rate(self, dtype: str) -> float:
-        """Dense matrix TFLOP/s for operands of a dtype (the name without "torch."); TF32 counts as its own dtype. One
-        that the matrix unit does not know is computed in float32."""
+        """Return the dense matrix TFLOP/s for operands of a dtype, by its name without "torch.". TF32 counts as its own
+        dtype. A dtype that the matrix unit does not support is computed in float32."""
         return self.matrix.get(dtype, self.matrix["float32"])
 
     @staticmethod
     def names() -> list[str]:
-        """The names of the records that come with attnfx."""
+        """Return the names of the records that come with attnfx."""
         return sorted(records())
 
     @staticmethod
     def by_name(name: str) -> Target:
-        """The record of a device, such as "h100-sxm"; case, spaces, dashes and the vendor's name do not matter.
+        """Return the record of a device, such as "h100-sxm"; ignores case, spaces, dashes and the vendor's name.
 
-        Raises OptionError, naming the nearest, for a name that is not known.
+        Raises OptionError, which names the nearest record, for an unknown name.
         """
         found = aliases().get(key(name))
         if found is None:
             raise OptionError(
-                f"unknown target {name!r}; the nearest is {nearest(name)!r} (of {', '.join(Target.names())}; a path to "
-                "a JSON file is taken too)"
+                f"unknown target {name!r}; did you mean {nearest(name)!r}? Valid targets: "
+                f"{', '.join(Target.names())}, or the path of a JSON file"
             )
         return found
 
     @staticmethod
     def from_json(source: str | PathLike[str]) -> Target:
-        """A target of one's own: the path of a JSON file, or its text. Its fields are those of this class; only
-        `note` and `sources` may be left out.
+        """Create a custom target from the path of a JSON file, or from JSON text.
+
+        It has the fields of this class; only `note` and `sources` are optional.
 
         Raises OptionError, with the field's name, for a missing, unknown or absurd value.
         """
@@ -142,7 +143,7 @@ class Target:
         except ValueError as problem:
             raise OptionError(f"{where} is not valid JSON: {problem}") from problem
         if not isinstance(data, dict):
-            raise OptionError(f"{where} holds no JSON object of a target's fields")
+            raise OptionError(f"{where} does not contain a JSON object with a target's fields")
         return _target(data, where)
 
 
@@ -155,30 +156,30 @@ UNITS: Mapping[str, str] = {
 
 
 def numbers() -> tuple[str, ...]:
-    """The fields that hold numbers: each needs a source."""
+    """Return the names of the numeric fields: each needs a source."""
     return tuple(f.name for f in fields(Target) if f.name in RANGES)
 
 
 def replaced(target: Target, **changes: Any) -> Target:
-    """The target with other values, checked again."""
+    """Return the target with some fields replaced and checked again."""
     return Target(**{f.name: getattr(target, f.name) for f in fields(Target)} | changes)
 
 
 # -- the records that come with attnfx --------------------------------------------------------------
 def key(name: str) -> str:
-    """A device's name without what people write differently: case, spaces, dashes, the vendor."""
+    """Normalize a device's name: remove case, spaces, dashes and the vendor."""
     return re.sub(r"[^a-z0-9]", "", _VENDORS.sub("", re.sub(r"[-_\s]+", " ", name.lower())))
 
 
 @lru_cache
 def records() -> Mapping[str, Target]:
-    """Name -> record."""
+    """Return the records by name."""
     return {made.name: made for made, _ in _read()}
 
 
 @lru_cache
 def aliases() -> Mapping[str, Target]:
-    """What `key` makes of each name that a record goes by -> the record."""
+    """Return the records by every name and alias, normalized by `key`."""
     return {key(name): made for made, others in _read() for name in (made.name, *others)}
 
 
@@ -192,7 +193,7 @@ def _read() -> tuple[tuple[Target, tuple[str, ...]], ...]:
 
 
 def nearest(name: str) -> str:
-    """The name of the record whose name or alias is most like this one."""
+    """Return the name of the record with the most similar name or alias."""
 
     def alike(entry: tuple[str, Target]) -> float:
         return difflib.SequenceMatcher(None, key(name), entry[0]).ratio()
@@ -206,7 +207,7 @@ def _target(data: Mapping[str, Any], where: str) -> Target:
     for name in given:
         if name not in known:
             close = max(known, key=lambda k: difflib.SequenceMatcher(None, name, k).ratio())
-            raise OptionError(f"{where}: a target has no field {name!r}, the nearest is {close!r}")
+            raise OptionError(f"{where}: unknown field {name!r} of a target; did you mean {close!r}?")
     for f in fields(Target):
         if f.name not in given and f.default is MISSING and f.default_factory is MISSING:
             raise OptionError(f"{where}: the field {f.name!r} of the target is missing")

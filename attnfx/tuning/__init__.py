@@ -1,1 +1,1 @@
-"""Time candidates on the device at hand, and keep the answers."""
+"""Time candidates on the present device, and keep the times."""

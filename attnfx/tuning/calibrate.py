@@ -1,6 +1,6 @@
-"""Corrections of the cost model on a present device: a factor for each tier and direction.
+"""Fit and store corrections of the cost model for the present device: a factor for each tier and direction.
 
-They are kept in the cache under the device's name and the versions of what ran, and used wherever they are found.
+They are cached under the device's fingerprint and apply to every later prediction with the same fingerprint.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ from attnfx.fingerprint import fingerprint
 from attnfx.report.records import Candidate, Decision
 
 CORRECTIONS = cache.JsonCache("calibration")
-MOST = 1e3  # a correction beyond this is a mistake, not a device
+MOST = 1e3  # a larger correction is an error and is ignored
 _off: ContextVar[bool] = ContextVar("_off", default=False)
 
 
 def fit(measured: Iterable[tuple[Decision, bool]]) -> dict[str, float]:
-    """The geometric mean of measured over predicted time, for each tier and direction, over decisions that were timed.
+    """Compute the geometric mean of measured over predicted time for each tier and direction.
 
-    Each comes with whether it was a training step. The geometric mean makes the errors as often too large as too small.
+    `measured` holds timed decisions, each with whether it was a training step. The geometric mean balances predictions
+    that are too large and too small.
     """
     logs: dict[str, list[float]] = {}
     for decision, training in measured:
@@ -37,13 +38,13 @@ def fit(measured: Iterable[tuple[Decision, bool]]) -> dict[str, float]:
 
 
 def store(device: torch.device, factors: dict[str, float]) -> None:
-    """Keep the device's corrections; {} forgets them."""
+    """Store the device's corrections; {} clears them."""
     CORRECTIONS.put(_key(device), factors)
 
 
 @contextmanager
 def uncorrected() -> Iterator[None]:
-    """Predictions in this context are the model's own, as `fit` wants them."""
+    """Disable the corrections in this context, because `fit` needs the model's own predictions."""
     token = _off.set(True)
     try:
         yield
@@ -52,7 +53,7 @@ def uncorrected() -> Iterator[None]:
 
 
 def corrections(device: torch.device) -> dict[str, float]:
-    """The device's corrections, {} where none were measured or what is kept makes no sense."""
+    """Return the device's corrections, {} if none are stored; implausible values are dropped."""
     if _off.get():
         return {}
     held = CORRECTIONS.entries()

@@ -1,4 +1,4 @@
-"""How long calls take on the device at hand: in turn, the shortest of several rounds."""
+"""Time calls on the present device, in turn, as the minimum over several rounds."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
-GIVEN = 0.85  # share of its threads' time that an undisturbed process gets: 0.98 to 0.99 measured on two idle cores
+GIVEN = 0.85  # least share of its threads' time for an undisturbed process; 0.98 to 0.99 on two idle cores
 
 
 def shortest(
@@ -19,10 +19,11 @@ def shortest(
     least: int = 3,
     most: int = 100,
 ) -> dict[str, float]:
-    """ms of a call of each contender: round after round in turn, so that a slow spell of the machine strikes all.
+    """Return the ms of a call of each contender, as the minimum over rounds that run all contenders in turn.
 
-    Stops after `seconds`, but not before `least` rounds. A call shorter than a millisecond is repeated within a round.
-    One that raises (for want of memory, say) is left out.
+    So a slow phase of the machine affects all of them. Stops after `seconds` or `most` rounds, but not before `least`
+    rounds. A call shorter than a millisecond is repeated within a round. A contender that raises on its first calls
+    (out of memory, for example) is left out.
     """
     stopwatch = _by_events if device.type == "cuda" else _by_clock
     best: dict[str, float] = {}
@@ -44,7 +45,7 @@ def shortest(
 
 
 def _by_clock(run: Callable[[], object], repeats: int) -> float:
-    # with one thread its own time, which other programs on the machine do not touch
+    # with one thread, the thread's own CPU time, which excludes other programs
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     start = clock()
     for _ in range(repeats):
@@ -63,8 +64,8 @@ def _by_events(run: Callable[[], object], repeats: int) -> float:
 
 
 def undisturbed(device: torch.device, seconds: float = 0.2) -> bool:
-    """Whether the threads that share the work on a CPU get nearly all of the processor's time that they ask for. Of one
-    thread and of a GPU the clock above counts nothing else."""
+    """Return whether several CPU threads get nearly all the processor time they need. True for one thread and for a
+    GPU, because their clocks above exclude other programs."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1:
         return True
@@ -77,7 +78,7 @@ def undisturbed(device: torch.device, seconds: float = 0.2) -> bool:
 
 
 def with_progress(items: Sequence[T], what: str) -> Iterator[T]:
-    """The items, with a progress bar on the error output that vanishes at the end; none where that is no terminal."""
+    """Yield the items, with a transient progress bar on stderr if that is a terminal."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 

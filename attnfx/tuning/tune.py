@@ -1,9 +1,9 @@
-"""Tuning: the likeliest candidates of a site are timed on its real shapes, once, and the answer is kept.
+"""Tune sites: time the likeliest candidates of a site on its real shapes once, and cache the times.
 
-A site is cut out of its graph; the cut graph as it was, and rewritten for each candidate, is compiled and timed by
-itself. Its tensors are made up in the shapes, strides and dtypes of the example inputs: normal numbers where query, key
-and value are read, zeros for other floats (a bias that hides nothing), ones for bools and integers (everything is
-seen). What depends on values, a padding mask's share for instance, is therefore not in the times.
+A site is cut out of its graph. The original cut and the cut rewritten for each candidate are compiled and timed alone.
+The inputs have the shapes, strides and dtypes of the example inputs, with synthetic values: normal random numbers for
+query, key and value, zeros for other floats (a bias that masks nothing), and ones for bools and integers (every key is
+visible). So the times do not reflect effects of values, such as the share of padding in a mask.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report.records import Candidate, Decision
 from attnfx.tuning import timing
 
-MOST = 8  # candidates that are timed, the original among them
+MOST = 8  # candidates that are timed, including the original
 ANSWERS = cache.JsonCache("tuning")
 
 Build = Callable[[Candidate], "GraphModule | None"]
@@ -40,11 +40,11 @@ log = logging.getLogger(__name__)
 def tune(
     ask: Question, decision: Decision, options: Options, device: torch.device, build: Build, timer: Timer | None = None
 ) -> Decision:
-    """The decision by measured times, which come from the cache where they are known.
+    """Decide by measured times, from the cache if it has them.
 
-    `decision` is the one by prediction. `build(candidate)` gives the cut graph that a candidate makes of the site, None
-    where it cannot; it is called only for what must be timed. Where nothing can be timed the prediction stands, and the
-    reason says so; with tune="known" it stands wherever the cache has no answer.
+    `decision` is the prediction. `build(candidate)` returns the cut graph of the site under a candidate, or None if it
+    cannot be built; it is called only for candidates to be timed. If none can be timed, the prediction stands and its
+    reason notes that. With tune="known", the prediction stands if the cache lacks the times.
     """
     first = Candidate(**{name: getattr(decision, name) for name in Candidate.__dataclass_fields__})
     every = sorted((first, *decision.alternatives), key=lambda c: c.predicted_ms)
@@ -66,13 +66,13 @@ def tune(
 
 
 def label(c: Candidate) -> str:
-    """A candidate's name in the cache: its tier, and what of its configuration is not the tier's own choice."""
+    """Return a candidate's name in the cache: its tier, and any configuration that the tier does not choose itself."""
     return str(configuration.of(c))
 
 
 def key_of(ask: Question, names: Mapping[str, Candidate], device: torch.device) -> str:
-    """What a measurement holds for: the spec, its sizes (T and S rounded up to powers of two), dtype, direction,
-    device and versions, and what was compared."""
+    """Return the cache key of a measurement: the question (T and S rounded up to powers of two), the candidates, the
+    device and the versions."""
     dims = {k: 1 << (v - 1).bit_length() if k in ("T", "S") and v > 0 else v for k, v in ask.dims.items()}
     spec = hashlib.sha256(ask.spec.to_json().encode()).hexdigest()[:20]
     return cache.key_of(
@@ -89,28 +89,29 @@ def _known(key: str, names: Mapping[str, Candidate]) -> dict[str, float] | None:
 
 
 def fastest(decision: Decision, every: Sequence[Candidate], times: Mapping[str, float], options: Options) -> Decision:
-    """The fastest of what was timed; with rewrite="always", of the rewrites."""
+    """Decide for the fastest timed candidate; with rewrite="always", for the fastest rewrite."""
     timed = [replace(c, measured_ms=times.get(label(c))) for c in every]
     rivals = [c for c in timed if c.measured_ms is not None]
     if options.rewrite == "always":
         rivals = [c for c in rivals if c.tier != "kept"]
     if len([c for c in timed if c.measured_ms is not None]) < 2 or not rivals:
         said = f"{decision.reason}; " if decision.reason else ""
-        return replace(decision, reason=f"{said}predicted: nothing could be timed")
+        return replace(decision, reason=f"{said}not measured: fewer than two candidates could be timed")
     best = min(rivals, key=lambda c: c.measured_ms or 0.0)
     said = ", ".join(f"{name} {ms:.3g} ms" for name, ms in sorted(times.items(), key=lambda x: x[1]))
     others = tuple(c for c in timed if c is not best)
-    return Decision(**vars(best), reason=f"measured: {said}", alternatives=others)
+    code = "slower" if best.tier == "kept" else ""
+    return Decision(**vars(best), reason=f"measured: {said}", code=code, alternatives=others)
 
 
 def measure(
     names: Mapping[str, Candidate], options: Options, device: torch.device, build: Build, timer: Timer | None = None
 ) -> dict[str, float]:
-    """ms of a call of each candidate that can be built and run, by name; forward and backward where inputs require a
-    gradient. The state of PyTorch's generators stays as it was."""
+    """Return the ms of a call of each candidate that can be built and run, by name. A call includes the backward pass
+    if inputs require gradients. PyTorch's random generators are left unchanged."""
     runs: dict[str, Callable[[], object]] = {}
     devices = [device] if device.type == "cuda" and torch.cuda.is_available() else []
-    # a backend is called while Dynamo traces: what is compiled here is no part of that trace
+    # a backend is called while Dynamo traces: keep this compilation out of that trace
     with tracing(None), torch.random.fork_rng(devices=devices):
         inputs: list[torch.Tensor] | None = None
         for name in timing.with_progress(list(names), "timing candidates"):
@@ -127,13 +128,13 @@ def measure(
 
 
 def made_up(graph: GraphModule) -> list[torch.Tensor]:
-    """Tensors for the placeholders of a cut graph, as the module's docstring says."""
+    """Make tensors for the placeholders of a cut graph, with the values that the module's docstring describes."""
     out = []
     for n in graph.graph.nodes:
         if n.op != "placeholder":
             continue
         like = n.meta["example_value"]
-        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]  # what was expanded
+        sizes = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride())]  # expanded dims: 1
         real = torch.empty_strided(sizes, like.stride(), dtype=like.dtype, device=like.device)
         if n.meta.get("operand"):
             real.normal_()
@@ -147,7 +148,7 @@ def _runnable(graph: GraphModule, inputs: list[torch.Tensor], options: Options) 
     import torch._functorch.config as aot
 
     training = torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
-    # A backward pass that is compiled when it first runs would do so in another thread on a GPU, and wait there for
+    # Compile the backward pass now: on a GPU, its first run would compile it in another thread, which would wait for
     # the lock that this compilation holds.
     with torch.set_grad_enabled(training), aot.patch(force_non_lazy_backward_lowering=True):
         compiled = compile_graph(graph, inputs, options, capturable=not draws(graph))

@@ -1,1 +1,1 @@
-"""Compare each rewritten site with the original."""
+"""Compare each rewritten site with the original code."""

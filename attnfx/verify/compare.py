@@ -1,8 +1,8 @@
-"""Two functions that should be one: compared on given inputs, held to float64.
+"""Compare two functions that should be equal on given inputs, with float64 as the reference.
 
-The original in float64 is the truth. What the original in its own dtype is away from it is rounding, and so is what the
-truth moves when the inputs are changed in their last bit; another way to compute the same may be away by a few times
-that, row by row, and by the rounding of its own result.
+The reference is the original run in float64. Two differences measure rounding noise: the original in its own dtype
+against the reference, and the change of the reference when the last bits of the inputs change. In each row, the other
+function's error may be a few times that noise, plus the rounding of its own result.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attnfx.passes.fx.dropout import without_dropout
 
-TIMES = 4.0  # of eager's own error
-DRAWS, SIGMAS = 16, 8.0  # of dropout: how many are compared, and when they are not of one distribution
-SLIGHT = 1e-3  # of the result: what rounding may make of a mean or a strength
+TIMES = 4.0  # the allowed error, in multiples of the rounding noise
+DRAWS, SIGMAS = 16, 8.0  # dropout: the number of draws, and the allowed difference in standard deviations
+SLIGHT = 1e-3  # dropout: the allowed difference from rounding, relative to the result
 Function = Callable[..., Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One result, or one gradient, of both. Errors against float64, as a part of the largest number in it.
+    """The difference in one result or gradient. Errors are against float64, relative to its largest value.
 
-    `problem` says in words what is wrong, "" where both are the same but for rounding.
+    `error` is the rewrite's, `eager` the original's. `problem` is a sentence; "" if they agree up to rounding.
     """
 
     name: str
@@ -41,7 +41,7 @@ class Difference:
 def compare(
     original: GraphModule, rewritten: Function, inputs: Sequence[Any], taught: Sequence[bool], names: Sequence[str]
 ) -> list[Difference]:
-    """The results (called `names`), then the gradients of the inputs that are `taught`, under one fixed cotangent."""
+    """Compare the results (called `names`), then the gradients of the `taught` inputs, for fixed random cotangents."""
     eager = _outcome(original, inputs, taught)
     got = _outcome(rewritten, inputs, taught, eager)
     in_double = InDouble(original).run
@@ -58,10 +58,10 @@ def compare(
 
 
 def compare_dropout(original: GraphModule, rewritten: GraphModule, inputs: Sequence[Any]) -> str:
-    """What is wrong with the dropout of two functions that are the same without it, or "".
+    """Compare the dropout of two functions that are equal without it; return a problem, or "".
 
-    They draw different numbers. Over several draws, how far the result lies along the one without dropout, and how
-    strong the noise is, must be of one distribution: that tells a wrong probability and a missing scale.
+    The functions draw different random numbers, so statistics over several draws are compared: the noise's projection
+    onto the result without dropout, and its energy. They show a wrong probability or a missing scale.
     """
     calm = without_dropout(original)(*inputs)
     for at, base in enumerate(calm):
@@ -72,12 +72,12 @@ def compare_dropout(original: GraphModule, rewritten: GraphModule, inputs: Seque
             apart = (x.mean() - y.mean()).abs()
             spread = ((x.var() + y.var()) / DRAWS).sqrt()
             if apart > SIGMAS * spread + SLIGHT:
-                return f"the {what} of the dropout is {y.mean():.3g}, the original's {x.mean():.3g}"
+                return f"the {what} of the dropout noise is {y.mean():.3g}, and {x.mean():.3g} in the original"
     return ""
 
 
 class InDouble(Interpreter):
-    """Runs a graph with every operator in float64 that any float64 reaches; what is computed of indices alone stays."""
+    """Run a graph with each operator that receives a float64 tensor in float64; index computations stay as they are."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         if any(isinstance(x, Tensor) and x.dtype == torch.float64 for x in tree_leaves((args, kwargs))):
@@ -92,7 +92,7 @@ def _wide(x: Any) -> Any:
 
 
 def _moved(x: Any, n: int) -> Any:
-    """A tensor with its last bits changed. Whole numbers stay: they are flags, positions, or a mask's fill."""
+    """Change the last bits of a tensor, except of whole numbers: those are flags, positions or mask fills."""
     if not isinstance(x, Tensor) or not x.is_floating_point():
         return x
     step = 1 + torch.finfo(x.dtype).eps * (2 * _random(x.shape, n, torch.rand) - 1).to(x.device)
@@ -101,14 +101,14 @@ def _moved(x: Any, n: int) -> Any:
 
 
 def _random(shape: Sequence[int], n: int, draw: Callable[..., Tensor] = torch.randn) -> Tensor:
-    """The same numbers at each call, on every device."""
+    """Return random numbers that are the same at each call and on every device."""
     return draw(tuple(shape), generator=torch.Generator().manual_seed(n), dtype=torch.float32)
 
 
 def _outcome(
     run: Function, inputs: Sequence[Any], taught: Sequence[bool], like: Sequence[Tensor] | None = None
 ) -> list[Tensor]:
-    """Results, then gradients. The cotangents are rounded as the results of `like` are, which have the same shapes."""
+    """Return results, then gradients. Cotangents are rounded to the dtypes of `like`, results of the same shapes."""
     leaves = [x.detach().requires_grad_(t) if isinstance(x, Tensor) else x for x, t in zip(inputs, taught, strict=True)]
     with torch.set_grad_enabled(any(taught)):
         results = list(run(*leaves))
@@ -123,7 +123,7 @@ def _outcome(
 
 
 def _broken(x: Any) -> bool:
-    """Whether a tensor holds a NaN, or an infinity that is no mask: what it does where it is masked is not kept."""
+    """Check for NaN or +inf: if they are masked, a rewrite need not reproduce their effect. -inf is a mask's fill."""
     return isinstance(x, Tensor) and x.is_floating_point() and bool((x.isnan() | x.isposinf()).any())
 
 
@@ -133,7 +133,7 @@ def _largest(x: Tensor) -> float:
 
 
 def _tolerance(dtype: torch.dtype) -> float:
-    """The rounding of a result of this dtype that was accumulated in float32 or better."""
+    """Return the rounding error of a result of this dtype, accumulated in float32 or better."""
     compute = torch.float64 if dtype == torch.float64 else torch.float32
     return max(2 * torch.finfo(dtype).eps, 64 * torch.finfo(compute).eps)
 
@@ -146,32 +146,32 @@ def _judged(
     if not eager.is_floating_point():
         clear = (eager == exact) & (eager == moved)
         wrong = int((got != eager)[clear].sum())
-        return Difference(name, wrong / max(1, eager.numel()), 0.0, f"{wrong} numbers differ" if wrong else "")
+        return Difference(name, wrong / max(1, eager.numel()), 0.0, f"{wrong} elements differ" if wrong else "")
     scale = max(_largest(exact), floor, torch.finfo(torch.float32).tiny)
     g, e = got.double(), eager.double()
     lost = (g.isnan() & ~e.isnan()) | (g.isinf() & (g != e))
-    # eager may overflow where another way does not; a NaN of the inputs may have been masked
+    # eager may overflow while the rewrite does not; the rewrite may have masked a NaN of the inputs
     better = exact.isfinite() | (e.isnan() & excused)
     strange = lost | (g.isfinite() & ~e.isfinite() & ~better)
     errors, eagers, noise = _apart(g, exact), _apart(e, exact), torch.maximum(_apart(e, exact), _apart(moved, exact))
     error, eagers_own = _largest(errors) / scale, _largest(eagers) / scale
     if strange.any():
-        problem = f"{int(strange.sum())} numbers are NaN or infinite in one alone"
+        problem = f"{int(strange.sum())} elements are NaN or infinite in only one of the two"
     elif (errors > TIMES * noise.clamp_min(_most(noise)) + _tolerance(eager.dtype) * scale).any():
-        problem = f"an error of {error:.2g} of the largest number, eager's is {eagers_own:.2g}"
+        problem = f"an error of {error:.2g} relative to the largest element (eager's is {eagers_own:.2g})"
     else:
         problem = ""
     return Difference(name, error, eagers_own, problem)
 
 
 def _apart(x: Tensor, exact: Tensor) -> Tensor:
-    """The largest error of each row. By rows, so that one in which eager itself is far off excuses no other."""
+    """Return the largest error of each row. Per row, so that eager's large error in one row excuses only that row."""
     rows = (x - exact).abs().where(x.isfinite() & exact.isfinite(), 0.0)
     return rows.reshape(-1, rows.shape[-1] if rows.ndim and rows.numel() else 1).amax(-1)
 
 
 def _most(noise: Tensor) -> Tensor | float:
-    """What nine of ten rows stay below."""
+    """Return the 90th percentile of the rows' noise."""
     return noise.kthvalue(math.ceil(0.9 * noise.numel())).values if noise.numel() else 0.0
 
 
@@ -180,7 +180,7 @@ def _form(x: Tensor) -> str:
 
 
 def _noise(run: Function, inputs: Sequence[Any], at: int, base: Tensor) -> tuple[Tensor, Tensor]:
-    """Of several draws: the noise along the result without dropout, and its energy, both as a part of that result's."""
+    """Return each draw's noise projected onto the result without dropout, and its energy, relative to that result."""
     along, energy = [], []
     finite = base.isfinite()
     calm = base[finite].double()

@@ -1,4 +1,4 @@
-"""A script that shows a rewrite going wrong: what `verify` writes, and what the script calls."""
+"""Write a script that reproduces a failed verification, and provide the function that the script calls."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch.fx import GraphModule, symbolic_trace
 
-from attnfx.kernels import operators  # noqa: F401  (what a script calls is registered by its import)
+from attnfx.kernels import operators  # noqa: F401  (the import registers the operators that a script calls)
 from attnfx.passes.fx.dropout import drops, without_dropout
 from attnfx.passes.rewrite.site_pairs import Pair
 from attnfx.verify.compare import Difference, compare, compare_dropout
 
 SCRIPT = '''\
-"""The attention at {where} and what attnfx made of it, on the tensors of the call that showed the difference.
+"""Compare the attention at {where} with its rewrite by attnfx, on the tensors of the call on which they differed.
 
-Run it: `python {name}/repro.py`. It needs attnfx and the files beside it, and exits with 1 while they differ.
+Run `python {name}/repro.py`. It needs attnfx and the files beside it, and exits with 1 if the two differ.
 {found}
 """
 
@@ -46,9 +46,9 @@ if __name__ == "__main__":
 
 
 def write(folder: Path, pair: Pair, inputs: Sequence[Any], differences: Sequence[Difference]) -> Path:
-    """Write the script, its tensors and the spec to a new folder `<site>_N` of `folder`; gives the script's path.
+    """Write the script, its tensors and the spec to a new folder `<site>_N` in `folder`; return the script's path.
 
-    Raises OSError where it cannot be written.
+    Raises OSError if it cannot be written.
     """
     home = next(p for n in itertools.count() if not (p := folder / f"{pair.site.name}_{n}").exists())
     home.mkdir(parents=True)
@@ -75,7 +75,7 @@ def write(folder: Path, pair: Pair, inputs: Sequence[Any], differences: Sequence
 def differences(
     original: GraphModule, rewritten: GraphModule, inputs: Sequence[Any], taught: Sequence[bool], names: Sequence[str]
 ) -> list[Difference]:
-    """What `verify` compares: all with dropout removed, then, where there is some, the dropout."""
+    """Compare the functions with dropout removed; if they agree, also compare the dropout, if there is any."""
     calm, calm_rewritten = without_dropout(original), without_dropout(rewritten)
     found = compare(calm, calm_rewritten, inputs, taught, names)
     if drops(original) and not any(d.problem for d in found):
@@ -85,7 +85,7 @@ def differences(
 
 
 def show(original: torch.nn.Module, rewritten: torch.nn.Module, tensors: Path) -> int:
-    """Compare on saved tensors and print what was found; 1 where the two differ."""
+    """Compare on saved tensors and print the differences; return 1 if there are any, else 0."""
     saved = torch.load(tensors, weights_only=True)
     inputs = [x if d is None else x.to(d) for x, d in zip(saved["inputs"], saved["devices"], strict=True)]
     taught, names = saved["taught"], saved["results"]

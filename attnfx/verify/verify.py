@@ -1,9 +1,9 @@
-"""`verify="first"`: each rewritten site against the original subgraph, on the inputs of the call that compiles a graph.
+"""Implement `verify="first"`: compare each rewritten site with the original subgraph when a graph is compiled.
 
-A graph is compiled when it is first called, and the backend is given the tensors of that call. The graph as it was
-before rewriting runs on them once in eager, up to its last site; where the inputs of a site are there, the original and
-the operator run on them, forward and, in training, backward. Nothing of it is left: what the graph would write is
-written to copies, and the generators are put back.
+A graph is compiled when it is first called, and the backend receives the tensors of that call. The prepared graph runs
+on them once in eager, up to its last site. As soon as the inputs of a site are computed, the original and the rewrite
+run on them, forward and, in training, backward. The run leaves all state unchanged: the graph writes to copies of its
+inputs, and the random generators are restored.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from attnfx.targets.available import free_on
 from attnfx.verify import repro
 from attnfx.verify.compare import Difference
 
-# Higher-order operators whose bodies run here: from the operands, which of them is the body, and what it is given.
+# Higher-order operators whose bodies run here: from the operands, the index of the body and the body's arguments.
 BODIES = {
     "tag_activation_checkpoint": lambda _, *inputs: (0, inputs),
     "wrap": lambda _, *inputs: (0, inputs),
@@ -38,26 +38,26 @@ BODIES = {
 
 
 class CannotVerify(Exception):
-    """The message says why the sites of a graph, or one of them, cannot be compared."""
+    """The failure to compare one or all sites of a graph; the message gives the reason."""
 
 
 @dataclass
 class Failure:
-    """A site whose rewrite gave something else: `script` shows it, None where that could not be written."""
+    """A site whose rewrite gave a different result. `script` reproduces it; None if it could not be written."""
 
     pair: Pair
     problem: str
     script: Path | None
 
     def __str__(self) -> str:
-        return self.problem + (f", run {self.script}" if self.script else "")
+        return self.problem + (f"; to reproduce it, run {self.script}" if self.script else "")
 
 
 def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tuple[dict[str, str], dict[str, Failure]]:
-    """Compare each pair of a trial on the inputs of a call; one warning names the sites whose rewrite gave something
-    else, another those that could not be compared.
+    """Compare each pair of a trial on the inputs of a call, and return notes and failures by the pairs' names.
 
-    Gives, by the pairs' names, what the report says of each, and the failures.
+    The notes are for the report. One warning names the sites with different results, another names the sites that could
+    not be compared.
     """
     pairs = trial.all_pairs()
     if not pairs:
@@ -68,7 +68,7 @@ def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tu
     try:
         with torch.random.fork_rng(devices), torch.no_grad():
             _Run(trial, done).run(*_own(example_inputs, trial))
-    except Exception as problem:  # whatever it is, the rewrite itself went well
+    except Exception as problem:  # any failure here only prevents the comparison
         why = _why(problem)
     for pair in pairs:
         done.notes.setdefault(pair.name, f"not verified: {why}")
@@ -77,7 +77,7 @@ def compare(trial: Trial, example_inputs: Sequence[Any], options: Options) -> tu
         _warn("; ".join(missed.values()))
     if done.failures:
         told = "; ".join(f"{f.pair.site.where or f.pair.site.name}: {f}" for f in done.failures.values())
-        _warn(f"a rewrite gave another result than the original, which was kept ({told})")
+        _warn(f"a rewrite and its original disagreed, so the original was kept ({told})")
     return done.notes, done.failures
 
 
@@ -95,10 +95,10 @@ def _why(problem: Exception) -> str:
 
 
 def _own(example_inputs: Sequence[Any], trial: Trial) -> list[Any]:
-    """The inputs, detached; what the graph may write is copied, and what shared memory shares the copy."""
+    """Detach the inputs, and copy storages that the graph may write; tensors that share a storage share its copy."""
     strange = next((x for x in example_inputs if isinstance(x, Tensor) and not _plain(x)), None)
     if strange is not None:
-        raise CannotVerify(f"an input is no plain tensor but a {type(strange).__name__}")
+        raise CannotVerify(f"an input is a {type(strange).__name__}, not a plain tensor")
     written = Facts(trial.gm).written
     holders = [n for n in trial.gm.graph.nodes if n.op == "placeholder"]
     opaque = any(isinstance(n.target, HigherOrderOperator) for n in trial.gm.graph.nodes)
@@ -127,7 +127,7 @@ def _plain(x: Tensor) -> bool:
 
 @dataclass
 class _Outcome:
-    """What was found so far, by the names of sites."""
+    """The results so far, by the names of the pairs."""
 
     options: Options
     training: bool
@@ -136,7 +136,7 @@ class _Outcome:
 
 
 class _Run(Interpreter):
-    """Runs a trial's graph and compares each pair where its inputs are there; stops to compute after the last."""
+    """Run a trial's graph and compare each pair once its inputs are computed; stop computing after the last pair."""
 
     def __init__(self, trial: Trial, done: _Outcome, whole: bool = False):
         super().__init__(trial.gm)
@@ -218,16 +218,20 @@ def _script(
     try:
         return repro.write(home / "verify", replace(pair, taught=tuple(taught)), inputs, found)
     except OSError as problem:
-        warnings.warn(f"attnfx: no script could be written under {home}: {problem}", RuntimeWarning, stacklevel=2)
+        warnings.warn(
+            f"attnfx: the script that reproduces a mismatch could not be written under {home}: {problem}",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return None
 
 
 def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
-    """Raises CannotVerify where the numbers of the original in float64 would not fit what is free: on a CPU, what does
-    not fit takes the process down."""
+    """Raise CannotVerify if the original's values in float64 would exceed the free memory: on a CPU, running out of
+    memory would kill the process."""
     elements, largest = weight(pair.original, number)
     needed = 8 * (elements if training else 4 * largest)
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     free = free_on(device)
     if free is not None and needed > free:
-        raise CannotVerify(f"the scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")
+        raise CannotVerify(f"its scores in float64 would take {needed >> 20} MiB, and {free >> 20} MiB are free")

@@ -1,12 +1,11 @@
-"""Runs any spec in blocks of queries, on any device: the reference tier, and the one that nothing is too odd for.
+"""Run any spec in blocks of queries, on any device: the reference tier, which accepts every spec.
 
-A block is a range of queries on the key range that its mask leaves alive, for as many heads as keep the tile of scores
-in the cache. Nothing of size T x S exists; out and logsumexp are what the backward pass is given, and it computes each
-block's weights again.
+A block is a range of queries and its live key range, for as many heads as keep the tile of scores in the cache. A
+matrix of size T x S never exists. The forward pass saves out and logsumexp, and the backward pass recomputes each
+block's weights.
 
-Rows without a live key. Keys outside a block's live range are left out, which is exact where every row has a live
-key. A row that has none shows it by its logsumexp, which is no larger than half the fill; blocks with such a row are
-computed over all keys (`Plan.widen`), by the forward pass and the backward pass alike.
+Keys outside a block's live range are skipped, which is exact if every row has a live key. The logsumexp of a row
+without a live key is at most half the fill. Both passes compute blocks with such a row over all keys (`Plan.widen`).
 """
 
 from __future__ import annotations
@@ -29,8 +28,8 @@ _ZERO = A.const(0.0)
 
 
 def forward(call: Call, make: Make = Run) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
-    `make` gives the run of the call, where its dropout is another or fewer scores than a tile's are there at once."""
+    """Compute out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
+    `make` creates the run of the call. Callers override it to change the dropout or to hold fewer scores at once."""
     out = output_like(call.query, call.value.shape[-1], call.out_dtype)
     logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
     forward_rows(make(call), None, out, logsumexp)
@@ -38,7 +37,7 @@ def forward(call: Call, make: Make = Run) -> tuple[Tensor, Tensor]:
 
 
 def forward_rows(run: Run, which: set[int] | None, out: Tensor, logsumexp: Tensor) -> None:
-    """Computes the ranges of rows of those numbers (None: all) into `out` and `logsumexp`."""
+    """Compute the ranges of rows numbered in `which` (None: all) into `out` and `logsumexp`."""
     for blocks in run.plan.blocks(which):
         _forward_blocks(run, blocks, out, logsumexp)
     if run.spec.normaliser == "softmax" and (wide := run.plan.widen(logsumexp)):
@@ -80,7 +79,7 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None, make: Make = Run
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value, and of the captures whose `grad` is True, each as its tensor is, contiguous."""
+    """Compute the gradients of query, key, value and the captures with `grad`, in each tensor's dtype, contiguous."""
     run = make(call)
     if call.spec.normaliser == "softmax":
         run.plan.widen(logsumexp)
@@ -92,7 +91,7 @@ def backward(
 
 
 class ThroughValues:
-    """The gradient of the weights of a block from that of the output; adds up the gradient of the values."""
+    """The backward pass of weights @ values: the gradient of a block's weights, and the sum of the values' gradient."""
 
     def __init__(self, run: Run, grad_out: Tensor):
         self.run, self.grad_out = run, grad_out
@@ -106,11 +105,11 @@ class ThroughValues:
 
 
 class Gradients:
-    """The sums that the blocks of a backward pass add to, in the compute type: of query, key and the captures."""
+    """The gradients of query, key and the captures, accumulated over blocks; all but query in the compute type."""
 
     def __init__(self, run: Run, query: Tensor | None = None, grad_logsumexp: Tensor | None = None):
-        """`query` is filled block by block; without it, zeros are made. `grad_logsumexp` (B, H, T) is the gradient of
-        the logsumexp, where something is made of that."""
+        """Allocate the sums. `query` is filled block by block and defaults to zeros. `grad_logsumexp` (B, H, T) is the
+        gradient of the logsumexp, or None if that is unused."""
         self.run, self.grad_logsumexp = run, grad_logsumexp
         like = run.call.query
         self.query = torch.zeros(like.shape, dtype=like.dtype, device=like.device) if query is None else query
@@ -125,10 +124,10 @@ class Gradients:
         return [x.to(self.run.captures[n].dtype) for n, x in self.captures.items()]
 
     def add_blocks(self, blocks: list[Block], of_weights: Callable[[Block, Tensor], Tensor]) -> None:
-        """Adds the blocks of one range of rows; `of_weights(block, weights)` gives the gradient of the weights."""
+        """Add the blocks of one range of rows. `of_weights(block, weights)` returns the gradient of the weights."""
         shared: dict = {}
         for at in blocks:
-            if at.j0 < at.j1:  # without a key, nothing depends on anything
+            if at.j0 < at.j1:  # a block without keys has a zero gradient
                 self._add(at, shared, of_weights)
 
     def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
@@ -139,7 +138,7 @@ class Gradients:
         query = run.queries(run.query, at)
         score = run.score(at, values, query)
         extra = run.extra(values, (*score.shape[:3], 1))
-        # Not exp(score - logsumexp): where scores are huge, logsumexp is too coarse, and a fill swallows its log.
+        # Not exp(score - logsumexp): logsumexp is too coarse for huge scores, and a fill absorbs the log of the sum
         if spec.normaliser == "softmax":
             prob, total, m = run.normalise(score, extra)
             total = run.divisor(total)
@@ -155,7 +154,7 @@ class Gradients:
             slope = self._through(program.weights, slope, values)
         if spec.normaliser == "softmax":
             share = (prob * slope).sum(-1, keepdim=True)
-            if self.grad_logsumexp is not None:  # whose derivative by a score is the score's probability
+            if self.grad_logsumexp is not None:  # its derivative by a score is the score's probability
                 share = share - self.grad_logsumexp[where].unsqueeze(-1)
             slope = (slope - share).mul_(prob)
             rows = values.without("j")
@@ -170,7 +169,7 @@ class Gradients:
         run.add_keys(self.key, at, run.scaled(run.product(flat.mT, query)))
 
     def _through(self, slopes: tuple[tuple[Expr, Expr], ...], slope: Tensor, values: Evaluator) -> Tensor:
-        """The chain rule through one program; gives the slope of its first leaf, which is dot or prob."""
+        """Apply the chain rule through one program, and return the gradient of its first leaf, dot or prob."""
         for leaf, local in slopes[1:]:
             values.add_gradient(leaf, self._times(slope, local, values), self.captures[leaf.value])  # type: ignore[index]
         return self._times(slope, slopes[0][1], values)
@@ -178,7 +177,7 @@ class Gradients:
     def _times(self, slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
         if local is A.const(1.0):
             return slope
-        if local.op == "where" and _ZERO in local.args[1:]:  # zero even where the slope is not a number
+        if local.op == "where" and _ZERO in local.args[1:]:  # zero even if the slope is NaN
             x, y = (0.0 if a is _ZERO else self._times(slope, a, values) for a in local.args[1:])
             return torch.where(values.tensor(local.args[0]), x, y)
         return slope * values(local)

@@ -1,4 +1,4 @@
-"""One call in blocks: what both passes evaluate of a block, its scores, weights and dropout."""
+"""Compute the scores, weights and dropout of one block, for both passes of a call."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnfx.kernels.evaluate import Evaluator, block_axes
 
 
 class Run:
-    """One call: its tensors in the compute type, heads merged with batches where matmul wants them so."""
+    """One call: its tensors in the dtype of the matrix products, and its plan of blocks."""
 
     def __init__(self, call: Call, elements: int = 0):
         self.call = call
@@ -27,22 +27,22 @@ class Run:
         self.repeat = query.shape[1] // max(self.groups, 1)
         self.device = query.device
         self.query = query
-        # tensor cores multiply halves exactly and add in float32; a CPU's would round the sums
+        # tensor cores multiply half precision exactly and accumulate in float32; a CPU would round the sums
         halves = query.device.type == "cuda" and query.dtype.itemsize == 2
         self.factor = query.dtype if halves else self.compute
         self.key = key.to(self.factor).contiguous()
         self.value = self.key if call.value is key else call.value.to(self.factor).contiguous()
         self.plan = Plan(self.spec, self.sizes, self.groups, query.device, elements)
         self._first_seed: int | None = None
-        self._drawn: tuple[int, Tensor] | None = None  # of the block that parts are computed of: its number, what stays
+        self._drawn: tuple[int, Tensor] | None = None  # number and kept weights of the block now computed in parts
 
     def keys(self, x: Tensor, at: Block) -> Tensor:
-        """(B, G, S, E) to the block's (b * g, s, E)."""
+        """Cut (B, G, S, E) to the block's (b * g, s, E)."""
         part = x[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1]
         return part.reshape(-1, *part.shape[2:])
 
     def add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
-        """Adds the block's (b * g, s, E) to (B, G, S, E)."""
+        """Add the block's (b * g, s, E) to (B, G, S, E)."""
         b, g = at.b1 - at.b0, at.g1 - at.g0
         total[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1] += part.view(b, g, *part.shape[1:])
 
@@ -50,22 +50,22 @@ class Run:
         return at.g0 * self.repeat, at.g1 * self.repeat
 
     def queries(self, x: Tensor, at: Block) -> Tensor:
-        """(B, H, T, E) to the block's (b * g, r * t, E), ready to multiply."""
+        """Cut (B, H, T, E) to the block's (b * g, r * t, E), in the dtype of the matrix products."""
         h0, h1 = self.heads(at)
         part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.factor)
         return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
 
     def tile(self, x: Tensor, at: Block) -> Tensor:
-        """The block's (b * g, r * t, s) as (b, h, t, s)."""
+        """View the block's (b * g, r * t, s) as (b, h, t, s)."""
         h0, h1 = self.heads(at)
         return x.view(at.b1 - at.b0, h1 - h0, at.i1 - at.i0, -1)
 
     def merged(self, x: Tensor, at: Block) -> Tensor:
-        """The inverse of `tile`."""
+        """Invert `tile`."""
         return x.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
 
     def product(self, x: Tensor, y: Tensor) -> Tensor:
-        """The batched matrix product in the compute type."""
+        """Compute a batched matrix product in the compute type."""
         if self.factor == self.compute:
             return torch.bmm(x, y)
         return torch.bmm(x.to(self.factor), y, out_dtype=self.compute)
@@ -75,9 +75,9 @@ class Run:
         return Evaluator(self.captures, self.sizes, axes, self.compute, self.device, shared=shared)
 
     def score(self, at: Block, values: Evaluator, query: Tensor) -> Tensor:
-        """The scores of the block, (b, h, t, s)."""
+        """Compute the scores of the block, (b, h, t, s)."""
         program = self.program
-        exact = self.factor == self.compute  # else scaling a query would round it
+        exact = self.factor == self.compute  # otherwise scaling the query would round it
         dot = self.product(self.scaled(query) if exact else query, self.keys(self.key, at).mT)
         dot = self.tile(dot if exact else self.scaled(dot), at)
         values.bind(A.DOT, dot)
@@ -91,7 +91,7 @@ class Run:
         return [values.tensor(e).expand(shape) for e in self.spec.extra]
 
     def normalise(self, score: Tensor, extra: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """exp(score - m), its sum with the extra logits', and m: the last two (b, h, t, 1)."""
+        """Return exp(score - m), its sum including the extra logits, and the maximum m; the last two (b, h, t, 1)."""
         m = score.amax(-1, keepdim=True)
         for e in extra:
             m = torch.maximum(m, e)
@@ -104,18 +104,18 @@ class Run:
         return e, total, m
 
     def divisor(self, total: Tensor) -> Tensor:
-        """What the exponentials are divided by."""
+        """Return the softmax's denominator, 1 for a dead row of a safe softmax."""
         return torch.where(total == 0, 1.0, total) if self.spec.safe else total
 
     def weights(self, values: Evaluator, prob: Tensor) -> Tensor:
-        """The weights before dropout, of the probabilities."""
+        """Compute the weights before dropout from the probabilities."""
         if self.spec.weight is A.PROB:
             return prob
         values.bind(A.PROB, prob)
         return values.tensor(self.spec.weight).expand(prob.shape)
 
     def drop(self, at: Block, like: Tensor) -> Tensor | None:
-        """The factor of each weight under dropout: 0, or 1 / (1 - p)."""
+        """Return the dropout factor of each weight, 0 or 1 / (1 - p), or None without dropout."""
         p = self.spec.dropout
         if p <= 0.0:
             return None
@@ -134,7 +134,7 @@ class Run:
         return kept.to(like.dtype).div_(1.0 - p)
 
     def _draw(self, at: Block, p: float) -> Tensor:
-        """Which weights of a block stay, as bool."""
+        """Sample the weights of a block that dropout keeps, as bool."""
         if self._first_seed is None:
             assert self.call.seed is not None
             self._first_seed = int(self.call.seed.item())
@@ -146,7 +146,7 @@ class Run:
 
 
 def mix(seed: int, number: int) -> int:
-    """One 63-bit seed of two numbers (splitmix64's finaliser)."""
+    """Mix two integers into one 63-bit seed (the finalizer of splitmix64)."""
     x = (seed + (number + 1) * 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF

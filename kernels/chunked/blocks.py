@@ -1,4 +1,4 @@
-"""How a call is cut into blocks: ranges of queries on the key ranges that the mask leaves alive."""
+"""Divide a call into blocks: ranges of queries and their live key ranges."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from attnfx.kernels.gpu import capturing
 from attnfx.mask import KeyRange, key_ranges, rows_live
 from attnfx.spec import AttentionSpec
 
-# Elements of one tile of scores, and the least rows of a block. Measured by benchmarks on 2 cores of an AMD EPYC with
-# 1 MiB of L2 each and 32 MiB of L3 (8 heads x 4096 x 64, float32). On a GPU each operator is a launch: larger.
+# Elements of one tile of scores, and the fewest rows of a block. Measured on 2 cores of an AMD EPYC with 1 MiB of L2
+# each and 32 MiB of L3 (8 heads x 4096 x 64, float32). Larger on a GPU, because each operator is a kernel launch.
 TILE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}
 ROWS = {"cpu": 128, "cuda": 512}
-LEAST_ROWS = 16  # of a part of a block
+LEAST_ROWS = 16  # fewest rows of a part of a block
 
 
 class Block(NamedTuple):
     """Batches [b0, b1), key heads [g0, g1), queries [i0, i1), keys [j0, j1).
 
-    number  seeds its dropout
-    full    every key of it is live
-    live    every row of it is known to have a live key
-    whole   the block that it is a part of, whose dropout is drawn at once; None where it is no part
+    number  the block's number, which seeds its dropout
+    full    whether every score is live
+    live    whether every row is known to have a live key
+    whole   for a part of a block, that block, whose dropout is sampled as a whole; else None
     """
 
     number: int
@@ -45,10 +45,10 @@ class Block(NamedTuple):
 
 
 class Plan:
-    """How a call is cut into blocks. Both passes make the same one.
+    """The division of a call into blocks, the same in both passes.
 
-    Where fewer `elements` than a tile's are allowed, each block is computed in parts. The blocks stay as they are, and
-    so does their dropout.
+    If `elements` allows fewer scores than a tile has, each block is computed in parts. The blocks and their dropout
+    stay the same.
     """
 
     def __init__(
@@ -69,13 +69,15 @@ class Plan:
                 step *= 2
         self.rows = list(key_ranges(spec, sizes, step)) if rows and heads else []
         self.fill = program_of(spec).fill
-        # a row without a live key gives zeros whichever keys are looked at
+        # a row without a live key then gives zeros, whichever keys are visited
         self.exact = self.fill is None or (spec.safe and self.fill == -math.inf)
         self.doubtful: set[int] | None = None  # unknown
 
     def widen(self, logsumexp: Tensor) -> set[int]:
-        """Finds the ranges with rows without a live key. Those that leave keys out take all keys instead: gives their
-        numbers. A CUDA graph that is being captured runs for other numbers too: there every range may have such rows.
+        """Find the ranges that have rows without a live key, and widen them to all keys.
+
+        Return the numbers of the widened ranges. A captured CUDA graph will be replayed on other values, so during
+        capture every range counts as having such rows.
         """
         self.doubtful = set()
         if self.exact or self.fill is None or not logsumexp.numel() or rows_live(self.spec, self.sizes):
@@ -93,12 +95,12 @@ class Plan:
         return wide
 
     def holding(self, some: Tensor) -> set[int]:
-        """Numbers of the ranges of rows that hold one of `some`, (T,) of bool."""
+        """Return the numbers of the ranges that contain a row marked in `some`, a bool tensor (T,)."""
         some = some.cpu()
         return {n for n, r in enumerate(self.rows) if bool(some[r.i0 : r.i1].any())}
 
     def blocks(self, which: set[int] | None = None) -> Iterator[list[Block]]:
-        """For each range of rows, its blocks over batches and heads."""
+        """Yield, for each range of rows, its blocks over batches and heads."""
         size_b, size_g = self.sizes["B"], self.groups
         per_group = max(1, self.sizes["H"] // max(size_g, 1))
         # the number of a block must not depend on its key range, which may have been widened
@@ -120,8 +122,8 @@ class Plan:
                     yield from self._parts(block, per_group)
 
     def _parts(self, whole: Block, per_group: int) -> Iterator[list[Block]]:
-        """A block in parts of no more than `elements` scores, as far as a group of heads and LEAST_ROWS allow it; for
-        each range of rows, its parts."""
+        """Divide a block into parts and yield, for each range of rows, its parts. A part has at most `elements` scores,
+        unless one group of heads with LEAST_ROWS rows already exceeds that."""
         row = max(1, (whole.j1 - whole.j0) * per_group)
         rows = min(max(self.elements // row, LEAST_ROWS), max(whole.i1 - whole.i0, 1))
         fit, groups = max(1, self.elements // (row * rows)), whole.g1 - whole.g0

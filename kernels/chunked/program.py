@@ -1,4 +1,4 @@
-"""A spec made ready for blocks: what each block of scores evaluates, and its derivatives."""
+"""Prepare a spec for evaluation in blocks: its score and weight expressions and their derivatives."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _ZERO = A.const(0.0)
 
 @dataclass(frozen=True)
 class Program:
-    """A spec made ready: what each block evaluates. In `score` and its slopes, `dot` is scale * (q . k).
+    """The expressions that each block evaluates. In `score` and its slopes, `dot` is scale * (q . k).
 
-    kept         the score where the mask keeps (the score itself where there is no mask)
+    kept         the score of unmasked elements (`score` itself without a mask)
     keep         the mask of the score's outermost `where`, or None
-    fill         what a row without a live key is made of, or None where nothing masks
-    slopes       (leaf, d score / d leaf): dot first, then the loads that need a gradient
-    kept_slopes  the same of `kept`
-    tame         all kept slopes are numbers: in a block whose rows are all live they need no mask, as a dead key's
-                 weight is zero
-    weights      (leaf, d weight / d leaf): prob first
-    extras       for each extra logit, (load, d logit / d load)
+    fill         the score of masked elements, which decides rows without a live key; None without a mask
+    slopes       (leaf, d score / d leaf) pairs: dot first, then the loads that need a gradient
+    kept_slopes  the same for `kept`
+    tame         whether all kept slopes are constants; a block without dead rows can then use them without the mask,
+                 because the weight of a masked key is zero
+    weights      (leaf, d weight / d leaf) pairs: prob first
+    extras       for each extra logit, its (load, d logit / d load) pairs
     """
 
     scale: float
@@ -44,11 +44,11 @@ class Program:
 
 
 def _scale(score: Expr) -> float:
-    """The constant that every occurrence of dot is multiplied by: it goes into the queries instead."""
+    """Return the constant factor of every occurrence of dot, which is applied to the queries instead; else 1."""
     scales: set[float] = set()
     for e in walk(score):
         if A.DOT in e.args:
-            head, once = e.args[0], e.args.count(A.DOT) == 1  # not so in a power of dot
+            head, once = e.args[0], e.args.count(A.DOT) == 1  # false in a power of dot
             scales.add(float(head.value) if e.op == "mul" and head.op == "const" and once else 1.0)  # type: ignore[arg-type]
     scale = scales.pop() if len(scales) == 1 else 1.0
     return scale if math.isfinite(scale) and scale != 0.0 else 1.0
@@ -85,7 +85,7 @@ def program_of(spec: AttentionSpec) -> Program:
             if e.op == "load" and _has_gradient(spec, e):
                 wanted[e] = None
             if e.op in ("rsum", "rmax") and any(x.op == "load" and _has_gradient(spec, x) for x in walk(e)):
-                raise ValueError(f"a reduction over a capture that needs a gradient has no derivative here: {e}")
+                raise ValueError(f"the chunked tier cannot differentiate a reduction of a captured tensor: {e}")
     scale = _scale(spec.score)
     score = _unscaled(spec.score, scale)
     masked = fill_of(score) is not None and spec.normaliser == "softmax"

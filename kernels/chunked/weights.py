@@ -1,8 +1,7 @@
-"""The weights of an attention, added up over some of their axes: their mean over heads, what each key received. Or
-the largest of each row, and its key, or of each key, and its row.
+"""Reduce an attention's weights: sum them over some axes, or find the largest of each row or of each key.
 
-They are computed again, block by block as `chunked` does, and never exist beyond one block of them, unless all four
-axes are asked for. The blocks and the dropout are those of the attention's own passes.
+The weights are recomputed block by block, as in the chunked tier. At most one block of them exists at a time, unless
+the result keeps all four axes. Blocks and dropout are the same as in the attention's own passes.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ AXES = "bhij"
 
 
 def shape_of(call: Call, keep: str) -> list[int]:
-    """The sizes of the result: one for each axis of `keep`, in the order of AXES."""
+    """Return the shape of the result: one size per axis of `keep`, in the order of AXES."""
     sizes = dict(zip(AXES, (*call.query.shape[:3], call.key.shape[2])))
     return [sizes[a] for a in keep]
 
@@ -32,7 +31,7 @@ def _region(run: Run, at: Block) -> tuple[slice, ...]:
 
 
 def _whole(x: Tensor, keep: str) -> Tensor:
-    """A view with all four axes, of size 1 where they were added up."""
+    """Return a view with all four axes, of size 1 for the summed ones."""
     for n, a in enumerate(AXES):
         if a not in keep:
             x = x.unsqueeze(n)
@@ -40,7 +39,7 @@ def _whole(x: Tensor, keep: str) -> Tensor:
 
 
 def _part(x: Tensor, keep: str, region: tuple[slice, ...]) -> Tensor:
-    """The block of a `_whole` tensor."""
+    """Cut a tensor from `_whole` to the block."""
     return x[tuple(r if a in keep else slice(None) for a, r in zip(AXES, region))]
 
 
@@ -52,7 +51,7 @@ def _run(call: Call, logsumexp: Tensor) -> Run:
 
 
 def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
-    """Each block that has a key, with its weights before dropout."""
+    """Yield each block that has keys, with its weights before dropout."""
     for blocks in run.plan.blocks():
         shared: dict = {}
         for at in blocks:
@@ -67,7 +66,7 @@ def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
 
 
 def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
-    """The sum over the axes that are not in `keep`, in the compute type; logsumexp (B, H, T) is the attention's."""
+    """Sum the weights over the axes not in `keep`, in the compute type. logsumexp (B, H, T) is the attention's."""
     run = _run(call, logsumexp)
     out = torch.zeros(shape_of(call, keep), dtype=call.compute, device=call.query.device)
     whole = _whole(out, keep)
@@ -81,7 +80,7 @@ def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
 
 
 def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, and of the captures whose `grad` is True."""
+    """Compute the gradients of query, key and the captures whose `grad` is True."""
     run = _run(call, logsumexp)
     whole = _whole(grad.to(call.compute), keep)
 
@@ -92,16 +91,18 @@ def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Te
 
 
 def largest(call: Call, logsumexp: Tensor, over: str = "j") -> tuple[Tensor, Tensor]:
-    """The largest weight over the axis `over`, "i" or "j", in the compute type, and the first place that has it: of
-    each row (B, H, T) and its key, or of each key (B, H, S) and its row. Weights are probabilities, not dropped: a key
-    outside a block's range has none that is larger."""
+    """Find the largest weight over the axis `over`, and the first index that has it.
+
+    With "j", return the largest of each row (B, H, T) and its key; with "i", of each key (B, H, S) and its row. Values
+    are in the compute type. Weights must be probabilities without dropout: then a key outside a block's range cannot
+    have a larger one."""
     run, shape = _run(call, logsumexp), shape_of(call, AXES.replace(over, ""))
     most = torch.zeros(shape, dtype=call.compute, device=call.query.device)
     place = torch.zeros(shape, dtype=torch.int64, device=call.query.device)
     for at, weight in _blocks(run):
         where, start = _others(run, at, over)
         best, found = weight.max(AXES.index(over))
-        before = most[where]  # of a key, in rows of other blocks, which came first where they are as large
+        before = most[where]  # for a key, the best of earlier blocks of rows, which wins a tie
         better = (best > before) | (best.isnan() & ~before.isnan())
         most[where] = torch.where(better, best, before)
         place[where] = torch.where(better, found + start, place[where])
@@ -111,7 +112,7 @@ def largest(call: Call, logsumexp: Tensor, over: str = "j") -> tuple[Tensor, Ten
 def largest_backward(
     call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor, over: str = "j"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
-    """Gradients as `backward` gives them, of the weights at the places `index`, whose gradient is `grad`."""
+    """Compute the same gradients as `backward` from `grad`, the gradient of the weights at `index`."""
     run, dim = _run(call, logsumexp), AXES.index(over)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
@@ -126,7 +127,7 @@ def largest_backward(
 
 
 def _others(run: Run, at: Block, over: str) -> tuple[tuple[slice, ...], int]:
-    """(the block's region without an axis, where it starts along that)."""
+    """Return the block's region without the axis `over`, and the block's start along it."""
     region = _region(run, at)
     return tuple(r for r, a in zip(region, AXES) if a != over), region[AXES.index(over)].start
 

@@ -1,1 +1,1 @@
-"""The flash tier: Triton kernels that inline a generated score program. Nothing here is imported without Triton."""
+"""The flash tier: Triton kernels that inline a generated score program. Submodules are imported only with Triton."""

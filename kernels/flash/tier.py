@@ -1,6 +1,6 @@
-"""The flash and the decode tier as the operator calls them. Triton is imported when one is asked, not before.
+"""Provide the flash and decode tiers to the operator. Triton is imported lazily, at the first use of a tier.
 
-Where no kernel compiles or fits the device, the call runs in blocks of PyTorch's operators; reports say so.
+If no kernel compiles and fits the device, the call runs in blocks of PyTorch's operators, and reports state this.
 """
 
 from __future__ import annotations
@@ -16,32 +16,32 @@ from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.kernels.gpu import capability
 from attnfx.spec import AttentionSpec
 
-LEAST_CAPABILITY = 80  # asynchronous copies and bfloat16
-MOST_PROGRAMS = 65535  # of a grid's second and third dim (CUDA programming guide): heads and batches
+LEAST_CAPABILITY = 80  # the first with asynchronous copies and bfloat16
+MOST_PROGRAMS = 65535  # limit of a grid's second and third dim, heads and batches (CUDA programming guide)
 
 
 def missing(device: torch.device, target: int | None = None) -> str | None:
-    """What the machine lacks; with `target`, what a GPU of that compute capability lacks."""
+    """Return why the kernels cannot run on this machine, or None; with `target`, on that compute capability."""
     if find_spec("triton") is None:
         return "Triton is not installed"
     if device.type == "cpu":
         from triton import knobs
 
-        return None if knobs.runtime.interpret else "the tensors are on the CPU, where Triton has no compiler"
+        return None if knobs.runtime.interpret else "Triton cannot compile for the CPU, which holds the tensors"
     if device.type != "cuda" or (target is None and torch.version.hip is not None):
-        return f"the kernels are for NVIDIA GPUs, the tensors are on {device}"
+        return f"the kernels need an NVIDIA GPU, and the tensors are on {device}"
     if target is not None or torch.cuda.is_available():
         found = capability(device) if target is None else target
         if found < LEAST_CAPABILITY:
-            return f"the GPU is of compute capability {found // 10}.{found % 10}, the kernels need 8.0"
+            return f"the kernels need compute capability 8.0, and the GPU has {found // 10}.{found % 10}"
     return None
 
 
 def beyond(batches: int, heads: int) -> str | None:
-    """Why no kernel has a program for each batch and head, or None."""
+    """Return why a grid cannot have a program for each batch and head, or None."""
     for name, number in (("batches", batches), ("heads", heads)):
         if number > MOST_PROGRAMS:
-            return f"there are {number} {name}, and a launch takes {MOST_PROGRAMS}"
+            return f"the attention has {number} {name}, and a kernel launch takes at most {MOST_PROGRAMS}"
     return None
 
 
@@ -53,8 +53,8 @@ def expresses(
     value_width: int,
     target: int | None = None,
 ) -> str | None:
-    """Why the flash and decode tiers run no such calls, one sentence, or None; with `target`, on a GPU of that compute
-    capability."""
+    """Return why the flash and decode tiers cannot run such calls, as one sentence, or None. With `target`, answer for
+    a GPU of that compute capability."""
     if (why := missing(device, target)) is not None:
         return why
     from attnfx.kernels.flash.host import forward as launch
@@ -63,7 +63,7 @@ def expresses(
 
 
 def source(spec: AttentionSpec) -> str:
-    """The Triton functions that are generated for a spec. Raises as `launch.functions` does."""
+    """Return the source of the Triton functions generated for a spec. Raise Unsupported or NotEmitted if impossible."""
     from attnfx.kernels.flash.codegen.emit import emit
     from attnfx.kernels.flash.host import forward as launch
 
@@ -71,14 +71,14 @@ def source(spec: AttentionSpec) -> str:
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """The summary of a mask, as `attnfx.mask.runtime_summary` has it, of one of its specs."""
+    """Compute the summary of a mask (see `attnfx.mask.runtime_summary`). `spec` is the spec of the summary."""
     from attnfx.kernels.flash.host import mask_summary as kernels
 
     return kernels.summarise(captures, sizes, spec)
 
 
 def supports(call: Call) -> str | None:
-    """Why the flash tier cannot run the call, one sentence, or None."""
+    """Return why the flash tier cannot run the call, as one sentence, or None."""
     if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
     from attnfx.kernels.flash.host import forward as launch
@@ -87,9 +87,9 @@ def supports(call: Call) -> str | None:
 
 
 def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+    """Compute out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in float32.
 
-    `tile` is tried before those of the table.
+    logsumexp is a natural logarithm, and zero without a softmax. `tile` is tried before the table's tiles.
     """
     from attnfx.kernels.flash.host import blocks
     from attnfx.kernels.flash.host import forward as launch
@@ -104,8 +104,8 @@ def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tens
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value, and of the captures whose `grad` is True, each of its tensor's dtype. What
-    either tier's forward pass gave is taken."""
+    """Compute the gradients of query, key, value and the captures with `grad`, each in its tensor's dtype. `out` and
+    `logsumexp` may come from either tier's forward pass."""
     from attnfx.kernels.flash.host import backward as gradients
     from attnfx.kernels.flash.host import blocks
     from attnfx.kernels.flash.host.fallback import CannotLaunch
@@ -117,7 +117,7 @@ def backward(
 
 
 def supports_decode(call: Call) -> str | None:
-    """Why the decode tier cannot run the call, one sentence, or None."""
+    """Return why the decode tier cannot run the call, as one sentence, or None."""
     if (why := missing(call.query.device) or beyond(*call.query.shape[:2])) is not None:
         return why
     from attnfx.kernels.flash.host import decode as split
@@ -126,7 +126,7 @@ def supports_decode(call: Call) -> str | None:
 
 
 def forward_decode(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tensor, Tensor]:
-    """As `forward`, with the keys split among programs, into `splits` parts where that is not 0."""
+    """Compute the same as `forward` with the keys split among programs, into `splits` parts unless that is 0."""
     from attnfx.kernels.flash.host import decode as split
     from attnfx.kernels.flash.host.fallback import CannotLaunch
 

@@ -1,12 +1,12 @@
-"""Runs a spec through ATen's fused CPU attention where the score is scale * dot + bias under a mask.
+"""Run a spec through ATen's fused CPU attention if the score is scale * dot + bias under a mask.
 
-The bias and the mask reach the operator as an additive mask of one block of queries on its live key range; where
-neither depends on the query beyond plain causality, as one row in a single call.
+Bias and mask are passed to the operator as an additive mask, for one block of queries on its live key range at a time.
+If neither depends on the query beyond plain causality, a single call with a mask of one row suffices.
 
-Rows that the operator gets wrong, or would lose precision on, are computed by the chunked tier instead, with the block
-of rows around them: a row without a live key (the operator gives 0 and a meaningless logsumexp), and in the backward
-pass a row whose logsumexp is too large to subtract from a score. What is not a number, or so large that a product
-overflows, goes to the chunked tier as a whole: the operator gives 0 for a row of NaN.
+The chunked tier computes the rows that the operator gets wrong or loses precision on, with their whole block of rows:
+rows without a live key (the operator returns 0 and a meaningless logsumexp), and in the backward pass rows whose
+logsumexp is too large to subtract from a score. If an operand holds NaN, or values so large that a product overflows,
+the chunked tier computes the whole call: the operator returns 0 for a row of NaN.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 
 MAX_HEAD_DIM = 512
-# Beyond this, float32 keeps a logsumexp to less than 1e-4, and exp(score - logsumexp) would show it.
+# Beyond this value, float32 rounds a logsumexp by more than 1e-4, which would be visible in exp(score - logsumexp).
 LARGEST_LOGSUMEXP = 1e3
-# Queries in a block whose mask is a tile. Measured on 2 cores of an AMD EPYC, 8 heads x 4096 x 64, float32.
+# Queries of a block whose mask is materialized. Measured on 2 cores of an AMD EPYC, 8 heads x 4096 x 64, float32.
 ROWS = 256
 
 _ZERO = A.const(0.0)
@@ -42,11 +42,11 @@ _ZERO = A.const(0.0)
 
 @dataclass(frozen=True)
 class Form:
-    """score = scale * dot + bias where all of `keep` hold.
+    """A score of the form scale * dot + bias at the elements where all of `keep` hold.
 
-    scale    a number, or an expression free of the indices
+    scale    a constant, or an expression without the indices
     keep     the mask's conjuncts
-    fill     what a row without a live key is made of; None where nothing masks
+    fill     the score of masked elements, which decides rows without a live key; None without a mask
     """
 
     scale: float | Expr
@@ -57,25 +57,25 @@ class Form:
 
 @lru_cache(maxsize=1024)
 def form_of(spec: AttentionSpec) -> Form | str:
-    """The spec as the operator can take it, or why it cannot."""
+    """Convert a spec to the operator's form, or return why this is impossible."""
     if spec.normaliser != "softmax":
-        return "it has no softmax"
+        return "the weights are not a softmax"
     if spec.weight is not A.PROB:
-        return "its weights are changed after the softmax"
+        return "the weights are changed after the softmax"
     if spec.random:
-        return "it has dropout"
+        return "the attention has dropout"
     mask = mask_of(spec.score)
     score, keep = spec.score, A.TRUE
     if mask is not None and score.op == "where" and mask.keep is score.args[0] and score.args[2].op == "const":
         keep, score = score.args[0], score.args[1]
     found = additive(score)
     if found is None:
-        return "its score is not a multiple of the dot product plus a bias"
+        return "the score is not a multiple of the dot product plus a bias"
     scale, bias, inner = found
     if inner is not None:
         keep = A.and_(keep, inner)
     if any(e.op in ("dot", "prob") for e in walk(keep)):
-        return "its mask depends on the scores"
+        return "the mask depends on the scores"
     if mask is not None and keep is not mask.keep:
         keep, bias = A.TRUE, A.where(keep, bias, A.const(mask.fill)) if keep is not A.TRUE else bias
     conjuncts = keep.args if keep.op == "and" else () if keep is A.TRUE else (keep,)
@@ -85,37 +85,37 @@ def form_of(spec: AttentionSpec) -> Form | str:
 def expresses(
     spec: AttentionSpec, dtype: torch.dtype, device: torch.device, head_dim: int, value_width: int
 ) -> str | None:
-    """None, or why the operator cannot run such calls."""
+    """Return why the operator cannot run such calls, or None."""
     form = form_of(spec)
     if isinstance(form, str):
         return form
     if device.type != "cpu":
-        return f"it runs on the CPU, not on {device.type}"
+        return f"PyTorch's CPU operator does not run on {device.type}"
     compute = "float64" if dtype == torch.float64 else "float32"
     if spec.compute != compute:
-        return f"it computes {dtype} in {compute}, the spec asks for {spec.compute}"
+        return f"PyTorch's operator computes {dtype} in {compute}, and the attention needs {spec.compute}"
     if max(head_dim, value_width) > MAX_HEAD_DIM:
-        return f"its head_dim is at most {MAX_HEAD_DIM}"
+        return f"PyTorch's operator takes a head_dim up to {MAX_HEAD_DIM}"
     return None
 
 
 def supports(call: Call) -> str | None:
-    """None, or why the operator cannot run this call."""
+    """Return why the operator cannot run this call, or None."""
     query, key, value = call.query, call.key, call.value
     why = expresses(call.spec, query.dtype, query.device, query.shape[3], value.shape[3])
     if why is None and not (query.numel() and key.numel() and value.numel()):
-        return "it crashes on empty tensors"
+        return "PyTorch's operator crashes on empty tensors"
     return why
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a call of these sizes is made.
+    """The division of a call of these sizes into calls of the operator.
 
-    causal    one of the mask's conjuncts is j <= i, and nothing else depends on i: the operator's own causality
+    causal    use the operator's causal mode: one of the mask's conjuncts is j <= i, and nothing else depends on i
     single    one call for all queries
-    mask      what is added to the scores: the bias, -inf where a conjunct that is left does not hold
-    blocks    the calls; neighbours that see the same keys and need no mask are made as one
+    mask      the additive mask: the bias, or -inf where a remaining conjunct does not hold
+    blocks    the calls; neighbors that see the same keys and need no mask are merged
     """
 
     causal: bool
@@ -167,10 +167,10 @@ def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> boo
 
 
 class _Run:
-    """One call's tensors as the operator wants them, and the blocks that it is made in."""
+    """One call: its operands in the operator's layout, and its blocks."""
 
     def __init__(self, call: Call, columns: int = 0):
-        """`columns` of zeros are added to the operands' width."""
+        """Prepare the operands, widened by `columns` columns of zeros."""
         form = form_of(call.spec)
         assert isinstance(form, Form)
         self.spec, self.form = call.spec, form
@@ -187,14 +187,14 @@ class _Run:
 
     @staticmethod
     def widened(x: Tensor, width: int) -> Tensor:
-        """Zeros up to the width that query, key and value share; the last dim contiguous."""
+        """Pad with zeros to the common width of query, key and value, and make the last dim contiguous."""
         if x.shape[-1] < width:
             return pad(x, (0, width - x.shape[-1]))
         return x if x.stride(-1) == 1 else x.contiguous()
 
     def _in_range(self) -> bool:
-        """Whether every number is finite and no product of query and key can overflow."""
-        # Cauchy-Schwarz with the norms of the whole tensors: one pass over each, and NaN or inf in either shows
+        """Return whether all operands are finite and no product of query and key can overflow."""
+        # Cauchy-Schwarz on the norms of the whole tensors: one pass over each, which also finds NaN and inf
         query, key = (max(_norm(x), 1.0) for x in (self.query, self.key))
         limit = 1e300 if self.compute == torch.float64 else 1e36
         return query * key * max(abs(self.scale), 1.0) < limit and math.isfinite(self.scale)
@@ -204,11 +204,11 @@ class _Run:
         return Evaluator(self.captures, self.sizes, axes, self.compute, torch.device("cpu"))
 
     def mask(self, r: KeyRange) -> Tensor | None:
-        """The additive mask of a block, of four dims that broadcast; None where there is nothing to add."""
+        """Return the additive mask of a block, with four dims that broadcast; None if there is nothing to add."""
         program = self.form.bias if r.full else self.layout.mask
         if program is _ZERO:
             return None
-        # what follows from j - i is the same in blocks of one shape at one distance from the diagonal
+        # a mask that depends on j - i alone is the same in blocks of one shape at one distance from the diagonal
         place = (program, r.i1 - r.i0, r.j1 - r.j0, r.j0 - r.i0) if toeplitz(program) is not None else None
         if place is not None and place in self._tiles:
             return self._tiles[place]
@@ -216,11 +216,11 @@ class _Run:
         mask = self.evaluator(rows, Axis(r.j0, r.j1, -1)).tensor(program)
         mask = mask.reshape((1,) * (4 - mask.ndim) + mask.shape).to(self.compute)
         if place is not None:
-            self._tiles = {place: mask}  # the last one: neighbours are alike
+            self._tiles = {place: mask}  # keep the last one: neighboring blocks share it
         return mask
 
     def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
-        """Which rows of a block have, for some batch and head, no live key or one that is not a number."""
+        """Mark the rows of a block that, for some batch and head, lack a live key or have NaN in their mask."""
         if mask is None or _surely_live(self.spec, tuple(self.sizes.items())):
             return False
         if self.layout.causal:  # row i sees the keys up to i
@@ -228,20 +228,20 @@ class _Run:
             best = best[..., torch.arange(r.i0, r.i1).clamp(max=best.shape[-1] - 1)].mT
         else:
             best = mask.amax(-1, keepdim=True)
-        # a fill that is part of the bias is no -inf: what lies below half of it is dead too
+        # a finite fill can be part of the bias: keys below half of it are dead too
         lowest = -math.inf if self.form.fill is None else self.form.fill / 2
         return ~(best > lowest).all(dim=1).all(dim=0).squeeze(-1)
 
 
 def _norm(x: Tensor) -> float:
-    """The Euclidean norm of all elements. In two steps where the memory has holes: one step is several times slower."""
+    """Compute the Euclidean norm of all elements, in two steps if the memory has gaps (several times faster)."""
     if not (x.is_contiguous() or x.transpose(1, 2).is_contiguous()):
         x = torch.linalg.vector_norm(x, dim=-1)
     return float(torch.linalg.vector_norm(x))
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """As `chunked.forward`."""
+    """Compute out and logsumexp, as `chunked.forward` does."""
     run = _Run(call)
     if not run.safe_range:
         return chunked.forward(call)
@@ -263,7 +263,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
         if call.spec.extra:
             part, total = _with_extra(run, r, part, total)
         if part.shape == out.shape and part.stride() == out.stride() and part.dtype == out.dtype:
-            out = part  # one call made it all, in the layout that is promised
+            out = part  # one call computed the whole output, in the promised layout
         else:
             out[:, :, rows] = part
         logsumexp[:, :, rows] = total
@@ -274,7 +274,7 @@ def forward(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
-    """Lets the extra logits take their share of the softmax."""
+    """Renormalize one block's output and logsumexp to include the extra logits in the softmax."""
     values = run.evaluator(Axis(r.i0, r.i1, -2), Axis(0, 1, -1))
     logits = [values.tensor(e).expand(*total.shape, 1).squeeze(-1) for e in run.spec.extra]
     both = torch.stack([total, *logits]).logsumexp(0)
@@ -284,14 +284,14 @@ def _with_extra(run: _Run, r: KeyRange, part: Tensor, total: Tensor) -> tuple[Te
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """As `chunked.backward`, which computes it where a capture's gradient is asked for.
+    """Compute the gradients, as `chunked.backward` does. If a capture needs a gradient, call `chunked.backward`.
 
-    The operator sums out * grad_out over the width of a row and takes that from the gradient of its weights. With a
-    column more, of -grad_logsumexp in the output and ones in its gradient, it takes that too.
+    The operator sums out * grad_out over a row and subtracts the sum from the gradient of its weights. One more column,
+    -grad_logsumexp in the output and ones in its gradient, makes it include the gradient of the logsumexp.
     """
     column = grad_logsumexp is not None
     run = None if any(c.grad for c in call.spec.captures) else _Run(call, columns=int(column))
-    rounded = column and call.query.dtype.itemsize < 4  # as the column would be
+    rounded = column and call.query.dtype.itemsize < 4  # the added column would be rounded to the dtype
     if run is None or rounded or not run.safe_range:
         return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp)
     bad = ~((logsumexp.abs() < LARGEST_LOGSUMEXP).all(dim=1).all(dim=0))
@@ -301,7 +301,7 @@ def backward(
         rest = Run(call)
         rest.plan.widen(logsumexp)
         which = rest.plan.holding(bad)
-        for n in which:  # out of the operator's reach: a weight of exp(-inf), times zero
+        for n in which:  # disable these rows for the operator: weights exp(-inf), multiplied by zero
             bad[rest.plan.rows[n].i0 : rest.plan.rows[n].i1] = True
         at = bad.view(1, 1, -1, 1)
         out, grad = out.masked_fill(at, 0.0), grad_out.masked_fill(at, 0.0)
@@ -331,7 +331,7 @@ def backward(
 
 
 class _Sums:
-    """Gradients of query, key and value, added up over calls in float32 or better."""
+    """The gradients of query, key and value, summed over calls in float32 or float64."""
 
     def __init__(self, call: Call):
         self.like = call.query, call.key, call.value
@@ -340,10 +340,10 @@ class _Sums:
         self.value: Tensor | None = None
 
     def add(self, rows: slice, keys: slice, parts: list[Tensor]) -> None:
-        """Takes the gradients of one call out of `parts`, so that each is freed when it has been copied."""
+        """Add the gradients of one call. Remove them from `parts`, so that each is freed once copied."""
         query, key, value = self.like
         dv = parts.pop()[..., : value.shape[3]]
-        if rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2]):  # one call made it all
+        if rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2]):  # one call computed everything
             self.value = dv.contiguous()
             del dv
             self.key = parts.pop()[..., : key.shape[3]].contiguous()
@@ -357,7 +357,7 @@ class _Sums:
         self.rows(rows, parts.pop()[..., : query.shape[3]])
 
     def rows(self, rows: slice, part: Tensor | float) -> None:
-        """The gradient of some queries."""
+        """Set the gradient of some queries."""
         if self.query is None:
             self.query = torch.empty(self.like[0].shape, dtype=self.like[0].dtype)
         self.query[:, :, rows] = part

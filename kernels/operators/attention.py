@@ -1,9 +1,9 @@
-"""The operators `attnfx::attention` and `attnfx::attention_backward`: what a rewritten graph calls.
+"""Define the operators `attnfx::attention` and `attnfx::attention_backward`, which rewritten graphs call.
 
-`attnfx::attention_weights`, with a backward operator of its own, stands in `kernels/operators/weights.py`.
+`attnfx::attention_weights` and its backward operator are in `kernels/operators/weights.py`.
 
-A spec travels as its JSON text, so a graph that holds the operator can be cached. The backward pass is an operator of
-its own, so that AOTAutograd can trace it. Which code runs is decided by the tier's name when the operator is called.
+A spec is passed as its JSON text, so a graph that contains the operator can be cached. The backward pass is a separate
+operator, so that AOTAutograd can trace it. The tier's name selects the implementation when the operator is called.
 """
 
 from __future__ import annotations
@@ -36,15 +36,16 @@ _BACKWARD = (
 
 
 class Tier(NamedTuple):
-    """One way to run a call.
+    """One implementation of the operator.
 
-    expresses(spec, dtype, device, head_dim, value_width, capability) is None, or says in words why this way runs no
-    such call; `capability` is that of the device, None to ask it.
-    supports(call) is the same for one call.
-    forward(call) -> (out, logsumexp), as the operator gives them; `tile` and `splits` where a configuration names them.
-    backward(call, grad_out, out, logsumexp, grad_logsumexp) -> gradients of query, key, value, and of the captures that
-    have one; `grad_logsumexp` is None where nothing is made of the logsumexp.
-    The chunked tier's take `make`, the run of a call, where a configuration names its `elements`.
+    expresses(spec, dtype, device, head_dim, value_width, capability) returns None, or the reason why this tier cannot
+    run such calls. `capability` is the device's compute capability; None queries the device.
+    supports(call) returns the same for one call.
+    forward(call) returns (out, logsumexp) as the operator does. It also takes `tile` and `splits` if a configuration
+    sets them.
+    backward(call, grad_out, out, logsumexp, grad_logsumexp) returns the gradients of query, key and value, and of the
+    captures that have one. `grad_logsumexp` is None if the logsumexp is unused.
+    The chunked tier's passes also take `make`, which creates the call's run, if a configuration sets `elements`.
     """
 
     expresses: Callable[[AttentionSpec, torch.dtype, torch.device, int, int, int | None], str | None]
@@ -59,20 +60,20 @@ TIERS: dict[str, Tier] = {
     "flash": Tier(flash.expresses, flash.supports, flash.forward, flash.backward),
     "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
 }
-AUTO = {"cpu": ("library", "chunked"), "cuda": ("decode", "flash", "chunked")}  # by device, the likeliest first
+AUTO = {"cpu": ("library", "chunked"), "cuda": ("decode", "flash", "chunked")}  # by device, in order of preference
 
 
 def choose(tiers: str, call: Call) -> Tier:
-    """The first of the tiers, named with commas between them, that supports the call; "auto" is those of its device.
+    """Return the first tier of a comma-separated list that supports the call; "auto" lists the tiers of its device.
 
-    Raises ValueError where none does.
+    Raise ValueError if none does.
     """
     reasons = []
     if tiers == "auto":
         tiers = ",".join(AUTO.get(call.query.device.type, ("chunked",)))
     for name, tile, splits, elements in parse(tiers):
         if name not in TIERS:
-            raise ValueError(f"attnfx.attention: tier {name!r} is none of {', '.join(['auto', *TIERS])}")
+            raise ValueError(f"attnfx.attention: unknown tier {name!r}; valid tiers: {', '.join(['auto', *TIERS])}")
         tier = TIERS[name]
         why = tier.supports(call)
         if why is None and elements:
@@ -92,8 +93,9 @@ def refusals(
     value_width: int,
     capability: int | None = None,
 ) -> dict[str, str]:
-    """Why each tier that cannot run a spec, whatever the other sizes, cannot. With `capability`, on a device of that
-    compute capability, which need not be there. On a GPU the library tier is a call that the graph itself makes."""
+    """Return the reason for each tier that cannot run a spec with these widths, at any other sizes. With `capability`,
+    answer for a device of that compute capability, which need not be present. On a GPU, the library tier is a call of
+    PyTorch's operator in the graph itself."""
     reasons = {}
     for name, tier in TIERS.items():
         if name == "library" and device.type == "cuda":
@@ -101,11 +103,11 @@ def refusals(
         elif name in AUTO.get(device.type, ("chunked",)):
             reasons[name] = tier.expresses(spec, dtype, device, head_dim, value_width, capability)
         else:
-            reasons[name] = f"it is no tier of {device.type}"
+            reasons[name] = f"this tier does not run on {device.type}"
     return {name: why for name, why in reasons.items() if why is not None}
 
 
-# -- what fits ----------------------------------------------------------------------------------
+# -- checks -------------------------------------------------------------------------------------
 def require(good: bool, message: str) -> None:
     if not good:
         raise ValueError(f"attnfx.attention: {message}")
@@ -131,26 +133,29 @@ def check(call: Call) -> None:
     )
     require(
         len(captures) == len(spec.captures),
-        f"captures holds {len(captures)} tensors, the spec needs {len(spec.captures)}",
+        f"captures has {len(captures)} tensors, expected {len(spec.captures)}",
     )
     for n, (x, c) in enumerate(zip(captures, spec.captures)):
-        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, the spec needs {c.ndim}")
+        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, expected {c.ndim}")
         require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
-        require(not c.grad or x.dtype in _FLOATS, f"captures[{n}] is {x.dtype}: only a floating type has a gradient")
-    require(len(sizes) == len(spec.sizes), f"sizes holds {len(sizes)} numbers, the spec needs {len(spec.sizes)}")
+        require(
+            not c.grad or x.dtype in _FLOATS,
+            f"captures[{n}] is {x.dtype}, but only a floating type can have a gradient",
+        )
+    require(len(sizes) == len(spec.sizes), f"sizes has {len(sizes)} numbers, expected {len(spec.sizes)}")
     if spec.random:
         require(seed is not None, "seed is None, but the spec has dropout")
         require(
             seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
-            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one",  # type: ignore[union-attr]
+            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one element",  # type: ignore[union-attr]
         )
     if summary is not None:
         found = mask_summary.of(spec)
-        require(found is not None, "summary is given, but no captured tensor masks")
+        require(found is not None, "summary is given, but the spec has no mask in a captured tensor")
         want = mask_summary.shape(found.spec, call.sizes)  # type: ignore[union-attr]
         require(summary.dtype == torch.uint8, f"summary is {summary.dtype}, expected torch.uint8")
         require(summary.device == query.device, f"summary is on {summary.device}, but query is on {query.device}")
-        require(tuple(summary.shape) == want, f"summary is {tuple(summary.shape)}, the spec's mask has {want}")
+        require(tuple(summary.shape) == want, f"summary has shape {tuple(summary.shape)}, expected {want}")
 
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))
@@ -168,11 +173,11 @@ def _attention_backward(
 ):
     call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
-    require(grad_out.shape == out.shape, f"grad_out is {tuple(grad_out.shape)}, but out is {tuple(out.shape)}")
+    require(grad_out.shape == out.shape, f"grad_out has shape {tuple(grad_out.shape)}, but out has {tuple(out.shape)}")
     if grad_logsumexp is not None:
         require(call.spec.normaliser == "softmax", "grad_logsumexp is given, but the spec has no softmax")
         have, want = tuple(grad_logsumexp.shape), tuple(logsumexp.shape)
-        require(have == want, f"grad_logsumexp is {have}, but logsumexp is {want}")
+        require(have == want, f"grad_logsumexp has shape {have}, but logsumexp has {want}")
     return choose(tier, call).backward(call, grad_out, out, logsumexp, grad_logsumexp)
 
 
@@ -207,8 +212,8 @@ def _differentiate(ctx, grad_out, grad_logsumexp):
     )  # fmt: skip
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
-    # register_autograd takes an empty list for a list of tensors, and any other list of numbers for one leaf
-    of_rest = [None] * (3 if summary is None else 4)  # the dispatcher drops an argument that has its default
+    # register_autograd treats an empty list as a list of tensors, and any other list of integers as one leaf
+    of_rest = [None] * (3 if summary is None else 4)  # the dispatcher drops arguments that have their default value
     return (*grads, of_captures, [] if not ctx.sizes else None, *of_rest)
 
 
@@ -218,7 +223,7 @@ def twice(ctx, *grads):
 
 # -- autocast -----------------------------------------------------------------------------------
 def _autocast(device: str, key_name: str, operator, tensors: int):
-    """The operator with its first `tensors` operands cast as a matrix product's are."""
+    """Wrap the operator so that autocast casts its first `tensors` operands, as it does for a matrix product."""
     excluded = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key_name))
 
     def run(*args):
@@ -233,13 +238,13 @@ def _autocast(device: str, key_name: str, operator, tensors: int):
 
 # -- operations ---------------------------------------------------------------------------------
 def _flops(query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
-    """Of the two contractions, every key counted: 2 * B * H * T * S * (D + Dv)."""
+    """Count the FLOPs of both contractions, masked keys included: 2 * B * H * T * S * (D + Dv)."""
     b, h, t, d = query_shape
     return 2 * b * h * t * key_shape[2] * (d + value_shape[3])
 
 
 def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
-    """Of the five contractions, of which one recomputes the scores."""
+    """Count the FLOPs of five contractions, including one that recomputes the scores."""
     b, h, t, d = query_shape
     return 2 * b * h * t * key_shape[2] * (3 * d + 2 * value_shape[3])
 
@@ -248,8 +253,9 @@ _library = torch.library.Library("attnfx", "DEF")
 
 
 def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0, capturable: bool = True) -> None:
-    """Define `attnfx::...`; under autocast, its first `autocast` operands are cast as a matrix product's are. One that
-    is not `capturable` waits for numbers of the device: Inductor leaves it out of its CUDA graphs."""
+    """Define an operator of the `attnfx` namespace. Autocast casts its first `autocast` operands, as it does for a
+    matrix product. An operator that is not `capturable` synchronizes with the device, so Inductor leaves it out of CUDA
+    graphs."""
     name = schema[: schema.index("(")]
     tags = (torch.Tag.pt2_compliant_tag,) if capturable else (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     _library.define(schema, tags=tags)
@@ -279,13 +285,13 @@ def attention(
     seed: Tensor | None = None,
     tier: str = "auto",
 ) -> Tensor:
-    """The attention that the spec describes, on any device; differentiable once.
+    """Compute the attention that a spec describes, on any device. Differentiable once.
 
-    query (B, H, T, D), key (B, G, S, D), value (B, G, S, Dv) of one floating dtype, G a divisor of H; `captures` one
-    tensor per slot of the spec, `sizes` one number per name in `spec.sizes`. `spec` is an AttentionSpec or its JSON
-    text. `seed`, an int64 tensor of one element, fixes the dropout; without it PyTorch's generator gives one.
-    Returns (B, H, T, Dv) in the spec's out_dtype. Raises ValueError for what does not fit, and for a tier that cannot
-    run the call.
+    query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) share one floating dtype; G divides H. `spec` is an
+    AttentionSpec or its JSON text. `captures` holds one tensor per slot of the spec, `sizes` one integer per name in
+    `spec.sizes`. `seed`, an int64 tensor with one element, seeds the dropout; by default PyTorch's generator samples
+    it. Return (B, H, T, Dv) in the spec's out_dtype. Raise ValueError for operands that do not fit the spec, and for a
+    tier that cannot run the call.
     """
     made = from_json(spec) if isinstance(spec, str) else spec
     compiling = torch.compiler.is_compiling()
@@ -299,8 +305,9 @@ def attention(
 
 
 def _summary(call: Call, tier: str) -> Tensor | None:
-    """The summary of a call's mask, for this call alone, where the flash tier may run it and it is worth its cost."""
-    if "flash" not in (AUTO.get(call.query.device.type, ()) if tier == "auto" else tier.split(",")):
+    """Summarize the mask for this call alone, if the flash tier may run the call and the summary pays off."""
+    names = AUTO.get(call.query.device.type, ()) if tier == "auto" else tier.split(",")
+    if all(name.partition(":")[0] != "flash" for name in names):  # a name may be followed by a configuration
         return None
     check(call)
     training = torch.is_grad_enabled() and any(x.requires_grad for x in (call.query, call.key, call.value))
@@ -311,7 +318,7 @@ def _summary(call: Call, tier: str) -> Tensor | None:
     return flash.summarise([call.captures[s] for s in found.slots], sizes, found.spec)
 
 
-# Dynamo calls it while it traces. A spec cannot be the argument of such a function, but its owner.
+# Dynamo calls this method during tracing. Such a function cannot take a spec as an argument, but as its `self`.
 torch.compiler.assume_constant_result(AttentionSpec.to_json)
 
 

@@ -1,10 +1,10 @@
-"""The operator's `tier` argument: which ways of running may be tried, and with which tile.
+"""Parse the operator's `tier` argument, a list of tiers to try, each with an optional tile.
 
     tiers          = tier {"," tier}
     tier           = name [":" ROWS "x" KEYS "/" WARPS "/" STAGES ["/" SPLITS] | ":" ELEMENTS]
 
-as in "flash:128x64/8/3,chunked", "decode:16x128/4/3/32,chunked" and "chunked:65536". Without a tile, and where the tile
-does not compile or fit, the kernels' own table decides.
+for example "flash:128x64/8/3,chunked", "decode:16x128/4/3/32,chunked" or "chunked:65536". The kernels' own table
+supplies the tile by default, and if the given one does not compile or fit.
 """
 
 from __future__ import annotations
@@ -20,10 +20,12 @@ _FORM = re.compile(r"(\w+)(?::(\d+)x(\d+)/(\d+)/(\d+)(?:/(\d+))?|:(\d+))?")
 
 
 class Configuration(NamedTuple):
-    """tier      a name of `operator.TIERS`
-    tile      of its forward kernel, or None for the table's
-    splits    parts of the keys that the decode kernel is cut into, 0 for its own choice
-    elements  of the chunked tier: the most scores at once, 0 for its own choice
+    """One tier and its settings.
+
+    tier      a key of `operators.attention.TIERS`
+    tile      the tile of its forward kernel, or None for the table's
+    splits    the number of parts into which the decode kernel splits the keys; 0 for its own choice
+    elements  the most scores that the chunked tier computes at once; 0 for its own choice
     """
 
     tier: str
@@ -40,22 +42,25 @@ class Configuration(NamedTuple):
 
 @lru_cache(maxsize=1024)
 def parse(tiers: str) -> tuple[Configuration, ...]:
-    """The configurations in a `tier` argument. Raises ValueError for what is not of the form above."""
+    """Parse a `tier` argument into configurations. Raise ValueError for text outside the grammar above."""
     out = []
     for part in tiers.split(","):
         found = _FORM.fullmatch(part)
         if found is None:
             raise ValueError(
-                f"attnfx.attention: tier {part!r} is not a name with an optional tile, such as 'flash:128x64/8/3'"
+                f"attnfx.attention: tier {part!r} is not valid; expected a name with an optional tile, such as "
+                "'flash:128x64/8/3'"
             )
         name, *numbers = found.groups()
         rows, keys, warps, stages, splits, elements = (int(n or 0) for n in numbers)
         if numbers[5] is not None and (name != "chunked" or not elements):
             raise ValueError(
-                f"attnfx.attention: tier {part!r}: only the chunked tier takes a number of scores, above 0"
+                f"attnfx.attention: tier {part!r} is not valid; only chunked takes a number of scores, above 0"
             )
         if numbers[0] is not None and not all(_power(n) for n in (rows, keys, warps)):
-            raise ValueError(f"attnfx.attention: tier {part!r}: rows, keys and warps of a tile are powers of two")
+            raise ValueError(
+                f"attnfx.attention: tier {part!r} is not valid; a tile's rows, keys and warps must be powers of two"
+            )
         out.append(
             Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements)
         )
@@ -63,7 +68,7 @@ def parse(tiers: str) -> tuple[Configuration, ...]:
 
 
 def of(candidate: Candidate) -> Configuration:
-    """What runs as the candidate was predicted; its text tells the candidates of a site apart."""
+    """Return the configuration that runs a candidate as predicted. Its text differs between a site's candidates."""
     tile = None if candidate.tile is None else Tile(*candidate.tile, candidate.warps, candidate.stages)
     return Configuration(candidate.tier, tile, candidate.splits)
 

@@ -1,7 +1,7 @@
 """Exercise an operator of a rewritten graph once on tiny tensors, forward and, in training, backward.
 
-Raises whatever the chosen tier raises. Sizes are shortened, so that a program costs a few milliseconds: batch, heads,
-rows and keys for a spec, the rows alone for a row program. Each distinct call is exercised once in a process.
+Exceptions of the chosen tier pass through. Sizes are shortened so that a program takes a few milliseconds: batch,
+heads, rows and keys for a spec, rows alone for a row program. Each distinct call is exercised once per process.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from attnfx.kernels.rows import run as rows
 from attnfx.spec import AXES, AttentionSpec, from_json, loads
 from attnfx.spec import rows as rowprogram
 
-LARGEST = 1 << 23  # elements that the operands of a row program may have in memory
+LARGEST = 1 << 21  # the most elements of a row program's operands for a run on real tensors
 _done: set[str] = set()
 
 
 class Like(NamedTuple):
-    """A tensor by its shape, dtype and device."""
+    """A tensor described by its shape, dtype and device."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -34,13 +34,13 @@ class Like(NamedTuple):
 
 
 def exercise(operator: Any, args: Sequence[Any], training: bool) -> None:
-    """Call `operator`, an overload of torch.ops.attnfx, on tensors like `args`, in which a `Like` stands for each
-    tensor. With `training`, gradients of its differentiable operands are computed too."""
+    """Call `operator`, an overload of torch.ops.attnfx, on small tensors like `args`, which has a `Like` per tensor.
+    With `training`, also compute the gradients of its differentiable operands."""
     known = repr((str(operator), args, training))
     if known in _done:
         return
     name = operator._schema.name.removeprefix("attnfx::")
-    with unset_fake_temporarily(), tracing(None), torch.set_grad_enabled(training), _no_autocast():
+    with unset_fake_temporarily(), tracing(None), torch.set_grad_enabled(training), rows.without_autocast():
         if name == "attention_rows":
             _exercise_rows(*args, training=training)
         else:
@@ -52,7 +52,7 @@ def _run(operator: Any, args: Sequence[Any], leaves: Sequence[Tensor]) -> None:
     made = operator(*args)
     outs = list(made) if isinstance(made, list | tuple) else [made]
     if operator._schema.name == "attnfx::attention" and from_json(args[6]).normaliser != "softmax":
-        outs = outs[:1]  # there is no log-sum-exp
+        outs = outs[:1]  # drop the logsumexp, which only a softmax has
     outs = [x for x in outs if x.requires_grad]
     if outs and leaves:
         torch.autograd.grad(outs, leaves, [torch.ones_like(x) for x in outs], allow_unused=True)
@@ -81,14 +81,14 @@ def _shortened(name: str, args: Sequence[Any], training: bool) -> tuple[list[Any
 
 
 def _short(n: int) -> int:
-    """A small number of the same remainder by 16, which kernels are specialized for."""
+    """Shorten a size but keep its remainder modulo 16, for which kernels are specialized."""
     return n if n <= 16 else 16 + n % 16
 
 
 def _capture_shapes(
     spec: AttentionSpec, captures: Sequence[Like], short: Mapping[str, int]
 ) -> list[tuple[int, ...]]:  # fmt: skip
-    """A dimension that is read at one of the variables is as short as that; any other has all of its elements."""
+    """Shorten each dim that is indexed by exactly one variable to that variable's range; keep all other dims."""
     shapes = [list(c.shape) for c in captures]
     read: dict[tuple[int, int], set[str]] = {}
     for e in loads(spec):
@@ -101,7 +101,7 @@ def _capture_shapes(
 
 
 def _made(like: Like, shape: Sequence[int], learns: bool) -> Tensor:
-    """Zeros, in bool ones; a tensor that does not learn takes no memory."""
+    """Create a tensor of zeros (of ones if bool). A large one without a gradient is one element, expanded."""
     fill = True if like.dtype == torch.bool else 0
     if learns and like.dtype.is_floating_point:
         return torch.full(tuple(shape), fill, dtype=like.dtype, device=like.device, requires_grad=True)
@@ -111,19 +111,18 @@ def _made(like: Like, shape: Sequence[int], learns: bool) -> Tensor:
 
 
 def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | None, text: str, training: bool) -> None:
-    """Two rows of a row program, by its own calls. On fake tensors where the operands are large."""
+    """Run a row program on two rows, call by call. Use fake tensors if the operands are large."""
     program = replace(rowprogram.from_json(text), compiled=False)
     shapes = [
         [min(n, 2) if d == row else n for d, n in enumerate(x.shape)] for x, row in zip(inputs, program.inputs)
     ]  # fmt: skip
     small = sum(map(prod, shapes)) <= LARGEST
     if not small and program.random:
-        return  # a fake seed has no number
+        return  # a fake seed cannot be read
 
     def run() -> None:
-        made = [_made(x, shape, grad and training) for x, shape, grad in zip(inputs, shapes, program.grads)]
         drawn = None if seed is None else _made(seed, seed.shape, False)
-        call = rowcall.prepare(program.to_json(), made, sizes, drawn)
+        call = rowcall.prepare(program.to_json(), _views(inputs, shapes), sizes, drawn)
         outs = rows.forward(call)
         if training and any(program.grads):
             rows.backward(call, [torch.ones_like(x) if x.is_floating_point() else None for x in outs])
@@ -135,5 +134,10 @@ def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | No
         run()
 
 
-def _no_autocast():
-    return torch.autocast("cpu", enabled=False)
+def _views(likes: Sequence[Like], shapes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """Create tensors that share memory by dtype, because touching new memory takes most of an exercise's time."""
+    filled: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+    for x, shape in sorted(zip(likes, shapes), key=lambda pair: -prod(pair[1])):
+        if (x.dtype, x.device) not in filled:
+            filled[x.dtype, x.device] = _made(x, (prod(shape),), True)
+    return [filled[x.dtype, x.device][: prod(shape)].view(tuple(shape)) for x, shape in zip(likes, shapes)]

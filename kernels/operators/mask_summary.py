@@ -1,9 +1,9 @@
-"""The operator `attnfx::mask_summary`: which grains of a mask that stands in tensors are empty, full or partial.
+"""Define the operator `attnfx::mask_summary`: classify the grains of a mask given by tensors as empty, full or partial.
 
-It is a node of its own in a rewritten graph, and not a cache behind `attnfx::attention`, because a graph alone knows
-when a tensor has changed: compilers write into buffers without counting versions, reuse them for other values, and a
-captured CUDA graph runs again over new values in the same place. The attentions of all layers that have one mask read
-one node, in both passes; it is computed again whenever the graph runs.
+The operator is a separate node of the rewritten graph, not a cache inside `attnfx::attention`, because only the graph
+knows when a tensor changes. Compilers write to buffers without updating version counters and reuse them for other
+values. A captured CUDA graph is replayed over new values at the same address. All layers that share a mask read one
+node, in both passes; it is recomputed on every run of the graph.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _SCHEMA = "mask_summary(Tensor[] captures, SymInt[] sizes, str spec) -> Tensor"
 def _shape(captures, sizes, spec) -> tuple[int, ...]:
     made: AttentionSpec = from_json(spec)
     names = (*AXES.values(), *made.sizes)
-    require(len(captures) == len(made.captures), f"{len(captures)} captures of {len(made.captures)}")
-    require(len(sizes) == len(names), f"{len(sizes)} sizes of {len(names)}")
+    require(len(captures) == len(made.captures), f"captures has {len(captures)} tensors, expected {len(made.captures)}")
+    require(len(sizes) == len(names), f"sizes has {len(sizes)} numbers, expected {len(names)}")
     return summary.shape(made, dict(zip(names, sizes)))
 
 

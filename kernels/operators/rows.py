@@ -1,6 +1,6 @@
-"""The operators `attnfx::attention_rows` and `attnfx::attention_rows_backward`.
+"""Define the operators `attnfx::attention_rows` and `attnfx::attention_rows_backward`.
 
-What a rewritten graph calls for a region of whole rows.
+A rewritten graph calls them for a region, whose whole rows are computed together.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ def _rows(inputs, sizes, seed, program):
 def _rows_backward(grads, inputs, sizes, seed, program):
     call = rowcall.prepare(program, inputs, sizes, seed)
     results = call.program.results
-    require(len(grads) == len(results), f"{len(grads)} gradients of {len(results)} results")
+    require(
+        len(grads) == len(results), f"grads has {len(grads)} tensors, expected one for each of {len(results)} results"
+    )
     return rows.backward(call, grads)
 
 
@@ -48,7 +50,7 @@ def _differentiate(ctx, grads):
     seed, inputs = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.random else (None, ctx.saved_tensors)
     found = iter(torch.ops.attnfx.attention_rows_backward(list(grads), list(inputs), ctx.sizes, seed, ctx.program))
     of_inputs = [next(found) if g else None for g in from_json(ctx.program).grads]
-    # register_autograd takes an empty list for a list of numbers, and any other for one leaf
+    # register_autograd treats an empty list as a list of tensors, and any other list of integers as one leaf
     return of_inputs, [] if not ctx.sizes else None, None, None
 
 

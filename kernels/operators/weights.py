@@ -1,7 +1,7 @@
-"""The operators `attnfx::attention_weights`, `attnfx::attention_weights_max`, and their backward passes.
+"""Define the operators `attnfx::attention_weights` and `attnfx::attention_weights_max`, and their backward operators.
 
-What a rewritten graph calls where a model reads a sum, a mean, some rows or the largest of the weights beside the
-attention itself.
+A rewritten graph calls them if a model reads a sum, a mean, some rows or the maximum of the weights in addition to the
+attention's output.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:
     require(keep == in_order, f"keep is {keep!r}, expected letters of {weights.AXES!r} in that order")
     require(
         logsumexp.shape == query.shape[:3],
-        f"logsumexp is {tuple(logsumexp.shape)}, but query has batch, heads and length {tuple(query.shape[:3])}",
+        f"logsumexp has shape {tuple(logsumexp.shape)}, expected the query's {tuple(query.shape[:3])}",
     )
     return call
 
@@ -44,7 +44,7 @@ def _weights_backward(grad_out, query, key, logsumexp, *rest):
     call = _call(query, key, logsumexp, *rest)
     require(
         list(grad_out.shape) == weights.shape_of(call, rest[-1]),
-        f"grad_out is {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
+        f"grad_out has shape {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
     )
     query, key, captures = weights.backward(call, grad_out, logsumexp, rest[-1])
     return query, key, captures
@@ -76,29 +76,29 @@ def _differentiate(ctx, grad_out):
     )
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
-    # logsumexp is a number that the weights are computed with, no way that a gradient takes
+    # the gradient does not flow through logsumexp: the weights are differentiated from the scores
     return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
 
 
 def _flops(query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Of the one contraction: 2 * B * H * T * S * D."""
+    """Count the FLOPs of the one contraction: 2 * B * H * T * S * D."""
     b, h, t, d = query_shape
     return 2 * b * h * t * key_shape[2] * d
 
 
 def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Of three contractions, of which one recomputes the scores."""
+    """Count the FLOPs of three contractions, including one that recomputes the scores."""
     return 3 * _flops(query_shape, key_shape)
 
 
-# -- the largest of each row, or of each key --------------------------------------------------------
+# -- the largest weight of each row, or of each key -------------------------------------------------
 def _max_call(*given) -> Call:
     call, over = _call(*given[:-1]), given[-1]
     require(over in ("i", "j"), f"over is {over!r}, expected 'i' or 'j'")
     plain = not call.spec.random and call.spec.weight is A.PROB and call.spec.normaliser == "softmax"
-    require(plain, "the largest weight is only known of probabilities that are neither changed nor dropped")
+    require(plain, "the largest weight needs probabilities that are neither changed nor dropped out")
     size, what = (call.query.shape[2], "row") if over == "i" else (call.key.shape[2], "key")
-    require(size > 0, f"there is no {what} to be the largest")
+    require(size > 0, f"the largest weight needs at least one {what}")
     return call
 
 
@@ -114,7 +114,7 @@ def _max_backward(grad_out, index, query, key, logsumexp, *rest):
     call = _max_call(query, key, logsumexp, *rest)
     wanted = _shape_of_max(call, rest[-1])
     for name, x in (("grad_out", grad_out), ("index", index)):
-        require(list(x.shape) == wanted, f"{name} is {tuple(x.shape)}, expected {tuple(wanted)}")
+        require(list(x.shape) == wanted, f"{name} has shape {tuple(x.shape)}, expected {tuple(wanted)}")
     return weights.largest_backward(call, grad_out, index, logsumexp, rest[-1])
 
 

@@ -1,1 +1,1 @@
-"""Run a row program in chunks of rows, by its own ATen calls or as one compiled body."""
+"""Run a row program in chunks of rows, through its own ATen calls or as one compiled body."""

@@ -1,4 +1,4 @@
-"""The operands of the operator of whole rows, checked, and the calls of its program: what one chunk evaluates."""
+"""Check the operands of `attnfx::attention_rows`, and evaluate its row program on one chunk."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from attnfx.kernels.rows.compiled_body import Factor, Place
 from attnfx.mask import key_ranges
 from attnfx.spec.rows import Ref, RowProgram, from_json
 
-WIDTHS, NARROW = 4, 16  # how many numbers of keys chunks have, where masks leave some out: compiled, and call by call
+WIDTHS, NARROW = 4, 16  # distinct key counts of chunks if a mask leaves keys out: compiled, and call by call
 
 
 class Step(NamedTuple):
-    """One call made ready. `done` are the values that no later call reads."""
+    """One call of the program with its operator looked up. `done` lists the values that no later call reads."""
 
     call: Callable[..., Any]
     args: tuple[Any, ...]
@@ -32,7 +32,7 @@ class Step(NamedTuple):
 
 @dataclass(frozen=True)
 class RowCall:
-    """The operands of the operator, checked; `text` is the program's."""
+    """The checked operands of one call. `text` is the program's JSON text."""
 
     text: str
     program: RowProgram
@@ -47,12 +47,12 @@ class RowCall:
 
     @property
     def columns(self) -> Sequence[int | None]:
-        """For each input the dimension that its keys lie along, where chunks take some keys only."""
+        """Return each input's key dim if chunks take only some keys, else None."""
         return self.program.live.columns if self.program.live else [None] * len(self.inputs)
 
     def keys(self, rows: int) -> list[tuple[int, int]] | None:
-        """For each chunk of `rows` rows its first key and how many it takes, None where it takes all. Of few different
-        numbers: a body is made for each."""
+        """Return the first key and the number of keys of each chunk of `rows` rows, or None if chunks take all keys.
+        There are few distinct numbers of keys, because each needs its own compiled body."""
         live = self.program.live
         if live is None or not self.length:
             return None
@@ -72,7 +72,7 @@ class RowCall:
         return rows if x.kind == "rows" else self.sizes[int(x.what)]
 
     def outputs(self) -> list[Tensor]:
-        """Each result whole, empty."""
+        """Allocate the whole results."""
         like, length, out = self.inputs[0], self.length, []
         for r in self.program.results:
             shape = [self.number(n, length) for n in r.shape]
@@ -83,16 +83,16 @@ class RowCall:
 
 
 def prepare(program: str, inputs: Sequence[Tensor], sizes: Sequence[int], seed: Tensor | None) -> RowCall:
-    """Raises ValueError for operands that do not fit the program."""
+    """Check the operands of a program and prepare its calls. Raise ValueError for operands that do not fit."""
     made = from_json(program)
     if len(inputs) != len(made.inputs):
-        raise ValueError(f"attnfx.attention_rows: {len(inputs)} inputs, the program needs {len(made.inputs)}")
+        raise ValueError(f"attnfx.attention_rows: inputs has {len(inputs)} tensors, expected {len(made.inputs)}")
     lengths: list[int] = []
     for n, (x, d) in enumerate(zip(inputs, made.inputs)):
         if d is not None:
             if d >= x.ndim:
                 raise ValueError(
-                    f"attnfx.attention_rows: inputs[{n}] has {x.ndim} dims, and its rows should lie along {d}"
+                    f"attnfx.attention_rows: inputs[{n}] has {x.ndim} dims, but its rows should be dim {d}"
                 )
             lengths.append(x.shape[d])
     if not lengths or any(n != lengths[0] for n in lengths):
@@ -109,7 +109,7 @@ def _score(text: str) -> Expr:
 
 @lru_cache(maxsize=512)
 def steps(text: str) -> tuple[Step, ...]:
-    """The calls of a program, their operators looked up."""
+    """Parse a program into its calls and look up their operators."""
     program = from_json(text)
     first = len(program.inputs)
     last: dict[int, int] = {}
@@ -146,7 +146,7 @@ def _dropout(x: Tensor, p: float, factor: Factor) -> Tensor:
 
 
 def _triangle(lower: bool, x: Tensor, diagonal: int | Tensor = 0) -> Tensor:
-    """Of rows whose first one decides the diagonal: a tensor in a body, which is one for all chunks."""
+    """Compute tril or triu of some rows. In a compiled body, which all chunks share, the diagonal is a tensor."""
     if not isinstance(diagonal, Tensor):
         return x.tril(diagonal) if lower else x.triu(diagonal)
     rows, columns = (torch.arange(n, device=x.device) for n in x.shape[-2:])
@@ -163,7 +163,7 @@ OWN: dict[str, Callable[..., Any]] = {
 
 
 def evaluate(call: RowCall, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
-    """Some rows of each result, from the same rows of the inputs."""
+    """Compute some rows of each result from the same rows of the inputs."""
     values: list[Any] = list(inputs)
 
     def given(x: Any) -> Any:

@@ -1,11 +1,11 @@
-"""The body of a chunk as one compiled function: what each chunk computes, forward or backward, made by Inductor once.
+"""Compile the computation of one chunk, forward or backward, into a single function: the body.
 
-A body is the row program traced on tensors of a chunk's sizes, on a GPU compiled into Triton kernels and on a CPU into
-C++; the backward body is the program and its derivative in one trace, so that what no gradient needs is not computed
-again. Bodies are made at the first call that needs them and kept by program, sizes and device. The first chunk of each
-also runs call by call, and the two are compared: Inductor up to PyTorch 2.13 has been seen to give wrong results on a
-CPU (pytorch/pytorch#185702). Where a body cannot be made, or gives something else, a warning says so and its chunks run
-call by call.
+A body is the row program traced on tensors of a chunk's sizes. Inductor compiles it to Triton kernels on a GPU and to
+C++ on a CPU. The backward body traces the program and its derivative together, so that only the values that a gradient
+needs are recomputed. Bodies are compiled at the first call that needs them and cached by program, sizes and device.
+The first chunk of each body also runs call by call and the results are compared, because Inductor up to PyTorch 2.13
+can return wrong results on a CPU (pytorch/pytorch#185702). If compilation fails or the results differ, a warning is
+logged and the chunks run call by call.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from attnfx.kernels.gpu import capturing
 
 T = TypeVar("T")
 
-MOST = 256  # bodies that are kept
-FAR = 0.02  # of the norm of what the calls give; rounding in bfloat16 and a few ties that fall otherwise stay below it
-CLASSES = 16  # bodies of one program; calls of further sizes run without
+MOST = 256  # cached bodies
+FAR = 0.02  # tolerance relative to the norm of the calls' results; bfloat16 rounding and a few broken ties stay below
+CLASSES = 16  # bodies of one program; calls of further sizes run without a body
 _log = logging.getLogger(__name__)
 
 
 class Place(NamedTuple):
-    """Where a chunk lies: how many rows and keys it has, its first row, and that less its first key; in a body the
-    latter two are tensors, of int64."""
+    """A chunk's number of rows and of keys, its first row (start), and first row minus first key (corner). In a body,
+    start and corner are int64 tensors."""
 
     rows: int
     columns: int
@@ -42,15 +42,17 @@ class Place(NamedTuple):
     corner: int | Tensor
 
 
-Factor = Callable[[Tensor, float], Tensor]  # what dropout of a probability multiplies its operand by
-Evaluate = Callable[[Place, Sequence[Tensor], Factor], list[Tensor]]  # the results
+Factor = Callable[[Tensor, float], Tensor]  # (operand, probability) -> the factor by which dropout multiplies it
+Evaluate = Callable[[Place, Sequence[Tensor], Factor], list[Tensor]]  # computes a chunk's rows of the results
 
 
 @dataclass(frozen=True)
 class Body:
-    """run     the compiled function: first row, corner, inputs, factors, gradients of results -> tensors
-    factors  shape, dtype and probability of each dropout's factors, in the order of their draws
-    given    which of the results it has; of gradients, those that depend on an input
+    """A compiled body.
+
+    run      the compiled function: first row, corner, inputs, factors, gradients of results -> tensors
+    factors  shape, dtype and probability of each dropout's factors, in sampling order
+    given    for each result or gradient, whether the function returns it; False for the gradient of an unused input
     """
 
     run: Callable[..., Sequence[Tensor]]
@@ -66,22 +68,22 @@ class Body:
         return [next(made) if there else None for there in self.given]
 
 
-Trial = Callable[[Body], tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]  # what it gives, what the calls give
+Trial = Callable[[Body], tuple[Sequence[Tensor | None], Sequence[Tensor | None]]]  # results of the body, of the calls
 
 
 class WrongResults(Exception):
-    """A body gives something else than the calls it was made of."""
+    """A body's results differ from the results of the calls that it was compiled from."""
 
 
 class Bodies:
-    """The bodies that were made, and what could not be: at most `MOST`, the oldest use goes first."""
+    """A least recently used cache of at most `MOST` bodies; None marks a body that failed."""
 
     def __init__(self) -> None:
         self.made: OrderedDict[Any, Body | None] = OrderedDict()
         self.lock = threading.RLock()
 
     def get(self, key: tuple[str, Any], make: Callable[[], Body], trial: Trial) -> Body | None:
-        """The body of (program, all else that it depends on); None where it cannot be made, or fails its trial."""
+        """Return the body for (program, the rest of its key), or None if it cannot be compiled or fails its trial."""
         with self.lock:
             if key not in self.made:
                 if Counter(program for program, _ in self.made)[key[0]] >= CLASSES or capturing():
@@ -100,7 +102,9 @@ class Bodies:
         except Exception as problem:
             reason = str(problem).strip().split("\n")[0]
             _log.warning(
-                "whole rows run call by call, their body cannot be used: %s: %s", type(problem).__name__, reason
+                "whole rows run call by call, because their compiled body cannot be used: %s: %s",
+                type(problem).__name__,
+                reason,
             )
             return None
 
@@ -109,8 +113,8 @@ BODIES = Bodies()
 
 
 def _apart(make: Callable[[], T]) -> T:
-    """The result of a call in a thread of its own, whose modes, dispatch keys and compiler contexts are PyTorch's
-    defaults, whatever pass of whichever compiled graph asks."""
+    """Return the result of a call run in a new thread. Modes, dispatch keys and compiler contexts have PyTorch's
+    defaults there, regardless of the calling graph."""
     found: list[T] = []
     problems: list[BaseException] = []
     device = torch.cuda.current_device() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
@@ -132,10 +136,11 @@ def _apart(make: Callable[[], T]) -> T:
 
 
 def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) -> None:
-    """Raises WrongResults. A tensor that should be zero, as the gradient of a number that is added to a whole row, is
-    measured by the largest of the tensors."""
+    """Compare two lists of tensors and raise WrongResults if they differ. The tolerance includes rounding relative to
+    the largest tensor. Some tensors should be zero, for example the gradient of a constant added to a whole row, so
+    their own norm is too small a scale."""
     if [x is None for x in found] != [x is None for x in wanted]:
-        raise WrongResults("it gives other tensors than the calls")
+        raise WrongResults("the compiled body returns other tensors than the calls")
     pairs = [(g, w) for g, w in zip(found, wanted) if g is not None and w is not None and w.numel()]
     largest = max((float(_finite(w).square().mean().sqrt()) for _, w in pairs), default=0.0)
     for n, (got, want) in enumerate(pairs):
@@ -143,7 +148,9 @@ def _compare(found: Sequence[Tensor | None], wanted: Sequence[Tensor | None]) ->
         limit = FAR * float(_finite(want).norm()) + 16 * rounding * largest * want.numel() ** 0.5
         distance = float((_finite(got) - _finite(want)).norm())
         if not distance <= limit or not torch.equal(got.isfinite(), want.isfinite()):
-            raise WrongResults(f"tensor {n} differs from that of the calls by {distance:.3g}, more than {limit:.3g}")
+            raise WrongResults(
+                f"tensor {n} of the compiled body differs from the calls' by {distance:.3g}, more than {limit:.3g}"
+            )
 
 
 def _finite(x: Tensor) -> Tensor:
@@ -152,14 +159,14 @@ def _finite(x: Tensor) -> Tensor:
 
 
 def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a body depends on of its operands."""
+    """Return the properties of its operands that a body depends on."""
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
 def forward(
     program: str, sizes: Sequence[int], evaluate: Evaluate, place: Place, inputs: Sequence[Tensor], trial: Trial
 ) -> Body | None:
-    """The body that gives the results of a chunk; `sizes` are the program's."""
+    """Return the body that computes the results of a chunk. `sizes` are the program's."""
     key = (tuple(sizes), place.rows, place.columns, like(inputs))
     return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()), trial)
 
@@ -174,7 +181,7 @@ def backward(
     grads: Sequence[Tensor | None],
     trial: Trial,
 ) -> Body | None:
-    """The body that gives the gradients of the inputs `wanted`, from those of the results; None is no gradient."""
+    """Return the body that computes the gradients of the inputs `wanted` from the results' gradients (None: zero)."""
     there = tuple(g is not None for g in grads)
     given = [g for g in grads if g is not None]
     key = (tuple(sizes), place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
@@ -228,7 +235,7 @@ def gradients(
     wanted: Sequence[int],
     grads: Sequence[Tensor | None],
 ) -> list[Tensor | None]:
-    """Of the inputs `wanted`, by autograd; None where no result with a gradient depends on one."""
+    """Compute the gradients of the inputs `wanted` by autograd; None if no result with a gradient depends on one."""
     leaves = [x.detach().requires_grad_(n in wanted) for n, x in enumerate(inputs)]
     outs = evaluate(leaves)
     pairs = [(o, g) for o, g in zip(outs, grads) if g is not None and o.requires_grad]

@@ -1,8 +1,8 @@
-"""Gives memory that was freed back to the system, where the C library would keep it.
+"""Return freed memory to the system if the C library would keep it.
 
-glibc serves blocks of up to 32 MiB from its heap, and before version 2.38 it rarely reuses one that was allocated with
-an alignment, as PyTorch's are, for the next of the same size: passes over chunks grow the heap to many times what is
-alive.
+glibc serves blocks of up to 32 MiB from its heap. PyTorch allocates with an alignment, and before version 2.38 glibc
+rarely reuses such a block for the next one of the same size. A pass over chunks can therefore grow the heap to many
+times the size of the live tensors.
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ STATM = Path("/proc/self/statm")
 
 
 class Heap:
-    """`trim()` between two chunks keeps what the process grows by under about `growth` bytes over what is alive.
-
-    It costs the pages that are touched again: a smaller `growth`, more time. Where the system has no such call, it does
-    nothing."""
+    """A limit on the heap's growth: `trim()` between chunks keeps freed memory below about `growth` bytes. Trimmed
+    pages fault again at their next use, so a smaller `growth` costs more time. It has no effect on systems without
+    `malloc_trim`."""
 
     def __init__(self, growth: int):
         self.growth = growth
@@ -40,5 +39,5 @@ def _malloc_trim() -> Any:
 
 
 def _resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident memory of this process in bytes."""
     return int(STATM.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")

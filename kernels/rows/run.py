@@ -1,9 +1,9 @@
-"""Runs a row program in chunks of rows: nothing of the size of a whole score matrix exists, forward or backward.
+"""Run a row program in chunks of rows, so that a whole score matrix never exists, forward or backward.
 
-Each chunk is the program's own ATen calls on a range of rows, so a chunk computes what eager would, to the last bit
-where the operators round rows alike; or all of them compiled as one body (`kernels/rows/compiled_body.py`). The
-backward pass runs each chunk again with the draws of the forward pass, under autograd or in the body of both, and adds
-the gradients of what all chunks read in float32 or better.
+Each chunk runs the program's own ATen calls on a range of rows. It computes the same values as eager, bit for bit if
+the operators round rows alike. Alternatively, the calls are compiled into one body (`kernels/rows/compiled_body.py`).
+The backward pass recomputes each chunk with the forward pass's dropout, under autograd or in one body with the
+derivative. It accumulates the gradients of inputs that all chunks read in float32 or float64.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ from attnfx.kernels.rows.call import RowCall, evaluate
 from attnfx.kernels.rows.compiled_body import Body, Factor, Place
 from attnfx.kernels.rows.heap import Heap
 
-# Elements of the largest value of one chunk, and the fewest rows of one. Measured on 2 cores of an AMD EPYC
+# Elements of a chunk's largest value, and the fewest rows of a chunk. Measured on 2 cores of an AMD EPYC
 # (benchmarks/rows.py: 12 heads x 4096 x 64, float32).
 TILE_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 26}
 ROWS = 16
-GROWTH = 160 << 20  # bytes of freed memory that are left to the C library between chunks
+GROWTH = 160 << 20  # bytes of freed memory that the C library may keep between chunks
 
 Draw = Callable[[torch.Size, torch.dtype, float], Tensor]
 
 
 class Chunk(NamedTuple):
-    """`rows` rows from `start` on, and of what has keys the `columns` from `first` on; `inputs` are each input's
-    own rows and keys, or the whole of it."""
+    """A range of `rows` rows from `start`, and of `columns` keys from `first`. `inputs` are views of the inputs, cut to
+    the chunk's rows and keys if they have those dims."""
 
     number: int
     rows: int
@@ -46,13 +46,13 @@ class Chunk(NamedTuple):
         return Place(self.rows, self.columns, self.start, self.start - self.first)
 
     def of(self, x: Tensor, row: int | None, column: int | None = None) -> Tensor:
-        """The chunk's part of a whole tensor, whose rows and keys lie along `row` and `column`."""
+        """Cut a whole tensor, whose rows and keys are its dims `row` and `column`, to the chunk."""
         x = x if row is None else x.narrow(row, self.start, self.rows)
         return x if column is None else x.narrow(column, self.first, self.columns)
 
 
 class Runner:
-    """One pass over the chunks of a call."""
+    """A pass over the chunks of one call."""
 
     def __init__(self, call: RowCall):
         self.call = call
@@ -68,7 +68,7 @@ class Runner:
         return max(-(-self.length // count), 1)
 
     def chunks(self) -> Iterator[Chunk]:
-        """All of `rows` rows, but for the last."""
+        """Yield the chunks. All have `rows` rows, except perhaps the last."""
         call, several = self.call, self.rows < self.length
         heap = Heap(GROWTH) if self.device.type == "cpu" and several else None
         keys = call.keys(self.rows)
@@ -83,7 +83,7 @@ class Runner:
                 heap.trim()
 
     def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
-        """The chunk's rows of each result."""
+        """Compute the chunk's rows of each result."""
 
         def calls() -> Sequence[Tensor | None]:
             with torch.no_grad():
@@ -100,8 +100,8 @@ class Runner:
         return calls()
 
     def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Gradients of the chunk's inputs `wanted`, from those of whole results; None where none of these depends on
-        one."""
+        """Compute the gradients of the chunk's inputs `wanted` from the whole results' gradients. A gradient is None if
+        none of the results with a gradient depends on that input."""
         of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
 
         def calls() -> Sequence[Tensor | None]:
@@ -121,14 +121,14 @@ class Runner:
         return calls()
 
     def _has_body(self, chunk: Chunk) -> bool:
-        """The last chunk's rows may be fewer: it runs without, which costs less than to compile another."""
+        """Return whether the chunk runs as a body. A shorter last chunk does not: compiling another costs more."""
         return self.call.program.compiled and chunk.rows == self.rows
 
     def _evaluate(self, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
         return evaluate(self.call, place, inputs, factor)
 
     def _draw(self, chunk: Chunk) -> Draw:
-        """Gives the factors of a dropout, call for call those of the other pass."""
+        """Return a function that samples dropout factors, the same sequence in the forward and backward passes."""
         generator: torch.Generator | None = None
 
         def draw(shape: torch.Size, dtype: torch.dtype, p: float) -> Tensor:
@@ -149,15 +149,15 @@ def _factor(draw: Draw) -> Factor:
 
 
 @contextmanager
-def _plainly() -> Iterator[None]:
-    """Casts were recorded when the program was: autocast has nothing to add."""
+def without_autocast() -> Iterator[None]:
+    """Disable autocast: the program already contains its casts."""
     with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
         yield
 
 
 @contextmanager
 def _recorded() -> Iterator[None]:
-    """Autograd works, as it does not by itself inside an operator."""
+    """Enable autograd, which is off by default inside an operator."""
     guard = torch._C._ForceDispatchKeyGuard(
         torch._C._dispatch_tls_local_include_set(),
         torch._C._dispatch_tls_local_exclude_set().remove(torch._C.DispatchKey.AutogradFunctionality),
@@ -167,9 +167,9 @@ def _recorded() -> Iterator[None]:
 
 
 def forward(call: RowCall) -> list[Tensor]:
-    """Each result whole."""
+    """Compute the whole results."""
     run, outs = Runner(call), call.outputs()
-    with _plainly(), torch.no_grad():
+    with without_autocast(), torch.no_grad():
         for chunk in run.chunks():
             for out, part, r in zip(outs, run.forward(chunk), call.program.results):
                 chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
@@ -177,12 +177,12 @@ def forward(call: RowCall) -> list[Tensor]:
 
 
 def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
-    """Gradients of the inputs whose `grads` is True, each as its input is, contiguous. A result without a gradient is
-    None."""
+    """Compute the gradients of the inputs that the program's `grads` marks, in each input's dtype, contiguous. `grads`
+    holds the gradient of each result, or None."""
     run, program = Runner(call), call.program
     wanted = [n for n, g in enumerate(program.grads) if g]
     sums: dict[int, Tensor] = {}
-    with _plainly():
+    with without_autocast():
         for chunk in run.chunks():
             for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
                 if part is None:
@@ -206,5 +206,5 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What gradients are added up in."""
+    """Return the dtype in which gradients are accumulated."""
     return torch.float32 if dtype.itemsize < 4 else dtype

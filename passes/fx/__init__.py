@@ -1,1 +1,1 @@
-"""Ask questions about FX graphs: nodes, memory, mutation, dead code, operations, graph breaks."""
+"""Query, copy and clean up FX graphs: nodes, memory, mutation, dead code, FLOPs, graph breaks."""

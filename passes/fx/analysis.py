@@ -1,4 +1,4 @@
-"""What a whole graph says about its nodes: memory, mutation, regions, gradients, order."""
+"""Analyze a whole graph: memory, in-place writes, regions, gradients and node order."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from attnfx.passes.fx.nodes import is_tensor, op_name, value
 
 
 def written_operands(n: Node) -> list[Node]:
-    """The operands that an operator writes in place, by its schema."""
+    """Return the operands that an operator writes in place, according to its schema."""
     schema = getattr(n.target, "_schema", None)
     if n.op != "call_function" or schema is None or not schema.is_mutable:
         return []
@@ -28,19 +28,21 @@ def written_operands(n: Node) -> list[Node]:
 
 
 def storage(n: Node) -> int | None:
-    """Which memory a node's value lives in: nodes that alias share it."""
+    """Return an id of the memory that holds a node's value, None without strided memory. Aliases share it."""
     held = value(n)
     return held.untyped_storage()._cdata if isinstance(held, torch.Tensor) and held.layout == torch.strided else None
 
 
 class Facts:
-    """Facts of one graph, valid while it does not change.
+    """Facts about one graph, valid while the graph does not change.
 
-    position        where a node stands
-    mutations       positions at which each memory is written in place
-    given           the memory of inputs
-    regions         for each node the grad mode set in the graph (None: none), and what autocast regions change there
-    differentiable  nodes whose value may take a gradient (example values are snapshots that do not know)
+    position        each node's position in the graph
+    mutations       memory -> positions of the nodes that write it in place
+    written         nodes whose memory is written in place
+    given           memory of the placeholders and attributes
+    regions         node -> (grad mode set in the graph, None before the first; changes by autocast regions)
+    frozen          nodes in a region without gradients
+    differentiable  nodes whose value may require a gradient (example values are snapshots that do not tell)
     """
 
     def __init__(self, gm: GraphModule):
@@ -59,7 +61,7 @@ class Facts:
         self.differentiable = self._differentiable()
 
     def _differentiable(self) -> set[Node]:
-        """Nodes whose value may take a gradient: example values are snapshots that do not know."""
+        """Return the nodes whose value may require a gradient. Example values are snapshots that do not tell."""
         out: set[Node] = set()
         for n in self.gm.graph.nodes:
             held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
@@ -78,24 +80,25 @@ class Facts:
         return out
 
     def descends(self, node: Node, origin: Node) -> bool:
-        """Whether `node` is computed from `origin`. Only what stands between the two is visited."""
+        """Return whether `node` is computed from `origin`. Visits only the nodes between the two."""
         first = self.position[origin]
         return origin in reach([node], lambda n: [a for a in n.all_input_nodes if self.position.get(a, -1) >= first])
 
     def input_writer(self, base: Node) -> Node | None:
-        """What writes in place to the memory of `base`, where that is an input's."""
+        """Return the first node that writes to the memory of `base` in place, if an input owns it; else None."""
         key = storage(base)
         if key is None or key not in self.mutations or key not in self.given:
             return None
         at = self.mutations[key][0]
         return next(n for n, position in self.position.items() if position == at)
 
-    def changed_before(self, base: Node, final: Node) -> Node | None:
-        """What writes, before `final`, to memory that the attention there read through some view of `base`."""
+    def changed_before(self, base: Node, final: Node, sources: Collection[Node]) -> Node | None:
+        """Return the first write to the memory of `base` between its first read and `final`, or None. Reads count if
+        they are between `sources` and `final`, through any view of the memory."""
         key = storage(base)
         if key is None or key not in self.mutations:
             return None
-        cone = set(reach([final], lambda n: n.all_input_nodes))
+        cone = set(reach([final], lambda n: [] if n in sources else n.all_input_nodes))
         reads = [
             self.position[u]
             for n in cone
@@ -108,24 +111,24 @@ class Facts:
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
     def changed_after(self, node: Node) -> bool:
-        """Whether the memory of a node is written in place after the node."""
+        """Return whether the memory of a node is written in place after the node."""
         return any(at > self.position[node] for at in self.mutations.get(storage(node), ()))  # type: ignore[arg-type]
 
     def casts(self, n: Node) -> bool:
-        """Whether autocast rounds what a product would read in the place of the node."""
+        """Return whether autocast would round the operands of a product in the node's place."""
         device, changed = value(n).device.type, dict(self.regions[n][1])
         return (changed[device] if device in changed else _around(device)) is not None
 
 
 def cone(ends: Sequence[Node], is_input: Callable[[Node], bool]) -> tuple[list[Node], list[Node]]:
-    """What the ends are computed from: (inputs, nodes between), each in the order of the graph."""
+    """Return (inputs, other nodes) that the ends are computed from, in graph order. The search stops at inputs."""
     seen = set(reach(ends, lambda n: [] if is_input(n) else n.all_input_nodes))
     nodes = [n for n in ends[0].graph.nodes if n in seen]
     return [n for n in nodes if is_input(n)], [n for n in nodes if not is_input(n)]
 
 
 def between(origins: Collection[Node], end: Node) -> set[Node]:
-    """The origins, and the nodes that lead from them to `end`."""
+    """Return the origins and all nodes on the paths from them to `end`."""
     first, found = min(origins, default=end), set(origins)
     above = reach([end], lambda n: [] if n in origins else [a for a in n.all_input_nodes if not a < first])
     for n in sorted(above):
@@ -135,14 +138,14 @@ def between(origins: Collection[Node], end: Node) -> set[Node]:
 
 
 def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
-    """Those of `inputs` that the ends are computed from, and that no gradient of the ends comes to."""
+    """Return the `inputs` that the ends are computed from, but that receive no gradient from the ends."""
     ends = list(ends)
     far = set(inputs) - _behind(ends, inputs, lambda n: "detach" not in op_name(n))
     return far & _behind(ends, inputs, lambda n: True) if far else far
 
 
 def _behind(ends: Iterable[Node], inputs: Collection[Node], through: Callable[[Node], bool]) -> set[Node]:
-    """The nodes up to `inputs` that floating values come from, through such nodes alone."""
+    """Return the floating-point ancestors of the ends. Stops at `inputs` and at nodes that `through` rejects."""
 
     def before(n: Node) -> list[Node]:
         return [a for a in n.all_input_nodes if _may_learn(a)] if n not in inputs and through(n) else []
@@ -158,8 +161,8 @@ Autocast = frozenset[tuple[str, torch.dtype | None]]
 
 
 def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, Autocast]]:
-    """For each node: the grad mode set in the graph, and what autocast regions change there: by device, the type that
-    is cast to, None where casting is switched off. A region that changes nothing is none."""
+    """Map each node to (grad mode set in the graph, changes by autocast regions). A change is (device, dtype that
+    operands are cast to), or None as the dtype if casting is switched off. Regions that change nothing are left out."""
     grad: bool | None = None
     open_regions: dict[Node, tuple[str, torch.dtype | None]] = {}
     out: dict[Node, tuple[bool | None, Autocast]] = {}
@@ -172,7 +175,7 @@ def _regions(gm: GraphModule) -> dict[Node, tuple[bool | None, Autocast]]:
                 open_regions[n] = _cast_to(n)
             else:
                 open_regions.pop(n.args[0], None)  # type: ignore[arg-type]
-            inner = dict(open_regions.values())  # the innermost of a device counts
+            inner = dict(open_regions.values())  # the innermost region of a device counts
             changed = frozenset((d, to) for d, to in inner.items() if to != _around(d))
         out[n] = (grad, changed)
     return out
@@ -187,10 +190,10 @@ def _cast_to(enter: Node) -> tuple[str, torch.dtype | None]:
 
 
 def _around(device: str) -> torch.dtype | None:
-    """What the caller's own autocast casts to: Dynamo compiles anew where that changes."""
+    """Return the dtype that the caller's own autocast casts to. Dynamo recompiles when it changes."""
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def written(facts: Facts, nodes: Sequence[Node]) -> bool:
-    """Whether something writes in place to what nodes are or read."""
+    """Return whether any of the nodes or their operands is written in place."""
     return any(x in facts.written for n in nodes for x in (n, *n.all_input_nodes))

@@ -9,11 +9,11 @@ from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.analysis import written_operands
 
-UNREAD = "attnfx_unread"  # marks a random draw that nothing read when the graph was traced
+UNREAD = "attnfx_unread"  # marks a random operator whose result nothing read when the graph was traced
 
 
 def mark_unread_draws(gm: GraphModule) -> None:
-    """Mark the random draws that nothing reads: dropping one would change all draws after it."""
+    """Mark random operators whose result nothing reads: removing one would change all later random numbers."""
     dead: set[Node] = set()
     for n in reversed(gm.graph.nodes):
         if not _impure(n) and all(u in dead for u in n.users):
@@ -23,8 +23,8 @@ def mark_unread_draws(gm: GraphModule) -> None:
 
 
 def clean(gm: GraphModule, keep: Collection[Node] = ()) -> None:
-    """Eliminate dead code in this graph alone: in-place operators, regions and unread random draws of the user stay,
-    and so do the bodies of higher-order operators, which FX's own elimination enters, and the nodes `keep`."""
+    """Eliminate dead code in this graph alone. In-place operators, regions, the user's unread random operators and the
+    nodes `keep` stay. The bodies of higher-order operators stay too, which FX's own elimination would enter."""
     for n in reversed(list(gm.graph.nodes)):
         if not n.users and not _impure(n) and UNREAD not in n.meta and n not in keep:
             gm.graph.erase_node(n)
@@ -39,8 +39,8 @@ def _impure(n: Node) -> bool:
 
 
 def check(gm: GraphModule) -> None:
-    """The invariants of a graph between passes; AssertionError names what is broken."""
+    """Assert the invariants of a graph between passes. The AssertionError names the broken one."""
     gm.graph.lint()
     for n in gm.graph.nodes:
         if n.op == "call_function" and isinstance(n.target, torch._ops.OpOverload) and n.target._schema.returns:
-            assert "val" in n.meta, f"{n.name} has no example value"
+            assert "val" in n.meta, f"node {n.name} has no example value"

@@ -1,4 +1,4 @@
-"""Copy a graph, and carry what refers to its nodes over to the copy."""
+"""Copy a graph, and carry values that refer to its nodes over to the copy."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
-    """A copy of a graph module that shares its attributes, and the copy of each node."""
+    """Return a copy of a graph module that shares its attributes, and a map from each node to its copy."""
     graph = Graph()
     copies: dict[Node, Node] = {}
     graph.output(graph.graph_copy(gm.graph, copies))
@@ -27,8 +27,8 @@ def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
 
 
 def carried(x: T, copies: Mapping[Node, Node]) -> T:
-    """The same value with the copy of each node in the node's place: in tuples, lists, tables and data classes, at any
-    depth. Expressions name variables and are the same in both graphs."""
+    """Return a value with each node replaced by its copy, in tuples, lists, sets, dicts and data classes at any depth.
+    Expressions name variables and are the same in both graphs."""
     return _carried(x, copies)
 
 

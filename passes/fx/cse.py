@@ -1,4 +1,4 @@
-"""Sharing: calls of one function with the same operands become one call.
+"""Eliminate common subexpressions: calls of one function with the same operands become one call.
 
 Needs `meta["val"]`; changes the graph in place; promises the same results.
 """
@@ -14,20 +14,20 @@ from attnfx.passes.fx.analysis import storage, written_operands
 
 
 def share(gm: GraphModule, target: Any) -> None:
-    """Leave the first of the nodes that call `target`, a function of its operands alone, where the others read the same
-    elements and no write to their memory stands in between."""
+    """Keep the first of the calls of `target` that read the same elements, and remove the others. `target` must be a
+    function of its operands alone. A write to the operands' memory separates the calls."""
     found: dict[str, Node] = {}
     writes: dict[int | None, int] = {}
 
     def named(x: Node) -> str:
         held = x.meta["val"]
         memory = storage(x)
-        if memory is not None:  # views of one memory are one operand
+        if memory is not None:  # equal views of the same memory are one operand
             place = held.dtype, tuple(held.shape), held.stride(), held.storage_offset()
             return f"{memory} {place} {writes.get(memory, 0)}"
         if isinstance(held, torch.Tensor):
             return x.name
-        return str(held)  # a size is known by its value, whoever computes it
+        return str(held)  # the value identifies a size, not the node that computes it
 
     for n in list(gm.graph.nodes):
         for x in written_operands(n):

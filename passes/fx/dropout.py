@@ -1,4 +1,4 @@
-"""Take dropout out of a graph, so that two ways to compute the same can be compared."""
+"""Remove dropout from a graph, so that two ways to compute the same result can be compared."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ DROPOUTS = ("dropout", "dropout_", "feature_dropout")
 
 
 def drops(gm: GraphModule) -> bool:
-    """Whether an operator of PyTorch drops something."""
+    """Return whether an operator of PyTorch applies dropout with a nonzero probability."""
     return any(_probability(n) > 0 for n in gm.graph.nodes)
 
 
@@ -27,7 +27,7 @@ def _probability(n: Node) -> float:
 
 
 def without_dropout(gm: GraphModule) -> GraphModule:
-    """A copy in which nothing is dropped, neither by PyTorch's operators nor by ours."""
+    """Return a copy in which neither PyTorch's operators nor attnfx's apply dropout."""
     graph, copies = Graph(), {}
     out = graph.graph_copy(gm.graph, copies)
     graph.output(out)

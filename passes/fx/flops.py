@@ -1,4 +1,4 @@
-"""Floating-point operations of a graph's matrix products and convolutions, forward, from the example shapes."""
+"""Count the forward FLOPs of a graph's matrix products and convolutions, from the example shapes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ from torch.utils._pytree import tree_leaves
 
 from attnfx.passes.fx.nodes import number, op_name, value
 
-ADDING = ("addmm", "baddbmm", "addmv")  # their products are of the last two operands
+ADDING = ("addmm", "baddbmm", "addmv")  # the last two operands are multiplied
 PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "linear", *ADDING)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 FUSED = ("scaled_dot_product_attention",)
 
 
 def flops(n: Node) -> int:
-    """Two for each multiplication and addition; 0 for what is no product. A symbolic size counts as the example's."""
+    """Return the floating-point operations of a node: two for each multiply-add, 0 for any operator but a product. A
+    symbolic size counts as the example's size."""
     if n.op != "call_function" or not isinstance(value(n), torch.Tensor):
         return 0
     name = op_name(n)
@@ -47,7 +48,7 @@ def _numbers(n: Node) -> list[int]:
 
 
 def _einsum(equation: str, shapes: list[list[int]]) -> int:
-    """The product of the sizes of all letters: what the contraction of two operands takes."""
+    """Return the product of the sizes of all letters: the multiply-adds of a contraction of two operands."""
     sizes: dict[str, int] = {}
     rest = 1
     for letters, extents in zip(equation.replace(" ", "").split("->")[0].split(","), shapes):

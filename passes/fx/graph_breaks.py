@@ -1,7 +1,7 @@
-"""Where Dynamo broke a graph, and why: an attention that a break cuts in two stands in two graphs.
+"""Remember where and why Dynamo broke a graph: a break inside an attention leaves its parts in two graphs.
 
-Dynamo tells the graph before a break why it ended, and names the code after it "torch_dynamo_resume_in_f_at_12": the
-line is what the two have in common.
+Dynamo attaches the reason to the graph before the break, and names the code after the break
+"torch_dynamo_resume_in_f_at_12". The line number connects the two.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from torch.fx import GraphModule, Node
 
-LARGEST = 1000  # breaks that are remembered
+LARGEST = 1000  # remembered breaks
 _RESUMED = re.compile(r'File "([^"]+)", line \d+, in torch_dynamo_resume_in_.*_at_(\d+)')
 _known: dict[tuple[str, str], Break] = {}  # by file and line
 _lock = threading.Lock()
@@ -21,7 +21,7 @@ _lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Break:
-    """`where` is the user's "file.py:88"; `reason` and `hint` are Dynamo's sentences, "" where they are not known."""
+    """A graph break: `where` is the user's "file.py:88"; `reason` and `hint` are Dynamo's sentences, "" if unknown."""
 
     where: str
     reason: str = ""
@@ -29,7 +29,7 @@ class Break:
 
 
 def ended_by(gm: GraphModule) -> Break | None:
-    """The break that a graph of Dynamo ends with. It is remembered for the graph that goes on after it."""
+    """Return the break that ends a Dynamo graph, or None. Remembers it for the graph that resumes after it."""
     cause = getattr(gm, "compile_subgraph_reason", None)
     if cause is None or not getattr(cause, "graph_break", False) or not cause.user_stack:
         return None
@@ -41,7 +41,7 @@ def ended_by(gm: GraphModule) -> Break | None:
         hint[1] if hint else "",
     )
     with _lock:
-        for frame in cause.user_stack:  # of the callers too: each of them is resumed after the call
+        for frame in cause.user_stack:  # the callers too: each of them resumes after the call
             _known[(frame.filename, str(frame.lineno))] = found
         while len(_known) > LARGEST:
             del _known[next(iter(_known))]
@@ -49,7 +49,7 @@ def ended_by(gm: GraphModule) -> Break | None:
 
 
 def begun_by(node: Node) -> Break | None:
-    """The break after which the graph of a node goes on; None where the graph starts with the function."""
+    """Return the break after which a node's graph resumes, or None if the graph starts with the function."""
     found = _RESUMED.search(node.meta.get("stack_trace") or "")
     if found is None:
         return None

@@ -1,4 +1,4 @@
-"""What several passes ask of FX nodes, and do with them."""
+"""Query and edit FX nodes: helpers that several passes share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from attnfx.spec import UNKNOWN_SIZE
 
 
 def op_name(node: Node) -> str:
-    """`aten` operators by the name of their packet ("softmax"), others by their Python name prefixed with a dot."""
+    """Return an operator's name. An `aten` operator has its packet's name ("softmax"), one of another library
+    "namespace::name". A Python function has its own name after a dot, except for "getitem"."""
     target = node.target
     if isinstance(target, OpOverload):
         return (
@@ -36,8 +37,16 @@ def op_name(node: Node) -> str:
     return "." + getattr(target, "__name__", str(target))
 
 
+def label(node: Node) -> str:
+    """Return a node's name for messages: its operator, or the operator whose tuple it is taken from."""
+    if node.op != "call_function":
+        return node.name
+    source = node.args[0] if op_name(node) == "getitem" else None
+    return label(source) if isinstance(source, Node) else op_name(node).removeprefix(".")
+
+
 def value(x: object) -> Any:
-    """A node's example value, or the constant itself."""
+    """Return a node's example value, or the constant itself."""
     return x.meta.get("val") if isinstance(x, Node) else x
 
 
@@ -50,14 +59,15 @@ def is_tensor(node: object) -> bool:
 
 
 def take_place(new: Node, old: Node, of: Callable[[Node], bool] = lambda reader: True) -> None:
-    """Give the readers of a node, or some of them, another one, which takes over the meta that it lacks."""
+    """Let users of a node, all or the ones that `of` accepts, read a new node, which takes over the meta that it
+    lacks."""
     new.meta = {**old.meta, **new.meta}
     old.replace_all_uses_with(new, delete_user_cb=of, propagate_meta=False)
 
 
 @contextmanager
 def fake_mode(*held: object) -> Iterator[None]:
-    """The mode that the example values belong to, in which operators take symbolic sizes."""
+    """Enter the fake mode of the example values, in which operators accept symbolic sizes."""
     mode = detect_fake_mode(list(held))
     assert mode is not None
     with mode, enable_python_dispatcher():
@@ -73,7 +83,7 @@ def dims(node: Node) -> tuple[Expr, ...]:
 
 
 def number(n: Any) -> int:
-    """A size, or the example's size of a symbolic one."""
+    """Return a size as an int; a symbolic size has the example's size, or UNKNOWN_SIZE without one."""
     if isinstance(n, int):
         return n
     hint = n.node.hint if isinstance(n, torch.SymInt) else None
@@ -81,12 +91,12 @@ def number(n: Any) -> int:
 
 
 def spanned(x: Node, rank: int) -> frozenset[int]:
-    """The dimensions of a result of that many that an operand of it is not broadcast along."""
+    """Return the dimensions of a result of this rank along which an operand is not broadcast."""
     return frozenset(d for d, size in enumerate(dims(x), rank - len(dims(x))) if size is not A.ONE)
 
 
 def size_expr(n: int | torch.SymInt) -> Expr:
-    """A size as an expression; what is not a polynomial of symbols becomes one named size."""
+    """Return a size as an expression. Anything but a polynomial of symbols becomes one named size."""
     if isinstance(n, int):
         return A.const(int(n))
     return _from_sympy(n.node.expr)
@@ -103,7 +113,7 @@ def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
         return A.mul(*(_from_sympy(a) for a in e.args))
     if e.is_Pow and e.exp.is_Integer and 0 < int(e.exp) <= 4:
         return A.mul(*([_from_sympy(e.base)] * int(e.exp)))
-    if type(e).__name__ == "FloorDiv":  # einsum names a product of sizes over one of them
+    if type(e).__name__ == "FloorDiv":  # einsum yields a product of sizes divided by one of them
         whole = sympy.cancel(e.args[0] / e.args[1])
         if whole.as_numer_denom()[1] == 1:
             return _from_sympy(whole)
@@ -111,7 +121,7 @@ def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
 
 
 def where_in_source(node: Node) -> str:
-    """The user's line as "file.py:88", or "" where the graph does not know it. PyTorch's own files are skipped."""
+    """Return the user's line as "file.py:88", or "" if the graph does not record it. Skips the files of torch.nn."""
     best = ""
     for line in (node.meta.get("stack_trace") or "").splitlines():
         line = line.strip()
@@ -125,13 +135,13 @@ def where_in_source(node: Node) -> str:
 
 
 def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
-    """A refusal with the names of its nodes and the user's line of the first that has one."""
+    """Return a refusal with the names of its nodes and the first user's line that a node has."""
     place = next((p for p in map(where_in_source, nodes) if p), "")
     return Refusal(code, message, tuple(n.name for n in nodes), hint, place)
 
 
 class Opaque(Exception):
-    """This operator has no scalar meaning here: the node is loaded."""
+    """An operator without a scalar expression here: its node is loaded."""
 
 
 def argument(at: Node, position: int, name: str, default: object = None) -> object:
@@ -153,7 +163,7 @@ PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
 
 @dataclass(frozen=True)
 class Product:
-    """Slot of the pure product of a node that also adds something (baddbmm)."""
+    """Load slot for the product alone of a node that also adds something (baddbmm)."""
 
     node: Node
 
@@ -163,13 +173,13 @@ def slot_node(slot: object) -> Node:
 
 
 SDPA = ("scaled_dot_product_attention",)
-REGION, POLICY = "ac_graph_id", "recompute"  # what PyTorch calls the marks
+REGION, POLICY = "ac_graph_id", "recompute"  # PyTorch's names of the marks
 MARKS = (REGION, POLICY)
 CATS = ("cat", "concat", "concatenate")
 
 
 def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | None:
-    """The operands of a `cat`, two or more that nothing else reads, and its dimension."""
+    """Return the operands of a `cat` and its dimension, if it joins two or more that nothing else reads; else None."""
     if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
         return None
     given: Any = n.args[0]
@@ -184,4 +194,4 @@ def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | No
     return list(given), dim % len(dims(n))
 
 
-STACK = ("stack_trace", "nn_module_stack", "source_fn_stack")  # where in the user's code a node is from
+STACK = ("stack_trace", "nn_module_stack", "source_fn_stack")  # meta that locates a node in the user's code

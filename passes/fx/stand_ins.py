@@ -1,4 +1,4 @@
-"""What stands for a graph's results while the rest of a call is traced."""
+"""Replace a graph by a function with stand-in results, so that the rest of a call can be traced."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from attnfx.passes.fx.nodes import number
 
 
 def stand_ins(gm: GraphModule, tensor: Callable[[torch.Tensor], torch.Tensor]) -> Callable[..., Any]:
-    """A function with the outputs of a graph of Dynamo: `tensor` of each example, and numbers for symbolic sizes."""
+    """Return a function with the output structure of a Dynamo graph. It returns `tensor(example)` for each tensor and
+    an int for each symbolic size."""
     outputs = next(n for n in gm.graph.nodes if n.op == "output").args[0]
 
     def value(x: Any) -> Any:
@@ -26,6 +27,6 @@ def stand_ins(gm: GraphModule, tensor: Callable[[torch.Tensor], torch.Tensor]) -
 
 
 def zeros(x: torch.Tensor) -> torch.Tensor:
-    """Of the same shape, dtype and device."""
+    """Return zeros of the same shape, dtype and device."""
     shape = [number(n) for n in x.shape]
     return torch.zeros(shape, dtype=x.dtype, device=x.device, requires_grad=x.requires_grad)

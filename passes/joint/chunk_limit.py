@@ -1,4 +1,4 @@
-"""What the chunked tier computes in a graph that is rewritten already: the size of its chunks, and whether it draws."""
+"""Limit the chunks of the chunked tier in a rewritten graph, and find out whether this tier applies dropout."""
 
 from __future__ import annotations
 
@@ -16,27 +16,28 @@ TIER = "chunked"
 
 
 def limit(gm: GraphModule, elements: int) -> None:
-    """Let the chunked tier compute no more than `elements` scores at once, wherever it is the one that was chosen."""
+    """Limit the chunked tier to `elements` scores at once, in each call that this tier was chosen for."""
     for module in gm.modules():
         if isinstance(module, GraphModule) and _limit(module.graph, elements):
             module.recompile()
 
 
 def workspaces(gm: GraphModule, elements: int, cpu: bool) -> dict[str, int]:
-    """The bytes that each call of the chunked tier would then take while it runs, by the node's name."""
+    """Return the bytes that each call of the chunked tier would take under this limit, by the node's name."""
     graph = copied(gm.graph)
     changed = _limit(graph, elements)
     return {n.name: attention_workspace(n, cpu) for n in graph.nodes if n.name in changed}
 
 
 def draws(gm: GraphModule) -> bool:
-    """Whether dropout is drawn by the chunked tier, which reads its seed on the host: no CUDA graph can be captured."""
+    """Return whether the chunked tier applies dropout: it reads the seed on the host, which CUDA graphs cannot
+    capture."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
     return any(isinstance(_argument(n, "seed"), Node) for graph in graphs for n in _calls(graph))
 
 
 def _limit(graph: Graph, elements: int) -> set[str]:
-    """The names of the nodes that changed."""
+    """Limit the calls in one graph; return the names of the changed nodes."""
     changed = set()
     for n in _calls(graph):
         others = str(_argument(n, "tier")).split(",")[1:]
@@ -46,7 +47,7 @@ def _limit(graph: Graph, elements: int) -> set[str]:
 
 
 def _calls(graph: Graph) -> Iterator[Node]:
-    """Each call whose first tier is the chunked one."""
+    """Yield each call whose first tier is the chunked one."""
     for n in graph.nodes:
         if n.op == "call_function" and op_name(n) in OPERATORS:
             if str(_argument(n, "tier")).partition(",")[0].partition(":")[0] == TIER:
@@ -54,7 +55,7 @@ def _calls(graph: Graph) -> Iterator[Node]:
 
 
 def _position(n: Node, name: str) -> int:
-    """Where the operator's schema has an argument."""
+    """Return the position of an argument in the operator's schema."""
     return [a.name for a in n.target._schema.arguments].index(name)  # type: ignore[union-attr]
 
 

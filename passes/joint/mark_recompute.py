@@ -1,8 +1,8 @@
-"""A joint graph to its forward and backward graphs, with some of the saved values computed again instead.
+"""Partition a joint graph into forward and backward graphs, with chosen values recomputed instead of saved.
 
-What is saved and what is recomputed is said to PyTorch's min-cut partitioner by marks on nodes, which it honours;
-where nothing is marked it decides as it always does. A random operator is never marked to be computed again: what it
-gave is saved, or the seed that it was made from.
+Marks on nodes tell PyTorch's min-cut partitioner which values to save and which to recompute. Without marks it decides
+as usual. A random operator is never marked for recomputation: its result is saved, or the seed that the result was
+computed from.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SEEDS = frozenset(["prims::inductor_seed", "prims::inductor_seeds", "prims::indu
 
 
 def is_random(n: Node) -> bool:
-    """Whether it would give something else when it is run again."""
+    """Return whether the node would return another result if it ran again."""
     if op_name(n) in SEEDS:
         return True
     return isinstance(n.target, OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
 
 
 def forward_nodes(joint: GraphModule) -> dict[str, Node]:
-    """The nodes that do not depend on a gradient of the outputs, by name, in order."""
+    """Return the nodes that do not depend on a gradient of the outputs, by name, in graph order."""
     later: set[Node] = set()
     out = {}
     for n in joint.graph.nodes:
@@ -43,7 +43,7 @@ def forward_nodes(joint: GraphModule) -> dict[str, Node]:
 
 
 def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None:
-    """Mark a joint graph's forward nodes: these values are saved, these are computed again."""
+    """Mark a joint graph's forward nodes: save the values `saved`, and recompute the values `again`."""
     nodes, kept, redone = forward_nodes(joint), set(saved), set(again)
     for name, n in nodes.items():
         if n.op != "call_function":
@@ -55,7 +55,7 @@ def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None
 
 
 def copied(graph: Graph) -> Graph:
-    """A copy with the names and the meta of the original."""
+    """Return a copy with the names and the meta of the original."""
     made, old = Graph(), graph.output_node()
     values: dict[Node, Node] = {}
     made.graph_copy(graph, values)
@@ -63,14 +63,14 @@ def copied(graph: Graph) -> Graph:
     new.meta.update(old.meta)
     for before, after in values.items():
         after.meta = dict(before.meta)
-        if hasattr(before, "_dynamo_source"):  # by which a compiler tells parameters from other inputs
+        if hasattr(before, "_dynamo_source"):  # tells a compiler which inputs are parameters
             after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
     return made
 
 
 def partition(joint: GraphModule, arguments: Mapping[str, Any], saved: Iterable[str] = (),
               again: Iterable[str] = ()) -> tuple[GraphModule, GraphModule]:  # fmt: skip
-    """The forward and backward graphs of a copy of `joint`; `arguments` are those a partitioner is called with."""
+    """Return the forward and backward graphs of a copy of `joint`. `arguments` are a partitioner's arguments."""
     made = GraphModule(joint, copied(joint.graph))
     made.meta.update(joint.meta)
     if again:

@@ -1,7 +1,7 @@
-"""A graph of ATen operators, as AOTAutograd makes it, to the plain records of the memory model.
+"""Convert a graph of ATen operators, as AOTAutograd makes it, to the plain records of the memory model.
 
-Needs nodes that carry `meta["val"]`. What an operator is to the compiler (a loop that may be inlined, a reduction, a
-kernel) is read off Inductor's own tables of lowerings.
+Needs `meta["val"]` on each node. Inductor's own tables of lowerings tell whether an operator is a loop that may be
+inlined, a reduction, or a kernel.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from attnfx.targets import sdpa_dispatch as fused
 # torch/_inductor/ir.py, StorageBox.should_realize_on_reuse
 HEAVY = frozenset("exp log log10 log1p log2 sigmoid tanh".split())
 REDUCTIONS = frozenset("sum mean prod amax amin max min var var_mean any all argmax argmin xor_sum".split())
-# Lowered, but to a call of a kernel, or to writes at computed places.
+# Operators whose lowering calls a kernel or writes at computed places.
 KERNELS = frozenset("mm bmm addmm baddbmm convolution convolution_backward _int_mm sort cumsum cumprod "
                     "_scaled_dot_product_flash_attention_for_cpu".split())  # fmt: skip
 FUSED = re.compile(r"_scaled_dot_product_(flash|efficient|cudnn)_attention(_for_cpu)?(_backward)?")
@@ -36,7 +36,7 @@ SCATTERS = frozenset("index_put index_put_ scatter scatter_ scatter_add scatter_
 
 
 def tensor_bytes(x: torch.Tensor) -> int:
-    """The bytes of memory that a tensor of this shape and these strides spans."""
+    """Return the bytes of memory that a tensor of this shape and these strides spans."""
     if any(number(n) == 0 for n in x.shape):
         return 0
     return (1 + sum((number(n) - 1) * abs(number(s)) for n, s in zip(x.shape, x.stride()))) * x.element_size()
@@ -50,7 +50,7 @@ def numel(x: torch.Tensor) -> int:
 
 
 def flops(n: Node) -> int:
-    """Floating point operations of a kernel, by PyTorch's own formulas; 0 where it has none."""
+    """Return the floating-point operations of a kernel by PyTorch's own formulas, 0 for one without a formula."""
     from torch.utils.flop_counter import flop_registry
 
     formula = flop_registry.get(getattr(n.target, "overloadpacket", None))
@@ -62,16 +62,16 @@ def flops(n: Node) -> int:
 
 def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int]] | None = None, chunk: int = 0
                         ) -> int:  # fmt: skip
-    """The bytes that an operator of attention takes while it runs, attnfx's or one of ATen's; 0 for any other.
-    `shape` gives an operand's shape, where it is not the one that it has in the graph; `chunk` is the most scores that
-    the chunked tier computes at once, 0 for what the graph says."""
+    """Return the bytes that an attention operator of attnfx or ATen takes while it runs, 0 for any other operator.
+    `shape` returns an operand's shape if it differs from the shape in the graph. `chunk` is the largest number of
+    scores that the chunked tier computes at once; 0 keeps the graph's own limit."""
     name = op_name(n)
-    if FUSED.fullmatch(name):  # which the model called, or a rewrite, or one of Inductor's patterns
+    if FUSED.fullmatch(name):  # called by the model, a rewrite or one of Inductor's patterns
         backward = name.endswith("backward")
         of = [x for x in n.args[backward : backward + 3] if isinstance(x, Node)]
         query, key, value = ([*map(number, x.meta["val"].shape if shape is None else shape(x))] for x in of)
         element = of[0].meta["val"].element_size()
-        if not cpu:  # a graph that was captured on a CPU has its operator, and is planned for a GPU
+        if not cpu:  # a graph captured on a CPU has the CPU's operator, also if planned for a GPU
             return fused.workspace(query, key, value[-1], element) if backward else 0
         return fused_kernel(query[-2], key[-2], query[-1], element, backward, torch.get_num_threads())
     if not name.startswith("attnfx::attention"):
@@ -81,7 +81,7 @@ def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int
     texts = [a for a in n.args if isinstance(a, str)]
     backward = name.endswith("backward")
     if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
-        return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about an operand
+        return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about as much as an operand
     grad, query, key, value = operands[:4] if backward else (None, *operands[:3])
     use = Use(from_json(texts[0]), query, key, value, grad, cpu, torch.get_num_threads())
     tier = texts[1].split(",")[0]
@@ -89,11 +89,11 @@ def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int
 
 
 def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
-    """What the model knows of a tensor; with another shape, of one whose dims lie in memory in the same order."""
+    """Return the model's record of a tensor. `shape` replaces its shape; the order of its dims in memory stays."""
     sizes, strides = tuple(map(number, x.shape)), list(map(number, x.stride()))
     if shape is None:
         return Operand(sizes, tuple(strides), x.element_size())
-    inner = Fraction(1)  # how many times as far apart, by the dims further in
+    inner = Fraction(1)  # growth of the strides, caused by the inner dims
     for d in sorted(range(x.ndim), key=lambda d: (strides[d], -d)):
         if strides[d]:
             strides[d] = round(strides[d] * inner)
@@ -102,10 +102,8 @@ def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
 
 
 def near_readers(gm: GraphModule) -> GraphModule:
-    """A copy in which each operation stands right before its first reader.
-
-    Inductor orders the graph of an inference so (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality).
-    """
+    """Return a copy in which each operation comes right before its first reader. Inductor orders inference graphs this
+    way (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality)."""
     made = GraphModule(gm, copied(gm.graph))
     seen: set[Node] = set()
     for n in reversed(made.graph.nodes):
@@ -117,8 +115,8 @@ def near_readers(gm: GraphModule) -> GraphModule:
 
 
 def lay_out(gm: GraphModule) -> None:
-    """Bring the strides in `meta["val"]` up to date: where a pass puts a kernel in the place of others, what is made of
-    its result keeps the strides that it had of theirs."""
+    """Update the strides in `meta["val"]`. A kernel that a pass inserts may return other strides than the operators
+    that it replaces, and the values computed from its result still record the old strides."""
     changed: set[Node] = set()
     for n in gm.graph.nodes:
         old = n.meta.get("val")
@@ -134,7 +132,7 @@ def lay_out(gm: GraphModule) -> None:
 
 
 def read(gm: GraphModule, cpu: bool) -> Graph:
-    """The records of a graph that will run on a CPU, or on a GPU."""
+    """Return the records of a graph that will run on a CPU (`cpu`) or on a GPU."""
     lay_out(gm)
     ops: list[Op] = []
     held: set[str] = set()
@@ -166,7 +164,7 @@ def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
 
 
 def _results(n: Node) -> tuple[Result, ...]:
-    """The tensors that an operator gives; those in lists too, by the names of the nodes that take them out."""
+    """Return the tensors that an operator returns. One in a list has the name of the node that takes it out."""
     return tuple(_parts(n, n.name, n.meta.get("val")))
 
 
@@ -188,11 +186,11 @@ def _result(name: str, x: torch.Tensor) -> Result:
 
 
 def _aside(n: Node, held: set[str]) -> frozenset[str]:
-    """The operands of a loop whose elements it does not read in the order in which it writes its own."""
+    """Return the operands that a loop does not read in the order in which it writes its result."""
     value = n.meta["val"]
 
     def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
-        """(size, stride) of each dim that is not 1, of a tensor that broadcasts to a shape; neighbours as one."""
+        """Return (size, stride) of each dim larger than 1, for `x` broadcast to `shape`, with neighbors merged."""
         out: list[tuple[int, int]] = []
         strides = [0] * (len(shape) - x.ndim) + [
             number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
@@ -216,7 +214,7 @@ def _aside(n: Node, held: set[str]) -> frozenset[str]:
 
 
 def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
-    if n.name in held:  # a part that its operator has named already
+    if n.name in held:  # a list element that its operator's record already names
         return None
     reads = tuple(x.name for x in n.all_input_nodes if x.name in held)
     results = _results(n)
@@ -225,7 +223,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if not results:
         return None
     where = module_of(n)
-    if n.target is operator.getitem:  # a part asked for again, or a list whose parts are named already
+    if n.target is operator.getitem:  # an element taken out again, or a list whose elements have names
         source = n.args[0]
         if not isinstance(n.meta["val"], torch.Tensor):
             return None
@@ -238,7 +236,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if changes and all(isinstance(r, Node) for r in n.args[:1]):
         results = tuple(Result(r.name, 0) for r in results)
     name, inner, rows = op_name(n), 1, True
-    if kind == "scatter":  # written over a copy of its first operand; over a constant, nothing is copied
+    if kind == "scatter":  # writes to a copy of its first operand; a constant is not copied
         first = n.args[0]
         if isinstance(first, Node) and not first.all_input_nodes and first.op != "placeholder":
             reads = tuple(r for r in reads if r != first.name)
@@ -258,7 +256,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
 
 
 def _same(n: Node) -> bool:
-    """Whether a copy has its operand's own layout."""
+    """Return whether a copy has the layout of its operand."""
     made, source = n.meta["val"], n.all_input_nodes[0].meta["val"]
     return [*map(number, made.stride())] == [*map(number, source.stride())]
 
@@ -283,7 +281,7 @@ def kind_of(n: Node) -> Kind:
 
 
 def _whole(n: Node) -> bool:
-    """Of max and min: whether it is the largest of many, not of two tensors."""
+    """Return whether the operator reduces: max and min of two tensors do not."""
     return op_name(n) not in ("max", "min") or len(n.all_input_nodes) == 1
 
 
@@ -298,7 +296,7 @@ def _changes(n: Node, held: set[str]) -> tuple[str, ...]:
 
 
 def _reduced(n: Node, outer: int) -> tuple[int, bool]:
-    """(elements that go into one, whether the reduced dims are the last ones)."""
+    """Return (elements that are reduced into one, whether the reduced dims are the last ones)."""
     source = n.all_input_nodes[0].meta["val"]
     inner = max(numel(source) // max(outer, 1), 1)
     given = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim")
@@ -311,7 +309,7 @@ def _reduced(n: Node, outer: int) -> tuple[int, bool]:
 
 
 def module_of(n: Node) -> str:
-    """The module that a node came from, by its path; "" where the graph does not know it."""
+    """Return the path of the module that a node came from, or "" if the graph does not record it."""
     stack = n.meta.get("nn_module_stack") or n.meta.get("fwd_nn_module_stack")
     if not stack:
         return ""

@@ -1,4 +1,4 @@
-"""A joint graph of AOTAutograd to records: its operations, and which of them must not run again."""
+"""Convert a joint graph of AOTAutograd to records, and find the operations that must not run again."""
 
 from __future__ import annotations
 
@@ -15,10 +15,8 @@ from attnfx.passes.joint.read_graph import read
 
 
 def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -> tuple[Joint, frozenset[str]]:
-    """The records of a joint graph, and the names of the operations that would give something else when run again.
-
-    `arguments` are those that a partitioner is called with beside the graph, which is not changed.
-    """
+    """Return the records of a joint graph, and the names of operations that would return another result if run again.
+    `arguments` are a partitioner's arguments besides the graph. The graph is not changed."""
     graph = copied(joint.graph)
     graph.eliminate_dead_code()
     made = GraphModule(joint, fx_graph_cse(graph))  # as the partitioner does first
@@ -33,7 +31,7 @@ def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -
 
 
 def _changed(graph: Graph) -> set[Node]:
-    """The inputs that the step writes to: after the forward pass they hold something else."""
+    """Return the inputs that the step writes to: after the forward pass they hold other values."""
     output = graph.output_node()
     told = {getattr(d, "mutated_input", None) for d in tree_leaves(output.meta.get("desc", []))} - {None}
     inputs = {n for n in graph.nodes if n.op == "placeholder"}

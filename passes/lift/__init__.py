@@ -1,6 +1,6 @@
 """Translate FX nodes into index expressions and back: the lifter with its rules, and the emitter.
 
-Importing the package fills the tables of rules.
+Importing the package registers the rules.
 """
 
 from attnfx.passes.lift import contraction, indexing, pointwise, reductions, row_view_rules, views

@@ -1,8 +1,8 @@
-"""Where query, key and value come from: undoing expansions, and views that bring an operand to (B, heads, rows, width).
+"""Trace query, key and value to their sources: undo expansions, and find views to (B, heads, rows, width).
 
-An `Access` is a node and the index at which an operand reads it. Walking from the operand towards its source passes
-views, and gains where it passes an expansion of grouped heads, a constant factor or an upcast: those need not exist in
-memory. An access is usable where each of its dimensions is a mixed-radix number of distinct variables, so that plain
+An `Access` is a node and the index at which an operand reads it. The walk from the operand towards its source passes
+views. It gains by passing an expansion of grouped heads, a constant factor or an upcast, because these need not be
+materialized. An access is usable if each of its dimensions is a mixed-radix number of distinct variables: then plain
 views (reshape, select, slice, permute) produce the operand.
 """
 
@@ -30,7 +30,7 @@ UNIT = A.const(1.0)
 
 @dataclass(frozen=True)
 class Access:
-    """`factor` * node[index]."""
+    """The value `factor` * node[index]; `gain` counts the steps on the way that need not be materialized."""
 
     node: Node
     index: Index
@@ -40,7 +40,7 @@ class Access:
 
 
 def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:
-    """The operand itself, then each value further up that it is a view, a constant multiple or an upcast of."""
+    """Return the operand itself, then each earlier value that it is a view, a constant multiple or an upcast of."""
     found = [Access(at, index)]
     while True:
         last = found[-1]
@@ -48,7 +48,7 @@ def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:
         if step is None or len(found) > 60:
             return found
         if last.node in lifter.written and storage(last.node) != storage(step.node):
-            return found  # what was written in place is not in its source
+            return found  # the source lacks the values that were written in place
         found.append(step)
 
 
@@ -88,7 +88,7 @@ def _step(lifter: Lifter, last: Access) -> Access | None:
 
 
 def _number(lifter: Lifter, x: object) -> Expr | None:
-    """A finite constant, or a symbolic float."""
+    """Return a finite nonzero constant or a symbolic float as an expression, else None."""
     rank = 0
     if isinstance(x, Node) and isinstance(value(x), torch.Tensor):
         if any(n is not A.ONE for n in dims(x)):
@@ -104,7 +104,7 @@ def _number(lifter: Lifter, x: object) -> Expr | None:
 
 
 def best(candidates: list[Access], batch: frozenset[str], upcast: bool = True) -> tuple[Access, list[Split]] | None:
-    """The usable access with the most gain, the nearest of these; with the splits of batch variables that it needs."""
+    """Return the usable access with the most gain, the nearest one of several, and the batch splits that it needs."""
     chosen: tuple[Access, list[Split]] | None = None
     for access in candidates:
         if (access.upcast and not upcast) or (chosen is not None and access.gain <= chosen[0].gain):
@@ -124,7 +124,7 @@ def apply_splits(e: Expr, splits: list[Split]) -> Expr:
 
 
 def needed_splits(index: Index, batch: frozenset[str]) -> list[Split] | None:
-    """Splits of batch variables after which no floor division and no remainder is left, or None."""
+    """Return splits of batch variables that remove every floor division and remainder, or None."""
     splits: list[Split] = []
     for _ in range(6):
         atoms = [e for x in index for e in walk(x) if e.op in ("floordiv", "mod")]
@@ -145,7 +145,7 @@ def needed_splits(index: Index, batch: frozenset[str]) -> list[Split] | None:
 
 
 def program_splits(programs: list[Expr], batch: frozenset[str]) -> list[Split]:
-    """Splits of the batch variables that the programs divide evenly: a flattened (batch, head) axis becomes two."""
+    """Return splits of batch variables that the programs divide evenly: a flattened (batch, head) becomes two axes."""
     splits: list[Split] = []
     for _ in range(6):
         atoms = (e for p in programs for e in walk(p) if e.op in ("floordiv", "mod") and e.args[0].op == "var")
@@ -163,7 +163,7 @@ def program_splits(programs: list[Expr], batch: frozenset[str]) -> list[Split]:
 
 
 def radix(e: Expr) -> tuple[Expr, list[tuple[Expr, Expr]]] | None:
-    """(offset, [(variable, step)] from slow to fast) of an index that is a sum of distinct variables, or None."""
+    """Return (offset, [(variable, step)] from slow to fast) of an index that sums distinct variables, or None."""
     offset: poly.Poly = {}
     terms: list[tuple[Expr, Expr]] = []
     for monomial, coefficient in poly.by_index(poly.of(e)).items():
@@ -175,7 +175,7 @@ def radix(e: Expr) -> tuple[Expr, list[tuple[Expr, Expr]]] | None:
             return None
     if not poly.nonnegative(offset):
         return None
-    # order by step: each must be the next one's step times its size
+    # order by step: each step must be the next one's step times its size
     ordered: list[tuple[Expr, Expr]] = []
     expected: Expr | None = None
     while terms:
@@ -195,7 +195,7 @@ def radix(e: Expr) -> tuple[Expr, list[tuple[Expr, Expr]]] | None:
 
 
 def split_axes(axes: list[Expr], splits: list[Split]) -> list[Expr]:
-    """The batch axes after splitting, high before low."""
+    """Return the batch axes after splitting, high before low."""
     for split in splits:
         out: list[Expr] = []
         for a in axes:
@@ -210,8 +210,8 @@ def split_axes(axes: list[Expr], splits: list[Split]) -> list[Expr]:
 
 @dataclass(frozen=True)
 class Operand:
-    """A node, read through `index` over the axes. With `parts`, what is read is their stack, whose first dimension
-    counts them; `node` is the first part then."""
+    """A node that is read through `index` over the axes. With `parts`, the operand reads the stack of all parts, whose
+    first dimension counts them; `node` is then the first part."""
 
     node: Node
     index: Index
@@ -227,12 +227,12 @@ def free(index: Index) -> frozenset[str]:
 
 
 def extent(axes: Iterable[Expr]) -> Expr:
-    """The product of the axes' sizes."""
+    """Return the product of the axes' sizes."""
     return A.mul(A.ONE, *(a.args[0] for a in axes))
 
 
 def flat(axes: Sequence[Expr]) -> Expr:
-    """One index over all the axes, the last fastest."""
+    """Return one index over all the axes, the last fastest."""
     out = A.ZERO
     for a in axes:
         out = A.add(A.mul(out, a.args[0]), a)
@@ -240,7 +240,7 @@ def flat(axes: Sequence[Expr]) -> Expr:
 
 
 def unflatten(by: dict[Expr, Expr], axes: list[Expr], flat: Expr) -> None:
-    """Express the axes through one variable that flattens them, the last fastest."""
+    """Add to `by` each axis as an expression of `flat`, one index over all of them, the last fastest."""
     rest = flat
     for n, a in enumerate(reversed(axes)):
         extent = a.args[0]

@@ -1,4 +1,4 @@
-"""Contractions: every spelling of sum_r left[..., r] * right[..., r], as two operands with index maps."""
+"""Recognize contractions: every way to write sum_r left[..., r] * right[..., r], as two operands with index maps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from attnfx.passes.lift.tables import INDEXING, Index, rule
 
 @dataclass(frozen=True)
 class Contraction:
-    """`node` at an index is the sum over `reduced` of left[left_index] * right[right_index]."""
+    """A sum over `reduced` of left[left_index] * right[right_index]: the value of `node` at an index."""
 
     node: Node
     left: Node
@@ -30,7 +30,7 @@ def variable(at: Node, extent: Expr) -> Expr:
 
 
 def contraction(at: Node, index: Index) -> Contraction | None:
-    """The contraction that a node is at `index`, or None. For baddbmm, its product alone."""
+    """Return the contraction that a node computes at `index`, or None. For baddbmm, its product alone."""
     name = op_name(at)
     try:
         if name in ("matmul", "bmm", "mm", "__matmul__"):
@@ -82,7 +82,7 @@ def _einsum(at: Node, index: Index) -> Contraction:
 
 
 def terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
-    """The index strings of an einsum's operands and of its result, ellipses spelt out with capital stand-ins."""
+    """Return the index strings of an einsum's operands and of its result, with "..." replaced by Greek capitals."""
     inputs, _, output = equation.replace(" ", "").partition("->")
     terms = inputs.split(",")
     if len(terms) != len(ranks):
@@ -101,7 +101,7 @@ def terms(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 @rule(INDEXING, "baddbmm")
 def _baddbmm(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """beta * input + alpha * product; the product is a load of its own."""
+    """Lift beta * input + alpha * product; the product is a separate load."""
     beta, alpha = argument(at, 3, "beta", 1), argument(at, 4, "alpha", 1)
     product = A.mul(A.to_float(lifter.operand(alpha, ())), A.load(Product(at), index, "f"))
     if beta == 0:

@@ -1,4 +1,4 @@
-"""Emit FX nodes for index expressions: operands as views, sizes, and results laid out like what they replace."""
+"""Emit FX nodes for index expressions: operands as views, sizes, and results laid out like the nodes they replace."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from torch.fx import GraphModule, Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, size_expr, value
+from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, label, size_expr, value
 from attnfx.passes.lift.access import Operand, radix
 
 aten = torch.ops.aten
 
 
 class CannotEmit(Exception):
-    """The views that an operand needs cannot be written; the site is kept."""
+    """The views that an operand needs cannot be expressed; the site is kept."""
 
 
 Carriers = dict[Expr, tuple[Node, int | None]]
 
 
 def size_carriers(gm: GraphModule) -> Carriers:
-    """Where each symbolic size can be read: an input that is the size itself, or the first tensor that has it as a
-    dimension. A size is bound before what it sizes, so the first carrier stands before every site that needs it."""
+    """Map each symbolic size to its carrier: an input that is the size, or the first tensor with that dimension. A size
+    is bound before any tensor of that size, so the first carrier comes before every site that needs it."""
     found: Carriers = {}
     for n in gm.graph.nodes:
         held = value(n)
@@ -41,7 +41,7 @@ def size_carriers(gm: GraphModule) -> Carriers:
 
 
 class Emitter:
-    """Inserts nodes before one node, with example values; sizes are expressions."""
+    """A builder that inserts nodes with example values before one node. Sizes are expressions."""
 
     def __init__(self, gm: GraphModule, before: Node, carriers: Carriers | None = None):
         self.gm, self.graph, self.before = gm, gm.graph, before
@@ -58,14 +58,14 @@ class Emitter:
         return node
 
     def seed(self, device: torch.device) -> Node:
-        """A draw of PyTorch's generator that dropout is seeded by."""
+        """Emit a random number of PyTorch's generator as the seed of dropout."""
         made = self.call(aten.randint.low, -(2**63), 2**63 - 1, [1], dtype=torch.int64, device=device)
-        for mark in MARKS:  # it is saved, and not drawn again
+        for mark in MARKS:  # the seed is saved: recomputation would draw another one
             made.meta.pop(mark, None)
         return made
 
     def size(self, e: Expr) -> int | Node:
-        """A size as a number, or as a node that computes it."""
+        """Return a size as an int, or as a node that computes it."""
         if e.op == "const":
             return int(e.value)  # type: ignore[call-overload]
         if e not in self.sizes:
@@ -83,18 +83,18 @@ class Emitter:
                 out = self.call(operator.add if e.op == "add" else operator.mul, out, p)
             assert isinstance(out, Node)
             return out
-        raise CannotEmit(f"the size {e} is carried by no tensor")
+        raise CannotEmit(f"the size {e} cannot be read off a tensor")
 
     def operand(self, source: Operand, axes: list[Expr]) -> Node:
-        """The operand with one dimension per axis (size 1 where it does not depend on it), in this order."""
+        """Emit the operand with one dimension per axis, in this order (size 1 if it does not depend on the axis)."""
         node, index = source.node, list(source.index)
         if source.parts:
             node = self.call(aten.stack.default, list(source.parts), 0)
         parts: list[list[Expr]] = []
-        for d in reversed(range(len(index))):  # from the last, so that removing a dimension moves no other
+        for d in reversed(range(len(index))):  # from the last, so that removing one does not shift the others
             found = radix(index[d])
             if found is None:
-                raise CannotEmit(f"{source.node.name} is gathered")
+                raise CannotEmit(f"{label(source.node)} is gathered at computed positions")
             offset, terms = found
             extent = dims(node)[d]
             if not terms:
@@ -105,7 +105,7 @@ class Emitter:
             if offset is not A.ZERO or total is not extent or step is not A.ONE:
                 last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
                 if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
-                    raise CannotEmit(f"{source.node.name} is shorter than what is read of it")
+                    raise CannotEmit(f"{label(source.node)} is read beyond its end")
                 node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
             parts.insert(0, [v for v, _ in terms])
         flat = [v for group in parts for v in group]
@@ -113,7 +113,7 @@ class Emitter:
             node = self.call(aten.reshape.default, node, [self.size(v.args[0]) for v in flat])
         order = [flat.index(a) for a in axes if a in flat]
         if len(order) != len(flat):
-            raise CannotEmit(f"{source.node.name} depends on an index that is no axis")
+            raise CannotEmit(f"{label(source.node)} depends on another index than those of the attention")
         if order != sorted(order):
             node = self.call(aten.permute.default, node, order)
         for at, a in enumerate(axes):
@@ -122,7 +122,7 @@ class Emitter:
         return node
 
     def shaped(self, node: Node, axes: list[Expr], shape: list[Expr]) -> Node:
-        """Expand where an axis of the operand has size 1 and is larger, then reshape."""
+        """Expand the operand along axes larger than its size 1 there, then reshape it."""
         want = [a.args[0] for a in axes]
         if any(h is not w for h, w in zip(dims(node), want, strict=True)):
             node = self.call(aten.expand.default, node, [self.size(w) for w in want])
@@ -132,7 +132,7 @@ class Emitter:
 
 
 def like(emit: Emitter, out: Node, final: Node) -> Node:
-    """To the shape, dtype and memory layout of the node that is replaced."""
+    """Convert a result to the shape, dtype and memory layout of the node that it replaces."""
     if list(dims(out)) != list(dims(final)):
         out = emit.call(aten.reshape.default, out, [emit.size(x) for x in dims(final)])
     have, want = value(out), value(final)
@@ -149,18 +149,16 @@ def like(emit: Emitter, out: Node, final: Node) -> Node:
 
 
 def own(emit: Emitter, facts: Facts, out: Node, final: Node) -> Node:
-    """A copy where the graph writes in place to what `out` replaces: an operator may have saved its output."""
+    """Copy `out` if the graph writes in place to the replaced value: an operator may have saved its output."""
     return emit.call(aten.clone.default, out) if facts.changed_after(final) else out
 
 
-LOOKAHEAD = 40  # nodes after a site in which its output's layout must have been absorbed
+LOOKAHEAD = 40  # nodes after a site within which a changed layout must disappear
 
 
 def _layout_matters(final: Node, out: torch.Tensor) -> bool:
-    """Whether other strides than the original's show anywhere: in a view that they forbid, in what the graph returns.
-
-    Runs the readers on example values with the strides that they would see, until each gives the original's again.
-    """
+    """Return whether other strides than the original's are visible: in a view that they forbid, or in an output. Runs
+    the readers on example values with the new strides, until each result has the original's strides again."""
     changed: dict[Node, torch.Tensor] = {final: out}
     waiting = set(final.users)
     n = final
@@ -180,7 +178,7 @@ def _layout_matters(final: Node, out: torch.Tensor) -> bool:
         try:
             with fake_mode(args, held):
                 made = n.target(*args[0], **args[1])
-        except (RuntimeError, ValueError):  # what example values raise for a view that the strides forbid
+        except (RuntimeError, ValueError):  # raised for a view that the strides forbid
             return True
         if made.stride() != held.stride():
             changed[n] = made

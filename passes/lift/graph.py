@@ -1,4 +1,4 @@
-"""Hold a graph module with what its passes ask of it."""
+"""Wrap a graph module, and cache the analyses that the passes share."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from attnfx.passes.lift.lifter import Lifter, LookedUp
 
 
 class Graph:
-    """A graph module; its facts, its lifter and its carriers of sizes are made when first asked for.
+    """A graph module with its facts, its lifter and its size carriers, each computed on first use.
 
-    gm       the module: Dynamo's until the pass `trace` puts a graph of ATen in its place
+    gm       the module: Dynamo's until the pass `trace` replaces it by an ATen graph
     dynamo   the module as Dynamo made it
-    traced   whether that has happened
+    traced   whether `trace` has replaced it
     tables   products that are loaded as elements of smaller ones (the pass `table_lookups`)
     """
 
@@ -30,7 +30,7 @@ class Graph:
 
     @cached_property
     def mode(self) -> FakeTensorMode:
-        """The mode of the placeholders' example values, or one of its own where these are no fakes."""
+        """Return the fake mode of the placeholders' example values, or a new one if they are not fakes."""
         held = [n.meta.get("example_value", n.meta.get("val")) for n in self.gm.graph.find_nodes(op="placeholder")]
         return detect_fake_mode(held) or FakeTensorMode(allow_non_fake_inputs=True)
 
@@ -47,17 +47,17 @@ class Graph:
         return size_carriers(self.gm)
 
     def changed(self, erased: bool = True) -> None:
-        """Forget what was known of the graph as it was. Where no node was erased, its sizes can be read as before."""
+        """Discard the cached analyses after a change. The size carriers stay valid if no node was erased."""
         for name in ("facts", "lifter", *(["carriers"] if erased else [])):
             self.__dict__.pop(name, None)
 
     def copy(self) -> tuple[Graph, dict[Node, Node]]:
-        """A copy, and the copy of each node."""
+        """Return a copy, and a map from each node to its copy."""
         gm, copies = copied(self.gm)
         graph = Graph(gm, self.traced)
         graph.tables = carried(self.tables, copies)
         return graph, copies
 
     def emitter(self, before: Node) -> Emitter:
-        """An emitter of nodes that stand before a node."""
+        """Return an emitter that inserts nodes before a node."""
         return Emitter(self.gm, before, self.carriers)

@@ -1,4 +1,4 @@
-"""Lifting rules of gathers, concatenations and what is written into a part: several sources, or a computed index."""
+"""Lift gathers, concatenations and writes into a part: several sources, or a computed index."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def _pad(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(INDEXING, "index")
 def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """Advanced indexing with integer tensors (kept positions None): the tensors broadcast together."""
+    """Lift advanced indexing with integer tensors, which broadcast together; None keeps a dimension."""
     x, indices = source(at), at.args[1]
     rank = len(shape(x))
     given = [(d, t) for d, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
@@ -115,8 +115,40 @@ def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
     return lifter.lift(x, tuple(inner))
 
 
+@rule(INDEXING, "index_put")
+def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
+    """Read what x[.., i, j, ..] = value leaves, for integer tensors that are affine in one of their own dimensions."""
+    x, indices, written = source(at), at.args[1], at.args[2]
+    if argument(at, 3, "accumulate", False):
+        raise Opaque
+    tensors = {d: t for d, t in enumerate(indices) if t is not None}  # type: ignore[arg-type]
+    if any(value(t).dtype in (torch.bool, torch.uint8) for t in tensors.values()):  # type: ignore[union-attr]
+        raise Opaque
+    rank = max(len(shape(t)) for t in tensors.values())
+    extents = [A.ONE] * rank
+    for t in tensors.values():
+        for m, n in enumerate(dims(t), rank - len(shape(t))):
+            extents[m] = n if n is not A.ONE else extents[m]
+    own = tuple(A.var(f"w{m}_{at.name}", n) for m, n in enumerate(extents))
+    places = {d: _position(lifter.operand(t, own), dims(x)[d]) for d, t in tensors.items()}
+    solved = {k: A.ZERO for k in own if k.args[0] is A.ONE}
+    for d, e in places.items():
+        for k in own:
+            rest = A.substitute(e, {k: A.ZERO})
+            if e is A.add(rest, k) and k.value not in rest.free:
+                solved.setdefault(k, A.sub(index[d], rest))
+    if len(solved) != len(own) or any(k.value in e.free for e in solved.values() for k in own):
+        raise Opaque
+    here = [A.eq(A.substitute(e, solved), index[d]) for d, e in places.items()]
+    here += [A.and_(A.ge(solved[k], A.ZERO), A.lt(solved[k], k.args[0])) for k in own]
+    first = min(tensors) if max(tensors) - min(tensors) == len(tensors) - 1 else 0
+    left = [i for d, i in enumerate(index) if d not in tensors]
+    put = lifter.operand(written, (*left[:first], *(solved[k] for k in own), *left[first:]))
+    return A.where(A.and_(*here), put, lifter.lift(x, index))
+
+
 def _position(e: Expr, extent: Expr) -> Expr:
-    """A gathered position: negative numbers count from the end."""
+    """Return a gathered position from the start; a negative one counts from the end."""
     if e.kind != INT:
         raise Opaque
     low, _ = poly.bounds(e)

@@ -1,12 +1,12 @@
-"""Lifting: the value of a graph node at an index tuple, as a scalar expression.
+"""Lift the value of a graph node at an index tuple to a scalar expression.
 
 `Lifter.lift(node, index)` walks from a node towards its inputs on demand. Views, permutes, expands, slices and gathers
-change the index; pointwise operators become expressions; reductions bind a variable; everything else is a load of the
-node's own value. Nothing is approximated: what is not understood stays a load, and the matcher decides whether a load
-of that node is sound.
+change the index; pointwise operators become expressions; reductions bind a variable. Any other node becomes a load of
+its own value. Nothing is approximated: an operator that is not understood stays a load, and the matcher decides whether
+a load of that node is sound.
 
-Needs a graph with `meta["val"]` on each node, without in-place operators on the values that are walked (see
-`functionalise`).
+Needs a graph with `meta["val"]` on each node, without in-place operators on the values that are walked (the pass
+`functionalize`).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ MAX_DEPTH = 400
 
 @dataclass(frozen=True)
 class LookedUp:
-    """A float node at the index `out`, of variables, is the element `index` of another one."""
+    """A float node's value at `out`, a tuple of variables, as the element `index` of another node, `node`."""
 
     node: Node
     out: Index
@@ -40,11 +40,12 @@ class LookedUp:
 
 
 class Lifter:
-    """Memoises the expressions of one graph.
+    """A translator of one graph's nodes to expressions, which it memoizes.
 
-    `written` are the nodes whose memory some operator writes in place: they are loaded as they are. `frozen` are those
-    computed under no_grad: no gradient flows through them. `tables` are products that are loaded as elements of smaller
-    ones. `reductions` says which node, read where, each reduction came from.
+    written     nodes whose memory is written in place: they are loaded as they are
+    frozen      nodes computed under no_grad: gradients do not flow through them
+    tables      products that are loaded as elements of smaller ones
+    reductions  reduction -> the node and the index that it was lifted from
     """
 
     def __init__(
@@ -62,7 +63,7 @@ class Lifter:
         self.depth = 0
 
     def lift(self, at: Node, index: Index) -> Expr:
-        """The expression of `at[index]`."""
+        """Return the expression of `at[index]`."""
         key = (at, index, self.exact)
         found = self.memo.get(key)
         if found is None:
@@ -98,14 +99,8 @@ class Lifter:
                     if out.op in ("rsum", "rmax", "softmax"):
                         self.reductions.setdefault(out, (at, index))
                     return self._typed(out, at)
-        if at.op == "get_attr":
-            constant = value(at)
-            if (
-                isinstance(constant, torch.Tensor)
-                and constant.numel() == 1
-                and not isinstance(constant, torch._subclasses.FakeTensor)
-            ):
-                return A.const(constant.item())
+        if at.op == "get_attr" and (number := _literal(at)) is not None:
+            return A.const(number)
         return self.load(at, index)
 
     def _typed(self, e: Expr, at: Node) -> Expr:
@@ -124,7 +119,7 @@ class Lifter:
 
     # -- operands -----------------------------------------------------------------------------
     def operand(self, x: object, index: Index) -> Expr:
-        """A pointwise operand, broadcast to `index`: a node or a Python number."""
+        """Lift a pointwise operand, broadcast to `index`: a node or a Python number."""
         if isinstance(x, bool | int | float):
             return A.const(x)
         if isinstance(x, Node):
@@ -140,8 +135,9 @@ class Lifter:
         raise Opaque
 
     def integer_source(self, x: object, index: Index) -> Expr:
-        """An operand that decides an integer: a computed float is kept operator by operator, because another library's
-        logarithm, or a merged constant, may round to the other side. What follows from scores is as it is."""
+        """Lift an operand that decides an integer. A computed float is kept operator by operator, because another
+        library's logarithm, or a merged constant, may round to the other side. A value computed from scores is lifted
+        as usual."""
         e = self.operand(x, index)
         if e.kind != FLOAT or A.as_integer(e) is not None or e.op in ("const", "load") or not isinstance(x, Node):
             return e
@@ -156,19 +152,29 @@ class Lifter:
             self.exact = before
 
 
+def _literal(at: Node) -> bool | int | float | None:
+    """Return the number that a constant of the traced graph holds, such as of torch.tensor(-1e9), or None."""
+    module = at.graph.owning_module
+    held = getattr(module, str(at.target), None)
+    if any(not op_name(u).startswith("lift_fresh") for u in at.users) or not isinstance(held, torch.Tensor):
+        return None
+    plain = held.numel() == 1 and not held.dtype.is_complex and not isinstance(held, torch._subclasses.FakeTensor)
+    return held.item() if plain else None
+
+
 def _product(slot: object) -> bool:
-    """Whether a load reads a contraction, which may be the scores."""
+    """Return whether a load reads a contraction, which may be the scores."""
     return op_name(slot_node(slot)) in PRODUCTS
 
 
 def broadcast(x: Node, index: Index) -> Index:
-    """The index of an operand that broadcasts to a result read at `index`."""
+    """Return the index of an operand that broadcasts to a result read at `index`."""
     extents = dims(x)
     inner = index[len(index) - len(extents) :]
     return tuple(A.ZERO if n is A.ONE else i for i, n in zip(inner, extents, strict=True))
 
 
 def exact_node(at: Node, name: str, args: tuple[Expr, ...]) -> Expr:
-    """A float operator kept as PyTorch would run it: constants stay Python numbers, nothing is merged."""
+    """Keep a float operator as PyTorch would run it: constants stay Python numbers, nothing is merged."""
     dtype = str(value(at).dtype).removeprefix("torch.")  # type: ignore[union-attr]
     return node("aten", FLOAT, args, f"{name}:{dtype}")

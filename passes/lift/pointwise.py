@@ -1,4 +1,4 @@
-"""Lifting rules of pointwise operators. Each keeps `alpha`, `beta`, rounding modes and result dtypes."""
+"""Lift pointwise operators. Each rule respects `alpha`, `beta`, rounding modes and result dtypes."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def _composed(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(POINTWISE, "silu", "silu_", "gelu", "gelu_")
 def _smooth(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """x sigmoid(x), and x times the normal distribution function or the tanh that approximates it."""
+    """Lift silu, x sigmoid(x), and gelu, x times the normal distribution function or its tanh approximation."""
     x = A.to_float(lifter.operand(at.args[0], index))
     exact = _exact(lifter, at, str(at.target).split(".")[1].rstrip("_"), [x])
     if exact is not None:
@@ -279,7 +279,7 @@ def _is(lifter: Lifter, at: Node, index: Index) -> Expr:
     return low if name == "isneginf" else A.or_(low, A.eq(x, inf))
 
 
-# Values that do not change: a detached value keeps its number and loses its gradient.
+# A detached value stays the same and loses its gradient.
 @rule(POINTWISE, "detach", "detach_")
 def _detach(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.detach(lifter.operand(at.args[0], index))
@@ -293,7 +293,7 @@ def _dropout(lifter: Lifter, at: Node, index: Index) -> Expr:
     return node("dropout", FLOAT, (A.to_float(lifter.operand(at.args[0], index)),), (float(p), at.name))
 
 
-# -- sources ----------------------------------------------------------------------------------
+# -- constants --------------------------------------------------------------------------------
 @rule(POINTWISE, "full", "full_like", "new_full")
 def _full(lifter: Lifter, at: Node, index: Index) -> Expr:
     return lifter.operand(argument(at, 2 if "new_full" in str(at.target) else 1, "fill_value"), ())

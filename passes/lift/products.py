@@ -1,7 +1,10 @@
-"""Recognize products of two batches of matrices, and the operators that count as normalisers or layers."""
+"""Recognize products of two batches of matrices, and list the operators that normalize or act as layers."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
+import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.nodes import PRODUCTS, is_tensor, op_name, shape, spanned, value
@@ -9,7 +12,7 @@ from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 
 def of_batch(x: Node) -> bool:
-    """Whether a matrix is one of a batch of them, or is such a batch itself."""
+    """Return whether a matrix is one of a batch, or is a batch of matrices itself."""
     while len(shape(x)) < 3:
         if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
             return False
@@ -17,24 +20,33 @@ def of_batch(x: Node) -> bool:
     return True
 
 
+def parameter(x: Node) -> bool:
+    """Return whether a node is a parameter of the model, or a view or cast of one."""
+    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
+        x = x.args[0]
+    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
+
+
 DISTANCES = ("cdist", "_cdist_forward")
 
 
 def batched(n: Node) -> bool:
-    """Whether a node is a product of two batches of matrices, or of one of each: what scores and weighted values are. A
-    product with a matrix that is no part of a batch (a linear layer, a router's gate) is not."""
+    """Return whether a node multiplies two batches of matrices, or two plain matrices that are not parameters.
+
+    Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not.
+    """
     if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
         return False
     operands = [x for x in n.all_input_nodes if is_tensor(x)]
     operands = operands[-2:] if op_name(n) == "baddbmm" else operands
     if all(len(shape(x)) == 2 for x in operands):
-        return any(map(of_batch, operands)) and all(of_batch(x) or _computed(x) for x in operands)
+        return not any(map(parameter, operands))
     return all(len(shape(x)) > 2 for x in operands)
 
 
 def meeting(n: Node) -> bool:
-    """Whether rows of two batches meet one by one in a node that is no product: by broadcasting, each operand with a
-    dimension of its own (additive attention), or as distances."""
+    """Return whether a node combines rows of two batches pair by pair without a product: by broadcasting, with a
+    dimension of its own for each operand (additive attention), or as distances."""
     if n.op != "call_function" or not is_tensor(n) or not value(n).is_floating_point():
         return False
     if op_name(n) in DISTANCES:
@@ -46,15 +58,11 @@ def meeting(n: Node) -> bool:
     return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
 
 
-def _computed(x: Node) -> bool:
-    return x.op == "call_function" and op_name(x) not in VIEWS
-
-
-NEAR = 12  # nodes from the parts on to the softmax, and from the weights back to it
+NEAR = 12  # most nodes between parts and their softmax, or between a softmax and its weights
 
 
 def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
-    """Whether a softmax stands near behind a node: behind elementwise operators and views alone, or `anyhow`."""
+    """Return whether a softmax follows closely, through elementwise operators and views (`anyhow`: any operators)."""
     at, seen = [n], {n}
     for _ in range(NEAR):
         at = [u for x in at for u in x.users if u not in seen]
@@ -68,3 +76,17 @@ def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
 GATES = ("sigmoid", "relu", "softplus", "gelu", "silu", "erf")
 ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2", *GATES)
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
+
+
+def near_normalizer(nodes: Collection[Node]) -> set[Node]:
+    """Return nodes that lead to a normalizer or come from one, without a product or a layer in between."""
+    layers = (*PRODUCTS, *NORMS)
+    before: set[Node] = set()
+    after: set[Node] = set()
+    for n in reversed(list(nodes)):
+        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
+            before.add(n)
+    for n in nodes:
+        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
+            after.add(n)
+    return before | after

@@ -1,4 +1,4 @@
-"""Lifting rules of reductions and softmax: they bind a variable named after their node."""
+"""Lift reductions and softmax: each binds a variable named after its node."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def bound(at: Node) -> str:
 
 
 def body(lifter: Lifter, at: Node, index: Index, dim: int) -> tuple[Expr, Expr, Expr]:
-    """(expression with the reduced index bound, its extent, the variable); `index` without the reduced dimension."""
+    """Return (expression, extent, variable) with the reduced index bound. `index` lacks the reduced dimension."""
     x = source(at)
     extent = dims(x)[dim]
     variable = A.var(bound(at), extent)
@@ -34,12 +34,12 @@ def _softmax(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 
 def softmax(name: str, extent: Expr, inside: Expr, at: Expr, safe: bool = False) -> Expr:
-    """The softmax of `inside` over the variable `name`, read at position `at`."""
+    """Return the softmax of `inside` over the variable `name`, read at position `at`."""
     return node("softmax", FLOAT, (inside, extent, at), (name, safe))
 
 
 def _one_dim(at: Node) -> tuple[int, bool]:
-    """(reduced dimension, whether it is kept); other forms are opaque."""
+    """Return (reduced dimension, whether it is kept); other forms are opaque."""
     over = argument(at, 1, "dim")
     rank = len(shape(source(at)))
     if isinstance(over, list | tuple):
@@ -65,7 +65,7 @@ def _sum(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(REDUCTIONS, "amax")
 def reduce_max(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """Over one dimension or several: a maximum of maxima."""
+    """Lift a maximum over one dimension or several, as a maximum of maxima."""
     x = source(at)
     rank, over = len(shape(x)), argument(at, 1, "dim")
     over = [over] if isinstance(over, int) else over or range(rank)

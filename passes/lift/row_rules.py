@@ -1,12 +1,12 @@
-"""Which rows of its operands an operator needs for given rows of its result: the dimension analysis of whole rows.
+"""Find the rows of its operands that an operator needs for given rows of its result: dimension analysis of whole rows.
 
-`split(at, row, extent)` is asked for some of the rows of a result, which lie along the dimension `row` of size
-`extent`, and gives the call that computes them: each operand as `Along(node, dim)`, where the same rows of it are
-enough, or as the node itself, where it has no rows of its own and every row reads the whole of it. It raises
-`NotSeparable` where the operator mixes rows, changes their order, or is not known.
+`split(at, row, extent)` returns the call that computes some rows of a result, which lie along its dimension `row` of
+size `extent`. In the call, an operand is `Along(node, dim)` if the same rows of it are enough. It is the node itself if
+it lacks these rows and every row reads all of it. `split` raises `NotSeparable` if the operator mixes rows, changes
+their order, or is unknown.
 
-A rule per family of operators; nothing that has no rule passes. The rules of views stand in
-`passes/lift/row_view_rules.py`.
+Each family of operators has one rule. Without a rule, only operators that PyTorch tags as pointwise pass. The rules of
+views are in `passes/lift/row_view_rules.py`.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
-from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, op_name, shape, value, where_in_source
+from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.contraction import terms
 
 
 class NotSeparable(Exception):
-    """The rows cannot be computed one by one; the message says why, and `node` is the operator, where it is one."""
+    """The rows cannot be computed one by one; the message gives the reason, and `node` the operator, if any."""
 
     def __init__(self, message: str, node: Node | None = None):
         super().__init__(message)
@@ -44,14 +44,14 @@ class Along:
 
 @dataclass(frozen=True)
 class Made:
-    """The call that computes some rows; `op` as a row program names it."""
+    """A call that computes some rows; `op` is its name in a row program."""
 
     op: str
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
     def operands(self) -> list[Along | Node]:
-        """What it reads: a node is read as a whole."""
+        """Return the operands that the call reads: a bare node is read as a whole."""
         out: list[Along | Node] = []
 
         def visit(x: Any) -> Any:
@@ -64,7 +64,7 @@ class Made:
 
 
 class Use:
-    """An operator in use, its rows along `row`; `given` holds its arguments by name, for a rule to change."""
+    """An operator in use, with its rows along `row`; `given` holds its arguments by name, for a rule to change."""
 
     def __init__(self, at: Node, row: int, extent: Expr):
         self.at, self.row, self.extent = at, row, extent
@@ -78,14 +78,14 @@ class Use:
         return self.given.get(name, self.defaults.get(name))
 
     def names(self, *wanted: str) -> str:
-        """The first of the names that the operator has."""
+        """Return the first of these names that is a parameter of the operator."""
         return next(n for n in wanted if n in self.defaults)
 
     def rank(self) -> int:
         return len(shape(self.at))
 
     def along(self, x: Node, dim: int) -> Along | Node:
-        """The rows of an operand, or the operand itself where it is broadcast over the rows."""
+        """Return the rows of an operand, or the operand itself if it is broadcast over the rows."""
         if dim < 0:
             return x
         extent = dims(x)[dim]
@@ -93,10 +93,10 @@ class Use:
             return Along(x, dim)
         if extent is A.ONE:
             return x
-        raise NotSeparable(f"{op_name(self.at)} reads {x.name}, which has other rows")
+        raise NotSeparable(f"{label(self.at)} reads {label(x)}, which has another number of rows")
 
     def broadcast(self, x: Any, rank: int | None = None) -> Any:
-        """An operand that is aligned with the result from the last dimension on."""
+        """Return the rows of an operand that is aligned with the result from the last dimension on."""
         if not is_tensor(x):
             return x
         return self.along(x, self.row - (self.rank() if rank is None else rank) + len(shape(x)))
@@ -106,7 +106,7 @@ class Use:
         return Made(self.op, args, {k: v for k, v in self.given.items() if k not in self.positional})
 
     def refuse(self, why: str) -> NotSeparable:
-        return NotSeparable(f"{op_name(self.at)} {why}")
+        return NotSeparable(f"{label(self.at)} {why}")
 
 
 Rule = Callable[[Use], None]
@@ -122,7 +122,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def split(at: Node, row: int, extent: Expr) -> Made:
-    """See the module."""
+    """Return the call that computes some rows of a result, as the module's docstring describes."""
     try:
         return _split(at, row, extent)
     except NotSeparable as problem:
@@ -135,7 +135,7 @@ def _split(at: Node, row: int, extent: Expr) -> Made:
     if name == "getitem":
         return Made("getitem", (Along(at.args[0], _row_of_tuple(at, row)), at.args[1]), {})  # type: ignore[arg-type]
     if not isinstance(at.target, torch._ops.OpOverload) or at.target.namespace != "aten":
-        raise NotSeparable(f"{name.lstrip('.')} is not known to keep rows apart")
+        raise NotSeparable(f"{label(at)} is not known to keep rows separate")
     if written_operands(at):
         raise NotSeparable(f"{name} writes in place")
     use = Use(at, row, extent)
@@ -144,7 +144,7 @@ def _split(at: Node, row: int, extent: Expr) -> Made:
     elif torch.Tag.pointwise in at.target.tags and torch.Tag.nondeterministic_seeded not in at.target.tags:
         _pointwise(use)
     else:
-        raise NotSeparable(f"{name} is not known to keep rows apart")
+        raise NotSeparable(f"{name} is not known to keep rows separate")
     return use.made()
 
 
@@ -156,7 +156,7 @@ def _row_of_tuple(at: Node, row: int) -> int:
     return row
 
 
-# -- one element of the result for one of each operand ---------------------------------------------
+# -- pointwise operators ---------------------------------------------------------------------------
 @rule("to", "_to_copy", "detach", "contiguous", "lift_fresh_copy", "__and__", "__or__", "floor_divide", "where",
       "masked_fill", "zeros_like", "ones_like", "full_like", "true_divide", "subtract", "multiply", "divide", "greater",
       "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid",
@@ -177,7 +177,7 @@ def _type_as(use: Use) -> None:
 def _dropout(use: Use) -> None:
     x, p, training = use.broadcast(use["input"]), use["p"], use["train"]
     if not isinstance(p, int | float) or not isinstance(training, bool):
-        raise use.refuse("has a probability that is no number")
+        raise use.refuse("has a probability that is not a number")
     if training and p > 0:
         use.op, use.given = "dropout", {"input": x, "p": float(p)}
     else:
@@ -186,15 +186,15 @@ def _dropout(use: Use) -> None:
 
 # -- along other dimensions than the rows ---------------------------------------------------------
 def _apart(use: Use, operand: Node, which: Any) -> list[int]:
-    """The dimensions that an operator works along, none of which may be the rows'; counted from the front."""
+    """Return the dimensions that an operator works along, counted from the front; refuse an operator over all."""
     rank = len(shape(operand))
     if which is None or (isinstance(which, list | tuple) and not which):
-        raise use.refuse("works over all dimensions, the rows' included")
+        raise use.refuse("works over all dimensions, including the rows")
     return [int(d) % max(rank, 1) for d in (which if isinstance(which, list | tuple) else [which])]
 
 
 @rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp",
-      "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll", "msort")  # fmt: skip
+      "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll")  # fmt: skip
 def _keeps_shape(use: Use) -> None:
     x = use[use.names("self", "input")]
     if use.row in _apart(use, x, use[use.names("dim", "dims")]):
@@ -210,7 +210,7 @@ def _reduces(use: Use) -> None:
     if "dim" not in use.defaults:
         if use.op in ("max.other", "min.other"):
             return _pointwise(use)
-        raise use.refuse("works over all dimensions, the rows' included")
+        raise use.refuse("works over all dimensions, including the rows")
     gone = _apart(use, x, use["dim"])
     kept = list(range(len(shape(x)))) if use["keepdim"] else [d for d in range(len(shape(x))) if d not in gone]
     if use.row >= len(kept) or kept[use.row] in gone:
@@ -229,26 +229,26 @@ def _layer_norm(use: Use) -> None:
 @rule("batch_norm")
 def _batch_norm(use: Use) -> None:
     if use["training"] is not False or use["running_mean"] is None:
-        raise use.refuse("mixes rows in training")
+        raise use.refuse("combines rows in training")
     if use.row == 1:
-        raise use.refuse("has a factor for each row")
+        raise use.refuse("has a separate factor for each row")
     use.given["input"] = use.along(use["input"], use.row)
 
 
 @rule("conv1d", "conv2d", "conv3d")
 def _convolution(use: Use) -> None:
-    """A kernel of one element along the rows."""
+    """Accept a kernel of one element along the rows."""
     d = use.row - 2
     x, weight = use["input"], use["weight"]
     if len(shape(x)) != len(shape(weight)) or d < 0:
-        raise use.refuse("mixes rows")
+        raise use.refuse("combines rows")
 
     def at(name: str) -> Any:
         given = use[name]
         return given[d if len(given) > 1 else 0] if isinstance(given, list | tuple) else given
 
     if dims(weight)[use.row] is not A.ONE or at("stride") != 1 or at("padding") not in (0, "valid", "same"):
-        raise use.refuse("mixes rows")
+        raise use.refuse("combines rows")
     use.given["input"] = use.along(x, use.row)
 
 
@@ -264,7 +264,7 @@ def _factors(use: Use, x: Node, y: Node) -> tuple[Along | Node, Along | Node]:
     if a < 2 or b < 2:
         if a >= 2:
             return use.along(x, use.row), y
-        raise use.refuse("of a vector is not known to keep rows apart")
+        raise use.refuse("of a vector is not known to keep rows separate")
     if use.row == rank - 2:
         return use.along(x, a - 2), y
     if use.row == rank - 1:
@@ -291,7 +291,7 @@ def _baddbmm(use: Use) -> None:
 @rule("linear", "embedding")
 def _linear(use: Use) -> None:
     if use.row == use.rank() - 1:
-        raise use.refuse("has its rows in the weight")
+        raise use.refuse("takes its rows from the weight")
     name = use.names("input", "indices")
     use.given[name] = use.along(use[name], use.row)
 
@@ -302,7 +302,7 @@ def _einsum(use: Use) -> None:
     try:
         inputs, out = terms(use["equation"], [len(shape(x)) for x in operands])
     except Opaque:
-        raise use.refuse("has no index for each dimension") from None
+        raise use.refuse("does not name each dimension") from None
     letter = out[use.row]
     if any(len(set(t)) != len(t) for t in (*inputs, out)):
         raise use.refuse("reads a diagonal")

@@ -1,4 +1,4 @@
-"""Rules of whole rows for views, and for what is put together, taken apart, gathered or made of nothing."""
+"""Separate the rows of views, joins, splits, gathers and new tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def _product(sizes: Sequence[Expr]) -> Expr:
 
 
 def _same_place(use: Use, x: Node) -> Along | Node:
-    """The dimension of a reshaped operand that is the result's rows, whole."""
+    """Return the dimension of a reshaped operand that is the whole row dimension of the result."""
     have, want = dims(x), dims(use.at)
     before, after = _product(want[: use.row]), _product(want[use.row + 1 :])
     for d, n in enumerate(have):
@@ -37,7 +37,7 @@ def _with_rows(sizes: Sequence[object], at: int) -> list[object]:
 @rule("view", "reshape", "_unsafe_view")
 def _view(use: Use) -> None:
     if "dtype" in use.defaults:
-        raise use.refuse("changes how memory is read")
+        raise use.refuse("reinterprets the bits as another dtype")
     name = use.names("size", "shape")
     use.op = "reshape.default"
     use.given["self"] = _same_place(use, use["self"])
@@ -90,7 +90,7 @@ def _transpose(use: Use) -> None:
 def _unsqueeze(use: Use) -> None:
     dim = use["dim"] % use.rank()
     if use.row == dim:
-        raise use.refuse("makes the rows")
+        raise use.refuse("creates the dimension of the rows")
     use.given["self"] = use.along(use["self"], use.row if use.row < dim else use.row - 1)
 
 
@@ -102,7 +102,7 @@ def _squeeze(use: Use) -> None:
     gone = {d % len(have) for d in (which if isinstance(which, list | tuple) else [which])}
     left = [d for d, n in enumerate(have) if d not in gone or n is not A.ONE]
     use.given["self"] = use.along(x, left[use.row])
-    if "dim" not in use.defaults:  # a chunk of one row has one dimension more to lose
+    if "dim" not in use.defaults:  # in a chunk of one row, squeeze would drop the rows too
         use.op, use.given["dim"] = "squeeze.dims", sorted(gone)
 
 
@@ -120,7 +120,7 @@ def _part(use: Use) -> None:
         start, end, step = use["start"], use["end"], use["step"]
         whole = use.op == "slice.Tensor" and start in (None, 0) and step in (None, 1)
         if not (whole and isinstance(end, int | None) and (end is None or end >= 1 << 60)):
-            raise use.refuse("takes some of the rows")
+            raise use.refuse("selects some of the rows")
         use.given["end"] = None
     use.given["self"] = use.along(x, use.row)
 
@@ -136,28 +136,28 @@ def _repeat(use: Use) -> None:
 def _pad(use: Use) -> None:
     x, pads = use["self"], use["pad"]
     if use["mode"] not in (None, "constant"):
-        raise use.refuse("is not known to keep rows apart")
+        raise use.refuse("is not known to keep rows separate")
     at = 2 * (len(shape(x)) - 1 - use.row)
     if any(n != 0 for n in pads[at : at + 2]):
-        raise use.refuse("adds rows")
+        raise use.refuse("pads the rows")
     use.given["self"] = use.along(x, use.row)
 
 
-# -- together and apart ---------------------------------------------------------------------------
+# -- joins and splits ------------------------------------------------------------------------------
 @rule("cat", "concat", "concatenate")
 def _cat(use: Use) -> None:
     if use["dim"] % use.rank() == use.row:
-        raise use.refuse("joins rows")
+        raise use.refuse("concatenates along the rows")
     use.given["tensors"] = [use.along(x, use.row) for x in use["tensors"]]
     if any(not isinstance(x, Along) for x in use.given["tensors"]):
-        raise use.refuse("joins what has other rows")
+        raise use.refuse("concatenates a tensor without rows")
 
 
 @rule("stack")
 def _stack(use: Use) -> None:
     dim = use["dim"] % use.rank()
     if dim == use.row:
-        raise use.refuse("makes the rows")
+        raise use.refuse("creates the dimension of the rows")
     use.given["tensors"] = [use.along(x, use.row if use.row < dim else use.row - 1) for x in use["tensors"]]
 
 
@@ -165,7 +165,7 @@ def _stack(use: Use) -> None:
 def _taken_apart(use: Use) -> None:
     x = use["self"]
     if use["dim"] % len(shape(x)) == use.row:
-        raise use.refuse("takes rows apart")
+        raise use.refuse("splits along the rows")
     use.given["self"] = use.along(x, use.row)
 
 
@@ -174,28 +174,28 @@ def _taken_apart(use: Use) -> None:
 def _gather(use: Use) -> None:
     dim = use["dim"]
     if dim is None or dim % use.rank() == use.row:
-        raise use.refuse("takes numbers from other rows")
+        raise use.refuse("reads elements of other rows")
     for name in ("self", "index", "indices", "src"):
         if is_tensor(use[name]):
             use.given[name] = use.along(use[name], use.row)
             if not isinstance(use.given[name], Along):
-                raise use.refuse("reads what has other rows")
+                raise use.refuse("reads a tensor without rows")
 
 
 @rule("one_hot")
 def _one_hot(use: Use) -> None:
     if use["num_classes"] == -1 or use.row == use.rank() - 1:
-        raise use.refuse("is not known to keep rows apart")
+        raise use.refuse("is not known to keep rows separate")
     use.given["self"] = use.along(use["self"], use.row)
 
 
 @rule("index")
 def _index(use: Use) -> None:
-    """x[:, i, j]: the indices' own dimensions stand where the first of them does, or in front where they are apart."""
+    """Separate x[:, i, j]: the indices' own dimensions replace the first indexed one, or come first if not adjacent."""
     x, indices = use["self"], list(use["indices"])
     given = [d for d, i in enumerate(indices) if i is not None]
     if any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in given):
-        raise use.refuse("by a mask has a length that depends on data")
+        raise use.refuse("by a mask returns a size that depends on the data")
     count = max(len(shape(indices[d])) for d in given)
     first = given[0] if given == list(range(given[0], given[-1] + 1)) else 0
     if first <= use.row < first + count:
@@ -208,11 +208,11 @@ def _index(use: Use) -> None:
         use.given["self"] = use.along(x, left[use.row if use.row < first else use.row - count])
 
 
-# -- made of nothing --------------------------------------------------------------------------------
+# -- new tensors and triangles ----------------------------------------------------------------------
 @rule("ones", "zeros", "full", "new_ones", "new_zeros", "new_full")
 def _constant(use: Use) -> None:
     made = value(use.at)
-    if use.op.startswith("new_"):  # of what is given, only the kind counts
+    if use.op.startswith("new_"):  # the given tensor only sets dtype and device
         use.op = use.op.removeprefix("new_")
         use.given = {k: v for k, v in use.given.items() if k in ("size", "fill_value")}
         use.given |= {"dtype": made.dtype, "device": made.device}
@@ -223,7 +223,7 @@ def _constant(use: Use) -> None:
 def _triangle(use: Use) -> None:
     x, diagonal = use["self"], use["diagonal"]
     if use.row == use.rank() - 1 or not isinstance(diagonal, int):
-        raise use.refuse("has its rows across")
+        raise use.refuse("has rows along its last dimension, or a diagonal that is not a number")
     use.given["self"] = use.along(x, use.row)
     if use.row == use.rank() - 2:
         use.given["diagonal"] = Ref("start", diagonal)

@@ -1,6 +1,6 @@
-"""Hold the tables of lifting rules, by the operator's name; the rule files fill them.
+"""Hold the tables of lifting rules, by the operator's name; the rule modules fill them.
 
-A rule of POINTWISE, INDEXING or REDUCTIONS takes the lifter, a node and the index at which it is read, and gives the
+A rule of POINTWISE, INDEXING or REDUCTIONS takes the lifter, a node and the index at which it is read. It returns the
 expression of that element, or raises Opaque.
 """
 
@@ -20,7 +20,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 POINTWISE: dict[str, Rule] = {}
 INDEXING: dict[str, Rule] = {}
 REDUCTIONS: dict[str, Rule] = {}
-# Operators whose one tensor input is read at another index, for walks that follow a single value: name -> map.
+# Operators that read one tensor at another index, for walks that follow a single value: name -> map of the index.
 VIEWS: dict[str, Callable[[Node, Index], tuple[Node, Index]]] = {}
 
 

@@ -1,4 +1,4 @@
-"""Lifting rules of views and slices: one source, read at another index."""
+"""Lift views and slices: one source, read at another index."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def source(at: Node) -> Node:
 
 
 def whole(x: object) -> Expr:
-    """A size or an offset given as a number, a symbolic number or a node of one."""
+    """Return a size or an offset, given as an int, a symbolic int or a node of either, as an expression."""
     x = value(x)
     if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
         raise Opaque
@@ -44,12 +44,12 @@ def _dropout(at: Node, index: Index) -> tuple[Node, Index]:
 def _reshape(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
     if value(x).dtype != value(at).dtype:  # type: ignore[union-attr]
-        raise Opaque  # a view of the bits
+        raise Opaque  # a view that reinterprets the bits
     return x, regroup(dims(at), index, dims(x))
 
 
 def regroup(have: tuple[Expr, ...], index: Index, want: tuple[Expr, ...]) -> Index:
-    """The index into shape `want` that names the same element (row-major) as `index` into shape `have`."""
+    """Return the index into shape `want` of the element (row-major) that `index` names in shape `have`."""
     out: list[Expr] = []
     i = j = 0
     while j < len(want) or i < len(have):
@@ -159,7 +159,7 @@ def _slice(at: Node, index: Index) -> tuple[Node, Index]:
         if start.value < 0:  # type: ignore[operator]
             start = A.maximum(A.add(start, extent), A.ZERO)
     elif not poly.nonnegative(poly.bounds(start)[0]):
-        # a symbolic start like s1 - s0: right only where it is not negative, which the result's size proves
+        # a symbolic start like s1 - s0: valid only if it is not negative, which the result's size proves
         if dims(at)[dim] is not A.sub(extent, start) or step is not A.ONE:
             raise Opaque
     return x, (*index[:dim], A.add(start, A.mul(step, index[dim])), *index[dim + 1 :])
@@ -231,7 +231,7 @@ def _diagonal(at: Node, index: Index) -> tuple[Node, Index]:
 
 @rule(VIEWS, "getitem")
 def _getitem(at: Node, index: Index) -> tuple[Node, Index]:
-    """An element of split, chunk or unbind: the source, shifted."""
+    """Read an element of split, chunk or unbind as a part of the source."""
     parent = source(at)
     number = at.args[1]
     if not isinstance(number, int) or parent.op != "call_function":

@@ -1,1 +1,1 @@
-"""Find the attentions of a prepared graph, or say why a place is none."""
+"""Match the attentions of a prepared graph, or refuse a site with a reason."""

@@ -1,7 +1,7 @@
-"""Which nodes descend from normalisers, and which normalisers from products of queries with keys.
+"""Find the nodes that descend from normalizers, and the normalizers that descend from products of queries with keys.
 
-The matcher tries a product only where one of its operands descends from a normaliser that comes from a product. The
-ways are those that a score program may take; `loose` takes any.
+The matcher tries a product only if one of its operands descends from a normalizer that comes from a product. The paths
+contain only operators that a score program may contain; `loose` accepts paths through any operators.
 """
 
 from __future__ import annotations
@@ -17,15 +17,19 @@ from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
 
 SORTING = ("sort", "topk", "argsort")
-NEAR = 5  # nodes in which a number for each row must meet the scores again
-KEEPING = ("add", "clamp", "clamp_min", "clip", "maximum", "detach", "to")  # what a total is guarded by
+NEAR = 5  # most nodes from a value for each row back to the scores
+KEEPING = ("add", "clamp", "clamp_min", "clip", "maximum", "detach", "to")  # operators that guard a total
 REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 
 
 class Descent:
-    """Of one graph: `weights` are the nodes that descend from a normaliser, each with the nearest of these; `scores`
-    likewise for products; `met` the softmaxes of what rows of two batches meet in without a product; `near` those of
-    what is shaped as a product of two batches of matrices that it comes from, by whatever operators."""
+    """The ancestry of weights and scores in one graph.
+
+    weights   nodes that descend from a normalizer -> the nearest normalizers
+    scores    nodes that descend from a product -> the nearest products
+    met       softmaxes of values in which rows of two batches are combined without a product
+    near      softmaxes and sorts that come from a product by any operators and have its shape (set by `loose`)
+    """
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
@@ -35,8 +39,8 @@ class Descent:
         self.met = self._met()
 
     def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
-        """Nodes that descend from a seed through pointwise and view operators: node -> nearest seeds. `unknown` passes
-        operators that are not understood too, where they keep the shape, so that the refusal can name them."""
+        """Map each node that descends from a seed through pointwise and view operators to the nearest seeds. `unknown`
+        also passes shape-keeping operators that are not understood, so that the refusal can name them."""
         out: dict[Node, list[Node]] = {}
         seeds = set(seeds)
         for n in self.gm.graph.nodes:
@@ -56,7 +60,7 @@ class Descent:
         return out
 
     def _met(self) -> frozenset[Node]:
-        """Softmaxes of what some nodes are made of at which rows of two batches meet without a product."""
+        """Return softmaxes of values computed from nodes that combine rows of two batches without a product."""
         met: set[Node] = set()
         for n in self.gm.graph.nodes:
             if meeting(n) or (not batched(n) and any(a in met for a in n.all_input_nodes)):
@@ -64,8 +68,9 @@ class Descent:
         return frozenset(n for n in met if "softmax" in op_name(n) and not self.from_scores(n))
 
     def _loosely(self, seeds: Iterable[Node]) -> dict[Node, dict[Node, int]]:
-        """Nodes that descend from a seed through any operators but products, where its last two dimensions are kept or
-        soon come back (a threshold for each row): node -> seeds, and how many nodes ago these were kept."""
+        """Map each node that descends from a seed through any operators but products to {seed: distance}. On the way,
+        the seed's last two dimensions must be kept or soon come back, as after a threshold for each row. The distance
+        counts the nodes since they were last kept."""
         out: dict[Node, dict[Node, int]] = {n: {n: 0} for n in seeds}
         for n in self.gm.graph.nodes:
             if n.op != "call_function" or n in out or batched(n) or op_name(n) == "sym_size":
@@ -81,7 +86,7 @@ class Descent:
         return out
 
     def loose(self) -> dict[Node, list[Node]]:
-        """Products that weights reach in whatever way: node -> the operators that may have normalised these."""
+        """Map each product that weights reach by any path to the operators that may have normalized these weights."""
         if not any("softmax" in op_name(n) or op_name(n) in SORTING for n in self.gm.graph.nodes):
             return {}
         scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
@@ -102,8 +107,8 @@ class Descent:
 
 
 def shared(n: Node) -> bool:
-    """Whether a node is divided by a sum of something as large, whatever function made that: by a total for each row,
-    not by a length or a deviation."""
+    """Return whether a node is divided by a sum over a tensor of its own shape, computed by any function: by a total
+    for each row, not by a length or a deviation."""
     if op_name(n) not in ("div", "true_divide") or not all(is_tensor(x) for x in n.args[:2]):
         return False
     at: object = n.args[1]
@@ -120,5 +125,5 @@ def shared(n: Node) -> bool:
 
 
 def _plane(n: Node) -> Counter[Expr]:
-    """The last two dimensions, of a tuple's source where it is one."""
+    """Return the last two dimensions of a node, or of the operand of a node that returns a tuple."""
     return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])

@@ -1,5 +1,4 @@
-"""The ways in which a value that was lifted may be what a softmax over some keys has: its weights, or the logarithm of
-the sum of its exponentials."""
+"""Recognize a softmax in a lifted value: its weights, or the logarithm of the sum of its exponentials."""
 
 from __future__ import annotations
 
@@ -16,7 +15,7 @@ from attnfx.passes.match.results import Match
 
 
 def normalised(lifted: Expr, dimensions: Index) -> Iterator[tuple[N.Normalised, Expr]]:
-    """(the softmax that weights are of, the key), for each dimension that may be the keys'."""
+    """Yield (the softmax of the weights, the key), for each dimension that may be the keys'."""
     for j in reversed(dimensions):
         try:
             yield N.normalise(lifted, j), j
@@ -25,8 +24,8 @@ def normalised(lifted: Expr, dimensions: Index) -> Iterator[tuple[N.Normalised, 
 
 
 def exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.Normalised, Expr]]:
-    """(the softmax of the scores x, the key) of log(sum(exp(x))), a value of `final`, beside a match;
-    t + log(sum(exp(x))) is that of x + t."""
+    """Yield (the softmax of the scores x, the key) if `final` is log(sum(exp(x))), for the weights of a match. t +
+    log(sum(exp(x))) counts as log(sum(exp(x + t)))."""
     terms = lifted.args if lifted.op == "add" else (lifted,)
     sums = [t for t in terms if t.op == "log" and t.args[0].op == "rsum"]
     if len(sums) != 1:
@@ -40,18 +39,18 @@ def exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.No
     score = substitute(score, {A.var(str(total.value), count): j})
     if more := [t for t in terms if t is not sums[0]]:
         if not _never_empty(match):
-            return  # a largest score of -inf that is subtracted leaves NaN
+            return  # subtracting a row maximum of -inf gives NaN
         score = _without_zeros(A.add(score, *more))
     yield N.Normalised(score, A.PROB, safe=match.spec.safe), j
 
 
 def _never_empty(match: Match) -> bool:
-    """Whether each row surely has a score that is not -inf."""
+    """Return whether each row provably has a score other than -inf."""
     return not any(c.kind == "f" for c in match.spec.captures) and match.every_row_live
 
 
 def _without_zeros(score: Expr) -> Expr:
-    """Sums without the largest scores that cancelled in them."""
+    """Remove the row maxima that cancelled in sums and left 0 * maximum."""
 
     def cancelled(e: Expr) -> bool:
         return e.op == "mul" and e.args[0] is A.const(0.0) and e.args[1].op == "rmax"

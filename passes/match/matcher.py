@@ -1,14 +1,14 @@
-"""From a contraction with a normalised weight to a spec: the matcher.
+"""Match a contraction with normalized weights, and build its spec.
 
-`find(gm)` looks at each contraction whose one operand descends from a softmax (or an exponential, or a gate),
-lifts that operand, and gives a `Match` or a `Refusal` for it. The graph is not changed.
+`Finder(graph).find()` tries each contraction with an operand that descends from a softmax (or an exponential, or a
+gate). It lifts that operand, and returns a `Match` or a `Refusal` for the site. The graph is not changed.
 
-    out[.., i, .., e] = sum_j  W(.., i, j) * V(.., j, e)        W = weight(normalise_j(score))
+    out[.., i, .., e] = sum_j  W(.., i, j) * V(.., j, e)        W = weight(normalize_j(score))
     score holds one load of another contraction, sum_d Q(.., i, d) * K(.., j, d)
 
-Axes: i is the row that only the query has, j and d are contracted, e only the value has. The others are batch axes:
-those that key or value depend on come first (the last of them is the key head), those that only the query has are
-grouped heads. Grouped heads are never expanded: the walk through key and value undoes the expansion.
+Axes: i is the row, which only the query has. j and d are contracted. e is only in the value. All other axes are batch
+axes: first the axes that key or value depend on (the last of them is the key head), then the grouped heads, which only
+the query has. Grouped heads are never expanded: the walk through key and value undoes the expansion.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
-from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, op_name, refusal, slot_node, value
+from attnfx.ir.reach import reach
+from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, label, op_name, refusal, slot_node, value
 from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import broadcast
-from attnfx.passes.lift.products import batched
-from attnfx.passes.lift.tables import VIEWS, Index
+from attnfx.passes.lift.products import batched, of_batch, parameter
+from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared
 from attnfx.passes.match.results import Finding, Match
@@ -38,13 +39,12 @@ from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, ba
 from attnfx.spec import fill_of
 
 COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")
-PROVED = ("masked_rows",)  # codes of refusals that only an attention gets
+PROVED = ("masked_rows",)  # refusal codes that only a proved attention gets
 
 
 class Finder:
-    """The state of one search: the lifter's memo and positions of nodes. `doubtful` are places with an exponential or a
-    gate between two products that did not prove to be an attention; `failed` are places at which the search itself went
-    wrong."""
+    """The state of one search: the lifter's memo and positions of nodes. `doubtful` are sites with an exponential or a
+    gate between two products not proved to be an attention. `failed` are sites where the search itself raised."""
 
     def __init__(self, graph: Graph):
         self.gm = graph.gm
@@ -68,24 +68,26 @@ class Finder:
                 seeds = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if descent.from_scores(s)]
                 if seeds:
                     found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
-                    # a gate or an exponential between two products is no attention until it is proved to be one
+                    # a gate or an exponential between two products is not an attention until proved
                     proved = found.match is not None and not _layers(found.match)
                     proved |= found.refusal is not None and found.refusal.code in PROVED
                     if proved or any("softmax" in op_name(s) for s in seeds):
                         findings.append(found)
                         continue
                     if found.refusal is not None and (found.refusal.code == "normaliser" or any(map(shared, seeds))):
-                        # exponentials over something like their sum (a small number is added): loosely an attention
+                        # exponentials over nearly their sum (plus a small constant): a loose finding
                         findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
                         continue
                     self.doubtful.append(found)
                 met = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if s in descent.met]
                 if n in loose:
-                    message = "operators that no score program expresses stand between the weights and the values"
-                    why = refusal("not_lifted", message, n, *loose[n])
+                    odd = self._unsupported(n, loose[n])
+                    what = f"the operator {label(odd[0])}" if odd else "an operator"
+                    message = f"{what} between the scores and the values cannot be computed for each score by itself"
+                    why = refusal("not_lifted", message, *odd, n, *loose[n])
                     findings.append(Finding(n, refusal=why, anchors=loose[n], loose=True))
                 elif met and not seeds:
-                    message = "queries and keys meet in no product"
+                    message = "queries and keys are combined without a product"
                     findings.append(
                         Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
                     )
@@ -100,17 +102,29 @@ class Finder:
             products = [s for x in anchors for a in x.all_input_nodes for s in self.descent.scores.get(a, ())]
             odd = [s for s in products if value(s).is_complex()]
             if odd and r.refusal.code == "no_product":
-                return Finding(n, refusal=refusal("dtype", "the scores are complex", *odd), anchors=anchors)
+                message = f"the scores are complex: {label(odd[0])} returns {value(odd[0]).dtype}"
+                return Finding(n, refusal=refusal("dtype", message, *odd), anchors=anchors)
             return Finding(n, refusal=r.refusal, anchors=anchors)
         except (Opaque, N.NotNormalised) as problem:
             code = getattr(problem, "code", "not_lifted")
-            message = getattr(problem, "message", "the weights have no index form")
+            message = getattr(problem, "message", "an operand of the attention is not a function of its indices")
             return Finding(n, refusal=refusal(code, message, *anchors, n), anchors=anchors)
-        except Exception as problem:  # a fault of one place is no reason to lose the others
+        except Exception as problem:  # a failure at one site must not lose the others
             self.failed[n] = problem
-            return Finding(n, refusal=refusal("fault", "attnfx failed on it", *anchors, n), anchors=anchors)
+            return Finding(n, refusal=refusal("fault", "attnfx failed on this attention", *anchors, n), anchors=anchors)
 
-    # -- attention written out ----------------------------------------------------------------
+    def _unsupported(self, final: Node, anchors: list[Node]) -> list[Node]:
+        """Return the operators between the scores that lead to the anchors and `final` that cannot be lifted."""
+
+        def operands(n: Node) -> list[Node]:
+            return [a for a in n.all_input_nodes if a.op == "call_function" and not batched(a)]
+
+        starts = [n for n in reach(anchors, operands) if any(map(batched, n.all_input_nodes))]
+        follow = set(reach(starts, lambda n: [u for u in n.users if not batched(u)]))
+        found = [n for n in reach(operands(final), operands) if n in follow and not _lifted(op_name(n))]
+        return sorted(found, key=self.facts.position.__getitem__)
+
+    # -- decomposed attention -------------------------------------------------------------------
     def _written_out(self, final: Node) -> Match:
         problem: Exception | None = None
         for last, path, divisor in self._endings(final):
@@ -120,9 +134,7 @@ class Finder:
                 _, index = VIEWS[op_name(view)](view, index)
             c = contraction(final, index)
             if c is None:
-                message = (
-                    f"the product {op_name(final)} of the weights with the values is of a form that is not understood"
-                )
+                message = f"{label(final)} is not a sum over the keys of weight times value"
                 raise Refused("contraction", message, [final])
             for weights, at, values, values_at in (
                 (c.left, c.left_index, c.right, c.right_index),
@@ -137,17 +149,18 @@ class Finder:
                         weight = A.mul(weight, A.unary("recip", below))
                     found = N.normalise(weight, c.reduced)
                     if divisor is not None and found.normaliser != "softmax":
-                        message = "the values are divided by something else than the sum of the weights"
+                        message = "the output is divided by something other than the sum of the weights"
                         raise Refused("normaliser", message, [last])
                     return self._assemble(last, out, c.reduced, found, values, values_at)
                 except (Opaque, N.NotNormalised, Refused) as p:
-                    # of several readings, the one that got further tells the reason
+                    # of several readings, report the one that got further
                     problem = p if problem is None or not isinstance(problem, Refused) else problem
-        raise problem or Refused("contraction", "the weights reach the values through an unknown operator", [final])
+        message = f"the weights reach {label(final)} through an unknown operator"
+        raise problem or Refused("contraction", message, [final])
 
     def _endings(self, final: Node) -> list[tuple[Node, list[Node], Node | None]]:
-        """Where the attention may end: at the product itself, or, (exp(s) @ v) / sum(exp(s)), at a division of it or of
-        a view of it. Each as (last node, views up to it, divisor)."""
+        """Return the possible ends of the attention, each as (last node, views up to it, divisor): the product itself
+        or, for (exp(s) @ v) / sum(exp(s)), a division of the product or of a view of it."""
         out: list[tuple[Node, list[Node], Node | None]] = [(final, [], None)]
         at, path = final, []
         while len(at.users) == 1 and len(path) < 8:
@@ -175,9 +188,9 @@ class Finder:
 
     def _with_product(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index,
                       load: Expr, dot: Contraction) -> Match:  # fmt: skip
-        """The match in which `load` is the product of queries and keys."""
+        """Return the match in which `load` is the product of queries and keys."""
         if self.facts.regions[dot.node] != self.facts.regions[final]:
-            message = "the attention crosses the border of an autocast or a no_grad region"
+            message = "the scores and the product with the values are in different autocast or no_grad regions"
             raise Refused("region", message, [dot.node, final])
         left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
         if j.value in free(left[1]):
@@ -186,15 +199,16 @@ class Finder:
         in_weights = free(left[1]) | free(right[1]) | found.score.free | found.weight.free
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
         if len(width) != 1:
-            raise Refused("values", "the values have no width of their own", [values])
+            message = f"the values have {len(width)} dimensions that the weights lack, and must have exactly one"
+            raise Refused("values", message, [values])
         row = self.row(found.score, load, dot, j, out, in_values)
         pairs = (left, right, (values, values_at))
         found = over_dot(found, load, dot)
         return self._match(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
 
     def row(self, score: Expr, load: Expr, dot: Contraction, j: Expr, out: Index, in_values: frozenset[str]) -> Expr:
-        """The query's row: the last dimension of the scores that the query has alone, and that a mask compares with
-        the keys, where there is one."""
+        """Return the query's row: the last dimension of the scores that only the query has, if possible one that a mask
+        compares with the keys."""
         query, key = free(dot.left_index), free(dot.right_index)
         if j.value in query:
             query, key = key, query
@@ -203,7 +217,8 @@ class Finder:
             ones = [v for v in out if v.args[0] is A.ONE]
             if ones:
                 return ones[-1]
-            raise Refused("rows", "the scores have no row that the query has alone", [dot.node])
+            message = "every dimension of the scores also belongs to the keys or values: each query has its own keys"
+            raise Refused("rows", message, [dot.node])
         compared = frozenset().union(*(e.free for e in walk(score) if e.op in COMPARISONS and j.value in e.free))
         alone = [v for v in alone if v.value in compared] or alone
         order = {v: n for n, v in enumerate(out)}
@@ -214,7 +229,8 @@ class Finder:
         return alone[-1]
 
     def products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
-        """The loads of contractions in which one operand alone runs over the keys: nearest plain ones first."""
+        """Return loads of contractions in which exactly one operand runs over the keys, the nearest plain ones
+        first."""
         found: list[tuple[Expr, Contraction]] = []
         for e in walk(score):
             if e.op != "load" or not (j.value in e.free or j.args[0] is A.ONE):
@@ -226,21 +242,33 @@ class Finder:
             if j.args[0] is A.ONE or (j.value in free(c.left_index)) != (j.value in free(c.right_index)):
                 found.append((e, c))
         if not found:
-            message = "no product of queries with keys reaches the softmax through operators that are understood"
-            raise Refused("no_product", message, [final])
+            raise self._no_product(final, score)
         return sorted(found, key=lambda pair: (not _plain(pair[1]), -self.facts.position[pair[1].node]))
+
+    def _no_product(self, final: Node, score: Expr) -> Refused:
+        """Return the refusal of scores that load no product of queries with keys; it names the obstacle if it can."""
+        loads = [slot_node(e.value) for e in walk(score) if e.op == "load"]
+        odd = next((n for n in loads if n in self.descent.scores), None)
+        if odd is None:
+            return Refused("no_product", "the softmax is not computed from a product of queries and keys", [final])
+        if not batched(odd):
+            message = f"{label(odd)} between the scores and the softmax cannot be computed for each score by itself"
+        elif not value(odd).dtype.is_floating_point:
+            message = f"the product of queries and keys, {label(odd)}, has the dtype {value(odd).dtype}"
+        else:
+            message = f"{label(odd)} is not a product in which one operand alone has the dimension of the keys"
+        return Refused("no_product", message, [odd, final])
 
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
         query, key, val = read.operands
         taught = any(x.node in self.facts.differentiable for x in read.operands)
         taught = taught or any(c.grad for c in read.spec.captures)
-        if not taught or _rows_live(read, parts):  # where a fill was added or put in its place is the same
+        if not taught or _rows_live(read, parts):  # adding a fill then equals replacing the score by it
             read = replace(read, spec=replace(read.spec, score=A.in_place(read.spec.score)))
         if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
-            message = "the weights are exp(score - log(sum)), which are 1 each where a finite fill masks a whole row"
-            hint = "Write softmax, or fill with -inf."
-            raise Refused("masked_rows", message, [parts.final], hint)
+            message = "in a fully masked row, the finite fill makes each weight exp(score - log(sum)) equal to 1"
+            raise Refused("masked_rows", message, [parts.final])
         assert parts.value_width is not None
         return Match(
             parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
@@ -249,30 +277,30 @@ class Finder:
         )  # fmt: skip
 
 
+def _lifted(name: str) -> bool:
+    return any(name in table for table in (POINTWISE, VIEWS, INDEXING, REDUCTIONS))
+
+
 def _rows_live(read: Reading, parts: Parts) -> bool:
     batch, heads = batch_and_heads(read.kv_axes, read.group_axes)
     return every_row_live(read.spec, {"B": batch, "H": heads, "T": [parts.row], "S": [parts.column]}, read.sizes)
 
 
 def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
-    """With `dot` for the product that the score loads, which float16 rounds."""
+    """Replace the load of the product in the score by `dot`, which float16 rounds."""
     rounded = A.half(A.DOT) if value(dot.node).dtype == torch.float16 else A.DOT
     return replace(found, score=substitute(found.score, {load: rounded}))
 
 
 def _layers(match: Match) -> bool:
-    """Whether keys and values are both parameters: linear layers, one for each element of a batch (experts)."""
-    return all(_parameter(x.node) for x in (match.key, match.value))
-
-
-def _parameter(x: Node) -> bool:
-    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
+    """Return whether keys and values are both parameters or plain input matrices: linear layers, or experts."""
+    return all(
+        parameter(x.node) or (x.node.op == "placeholder" and not of_batch(x.node)) for x in (match.key, match.value)
+    )
 
 
 def _plain(c: Contraction) -> bool:
-    """Whether plain indices, split or merged, read both operands: no gathers."""
+    """Return whether plain indices, split or merged, read both operands, without gathers."""
     return all(
         radix(x) is not None or any(e.op in ("floordiv", "mod") for e in walk(x))
         for x in (*c.left_index, *c.right_index)

@@ -1,11 +1,11 @@
-"""Attention in a loop over heads or batch elements: rolled up, it is one attention with one more axis.
+"""Merge an attention in a loop over heads or batch elements into one attention with one more axis.
 
     stack([softmax(q[:, h] @ k[:, h].mT) @ v[:, h] for h in range(H)], 1)
 
-Each step is found as a site of its own. `roll` generalises them: an index that is h in step h, or h // g, becomes the
-new axis, and so does what follows from it in the masks and biases. Whether that is right is proved by putting each
-step's number in the place of the axis again: the step's own indices and programs must come out. Operands that each step
-computes for itself (a projection for each head) are stacked.
+Each step is matched as a site of its own. `roll` then generalizes the steps: an index that is h or h // g in step h
+becomes the new axis, and so do the parts of masks and biases that follow from it. The proof substitutes each step's
+number for the axis: the step's own indices and programs must come out. Operands that each step computes for itself (a
+projection for each head) are stacked.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Numbering:
         return {a: A.const(x) for a, x in zip(self.axes, self.points[step], strict=True)}
 
     def general(self, found: Sequence[Expr]) -> Expr:
-        """What is `found[n]` in step n. Raises Different."""
+        """Return the expression over the axes that equals `found[n]` in step n. Raises Different."""
         first = found[0]
         if all(e is first for e in found):
             return first
@@ -65,12 +65,12 @@ class Numbering:
 
 
 def _sorted(e: Expr) -> list[Expr]:
-    """Operands in an order that does not depend on the integers in them."""
+    """Return the operands in an order that does not depend on the integers in them."""
     return sorted(e.args, key=lambda a: [(x.op, repr(x.value)) for x in walk(a) if x.kind != INT])
 
 
 def numberings(name: str, count: int) -> list[Numbering]:
-    """One axis first, then two."""
+    """Return the ways to number the steps: with one axis first, then with two."""
     one = Numbering((A.var(name, count),), tuple((n,) for n in range(count)))
     inner = [g for g in range(2, count) if count % g == 0]
     two = [
@@ -81,7 +81,7 @@ def numberings(name: str, count: int) -> list[Numbering]:
 
 
 def out_index(part: Node, match: Match) -> Index | None:
-    """What `match.out_index` is for its `final`, for a part that is a view of that with all its elements."""
+    """Return `match.out_index` for a part that is a view of `match.final` with all its elements, else None."""
     at, index = part, tuple(A.var(f"p{d}", n) for d, n in enumerate(dims(part)))
     own = index
     while at is not match.final:
@@ -107,8 +107,8 @@ def out_index(part: Node, match: Match) -> Index | None:
 
 
 def roll(finder: Finder, final: Node, dim: int, stacked: bool, steps: list[Match]) -> Match | None:
-    """The match of all steps, whose results are stacked as a new dimension `dim` of `final`, or one after the other
-    along `dim`."""
+    """Return the match of all steps, or None. Their results are stacked as a new dimension `dim` of `final`, or
+    concatenated along `dim`."""
     like, facts = steps[0], finder.facts
     if any(facts.regions[m.final][0] != facts.regions[final][0] for m in steps):
         return None
@@ -125,7 +125,7 @@ def roll(finder: Finder, final: Node, dim: int, stacked: bool, steps: list[Match
         return None
     read = [*(n for found in operands for x in found for n in x.nodes), *(c for m in steps for c in m.captures)]
     if any(x in facts.written for x in read):
-        return None  # two steps may have read different numbers
+        return None  # two steps may have read different values
     names = [_names(m, like) for m in steps]
     moved = [[substitute(e, by) for e in m.out_index] for m, by in zip(steps, names, strict=True)]
     programs = [[over_axes(p, m, by) for p in m.spec.programs] for m, by in zip(steps, names, strict=True)]
@@ -151,7 +151,7 @@ def _whole(
     like: Match, final: Node, steps: list[Match], numbers: Numbering, operands: list[Operand], out: Index,
     programs: list[Expr],
 ) -> Match:  # fmt: skip
-    """The match over the axes of `like` and those of the numbers, in the order in which the result has them."""
+    """Return the match over the axes of `like` and of the numbers, in the order of the result's dimensions."""
     terms = [v for e in out for v, _ in radix(e)[1]]  # type: ignore[index]
     axes = [v for v in terms if v in (*numbers.axes, *like.axes)]
     query, key, val = operands
@@ -168,7 +168,7 @@ def _whole(
 
 
 def _stacked(found: list[Operand]) -> list[Operand] | None:
-    """The operands of all steps, each as a part of the stack of all; None where they are stacks of different sizes."""
+    """Return each step's operand as a part of one stack of all, or None if they are stacks of different sizes."""
     count = len(found[0].nodes)
     parts = tuple(n for x in found for n in x.nodes)
     if len(parts) != count * len(found):
@@ -180,13 +180,13 @@ def _stacked(found: list[Operand]) -> list[Operand] | None:
 
 
 def _names(m: Match, like: Match) -> dict[Expr, Expr]:
-    """The axes of a step as those of another."""
+    """Map the axes of a step to the axes of another step."""
     mine = [*m.axes, m.row, m.column, m.width, m.value_width]
     return dict(zip(mine, [*like.axes, like.row, like.column, like.width, like.value_width], strict=True))
 
 
 def _alike(like: Match, m: Match) -> bool:
-    """Whether two steps are of one form, but for their programs and for where they read."""
+    """Return whether two steps have one form, apart from their programs and the places that they read."""
     mine, theirs = like.spec, m.spec
     if len(like.kv_axes) != len(m.kv_axes) or len(like.group_axes) != len(m.group_axes):
         return False
@@ -202,7 +202,7 @@ def _alike(like: Match, m: Match) -> bool:
 
 
 def common(finder: Finder, found: list[Operand]) -> list[Operand] | None:
-    """The operands of all steps, read at the nearest node that all of them come from."""
+    """Return the operands of all steps, read at the nearest node that all of them come from, or None."""
     if any(x.parts for x in found):
         return None
     ways = [list(_sources(finder, x)) for x in found]

@@ -1,12 +1,12 @@
-"""Attention over chunks of queries that a loop wrote out: joined, it is one attention.
+"""Merge an attention that a loop computed in chunks of queries into one attention.
 
     cat([softmax(q[:, :, i : i + c] @ k.mT) @ v for i in range(0, T, c)], 2)
 
-Each chunk is found as a site of its own. `merge` makes one match of them where it is proved that they are parts of one:
-the same keys and values, queries that are read from one tensor, each where the one before ended, and one program, in
-which the chunk's first row is added to i. A chunk may leave out keys that its mask covers. The proof substitutes
-i + first row into the first chunk's indices and programs and compares with the other chunk's: expressions are in a
-normal form, so equal ones are the same.
+Each chunk is matched as a site of its own. `merge` then makes one match of the chunks if they are proved to be parts of
+one attention. They must have the same keys and values, and read consecutive queries of one tensor. They must have one
+program, in which the chunk's first row is added to i. A chunk may leave out keys that its mask covers. The proof
+substitutes i + first row into one chunk's indices and programs, and compares with the other chunk's: expressions are in
+a normal form, so equal ones are identical.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ STACKS = (*CATS, "stack")
 
 
 def merge(finder: Finder, findings: list[Finding]) -> list[Finding]:
-    """The findings, with one in place of those that are parts of one attention."""
+    """Return the findings, with one finding in place of all that are parts of one attention."""
     of_final = {f.final: f for f in findings if f.match is not None}
     for n in list(finder.gm.graph.nodes):
         joined = parts(n, STACKS)
@@ -57,14 +57,14 @@ def merge(finder: Finder, findings: list[Finding]) -> list[Finding]:
 
 
 def _of(part: Node, of_final: dict[Node, Finding]) -> Finding | None:
-    """The finding whose result a part is, or a view of."""
+    """Return the finding whose result a node is, or is a view of."""
     while part not in of_final and op_name(part) in VIEWS and len(part.users) == 1:
         part = part.args[0]  # type: ignore[assignment]
     return of_final.get(part)
 
 
 def _as(match: Match, part: Node) -> Match | None:
-    """The match as one that ends with a view of its result; None where that leaves something out."""
+    """Return the match as one that ends with a view of its result, or None if the view leaves something out."""
     index = match.out_index if part is match.final else out_index(part, match)
     if index is None:
         return None
@@ -75,7 +75,7 @@ def _as(match: Match, part: Node) -> Match | None:
 def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match | None:
     facts = finder.facts
     if any(facts.regions[m.final][0] != facts.regions[final][0] for m in chunks):
-        return None  # no gradient flows out of some
+        return None  # some chunks have another grad mode
     if any(m.out_index[dim] is not m.row and m.row.args[0] is not A.ONE for m in chunks):
         return None
     operands: list[list[Operand]] = []
@@ -86,13 +86,13 @@ def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match
         operands.append(found)
     read = [*(x[0].node for x in operands), *(c for m in chunks for c in m.captures)]
     if any(x in facts.written for x in read):
-        return None  # two chunks may have read different numbers
+        return None  # two chunks may have read different values
     starts = [A.ZERO]
     for match in chunks:
         starts.append(A.add(starts[-1], match.row.args[0]))
     if starts.pop() is not dims(final)[dim]:
         return None
-    # a chunk's own program may lack what makes no difference in it, as a window does in the first rows
+    # a chunk's program may lack terms that do not matter in it, as a window in the first rows
     for n in dict.fromkeys((0, len(chunks) // 2, len(chunks) - 1)):
         like, at = chunks[n], [x[n] for x in operands]
         if like.row.args[0] is A.ONE or (n and starts[n].op != "const"):
@@ -106,7 +106,7 @@ def _merged(finder: Finder, final: Node, dim: int, chunks: list[Match]) -> Match
 
 
 def _whole(like: Match, operands: list[Operand], start: Expr, final: Node, dim: int, chunks: list[Match]) -> Match:
-    """The match of all rows, from a chunk whose first row is `start`."""
+    """Return the match of all rows, from a chunk whose first row is `start`."""
     row = A.var(f"rows_{final.name}", dims(final)[dim])
     here = {like.row: A.sub(row, start)}
     query, key, val = (replace(x, index=tuple(substitute(e, here) for e in x.index)) for x in operands)
@@ -124,7 +124,7 @@ def _whole(like: Match, operands: list[Operand], start: Expr, final: Node, dim: 
 def _continues(
     like: Match, other: Match, operands: list[Operand], others: list[Operand], start: Expr, dim: int
 ) -> bool:
-    """Whether `other` is what `like` would be `start` rows further on."""
+    """Return whether `other` is `like`, moved on by `start` rows."""
     mine, theirs = like.spec, other.spec
     if len(like.kv_axes) != len(other.kv_axes) or len(like.group_axes) != len(other.group_axes):
         return False
@@ -138,7 +138,7 @@ def _continues(
     pairs = [*inner, *zip(other.axes, like.axes, strict=True)]
     if any(x.args[0] is not y.args[0] for x, y in pairs):
         return False
-    # over the rows and keys of the other chunk: ranges are part of what makes two expressions the same
+    # over the rows and keys of the other chunk: equal expressions need variables of equal range
     row = A.ZERO if other.row.args[0] is A.ONE else A.var("row", other.row.args[0])
     column = A.var("column", other.column.args[0])
     there, here = A.add(row, start), dict(pairs) | {other.row: row, other.column: column}
@@ -160,8 +160,8 @@ def _continues(
 
 
 def _dead_beyond(like: Match, row: Expr, count: Expr) -> bool:
-    """Whether the rows give no weight to any but the first `count` keys, so that a chunk may leave the others out: the
-    mask of -inf is proved to cover these."""
+    """Return whether the rows give weight to the first `count` keys only, so that a chunk may leave the others out: the
+    mask of -inf is proved to cover them."""
     spec, more = like.spec, A.sub(like.column.args[0], count)
     if more.op != "const" or int(more.value) <= 0:  # type: ignore[call-overload]
         return False

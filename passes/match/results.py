@@ -1,4 +1,4 @@
-"""What is found in a graph: an attention, what is read of its weights beside it, or why there is none."""
+"""Define the results of the search: a match, the reductions of its weights, or a refusal."""
 
 from __future__ import annotations
 
@@ -16,10 +16,13 @@ from attnfx.spec import AXES, AttentionSpec
 
 @dataclass(eq=False)
 class Match:
-    """A site found: everything that the rewriter needs. `final` is the node that the operator replaces.
+    """A matched site: everything that the rewriter needs.
 
-    kv_axes and group_axes are the batch axes; row, column, width, value_width the variables i, j, d, e. `out_index`
-    gives, for each dimension of `final`, its index over the axes.
+    final                   the node that the operator replaces
+    kv_axes, group_axes     the batch axes
+    row, column             the variables i and j
+    width, value_width      the variables d and e
+    out_index               for each dimension of `final`, its index over the axes
     """
 
     final: Node
@@ -36,12 +39,12 @@ class Match:
     width: Expr
     value_width: Expr
     out_index: Index
-    draw: object = None  # which of the graph's random draws the dropout is
+    draw: object = None  # the name of the node that applies the dropout
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
-    chunks: int = 1  # of how many chunks of queries it was made (passes/match/merge_query_chunks.py)
-    steps: int = 1  # of how many steps of a loop over heads or batch elements (passes/match/merge_head_loops.py)
+    chunks: int = 1  # number of merged chunks of queries (passes/match/merge_query_chunks.py)
+    steps: int = 1  # number of merged steps of a loop over heads or batch elements (passes/match/merge_head_loops.py)
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:
@@ -49,12 +52,12 @@ class Match:
 
     @property
     def read(self) -> list[Node]:
-        """The nodes that query, key, value and the captures are read from."""
+        """Return the nodes that query, key, value and the captures are read from."""
         return [*(n for x in self.operands for n in x.nodes), *self.captures]
 
     @property
     def every_row_live(self) -> bool:
-        """Whether every row provably has a live key."""
+        """Return whether every row provably has a live key."""
         return every_row_live(self.spec, dict(zip(AXES.values(), self.letters.values(), strict=True)), self.sizes)
 
     @property
@@ -63,20 +66,24 @@ class Match:
 
     @property
     def letters(self) -> dict[str, list[Expr]]:
-        """What the operator's b, h, i and j are made of."""
+        """Return the axes that the operator's b, h, i and j consist of."""
         batch, heads = batch_and_heads(self.kv_axes, self.group_axes)
         return {"b": batch, "h": heads, "i": [self.row], "j": [self.column]}
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What is read of the weights of a match beside the attention, which an operator computes again.
+    """Values that the graph computes from the weights of a match, which an operator computes again without the weights.
 
-    `kind` is "sum" (a mean where `count` is given, the number that it is over), "rows" (those from `start` on, as many
-    as the axis i has), or what is asked along the axis `over`, of the keys of each row or of the rows of each key:
-    "max" or "argmax". "logsumexp" is what the attention's operator gives beside its output, and differentiates.
-    `spec`, `captures` and `sizes` describe the weights that are added up, over b, h, i, j of the match; `axes` what
-    these are made of; `kept` gives, for each dimension that is left, its index over the axes.
+    The kinds:
+
+    "sum"              a sum, or a mean over `count` elements
+    "rows"             rows of the weights from `start` on, as many as the axis i has
+    "max", "argmax"    along `over`: of the keys of each row ("j"), or of the rows of each key ("i")
+    "logsumexp"        returned by the attention's own operator beside its output, with a gradient
+
+    `spec`, `captures` and `sizes` describe the reduced weights, over b, h, i, j of the match. `axes` are the axes that
+    these consist of. `kept` is the index over the axes for each remaining dimension.
     """
 
     final: Node
@@ -93,8 +100,8 @@ class Reduction:
 
 @dataclass(eq=False)
 class Finding:
-    """One attention-like place: a match, or why not. One that is `loose` is an attention only where its rows prove to
-    be apart: operators that are not understood stand between its weights and the values."""
+    """An attention-like site: a match or a refusal. In a `loose` finding, operators that are not understood lie between
+    the weights and the values: it is an attention only if its rows prove to be independent."""
 
     final: Node
     match: Match | None = None

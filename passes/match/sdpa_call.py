@@ -1,4 +1,4 @@
-"""A call of PyTorch's own attention operator, read as the parts of an attention: it is a site like any other."""
+"""Read a call of PyTorch's own attention operator as the parts of an attention: it is a site like any other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,14 @@ from attnfx.passes.match.spec_builder import Parts, Refused
 
 
 def library_call(lifter: Lifter, at: Node) -> Parts:
-    """Raises Refused."""
+    """Return the parts of the attention that the call computes. Raises Refused."""
     names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
     given: dict[str, Any] = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
     nodes = [given[n] for n in names[:3]]
     p, mask, scale = given.get("dropout_p", 0.0), given.get("attn_mask"), given.get("scale")
     if not isinstance(p, int | float) or not 0 <= p < 1:
-        raise Refused("dropout", "the dropout probability is no number in [0, 1)", [at])
+        raise Refused("dropout", f"dropout_p is {p}, not a Python number in [0, 1)", [at])
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
-    if len(out) < 3:
-        raise Refused("unbatched", "an attention without a batch dimension", [at])
     *heads, row, e = out
     j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))
     pairs = []

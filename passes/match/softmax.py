@@ -1,8 +1,8 @@
-"""Recognising the normaliser in a lifted weight: softmax however it is spelt.
+"""Recognize the normalizer in a lifted weight: softmax, however it is written.
 
-Takes the weight of (.., i, j) as an expression and gives it as a program over `prob`, with the score, the extra
-logits and the dropout taken out. Hand-written forms (exp / sum, with or without the maximum subtracted, through
-logsumexp, with an added constant) become the same `softmax` node as the operator's.
+Takes the weight of (.., i, j) as an expression. Returns it as a program over `prob`, with the score, the extra logits
+and the dropout taken out. Hand-written forms (exp / sum, with or without the maximum subtracted, through logsumexp,
+with an added constant) become the same `softmax` node as the operator's.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from attnfx.ir.exponentials import exponent, outside
 from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.lift.reductions import softmax
 
-GATES = ("sigmoid", "softplus", "max", "erf", "tanh")  # what functions that stand in a softmax's place are made of
+GATES = ("sigmoid", "softplus", "max", "erf", "tanh")  # parts of the functions that may replace a softmax
 MAX_EXTRA = 8  # columns of the softmax beyond the keys
 
 
 @dataclass(frozen=True)
 class Normalised:
-    """weight(prob), and what prob is the softmax of."""
+    """The weight as a program over `prob`, and the score whose softmax `prob` is."""
 
     score: Expr
     weight: Expr
     extra: tuple[Expr, ...] = ()
     dropout: float = 0.0
-    draw: object = None  # which draw the dropout is
+    draw: object = None  # the name of the node that applies the dropout
     safe: bool = False
     normaliser: str = "softmax"
-    by_log: bool = False  # exp(score - log(sum)): where a fill swallows the logarithm, its weights are 1
+    by_log: bool = False  # exp(score - log(sum)): if a fill swallows the logarithm, its weights are 1
 
 
 class NotNormalised(Exception):
-    """(code, sentence): why the weight is none that we know."""
+    """The weight has an unknown form: (code, sentence)."""
 
     def __init__(self, code: str, message: str):
         super().__init__(message)
@@ -44,7 +44,7 @@ class NotNormalised(Exception):
 
 
 def normalise(weight: Expr, j: Expr) -> Normalised:
-    """Raises NotNormalised."""
+    """Return the weight as a program over a softmax along the keys j. Raises `NotNormalised`."""
     weight, dropout, draw = _take_dropout(weight)
     by_log = any(e.op == "log" and any(x.op == "rsum" for x in outside(e)) for e in outside(weight))
     if not any(e.op == "softmax" for e in outside(weight)):
@@ -54,18 +54,18 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     if not found:
         if any(e.op in ("rsum", "rmax") for e in outside(weight)):
             raise NotNormalised(
-                "normaliser", "the weights are divided by something that is no sum of their exponentials"
+                "normaliser", "the weights are not divided by the sum of their own exponentials over the keys"
             )
         if not any(e.op in GATES for e in outside(weight)):
-            raise NotNormalised("no_normaliser", "the weights are not normalised by a softmax")
+            raise NotNormalised("no_normaliser", "the weights are neither a softmax nor a supported gate of the scores")
         return _gated(weight, dropout, draw)
     if len(found) > 1:
-        raise NotNormalised("several_softmaxes", "the weights combine several softmaxes")
+        raise NotNormalised("several_softmaxes", f"the weights combine {len(found)} softmaxes")
     made = found[0]
     body, extent, at = made.args
     name, safe = made.value  # type: ignore[misc]
     if str(j.value) not in at.free:
-        raise NotNormalised("softmax_dim", "the softmax does not run over the keys")
+        raise NotNormalised("softmax_dim", "the softmax normalizes over another dimension than the keys")
     program = substitute(weight, {made: A.PROB})
     if any(e.op in ("rsum", "rmax", "softmax") for e in walk(program)):
         raise NotNormalised("normaliser", "the weights are reduced again after the softmax")
@@ -73,14 +73,16 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
     variable = A.var(name, extent)
     shifted = A.sub(at, j)
     if shifted.free or shifted.op != "const":
-        raise NotNormalised("softmax_dim", "the softmax is read at a computed key")
+        raise NotNormalised(
+            "softmax_dim", "the softmax runs over a flattened dimension, or its weights are reordered along the keys"
+        )
     body = strip_maximum(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
     return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
 
 
 def _gated(weight: Expr, dropout: float, draw: object) -> Normalised:
-    """No normaliser: the whole weight is a function of the score, which the matcher finds in it."""
+    """Treat the whole weight as a function of the score, without a normalizer; the matcher finds the score in it."""
     weight = rebuild(weight, lambda old, args: args[0] if old.op == "half" and old.args[0].op == "sigmoid" else None)
     return Normalised(weight, A.PROB, (), dropout, draw, False, "none")
 
@@ -90,21 +92,21 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     if not drops:
         return weight, 0.0, None
     if len(drops) > 1:
-        raise NotNormalised("several_dropouts", "the weights are dropped out more than once")
-    # only products and zero fills commute with dropping
+        raise NotNormalised("several_dropouts", "dropout is applied to the weights more than once")
+    # only products and zero fills commute with dropout
     at = weight
     while at is not drops[0]:
         inner = [a for a in at.args if any(e is drops[0] for e in walk(a))]
         plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is A.const(0.0) and inner == [at.args[1]])
         if not plain or len(inner) != 1:
-            raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a product")
+            raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a multiplication")
         at = inner[0]
     p, draw = drops[0].value  # type: ignore[misc]
     return substitute(weight, {drops[0]: drops[0].args[0]}), float(p), draw
 
 
 def _zero_filled(weight: Expr) -> Expr:
-    """where(isnan(p), 0, p): a row without a live key gives zeros. That is the safe softmax."""
+    """Replace where(isnan(p), 0, p), which is zero in rows without a live key, by the safe softmax."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if old.op == "where" and len(args) == 3 and args[1].op == "softmax" and args[2] is A.const(0.0):
@@ -130,19 +132,22 @@ def strip_maximum(score: Expr, variable: Expr) -> Expr:
 
 
 def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> tuple[Expr, ...]:
-    """The logits of the softmax's columns that are no keys: [0, start) and [start + S, extent)."""
+    """Return the logits of the softmax's columns besides the keys: [0, start) and [start + S, extent)."""
     more = A.sub(extent, j.args[0])
     if more.op != "const":
-        raise NotNormalised("columns", "the softmax runs over another number of columns than there are keys")
+        raise NotNormalised("columns", "the softmax has more or fewer columns than keys, by a symbolic size")
     count = int(more.value)  # type: ignore[call-overload]
-    if not 0 <= count <= MAX_EXTRA or start < 0 or start > count:
-        raise NotNormalised("columns", f"the softmax runs over {count} columns that are no keys")
+    if count > MAX_EXTRA:
+        why = f"the softmax runs over {count} columns beside the keys, and at most {MAX_EXTRA} are supported"
+        raise NotNormalised("columns", why)
+    if count < 0 or not 0 <= start <= count:
+        raise NotNormalised("columns", "the weights of some keys are not columns of the softmax")
     before = [A.const(n) for n in range(start)]
     after = [A.add(j.args[0], A.const(start + n)) for n in range(count - start)]
     return tuple(substitute(body, {variable: at}) for at in (*before, *after))
 
 
-# -- softmax written out ------------------------------------------------------------------------
+# -- decomposed softmax -------------------------------------------------------------------------
 
 
 def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
@@ -165,7 +170,7 @@ def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
 
 
 def _rebuild_outside(root: Expr, change) -> Expr:  # type: ignore[no-untyped-def]
-    """As `rebuild`, but leaves what stands under reductions alone."""
+    """Rebuild like `rebuild`, but leave the bodies of reductions alone."""
     done: dict[Expr, Expr] = {}
 
     def visit(at: Expr) -> Expr:
@@ -178,7 +183,7 @@ def _rebuild_outside(root: Expr, change) -> Expr:  # type: ignore[no-untyped-def
 
 
 def _unlog(e: Expr) -> Expr:
-    """exp(a - log(d)) = exp(a) / d, for a sum d."""
+    """Rewrite exp(a - log(d)) as exp(a) / d, for a sum d."""
     if e.op == "exp" and e.args[0].op == "where" and A.drowning(e.args[0].args[2]):
         keep, inner, fill = e.args[0].args  # the subtraction has moved under the mask
         split = _unlog(A.unary("exp", inner))
@@ -202,7 +207,7 @@ def _negated_log(t: Expr) -> Expr | None:
 
 
 def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-    """A fill whose exponential is zero in float32, as -inf."""
+    """Replace a fill whose exponential is zero in float32 by -inf."""
     if old.op != "where" or old.kind != FLOAT or args[2].op != "const":
         return None
     fill: Any = args[2].value
@@ -210,7 +215,7 @@ def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
 
 
 def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Expr | None:
-    """softmax(a) where the factors multiply to exp(a - m) and the denominator is the sum of exp(a - m), plus extras."""
+    """Return softmax(a) if the factors multiply to exp(a - m) and the denominator sums exp(a - m), plus extras."""
     if not factors:
         return None
     top = exponent(A.mul(*factors) if len(factors) > 1 else factors[0])
@@ -227,7 +232,7 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Exp
     if below is None or substitute(below, {variable: j}) is not top:
         return None
     base = top
-    while base.op == "where" and A.drowning(base.args[2]):  # what was subtracted has moved under the mask
+    while base.op == "where" and A.drowning(base.args[2]):  # the subtraction has moved under the mask
         base = base.args[1]
     maxima = [
         t
@@ -247,7 +252,7 @@ def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Exp
             terms.remove(m)
         extra.append(A.add(*terms) if terms else A.const(0.0))
     score = strip_maximum(below, variable)
-    if not maxima and not by_log:  # exp(fill) is zero, and a row of zeros is divided by zero
+    if not maxima and not by_log:  # exp(fill) is zero: a masked row is 0 / 0
         score = rebuild(score, _vanishing)
     whole = extent
     for n, logit in enumerate(extra):  # extras become columns after the keys

@@ -1,7 +1,8 @@
-"""From operands and a normalised weight to a spec over canonical variables.
+"""Build a spec over canonical variables from operands and a normalized weight.
 
-A `Reader` takes `Parts`, indices over the dimensions of some node, chooses where the operands are read, splits the
-batch axes as that needs it, and gives a `Reading`: the spec with its captures, and the operands over the axes.
+A `Reader` takes `Parts`, whose indices are over the dimensions of some node. It chooses the nodes at which to read the
+operands, and splits the batch axes accordingly. It returns a `Reading`: the spec with its captures, and the operands
+over the axes.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from attnfx.ir.reach import reach
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import Product, kind_of, op_name, refusal, slot_node, value
+from attnfx.passes.fx.nodes import Product, kind_of, label, refusal, slot_node, value
 from attnfx.passes.lift.access import (
     Access,
     Operand,
@@ -43,11 +44,9 @@ from attnfx.spec import AttentionSpec, Capture
 
 @dataclass(frozen=True)
 class Parts:
-    """An attention as it was read off the graph: indices over the dimensions of `final`, nothing chosen yet.
-
-    `pairs` are the operands (node, index) for query, key and value (query and key, for weights without values);
-    `found.score` is a program over `dot`; `product` is the node of the scores, None where the graph has none.
-    """
+    """An attention as read off the graph: indices over the dimensions of `final`, with the operands' nodes still open.
+    `pairs` are the operands (node, index) for query, key and value (query and key, for weights without values).
+    `found.score` is a program over `dot`. `product` is the node of the scores, if the graph has one."""
 
     final: Node
     out: Index
@@ -62,8 +61,9 @@ class Parts:
 
 @dataclass(frozen=True)
 class Reading:
-    """What the parts came to: `operands` as the parts' pairs, `out` as theirs, split into `kv_axes` and `group_axes`
-    (the batch axes that key or value depend on, and those that only the query has)."""
+    """The parts after the choice of nodes and axes. `operands` correspond to the parts' pairs, and `out` to their
+    `out`. The batch axes are split into `kv_axes`, which key or value depend on, and `group_axes`, which only the query
+    has."""
 
     spec: AttentionSpec
     captures: list[Node]
@@ -74,6 +74,9 @@ class Reading:
     out: Index
 
 
+ROLES = ("query", "key", "value")  # of the pairs of `Parts`, in order
+
+
 class Refused(Exception):
     def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
         super().__init__(message)
@@ -81,13 +84,13 @@ class Refused(Exception):
 
 
 class Reader:
-    """Reads the parts of one graph."""
+    """A reader of the parts of attentions in one graph."""
 
     def __init__(self, facts: Facts, lifter: Lifter):
         self.facts, self.lifter = facts, lifter
 
     def read(self, parts: Parts, sources: tuple[Node, ...] | None = None) -> Reading:
-        """Raises Refused. `sources` are the nodes that the operands are to be read at, where they are known."""
+        """Read the parts, with the operands at the nodes `sources` if these are known. Raises Refused."""
         inner = (parts.row, parts.column, parts.value_width)
         batch = [v for v in parts.out if v not in inner and v.args[0] is not A.ONE]
         chosen, splits = self._operands(parts, frozenset(str(v.value) for v in batch), sources)
@@ -102,36 +105,37 @@ class Reader:
         in_kv = frozenset().union(*(free(x.index) for x in operands[1:]))
         kv_axes = [a for a in axes if a.value in in_kv]
         group_axes = [a for a in axes if a.value not in in_kv]
-        if not kv_axes and not of_batch(chosen[1].node):
-            message = "the keys are one matrix, as a router's gate or a codebook is"
+        if group_axes and not kv_axes and not of_batch(chosen[1].node):
+            message = "the keys are one matrix, which the whole batch shares"
             raise Refused("shared_keys", message, [parts.final])
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
-        spec, captures, sizes = self._spec(parts, programs, found, chosen[0].node)
+        spec, captures, sizes = self._spec(parts, programs, found, [x.node for x in chosen])
         out = tuple(apply_splits(v, splits) for v in parts.out)
         return Reading(spec, captures, sizes, operands, kv_axes, group_axes, out)
 
     def _operands(
         self, parts: Parts, batch: frozenset[str], sources: tuple[Node, ...] | None
     ) -> tuple[list[Access], list[Split]]:
-        """The best readings of the operands; upcasts are undone only where all of them agree on a dtype."""
+        """Return the best readings of the operands. Upcasts are undone only if all of them then agree on a dtype."""
         lists = [accesses(self.lifter, *pair) for pair in parts.pairs]
         if sources is not None:
             lists = [[a for a in found if a.node is source] for found, source in zip(lists, sources, strict=True)]
         for upcast in (True, False):
             chosen = [best(candidates, batch, upcast or sources is not None) for candidates in lists]
-            for c, (node, _) in zip(chosen, parts.pairs, strict=True):
+            for name, c, (node, _) in zip(ROLES, chosen, parts.pairs, strict=False):
                 if c is None:
-                    raise Refused("layout", "an operand is gathered in a way that views cannot express", [node])
+                    raise Refused("layout", f"the {name} is read at positions that views cannot express", [node])
             found = [c for c in chosen if c is not None]
             if len({value(a.node).dtype for a, _ in found}) == 1:
                 break
-        for access, _ in found:
-            self._unchanged(access.node, parts.final)
+        nodes = [access.node for access, _ in found]
+        for name, x in zip(ROLES, nodes, strict=False):
+            self._unchanged(x, parts.final, nodes, f"the {name}")
         return [access for access, _ in found], _merge([splits for _, splits in found])
 
     def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
-        """The programs over the canonical variables b, h, i, j. (B, H) is (all key axes but the last, the rest)."""
+        """Return the programs over the canonical variables: b is all key axes but the last, h the other batch axes."""
         by: dict[Expr, Expr] = {row: S.I, j: S.J}
         if row.args[0] is A.ONE:
             by[row] = A.ZERO
@@ -146,7 +150,7 @@ class Reader:
         return out
 
     def _load_reductions(self, program: Expr) -> Expr:
-        """A reduction that is no part of the normaliser is computed by the graph, and loaded."""
+        """Replace the reductions outside the normalizer by loads: the graph computes them."""
 
         def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
             place = self._place(old) if old.op in ("rsum", "rmax", "softmax") else None
@@ -155,7 +159,7 @@ class Reader:
         return rebuild(program, change)
 
     def _place(self, e: Expr) -> tuple[Node, Index] | None:
-        """Where the graph computes a reduction. The softmax's own variable is the column's now."""
+        """Return the (node, index) that computes a reduction, also if its variable was the softmax's and is now j."""
         found = self.lifter.reductions.get(e)
         if found is not None:
             return found
@@ -169,28 +173,30 @@ class Reader:
         return None
 
     def _spec(
-        self, parts: Parts, programs: list[Expr], found: N.Normalised, query: Node
+        self, parts: Parts, programs: list[Expr], found: N.Normalised, sources: Sequence[Node]
     ) -> tuple[AttentionSpec, list[Node], list[str]]:
-        """The canonical spec, the nodes behind its captures and the names of its symbolic sizes, in order."""
+        """Return the canonical spec, the nodes of its captures, and the names of its symbolic sizes, in order."""
         score, weight, *extra = programs
         if found.normaliser == "none":
             score, weight = A.DOT, substitute(weight, {A.PROB: substitute(score, {A.DOT: A.PROB})})
         slots: dict[object, Capture] = {}
         whole = [e for program in (score, weight, *extra) for e in walk(program)]
         if any(e.op in ("rsum", "rmax", "softmax", "dropout") for e in whole):
-            raise Refused("reduction", "a row of scores is reduced to change the scores", [parts.final])
+            message = "a sum, mean or maximum over a row of scores changes the scores before the softmax"
+            raise Refused("reduction", message, [parts.final])
         for e in whole:
             stray = sorted(e.free - set(S.AXES))
             if stray:
-                message = f"the score depends on an index that is no axis of the attention ({stray[0]})"
+                length = next(v.args[0] for v in walk(e) if v.op == "var" and v.value == stray[0])
+                message = f"the scores depend on an index of size {length} beside batch, head, query and key"
                 raise Refused("axes", message, [parts.final])
             if e.op == "load":
-                slots[e.value] = self._capture(e.value, parts, programs)
+                slots[e.value] = self._capture(e.value, parts, programs, sources)
         for program in extra:
             if "j" in program.free or any(e.op == "dot" for e in walk(program)):
                 raise Refused("extra", "an added column of the softmax depends on the keys", [parts.final])
         dtype = str(value(parts.final).dtype).removeprefix("torch.")
-        compute = "float64" if value(query).dtype == torch.float64 else "float32"
+        compute = "float64" if value(sources[0]).dtype == torch.float64 else "float32"
         draft = AttentionSpec(
             score,
             found.normaliser,
@@ -204,44 +210,45 @@ class Reader:
         )
         return S.canonical(draft)  # type: ignore[return-value]
 
-    def _capture(self, slot: object, parts: Parts, programs: list[Expr]) -> Capture:
-        """What the program loads, where loading it is sound."""
+    def _capture(self, slot: object, parts: Parts, programs: list[Expr], sources: Collection[Node]) -> Capture:
+        """Return the capture for a load of the program. Raises Refused if loading the node is not sound."""
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
-            message = f"the scores pass through {op_name(at)}, which no score program expresses"
-            raise Refused("score_used", message, [at], "It may need a whole row of scores.")
+            message = f"the scores pass through {label(at)}, which cannot be computed for each score by itself"
+            raise Refused("score_used", message, [at])
         held = value(at)
         if not isinstance(held, torch.Tensor):
             return Capture(FLOAT, 0, False)  # a symbolic number
         if held.dtype.is_complex:
-            raise Refused("dtype", f"{at.name} is complex", [at])
-        self._unchanged(at, parts.final)
+            raise Refused("dtype", f"the scores read {label(at)}, which is complex", [at])
+        self._unchanged(at, parts.final, sources, "a tensor that the scores read")
         kind = kind_of(held.dtype)
         taught = kind == FLOAT and at in self.facts.differentiable and _differentiable(at, programs)
         return Capture(kind, held.dim(), taught)
 
-    def _unchanged(self, base: Node, final: Node) -> None:
-        writer = self.facts.changed_before(base, final)
+    def _unchanged(self, base: Node, final: Node, sources: Collection[Node], what: str) -> None:
+        writer = self.facts.changed_before(base, final, sources)
         if writer is not None:
-            raise Refused(
-                "mutated", f"{base.name} is changed in place between its use and the attention", [writer, base]
-            )
+            message = f"{label(writer)} changes {what} in place before the attention has read it for the last time"
+            raise Refused("mutated", message, [writer, base])
         learns = torch.is_grad_enabled() and final in self.facts.differentiable
         if learns and (writer := self.facts.input_writer(base)) is not None:
-            # AOTAutograd writes inputs at the end of the forward pass, and its partitioner may save what was there
-            # before, or make a copy again from what is there after: the operator would keep more of it than eager
-            message = f"{base.name} is an input of the graph that is changed in place, and the backward pass reads it"
-            raise Refused("mutated", message, [writer, base])
+            # AOTAutograd writes inputs at the end of the forward pass. Its partitioner may save the value from before
+            # the write, or recompute a copy from the value after it: the operator would keep more of it than eager
+            message = f"{label(writer)} changes an input of the graph in place: {what}, which the backward pass reads"
+            raise Refused(
+                "mutated", message, [writer, base], "Use the out-of-place operator: `k = k + x` for `k.add_(x)`."
+            )
 
 
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
-    """What the operator's b and h are made of: the last key axis is a head, where it is not the only one."""
+    """Return the axes of the operator's b and h: the last key axis is a head, unless it is the only one."""
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
 
 
 def every_row_live(spec: AttentionSpec, axes: Mapping[str, Sequence[Expr]], sizes: Collection[str]) -> bool:
-    """Whether every row provably has a live key. Under a mask it is only known where all sizes are numbers; `axes` are
-    those that B, H, T and S are made of, `sizes` the spec's own."""
+    """Return whether every row provably has a live key. Under a mask, this needs constant sizes. `axes` are the axes
+    that B, H, T and S consist of, `sizes` the spec's own."""
     if kept(spec) is A.TRUE:
         return True
     extents = {name: extent(of) for name, of in axes.items()}
@@ -263,7 +270,7 @@ def _merge(lists: list[list[Split]]) -> list[Split]:
 
 
 def _differentiable(node: Node, programs: list[Expr]) -> bool:
-    """Whether some load of the node is reached without passing a detach."""
+    """Return whether some load of the node is reached without passing a detach."""
 
     def learns(e: Expr) -> bool:
         return e.op != "detach" and (e.kind == FLOAT or e.op == "where")

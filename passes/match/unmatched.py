@@ -1,6 +1,6 @@
-"""Softmaxes of which no attention was made, and why: so that every softmax of a graph ends in the report.
+"""Report the softmaxes that did not become attentions, so that every softmax of a graph ends in the report.
 
-Reads a graph in which attentions were found, or one of Dynamo's that was not looked into; changes nothing.
+Reads a graph that was searched, or a Dynamo graph that was not; changes nothing.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from attnfx.passes.match.results import Finding
 from attnfx.report.records import Refusal
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "_log_softmax")
-BY_HAND = ("normaliser", "softmax_dim", "columns")  # codes that say that an exponential was divided by some sum
-NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of their names in a graph of Dynamo
+BY_HAND = ("normaliser", "softmax_dim", "columns")  # refusal codes for an exponential divided by some sum
+NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of names in a Dynamo graph
 
 
 def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes that are not among `anchors`, each with the reason. `ended` is the break at the graph's end."""
+    """Yield the softmaxes outside `anchors`, each with the reason. `ended` is the break at the graph's end."""
     products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
     flat = [p for p in products if not batched(p)]
     of_flat = finder.descent.descendants(flat)
@@ -34,25 +34,19 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
             continue
         if finder.descent.from_scores(n) or n in finder.descent.near:
             if ended is not None and _leaves(finder, n):
-                yield n, _broken(n, ended, "the weights leave the graph before they meet the values")
+                yield n, _broken(n, ended, "the weights from the values")
             else:
-                yield n, refusal("no_values", "the weights meet no values", n)
+                yield n, refusal("no_values", "the weights are not multiplied by values", n)
             continue
         begun = begun_by(n)
         flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
         if begun is not None and n in meeting and _from_input(n):
-            yield n, _broken(n, begun, "the scores come from another graph")
-        elif flat_scores and n in meeting and len(dims(n)) == 2:
-            yield n, refusal("unbatched", "the scores and the weights are plain matrices", n)
+            yield n, _broken(n, begun, "the softmax from the scores")
         elif flat_scores and n in meeting:
-            yield n, refusal("shared_keys", "the scores are a product with one matrix", n)
+            yield n, refusal("shared_keys", "the keys are one matrix, which the whole batch shares", n)
         else:
-            yield (
-                n,
-                refusal(
-                    "not_attention", "no product of queries with keys leads to it by operators that are understood", n
-                ),
-            )
+            message = "known operators do not lead from a product of queries and keys to this softmax"
+            yield n, refusal("not_attention", message, n)
 
 
 def with_reasons(
@@ -61,10 +55,10 @@ def with_reasons(
     dropped: list[tuple[Finding, Refusal | None]],
     filed: list[Finding],
 ) -> list[tuple[Node, Refusal]]:
-    """What is `left` without the softmaxes of sites that were filed, and with the reasons of the places that were
-    dropped on the way: they tell more than that no attention was found."""
+    """Return `left` without the softmaxes of filed sites, and with the reasons of sites that were dropped earlier:
+    these say more than that the weights meet no values. Adds the dropped hand-written softmaxes."""
     reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
-    made_of = finder.descent.weights  # a softmax that another one is made of
+    made_of = finder.descent.weights  # node -> the softmaxes that it is computed from
     anchors = [a for f in filed for a in f.anchors]
     seen = set(reach(anchors, lambda n: [s for a in n.all_input_nodes for s in made_of.get(a, ())]))
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
@@ -73,7 +67,7 @@ def with_reasons(
 
 
 def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes of a graph as Dynamo made it, none of which was looked at."""
+    """Yield the softmaxes of a Dynamo graph that was not searched, each with the same refusal."""
     for module in gm.modules():
         if isinstance(module, GraphModule):
             for n in module.graph.nodes:
@@ -83,28 +77,29 @@ def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Ref
 
 
 def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node, Refusal]]:
-    """The softmaxes in the bodies of higher-order operators other than those whose names are in `read`."""
+    """Yield the softmaxes in the bodies of higher-order operators that are not named in `read`."""
     for n in gm.graph.nodes:
         if n.op == "call_function" and isinstance(n.target, HigherOrderOperator) and n.target.name() not in read:
             for x in n.all_input_nodes:
                 body = getattr(gm, str(x.target), None) if x.op == "get_attr" else None
                 if isinstance(body, GraphModule):
-                    yield from unread(body, "higher_order", f"it stands in the body of {n.target.name()}")
+                    yield from unread(body, "higher_order", f"the body of {n.target.name()} is not searched")
 
 
 def _broken(n: Node, at: Break, what: str) -> Refusal:
     why = f": {at.reason}" if at.reason else ""
-    return Refusal("graph_break", f"{what}, which broke at {at.where}{why}", (n.name,), at.hint, at.where)
+    message = f"a graph break at {at.where} separates {what}{why}"
+    return Refusal("graph_break", message, (n.name,), at.hint, at.where)
 
 
 def _leaves(finder: Finder, n: Node) -> bool:
-    """Whether the weights, or what is made of them, are an output of the graph."""
+    """Return whether the weights, or values computed from them, are an output of the graph."""
     output = next(x for x in finder.gm.graph.nodes if x.op == "output")
     return any(n in finder.descent.weights.get(a, ()) for a in output.all_input_nodes)
 
 
 def _from_input(n: Node) -> bool:
-    """Whether a softmax is made of an input of the graph as large as itself, by operators of one such operand."""
+    """Return whether a softmax comes from a graph input as large as itself, by operators of one such operand."""
     at = n
     while at.op == "call_function":
         same = [a for a in at.all_input_nodes if is_tensor(a) and dims(a) == dims(n)]

@@ -1,9 +1,9 @@
-"""What is read of the weights of an attention that was found, and whether its weights are needed beside that.
+"""Find reductions of an attention's weights that can be computed without materializing the weights.
 
-A model that returns what each key received, or the mean over the heads, needs no weights for it: these are sums of
-the same weights, which an operator computes again. So are some of their rows (those of the class token), which are the
-weights of some of the queries, and the largest of each row and its key, or of each key and its row. The logarithm of
-the sum of the scores' exponentials, which a loss may hold down, is what the attention computes anyway.
+A model that returns the weight each key received, or the mean over the heads, does not need the weights: these are
+sums, which an operator computes again. The same holds for some of the rows (the class token's), which are the weights
+of some of the queries. It also holds for the largest weight of each row and its key, or of each key and its row. The
+attention itself computes the logarithm of the sum of the scores' exponentials, which a loss may penalize.
 `find_reductions` reads them off the graph.
 """
 
@@ -36,15 +36,15 @@ ROWS = ("select", "slice", "narrow")
 
 
 def _asked(n: Node) -> tuple[Node, str] | None:
-    """(weights, kind of reduction), where a node reads some of what may be weights; for the logarithm of a sum, the
-    scores, as nearly as the node itself shows them."""
+    """Return (weights, kind of reduction) if a node may reduce weights, else None. For the logarithm of a sum, return
+    the scores, as nearly as the node itself shows them."""
     if n.op != "call_function" or not is_tensor(n):
         return None
     name, source = op_name(n), n.args[0] if n.args else None
     if name in ("logsumexp", "log") and is_tensor(source):
         return source, "logsumexp"  # type: ignore[return-value]
     if name == "add" and (logs := [x for x in n.all_input_nodes if op_name(x) == "log"]):
-        return logs[0], "logsumexp"  # a largest score that was subtracted comes back
+        return logs[0], "logsumexp"  # a row maximum that was subtracted comes back
     if name in SUMS and is_tensor(source):
         return source, "sum"  # type: ignore[return-value]
     if name in ROWS and is_tensor(source):
@@ -59,10 +59,10 @@ def _asked(n: Node) -> tuple[Node, str] | None:
 
 
 def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
-    """Fills in `reductions` of each match; splits its batch axes where a sum has a part of one."""
+    """Fill in `reductions` of each match; split its batch axes if a sum splits one."""
     matches = list(matches)
     ends = {match.final for match in matches}
-    of: dict[Node, dict[Match, None]] = {}  # the matches of a normaliser, and of a product that it comes from
+    of: dict[Node, dict[Match, None]] = {}  # normalizer or product before it -> its matches
     for match in matches:
         for anchor in match.anchors:
             products = (s for a in anchor.all_input_nodes for s in finder.descent.scores.get(a, ()))
@@ -75,7 +75,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         weights, kind = found
         starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
-            if kind != "logsumexp" or read_beside([n], ends):  # a softmax by hand may read it for itself alone
+            if kind != "logsumexp" or read_beside([n], ends):  # else only the attention's own softmax reads it
                 asked.setdefault(match, []).append(n)
     for match, nodes in asked.items():
         for n in nodes:
@@ -87,17 +87,17 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
 
 
 def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, Common] | None:
-    """What is read by the node, where that is a function of the weights of the match."""
+    """Return the reading of the node's operand if it is a function of the weights of the match, else None."""
     asked, facts = _asked(final), finder.facts
     assert asked is not None
     weights, kind = asked
     held = value(final) if kind in ("sum", "logsumexp") else value(weights)
     if torch.finfo(held.dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
-        return None  # asked for in a wider type than the weights have
+        return None  # requested in a wider dtype than the weights have
     if facts.regions[final] != facts.regions[match.final]:
         return None
     if op_name(final) == "amax" and final in facts.differentiable:
-        return None  # equal weights share its gradient
+        return None  # its gradient is shared between equal weights
     dimensions = _dimensions(final if kind == "logsumexp" else weights)
     try:
         if kind == "logsumexp":
@@ -114,7 +114,7 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
 
 
 def _all_before(finder: Finder, match: Match, reading: Reading, final: Node) -> bool:
-    """Whether all that the attention needs stands before a node."""
+    """Return whether all that the attention needs comes before a node."""
     position = finder.facts.position
     sources = [*match.read, *reading.captures]
     return all(position[x] < position[final] for x in sources)
@@ -142,7 +142,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
         if op_name(final) == "mean":
             count = A.mul(A.ONE, *(dimensions[d].args[0] for d in sorted(gone)))
     elif reading.spec.dropout:
-        return None  # which keys are dropped depends on how the rows are cut
+        return None  # the dropout mask depends on how the rows are cut
     elif kind == "rows":
         found = _some_rows(match, final, weights, index)
         if found is None or any(names_its_length(p) for p in (*programs, weight)):
@@ -160,7 +160,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
             return None
         over = "j" if index[dim] is match.column else "i"
         if op_name(final) == "amax" and over == "j":
-            return None  # it is computed with its row
+            return None  # a region of whole rows computes it
         kept = [x for x in index if x is not index[dim]]
     draft = replace(match.spec, weight=weight, dropout=reading.spec.dropout, out_dtype=match.spec.compute)
     spec, captures, sizes = renumbered(draft, programs, match, reading)
@@ -168,7 +168,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
 
 
 def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> tuple[int, Expr] | None:
-    """(the first row, the variable of the rows), where a node takes rows of the weights that are numbers."""
+    """Return (the first row, the rows' variable) if a node takes a constant range of the weights' rows, else None."""
     n = match.row.args[0]
     out = tuple(A.var(f"s{d}", x) for d, x in enumerate(dims(final)))
     try:
@@ -184,17 +184,17 @@ def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> t
         return None
     count = found[1][0][0].args[0] if found[1] else A.ONE
     if count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
-        return None  # most of them: the weights exist anyway
+        return None  # more than half of the weights are materialized anyway
     return int(found[0].value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
 
 
 def names_its_length(program: Expr) -> bool:
-    """Whether the number of rows is part of a program, which is another number for some of the rows."""
+    """Return whether a program uses the number of rows, which differs for some of the rows."""
     return any(e.op == "size" and e.value == "T" for e in reach([program], lambda e: e.args if e.op != "var" else ()))
 
 
 def _split(match: Match, common: Common) -> None:
-    """Where a sum has a batch axis in parts, so has the match from now on."""
+    """Split the match's batch axes in the way that a sum splits them."""
     if all(len(of) == 1 for of in common.made_of.values()):
         return
     theirs = common.theirs
@@ -214,7 +214,7 @@ def _split(match: Match, common: Common) -> None:
 
 
 def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
-    """The batch axes over b and h."""
+    """Map each batch axis to its expression over b and h."""
     by: dict[Expr, Expr] = {}
     unflatten(by, axes["b"], S.B)
     unflatten(by, axes["h"], S.H)
@@ -224,7 +224,8 @@ def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
 def renumbered(
     draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
 ) -> tuple[AttentionSpec, list[Node], list[str]]:
-    """The spec with another score and extra logits; all its programs load nodes of the graph, which `sources` hold."""
+    """Return the spec with another score and extra logits. All its programs load nodes of the graph; `sources` have the
+    captures of these."""
     captures = {n: c for x in sources for n, c in zip(x.captures, x.spec.captures, strict=True)}
     used = {e.value for p in (*named, draft.weight) for e in walk(p) if e.op == "load"}
     held = tuple((n, c) for n, c in captures.items() if n in used)
@@ -234,7 +235,7 @@ def renumbered(
 def _same_scores(
     finder: Finder, match: Match, final: Node, dimensions: Index, found: N.Normalised, j: Expr
 ) -> tuple[Reading, Common] | None:
-    """The weights as read with j as the key, where their softmax is that of the match."""
+    """Return the reading of the weights with j as the key if their softmax is the match's, else None."""
     if j.args[0] is not match.column.args[0]:
         return None
     try:
@@ -259,10 +260,10 @@ def _same_scores(
 
 @dataclass(frozen=True)
 class Common:
-    """The axes that the match and the reading of a sum have in common, where one splits what the other has whole.
+    """The common axes of the match and of the reading of a sum, if one splits an axis that the other has whole.
 
-    ours      each axis of the reading, over them
-    made_of   those that each axis of the match is made of
+    ours      axis of the reading -> expression over the common axes
+    made_of   axis of the match -> the common axes that it consists of
     """
 
     ours: dict[Expr, Expr]
@@ -270,7 +271,7 @@ class Common:
 
     @property
     def theirs(self) -> dict[Expr, Expr]:
-        """Each axis of the match, over them."""
+        """Map each axis of the match to its expression over the common axes."""
         return {a: flat(of) for a, of in self.made_of.items()}
 
 
@@ -295,7 +296,7 @@ def _common(match: Match, reading: Reading, parts: Parts) -> Common | None:
 
 
 def _least(ours: list[Expr], theirs: list[Expr]) -> tuple[list[Expr], list[Expr]]:
-    """The shortest beginnings of both that have one extent, one of them a single axis."""
+    """Return the shortest prefixes of both that have the same extent, one of them a single axis."""
     for n in range(1, max(len(ours), len(theirs)) + 1):
         for x, y in ((ours[:n], theirs[:1]), (ours[:1], theirs[:n])):
             if extent(x) is extent(y):
@@ -304,7 +305,7 @@ def _least(ours: list[Expr], theirs: list[Expr]) -> tuple[list[Expr], list[Expr]
 
 
 def _agrees(match: Match, reading: Reading, common: Common) -> bool:
-    """Whether the two are one softmax of one score of the same operands."""
+    """Return whether the two are one softmax of one score of the same operands."""
     for mine, other in zip(reading.operands, (match.query, match.key), strict=True):
         if [substitute(x, common.ours) for x in mine.index] != [substitute(x, common.theirs) for x in other.index]:
             return False
@@ -317,12 +318,12 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     other = [over_axes(x, match, common.theirs) for x in (theirs.score, *theirs.extra)]
     if mine == other:
         return True
-    # where the match puts an added fill in the place of what it swallows, so may the reading
+    # if the match treats an added fill as replacing the score, so may the reading
     return [A.in_place(x) for x in mine] == other and (not match.training or match.every_row_live)
 
 
 def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
-    """A program over the common axes, whose captures and sizes are those of the graph again."""
+    """Return a program over the common axes, with the captures and sizes of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
     return substitute(substitute(of_nodes(program, source), by), to_common)

@@ -1,1 +1,1 @@
-"""Prepare a Dynamo graph for the search: one file a pass."""
+"""Prepare a Dynamo graph for the search: one pass per file."""

@@ -1,12 +1,12 @@
-"""Operators that only spell another one differently, written as that one.
+"""Canonicalize operators: rewrite each as the operator that later passes understand.
 
-    index_put(x, [.., mask], number)   is masked_fill(x, mask, number)
-    sum(x[.., None, :] * y[.., None, :, :], d)   is a product of matrices, an einsum
-    einsum(.., x, y, z)   is an einsum of two operands after another
-    tensordot, inner   are einsums
+    index_put(x, [.., mask], c)                  becomes   masked_fill(x, mask, c)
+    sum(x[.., None, :] * y[.., None, :, :], d)   becomes   an einsum
+    einsum(.., x, y, z)                          becomes   einsums of two operands
+    tensordot, inner                             become    einsums
 
-Needs `meta["val"]`, and no in-place operators (`functionalise`); changes the graph in place; promises the same results
-up to rounding.
+Needs `meta["val"]`, and in-place operators removed (the pass `functionalize`); changes the graph in place; promises the
+same results up to rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ EXPANDS = ("expand", "expand_as")
 
 
 def run(graph: Graph) -> int:
-    """Rewrite each operator that another one expresses; give how many."""
+    """Rewrite each operator that another one expresses; return how many were rewritten."""
     gm = graph.gm
     rules = {
         "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
@@ -53,7 +53,7 @@ def run(graph: Graph) -> int:
 
 
 def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
-    """x[:, mask] = number."""
+    """Rewrite x[:, mask] = scalar as masked_fill."""
     x, index, number = n.args[:3]
     if argument(n, 3, "accumulate", False) or not isinstance(index, list | tuple):
         return None
@@ -69,7 +69,7 @@ def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
 
 
 def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
-    """The sum of what only two operands together are as large as."""
+    """Rewrite the sum of a product as an einsum, if the two operands broadcast against each other."""
     whole, over = n.args[0], argument(n, 1, "dim")
     over = over if isinstance(over, list | tuple) else [over]
     if op_name(whole) != "mul" or len(whole.users) > 1 or len(over) != 1 or not isinstance(over[0], int):  # type: ignore[union-attr,arg-type]
@@ -106,7 +106,7 @@ def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
 
 
 def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
-    """A product over some dimensions of both operands: of the last ones, for `inner`."""
+    """Rewrite a product over some dimensions of both operands as an einsum; `inner` sums over the last ones."""
     x, y = n.args[:2]
     ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
     given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
@@ -122,7 +122,8 @@ def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
 
 
 def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
-    """Three operands or more: first those two that leave the least behind, as opt_einsum's greedy search takes them."""
+    """Split an einsum of three or more operands into pairs, starting with the pair whose result saves the most memory,
+    as opt_einsum's greedy search does."""
     equation, operands = n.args[:2]
     try:
         inputs, output = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[arg-type,union-attr]

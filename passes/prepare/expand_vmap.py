@@ -1,11 +1,11 @@
-"""vmap written out: its body becomes ATen on tensors that have the mapped dimensions.
+"""Expand vmap: replace its body by ATen operators on tensors that have the mapped dimensions.
 
 Dynamo leaves `torch.vmap` in the graph as calls that enter a level, mark a dimension of each operand, and leave the
-level again. `flatten` runs each outermost level as functorch would, by its batching rules, and puts the operators that
-these call in its place, so that the attention of a vmapped function, or a mask made by one, is read as any other.
+level again. `run` executes each outermost level like functorch, by its batching rules, and replaces it by the operators
+that these call. Then the attention of a vmapped function, or a mask made by one, reads like any other.
 
-A level whose body draws random numbers, changes what it is given, or switches autocast or gradients stays as it was:
-its operators would mean something else outside.
+A level stays as it was if its body draws random numbers, writes to its inputs, or switches autocast or gradients: its
+operators would mean something else outside.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from attnfx.passes.lift.graph import Graph
 ENTER, LEAVE = functorch._vmap_increment_nesting, functorch._vmap_decrement_nesting
 PREPARE = functorch.lazy_load_decompositions
 LEVELS = (ENTER, LEAVE, PREPARE, functorch._add_batch_dim, functorch._remove_batch_dim)
-# Operators of functorch that change what the others mean; grad and jvp stand in graphs under other names.
+# Operators of functorch that change the meaning of others; grad and jvp have other names in graphs.
 TRANSFORMS = ("_functorch", "functorch", "_vmap_increment_nesting", "_grad_increment_nesting")
 
 
 def uses_functorch(gm: GraphModule) -> bool:
-    """Whether vmap or func.grad operators stand in the graph: it must pass through untouched."""
+    """Return whether the graph has vmap or func.grad operators: it must then pass through untouched."""
     return any(_transforms(n) for n in gm.graph.nodes)
 
 
@@ -43,7 +43,7 @@ def _transforms(n: Node) -> bool:
 
 
 def run(graph: Graph) -> int:
-    """Write out every vmap of a Dynamo graph that can be, in a module of its own; give how many."""
+    """Expand every vmap of a Dynamo graph that can be expanded, in a new module; return how many were."""
     gm = graph.gm
     levels = [x for x in _outermost(gm.graph) if all(map(_understood, x))]
     if not levels or maybe_current_level() is not None:
@@ -80,7 +80,7 @@ def run(graph: Graph) -> int:
 
 
 def _outermost(graph: FxGraph) -> Iterator[list[Node]]:
-    """The nodes of each outermost level, from that which enters it to that which leaves it."""
+    """Yield the nodes of each outermost level, from the node that enters it to the node that leaves it."""
     depth, level = 0, []
     for n in graph.nodes:
         depth += n.target is ENTER
@@ -102,7 +102,7 @@ def _understood(n: Node) -> bool:
 
 
 def _written_out(graph: Graph, level: list[Node]) -> tuple[GraphModule, list[Node], list[Node]] | None:
-    """A level's body over plain tensors, what it is given and what it gives; None where it must stay as it was."""
+    """Return (a level's body over plain tensors, its inputs, its results), or None if the level must stay."""
     inside = set(level)
     given = list(dict.fromkeys(a for n in level for a in n.all_input_nodes if a not in inside))
     results = [n for n in level if any(u not in inside for u in n.users)]
@@ -122,7 +122,7 @@ def _written_out(graph: Graph, level: list[Node]) -> tuple[GraphModule, list[Nod
         with fx_traceback.preserve_node_meta():
             body = make_fx(run.run, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
     except Exception:
-        while maybe_current_level() is not None:  # the levels that it had entered
+        while maybe_current_level() is not None:  # leave the levels that it entered
             LEAVE()
         return None
     body.graph.eliminate_dead_code()

@@ -1,34 +1,35 @@
-"""Functionalize in-place operators near a normaliser: scores, weights and masks that are edited in place.
+"""Functionalize in-place operators near a normalizer: scores, weights and masks that are edited in place.
 
-Only where it is certain: the written tensor lives in memory that an operator of this graph allocated (no input, no
-parameter), after the write nobody reads a view of that memory that was taken before, and gradients, strides and random
-draws stay as they were. A write through slices (`scores[:, :, 1:] += bias`) is put back into their base. All other
-mutation stays exactly as it was. Needs `meta["val"]`; changes the graph in place; promises the same results.
+    scores.masked_fill_(mask, c); scores.softmax(-1)   becomes   masked_fill(scores, mask, c).softmax(-1)
+
+A write is rewritten only if this is certain to be right. The written memory must be allocated by an operator of this
+graph, not by an input or a parameter. After the write, nothing may read a view of it that was taken before. Gradients,
+strides and random draws must stay as they were. A write through slices (`scores[:, :, 1:] += bias`) is put back into
+their base. All other mutation stays. Needs `meta["val"]`; changes the graph in place; promises the same results.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import PRODUCTS, dims, op_name, value
+from attnfx.passes.fx.nodes import dims, op_name, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.products import ANCHORS, NORMS
+from attnfx.passes.lift.products import near_normalizer
 
 aten = torch.ops.aten
-# What is allocated to be written part by part: passes/prepare/hoist_concat.py joins the parts.
+# Allocations that are written part by part: passes/prepare/hoist_concat.py joins the parts.
 EMPTY = ("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros")
 SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
-STORAGE = ("resize", "resize_as", "set")  # operators that change what memory a tensor has
+STORAGE = ("resize", "resize_as", "set")  # operators that change a tensor's memory
 
 
 def _pure(node: Node) -> Any:
-    """The out-of-place overload with the same arguments, or None."""
+    """Return the out-of-place overload with the same arguments, or None."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
         return None
@@ -43,13 +44,13 @@ def _pure(node: Node) -> Any:
 
 
 def run(graph: Graph) -> int:
-    """Rewrite each write that can leave; give how many."""
+    """Rewrite each write that can be made out of place; return how many were rewritten."""
     gm = graph.gm
     nodes = list(gm.graph.nodes)
     writes = [n for n in nodes if len(w := written_operands(n)) == 1 and n.args[0] is w[0]]
     if not writes:
         return 0
-    facts, near = graph.facts, _near_normaliser(nodes)
+    facts, near = graph.facts, near_normalizer(nodes)
     families: dict[int, list[Node]] = {}
     for n in nodes:
         key = storage(n)
@@ -65,7 +66,7 @@ def run(graph: Graph) -> int:
         views = _views(target)
         if views and op_name(views[-1].args[0]) in EMPTY:  # type: ignore[arg-type]
             continue
-        # every other alias that is read after the write: the written tensor itself, or what comes from the result
+        # aliases from before the write that are read after it, besides the tensors that get a new value below
         renewed = [target, *(v.args[0] for v in views)]
         aliases = [n for n in families[key] if n is not node and n not in renewed]
         stale = [
@@ -96,40 +97,26 @@ def run(graph: Graph) -> int:
     return changed
 
 
-def _near_normaliser(nodes: Collection[Node]) -> set[Node]:
-    """Nodes from which a normaliser is reached, or that come from one, with no product or layer in between."""
-    layers = (*PRODUCTS, *NORMS)
-    before: set[Node] = set()
-    after: set[Node] = set()
-    for n in reversed(list(nodes)):
-        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
-            before.add(n)
-    for n in nodes:
-        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
-            after.add(n)
-    return before | after
-
-
 def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:
-    """Whether the value that was written over keeps the gradient that it had."""
+    """Return whether the overwritten value keeps the gradient that it had."""
     target: Node = node.args[0]  # type: ignore[assignment]
     base: Node = views[-1].args[0] if views else target  # type: ignore[assignment]
     taught = base not in facts.position or base in facts.differentiable
     if taught and facts.regions[node][0] is False:
-        return False  # a write under no_grad is not recorded, and leaves the history of the target as it is
+        return False  # autograd does not record a write under no_grad: the target keeps its history
     if not taught or op_name(node) != "copy_" or not all(map(_whole, views)):
         return True
-    # the gradient of what is copied over is zeros; out of place it would have none
+    # the overwritten value has a gradient of zeros; out of place, it would be None
     source: Node = node.args[1]  # type: ignore[assignment]
     return base in facts.position and source in facts.position and facts.descends(source, base)
 
 
 def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] | None:
-    """The written tensor and the bases of its views -> their values after the write, out of place; None where an
-    operator for that is missing or gives other strides."""
+    """Map the written tensor and the bases of its views to their values after the write, computed out of place. Return
+    None if an operator for that is missing or returns other strides."""
 
     def stands_for(new: Node, old: Node) -> bool:
-        """Whether a new value is laid out as an old one; from then on it counts as living in the same memory."""
+        """Return whether a new value has the layout of an old one; if so, record that both share memory."""
         mine, other = value(new), value(old)
         if (mine.dtype, mine.shape, mine.stride()) != (other.dtype, other.shape, other.stride()):
             return False
@@ -153,7 +140,7 @@ def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] 
 
 
 def _whole(view: Node) -> bool:
-    """Whether a slice is all of what it is taken of."""
+    """Return whether a slice takes all of its operand."""
     return op_name(view) == "slice" and dims(view) == dims(view.args[0])  # type: ignore[arg-type]
 
 
@@ -167,7 +154,7 @@ def _called(emit: Emitter, node: Node) -> Node | None:
 
 
 def _copied(emit: Emitter, node: Node, clone: bool) -> Node | None:
-    """The source of a copy as the target has it: there is no pure overload that autograd knows."""
+    """Return a copy's source in the target's dtype and shape: autograd knows no pure overload of copy_."""
     target, source = node.args[:2]
     if not isinstance(source, Node) or value(source).device != value(target).device:
         return None
@@ -180,7 +167,7 @@ def _copied(emit: Emitter, node: Node, clone: bool) -> Node | None:
 
 
 def _views(target: Node) -> list[Node]:
-    """The slices through which something is written, the last first; empty where it is no slice."""
+    """Return the slices through which a tensor is written, the last first; empty if it is not a slice."""
     out: list[Node] = []
     while op_name(target) in SCATTERS:
         out.append(target)
@@ -189,7 +176,7 @@ def _views(target: Node) -> list[Node]:
 
 
 def _fresh(family: list[Node]) -> bool:
-    """Whether the memory was allocated by an operator of this graph."""
+    """Return whether an operator of this graph allocated the memory."""
     first = family[0]
     if any(n.op in ("placeholder", "get_attr") for n in family) or first.op != "call_function":
         return False

@@ -1,9 +1,11 @@
-"""Parts of one result, written out one by one: joined where they are computed instead of where they are read.
+"""Join parts of one result where they are computed, instead of where they are read.
 
-A loop over chunks ends in a `cat` of the chunks, or writes each into its place of an empty tensor. `join` turns such
-writes into a `cat`, and moves a `cat` back through what was done to each part alike (a transpose, a reshape, a linear
-layer), up to the product that made the part: cat(f(x_0), f(x_1), ..) is f(cat(x_0, x_1, ..)) where f keeps the rows
-that are joined apart. Needs `meta["val"]`; changes the graph in place; promises the same results.
+    cat([f(x_0), f(x_1), ..])   becomes   f(cat([x_0, x_1, ..]))
+
+A loop over chunks ends in a `cat` of the chunks, or writes each into its place of an empty tensor. `run` turns such
+writes into a `cat`, and moves a `cat` back through operators that are applied to all parts alike (a transpose, a
+reshape, a linear layer), up to the products that compute the parts. Each such operator f must keep the joined rows
+apart. Needs `meta["val"]`; changes the graph in place; promises the same results.
 """
 
 from __future__ import annotations
@@ -27,11 +29,11 @@ from attnfx.passes.prepare.functionalize import EMPTY
 from attnfx.spec.rows import Ref
 
 aten = torch.ops.aten
-NEAR = 16  # nodes from a part back to the product that it comes from
+NEAR = 16  # most nodes from a part back to the product that it comes from
 
 
 def run(graph: Graph) -> int:
-    """Move each join of parts back to the products that the parts come from; give how many joins were made or moved."""
+    """Move joins of parts back to the products that the parts come from; return how many were made or moved."""
     nodes = list(graph.gm.graph.nodes)
     changed = sum(_written_in_parts(graph, n) for n in nodes if op_name(n) in EMPTY)
     if changed:
@@ -42,7 +44,7 @@ def run(graph: Graph) -> int:
         at: Node | None = n if found is not None and _of_products(found[0]) else None
         while at is not None and (found := parts(at)) is not None:
             if any(regions[x] != regions[n] for x in found[0]):
-                break  # what a linear layer gives depends on the autocast region, and its gradient on that of no_grad
+                break  # a linear layer's result depends on the autocast region, its gradient on the no_grad region
             at = _moved_back(graph, at)
             if at is not None:
                 graph.changed()
@@ -51,7 +53,7 @@ def run(graph: Graph) -> int:
 
 
 def _of_products(found: list[Node]) -> bool:
-    """Whether each part comes from a product or an attention, so that a join of these may be worth it."""
+    """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
     for at in found:
         for _ in range(NEAR):
             if batched(at) or op_name(at) in SDPA:
@@ -68,8 +70,8 @@ def _of_products(found: list[Node]) -> bool:
 # -- writes into parts of an empty tensor ---------------------------------------------------------
 @dataclass(frozen=True)
 class Write:
-    """`copy` writes `source` into a part of an empty tensor: from `starts[d]` on along some of its dimensions, `single`
-    of which are one element long and no dimensions of the source."""
+    """A write of `source` into a part of an empty tensor, by the node `copy`. The part begins at `starts[d]` along some
+    dimensions d. It is one element long along the dimensions `single`, which the source lacks."""
 
     copy: Node
     source: Node
@@ -94,6 +96,8 @@ def _written_in_parts(graph: Graph, base: Node) -> bool:
         return False
     if any(u not in views and facts.position[u] < facts.position[last] for u in base.users):
         return False
+    if any(u not in views and u not in copies for n in views for u in n.users):
+        return False  # a view that is read elsewhere would stay empty
     if len({(*w.starts, w.single) for w in writes}) != 1 or len({facts.regions[w.copy] for w in writes}) != 1:
         return False
     if any((value(w.source).dtype, value(w.source).device) != (held.dtype, held.device) for w in writes):
@@ -112,12 +116,12 @@ def _written_in_parts(graph: Graph, base: Node) -> bool:
     return True
 
 
-Nested = list  # of writes, or of such lists: one level for each dimension
+Nested = list  # of writes, or of such lists: one level per dimension
 
 
 def _in_order(base: Node, writes: list[Write], along: list[int]) -> Nested | None:
-    """The writes by where they start, the first dimension outermost; None where they leave something out of the base
-    or cover it twice."""
+    """Return the writes nested by their starts, the first dimension outermost; None if they leave out a part of the
+    base or cover it twice."""
     dim, *inner = along
     groups: dict[Expr, list[Write]] = {}
     for w in writes:
@@ -139,12 +143,12 @@ def _extent(w: Write, dim: int) -> Expr:
 def _joined(emit: Emitter, order: Nested, along: list[int], single: frozenset[int]) -> Node:
     dim, *inner = along
     found = [_joined(emit, x, inner, single) if inner else x.source for x in order]
-    gone = sum(d < dim for d in single)  # these are added later, outside
+    gone = sum(d < dim for d in single)  # the outer levels add these later
     return emit.call(aten.stack.default if dim in single else aten.cat.default, found, dim - gone)
 
 
 def _path(base: Node, at: Node) -> list[Node]:
-    """The views between a tensor and what writes to it."""
+    """Return the views between a tensor and a write to it."""
     out = []
     while (at := at.args[0]) is not base and isinstance(at, Node) and op_name(at) in ("slice", "select"):  # type: ignore[assignment]
         out.append(at)
@@ -152,7 +156,7 @@ def _path(base: Node, at: Node) -> list[Node]:
 
 
 def _write(base: Node, copy: Node) -> Write | None:
-    """A write into parts of the base, through views of which nothing else is made."""
+    """Return the write into a part of the base that a node makes through slices, or None."""
     if op_name(copy) != "copy_" or copy.users or not is_tensor(copy.args[1]):
         return None
     path = _path(base, copy)
@@ -181,7 +185,7 @@ def _write(base: Node, copy: Node) -> Write | None:
 
 # -- a join moved back ----------------------------------------------------------------------------
 def _moved_back(graph: Graph, at: Node) -> Node | None:
-    """The join before the last operator of each part, or None where it has to stay."""
+    """Move the join before the last operator of each part; return the new join, or None if it has to stay."""
     found = parts(at)
     assert found is not None
     operands, dim = found
@@ -204,7 +208,7 @@ def _moved_back(graph: Graph, at: Node) -> Node | None:
         return None
     others = [dims(x)[:row] + dims(x)[row + 1 :] for x in before]
     if any(x != others[0] for x in others):
-        return None  # a view of parts of several shapes
+        return None  # the parts have several shapes
     packet, _, overload = first.op.partition(".")
     target = getattr(getattr(aten, packet), overload)
     emit = graph.emitter(at)
@@ -224,7 +228,7 @@ def _moved_back(graph: Graph, at: Node) -> Node | None:
 
 
 def _source(made: Made, like: Made) -> Along | None:
-    """The one operand with rows of a call, where it is the same call as `like` but for that."""
+    """Return the only operand with rows of a call, if the call is the same as `like` in all other respects."""
     alongs: list[Along] = []
     plain = True
 

@@ -1,9 +1,9 @@
-"""Checkpointed regions written out: their nodes stand in the graph itself, marked to be computed again.
+"""Inline checkpointed regions: put their nodes into the graph itself, marked for recomputation.
 
-Dynamo makes one higher-order operator of each `torch.utils.checkpoint` call, and AOTAutograd writes its body out again,
-each node marked for the partitioner. This pass does the same before the attention is looked for, so that a loop over
-checkpointed chunks is seen whole. `unmark` drops the marks of what is nothing but attention by then: its backward pass
-recomputes anyway, and to run its forward pass again would be work for nothing.
+Dynamo makes one higher-order operator of each `torch.utils.checkpoint` call. AOTAutograd later inlines its body and
+marks each node for the partitioner. This pass does the same before the search, so that a loop over checkpointed chunks
+is seen whole. `unmark` drops the marks of regions that are nothing but attention by then: its backward pass recomputes
+anyway, so running the forward pass again would be wasted.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from attnfx.passes.lift.tables import VIEWS
 
 
 def run(graph: Graph) -> int:
-    """Write out the plain checkpointed regions of a Dynamo graph, in a module of its own; give how many."""
+    """Inline the plain checkpointed regions of a Dynamo graph, in a new module; return how many there were."""
     gm = graph.gm
     found = sum(_body(gm, n) is not None for n in gm.graph.nodes)
     if found:
@@ -36,12 +36,12 @@ def run(graph: Graph) -> int:
 
 
 def _body(gm: GraphModule, n: Node) -> GraphModule | None:
-    """The body of a region in which everything is to be computed again, where its results are read one by one."""
+    """Return the body of a region that recomputes everything, if its results are read one by one; else None."""
     if n.op != "call_function" or n.target is not torch.ops.higher_order.tag_activation_checkpoint:
         return None
     body = attrgetter(str(n.args[0].target))(gm) if isinstance(n.args[0], Node) else None
     if not isinstance(body, GraphModule) or "_checkpoint_context_fn" in body.meta:
-        return None  # a policy says what is saved
+        return None  # a policy chooses the saved values
     results, given = body.graph.output_node().args[0], [x for x in body.graph.nodes if x.op == "placeholder"]
     if len(given) != len(n.args) - 1 or not isinstance(results, tuple) or not all(isinstance(x, Node) for x in results):
         return None
@@ -52,8 +52,8 @@ def _copied(
     gm: GraphModule, graph: FxGraph, values: dict[Node, Any], held: dict[str, Any], marks: dict[str, Any],
     regions: Iterator[int],
 ) -> Any:  # fmt: skip
-    """Copies all nodes but the output, which is given over the copies; `values` are those of the placeholders of a
-    body, `held` what the copies read of a module."""
+    """Copy all nodes but the output, and return the output's arguments over the copies. `values` has the placeholders
+    of a body, `held` collects the attributes of a module that the copies read."""
     for n in gm.graph.nodes:
         if n in values:
             continue
@@ -77,7 +77,7 @@ def _copied(
 
 
 def unmark(gm: GraphModule) -> None:
-    """Regions that hold nothing but operators of attnfx and views are marked no longer. Changes the graph in place."""
+    """Drop the marks of regions that hold only operators of attnfx and views. Changes the graph in place."""
     regions: dict[int, list[Node]] = {}
     for n in gm.graph.nodes:
         if REGION in n.meta:

@@ -1,10 +1,11 @@
-"""Attention over several sets of keys, written with a product for each: one product over all of them.
+"""Merge attention over several sets of keys, with a product for each, into one product over all of them.
 
     w = softmax(cat([q @ k1.mT, q @ k2.mT], -1));   w[..., :n] @ v1 + w[..., n:] @ v2
+        becomes   softmax(q @ cat([k1, k2], -2).mT, -1) @ cat([v1, v2], -2)
 
-Products of one query with several sets of keys that meet in one softmax become slices of one product, and the sum of
-products of slices of one tensor with several sets of values becomes one product. Both are einsums over operands that
-are brought to common axes and concatenated. Needs `meta["val"]`; changes the graph in place; promises the same results.
+Products of one query with several sets of keys that meet in one softmax become slices of one product. A sum of products
+of slices of one tensor with several sets of values becomes one product. Both are einsums over operands that are brought
+to common axes and concatenated. Needs `meta["val"]`; changes the graph in place; promises the same results.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ aten = torch.ops.aten
 
 @dataclass(frozen=True)
 class Half:
-    """One product, sum over `reduced` of common[..] * own[..], at an index over variables of its dimensions.
+    """One product, the sum over `reduced` of common[..] * own[..], at an index over variables of its dimensions.
 
-    common   what the products share: the queries, or a part of the weights
-    own      what each has alone: a set of keys, or of values
+    common   the operand that the products share: the queries, or a part of the weights
+    own      the operand that each product has alone: a set of keys, or of values
     axis     the variable that runs over the set
     """
 
@@ -49,7 +50,7 @@ class Half:
 
 
 def run(graph: Graph) -> int:
-    """Merge the products of several sets of keys, or of values, into one; give how many became part of another."""
+    """Merge the products of several sets of keys, or of values, into one; return how many became part of another."""
     changed = 0
     for n in list(graph.gm.graph.nodes):
         if n.op != "call_function" or not is_tensor(n):
@@ -83,7 +84,7 @@ def _comes_from_softmax(n: Node) -> bool:
 
 
 def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
-    """A product as common and own: `axis`, or the reduced variable where it is None, runs over the set."""
+    """Yield a product as common and own operand. `axis` runs over the set; None stands for the reduced variable."""
     c = contraction(n, at)
     if c is None:
         return
@@ -96,8 +97,8 @@ def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
 
 
 def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half], out: Index, axis: Expr) -> Node:
-    """The product of `common` with all sets, whose elements run along `axis`: a variable of `out`, or `summed`."""
-    # a dimension of size 1 may be in neither operand, and is the sets' then
+    """Emit the product of `common` with all sets, joined along `axis`, which is a variable of `out` or `summed`."""
+    # a dimension of size 1 may be in neither operand, and then belongs to the sets
     of_sets = frozenset().union(*(free(h.own.index) for h in halves))
     shared = [v for v in out if v is not axis and (v.value in of_sets or v.value not in free(common.index))]
     rest = [axis] if axis is summed else [axis, summed]
@@ -144,7 +145,7 @@ def _scores(graph: Graph, at: Node) -> int:
 
 
 def _copied(nodes: Sequence[Node], made: dict[Node, Node], at: Node) -> dict[Node, Node]:
-    """`made`, and a copy before `at` of each node that is not in it, which reads copies."""
+    """Copy before `at` each node that is not in `made`, with operands from `made`; return `made` with the copies."""
     for n in nodes:
         if n not in made:
             with at.graph.inserting_before(at):
@@ -153,8 +154,8 @@ def _copied(nodes: Sequence[Node], made: dict[Node, Node], at: Node) -> dict[Nod
 
 
 def _chain(part: Node, facts: Facts) -> list[Node]:
-    """The one product that a part comes from, and the pointwise operators and views between the two, in order; empty
-    where there is no such product, or where one of them is written in place."""
+    """Return the one product that a part comes from, then the pointwise operators and views up to the part, in order.
+    Empty if there is more or less than one product, or if one of these nodes is written in place."""
     found, stack, products = {part}, [part], set()
     while stack:
         n = stack.pop()
@@ -176,7 +177,7 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
 
 
 def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
-    """The product of a part, as that of its own keys with the queries."""
+    """Return the product of a part as a half whose own operand is the part's keys, or None."""
     at = tuple(A.var(f"p{d}", n) for d, n in enumerate(dims(part)))
     for e in walk(lifter.lift(part, at)):
         if e.op != "load" or not isinstance(e.value, Node) or not batched(e.value):
@@ -189,7 +190,7 @@ def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
 
 
 def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
-    """Whether two products differ in their set of keys alone."""
+    """Return whether two products differ in their set of keys alone."""
     mine, theirs = (
         [None if v is h.axis else v for v in variables(h.product)] + [value(h.product).dtype, h.reduced.args[0]]
         for h in (one, other)
@@ -229,7 +230,7 @@ def _values(graph: Graph, at: Node) -> int:
 
 
 def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand | None:
-    """The weights of both, at `total`, where those of `other` begin in one tensor where those of `one` end."""
+    """Return the weights of both, at `total`, if `other` begins where `one` ends in the same tensor; else None."""
     theirs = [(x.node, x.index, x.factor) for x in accesses(lifter, other.common.node, other.common.index)]
     for x in accesses(lifter, one.common.node, one.common.index):
         moved = {one.reduced: A.add(other.reduced, one.reduced.args[0])}

@@ -1,13 +1,13 @@
-"""A softmax over chunks of keys that was combined by hand, as one softmax over all of them.
+"""Merge a hand-written online softmax over chunks of keys into one softmax over all keys.
 
     for k, v in chunks:  s = q @ k.mT;  n = maximum(m, s.amax(-1, keepdim=True))
                          p = exp(s - n);  c = exp(m - n);  out = out * c + p @ v;  l = l * c + p.sum(-1, keepdim=True)
-    out / l     is     softmax(cat(s), -1) @ cat(v)
+    out / l     becomes     softmax(cat(s), -1) @ cat(v)
 
-What is proved of a result: it is the sum of exp(e_c[i, j]) * v_c[j] over all chunks c and their keys j, divided by that
-of exp(e_c[i, j]), and each e_c is the score s_c but for one number of the row. Where a fill is -inf, each row has to
-keep the first key: what a row without a live key in its first chunk gives is NaN, and stays so. Needs `meta["val"]`;
-changes the graph in place; promises the same results up to rounding.
+The proof shows that a result is the sum of exp(e_c[i, j]) * v_c[j] over all chunks c and their keys j, divided by the
+sum of exp(e_c[i, j]). Each e_c must be the score s_c plus one value of the row. With a fill of -inf, each row must keep
+the first key: a row without a live key in its first chunk becomes NaN and stays NaN. Needs `meta["val"]`; changes the
+graph in place; promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ from attnfx.passes.lift.products import batched
 from attnfx.passes.lift.tables import Index
 
 aten = torch.ops.aten
-LAST = ("div", "add", "mul")  # what a combination may end with
+LAST = ("div", "add", "mul")  # the last operator of a combination
 EXPONENTIALS = ("exp", "exp2")
 CASTS = ("to", "_to_copy", "type_as")
-MOST = 64  # chunks
+MOST = 64  # chunks of one softmax
 ZERO = A.const(0.0)
 Core = Callable[[Expr], bool]
 
 
 class NotOnline(Exception):
-    """The result is no such combination."""
+    """The result is not an online softmax."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """`product`, of the node `read` with `values`, at a chunk of keys. `weights` are what is read, before it is cast:
-    exp of something that the node `scores` is a part of."""
+    """A chunk of keys: the `product` of the node `read` with `values`. `weights` is `read` before it is cast: exp of an
+    expression that contains the node `scores`."""
 
     product: Contraction
     read: Node
@@ -60,7 +60,7 @@ class Chunk:
 
     @property
     def index(self) -> Index:
-        """How the product reads the weights."""
+        """Return the index at which the product reads the weights."""
         return self.product.left_index if self.read is self.product.left else self.product.right_index
 
     @property
@@ -69,14 +69,14 @@ class Chunk:
 
     @property
     def form(self) -> tuple[object, ...]:
-        """What all chunks have in common: how the product reads its operands."""
+        """Return the properties that all chunks share: how the product reads its operands."""
         places = [None if x is self.product.reduced else x for x in (*self.index, *self.values_index)]
         return len(self.index), *places, value(self.read).dtype
 
 
 @dataclass(frozen=True)
 class Term:
-    """exp(`exponent`) * `core` / `over`."""
+    """The value exp(`exponent`) * `core` / `over`."""
 
     exponent: Expr
     core: Expr
@@ -84,7 +84,7 @@ class Term:
 
 
 def run(graph: Graph) -> int:
-    """Merge each combination of chunks of keys into one softmax; give how many."""
+    """Merge each combination of chunks of keys into one softmax; return how many were merged."""
     gm, changed = graph.gm, 0
     known = {n for n in gm.graph.nodes if _of_exponentials(n) is not None}
     while len(known) > 1:
@@ -99,7 +99,7 @@ def run(graph: Graph) -> int:
 
 
 def _of_exponentials(n: Node) -> Node | None:
-    """The operand of a product that is an exponential, or a cast of one."""
+    """Return the operand of a product that is an exponential, or a cast of one; else None."""
     if n.op != "call_function" or not batched(n) or op_name(n) == "baddbmm":
         return None
     return next((x for x in n.all_input_nodes if op_name(_uncast(x)) in EXPONENTIALS), None)
@@ -112,7 +112,7 @@ def _uncast(x: Node) -> Node:
 
 
 def _after(gm: GraphModule, products: set[Node]) -> list[Node]:
-    """The nodes that may combine two of the products or more, in order."""
+    """Return the nodes that may combine two or more of the products, in order."""
     reached: dict[Node, frozenset[Node]] = {p: frozenset([p]) for p in products}
     out = []
     for n in gm.graph.nodes:
@@ -148,13 +148,13 @@ def _gathered(graph: Graph, n: Node) -> Node | None:
 
 
 def _lifted(lifter: Lifter, n: Node, at: tuple[Expr, ...]) -> Expr:
-    """What a node is but for roundings to float16."""
+    """Lift a node without its roundings to float16."""
     return rebuild(lifter.lift(n, at), lambda old, args: args[0] if old.op == "half" else None)
 
 
 # -- a combination as a sum of terms --------------------------------------------------------------
 def _terms(e: Expr) -> list[Term]:
-    """Raises NotOnline where there are less than two."""
+    """Return the terms of a combination. Raises NotOnline if there are fewer than two, or too many."""
     found = [_term(factors) for factors in _expanded(e, _product)]
     terms = [t for t in found if t is not None]
     if not 2 <= len(terms) <= MOST or len({t.over for t in terms}) > 1:
@@ -163,7 +163,7 @@ def _terms(e: Expr) -> list[Term]:
 
 
 def _expanded(e: Expr, core: Core) -> list[list[Expr]]:
-    """The factors of each term; a sum is multiplied out only where it holds what is to be at the core of a term."""
+    """Return the factors of each term. A sum is multiplied out only if it holds a possible core of a term."""
     if e.op == "add":
         return [t for a in e.args for t in _expanded(a, core)]
     if e.op == "mul":
@@ -196,7 +196,7 @@ def _holds(e: Expr, core: Core) -> bool:
 
 
 def _term(factors: list[Expr]) -> Term | None:
-    """None for zero."""
+    """Return the term that the factors multiply to, or None for zero."""
     if ZERO in factors:
         return None
     left = list(factors)
@@ -237,8 +237,8 @@ def _chunk(t: Term, out: tuple[Expr, ...]) -> Chunk:
 
 
 def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
-    """Raises NotOnline where the weights are not shares of the sum of all exponentials, or differ by chunk. The chunks
-    are in the order of the graph."""
+    """Prove that the weights are shares of the sum of all exponentials, and treated alike in all chunks. Raises
+    NotOnline otherwise. The chunks are in the order of the graph."""
     over = terms[0].over
     if over is None or len({c.form for c in chunks}) > 1:
         raise NotOnline
@@ -269,7 +269,7 @@ def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
 
 
 def _summed(t: Term, j: Expr) -> Expr | None:
-    """The exponent that a term of the divisor adds up, at key j."""
+    """Return the exponent that a term of the divisor sums up, at key j, or None."""
     body, extent = t.core.args
     inside = exponent(body)
     if inside is None or extent is not j.args[0]:
@@ -278,7 +278,7 @@ def _summed(t: Term, j: Expr) -> Expr | None:
 
 
 def _shift(whole: Expr, score: Expr) -> Expr:
-    """What was added to the score of a chunk; under a mask that drowns, only what it keeps."""
+    """Return the value that was added to the score of a chunk; under a mask that drowns, at kept elements only."""
     while whole.op == "where" and score.op == "where" and whole.args[0] is score.args[0]:
         if not (A.drowning(whole.args[2]) and A.drowning(score.args[2])):
             break
@@ -292,7 +292,7 @@ def _shift(whole: Expr, score: Expr) -> Expr:
 
 
 def _plain(e: Expr) -> Expr:
-    """Without terms that are zero times something: row maxima, which are finite here."""
+    """Remove terms that are zero times something: row maxima, which are finite here."""
     if e.op == "where":
         return A.where(e.args[0], _plain(e.args[1]), e.args[2])
     terms = e.args if e.op == "add" else (e,)

@@ -1,10 +1,10 @@
-"""Scores that are a sum of products of queries with keys: one product over the widths of all.
+"""Merge scores that are a sum of products of queries with keys into one product over all their widths.
 
-    q1 @ k1.mT * a + q2 @ k2.mT * b   is   cat([q1 * a, q2 * b], -1) @ cat([k1, k2], -1).mT
+    q1 @ k1.mT * a + q2 @ k2.mT * b   becomes   cat([q1 * a, q2 * b], -1) @ cat([k1, k2], -1).mT
 
-So are content and position scored apart, or the part of a head that is rotated and the part that is not. Only where
-each product has the rows on one side and the keys on the other: a table that is read at i - j has both on one. Needs
-`meta["val"]`; changes the graph in place; promises the same results up to rounding.
+Such sums score content and position apart, or the rotated part of a head and the rest. Each product must have the rows
+on one side and the keys on the other: a table that is read at i - j has both on one side. Needs `meta["val"]`; changes
+the graph in place; promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SUMS = ("add", "sub", "baddbmm")
 
 @dataclass(frozen=True)
 class Term:
-    """`factor` * sum over `reduced` of query[..] * key[..]."""
+    """The value `factor` * sum over `reduced` of query[..] * key[..]."""
 
     query: Operand
     key: Operand
@@ -40,7 +40,7 @@ class Term:
 
 
 def run(graph: Graph) -> int:
-    """Merge each sum of products into one product of wider operands; give how many."""
+    """Merge each sum of products into one product of wider operands; return how many were merged."""
     return sum(_merged(graph, n) for n in list(graph.gm.graph.nodes) if op_name(n) in SUMS and is_tensor(n))
 
 
@@ -61,17 +61,17 @@ def _united(graph: Graph, at: Node) -> Node | None:
         return None
     ways = [_sides(factor, load, node) for factor, node, load in found]
     for rows, columns in _partitions(ways[0], out):
-        terms = [next((t for t in way if _parted(t, rows, columns)), None) for way in ways]
-        if all(t is not None for t in terms):
+        terms = [t for way in ways if (t := next((t for t in way if _parted(t, rows, columns)), None)) is not None]
+        if len(terms) == len(ways) and _as_large(terms):
             try:
-                return _einsum(graph.emitter(at), [t for t in terms if t is not None], out)
+                return _einsum(graph.emitter(at), terms, out)
             except CannotEmit:
                 return None
     return None
 
 
 def _terms(e: Expr, at: Node) -> list[tuple[float, Node, Expr]]:
-    """(factor, product, load of it) for each term of a sum of nothing but products; empty where it is another sum."""
+    """Return (factor, product, load of it) for each term of a sum of products; empty for any other sum."""
     while e.op == "half":
         e = e.args[0]
     out = []
@@ -99,7 +99,7 @@ def _sides(factor: float, load: Expr, node: Node) -> list[Term]:
 
 
 def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr]]:
-    """The variables that may be the rows' and the keys': the last of those that a side has alone."""
+    """Return the variables that may be the rows' and the keys': on each side alone, the last ones first."""
     found = []
     for t in way:
         alone = [v for v in out if v.value in free(t.query.index) - free(t.key.index)]
@@ -111,6 +111,13 @@ def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr
 def _parted(t: Term, row: Expr, column: Expr) -> bool:
     query, key = free(t.query.index), free(t.key.index)
     return row.value in query - key and column.value in key - query
+
+
+def _as_large(terms: list[Term]) -> bool:
+    """Return whether each merged operand has the axes of one of its parts: otherwise it would be larger than all of
+    them, as a table of positions that is copied for each row of the queries."""
+    queries, keys = ([free(getattr(t, side).index) - {t.reduced.value} for t in terms] for side in ("query", "key"))
+    return frozenset().union(*queries) in queries and frozenset().union(*keys) in keys
 
 
 def _einsum(emit: Emitter, terms: list[Term], out: tuple[Expr, ...]) -> Node:

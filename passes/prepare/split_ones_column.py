@@ -1,9 +1,9 @@
-"""Values with a column of ones, which sums the weights up: written as a sum of the weights.
+"""Replace a column of ones in the values, which sums up the weights, by a sum of the weights.
 
-    n = w @ cat([v, ones], -1);   n[..., :-1] / n[..., -1:]   is   (w @ v) / w.sum(-1, keepdim=True)
+    n = w @ cat([v, ones], -1);   n[..., :-1] / n[..., -1:]   becomes   (w @ v) / w.sum(-1, keepdim=True)
 
-A product of which nothing but parts along its width are read is a product for each part, and a part that is one
-everywhere is a sum. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
+A product that is only read in parts along its width becomes a product for each part. A part of the values that is one
+everywhere becomes a sum. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ MOST = 4  # parts of one product
 
 @dataclass(frozen=True)
 class Part:
-    """A reader of the product: values[..., `at`], where `column` runs along the width; it is None for a single one."""
+    """A reader of the product: values[..., `at`]. `column` runs along the width; None stands for a single column."""
 
     node: Node
     at: Expr
@@ -41,7 +41,7 @@ class Part:
 
 
 def run(graph: Graph) -> int:
-    """Split each product with a column of ones; give how many."""
+    """Split each product with a column of ones; return how many were split."""
     changed = 0
     for n in list(graph.gm.graph.nodes):
         if op_name(n) not in PRODUCTS or not is_tensor(n) or len(dims(n)) < 3 or not _joined(n.args[1]):
@@ -68,14 +68,14 @@ def run(graph: Graph) -> int:
 
 
 def _joined(x: object) -> bool:
-    """Whether values are made of several along their width."""
+    """Return whether values are a concatenation or padded, as with a column of ones."""
     while isinstance(x, Node) and op_name(x) in VIEWS and x.args:
         x = x.args[0]
     return isinstance(x, Node) and op_name(x) in JOINED
 
 
 def _part(lifter: Lifter, n: Node, reader: Node) -> Part | None:
-    """A reader of the product that takes all of it but along the width."""
+    """Return a reader of the product that takes all of it except along the width, or None."""
     if op_name(reader) not in PARTS or not is_tensor(n.args[1]):
         return None
     out: Index = tuple(A.var(f"p{d}", x) for d, x in enumerate(dims(reader)))
@@ -91,7 +91,7 @@ def _part(lifter: Lifter, n: Node, reader: Node) -> Part | None:
 
 
 def _rows(n: Node) -> Index:
-    """The index into the values of a product, but for their width."""
+    """Return the index into the values of a product, without their width."""
     return tuple(A.var(f"v{d}", x) for d, x in enumerate(dims(n.args[1])[:-1]))  # type: ignore[arg-type]
 
 

@@ -1,11 +1,11 @@
-"""Linear layers over pairs of rows, written as layers over the rows: the tensor of queries x keys x width never exists.
+"""Split linear layers over pairs of rows into layers over the rows: queries x keys x width is never materialized.
 
     linear(cat([q[:, :, None].expand(..), k[:, None].expand(..)], -1), w)
-        is   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
-    linear(q[:, :, None] * k[:, None], w)   is   einsum("bid,bjd,od->bijo", q, k, w)
+        becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
+    linear(q[:, :, None] * k[:, None], w)   becomes   einsum("bid,bjd,od->bijo", q, k, w)
 
-Only where the pairs go to a softmax. Narrow types are widened for it, so that a sum of parts is rounded once, as the
-layer's is. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
+The pairs must lead to a softmax. Narrow dtypes are widened, so that a sum of parts is rounded once, like the layer's
+own sum. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NARROW = (torch.float16, torch.bfloat16)
 
 
 def run(graph: Graph) -> int:
-    """Split each linear layer over pairs of rows into one over each; give how many."""
+    """Split each linear layer over pairs of rows into one over each; return how many were split."""
     changed = 0
     for n in list(graph.gm.graph.nodes):
         if op_name(n) not in LAYERS or not is_tensor(n.args[0]) or not is_tensor(n.args[1]):
@@ -47,7 +47,7 @@ def run(graph: Graph) -> int:
         if any(x in facts.written for x in (*within, *leaves)) or len({facts.regions[x] for x in within}) > 1:
             continue
         if facts.casts(n):
-            continue  # autocast rounds what a layer reads
+            continue  # autocast rounds a layer's operands
         try:
             made = _apart(graph.emitter(n), n, parts)
         except CannotEmit:
@@ -59,7 +59,7 @@ def run(graph: Graph) -> int:
 
 
 def _parts(x: Node) -> list[Node]:
-    """What is concatenated along the width, or the operand itself."""
+    """Return the operands that are concatenated along the width, or the operand itself."""
     if op_name(x) in CATS and len(shape(x)) > 2:
         given, dim = x.args[0], argument(x, 1, "dim", 0)
         if dim in (-1, len(shape(x)) - 1) and all(len(shape(a)) == len(shape(x)) for a in given):  # type: ignore[union-attr,arg-type]
@@ -68,7 +68,7 @@ def _parts(x: Node) -> list[Node]:
 
 
 def _factors(x: Node) -> list[Node]:
-    """The two rows that a part is the product of, or the rows that it is, without the expansions."""
+    """Return the two rows whose product a part is, or the rows that it repeats, without the expansions."""
     if op_name(x) == "mul" and all(is_tensor(a) for a in x.args):
         both = [_compact(a) for a in x.args]  # type: ignore[arg-type]
         if _pairs(both, len(shape(x))) and all(value(a).dtype == value(x).dtype for a in both):
@@ -77,7 +77,7 @@ def _factors(x: Node) -> list[Node]:
 
 
 def _compact(x: Node) -> Node:
-    """The tensor that broadcasts to `x`."""
+    """Return the tensor that broadcasts to `x`."""
     while op_name(x) in EXPANSIONS and isinstance(x.args[0], Node) and len(shape(x.args[0])) == len(shape(x)):
         if any(a is not b and a is not A.ONE for a, b in zip(dims(x.args[0]), dims(x), strict=True)):
             break
@@ -86,7 +86,7 @@ def _compact(x: Node) -> Node:
 
 
 def _passed(x: Node) -> list[Node]:
-    """The expansions between a part and its factors, which are left out."""
+    """Return the expansions between a part and its factors, which are left out."""
     out = []
     ends = _factors(x)
     stack = [a for a in (x.args if len(ends) > 1 else (x,)) if isinstance(a, Node)]
@@ -99,13 +99,13 @@ def _passed(x: Node) -> list[Node]:
 
 
 def _pairs(leaves: Sequence[Node], rank: int) -> bool:
-    """Whether rows of two operands meet, each with a dimension of its own."""
+    """Return whether rows of two operands are combined pair by pair, each with a dimension of its own."""
     spans = [spanned(x, rank) for x in leaves]
     return any(x - y and y - x for x in spans for y in spans)
 
 
 def _apart(emit: Emitter, n: Node, parts: list[Node]) -> Node:
-    """The sum of what the layer gives for each part of the width."""
+    """Emit the sum of the layer's results for each part of the width."""
     weight, turned = n.args[1], op_name(n) == "linear"
     bias = argument(n, 2, "bias") if turned else None
     dtype, start, total = value(n).dtype, A.ZERO, None

@@ -1,11 +1,11 @@
-"""Products with rows of a table that are looked up for each score: looked up in the product with the table instead.
+"""Replace products with looked-up rows of a table by lookups in the product with the table.
 
     sum_d  q[.., i, d] * table[g(i, j), d]   =   (q @ table^T)[.., i, g(i, j)]
 
-Relative positions of keys are spelt like the left side, with a tensor of T x S x D in front of the product. The right
-side is a small product, which the score of an attention loads at a computed place, as it does any other table.
+Models often write relative positions of keys like the left side, with a tensor of T x S x D before the product. The
+right side is a small product, which the score of an attention loads at a computed place, like any other table.
 
-Adds the small products to the graph, where only what loads them reads them. Needs `meta["val"]`.
+Adds the small products to the graph; only loads in score programs will read them. Needs `meta["val"]`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ LOOKUPS = ("index", "_unsafe_index", "embedding", "index_select")
 
 
 def run(graph: Graph) -> int:
-    """Add the small product of each product whose one operand is looked up in a table that has fewer rows than there
-    are places to look up, and note it in `graph.tables`; give how many."""
+    """Add a small product for each product with rows that are looked up in a table, if the table has at most half as
+    many rows as there are lookups. Note it in `graph.tables`; return how many there are."""
     products = [n for n in graph.gm.graph.nodes if n.op == "call_function" and op_name(n) in PRODUCTS and is_tensor(n)]
     found = {n: _small(graph, n) for n in products if any(map(_looked_up, n.all_input_nodes))}
     graph.tables.update((n, x) for n, x in found.items() if x is not None)

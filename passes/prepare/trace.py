@@ -1,9 +1,9 @@
-"""Dynamo graph to pre-dispatch ATen: matmul, softmax and dropout are still one node each, mutation is as it was.
+"""Trace a Dynamo graph to pre-dispatch ATen: matmul, softmax and dropout stay one node each, mutation stays as it was.
 
-Needs a graph module as Dynamo hands it to a backend (placeholders carry fakes in `meta["example_value"]`). Promises a
-graph module of the same calling convention, whose nodes carry `meta["val"]`, or raises `Untraceable`; the given graph
-is not changed. Checkpointed regions are written out, their nodes marked; other higher-order operators are kept as one
-node, with their submodules as Dynamo made them.
+Needs a graph module as Dynamo passes it to a backend (placeholders carry fakes in `meta["example_value"]`). Promises a
+graph module of the same calling convention, whose nodes carry `meta["val"]`, or raises `Untraceable`. The given graph
+is not changed. Higher-order operators stay one node each, with their submodules as Dynamo made them; plain checkpointed
+regions were inlined before (the pass `inline_checkpoints`).
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.prepare.expand_vmap import uses_functorch
 
 aten = torch.ops.aten
-# Functions that are one operator with a result of its own on tensors and numbers. To dispatch them would tell nothing
-# that Dynamo has not seen, and would take half of the time that tracing takes.
+# Functions that are one operator, with a fresh result, on tensors and numbers. Dispatching them would find nothing that
+# Dynamo has not seen, and would take half of the tracing time.
 DIRECT = {
     operator.add: aten.add.Tensor, operator.sub: aten.sub.Tensor, operator.mul: aten.mul.Tensor,
     operator.truediv: aten.div.Tensor, operator.neg: aten.neg.default, torch.rsqrt: aten.rsqrt.default,
@@ -35,15 +35,16 @@ DIRECT = {
 
 
 class _Retrace(Interpreter):
-    """Runs a Dynamo graph under make_fx, keeping higher-order operators and reads of symbolic numbers as they were."""
+    """An interpreter that runs a Dynamo graph under make_fx, keeping higher-order operators and reads of symbolic
+    numbers."""
 
     def __init__(self, gm: GraphModule, mode: FakeTensorMode):
         super().__init__(gm)
         self.regions: list[torch.autocast] = []
-        # a tensor whose own shape is changed later has that later shape in Dynamo's example value: it is no snapshot
+        # Dynamo's example value is not a snapshot: a tensor whose shape is changed later has that later shape in it
         snapshots = not any(_changes_shape(n) for n in gm.graph.nodes)
-        # made before tracing starts: what is made during it would be recorded. Without a gradient, as a leaf that
-        # requires one cannot be changed in place
+        # made before tracing starts, which would record their creation. They do not require a gradient, because such a
+        # leaf cannot be changed in place
         self.kept = {
             n: tree_map_only(torch.Tensor, lambda t: example(t, mode, learns=False), n.meta["example_value"])
             for n in gm.graph.nodes
@@ -71,13 +72,13 @@ class _Retrace(Interpreter):
         ):
             return self.keep(target, args, kwargs)
         if target == "contiguous":
-            # the method leaves no trace of itself where it changes nothing, but a compiler's rules for strides are not
-            # always eager's: what relies on it, as a view does, must still find it
+            # if the method changes nothing, the trace does not record it. A compiler's strides may differ from eager's,
+            # so an operator that relies on it, as a view does, still needs it
             return aten.contiguous.default(*args, **kwargs)
         return super().call_method(target, args, kwargs)
 
     def keep(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Record the current node unseen; its value is a stand-in like the one that Dynamo saw."""
+        """Record the current node without running it; its value is a fake like the one that Dynamo saw."""
         mode = get_proxy_mode()
         assert mode is not None
         tracer = mode.tracer
@@ -102,7 +103,7 @@ class _Retrace(Interpreter):
     def run_node(self, n: Node):
         self.current = n
         result = super().run_node(n)
-        # Should the trace see another dtype than Dynamo (autocast rules differ by operator), a cast says so
+        # If the trace gets another dtype than Dynamo (autocast rules differ by operator), add a cast
         seen = n.meta.get("example_value")
         if isinstance(result, torch.Tensor) and isinstance(seen, torch.Tensor) and n.op.startswith("call"):
             if result.dtype != seen.dtype:
@@ -111,7 +112,7 @@ class _Retrace(Interpreter):
 
 
 def _changes_shape(n: Node) -> bool:
-    """Whether an operator changes the shape or strides of its operand in place: unsqueeze_, transpose_, resize_."""
+    """Return whether an operator changes its operand's shape or strides in place: unsqueeze_, transpose_, resize_."""
     name = n.target if n.op == "call_method" else getattr(n.target, "__name__", "")
     packet = getattr(aten, str(name), None) if str(name).endswith("_") and not str(name).startswith("_") else None
     overloads = [getattr(packet, o) for o in packet.overloads()] if packet is not None else []
@@ -139,14 +140,14 @@ def example_values(gm: GraphModule) -> list[Any]:
 
 
 def run(graph: Graph) -> int:
-    """Put the graph in pre-dispatch ATen in the place of Dynamo's; give its number of nodes."""
+    """Replace Dynamo's graph by its trace in pre-dispatch ATen; return the number of nodes."""
     gm = graph.gm
     fakes = example_values(gm)
     if any(v is None for v in fakes):
         raise Untraceable("an input has no example value")
     inputs = [example(v, graph.mode) for v in fakes]
     if uses_functorch(gm):
-        raise Transformed("the graph uses functorch transforms")
+        raise Transformed("the graph contains a functorch transform that cannot be expanded")
     retrace = _Retrace(gm, graph.mode)
     make = make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
     try:

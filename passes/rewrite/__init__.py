@@ -1,1 +1,1 @@
-"""Replace matches by calls of the operators of attnfx, and cut them out for a comparison."""
+"""Replace matches by calls of attnfx operators, and cut sites out of a graph for a comparison."""

@@ -1,7 +1,7 @@
-"""Rewriting: one attnfx::attention call for each decided match, and nothing left of what it replaces.
+"""Replace each decided match by one attnfx::attention call, so that the nodes of the match become dead code.
 
 Needs the graph that the matches were found in; changes it in place. Promises that the graph's inputs and outputs keep
-their shapes, dtypes and strides; `check` says so in code.
+their shapes, dtypes and strides.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Operators(NamedTuple):
 
 
 def dimensions(match: Match) -> dict[str, Expr]:
-    """B, H, G, T, S, D, Dv of the operator call."""
+    """Return B, H, G, T, S, D, Dv of the operator call."""
     sizes = {letter: extent(axes) for letter, axes in match.letters.items()}
     return {
         "B": sizes["b"], "G": extent(match.kv_axes[-1:] if len(match.kv_axes) > 1 else []), "H": sizes["h"],
@@ -51,12 +51,13 @@ def rewrite(
     graph: Graph, facts: Facts, match: Match, operators: Operators, tier: str, reductions: Sequence[Reduction],
     summary: Summary | None = None, fused: tuple[float, bool] | None = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
-    """Insert the operator and let all users of `match.final` read it; those of `reductions` likewise read sums of the
-    weights. With `summary`, the mask is summarised first. With `fused`, (scale, causal), PyTorch's own operator is
-    called instead; it gives no sums. Gives each node that was replaced, `match.final` first, and what stands for it.
-    Raises CannotEmit before changing users.
+    """Insert the operator, and let all users of `match.final` read it. Return each replaced node with its replacement,
+    `match.final` first. Raises CannotEmit before changing users.
 
-    `facts` are those of the graph before any rewriting. `operators` are given by the caller: passes know no kernels.
+    Users of `reductions` read reductions of the weights, which further calls compute. With `summary`, the mask is
+    summarized first. With `fused`, (scale, causal), PyTorch's own operator is called instead; it cannot return them.
+
+    `facts` are the facts of the graph before any rewriting. The caller supplies `operators`: passes import no kernels.
     """
     final = match.final
     emit = graph.emitter(min([final, *(r.final for r in reductions)]))
@@ -66,7 +67,7 @@ def rewrite(
     cut_off = detached([final, *(r.final for r in reductions)], sources)
 
     def operand(source: Operand, axes: list[Expr]) -> Node:
-        made = emit.operand(source, axes)  # behind a detach it has no gradient, not one of zeros
+        made = emit.operand(source, axes)  # a detached operand must not get a gradient of zeros
         return emit.call(aten.detach.default, made) if cut_off.issuperset(source.nodes) else made
 
     q = operand(match.query, [*axes, match.row, match.width])
@@ -122,7 +123,7 @@ def rewrite(
 
 
 def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, grouped: bool) -> Node:
-    """The call of PyTorch's fused operator, whose kernels want the last dim without holes, and rows that start where
+    """Emit the call of PyTorch's fused operator. Its kernels need a last dim without gaps, and rows that start where
     they can load 16 bytes at once."""
     packed = (x if _loads_whole(value(x)) else emit.call(aten.contiguous.default, x) for x in (q, k, v))
     call = aten.scaled_dot_product_attention.default
@@ -136,7 +137,7 @@ def _loads_whole(x: torch.Tensor) -> bool:
 
 
 def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
-    """Let the users of each first node read the second."""
+    """Let the users of each old node read its new one; return the pairs."""
     replaced = [(old, own(emit, facts, new, old)) for old, new in replaced]
     for old, new in replaced:
         take_place(new, old)
@@ -148,7 +149,7 @@ def _arguments(emit: Emitter, source: Match | Reduction) -> tuple[list[Node], li
 
 
 def _total(emit: Emitter, made: Node, axes: list[Expr], r: Reduction) -> Node:
-    """From a sum over whole axes of (b, h, i, j) to the sum or the mean that is asked for, over `axes`."""
+    """Reduce a sum over whole axes of (b, h, i, j) to the requested sum or mean. `axes` are its dimensions."""
     named = frozenset().union(*(x.free for x in r.kept))
     if [a.args[0] for a in axes] != list(dims(made)):
         made = emit.call(aten.reshape.default, made, [emit.size(a.args[0]) for a in axes])
@@ -161,7 +162,7 @@ def _total(emit: Emitter, made: Node, axes: list[Expr], r: Reduction) -> Node:
 
 
 def _tensor(emit: Emitter, capture: Node) -> Node:
-    """A capture as a tensor: a symbolic number is the tensor that it was read from."""
+    """Return a capture as a tensor; for a symbolic number, the tensor that it was read from."""
     if is_tensor(capture):
         return capture
     if capture.op == "call_method" and capture.target == "item":
@@ -170,17 +171,17 @@ def _tensor(emit: Emitter, capture: Node) -> Node:
 
 
 def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:
-    """With one dimension for each of the axes, in the order in which the index `wanted` names them."""
+    """Return `out` with one dimension for each axis, in the order in which the index `wanted` names them."""
     if [a.args[0] for a in axes] != list(dims(out)):
         out = emit.call(aten.reshape.default, out, [emit.size(a.args[0]) for a in axes])
     named: list[Expr] = []
     for x in wanted:
         found = radix(x)
         if found is None:
-            raise CannotEmit("the output is gathered")
+            raise CannotEmit("the output is read at computed positions")
         named.extend(v for v, _ in found[1] if v in axes)
     missing = [a for a in axes if a not in named]
     if any(a.args[0] is not A.ONE for a in missing):
-        raise CannotEmit("an axis is missing from the output")
+        raise CannotEmit("the output lacks a dimension of the attention")
     order = [axes.index(a) for a in (*named, *missing)]
     return emit.call(aten.permute.default, out, order) if order != sorted(order) else out

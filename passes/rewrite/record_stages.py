@@ -1,6 +1,6 @@
-"""The stages of a graph as data (`attnfx.report.stages.Stage`): as it was traced, lifted, and rewritten.
+"""Record the stages of a graph as data (`attnfx.report.stages.Stage`): traced, lifted and rewritten.
 
-Reads graphs, changes nothing. Needs `meta["val"]` where shapes are to be shown.
+Reads graphs, changes nothing. Needs `meta["val"]` to show shapes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ LARGEST = 1000  # nodes of one site
 
 
 class Recorder:
-    """Follows one graph from the traced to the rewritten stage. Sites are numbers until they have names."""
+    """A recorder of one graph, from the traced to the rewritten stage. Sites are numbers until they have names."""
 
     def __init__(self, gm: GraphModule, findings: Sequence[Finding], text: str = ""):
-        """Needs the graph in which the findings stand, before anything is rewritten. `text` is its readable code."""
+        """Needs the graph that the findings are in, before any rewriting. `text` is its readable code."""
         self.gm, self.findings, self.text = gm, findings, text
         self.of: dict[Node, int] = {}
         for number, finding in enumerate(findings):
@@ -39,14 +39,14 @@ class Recorder:
         self.known = set(gm.graph.nodes)
 
     def rewritten(self, number: int) -> None:
-        """The nodes that are new belong to this site."""
+        """Assign the new nodes to this site."""
         for n in self.gm.graph.nodes:
             if n not in self.known:
                 self.of[n] = number
                 self.known.add(n)
 
     def stages(self, names: Mapping[int, str], text: str = "") -> list[Stage]:
-        """The three stages; `names` are those of the sites that were filed, `text` the rewritten code."""
+        """Return the three stages. `names` are the names of the filed sites, `text` is the rewritten code."""
         traced = Stage("traced", [n.of(names.get(s, "") if s is not None else "") for n, s in self.nodes], self.edges)
         traced.text = self.text
         places = [Place(name, self.finals[s], self.reads[s]) for s, name in names.items()]
@@ -58,14 +58,13 @@ class Recorder:
 
 
 def _reads(finding: Finding) -> tuple[str, ...] | None:
-    """What a site reads, once it was understood: query, key, value and captures."""
+    """Return the nodes that a matched site reads: query, key, value and captures; None for a refused site."""
     m = finding.match
     return None if m is None else tuple(n.name for n in m.read)
 
 
 def _members(finding: Finding) -> set[Node]:
-    """The nodes of an attention: from its output back to its operands and captures or, where it was refused, from its
-    output back to its normalisers."""
+    """Return an attention's nodes: from its output back to operands and captures, or to its normalizers if refused."""
     match, final = finding.match, finding.final
     if match is None:
         return between(set(finding.anchors), final) | {final}
@@ -88,7 +87,7 @@ def _node(n: Node) -> GraphNode:
 
 
 def _module(n: Node) -> str:
-    """The path of the module that a node came from, "" at the top."""
+    """Return the path of the module that a node came from, "" at the top."""
     stack = n.meta.get("nn_module_stack") or {}
     path = str(next(reversed(stack.values()))[0]) if stack else ""
     return path.removeprefix("L['self']").removeprefix(".")

@@ -1,9 +1,9 @@
-"""Kept sites must come out right: a form that PyTorch's own attention patterns do not match.
+"""Shield kept sites from PyTorch's own attention patterns, which rewrite some of them wrongly.
 
-Inductor rewrites what looks like attention after us, and is wrong on some of it: it ignores which dim a softmax runs
-over, `alpha`, casts, and the order of a key's dims (pytorch#196468, #195320, #172183). No switch turns those patterns
-off alone. So the weights of a kept site pass through `clamp_max(weights, inf)`: it changes no number, costs nothing in
-a fused kernel, and no pattern crosses it.
+Inductor rewrites code that looks like attention after attnfx, and gets some of it wrong: it ignores the dim that a
+softmax runs over, `alpha`, casts, and the order of a key's dims (pytorch#196468, #195320, #172183). These patterns
+cannot be switched off alone. So the weights of a kept site pass through `clamp_max(weights, inf)`: this changes no
+value, costs nothing in a fused kernel, and no pattern matches across it.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ aten = torch.ops.aten
 
 
 def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
-    """Shield a kept site; True where the graph changed. `only_risky` asks that the spelling is one that is known to be
-    rewritten wrongly."""
+    """Shield a kept site; return whether the graph changed. `only_risky` skips sites that are not known to go wrong."""
     cone = _cone(finding)
     if only_risky and not any(_risky(n) for n in cone):
         return False
@@ -40,7 +39,7 @@ def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
 
 
 def _cone(finding: Finding) -> set[Node]:
-    """The nodes between the operands of the scores and the weighted values."""
+    """Return the nodes between the operands of the scores and the weighted values."""
     below = between(set(finding.anchors), finding.final) - {finding.final}
     above = list(finding.anchors)
     while above:  # from the softmax back to the products, and one step into their operands

@@ -1,7 +1,7 @@
-"""A rewritten site cut out of its graph twice, as it was and as it is now: two graph modules that can be compared.
+"""Cut a rewritten site out of its graph twice, before and after, as two graph modules that can be compared.
 
-The graph as it was prepared, run on real inputs, gives the numbers that the sites are compared on. They are rewritten
-in a copy of it, in which the nodes that are replaced still stand.
+The prepared graph, run on real inputs, computes the values that the sites are compared on. The sites are rewritten in a
+copy of it, in which the replaced nodes remain.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from attnfx.report.records import Site
 
 @dataclass(frozen=True)
 class Pair:
-    """One site twice: `original` and `rewritten` take the same inputs and give the same results.
+    """One site twice: `original` and `rewritten` take the same inputs and return the same results.
 
-    name      the path of its graph and the node that the site ends with
-    site      what the report says of it
+    name      the path of its graph and the name of the site's last node
+    site      the report's record of the site
     inputs    the nodes of the original graph that hold the inputs
-    taught    for each of them whether it may take a gradient
-    results   what is given: the node that the attention ends with, then sums of its weights or what else is read
-    at        the node of the original graph from which on all inputs are there
+    taught    for each input, whether it may require a gradient
+    results   the attention's last node, then sums of its weights and other values read from them
+    at        the node of the original graph at which all inputs are available
     """
 
     name: str
@@ -44,8 +44,8 @@ class Pair:
 
 @dataclass(frozen=True)
 class Trial:
-    """A graph before any rewriting, the sites that are to be compared on its numbers, and the trials of the bodies of
-    higher-order operators in it, by the attribute that holds each."""
+    """A graph before any rewriting, the sites to compare on its values, and the trials of the bodies of higher-order
+    operators in it, by the attribute that holds each body."""
 
     gm: GraphModule
     pairs: list[Pair]
@@ -58,16 +58,13 @@ class Trial:
 def pair(
     facts: Facts, names: Mapping[Node, str], path: str, site: Site, final: Node, replaced: Sequence[tuple[Node, Node]]
 ) -> Pair:  # fmt: skip
-    """Cut out a site that was rewritten in a copy of its graph: `replaced` are (old, new), both nodes of the copy, in
-    which the old ones must still stand with the operands that they had.
-
-    `facts` are those of the copy before any rewriting; `names` gives, for each node that stood in it then, its name in
-    the original graph.
-    """
+    """Cut out a site that was rewritten in a copy of its graph. `replaced` are (old, new) nodes of the copy; the old
+    nodes must still be in it, with the operands that they had. `facts` are the facts of the copy before any rewriting.
+    `names` maps each node that was then in it to its name in the original graph."""
     ends = [old for old, _ in replaced]
     sources, new = cone([n for _, n in replaced], lambda n: n in names)
     stop = set(sources)
-    # an operator that draws or writes is not run again: what it gave is an input, like all that the new nodes read
+    # a random or in-place operator is not run again: its result is an input, as are the new nodes' operands
     inputs, old = cone(
         ends, lambda n: n in stop or (n not in ends and (_outside(n) or n in facts.written)) or _placed(n)
     )
@@ -91,7 +88,7 @@ def _placed(n: Node) -> bool:
 
 
 def _outside(n: Node) -> bool:
-    """Whether a node is not computed again: it draws, writes in place, or holds a graph of its own."""
+    """Return whether a node is not computed again: it is random, writes in place, or holds a graph of its own."""
     if n.op != "call_function":
         return n.op != "call_method"
     tags = getattr(n.target, "tags", ())
@@ -116,7 +113,7 @@ def _module(inputs: list[Node], nodes: list[Node], ends: list[Node]) -> GraphMod
 
 
 def weight(gm: GraphModule, number: Any) -> tuple[int, int]:
-    """Elements of all the values that a cut graph makes, and of its largest one. `number` gives a symbolic size."""
+    """Return (elements of all computed values, elements of the largest). `number` resolves symbolic sizes."""
     sizes = [0]
     for n in gm.graph.nodes:
         held = value(n)

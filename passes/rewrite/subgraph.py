@@ -1,7 +1,7 @@
-"""One site cut out of its graph, so that it can be compiled and run alone.
+"""Cut one site out of its graph, so that it can be compiled and run alone.
 
-The cut graph computes what ends the site from its operands, its captures and whatever else the cone above them reads.
-Sizes are those of the example inputs: nothing in it is symbolic.
+The cut graph computes the last nodes of the site from its operands, its captures and the other inputs of the nodes in
+between. All sizes are constants, from the example inputs.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._
 
 
 def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captures: Sequence[Node]) -> GraphModule:
-    """What computes `ends` as a graph module, whose placeholders carry fakes in `meta["example_value"]`.
+    """Return a graph module that computes `ends`, with placeholders that carry fakes in `meta["example_value"]`.
 
-    It begins at `operands`, `captures`, and whatever else the cone above the ends reads. Placeholders that are operands
-    say so in `meta["operand"]`; those that may take a gradient require one. Autocast regions around the first end are
-    entered again.
+    It begins at `operands`, `captures`, and the other inputs of the nodes in between. `meta["operand"]` of a
+    placeholder tells whether it is an operand. A placeholder that may take a gradient requires one. Autocast regions
+    around the first end are entered again.
     """
     facts = Facts(gm)
 
@@ -59,7 +59,7 @@ def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captu
 
 
 def base_of(n: Node) -> Node:
-    """What a node is a view of: Inductor's patterns want to see how the keys are transposed."""
+    """Return the node that a node is a view of: Inductor's patterns need to see how the keys are transposed."""
     while n.op == "call_function" and op_name(n) in VIEWS and isinstance(n.args[0], Node) and is_tensor(n.args[0]):
         n = n.args[0]
     return n
@@ -70,7 +70,7 @@ def _held(gm: GraphModule, n: Node) -> Any:
 
 
 def _autocast_around(gm: GraphModule, final: Node) -> list[Node]:
-    """The nodes that enter the autocast regions that `final` stands in."""
+    """Return the nodes that enter the autocast regions around `final`."""
     open_: list[Node] = []
     for n in gm.graph.nodes:
         if n is final:

@@ -1,9 +1,9 @@
-"""The region of a graph between the products of queries with keys and an attention's output, as a row program.
+"""Find the region between the products of queries with keys and an attention's output, to run it as a row program.
 
-Asked for an attention that no score program describes. From the product with the values the walk goes back through
-what depends on its rows, and stops at operands that are no larger than the queries and at those that every row reads
-whole. The region is taken only where each of its operators keeps rows apart (`passes/lift/row_rules.py`) and nothing of
-the size of the scores enters it that was made of scores.
+Used for an attention that a score program cannot describe. The walk goes back from the product with the values through
+nodes that depend on its rows. It stops at operands that are not larger than the queries, and at operands that every row
+reads whole. The region is accepted only if each of its operators keeps rows apart (`passes/lift/row_rules.py`), and if
+none of its inputs is as large as the scores and computed from scores.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, refusal, value
+from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.graph import Graph
@@ -26,14 +26,14 @@ from attnfx.passes.rows.live_keys import find_columns
 from attnfx.passes.rows.region import Region
 from attnfx.report.records import Refusal
 
-NEVER = ("mutated", "region", "dtype")  # codes of refusals that hold for every rewrite
+NEVER = ("mutated", "region", "dtype")  # refusal codes that hold for every rewrite
 LARGEST = 400  # nodes of one region
 NONE = -1  # no dimension
-NEAR = 3  # small nodes in a row on the way to the scores (the indices of the best keys, a threshold)
+NEAR = 3  # most consecutive small nodes before the scores (indices of the best keys, a threshold)
 
 
 def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
-    """The region of a refused finding, or why there is none."""
+    """Return the region of a refused finding, or a refusal."""
     final = finding.final
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
@@ -43,14 +43,16 @@ def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
             return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:
             problem = problem or p
-    reason = str(problem) if problem else "the output has no rows that the weights have alone"
+    reason = str(problem) if problem else "the output lacks a dimension of the queries"
     culprits = [problem.node] if problem is not None and problem.node is not None else []
-    return refusal("rows_mixed", f"it cannot be computed row by row: {reason}", *culprits, final)
+    return refusal(
+        "rows_mixed", f"the rows (one for each query) cannot be computed separately: {reason}", *culprits, final
+    )
 
 
 def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
-    """(dimension of the rows, number of keys): dimensions that the weights have alone, the largest first, and then
-    those that the values have too, which are values of each row's own."""
+    """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
+    first, then the dimensions that the values have too, in which each row has its own values."""
     final = finding.final
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
     c = contraction(final, out)
@@ -75,14 +77,14 @@ class _Walk:
     def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
         self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
         self.found = Region(final, dims(final)[row], columns, {final: row})
-        self.descendants: set[Node] = set()  # of the scores
+        self.descendants: set[Node] = set()  # nodes computed from the scores
         self.problem: NotSeparable | None = None
 
     def region(self) -> Region:
         found = self.found
         found.scores = self._scores()
         if not found.scores:
-            raise self.problem or NotSeparable("no product of queries with keys is reached")
+            raise self.problem or NotSeparable("known operators do not lead to a product of queries and keys")
         self._descend()
         self._collect([self.final])
         self._grow()
@@ -91,12 +93,12 @@ class _Walk:
         return found
 
     def large(self, n: Node, row: int) -> bool:
-        """Whether a node has a number for each row and each key."""
+        """Return whether a node has an element for each row and each key."""
         return is_tensor(n) and any(d != row and x is self.columns for d, x in enumerate(dims(n)))
 
     def _scores(self) -> list[Node]:
-        """The products that the weights come from: of one factor that has the rows with one that has none, but the
-        keys. Which dimension is the keys' is followed, as its size alone may be that of another."""
+        """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
+        The walk follows the dimension of the keys, because another dimension may have the same size."""
         seen = {self.final}
         stack: list[tuple[Node, int, int | None, int]] = [(self.final, self.found.rows[self.final], None, 0)]
         out: list[Node] = []
@@ -120,25 +122,25 @@ class _Walk:
         return self.large(x.node, x.dim) if key is None else key != NONE
 
     def _summed(self, x: Along) -> int | None:
-        """The dimension of an operand of the last product that this one sums over."""
+        """Return the dimension of an operand of the last product that this product sums over, or None."""
         out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(self.final)))
         c = contraction(self.final, out)
         pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
         return next((at.index(c.reduced) for node, at in pairs if node is x.node and c.reduced in at), None)  # type: ignore[union-attr]
 
     def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
-        """Where an operand of `n` has the keys that lie along dimension `key` of it: NONE where it has none, None where
-        that is not known."""
+        """Return the dimension of an operand of `n` that has the keys, which lie along the dimension `key` of `n`: NONE
+        if the operand lacks the keys, None if that is unknown."""
         if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
-            return None  # what has no keys may be made of what has
+            return None  # a value without keys may be computed from one with keys
         try:
             found = [a.dim for a in split(n, key, dims(n)[key]).operands() if isinstance(a, Along) and a.node is x.node]
-        except NotSeparable:  # a softmax mixes keys, and leaves them where they are
+        except NotSeparable:  # a softmax mixes keys, but keeps their dimension
             return key if dims(n) == dims(x.node) else None
         return found[0] if len(found) == 1 else NONE if not found else None
 
     def _rows_of(self, n: Node, row: int) -> list[Along]:
-        """The operands that have the rows; none where the walk ends."""
+        """Return the operands that have the rows; empty if the walk ends here."""
         if n.op != "call_function":
             return []
         try:
@@ -155,7 +157,7 @@ class _Walk:
                 out.add(n)
 
     def _grow(self) -> None:
-        """What is made of a large value beside the attention, a row of it from a row, as its maximum or its entropy."""
+        """Add values that readers compute row by row from large values, such as a row's maximum or its entropy."""
         found, seen = self.found, set(self.found.calls)
         waiting = [n for n in found.calls if n is not self.final]
         while waiting:
@@ -166,8 +168,8 @@ class _Walk:
                     waiting += self._taken(u)
 
     def _taken(self, n: Node) -> list[Node]:
-        """A reader of the region becomes part of it, where it keeps rows apart and all that is made of scores in it is
-        there already; or what it gives, where that is a tuple."""
+        """Add a reader to the region if it keeps rows apart, and if all its operands computed from scores are inside
+        already. Of an operator that returns a tuple, add the results. Return the added nodes."""
         found = self.found
         if n.op != "call_function" or written_operands(n) or op_name(n).startswith("sym_"):
             return []
@@ -194,7 +196,7 @@ class _Walk:
         return []
 
     def _collect(self, stack: list[Node]) -> None:
-        """All nodes of the region that some nodes need, and what it reads."""
+        """Collect all nodes of the region that the nodes on the stack need, and the inputs."""
         found = self.found
         while stack:
             n = stack.pop()
@@ -208,17 +210,17 @@ class _Walk:
                 self._read(n, row)
                 continue
             found.calls[n] = made
-            if op_name(n) == "getitem":  # what else the same operator gives
+            if op_name(n) == "getitem":  # the other results of the same operator
                 for other in n.args[0].users:  # type: ignore[union-attr]
                     if other.users and other not in found.rows:
                         found.rows[other] = row
                         stack.append(other)
             if len(found.calls) > LARGEST:
-                raise NotSeparable("the region is too large")
+                raise NotSeparable(f"more than {LARGEST} operators are between the scores and the output")
             for x in made.operands():
                 if isinstance(x, Node):
                     if x in self.descendants:
-                        raise NotSeparable(f"{op_name(n)} needs all rows of {op_name(x)}")
+                        raise NotSeparable(f"{label(n)} needs all rows of {label(x)}", n)
                     if is_tensor(x):
                         self._read(x, None)
                 elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
@@ -229,11 +231,11 @@ class _Walk:
                     self._read(x.node, x.dim)
 
     def _inside(self, x: Along) -> bool:
-        """Whether an operand belongs to the region: made of scores, or as large as they are."""
+        """Return whether an operand belongs to the region: computed from scores, or as large as they are."""
         other = self.found.rows.get(x.node, x.dim) != x.dim
         if x.node in self.descendants:
             if other:
-                raise NotSeparable(f"{op_name(x.node)} is read along two dimensions")
+                raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
         return x.node.op == "call_function" and not other and self.large(x.node, x.dim)
 
@@ -247,31 +249,33 @@ class _Walk:
         region = facts.regions[self.final]
         for n in order:
             if facts.regions[n] != region:
-                raise NotSeparable("it crosses the border of an autocast or a no_grad region")
+                raise NotSeparable(f"{label(n)} is in another autocast or no_grad region", n)
         for n in [*order, *(n for n, _ in found.inputs)]:
             if n in facts.written:
-                raise NotSeparable(f"{n.name} is changed in place")
+                raise NotSeparable(f"{label(n)} is changed in place", n)
             held = value(n)
             if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):
-                raise NotSeparable(f"{n.name} is complex or sparse")
+                raise NotSeparable(f"{label(n)} is complex or sparse", n)
             if isinstance(held, torch.Tensor) and held.device != value(self.final).device and held.ndim:
-                raise NotSeparable(f"{n.name} is on another device")
+                raise NotSeparable(f"{label(n)} is on another device", n)
         for n in order:
             outside = [u for u in n.users if u not in found.calls and op_name(u) != "sym_size" and _read_by(u)]
-            # what was not made of scores is computed for others as it was
+            # a value that is not computed from scores stays in the graph for other readers
             if n is self.final or (outside and n in self.descendants):
                 if not is_tensor(n):
-                    raise NotSeparable(f"{n.name} is read outside")
+                    raise NotSeparable(f"the tuple that {label(n)} returns is read outside the attention", n)
                 found.results.append(n)
         for n, d in found.inputs:
             queries = all(u in found.scores for u in n.users if u in found.calls)
             if d is not None and not queries and self.large(n, d) and self._made_of_a_product(n):
-                raise self.problem or NotSeparable(f"{n.name} is made of another product")
+                raise self.problem or NotSeparable(
+                    f"{label(n)} is as large as the scores and comes from another product", n
+                )
         if not any(d is not None for _, d in found.inputs):
-            raise NotSeparable("nothing that has rows is read")
+            raise NotSeparable("none of the inputs has rows")
 
     def _made_of_a_product(self, n: Node) -> bool:
-        """Whether a large operand comes from a product through other large ones: it would stay as large as it is."""
+        """Return whether a large operand comes from a product through other large ones: it would stay as large."""
         extents = {self.columns, self.found.extent}
         large = reach([n], lambda x: [a for a in x.all_input_nodes if is_tensor(a) and extents <= set(dims(a))])
         return any(map(batched, large))

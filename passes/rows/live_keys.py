@@ -1,10 +1,10 @@
-"""Which keys a chunk of whole rows needs: the columns of a region, and where its masks leave them alive.
+"""Find the keys that a chunk of whole rows needs: the columns of a region, and the keys that its masks leave alive.
 
-Asked after a region was found. From the products and reductions that sum over keys the walk goes back and finds where
-the keys lie in each value, with the rules that say where its rows lie (`passes/lift/row_rules.py`). A key that no row
-of a chunk may see can be left out where that is proved to change nothing: scores that a softmax, a largest value or a
-sort reads are -inf there by a mask of indices, and what a product or a sum reads is zero there. Where anything else
-reads keys, or nothing masks, every chunk takes all keys.
+Asked after a region was found. The walk goes back from the products and reductions that sum over keys. It finds the
+dimension of the keys in each value, with the rules that find the dimension of the rows (`passes/lift/row_rules.py`). A
+key that no row of a chunk may see is left out only if this is proved to change nothing. Scores that a softmax, a
+maximum or a sort reads must be -inf there by a mask of indices. Values that a product or a sum reads must be zero
+there. If anything else reads keys, or nothing masks, every chunk takes all keys.
 
 A row without any live key is NaN as before; the gradients of keys that were left out are zero there, not NaN.
 """
@@ -34,12 +34,12 @@ from attnfx.spec.rows import Ref
 COLUMNS = Ref("columns", 0)
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
 SAME = (*VIEWS, "to", "_to_copy", "contiguous", "clone", "detach", "alias", "dropout", "neg", "abs", "sqrt", "relu")
-LEAST = ("amax", "logsumexp", "topk")  # what -inf adds nothing to
+LEAST = ("amax", "logsumexp", "topk")  # reductions that ignore -inf
 
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of a node, which lie along `dim`, and of these a chunk's keys alone, along `column`; None is all."""
+    """The rows of a node along `dim`, restricted to a chunk's keys along `column`. None stands for all rows or keys."""
 
     node: Node
     dim: int | None
@@ -48,7 +48,9 @@ class Part:
 
 @dataclass(frozen=True)
 class Columns:
-    """calls  how each node is computed for some rows and keys
+    """The calls of a region for live keys only.
+
+    calls  node -> the call that computes it for some rows and keys
     score  where(a key may be live, 0, -inf), over i and j
     least  the fewest keys of a chunk
     """
@@ -60,8 +62,8 @@ class Columns:
 
 def find_columns(lifter: Lifter, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr, results: list[Node]
                  ) -> Columns | None:  # fmt: skip
-    """Of a region: its nodes in order with the calls that give some rows of them, `extent` keys, and what leaves. None
-    where each chunk takes all keys."""
+    """Return the columns of a region, or None if each chunk takes all keys. `calls` maps the region's nodes, in order,
+    to the calls that compute some of their rows. `extent` is the number of keys, `results` are the nodes that leave."""
     try:
         return _Walk(lifter, rows, calls, extent).columns(results)
     except NotSeparable:
@@ -72,8 +74,8 @@ class _Walk:
     def __init__(self, lifter: Lifter, rows: Mapping[Node, int], calls: Mapping[Node, Made], extent: Expr):
         self.rows, self.calls, self.extent = rows, calls, extent
         self.lifter = lifter
-        self.at: dict[Node, int] = {}  # where the keys lie
-        self.zero: set[Node] = set()  # zero where no row of the chunk sees the key
+        self.at: dict[Node, int] = {}  # node -> the dimension of its keys
+        self.zero: set[Node] = set()  # nodes that are zero at keys that no row of the chunk sees
         self.live: list[Expr] = []
         self.least = 1
 
@@ -97,7 +99,7 @@ class _Walk:
 
     # -- where the keys lie -------------------------------------------------------------------------
     def _narrowed(self, n: Node) -> Made:
-        """The call for some rows and keys. Users come first: they have said where the keys of `n` lie."""
+        """Return the call for some rows and keys. Users come first: they determine where the keys of `n` lie."""
         made = self.calls[n]
         found = self._reduced(n)
         if n in self.at and not found:
@@ -116,8 +118,7 @@ class _Walk:
         return out
 
     def _reduced(self, n: Node) -> dict[Node, int]:
-        """The operands whose keys an operator sums over, sorts or normalises, and where they lie; none where it does
-        not."""
+        """Map the operands whose keys an operator sums over, sorts or normalizes to the dimension of the keys."""
         name, found = op_name(n), {}
         if name in SOFTMAXES or name in (*LEAST, "sum"):
             use = Use(n, 0, A.ONE)
@@ -132,15 +133,14 @@ class _Walk:
             c = contraction(n, tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n))))
             if c is None or c.reduced.args[0] is not self.extent or c.left is c.right:
                 return found
-            # a dimension of one element has no index variable
+            # a dimension of one element lacks an index variable
             if c.reduced in c.left_index and c.reduced in c.right_index:
                 found = {c.left: c.left_index.index(c.reduced), c.right: c.right_index.index(c.reduced)}
         return found
 
-    # -- what a key that no row sees adds -------------------------------------------------------------
+    # -- the contribution of keys that no row sees ----------------------------------------------------
     def _prove(self, n: Node) -> None:
-        """Note whether `n` is zero at keys that no row sees. Raises NotSeparable where leaving them out would change
-        it."""
+        """Note whether `n` is zero at keys that no row sees. Raises NotSeparable if `n` changes without these keys."""
         name, reduced = op_name(n), self._reduced(n)
         held = [x for x in n.all_input_nodes if x in self.at]
         if name in SOFTMAXES and reduced:
@@ -163,14 +163,16 @@ class _Walk:
             self.zero.add(n)
 
     def _stays_zero(self, n: Node, name: str, held: list[Node]) -> bool:
-        if name in SAME or name in ("add", "sub", "where", "stack", "cat"):
+        if name in SAME or name in ("stack", "cat"):
             return all(x in self.zero for x in held) and len(held) == len(n.all_input_nodes)
-        if name == "div":
-            return n.args[0] in self.zero
+        if name in ("add", "sub", "where"):  # a constant operand is not zero
+            return all(x in self.zero for x in n.args)
+        if name == "div":  # a divisor of each key may be zero itself
+            return n.args[0] in self.zero and n.args[1] not in self.at
         return (name == "mul" or (_product(n) and name != "baddbmm")) and any(x in self.zero for x in held)
 
     def _masked(self, x: Node) -> None:
-        """`x` is -inf where its mask of indices says so. Raises NotSeparable where it has none."""
+        """Note the mask of indices that sets `x` to -inf. Raises NotSeparable without such a mask."""
         if x not in self.at:
             raise NotSeparable(f"{op_name(x)} is not the region's own")
         place: list[Expr] = [A.var(f"o{d}", size) for d, size in enumerate(dims(x))]
@@ -190,7 +192,7 @@ class _Walk:
 
 
 def _own(e: Expr) -> list[Expr]:
-    """The nodes of an expression without the sizes that bound its variables."""
+    """Return the nodes of an expression without the sizes that bound its variables."""
     return [a for a in walk(e) if a.op != "size" or a not in (I.args[0], J.args[0])]
 
 
@@ -205,7 +207,7 @@ def part(x: Along | Part | Node) -> Part:
 
 
 def operands(made: Made) -> list[Part]:
-    """All of a call that are tensors; a node is the whole of it."""
+    """Return all tensor operands of a call; a bare node is read as a whole."""
     out: list[Part] = []
 
     def visit(x: Any) -> Any:
@@ -218,7 +220,7 @@ def operands(made: Made) -> list[Part]:
 
 
 def _with(made: Made, columns: Mapping[Node, int]) -> Made:
-    """The call with the keys of some operands narrowed."""
+    """Return the call with the keys of some operands narrowed."""
 
     def change(x: Any) -> Any:
         if isinstance(x, Along) and x.node in columns:
@@ -229,7 +231,7 @@ def _with(made: Made, columns: Mapping[Node, int]) -> Made:
 
 
 def _both(row: Any, column: Any) -> Any:
-    """An argument of the call for some rows and of that for some keys as one of the call for both."""
+    """Merge an argument of the call for some rows and of the call for some keys into one for both."""
     if column == ROWS and row != ROWS:
         return COLUMNS
     if isinstance(row, list | tuple):
@@ -248,7 +250,7 @@ def _both(row: Any, column: Any) -> Any:
 
 
 def _of_triangle(made: Made, column: int) -> Made:
-    """Keys and rows decide the diagonal together."""
+    """Narrow a triangle to some keys: its diagonal depends on keys and rows together."""
     seen: list[Ref] = []
 
     def change(x: Any) -> Any:

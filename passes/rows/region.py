@@ -1,4 +1,4 @@
-"""A region of a graph that is computed row by row, as data."""
+"""Define a region of a graph that is computed row by row."""
 
 from __future__ import annotations
 
@@ -19,14 +19,17 @@ from attnfx.passes.rows.live_keys import Columns
 
 @dataclass
 class Region:
-    """final     the node that the attention ends with; its rows lie along `rows[final]`, `extent` of them
+    """A region of a graph whose rows are independent.
+
+    final     the node that the attention ends with; its rows lie along `rows[final]`
+    extent    the number of rows
     columns   the number of keys
-    rows      the nodes inside, and where the rows of each lie
-    calls     how each of them is computed for some rows
-    inputs    what is read from outside: (node, the dimension of the rows, or None for the whole)
-    results   the nodes that leave: `final`, and what else is read outside
+    rows      node inside -> the dimension that its rows lie along
+    calls     node inside -> the call that computes some of its rows
+    inputs    values read from outside: (node, the dimension of the rows, or None for the whole)
+    results   nodes that are read outside: `final`, and others
     scores    the products of queries with keys
-    narrowed  how a chunk takes live keys only; None where it takes all
+    narrowed  the calls for a chunk's live keys; None if a chunk takes all keys
     """
 
     final: Node
@@ -45,7 +48,7 @@ class Region:
 
     @property
     def weight(self) -> Any:
-        """Elements of the largest value, for one row; maybe symbolic."""
+        """Return the elements of the largest value, for one row; maybe symbolic."""
         most, weight = -1, 1
         for n, row in self.rows.items():
             if n in self.calls and is_tensor(n):
@@ -58,14 +61,14 @@ class Region:
 
     @property
     def keys(self) -> Any:
-        """The number of keys; maybe symbolic."""
+        """Return the number of keys; maybe symbolic."""
         n = self.scores[0]
         return next(x for d, x in enumerate(value(n).shape) if dims(n)[d] is self.columns and d != self.rows[n])
 
     @property
     def work(self) -> Counter[str]:
-        """How often each operator works on values that have a number for each row and key: by name, "product" for one
-        of queries, keys or values, "mix" for one of scores with what is smaller."""
+        """Count the operators on values with an element for each row and key, by name. A product counts as "mix" if it
+        maps such a value to another, and as "product" if queries, keys or values take part."""
         found: Counter[str] = Counter()
 
         def large(n: Node) -> bool:
@@ -82,5 +85,5 @@ class Region:
 
     @property
     def gives_scores(self) -> bool:
-        """Whether something with a number for each row and key leaves."""
+        """Return whether a value with an element for each row and key leaves the region."""
         return any(n is not self.final and self.columns in dims(n) for n in self.results)

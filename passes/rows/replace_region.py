@@ -1,4 +1,4 @@
-"""A region of whole rows as a row program, and one call of `attnfx::attention_rows` in its place.
+"""Convert a region of whole rows to a row program, and replace the region by one call of `attnfx::attention_rows`.
 
 Needs the graph that the region was found in; changes it in place. Promises the same results.
 """
@@ -25,14 +25,14 @@ from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 
 
 def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> list[tuple[Node, Node]]:
-    """Insert one call of `attnfx::attention_rows` (`target`) and let all users of the region's results read it. Gives
-    each of these and what stands for it. Raises CannotEmit before changing users."""
+    """Insert one call of `attnfx::attention_rows` (`target`), and let all users of the region's results read it. Return
+    each result with its replacement. Raises CannotEmit before changing users."""
     facts, carriers = graph.facts, graph.carriers
     position = facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
     if any(position[n] >= position[before] for n, _ in found.inputs):
-        raise CannotEmit("an operand is computed after a result is read")
+        raise CannotEmit("an operand is computed after a result of the attention is first read")
     emit = graph.emitter(before)
     program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
@@ -69,11 +69,11 @@ def _program(
     columns = [x.column for x in read]
     sizes: dict[Expr, int] = {}
     scalars: dict[Node, Node] = {}
-    for made in calls_of.values():  # a computed float is the tensor that it was read from
+    for made in calls_of.values():  # a computed float is passed as the tensor that it was read from
         for x in made.operands():
             if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
                 if x.op != "call_method" or x.target != "item":
-                    raise CannotEmit(f"the number {x.name} is carried by no tensor")
+                    raise CannotEmit(f"the number {x.name} cannot be read off a tensor")
                 scalars[x] = x.args[0]  # type: ignore[assignment]
                 numbers[x] = len(inputs)
                 inputs.append(scalars[x])
@@ -104,7 +104,7 @@ def _program(
             return tuple(text(a) for a in x)
         if x is None or isinstance(x, bool | int | float | str | Ref):
             return x
-        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be written down")
+        raise CannotEmit(f"an argument of type {type(x).__name__} cannot be stored in a row program")
 
     calls = [
         Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
@@ -126,8 +126,7 @@ def _program(
 
 
 def _order(n: Node) -> tuple[int, ...]:
-    """The dimensions of a value as they lie in memory, the slowest first; empty for contiguous, and where the value is
-    not dense."""
+    """Return the dimensions in memory order, the slowest first; empty for a value that is contiguous or not dense."""
     shape, strides = ([number(x) for x in found] for found in (value(n).shape, value(n).stride()))
     order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d]))
     step = 1

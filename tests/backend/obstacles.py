@@ -1,4 +1,4 @@
-"""Naive models, each with one deliberate obstacle: name -> (function, code that the report must give, options).
+"""Naive models, each with one deliberate obstacle: name -> (function, the code that the report must state, options).
 
 The line that the report must name ends in "# here".
 """
@@ -186,8 +186,8 @@ def complex_scores(q, k, v):
 
 @obstacle("no_product", **NO_ROWS)
 def integer_scores(q, k, v):
-    s = (q.long() @ k.long().mT).float()
-    return s.softmax(-1) @ v  # here
+    s = (q.long() @ k.long().mT).float()  # here
+    return s.softmax(-1) @ v
 
 
 # -- the weights and the values ----------------------------------------------------------------------
@@ -235,17 +235,6 @@ def keys_changed_in_place(q, k, v):
     s = scores(q, k)
     k.add_(1.0)  # here
     return s.softmax(-1) @ v
-
-
-@obstacle("unbatched", **ALWAYS)
-def no_batch(q, k, v):
-    q, k, v = q[0, 0].sin(), k[0, 0].sin(), v[0, 0].sin()
-    return (q @ k.T).softmax(-1) @ v  # here
-
-
-@obstacle("unbatched", **ALWAYS)
-def no_batch_for_the_library(q, k, v):
-    return F.scaled_dot_product_attention(q[0, 0], k[0, 0], v[0, 0])  # here
 
 
 @obstacle("shared_keys", **ALWAYS)

@@ -1,4 +1,4 @@
-"""Meet odd options, models and inputs with an error before compiling, a note, one warning, or what eager does."""
+"""Handle odd options, models and inputs: an error before compiling, a note, one warning, or eager's own behavior."""
 
 import subprocess
 import sys
@@ -52,7 +52,7 @@ def test_an_environment_variable_sets_a_default_and_is_named_where_it_is_bad(mon
 
 # -- models that cannot be traced -----------------------------------------------------------------------
 def test_a_model_that_cannot_be_traced_is_compiled_as_it_is(monkeypatch):
-    """A graph that only Dynamo understands: a note or one warning, and the result is right."""
+    """For a graph that only Dynamo can handle, there is a note or one warning, and the result is right."""
     from attnfx.passes.fx.examples import Untraceable
 
     def fail(*_):
@@ -143,7 +143,7 @@ SHAPES = {
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("fn", [attend, causal])
 def test_sizes_at_the_edge_give_what_eager_gives(fn, sizes):
-    check(fn, *qkv(**sizes), tolerance=1e-3)  # a gradient that is zero is compared with the rounding of others
+    check(fn, *qkv(**sizes), tolerance=1e-3)  # if a gradient is zero, only rounding is compared
 
 
 @pytest.mark.parametrize("fn", [attend, causal])

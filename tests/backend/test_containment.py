@@ -1,6 +1,6 @@
 """Contain a failure of attnfx in the part in which it happens.
 
-The program gives eager's results, one warning says which part failed, and the report has it.
+The program returns eager's results, one warning names the part that failed, and the report lists it.
 """
 
 import warnings
@@ -24,13 +24,13 @@ def attend(q, k, v):
 
 
 def twice(q, k, v):
-    """Two attentions, the second of which is read of its weights beside."""
+    """Compute two attentions, and a sum of the weights of the second."""
     w = (attend(q, k, v) @ k.mT * SCALE).softmax(-1)
     return w @ v, w.sum(-2)
 
 
 def whole_rows(q, k, v):
-    """Talking heads: computed row by row."""
+    """Compute talking heads, a region of whole rows."""
     mix = torch.linspace(-1, 1, 16, dtype=q.dtype).view(4, 4)
     return torch.einsum("bhij,gh->bgij", q @ k.mT, mix).softmax(-1) @ v
 
@@ -45,7 +45,7 @@ def nothing_exercised(monkeypatch):
 
 
 def contained(fn, rewritten, **options):
-    """Runs a function, demands eager's results and one warning, and gives its text and the report."""
+    """Run a function, require eager's results and one warning, and return the warning's text and the report."""
     args = qkv()
     with new_reports() as filed, warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
@@ -65,7 +65,7 @@ PASSES = [step for step in pipeline.PREPARE if step is not trace]
 @pytest.mark.parametrize("step", PASSES, ids=lambda step: step.__name__.rpartition(".")[2])
 def test_a_pass_that_fails_is_left_out(monkeypatch, step):
     def broken(graph):
-        if graph.traced:  # half changed already when it fails
+        if graph.traced:  # the graph is half changed when it fails
             first, *rest = graph.gm.graph.nodes
             for n in rest[:-1]:
                 n.replace_all_uses_with(first)
@@ -128,7 +128,7 @@ def test_whole_rows_that_fail_are_found_when_the_graph_is_compiled(monkeypatch, 
 
 @pytest.mark.parametrize("operands", [(2, 2, 8, 8), (1, 1, 700, 4)], ids=["small", "large"])
 def test_whole_rows_are_exercised_at_any_size(monkeypatch, operands):
-    """On fake tensors where real ones would take too much memory."""
+    """Fake tensors are used if real ones would take too much memory."""
     monkeypatch.setattr(exercise, "LARGEST", 1 << 10)
     q = torch.randn(*operands, requires_grad=True)
 
@@ -217,7 +217,7 @@ def test_a_graph_in_which_nothing_is_rewritten_goes_on_as_dynamo_made_it(monkeyp
 
 
 def fails_at(monkeypatch, where, place):
-    """The function fails at one site, in every attempt: that of the `place`-th product with values."""
+    """Make the function fail, in every attempt, at the site of the `place`-th product with values."""
     import importlib
 
     module, _, name = where.rpartition(".")

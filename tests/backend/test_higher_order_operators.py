@@ -32,7 +32,7 @@ def test_attention_around_a_checkpoint_region_is_rewritten_as_well():
 
 def test_an_autograd_function_keeps_its_own_gradient():
     class Twice(torch.autograd.Function):
-        """The identity, whose gradient is 3 and not 1."""
+        """An identity whose gradient is 3, not 1."""
 
         @staticmethod
         def forward(ctx, x):

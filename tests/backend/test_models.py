@@ -1,5 +1,6 @@
-"""Rewrite every attention of tiny transformers models with random weights, in inference and training; outputs and
-gradients are eager's."""
+"""Rewrite every attention of tiny transformers models, in inference and training, with eager's outputs and gradients.
+
+The models have random weights."""
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def tokens(b: int = 2, t: int = 23) -> torch.Tensor:
 
 
 def padded(b: int = 2, t: int = 23) -> dict:
-    """Token ids, the last row shorter than the others."""
+    """Create token ids and a mask, the last row shorter than the others."""
     mask = torch.ones(b, t, dtype=torch.long)
     mask[-1, -6:] = 0
     return dict(input_ids=tokens(b, t), attention_mask=mask)

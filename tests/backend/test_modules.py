@@ -1,4 +1,4 @@
-"""Rewrite attention modules as people write them, in plain PyTorch, right in inference and training."""
+"""Rewrite attention modules as people write them in plain PyTorch, correctly in inference and training."""
 
 import math
 
@@ -11,7 +11,7 @@ from tests.support import check, compiled, error, new_reports, rand, run
 
 
 class ChunkedSelfAttention(nn.Module):
-    """A vision transformer's attention that saves memory by hand: it loops over chunks of queries."""
+    """A vision transformer's attention that loops over chunks of queries to save memory."""
 
     def __init__(self, width: int, heads: int, chunk: int):
         super().__init__()
@@ -41,7 +41,7 @@ class RMSNorm(nn.Module):
 
 
 class LoRA(nn.Module):
-    """A frozen projection and a low-rank update that trains."""
+    """A frozen projection with a trainable low-rank update."""
 
     def __init__(self, width: int, out: int, rank: int = 4, alpha: float = 8.0):
         super().__init__()
@@ -83,7 +83,7 @@ class GroupedLoRAAttention(nn.Module):
 
 
 def attention(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None):
-    """The reference that PyTorch's documentation gives for its fused operator."""
+    """Compute attention as the reference code in the documentation of PyTorch's fused operator."""
     t, s = q.size(-2), k.size(-2)
     scale = 1 / math.sqrt(q.size(-1)) if scale is None else scale
     bias = torch.zeros(t, s, dtype=q.dtype, device=q.device)
@@ -115,14 +115,14 @@ class MaskedAttention(nn.Module):
 
 
 def rotate(x, angles):
-    """Rotary embedding of pairs of neighbours; x (b, t, h, d), angles (t, d / 2)."""
+    """Apply a rotary embedding to adjacent pairs; x (b, t, h, d), angles (t, d / 2)."""
     even, odd = x[..., 0::2], x[..., 1::2]
     cos, sin = angles.cos()[None, :, None], angles.sin()[None, :, None]
     return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(3).type_as(x)
 
 
 class CachedAttention(nn.Module):
-    """RoPE, grouped heads, and a key/value cache that is written at `input_pos`."""
+    """Attention with RoPE, grouped heads, and a key/value cache that is written at `input_pos`."""
 
     def __init__(self, width: int, heads: int, groups: int, longest: int, dropout: float = 0.0):
         super().__init__()
@@ -164,7 +164,7 @@ class CachedAttention(nn.Module):
 
 
 def same_draw(module: nn.Module, value: torch.Tensor, call) -> float:
-    """Relative difference of <out, g> and <value, d value>, for a call that is linear in `value`."""
+    """Return the relative difference of <out, g> and <value, d value>, for a call that is linear in `value`."""
     out = call(value)
     g = torch.randn_like(out)
     (grad,) = torch.autograd.grad(out, value, g)
@@ -265,7 +265,7 @@ def test_dropout_is_absent_in_inference():
 def test_rotary_grouped_attention_trains(dynamic):
     *_, site = check(
         CachedAttention(32, 4, 2, 64), rand(2, 23, 32), dynamic=dynamic, sites=2 if dynamic else 1
-    )  # Dynamo may start twice
+    )  # Dynamo may compile twice
     assert site.rewritten
     assert (str(site.dims["H"]), str(site.dims["G"])) == ("4", "2")
 

@@ -1,4 +1,4 @@
-"""Name the obstacle: each naive model with one gets its code and the line of the user's code."""
+"""Name the obstacle: the report on each naive model has its code and the line of the user's code."""
 
 import ast
 import inspect
@@ -38,6 +38,36 @@ def test_the_report_names_the_code_and_the_line(name):
     assert code in str(report) and where in str(report)
     if site.refusal is not None:
         assert site.refusal.hint and site.refusal.closest and len(site.refusal.message) > 10
+
+
+NAMED = {
+    "unknown_operator": "linalg_inv between the scores and the softmax",
+    "batch_norm_in_training": "the operator batch_norm between the scores and the values",
+    "weights_summed_up_over_queries": "the operator cumsum between the scores and the values",
+    "scores_of_their_own_rank": "the scores pass through sort,",
+    "integer_scores": "the product of queries and keys, matmul, has the dtype torch.int64",
+    "complex_scores": "matmul returns torch.complex64",
+    "keys_changed_in_place": "add_ changes the key in place",
+    "dropped_weights_returned": "by way of dropout",
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_the_message_names_the_operator(name):
+    fn, _, options = OBSTACLES[name]
+    report = attnfx.explain(fn, **options)(*qkv(B, H, T, T, D))
+    (site,) = (*report.sites, *report.others)
+    assert NAMED[name] in site.refusal.message
+
+
+def test_an_operator_of_the_layer_before_is_not_named():
+    def fn(q, k, v):
+        x = torch.nn.functional.layer_norm((q @ k.mT).softmax(-1) @ v, (D,))
+        return (x @ x.mT).softmax(-1).cumsum(-2) @ x
+
+    report = attnfx.explain(fn, rewrite="always")(*qkv(B, H, T, T, D))
+    (message,) = [s.refusal.message for s in (*report.sites, *report.others) if s.code == "rows_mixed"]
+    assert "the operator cumsum between" in message and "layer_norm" not in message
 
 
 def test_a_graph_break_says_what_broke_the_graph():
@@ -105,7 +135,7 @@ def test_the_page_of_codes_has_a_heading_for_each_and_no_other():
 
 
 def test_every_code_in_the_source_is_in_the_table():
-    """Codes are literals where they are raised: a misspelt one would be found only when it happens."""
+    """Codes are literals at the place that raises them, so a misspelled one would only be noticed at run time."""
     makers = {"Refused", "NotNormalised", "refusal", "Refusal", "unread"}
     found = set()
     for file in [*(ROOT / "passes").rglob("*.py"), *(ROOT / "attnfx" / "compiler").rglob("*.py")]:

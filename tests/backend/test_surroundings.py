@@ -1,8 +1,8 @@
-"""What attnfx does not rewrite is handed on exactly as it was, and a rewrite changes nothing beside it.
+"""Keep all code that attnfx does not rewrite unchanged, including the surroundings of a rewrite.
 
-Programs that are put together at random around attentions (tests/fuzz) give what eager gives: results with their
-dtypes, strides and aliases, gradients, what was written to inputs and buffers, and the state of the generator.
-A finding is one line: `python tests/fuzz/run.py --recipe "LINE"` replays it, and without a line the script searches on.
+Random programs around attentions (tests/fuzz) must match eager in results with their dtypes, strides and aliases, in
+gradients, in writes to inputs and buffers, and in the state of the generator. A finding is one line:
+`python tests/fuzz/run.py --recipe "LINE"` replays it, and without a line the script continues the search.
 """
 
 import warnings
@@ -36,7 +36,7 @@ def test_nothing_changes_beside_an_attention(group):
     assert sum(o.rewritten > 0 for o in outcomes) >= SIZE // 2
 
 
-# What the search has found, each once.
+# One recipe for each finding of the search.
 HELD = "seed=1 {} dynamic=no inner={} tokens=8 inputs=plain entry=scaled | {}"
 FOUND = {
     "an operand read through a write": ("train", "eager", "transpose_written | attend[operands=bare]"),
@@ -77,9 +77,9 @@ def test_a_recipe_is_shrunk_to_what_is_needed():
     assert [str(s) for s in small.steps] == ["clamped"] and small.dynamic == "no" and small.inputs == "plain"
 
 
-# -- the search finds faults that are planted ---------------------------------------------------------------
+# -- the search finds planted faults ------------------------------------------------------------------------
 def the_write_dropped(gm: GraphModule) -> None:
-    """As dead code elimination does that takes an operator for one without effect."""
+    """Drop the last write, as a dead code elimination would that misses an operator's side effect."""
     for n in reversed(gm.graph.nodes):
         if getattr(getattr(n.target, "_schema", None), "is_mutable", False):
             n.replace_all_uses_with(n.args[0])

@@ -1,4 +1,4 @@
-"""Serve every length and number with one compilation where sizes are symbolic."""
+"""Serve every length and scalar with one compilation if sizes are symbolic."""
 
 import pytest
 import torch

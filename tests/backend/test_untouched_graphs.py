@@ -1,4 +1,4 @@
-"""Hand graphs without a rewrite to Inductor as Dynamo made them."""
+"""Pass graphs without a rewrite to Inductor as Dynamo made them."""
 
 import torch
 
@@ -12,13 +12,13 @@ def attend(q, k, v):
 
 
 def softmaxes(gm) -> int:
-    """How many softmax calls a graph and its submodules hold."""
+    """Count the softmax calls in a graph and its submodules."""
     names = [str(n.target) for m in gm.modules() if hasattr(m, "graph") for n in m.graph.nodes]
     return sum("softmax" in name for name in names)
 
 
 def graphs_that_reach_inductor(monkeypatch, fn, *args, **options):
-    """The graphs that Dynamo makes of fn, and those that Inductor gets."""
+    """Return the graphs that Dynamo makes of `fn`, and the graphs that Inductor receives."""
     import torch._inductor.compile_fx as inductor
 
     from attnfx.compiler import pipeline

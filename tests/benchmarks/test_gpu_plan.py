@@ -1,4 +1,4 @@
-"""Run the benchmark of plans with a CPU in the GPU's place, and check what it makes of the results."""
+"""Run the benchmark of plans on a CPU instead of a GPU, and check its evaluation of the results."""
 
 import importlib
 import sys

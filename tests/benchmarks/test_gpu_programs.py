@@ -1,6 +1,6 @@
-"""Check that the GPU benchmarks compare one function with its reference, and that it is lifted.
+"""Check that each GPU benchmark's hand-written code matches its reference and is recognized as attention.
 
-Their own code runs here with a CPU in the GPU's place, at sizes that Triton's interpreter can do.
+The benchmarks' own code runs here on a CPU instead of a GPU, at sizes that suit Triton's interpreter.
 """
 
 import importlib
@@ -26,7 +26,7 @@ gpu_programs = importlib.util.module_from_spec(_spec)
 
 @pytest.fixture(scope="module", autouse=True)
 def programs():
-    sys.modules["gpu_programs"] = gpu_programs  # dataclasses look there
+    sys.modules["gpu_programs"] = gpu_programs  # dataclasses look it up there
     _spec.loader.exec_module(gpu_programs)
     yield
     del sys.modules["gpu_programs"]

@@ -1,4 +1,4 @@
-"""Hold the CPU's cost rule against stored measurements (benchmarks/results/grid.json): the cost of its choices."""
+"""Compare the choices of the CPU's cost rule with stored measurements (benchmarks/results/grid.json)."""
 
 import importlib.util
 import json
@@ -17,7 +17,7 @@ def grid():
     spec = importlib.util.spec_from_file_location("grid", BENCHMARKS / "grid.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    sys.modules["grid"] = module  # dataclasses look there
+    sys.modules["grid"] = module  # dataclasses look it up there
     spec.loader.exec_module(module)
     yield module
     del sys.modules["grid"]
@@ -54,7 +54,7 @@ def test_the_chosen_is_near_the_best_and_never_much_slower_than_the_original(gri
 
 
 def test_the_rates_are_those_that_the_fit_gives(grid, points):
-    """A model whose work is counted otherwise needs its rates fitted again."""
+    """If the model counts work in another way, its rates must be fitted again."""
     for train, table in ((False, cpu.FORWARD), (True, cpu.TRAINING)):
         for way, rates in grid.fit(points, train).items():
             assert vars(table[way]) == pytest.approx(vars(rates), rel=0.05, abs=1e-3), (way, train)

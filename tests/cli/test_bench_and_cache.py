@@ -19,7 +19,7 @@ def own_cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Two sites of a few numbers, and no code generation."""
+    """Benchmark two tiny sites without code generation."""
     monkeypatch.setenv("ATTNFX_INNER", "eager")
     sites = [bench.Site("causal", 1, 2, 16, 8, "float32", False), bench.Site("softcap", 1, 2, 16, 8, "float32", True)]
     monkeypatch.setattr(bench, "standard", lambda device, many: sites)
@@ -28,7 +28,7 @@ def small(monkeypatch):
 
 @pytest.fixture
 def steady(small, monkeypatch):
-    """Each candidate runs, and is said to take the same time, however busy the machine is."""
+    """Run each candidate, but report the same time for all, even on a busy machine."""
 
     def shortest(contenders, device):
         for run in contenders.values():
@@ -48,7 +48,7 @@ def test_bench_gives_every_tier_its_measured_and_predicted_time(small):
     first, second = json.loads(said("bench", "--device", "cpu", "--json"))["sites"]
     assert first["site"] == "causal, 1 x 2 x 16 x 8, float32, forward"
     assert {c["tier"] for c in first["candidates"]} == {"kept", "library", "chunked"}
-    assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # no library operator has a soft cap
+    assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # library operators lack a soft cap
     assert all(c["measured_ms"] > 0 and c["predicted_ms"] > 0 for c in first["candidates"] + second["candidates"])
     assert first["fastest"] == min(first["candidates"], key=lambda c: c["measured_ms"])["tier"]
     assert calibration.CORRECTIONS.entries() == {}
@@ -71,8 +71,8 @@ def test_a_busy_processor_s_times_correct_nothing(small, monkeypatch):
     calibration.store(torch.device("cpu"), {"kept/forward": 2.0})
     monkeypatch.setattr(bench.timing, "undisturbed", lambda device: False)
     text = said("bench", "--device", "cpu", "--calibrate", code=1)
-    assert "is left out: other programs kept the processor busy" in text
-    assert "the corrections that there were are kept" in text
+    assert "is left out, because other programs kept the processor busy" in text
+    assert "no site was timed, so the previous corrections are kept" in text
     assert calibration.corrections(torch.device("cpu")) == {"kept/forward": 2.0}
 
 
@@ -85,7 +85,7 @@ def test_calibrating_starts_no_site_that_would_end_too_late():
 
 def test_calibrating_leaves_a_damaged_or_missing_cache_behind(steady, own_cache, monkeypatch):
     (own_cache / "calibration.json").write_text("{")
-    with pytest.warns(RuntimeWarning, match="cannot be read and is made anew"):
+    with pytest.warns(RuntimeWarning, match="cannot be read and is rebuilt"):
         said("bench", "--device", "cpu", "--calibrate")
     assert "kept/forward" in calibration.corrections(torch.device("cpu"))
     (own_cache / "file").touch()
@@ -110,12 +110,12 @@ def test_the_standard_sites_cover_every_program_and_direction():
 
 @pytest.mark.parametrize("device", ["tpu", "gpu0", "meta"])
 def test_a_device_that_is_none_is_refused_in_a_sentence(device):
-    assert f"'{device}' is neither 'cpu' nor 'cuda'" in said("bench", "--device", device, code=2)
+    assert f"'{device}' is not a supported device; give cpu or cuda" in said("bench", "--device", device, code=2)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is one")
 def test_a_cuda_device_that_is_not_there_is_refused():
-    assert "there is no CUDA device here" in said("bench", "--device", "cuda", code=2)
+    assert "this machine has no CUDA device" in said("bench", "--device", "cuda", code=2)
 
 
 def test_the_cache_is_listed_and_cleared(own_cache):
@@ -126,9 +126,9 @@ def test_the_cache_is_listed_and_cleared(own_cache):
     (own_cache / "triton" / "made.py").touch()
     assert "tuning.json" in said("cache", "list")
     assert json.loads(said("cache", "list", "--json")) == {"tuning": {"a": {"kept": 1.0}}, "calibration": {"b": {}}}
-    assert said("cache", "clear", "tuning") == "tuning: 1 forgotten\n"
+    assert said("cache", "clear", "tuning") == "tuning: 1 removed\n"
     assert cache.JsonCache("calibration").get("b") == {}
-    assert said("cache", "clear") == "tuning: 0 forgotten\ncalibration: 1 forgotten\ntriton: 1 forgotten\n"
+    assert said("cache", "clear") == "tuning: 0 removed\ncalibration: 1 removed\ntriton: 1 removed\n"
     assert not (own_cache / "triton").exists()
 
 

@@ -1,4 +1,4 @@
-"""Check the command `attnfx`: its output, its exit codes, and that a user's error is shown as the user's own."""
+"""Check the command `attnfx`: its output, its exit codes, and its tracebacks for errors in the user's code."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def wrong_number_of_inputs():
 
 @pytest.fixture(autouse=True)
 def own_path(monkeypatch):
-    """What a command puts on the path for the user's modules, and these, do not stay for other tests."""
+    """Remove the user's modules, and their entry in sys.path, after a test."""
     monkeypatch.setattr(sys, "path", list(sys.path))
     yield
     sys.modules.pop("models", None)
@@ -112,18 +112,18 @@ def file(tmp_path) -> Path:
 
 
 def line(text: str, function: str) -> str:
-    """How a traceback names the line of FILE that holds a text."""
+    """Return how a traceback names the line of FILE that contains a text."""
     return f"line {next(n for n, held in enumerate(FILE.splitlines(), 1) if text in held)}, in {function}"
 
 
 def attnfx(*arguments: object, code: int = 0) -> tuple[str, str]:
-    """What the command writes to stdout and stderr; it must end with `code`."""
+    """Run the command, require the exit code `code`, and return its stdout and stderr."""
     done = CliRunner().invoke(main, [str(a) for a in arguments])
     assert done.exit_code == code, f"{done.exit_code}\n{done.output}\n{done.exception!r}"
     return done.stdout, done.stderr
 
 
-# -- what is asked about ---------------------------------------------------------------------------------------
+# -- loading a model -------------------------------------------------------------------------------------------
 def test_a_factory_is_found_by_file_and_by_module(file, monkeypatch):
     model, args, kwargs = load(f"{file}:positional")
     assert model.__name__ == "attend" and len(args) == 3 and kwargs == {}
@@ -151,7 +151,7 @@ def test_explain_prints_the_report(file, factory):
 
 def test_rewrite_and_train_reach_the_decision(file):
     out, _ = attnfx("explain", f"{file}:positional", "--rewrite", "never")
-    assert "nothing was looked for" in out
+    assert "the graph was not searched" in out
     assert "1 of 1" in attnfx("explain", f"{file}:positional", "--train", "--rewrite", "always")[0]
 
 
@@ -170,7 +170,7 @@ def test_a_page_is_overwritten_only_by_force(file, tmp_path):
     first = page.read_text()
     assert "<html" in first
     page.write_text("mine")
-    assert "exists; --force overwrites it" in attnfx("explain", f"{file}:positional", "--html", page, code=2)[1]
+    assert "exists; add --force to overwrite it" in attnfx("explain", f"{file}:positional", "--html", page, code=2)[1]
     assert page.read_text() == "mine"
     attnfx("explain", f"{file}:positional", "--html", page, "--force")
     assert "<html" in page.read_text()
@@ -191,17 +191,17 @@ def test_a_transformers_model_is_made_small_and_its_sizes_can_be_given():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        ((), "one of FACTORY and --hf is needed"),
-        (("{file}:positional", "--hf", "llama"), "one of FACTORY and --hf is needed"),
+        ((), "give either FACTORY or --hf"),
+        (("{file}:positional", "--hf", "llama"), "give either FACTORY or --hf"),
         (("{file}",), "is not of the form FILE.py:FACTORY"),
-        (("{folder}/absent.py:f",), "there is no file"),
-        (("absent_module:f",), "there is no module 'absent_module'"),
-        (("json.absent:f",), "there is no module 'json.absent'"),
-        (("{file}:absent",), "has no function 'absent'; its functions are: attend, operands, positional"),
+        (("{folder}/absent.py:f",), "does not exist"),
+        (("absent_module:f",), "the module 'absent_module' does not exist"),
+        (("json.absent:f",), "the module 'json.absent' does not exist"),
+        (("{file}:absent",), "has no function 'absent'; its functions: attend, operands, positional"),
         (("{file}:positional", "--target", "hundred"), "target"),
-        (("--hf", "lama"), "knows no model type 'lama'; the nearest is 'llama'"),
-        (("--hf", "llama", "--hidden", "10", "--heads", "3"), "no multiple of --heads 3"),
-        (("--hf", "wav2vec2"), "write a factory"),
+        (("--hf", "lama"), "has no model type 'lama'; did you mean 'llama'?"),
+        (("--hf", "llama", "--hidden", "10", "--heads", "3"), "is not a multiple of --heads 3"),
+        (("--hf", "wav2vec2"), "write a factory instead"),
     ],
 )  # fmt: skip
 def test_a_wrong_use_exits_with_2_and_says_what_is_wrong(file, arguments, says):
@@ -216,7 +216,7 @@ def test_a_wrong_use_exits_with_2_and_says_what_is_wrong(file, arguments, says):
         ("raises", ("raises() of", line('{}["missing"]', "raises"), "KeyError: 'missing'")),
         ("exits", ("exits() of", "SystemExit: no data here")),
         ("nothing", ("returned None, expected a tuple (model, inputs)",)),
-        ("strange_inputs", ("inputs that strange_inputs()", "are a int, expected a tensor, a tuple or a dict")),
+        ("strange_inputs", ("strange_inputs()", "returned an int as inputs, expected a tensor, a tuple or a dict")),
         ("wrong_shapes", (line("self.multiply(x)", "forward"), line("x @ x", "multiply"), "RuntimeError: ")),
         ("own_error", (line("raise ValueError", "multiply"), "ValueError: seven is not allowed")),
         ("wrong_number_of_inputs", ("TypeError", "takes 2 positional arguments but 4 were given")),
@@ -256,7 +256,7 @@ def test_targets_are_listed_and_shown_with_their_sources():
     shown = json.loads(attnfx("targets", "show", "H100 SXM", "--json")[0])
     assert shown["name"] == "h100-sxm" and shown["sources"]["bandwidth"]
     assert "GB/s" in attnfx("targets", "show", "h100-sxm")[0]
-    assert "nearest is" in attnfx("targets", "show", "h1000", code=2)[1]
+    assert "did you mean 'h100-" in attnfx("targets", "show", "h1000", code=2)[1]
 
 
 def test_a_target_of_one_s_own_is_shown_or_refused_with_the_field_s_name(tmp_path):

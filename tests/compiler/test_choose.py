@@ -1,4 +1,4 @@
-"""Decide for a device that is not there: `explain` decides as for it, a compiled model runs on what is there."""
+"""Decide for a device that is not present: `explain` decides for it, a compiled model runs on a present device."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +45,7 @@ def test_explain_decides_for_the_gpu_that_is_named():
     by_tier = {c.tier for c in (found.decision, *found.decision.alternatives)}
     assert by_tier == {"flash", "kept", "chunked"}
     assert all(c.predicted_ms > 0 for c in found.decision.alternatives)
-    assert "decided for h100-sxm; the cpu at hand runs it as chunked" in found.notes
+    assert "decided for h100-sxm; the present cpu device runs tier chunked instead" in found.notes
     assert site("h100-sxm", 8192, queries=1, fn=plain).decision.tier == "decode"
 
 
@@ -58,7 +58,7 @@ def test_pytorchs_fused_operator_is_a_candidate_where_it_computes_the_same(targe
     assert library.kernel == ("cudnn" if target in ("h100-sxm", "b200") else "flash-attention-2")
     assert (found.decision is library) == (library.predicted_ms <= min(c.predicted_ms for c in every))
     assert found.decision.tier == "library" or fn is causal
-    assert f"decided for {target}; the cpu at hand runs it as library" in found.notes
+    assert f"decided for {target}; the present cpu device runs tier library instead" in found.notes
 
 
 @pytest.mark.parametrize("target", ["v100", "t4", "mi300x"])
@@ -74,7 +74,7 @@ def test_a_model_compiled_for_another_device_runs_on_this_one():
         got = compiled(causal, target="h100-sxm", rewrite="always")(q, k, v)
     torch.testing.assert_close(got, causal(q, k, v), rtol=1e-4, atol=1e-5)
     (found,) = filed[0].sites
-    assert found.decision.tier == "flash" and "the cpu at hand runs it as" in " ".join(found.notes)
+    assert found.decision.tier == "flash" and "the present cpu device runs tier" in " ".join(found.notes)
 
 
 def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
@@ -86,7 +86,8 @@ def test_sums_of_dropped_weights_are_kept_in_blocks_for_any_target():
     with new_reports() as filed:
         compiled(fn, target="h100-sxm", rewrite="always")(q, k, v)
     (found,) = filed[0].sites
-    assert found.decision.tier == "flash" and "the cpu at hand runs it as chunked" in " ".join(found.notes)
+    assert found.decision.tier == "flash"
+    assert "the present cpu device runs tier chunked instead" in " ".join(found.notes)
 
 
 def test_more_batches_than_a_launch_has_programs_for_run_in_blocks():

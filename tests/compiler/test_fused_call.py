@@ -1,4 +1,4 @@
-"""Write PyTorch's fused operator into the graph as a rewrite on a GPU; here it runs on a CPU, with another kernel."""
+"""Rewrite a graph with PyTorch's fused operator as on a GPU. Here it runs on a CPU, with another kernel."""
 
 import math
 from dataclasses import replace
@@ -31,7 +31,7 @@ GPU = torch.device("cuda")
 
 @pytest.fixture
 def graphs(monkeypatch):
-    """As on a GPU, the library tier is a call of PyTorch's operator; the graphs that it is written into."""
+    """Make the library tier a call of PyTorch's operator, as on a GPU, and collect the rewritten graphs."""
     made = []
 
     def written(match, tier):
@@ -49,7 +49,7 @@ def graphs(monkeypatch):
 
 
 def calls(graphs):
-    """Operands and settings of each call of the operator; no operator of attnfx's own is left."""
+    """Return each call of PyTorch's operator, and check that operators of attnfx are absent."""
     nodes = [n for made in graphs for n in made.gm.graph.nodes]
     assert not any("attnfx" in str(n.target) for n in nodes)
     return [n for n in nodes if n.target is torch.ops.aten.scaled_dot_product_attention.default]
@@ -76,7 +76,7 @@ def grouped(q, k, v):
 
 
 def heads_last(q, k, v):
-    """Operands as a model's projection leaves them, and the output as the next one wants it."""
+    """Compute attention with operands and output in the layout of a model's projections."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return causal(q, k, v).transpose(1, 2).flatten(2)
 
@@ -142,7 +142,7 @@ def test_autocast_and_checkpoints_keep_their_meaning(graphs):
 
 
 def test_a_site_that_shares_its_weights_stays_an_operator_of_ours(graphs):
-    """The sum over heads is made from the log-sum-exp, which PyTorch's operator does not give."""
+    """The mean over heads needs the logsumexp, which PyTorch's operator does not return."""
 
     def fn(q, k, v):
         w = torch.softmax(q @ k.mT / 8, -1)
@@ -153,7 +153,7 @@ def test_a_site_that_shares_its_weights_stays_an_operator_of_ours(graphs):
 
 
 def test_rows_that_start_at_odd_places_are_copied_first(graphs):
-    """The kernels load 16 bytes at once, and one of them raises where it cannot."""
+    """The kernels load 16 bytes at once, and one of them raises an error for misaligned rows."""
 
     def parts(x):
         q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in x[..., :96].split(32, -1))
@@ -168,7 +168,7 @@ def test_rows_that_start_at_odd_places_are_copied_first(graphs):
 
 
 def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
-    """With fake tensors, which stand on a device that is not there."""
+    """Fake tensors make a device possible that is not present."""
     monkeypatch.setattr(call, "expresses", lambda *of, **shape: None)
     options, made = Options.make({"target": "h100-sxm"}), []
 

@@ -1,4 +1,4 @@
-"""Keep the five steps apart: search once whatever is asked, choose without a change, log what each pass did."""
+"""Keep the five steps separate: search once for all options, choose without changes, log the work of each pass."""
 
 import logging
 
@@ -26,7 +26,7 @@ def in_chunks(q, k, v):
 
 @pytest.fixture
 def fixed_times(monkeypatch):
-    """Every candidate that can be built and run takes as many ms as its name is long."""
+    """Run every candidate, but report the length of its name as its ms."""
     names = []
 
     def shortest(runs, device):
@@ -58,7 +58,7 @@ def test_the_search_runs_once_for_verification_tuning_and_a_budget(searches, fix
 
 
 def test_a_budget_chooses_again_over_the_same_search(searches):
-    """What is kept by its cost is rewritten where only that fits."""
+    """A site that would be kept by its cost is rewritten if only the rewrite fits."""
     args = qkv(b=1, h=2, t=512)
     with new_reports() as filed:
         run(compiled(attend, memory_budget="6MiB", rewrite="cost"), args, True)
@@ -67,7 +67,7 @@ def test_a_budget_chooses_again_over_the_same_search(searches):
 
 
 def test_a_loop_over_chunks_is_tuned(fixed_times):
-    """The joined site is timed as it was matched: a second search of the cut graph would find its chunks."""
+    """The merged site is timed as matched; a second search of the extracted graph would find its chunks."""
     args = qkv()
     with new_reports() as filed:
         got = run(compiled(in_chunks, tune=True), args, False)
@@ -75,7 +75,7 @@ def test_a_loop_over_chunks_is_tuned(fixed_times):
     (site,) = filed[0].sites
     assert site.rewritten and site.decision.reason.startswith("measured")
     assert {"kept", "library", "chunked"} <= set(fixed_times)
-    assert "4 chunks of queries" in " ".join(site.notes)
+    assert "joined from 4 chunks of queries" in " ".join(site.notes)
 
 
 def test_choosing_changes_no_graph(monkeypatch):

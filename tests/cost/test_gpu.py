@@ -1,5 +1,6 @@
-"""Predict bytes as the kernels allocate them, times that grow with the work, and numbers near published ones, from a
-table that is of the kernels as they are."""
+"""Predict the kernels' allocated bytes, times that grow with the work, and rates close to published ones.
+
+The instruction table must be up to date with the kernels."""
 
 import json
 import re
@@ -60,11 +61,11 @@ def times(question, target=H100):
 
 # -- bytes --------------------------------------------------------------------------------------
 def allocated(launches, *given):
-    """Bytes of the tensors that launches use and that were not given, each counted once."""
+    """Count the bytes of the tensors that launches use, except `given`, each once."""
     found = {}
 
     def visit(x):
-        x = getattr(x, "base", x)  # a descriptor's
+        x = getattr(x, "base", x)  # the tensor of a descriptor
         if isinstance(x, torch.Tensor):
             found[id(x)] = x
         elif isinstance(x, tuple):
@@ -104,7 +105,7 @@ def test_training_bytes_are_those_that_both_passes_allocate(spec):
     run = Backward(call, torch.empty_like(out), out, logsumexp, tiles.pick(tiles.BACKWARD, 90, 64), 90)
     dq, dk, dv = (torch.empty_like(x) for x in (call.query, call.key, call.value))
     passes = [run.delta_launch(), run.rows_launch(dq), run.keys_launch(dk, dv)]
-    if spec is ALIBI:  # the gradient of the slopes, of each row before it is added up
+    if spec is ALIBI:  # the gradient of the slopes per row, before its reduction
         passes.append(run.rows_launch(torch.empty(call.query.shape[:3], dtype=torch.float32, device="meta"), 0))
     given = (call.query, call.key, call.value, out, run.grad_out, dq, dk, dv, *call.captures)
     chosen = next(c for c in candidates(question) if c.tier == "flash")
@@ -186,7 +187,7 @@ def test_more_work_is_never_faster(target, training):
     def flash(**fields):
         return {k: v for k, v in times(ask(training=training, **fields), device).items() if k[0] in ("flash", "kept")}
 
-    # lengths that the tiles divide: a tile that tests bounds takes longer than a whole one
+    # lengths divisible by the tiles, because a tile that tests bounds takes longer
     for name, values in (("T", (128, 256, 512, 2048, 4096)), ("B", (1, 2, 3, 8, 50)), ("H", (1, 4, 16, 33))):
         row = [flash(**{name: n}) for n in values]
         for less, more in pairwise(row):
@@ -200,7 +201,7 @@ def test_a_faster_device_is_never_slower(slower):
     value = getattr(H100, slower)
     less = {k: v / 2 for k, v in value.items()} if slower == "matrix" else value / 2
     changes = {slower: less}
-    if slower == "clock":  # rates are stated for the clock
+    if slower == "clock":  # rates depend on the clock
         changes |= {"matrix": {k: v / 2 for k, v in H100.matrix.items()}, "fp32": H100.fp32 / 2,
                     "exponentials": H100.exponentials / 2, "l2_bandwidth": H100.l2_bandwidth / 2}  # fmt: skip
     weak = replace(H100, **changes)
@@ -238,7 +239,7 @@ def test_a_summary_is_part_of_the_time_and_little_beside_the_kernels(monkeypatch
         added = [x - y for x, y in zip(more, less)]
         if shape["T"] == 256:
             assert not any(added)
-        else:  # its launch and that of the lists, and every element of the mask once
+        else:  # two launches (the summary and the lists), and one read of the mask
             least = max(2 * device.launch / 1e3, 2 * shape["T"] ** 2 / device.bandwidth / 1e6)
             assert all(least < x <= summaries.EMPTY * min(less) for x in added)
 
@@ -366,7 +367,7 @@ def test_every_tile_that_the_kernels_take_by_themselves_comes_first_in_the_table
 
 # -- published numbers --------------------------------------------------------------------------
 def published():
-    """The rows of the table of benchmarks/published.py, predicted again."""
+    """Yield the rows of the table of benchmarks/published.py with new predictions."""
     rows = json.loads((ROOT / "benchmarks/results/published.json").read_text())["rows"]
     for row in rows:
         target = Target.by_name(row["device"])
@@ -398,7 +399,7 @@ def test_published_kernels_are_predicted_within_their_error_and_in_order():
                 assert p > q, (a, b)
 
 
-# -- programs with tiles of their own -------------------------------------------------------------
+# -- programs with their own tiles ----------------------------------------------------------------
 BIAS = AttentionSpec(
     score=A.add(SCORE, A.load(0, [H, I, J], "f")), out_dtype="bfloat16", captures=(Capture("f", 3, True),)
 )

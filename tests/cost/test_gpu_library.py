@@ -59,7 +59,7 @@ def test_a_call_of_a_model_with_a_mask_goes_past_flash_attention():
             kept = next(c for c in (found, *found.alternatives) if c.tier == "kept")
             times.setdefault(device, []).append(kept.predicted_ms)
     assert times["a100-80gb"][1] > 1.5 * times["a100-80gb"][0]
-    assert times["h100-sxm"][1] == pytest.approx(times["h100-sxm"][0], rel=0.05)  # cuDNN's kernel takes masks
+    assert times["h100-sxm"][1] == pytest.approx(times["h100-sxm"][0], rel=0.05)  # cuDNN's kernel supports masks
 
 
 @pytest.mark.parametrize("width", [100, 512])
@@ -97,12 +97,12 @@ def test_float32_is_fused_and_holds_no_scores():
     ],
 )
 def test_the_memory_efficient_kernel_takes_what_was_measured_of_it(device, dtype, heads, length, width, published):
-    """Milliseconds; sources in attnfx/cost/others.json."""
+    """Times are in milliseconds; their sources are in attnfx/cost/others.json."""
     dims = dict(B=1, H=heads, G=heads, T=length, S=length, D=width, Dv=width)
     gpu = Target.by_name(device)
     ask = Question(replace(PLAIN, out_dtype=dtype), dims, dtype, "cuda", native=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fused, "FLASH_WIDTH", 0)  # as where FlashAttention takes no such call
+        patch.setattr(fused, "FLASH_WIDTH", 0)  # as if FlashAttention rejects the call
         kept = select(ask, Options(), device=gpu)
     kept = next(c for c in (kept, *kept.alternatives) if c.tier == "kept")
     assert kept.predicted_ms == pytest.approx(published, rel=0.03)

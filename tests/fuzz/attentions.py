@@ -1,4 +1,4 @@
-"""Attentions that are put together: a projection, a product, a mask and a softmax, with edits in between."""
+"""Attentions composed of a projection, a product, a mask and a softmax, with edits in between."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def one_key(c: Context, x: Tensor) -> Heads:
 
 
 def remembered(c: Context, x: Tensor) -> Heads:
-    """Keys of a cache that is written in place."""
+    """Return heads whose keys come from a cache that is written in place."""
     c.model.cache[:, : x.shape[1]] = (x @ c.weight(1)).detach()
     past = c.model.cache[:, : x.shape[1]]
     return heads(x @ c.weight()), heads(past), heads(x @ c.weight(2))
@@ -208,7 +208,7 @@ def table(*parts: Callable) -> dict[str, Callable]:
     return {p.__name__: p for p in parts}
 
 
-# The first of each is the plain one.
+# The first entry of each is the default.
 PARTS: dict[str, dict[str, Callable]] = {
     "operands": table(separate, packed, chunked, bare, cross, grouped, expanded, one_head, one_key, remembered),
     "product": table(by_matmul, divided, by_einsum, by_einsum_of_tokens, by_bmm, scaled_in_place, by_sum),
@@ -217,11 +217,11 @@ PARTS: dict[str, dict[str, Callable]] = {
     "softmax": table(by_softmax, in_float, by_hand, by_hand_in_place, less_the_most, by_logsumexp),
     "values": table(weigh, weigh_by_einsum, weigh_by_bmm),
 }  # fmt: skip
-PLACES = ("query", "key", "value", "scores", "weights", "mixed")  # where an edit may stand
+PLACES = ("query", "key", "value", "scores", "weights", "mixed")  # possible places of an edit
 
 
 def attend(c: Context, x: Tensor, chosen: dict[str, str]) -> Tensor:
-    """An attention of the parts `chosen`, with edits at the places `chosen`; what is not named is plain."""
+    """Compute an attention from the parts and edits in `chosen`; parts without an entry are the defaults."""
 
     def part(kind: str) -> Callable:
         return PARTS[kind][chosen.get(kind, next(iter(PARTS[kind])))]
@@ -232,5 +232,5 @@ def attend(c: Context, x: Tensor, chosen: dict[str, str]) -> Tensor:
     q, k, v = (edited(t, place) for t, place in zip(part("operands")(c, x), PLACES))
     s = edited(part("mask")(c, part("product")(q, k)), "scores")
     w = part("softmax")(s).to(v.dtype)
-    w = edited(w * 1.0, "weights") if "weights" in chosen else w  # what the softmax gave is saved
+    w = edited(w * 1.0, "weights") if "weights" in chosen else w  # the softmax's own result is saved
     return x + merged(edited(part("values")(w, v), "mixed")) @ c.weight(3)

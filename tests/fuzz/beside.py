@@ -1,4 +1,4 @@
-"""Neighbors that write nothing: random draws, integers, modules, views that are returned, and other softmaxes."""
+"""Neighbors without writes: random values, integers, modules, returned views, and other softmaxes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.fuzz.parts import Context, D, E, H, neighbor
 
 
-# -- random draws ---------------------------------------------------------------------------------
+# -- random values --------------------------------------------------------------------------------
 @neighbor()
 def noise_added(c: Context, x: Tensor) -> Tensor:
     return x + torch.rand(x.shape[0], x.shape[1], 1).to(x.dtype)
@@ -71,7 +71,7 @@ def integers_drawn(c: Context, x: Tensor) -> Tensor:
     return x + c.model.embedding(torch.randint(0, 8, (x.shape[0], x.shape[1])))
 
 
-# -- integers and truth values ----------------------------------------------------------------------
+# -- integers and booleans --------------------------------------------------------------------------
 @neighbor(sharp=True)
 def largest_channel(c: Context, x: Tensor) -> Tensor:
     c.out.append(x.argmax(-1))
@@ -179,7 +179,7 @@ def gradient_hooked(c: Context, x: Tensor) -> Tensor:
     return made
 
 
-# -- softmaxes that are no attention -----------------------------------------------------------------
+# -- softmaxes outside attention ---------------------------------------------------------------------
 @neighbor(sharp=True)
 def routed(c: Context, x: Tensor) -> Tensor:
     gates = (x @ c.weight()).softmax(-1)

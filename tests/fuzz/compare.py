@@ -1,4 +1,4 @@
-"""What can be seen of a program, and how two runs of it differ."""
+"""Record the observable behavior of a program, and compare two runs of it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ FAULT, UNTRACED = "attnfx failed", "attnfx could not trace"
 
 @dataclass
 class Seen:
-    """All that a caller can see, by name; `raised` is what it raised instead, `said` the warnings of attnfx."""
+    """All values that a caller can observe, by name, or the exception raised, and the warnings of attnfx (`said`)."""
 
     values: dict[str, Any] = field(default_factory=dict)
     raised: str = ""
@@ -31,7 +31,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Difference:
-    """`name` of what differs, with the `kind` of difference: values, gradient, strides, dtype, alias, raises .."""
+    """A difference: the `name` of the value, and the `kind`: values, gradient, strides, dtype, alias, raises .."""
 
     name: str
     kind: str
@@ -110,13 +110,13 @@ def _memory(t: Tensor) -> int:
 
 
 def _strides(t: Tensor) -> tuple[int, ...]:
-    """Strides that can be seen: not those of dims of one element, or of no elements at all."""
+    """Return the observable strides: skip dims of size one, and return () for an empty tensor."""
     return tuple(s for s, n in zip(t.stride(), t.shape) if n > 1) if t.numel() else ()
 
 
 # -- differences ----------------------------------------------------------------------------------------
 def error(got: Tensor, want: Tensor, least: float = 1e-2) -> float:
-    """The largest difference over the largest value, or over `least`; inf where shapes, NaNs or infinities differ."""
+    """Return the largest difference over the largest value, or over `least`; inf if shapes, NaNs or infs differ."""
     got, want = got.double(), want.double()
     if got.shape != want.shape or not torch.equal(got.isnan(), want.isnan()):
         return math.inf
@@ -133,12 +133,12 @@ def largest(x: Tensor) -> Tensor:
 
 
 def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse: bool) -> list[Difference]:
-    """How `got` differs from `want`. `truth` gives the run in float64, and is asked only where numbers differ."""
+    """List the differences of `got` from `want`. `truth` runs the program in float64, only if numbers differ."""
     if got.raised:
         return [Difference("program", "raises", got.raised)]
     found: list[Difference] = []
     gradients = [largest(x).item() for n, x in want.values.items() if "gradient" in n and isinstance(x, Tensor)]
-    scale = max(gradients, default=0.0)  # a gradient that cancels out is rounded as the others are
+    scale = max(gradients, default=0.0)  # a gradient that cancels out has the rounding error of the others
     for name in [*want.values, *(n for n in got.values if n not in want.values)]:
         x, y = got.values.get(name), want.values.get(name)
         kind = "gradient" if "gradient" in name else name.split()[2] if "output" not in name else name.split()[-1]
@@ -152,7 +152,7 @@ def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse:
 def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse: bool, scale: float) -> str:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         one = next((t for t in (x, y) if isinstance(t, Tensor)), None)
-        if one is not None and "gradient" in name and (x is None or y is None):  # none is a gradient of zeros
+        if one is not None and "gradient" in name and (x is None or y is None):  # None equals a gradient of zeros
             return "" if not one.count_nonzero() else f"{_told(x)}, eager {_told(y)}"
         return "" if type(x) is type(y) and x == y else f"{_told(x)}, eager {_told(y)}"
     if x.dtype != y.dtype or x.shape != y.shape:

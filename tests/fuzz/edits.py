@@ -1,4 +1,4 @@
-"""Edits of a tensor inside an attention: of query, key, value, scores, weights or result, (.., T, n)."""
+"""Edits of a tensor (.., T, n) inside an attention: query, key, value, scores, weights or result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hold a program compiled by attnfx to eager."""
+"""Compare a program compiled by attnfx with eager."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ HOW = {"no": False, "all": True, "marked": None, "auto": None}
 
 @dataclass
 class Outcome:
-    """What became of a recipe.
+    """The outcome of a recipe.
 
     verdict    "same"; "fault" or "differs", which are findings; "eager raises"; "PyTorch's own"
     told       the differences, or the fault
-    rewritten  how many sites attnfx rewrote, of `sites`; `untraced` what it could not trace
+    rewritten  the number of rewritten sites, of `sites`; `untraced` lists code that attnfx could not trace
     """
 
     recipe: Recipe
@@ -47,8 +47,8 @@ def _by(backend: str, recipe: Recipe, **options: Any) -> Callable[[torch.nn.Modu
 
 
 def hold(recipe: Recipe) -> Outcome:
-    """Runs the recipe in eager and by attnfx, once for each of its modes, and tells how they differ. PyTorch's own
-    compiler without attnfx is asked only where they do."""
+    """Run the recipe in eager and through attnfx, in each of its modes, and return the differences. If there are any,
+    also run PyTorch's own compiler without attnfx."""
     outcome = Outcome(recipe)
     for mode in recipe.modes:
         want = observe(recipe, lambda model: model, mode)
@@ -95,7 +95,7 @@ def _hold(outcome: Outcome, mode: str, want: Seen) -> None:
 
 
 def _fault(text: str) -> str:
-    """The name of the exception that a warning of attnfx tells of."""
+    """Return the name of the exception in a warning of attnfx."""
     return next(iter(re.findall(r"\b[A-Z]\w+(?:Error|Exception|Fault)\b", text)), "fault")
 
 
@@ -104,7 +104,7 @@ def _kind(d: Difference) -> str:
 
 
 def shrunk(outcome: Outcome, tries: int = 60) -> Outcome:
-    """The outcome of the smallest recipe with the same verdict and a kind of difference in common."""
+    """Return the outcome of the smallest recipe with the same verdict and a common kind of difference."""
     best = [outcome]
 
     def found(recipe: Recipe) -> bool:

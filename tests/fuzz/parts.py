@@ -1,7 +1,7 @@
-"""The parts that programs are put together of: tables of small functions, and the context that each is given.
+"""The parts of random programs: tables of small functions, and the context that each receives.
 
-A neighbor takes the context and the activations `x` (B, T, E) and gives activations of the same shape. What it makes
-beside them goes to `context.out`, which the program returns.
+A neighbor takes the context and the activations `x` (B, T, E) and returns activations of the same shape. It appends
+further results to `context.out`, which the program returns.
 """
 
 from __future__ import annotations
@@ -14,18 +14,18 @@ from torch import Tensor, nn
 
 B, H, D = 2, 2, 4
 E = H * D
-LONGEST = 16  # tokens for which there are parameters and buffers
+LONGEST = 16  # the most tokens that the parameters and buffers allow
 
 
 class Context:
-    """Gives a part the inputs and parameters of the program, and takes the results beside the activations.
+    """The program's inputs and parameters for one part, and a list for its further results.
 
-    model    holds parameters, buffers and modules
+    model    the parameters, buffers and modules
     y        (B, T, E), a second input; `memory` (B, LONGEST, E) is one without a gradient
-    keep     (B, T) truth values, True in the first column; `ids` (B, T) integers below 8
-    number   a float, `count` an int from 1 to 3
-    out      takes further results
-    at       the place of the part in the program
+    keep     (B, T) bool, True in the first column; `ids` (B, T) has integers below 8
+    number   a float; `count` is an int from 1 to 3
+    out      the list of further results
+    at       the position of the part in the program
     """
 
     def __init__(self, model: nn.Module, inputs: dict[str, Any], out: list[Any], at: int):
@@ -34,11 +34,11 @@ class Context:
         self.number, self.count = inputs["number"], inputs["count"]
 
     def aside(self) -> Context:
-        """A context whose results are taken apart, for a body that may not write outside of itself."""
+        """Return a context with its own list of results, for a body that must not write outside itself."""
         return Context(self.model, self.inputs, [], self.at)
 
     def weight(self, n: int = 0) -> Tensor:
-        """An (E, E) parameter: parts at other places mostly read others."""
+        """Return an (E, E) parameter. Parts at other positions mostly read others."""
         return self.model.weights[(self.at + n) % len(self.model.weights)]
 
 
@@ -47,13 +47,13 @@ Part = Callable[[Context, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Neighbor:
-    """A part and what has to be known of it.
+    """A part and its properties.
 
-    sharp    a rounding error may change its result by far (argmax, a comparison)
-    coarse   computes in less than float32
-    draws    draws numbers of its operand's dtype
-    breaks   breaks the graph, which takes long to compile
-    pure     changes no tensor in place and gives nothing beside its result: it may be the body of an operator
+    sharp    a rounding error may change its result by a lot (argmax, a comparison)
+    coarse   it computes in less than float32
+    draws    it samples random values in its operand's dtype
+    breaks   it breaks the graph, which takes long to compile
+    pure     it never writes in place, and it returns only its result, so it may be the body of an operator
     """
 
     name: str
@@ -67,8 +67,8 @@ class Neighbor:
 
 NEIGHBORS: dict[str, Neighbor] = {}
 WRAPS: dict[str, Callable[[Part, Context, Tensor], Tensor]] = {}
-EDITS: dict[str, Neighbor] = {}  # of a tensor inside an attention, of any shape from (.., T, n) on
-ATTENTIONS: dict[str, Part] = {}  # those that are written as one
+EDITS: dict[str, Neighbor] = {}  # for a tensor (.., T, n) inside an attention
+ATTENTIONS: dict[str, Part] = {}  # attentions written as one function
 ENTRIES: dict[str, Part] = {}  # from the input to the first activations
 
 

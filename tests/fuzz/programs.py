@@ -1,4 +1,4 @@
-"""A recipe as a module and its inputs."""
+"""Build a recipe's module and its inputs."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plain(leaf: Callable[..., Tensor], t: int) -> Pair:
 
 @named(INPUTS)
 def inner(leaf: Callable[..., Tensor], t: int) -> Pair:
-    """Inputs that may be changed in place: no leaves."""
+    """Create inputs that may be changed in place, because they are not leaves."""
     x, y = leaf(B, t, E), leaf(B, t, E)
     return x * 1.0, y * 1.0, [x, y]
 
@@ -86,7 +86,7 @@ def frozen(leaf: Callable[..., Tensor], t: int) -> Pair:
 
 
 def inputs(recipe: Recipe, call: int, train: bool, dtype: torch.dtype) -> tuple[dict[str, Any], list[Tensor]]:
-    """The inputs of a call, and the leaves behind them. Where sizes are not fixed, the second call has more tokens."""
+    """Create the inputs of a call, and their leaves. With dynamic sizes, the second call has more tokens."""
     generator = torch.Generator().manual_seed(recipe.seed + 1000 * call)
     t = recipe.tokens + (2 * call if recipe.dynamic != "no" else 0)
 
@@ -103,7 +103,7 @@ def inputs(recipe: Recipe, call: int, train: bool, dtype: torch.dtype) -> tuple[
 
 # -- the module ------------------------------------------------------------------------------------------
 class Program(nn.Module):
-    """The steps of a recipe one after the other, with all the parameters and buffers that parts may ask for."""
+    """The steps of a recipe in sequence, with all parameters and buffers that parts may use."""
 
     def __init__(self, recipe: Recipe):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Recipes: what a program is put together of, as one line that can be printed, replayed and shrunk.
+"""Recipes: descriptions of random programs, each one line that can be printed, replayed and shrunk.
 
 seed=3 train,infer dynamic=auto inner=eager tokens=9 inputs=plain entry=scaled | clamped | attend[mask=biased]@no_grad
 """
@@ -23,7 +23,7 @@ UNDER_COND = ("library", "library_causal", "without_heads", "with_a_sink", "rota
 
 @dataclass(frozen=True)
 class Step:
-    """One part: a neighbor or an attention, what it is made of, and the regions it stands in, the innermost first."""
+    """One part: a neighbor or an attention, the choices it is built from, and its regions, the innermost first."""
 
     name: str
     made: tuple[tuple[str, str], ...] = ()
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Recipe:
-    """A program, and how it is compiled and called; `seed` is of the numbers."""
+    """A program with its compile options and calls; `seed` determines the tensors' values."""
 
     seed: int
     steps: tuple[Step, ...]
@@ -68,7 +68,7 @@ class Recipe:
 
     @staticmethod
     def parse(text: str) -> Recipe:
-        """Raises KeyError for a name that no table has."""
+        """Parse a line. Raise KeyError for an unknown name."""
         first, *steps = text.split(" | ")
         words = first.split()
         named = dict(w.split("=") for w in words if "=" in w)
@@ -83,19 +83,19 @@ class Recipe:
 
     @property
     def coarse(self) -> bool:
-        """Whether some of it is computed in less than float32."""
+        """Return whether some of it is computed in less than float32."""
         return any(s.facts("coarse") or COARSE_WRAPS & set(s.wraps) for s in self.steps)
 
     @property
     def draws(self) -> bool:
-        """Whether it draws other numbers in float64."""
+        """Return whether it samples other random values in float64."""
         return any(s.facts("draws") for s in self.steps)
 
 
 def recipe(seed: int, inner: str = "eager", only: str | None = None) -> Recipe:
-    """A random recipe; `only` names a part that it must hold. With `inner` "mixed", few are compiled by aot_eager.
+    """Create a random recipe; `only` names a part that it must contain. With `inner` "mixed", few use aot_eager.
 
-    Recipes that take long to compile, with symbolic sizes or by aot_eager, are few and short.
+    Recipes that take long to compile, because of symbolic sizes or aot_eager, are rare and short.
     """
     rng = random.Random(seed)
     asked = NEIGHBORS.get(only or "") or EDITS.get(only or "")
@@ -107,7 +107,7 @@ def recipe(seed: int, inner: str = "eager", only: str | None = None) -> Recipe:
     modes = rng.choice(MODES if quick else MODES[:3])
 
     def chosen(table: dict[str, Neighbor]) -> str:
-        """A part whose results may be compared: sharp ones are not beside coarse ones."""
+        """Choose a part with comparable results: sharp and coarse parts are never in one program."""
         allowed = [n for n in table.values() if (not n.sharp if coarse else not n.coarse)]
         return rng.choices(allowed, [0.2 if n.breaks else 1.0 for n in allowed])[0].name
 
@@ -150,7 +150,7 @@ def _wrapped(rng: random.Random, step: Step, coarse: bool, only: str | None) -> 
 
 
 def smaller(r: Recipe) -> Iterator[Recipe]:
-    """Recipes with one thing less, the largest cuts first."""
+    """Yield recipes with one element removed, the largest cuts first."""
     for n in range(len(r.steps)):
         yield replace(r, steps=r.steps[:n] + r.steps[n + 1 :])
     for mode in r.modes:
@@ -169,7 +169,7 @@ def smaller(r: Recipe) -> Iterator[Recipe]:
 
 
 def shrink(r: Recipe, found: Callable[[Recipe], bool], tries: int = 60) -> Recipe:
-    """The smallest recipe that is reached by dropping parts while `found` says that the finding stays."""
+    """Drop parts of a recipe as long as `found` confirms the finding, and return the smallest recipe."""
     again = True
     while again and tries > 0:
         again = False

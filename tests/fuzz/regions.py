@@ -1,5 +1,6 @@
-"""Neighbors that stand in a region of their own: autograd.Functions, subclasses, graph breaks; and the regions that any
-part may stand in: no_grad, autocast, checkpoint, cond."""
+"""Neighbors with their own regions (autograd.Functions, subclasses, graph breaks), and regions that can wrap any part.
+
+The latter are no_grad, autocast, checkpoint and cond."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from tests.fuzz.parts import WRAPS, Context, Part, named, neighbor
 
 # -- autograd.Function ------------------------------------------------------------------------------
 class Halved(torch.autograd.Function):
-    """Writes in place in both passes; nothing reads what the writes give."""
+    """A function that writes in place in both passes; the writes' results are unused."""
 
     @staticmethod
     def forward(ctx, x, y):
@@ -34,7 +35,7 @@ class Halved(torch.autograd.Function):
 
 
 class Routed(torch.autograd.Function):
-    """Scatters into the gradient that it returns; three of its inputs get none."""
+    """A function that scatters into the gradient that it returns; three of its inputs get none."""
 
     @staticmethod
     def forward(ctx, scores, share, chosen, gates):
@@ -51,7 +52,7 @@ class Routed(torch.autograd.Function):
 
 
 class Parted(torch.autograd.Function):
-    """Gives two results, one of which has no gradient."""
+    """A function with two results, one without a gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -67,7 +68,7 @@ class Parted(torch.autograd.Function):
 
 
 class Written(torch.autograd.Function):
-    """Changes its input."""
+    """A function that changes its input."""
 
     @staticmethod
     def forward(ctx, x):
@@ -81,7 +82,7 @@ class Written(torch.autograd.Function):
 
 
 class Straight(torch.autograd.Function):
-    """Rounds; its gradient passes straight through."""
+    """A rounding with a straight-through gradient."""
 
     @staticmethod
     def forward(ctx, x):
@@ -124,7 +125,7 @@ def function_rounding(c: Context, x: Tensor) -> Tensor:
 
 # -- subclasses ---------------------------------------------------------------------------------------
 class Tagged(torch.Tensor):
-    """A subclass without anything of its own."""
+    """A tensor subclass with default behavior."""
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
@@ -235,4 +236,4 @@ def twice(part: Part, c: Context, x: Tensor) -> Tensor:
 
 
 COARSE_WRAPS = {"autocast", "autocast_off"}
-PURE_WRAPS = {"conditional"}  # whose bodies may change nothing
+PURE_WRAPS = {"conditional"}  # their bodies must be pure

@@ -1,10 +1,10 @@
-"""Puts programs together at random around attentions and holds them, compiled by attnfx, to eager.
+"""Generate random programs around attentions, compile them with attnfx, and compare them with eager.
 
     python tests/fuzz/run.py [--graphs 10000] [--seed 0] [--inner eager|aot_eager|mixed] [--workers 1] [--only NAME]
                              [--json OUT] [--recipe TEXT] [--limit 120]
 
-Findings are printed with their shrunk recipes, and one of each kind is shrunk. Exits with 1 where there is any. Batches
-run in a process of their own: a program that takes it down, or never ends, is a finding and loses no other.
+Findings are printed; one of each kind is shrunk and printed with its smaller recipe. The exit code is 1 if there are
+any. Batches run in their own process: a program that crashes it or hangs is a finding and does not affect the others.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-BATCH = 100  # programs in a process
-MARK = "answer "  # before what is meant for the parent: libraries print as well
+BATCH = 100  # programs per process
+MARK = "answer "  # marks lines for the parent, because libraries print to stdout as well
 
 
 def prepare() -> None:
-    """Make `tests` importable as pytest does, without the project's root on sys.path, where `kernels` would hide the
-    package of that name."""
+    """Make `tests` importable as pytest does, without the project's root on sys.path. There, the folder `kernels` would
+    hide the package of that name."""
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path(__file__).resolve().parent]
     tests = types.ModuleType("tests")
     tests.__path__ = [str(ROOT / "tests")]
@@ -74,7 +74,7 @@ def serve(args: argparse.Namespace) -> None:
 
 # -- the parent ----------------------------------------------------------------------------------------
 def batch(args: argparse.Namespace, seed: int, count: int, seen: set[tuple[str, ...]]) -> Iterator[dict[str, Any]]:
-    """The answers of a process about `count` programs from `seed` on; what it did not survive is the last."""
+    """Yield a process's answers on `count` programs from `seed` on. A program that ended the process comes last."""
     command = [sys.executable, str(Path(__file__).resolve()), "--serve", "--seed", str(seed), "--graphs", str(count)]
     command += ["--inner", args.inner, "--seen", json.dumps(sorted(seen)), *(["--shrink"] if args.shrink else [])]
     command += [*(["--only", args.only] if args.only else []), *(["--recipe", args.recipe] if args.recipe else [])]
@@ -130,7 +130,7 @@ def work(args: argparse.Namespace, seeds: queue.Queue[tuple[int, int]], results:
             for answer in batch(args, seed + done, count - done, seen):
                 done += 1
                 results.put(answer)
-                if not answer["recipe"]:  # the process did not come to its first program: none will
+                if not answer["recipe"]:  # the process failed before its first program, so all would
                     results.put(None)
                     return
             if done == before:

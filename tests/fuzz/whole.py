@@ -1,4 +1,4 @@
-"""Attentions that are written as one: library calls, loops, caches, windows, segments."""
+"""Attentions written as one function: library calls, loops, caches, windows, segments."""
 
 from __future__ import annotations
 

@@ -209,7 +209,7 @@ def sum_before(c: Context, x: Tensor) -> Tensor:
 @neighbor()
 def chunk_written(c: Context, x: Tensor) -> Tensor:
     made = x.detach() * 1.5
-    first, second = made.chunk(2, -1)  # with a gradient, autograd forbids to write to one of several views
+    first, second = made.chunk(2, -1)  # with a gradient, autograd forbids writes to one of several views
     second.mul_(0.5)
     return x + made + torch.cat([second, first], -1)
 

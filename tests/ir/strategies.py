@@ -1,4 +1,4 @@
-"""Random expressions for hypothesis, each with an environment that gives every leaf a value."""
+"""Random expressions for hypothesis, and environments with a value for every leaf."""
 
 import math
 
@@ -56,7 +56,7 @@ def truths(depth: int = 3):
 
 
 def floats(depth: int = 3, smooth: bool = False):
-    """`smooth`: with a derivative everywhere that finite differences can see."""
+    """Return a strategy for float expressions; with `smooth`, finite differences approximate their derivatives."""
     number = st.sampled_from([-2.0, -0.5, 0.25, 1.0, 3.0]).map(A.const)
     leaf = st.one_of(st.sampled_from([A.DOT, ROW, TABLE]), number)
     if not depth:
@@ -88,13 +88,13 @@ def anything(depth: int = 3):
 
 
 def environment(seed: int = 0, **changed) -> dict:
-    """Values of the sizes, of dot and prob, and of one index tuple (by `seed`)."""
+    """Return values of the sizes, of dot and prob, and of one index tuple chosen by `seed`."""
     at = dict(b=seed % 2, h=seed % 3, i=(seed * 7 + 3) % 5, j=(seed * 5 + 2) % 7)
     return {**SIZES, **at, "dot": 0.37 - 0.61 * (seed % 4), "prob": 0.2, **changed}
 
 
 def load(slot, index):
-    """A capture's element: some fixed function of slot and index."""
+    """Return a capture's element, a fixed function of slot and index."""
     mix = math.sin(1.7 * slot + sum((n + 1) * 0.83 * i for n, i in enumerate(index)))
     return mix > 0 if slot == 2 else int(3 * mix) if slot == 3 else mix
 

@@ -1,4 +1,4 @@
-"""Give one object to all expressions with one meaning: canonical forms."""
+"""Canonicalize expressions: expressions with one meaning are one object."""
 
 import math
 from itertools import pairwise
@@ -177,7 +177,7 @@ SAME = {
 
 @pytest.mark.parametrize("spellings", SAME.values(), ids=SAME)
 def test_spellings_of_one_function_are_one_object(spellings):
-    # up to the gradient that an added fill lets through
+    # except for the gradient that an added fill passes
     assert len({id(A.in_place(e)) for e in spellings}) == 1, "\n".join(sorted({show(e) for e in spellings}))
 
 
@@ -188,7 +188,7 @@ def test_an_added_fill_is_the_number_that_it_is_and_lets_the_gradient_through():
     assert parse(dump([added, put])) == [added, put]
     assert gradient(added, [DOT]) == [n(1.0)] and gradient(put, [DOT]) == [A.where(PAD, n(1.0), n(0.0))]
     assert gradient(A.mul(n(0.5), added), [DOT]) == [n(0.5)] and gradient(A.add(n(1.0), added), [DOT]) == [n(1.0)]
-    assert A.add(DOT, A.where(PAD, n(0.0), NEG)) is A.where(PAD, DOT, NEG)  # no number comes out of -inf
+    assert A.add(DOT, A.where(PAD, n(0.0), NEG)) is A.where(PAD, DOT, NEG)  # -inf plus any finite value is -inf
 
 
 DIFFERENT = {
@@ -234,3 +234,10 @@ def test_adding_an_infinite_constant_outside_a_mask_is_kept():
 def test_zero_times_a_load_is_not_dropped_for_it_may_be_infinite():
     assert A.mul(n(0.0), BIAS) is not n(0.0)
     assert minus(BIAS, BIAS) is not n(0.0)
+
+
+def test_the_exponential_of_a_logarithm_is_folded_if_the_operand_cannot_be_negative():
+    """exp(log(x)) is NaN for x < 0."""
+    assert A.unary("exp", A.unary("log", A.PROB)) is A.PROB
+    assert A.unary("exp", A.unary("log", A.unary("exp", A.DOT))) is A.unary("exp", A.DOT)
+    assert A.unary("exp", A.unary("log", A.DOT)).op == "exp"

@@ -103,7 +103,7 @@ def built(tree):
 
 
 def everywhere():
-    """All index tuples of small sizes, and some of other sizes."""
+    """Yield all (i, j) of three sets of sizes, each with some b and h."""
     for sizes in (SIZES, dict(B=1, H=1, T=1, S=1, n0=1), dict(B=1, H=2, T=9, S=4, n0=2)):
         for i in range(sizes["T"]):
             for j in range(sizes["S"]):

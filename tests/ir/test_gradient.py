@@ -1,4 +1,4 @@
-"""Hold the symbolic derivative against finite differences, and against autograd's rules at ties."""
+"""Compare the symbolic derivative with finite differences, and with autograd's rules at ties."""
 
 import math
 
@@ -16,7 +16,7 @@ STEP = 1e-5
 
 
 def value(e, env, leaf, shift):
-    """e where one leaf (dot or a load) is moved by `shift`."""
+    """Evaluate `e` with one leaf (dot or a load) shifted by `shift`."""
     moved = {**env, "dot": env["dot"] + shift} if leaf is A.DOT else env
     return evaluate(
         e, moved, lambda slot, index: load(slot, index) + (shift if leaf.op == "load" and slot == leaf.value else 0)

@@ -1,4 +1,4 @@
-"""Build specs of every kind with their captures, and compute them by way of the whole matrix of scores."""
+"""Build specs of every kind with their captures, and compute them from the whole matrix of scores."""
 
 import math
 
@@ -27,7 +27,7 @@ def tensors(T=37, S=41, D=8, Dv=6, size_b=2, heads=4, groups=2, dtype=torch.floa
 
 
 def whole_weights(spec, query, key, captures=(), sizes=()):
-    """Eager's way: the whole matrix, with autograd through everything. Before dropout."""
+    """Compute the whole matrix of weights before dropout as eager does, differentiable by autograd."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], 1)
     size_b, heads, T, S = *query.shape[:3], key.shape[2]
     dot = query @ key.mT
@@ -60,7 +60,7 @@ clipped = A.minimum(A.maximum(A.sub(J, I), A.const(-5)), A.const(5))
 
 
 def common(draw, heads):
-    """Cases for tensors of so many heads, 37 queries and 41 keys; `draw` makes their captures."""
+    """Build cases for `heads` heads, 37 queries and 41 keys; `draw` samples their captures."""
     by_position = A.load(0, [A.mod(A.mul(I, J), A.const(5)), H], "f")
     sigmoid = A.unary("sigmoid", A.PROB)
     return {

@@ -1,4 +1,4 @@
-"""Hold expressions as tensors against the interpreter, and check the gradients of what they load."""
+"""Compare the evaluation of expressions as tensors with the interpreter, and check the gradients of loads."""
 
 import itertools
 import math
@@ -35,7 +35,7 @@ def evaluator(tensors, dtype=torch.float64, block=BLOCK, leaves=None, sizes=SIZE
 
 
 def check(e, tensors=None, tolerance=1e-12):
-    """The block's values are the interpreter's, index by index."""
+    """Compare the block's values with the interpreter's, index by index."""
     tensors = captures() if tensors is None else tensors
     dot = torch.randn(2, 3, 3, 5, dtype=torch.float64)
     values = evaluator(tensors, leaves={A.DOT: dot})
@@ -248,7 +248,7 @@ def test_variables_can_be_bound_to_other_axes():
 )
 @pytest.mark.parametrize("number_first", [False, True])
 def test_an_operator_of_two_tensors_is_replayed_with_a_number_for_a_constant_one(name, number_first):
-    """The graph had a tensor full of one number where the program has the number."""
+    """The graph had a tensor filled with one value, which the program has as a constant."""
     if name == "clamp_max" and number_first:
         pytest.skip("it has no such form")
     x, number = torch.arange(5.0) - 2, 1.5

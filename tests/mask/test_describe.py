@@ -1,4 +1,4 @@
-"""Name many spellings of one mask with the same words."""
+"""Describe many spellings of one mask with the same words."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tell a mask from a bias: what drowns every score, what overflows, what is no fill."""
+"""Distinguish masks from biases: fills far below every score, fills that overflow, and values that are not fills."""
 
 import math
 from itertools import product
@@ -77,4 +77,4 @@ def test_without_a_normalizer_what_lives_is_what_is_not_zero():
     sigmoid = AttentionSpec(score=masked(CAUSAL), normaliser="none", weight=A.unary("sigmoid", A.PROB))
     assert live(sigmoid) is CAUSAL
     assert live(AttentionSpec(score=masked(CAUSAL), normaliser="none", weight=A.unary("tanh", A.PROB))) is A.TRUE
-    assert live(AttentionSpec(weight=A.where(CAUSAL, A.PROB, n(0.0)))) is A.TRUE  # it counts in the softmax's sum
+    assert live(AttentionSpec(weight=A.where(CAUSAL, A.PROB, n(0.0)))) is A.TRUE  # it still counts in the softmax

@@ -1,4 +1,4 @@
-"""Hold key ranges, tiles and live rows of a mask against brute force with the interpreter."""
+"""Compare key ranges, tiles and live rows of a mask with brute force by the interpreter."""
 
 import math
 import random
@@ -85,7 +85,7 @@ sizes_of = st.builds(lambda t, s: {"B": 2, "H": 2, "T": t, "S": s}, st.integers(
 
 
 def table(keep, sizes, seed=0):
-    """{(i, j)} live for some (b, h), {(i, j)} dead for some (b, h), and how many (b, h, i, j) are live."""
+    """Return {(i, j)} live for some (b, h), {(i, j)} dead for some (b, h), and the number of live (b, h, i, j)."""
     draw = random.Random(seed)
     values = {}
 

@@ -1,4 +1,4 @@
-"""Count what is alive when, on graphs small enough to count by hand."""
+"""Check liveness on graphs small enough to count by hand."""
 
 import torch
 from torch import nn
@@ -41,7 +41,7 @@ def test_a_change_in_place_takes_nothing():
 
 
 def test_a_loop_is_inlined_where_it_is_read_and_written_over_what_dies():
-    """x -> mm -> relu -> mul -> mm: relu and mul are one loop, which writes over the first product."""
+    """x -> mm -> relu -> mul -> mm: relu and mul are one loop, which overwrites the first product."""
     graph = Graph(
         (op("x", "input"), op("m", "kernel", "x", target="mm"), op("r", "loop", "m"), op("s", "loop", "r"),
          op("n", "kernel", "s", target="mm")), ("n",),
@@ -52,7 +52,7 @@ def test_a_loop_is_inlined_where_it_is_read_and_written_over_what_dies():
 
 
 def test_a_row_sum_and_the_loop_that_reads_it_are_one_kernel():
-    """A softmax of a stored x: its exponentials are not stored, its sum is a number a row."""
+    """The exponentials in a softmax of a stored x are not stored; its sum has one value per row."""
     graph = Graph(
         (op("x", "input"), op("e", "loop", "x", outer=20),
          op("s", "reduce", "e", size=16, outer=4, inner=5), op("d", "loop", "e", "s", outer=20)), ("d",),
@@ -75,7 +75,7 @@ def test_a_loop_is_not_written_over_what_it_reads_in_another_order():
 
 
 def test_what_dies_waits_for_a_later_value_of_its_size_where_the_peak_is_no_higher():
-    """a is dead once b is there; c takes its memory, as the step is larger yet when it runs."""
+    """a is dead once b exists. c reuses its memory, because the step's peak comes later."""
     graph = Graph(
         (op("x", "input"), op("a", "kernel", "x", target="mm"), op("b", "kernel", "a", target="mm", size=40),
          op("e", "kernel", "b", target="mm", size=60), op("c", "kernel", "e", target="mm"),
@@ -88,10 +88,10 @@ def test_what_dies_waits_for_a_later_value_of_its_size_where_the_peak_is_no_high
 
 
 def test_what_a_call_made_waits_for_a_later_value_where_the_call_read_no_input():
-    """On a CPU Inductor does not take inputs to be aligned, nor what a call makes of them."""
+    """On a CPU, Inductor does not assume that inputs, or a call's results from them, are aligned."""
 
     def until(operand):
-        """What is allocated right after the call's result is released."""
+        """Return the allocation right after the release of the call's result."""
         graph = Graph(
             (op("x", "input"), op("m", "kernel", "x", target="mm", size=30), op("a", "kernel", operand, target="call"),
              op("b", "kernel", "a", target="mm", size=40), op("e", "kernel", "b", target="mm", size=60),
@@ -112,7 +112,7 @@ def test_a_loop_is_not_written_over_what_was_scattered_into():
 
 
 def test_a_copy_in_its_operands_own_layout_is_no_value():
-    """But an output comes to lie in no other output's memory, nor in an input's."""
+    """Exception: an output never shares memory with another output or an input."""
 
     def copied(*outputs):
         graph = Graph(
@@ -127,7 +127,7 @@ def test_a_copy_in_its_operands_own_layout_is_no_value():
 
 
 def test_kernels_run_in_the_order_with_the_lowest_peak():
-    """Two large values, each summed up: one after the other, not both at once."""
+    """Two large values are each reduced one after the other, not both at once."""
     graph = Graph(
         (op("x", "input"), op("a", "kernel", "x", target="mm", size=1000),
          op("b", "kernel", "x", target="mm", size=990), op("p", "kernel", "a", target="mm", size=10),
@@ -164,7 +164,7 @@ def test_a_gpus_allocator_rounds_and_keeps_what_was_freed():
     first = again.take(15 << 20)
     again.give(first)
     again.take(15 << 20)
-    assert again.reserved == 16 << 20  # 15 MiB, in twos; the second one took the first one's place
+    assert again.reserved == 16 << 20  # 15 MiB, rounded to 2 MiB; the second one reuses the first one's memory
 
 
 def test_eight_bit_states_are_a_byte_and_a_scale_for_each_block():
@@ -182,7 +182,7 @@ class Net(nn.Module):
 
 
 def measured(run):
-    """The allocator's peak over what was there before."""
+    """Return the peak of the bytes allocated while `run` runs, minus those allocated before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         kept = run()
     found = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]

@@ -1,4 +1,4 @@
-"""Choose what is saved and what is computed again: the best trades, and the graphs that PyTorch makes of them."""
+"""Choose the values to save and to recompute: the best trade-offs, and PyTorch's graphs for them."""
 
 import random
 from itertools import combinations, pairwise
@@ -19,7 +19,7 @@ from attnfx.planning.capture import capture
 
 
 def chain(seed, length=7):
-    """A random forward pass of `length` operations, and a backward pass that reads some of its values."""
+    """Create a random forward pass of `length` operations, and a backward pass that reads some of its values."""
     draw = random.Random(seed)
     ops, names = [Op("x", "input", (), (Result("x", 8),)), Op("g", "input", (), (Result("g", 8),))], ["x"]
     for n in range(length):
@@ -35,7 +35,7 @@ def chain(seed, length=7):
 
 
 def every(joint, price):
-    """Of each set of operations that may run again: (its milliseconds, bytes that are saved)."""
+    """Yield (milliseconds, saved bytes) for each set of recomputed operations."""
     size = {op.name: op.results[0].bytes for op in joint.graph.ops}
     reads = {op.name: [r for r in op.reads if r != "x"] for op in joint.graph.ops}
     for count in range(len(price) + 1):
@@ -52,7 +52,7 @@ def test_no_other_choice_takes_less_time_for_as_few_bytes_on_the_hull(seed):
     possible = list(every(joint, price))
     for s in found:
         assert (s.milliseconds, s.bytes) in possible
-        # values count for a little more the longer they live: as much as that, another choice may be better
+        # longer-lived values are weighted slightly higher; another choice may be better by at most this weight
         assert not any(t < s.milliseconds and b <= s.bytes / (1 + 1 / 16) for t, b in possible)
     assert found[0].milliseconds == 0 and found[-1].bytes == min(b for _, b in possible)
     for one, other in pairwise(found):
@@ -74,7 +74,7 @@ def test_the_solutions_of_several_graphs_are_taken_in_the_order_of_their_rates()
 
 
 class Net(nn.Module):
-    """Views, a result of several parts, dropout, a reduction, and an input that the step writes to."""
+    """A network with views, a result of several parts, dropout, a reduction, and a buffer that the step writes to."""
 
     def __init__(self):
         super().__init__()
@@ -97,7 +97,7 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     joint, fixed = joint_records(captured.joint, captured.arguments, True)
     found = Trades(joint, lambda op: None if op.name in fixed else 1.0 + op.flops).solutions()
     assert len(found) >= 3
-    constants = {op.name for op in joint.graph.ops if not op.reads}  # what is written over is not read
+    constants = {op.name for op in joint.graph.ops if not op.reads}  # an overwritten value is not read
     for s in found:
         part = joint.split(s.saved)
         again = {x for op in part.backward.ops if op.name not in joint.later for x in (op.name, *op.parts)}
@@ -114,7 +114,7 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
 
 @pytest.mark.slow
 def test_a_step_that_writes_to_an_input_reads_it_no_more():
-    """Gradients under a budget, where what is computed again would read a counter that has moved on."""
+    """Under a budget, a recomputed operation must not read a counter that has changed since."""
 
     def gradients(budget):
         torch._dynamo.reset()
@@ -128,10 +128,10 @@ def test_a_step_that_writes_to_an_input_reads_it_no_more():
         return [p.grad for p in net.parameters()], attnfx.reports()[-1].notes
 
     expected, _ = gradients(None)
-    with pytest.raises(Exception, match="smallest peak that can be had is") as told:
+    with pytest.raises(Exception, match="smallest possible peak is") as told:
         gradients(1000)
-    number, unit = str(told.value).split("can be had is ")[1].split()[:2]
+    number, unit = str(told.value).split("possible peak is ")[1].split()[:2]
     found, notes = gradients(int(float(number) * {"KiB": 1 << 10, "MiB": 1 << 20}[unit]) + (1 << 14))
-    assert any("computed again" in n for n in notes)
+    assert any("are recomputed in the backward pass" in n for n in notes)
     for one, other in zip(found, expected):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)

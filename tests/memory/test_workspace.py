@@ -1,4 +1,4 @@
-"""Measure the workspace of an attention operator by the allocator, and hold the model's number against it."""
+"""Compare the predicted workspace of an attention operator with the allocator's."""
 
 import gc
 
@@ -22,7 +22,7 @@ BIAS = A.add(DOT, A.load(0, [A.add(distance, A.const(64)), H], "f"))
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen():
-    """What there is before these tests is left out of their collections, each of which would walk through it."""
+    """Freeze existing objects, so that each garbage collection of these tests does not traverse them."""
     gc.collect()
     gc.freeze()
     yield
@@ -46,7 +46,7 @@ SPECS = {
 
 
 def case(name, groups=4, dropout=0.0, merged=False):
-    """(the call's arguments, the use that the model is told)."""
+    """Return the call's arguments, and its description for the model."""
     program, captures = SPECS[name]
     spec = AttentionSpec(**program, dropout=dropout)
     torch.manual_seed(0)
@@ -79,10 +79,10 @@ def test_the_chunked_tier(name, how):
 
 
 def compare(tier, name, call, use, tolerance):
-    made = tier.forward(call)  # what is cached from now on is not counted
+    made = tier.forward(call)  # fills caches, which must not be counted
     grad = torch.randn_like(made[0])
     gradients = tier.backward(call, grad, *made)
-    gc.collect()  # what an earlier call left in a cycle must not be freed while this one is measured
+    gc.collect()  # frees cycles of earlier calls before the measurement
     forward = measured(lambda: tier.forward(call))
     assert held(made) + workspace(use, name) == pytest.approx(forward, rel=tolerance)
     gc.collect()

@@ -1,4 +1,4 @@
-"""Show graphs as text, for the tests that compare them with a golden file."""
+"""Format graphs as text, for comparison with golden files."""
 
 import re
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch.fx import GraphModule
 
 
 def text(gm: GraphModule) -> str:
-    """One line per node: name, shape, operator and operands."""
+    """Format one line per node: name, shape, operator and operands."""
     lines = []
     for n in gm.graph.nodes:
         if n.op == "output":
@@ -27,12 +27,12 @@ def text(gm: GraphModule) -> str:
 
 
 def whole(gm: GraphModule) -> str:
-    """`text` of a graph, and of each body that its higher-order operators call."""
+    """Format a graph, and each body that its higher-order operators call."""
     called = [str(n.target) for n in gm.graph.find_nodes(op="get_attr") if n.users]
     bodies = {name: body for name, body in gm.named_children() if name in called and isinstance(body, GraphModule)}
     return "\n".join([text(gm), *(f"-- {name}\n{text(body)}" for name, body in bodies.items())])
 
 
 def sections(parts: Mapping[str, str]) -> str:
-    """Texts under their names, as a golden file holds them."""
+    """Join named texts into the contents of a golden file."""
     return "".join(f"== {name}\n{body}\n\n" for name, body in parts.items()).rstrip() + "\n"

@@ -1,7 +1,7 @@
-"""Score programs, and the ways in which people write one down: what the respelling tests draw from.
+"""Define random score programs and spellings, the ways to write one, for the respelling tests.
 
-A program says what is computed, a spelling how. `write(program, spelling)` gives a plain PyTorch function of the
-tensors that `tensors(program)` makes; `arrange` brings these into the layout that the spelling wants.
+A program defines the computation, a spelling the code. `write(program, spelling)` returns a plain PyTorch function of
+the tensors from `tensors(program)`; `arrange` converts these to the spelling's layout.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ CHOICES: dict[str, tuple] = {
 
 
 def tensors(p: Program, seed: int = 0) -> dict[str, Tensor]:
-    """Every tensor of the program, in (b, h, t, d) order."""
+    """Create every tensor of the program, in (b, h, t, d) order."""
     g = torch.Generator().manual_seed(seed)
 
     def r(*shape: int) -> Tensor:
@@ -79,7 +79,7 @@ def tensors(p: Program, seed: int = 0) -> dict[str, Tensor]:
 
 
 def arrange(x: dict[str, Tensor], s: Spelling) -> dict[str, Tensor]:
-    """The same numbers in the layout in which the spelling takes query, key and value."""
+    """Convert the tensors to the layout in which the spelling takes query, key and value."""
     q, k, v = x["q"], x["k"], x["v"]
     if s.layout in ("bthd", "einsum_bthd"):
         q, k, v = (y.transpose(1, 2).contiguous() for y in (q, k, v))
@@ -110,7 +110,7 @@ def write(p: Program, s: Spelling) -> Callable[..., Tensor]:
 
 
 def opened(x, p, s):
-    """query (b, h, t, d), key and value as the product wants them; heads expanded here, unless `five_dims`."""
+    """Return query (b, h, t, d), key and value in the product's layout; expand heads unless `five_dims`."""
     q, k, v = x["q"], x["k"], x["v"]
     if s.layout == "bthd":
         q, k, v = q.transpose(1, 2), k.permute(0, 2, 1, 3), v.transpose(1, 2)
@@ -134,7 +134,7 @@ def grouped(p, s) -> bool:
 
 
 def factors(p, s, q):
-    """What query and key are multiplied by before the product."""
+    """Return the factors of query and key before the product."""
     root = math.sqrt(p.scale)
     return {"query": (p.scale, None), "key": (None, p.scale), "both": (root, root)}.get(s.scale, (None, None))
 
@@ -197,7 +197,7 @@ def biased(scores, x, p, s):
 
 
 def conditions(x, p, s) -> list[Tensor]:
-    """One tensor of truth values per mask: True is kept."""
+    """Return one bool tensor per mask, True at kept scores."""
     i, j = torch.arange(T)[:, None], torch.arange(T)[None, :]
     found = []
     for name in p.masks:
@@ -229,7 +229,7 @@ def masked(scores, x, p, s):
     keeps = conditions(x, p, s)
     if not keeps:
         return scores
-    if s.joined or s.masking in ("add", "product"):  # two additions of a finite fill would overflow
+    if s.joined or s.masking in ("add", "product"):  # adding a finite fill twice would overflow
         whole = keeps[0]
         for keep in keeps[1:]:
             whole = whole & keep
@@ -264,7 +264,7 @@ def weighted(scores, v, x, p, s):
         weights = e / e.sum(-1, keepdim=True)
     elif style == "shifted_operator":
         weights = (scores - scores.max(dim=-1, keepdim=True).values).softmax(-1)
-    elif style == "logsumexp" and not (p.masks and p.fill == LOW):  # another function where a row has no live key
+    elif style == "logsumexp" and not (p.masks and p.fill == LOW):  # differs in rows without a live key
         weights = torch.exp(scores - torch.logsumexp(scores, dim=-1, keepdim=True))
     elif style == "log_softmax":
         weights = torch.log_softmax(scores, -1).exp()

@@ -1,4 +1,4 @@
-"""Show the main forms as text: the graph before, the program, the graph after. ATTNFX_ACCEPT=1 accepts changes."""
+"""Compare graph, program and rewritten graph of the main forms with golden text. ATTNFX_ACCEPT=1 accepts changes."""
 
 import pytest
 import torch

@@ -32,7 +32,7 @@ spellings = st.builds(Spelling, **{name: st.sampled_from(values) for name, value
 
 
 def lifted(p: Program, s: Spelling):
-    """(spec, function): the one site of a spelling, compiled without any compiler behind."""
+    """Return the spec of a spelling's one site, and the compiled function, which uses the inner compiler "eager"."""
     torch._dynamo.reset()
     fast = compiled(write(p, s), inner="eager", fullgraph=True)
     with new_reports() as filed:
@@ -43,7 +43,7 @@ def lifted(p: Program, s: Spelling):
 
 
 def results(fn, x: dict[str, torch.Tensor], s: Spelling, dtype: torch.dtype) -> list[torch.Tensor]:
-    """Output and gradients by tensors in the order of `tensors(p)`, whatever the spelling's layout."""
+    """Compute the output and the gradients in the order of `tensors(p)`, for any layout of the spelling."""
     leaves = {
         n: (t.detach().to(dtype) if t.is_floating_point() else t).clone().requires_grad_(t.is_floating_point())
         for n, t in x.items()
@@ -77,7 +77,7 @@ def agree(p: Program, spelt: list[Spelling]) -> None:
 
 @settings(
     max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate]
-)  # each example is a compilation: no shrinking
+)  # no shrinking: each example compiles
 @given(programs, spellings)
 def test_two_spellings_of_a_random_program_are_one_spec_and_one_result(p, s):
     agree(p, [Spelling(), s])
@@ -118,7 +118,7 @@ def test_each_way_of_writing_one_part_gives_the_plain_spec(name, value):
     ids=str,
 )
 def test_another_program_is_another_spec(change):
-    """All but the number of groups, which the tensors carry."""
+    """This holds for all changes except the number of groups, which is not part of a spec."""
     same = lifted(replace(BUSY, **change), Spelling())[0] == lifted(BUSY, Spelling())[0]
     assert same == (change == dict(groups=4))
 

@@ -1,4 +1,4 @@
-"""Carry out budgets from the unplanned peak to the smallest: peaks, and gradients for the same draw."""
+"""Run budgets from the unplanned peak to the smallest: check peaks, and gradients for the same dropout."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ BUDGETS = 10
 
 
 class Decoder(nn.Module):
-    """Causal attention by hand, one projection for all three, dropout everywhere."""
+    """Hand-written causal attention with a joint projection of query, key and value, and dropout everywhere."""
 
     def __init__(self):
         super().__init__()
@@ -33,7 +33,7 @@ class Decoder(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Attention of three projections with a padding mask, post-norm, a tanh between the products."""
+    """Attention with three projections, a padding mask, post-norm, and a tanh between the products."""
 
     def __init__(self):
         super().__init__()
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
 
 
 def ran(kind, budget):
-    """(gradients, the allocator's peak over what was there before, the notes of the report)."""
+    """Return the gradients, the peak of the bytes allocated since the start, and the report's notes."""
     torch._dynamo.reset()
     torch.manual_seed(0)
     model, x = kind(), torch.randn(4, 128, 64)
@@ -82,7 +82,7 @@ def ran(kind, budget):
 
 @pytest.mark.parametrize("kind", [Decoder, Encoder], ids=lambda k: k.__name__)
 def test_peaks_fall_with_the_budget_and_stay_within_it_and_gradients_are_the_same(kind):
-    """Predicted and measured. Where nothing is fused, the prediction is exact but for attention's workspaces."""
+    """Both predicted and measured peaks. Without fusion, the prediction is exact except for attention's workspaces."""
     plan = attnfx.plan(kind(), train=True, memory_budget="8GiB", **OPTIONS)(torch.randn(4, 128, 64))
     ways = list(plan.limited().ways())
     held, whole, least = plan.resident.total, ways[0].peak, ways[-1].peak

@@ -1,4 +1,4 @@
-"""Keep what plans and budgets promise to a user, on small models."""
+"""Check the promises of plans and budgets to a user, on small models."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ SMALL = replace(attnfx.Target.by_name("a100-80gb"), memory=1 << 27)
 
 
 class Block(nn.Module):
-    """Attention and a multilayer perceptron by hand, with dropout."""
+    """Hand-written attention and an MLP, with dropout."""
 
     def __init__(self):
         super().__init__()
@@ -62,7 +62,7 @@ def plan(**how):
 
 
 def gradients(budget):
-    """(of every parameter, the predicted peak that the report states)."""
+    """Return the gradients of all parameters, and the predicted peak from the report."""
     torch._dynamo.reset()
     model, x = net()
     options = {"inner": "aot_eager", "rewrite": "always", "target": "a100-80gb", "tiers": "chunked"}
@@ -77,7 +77,7 @@ def test_a_plan_says_what_is_alive_without_allocating_it():
     found = plan(optimizer="adamw", target=SMALL)
     held = sum(p.numel() for p in net()[0].parameters()) * 4
     assert found.resident.parameters == held and found.resident.state == 2 * held
-    assert found.peak_bytes > 3 * held + sum(found.saved.values())  # all saved, before the first gradient is there
+    assert found.peak_bytes > 3 * held + sum(found.saved.values())  # all saved before the first gradient exists
     assert found.timeline[-1].bytes >= 4 * held  # parameters, two moments, gradients
     assert sum(found.parts().values()) == pytest.approx(found.peak_bytes, rel=0.05)
     assert [d.tier for d in found.decisions] and len(found.sites) == 2
@@ -92,7 +92,7 @@ def at_sizes(batch, length, **how):
 
 @pytest.mark.slow
 def test_the_largest_batch_is_the_last_that_fits():
-    """By plans made at those sizes: their own traces, not the sizes that the search read off two others."""
+    """Verified by plans with their own traces at these sizes, not by the search's sizes from two other traces."""
     found = at_sizes(2, 128)
     most = found.max_batch
     assert not found.notes
@@ -120,7 +120,7 @@ def test_the_largest_batch_under_a_budget_counts_what_can_be_computed_again():
 
 
 class Table(nn.Module):
-    """Rows of a table that the caller gives, then attention, with a bias for each position of at most 64."""
+    """A lookup in the caller's table, then attention with a bias for each of at most 64 positions."""
 
     def __init__(self):
         super().__init__()
@@ -133,7 +133,7 @@ class Table(nn.Module):
 
 @pytest.mark.slow
 def test_an_input_that_is_as_long_as_the_batch_but_refuses_another_is_left_as_it_is():
-    """Four rows of a table; a model that asks for four of them; positions of which there are no more than at hand."""
+    """Cases: a table with four rows, a model that requires four of them, and a limited number of positions."""
 
     class Fixed(Table):
         def forward(self, ids, table):
@@ -166,14 +166,14 @@ def test_what_is_computed_again_has_the_same_dropout():
     expected, _ = gradients(None)
     for budget in (int(3.2 * 2**20), int(2.9 * 2**20)):
         found, notes = gradients(budget)
-        assert any("computed again" in n for n in notes), notes
+        assert any("are recomputed in the backward pass" in n for n in notes), notes
         for one, other in zip(found, expected):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.slow
 def test_the_gradient_of_a_bias_that_layers_share_is_planned():
-    """It comes in a list among the results of the attention's backward operator."""
+    """The attention's backward operator returns it inside a list of results."""
 
     class Biased(nn.Module):
         def __init__(self):
@@ -195,11 +195,11 @@ def test_the_gradient_of_a_bias_that_layers_share_is_planned():
         found.append(model.bias.grad)
         model.zero_grad()
     torch.testing.assert_close(*found)
-    assert any("computed again" in n for n in attnfx.reports()[-1].notes)
+    assert any("are recomputed in the backward pass" in n for n in attnfx.reports()[-1].notes)
 
 
 def test_a_budget_that_cannot_be_met_names_the_least_that_can():
-    with pytest.raises(Exception, match=r"BudgetError.*smallest peak that can be had is .* \(.*gradients"):
+    with pytest.raises(Exception, match=r"BudgetError.*smallest possible peak is .* \(.*gradients"):
         gradients(1 << 19)
 
 
@@ -210,14 +210,14 @@ def test_a_budget_that_makes_no_sense_is_an_error(bad):
 
 
 def test_a_size_that_is_nearly_one_is_taken_for_it():
-    with pytest.raises(OptionError, match=r"'16 gigs' is not valid, the nearest is '16GiB'"):
+    with pytest.raises(OptionError, match=r"'16 gigs' is not valid; did you mean '16GiB'\?"):
         Options.make({"memory_budget": "16 gigs"})
 
 
 def test_a_budget_in_units_and_one_beyond_the_device():
     assert check("it", "1.5GiB") == 3 << 29 and check("it", "10 MB") == 10**7 and check("it", 0.5) == 0.5
     assert in_bytes(0.5, 100, 0, "x") == 50 and in_bytes("auto", 100, 7, "x") == 7
-    with pytest.raises(OptionError, match=r"more than a100-80gb has"):
+    with pytest.raises(OptionError, match=r"more than the memory of a100-80gb"):
         plan(memory_budget="200GiB")
 
 
@@ -232,13 +232,13 @@ def test_running_out_of_memory_limits_the_next_plan(monkeypatch, wanted, most, f
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda *_: 700)
     monkeypatch.setattr("attnfx.planning.fit.free_bytes", lambda *_: 900)
     monkeypatch.setattr("attnfx.planning.fit._limits", {})
-    monkeypatch.setattr("attnfx.planning.fit._watched", [True])  # PyTorch for CUDA would ask a driver
+    monkeypatch.setattr("attnfx.planning.fit._watched", [True])  # a CUDA build of PyTorch would query the driver
     gpu = torch.device("cuda", 7)
     assert _free(SMALL, gpu) == 900
     with pytest.warns(UserWarning, match=r"cuda:7 ran out.*_dynamo.reset"):
         ran_out(7, wanted, most, free)
     assert _free(SMALL, gpu) == really - 500
-    held["now"] = 0  # the step's tensors are gone
+    held["now"] = 0  # the step's tensors are freed
     assert _free(SMALL, gpu) == min(900, really)
     held["now"] = 2000
     assert _free(SMALL, gpu) == 0
@@ -274,11 +274,11 @@ def test_a_plan_is_drawn(tmp_path):
 
 
 def test_the_snapshot_is_one_that_pytorchs_own_tools_read(tmp_path):
-    """A block that is freed was there, no two lie over each other, and the segments hold what is left."""
+    """Freed blocks were allocated before, blocks do not overlap, and the segments contain the remaining blocks."""
     found = plan(optimizer="adamw")
     found.snapshot(tmp_path / "plan.pickle")
     raw = (tmp_path / "plan.pickle").read_bytes()
-    assert raw[:2] == b"\x80\x04"  # the viewer's own reader of pickles knows no later protocol
+    assert raw[:2] == b"\x80\x04"  # the viewer's pickle reader supports no later protocol
     data = pickle.loads(raw)
     trace, there, segments = data["device_traces"][0], {}, []
     most = now = 0
@@ -340,6 +340,6 @@ def test_values_that_depend_on_data_are_planned_around():
 def test_the_command_prints_numbers():
     from attnfx.cli.plan import as_data, number
 
-    found = plan(optimizer="adamw", target=SMALL)  # it has looked for the largest sizes already, if in this process
+    found = plan(optimizer="adamw", target=SMALL)  # an earlier plan may already have searched the largest sizes
     assert json.loads(json.dumps(as_data(found)))["peak_bytes"] == found.peak_bytes
     assert (number("16GiB"), number("5"), number("0.5"), number(None)) == ("16GiB", 5, 0.5, None)

@@ -1,4 +1,4 @@
-"""Write the page of a report: complete in itself, safe against what stands in it, and working in a real browser."""
+"""Write the page of a report: self-contained, safe for any content, and working in a real browser."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_no_two_boxes_of_a_drawing_overlap_and_edges_go_down():
 
 
 def test_a_graph_of_sites_has_no_cycle():
-    """c, between two nodes of a site, goes into it; x stays outside its site: another one lies between it and f."""
+    """c lies between two nodes of site one, so it joins it. x stays outside site three: site two is between x and f."""
     graph = nx.DiGraph(["ab", "bc", "cd", "de", "xe", "ef", "xf"])
     nx.set_node_attributes(graph, {"b": "one", "d": "one", "e": "two", "x": "three", "f": "three"}, "site")
     outer, parts = collapse(graph, ["one", "two", "three"])

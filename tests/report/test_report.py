@@ -1,4 +1,4 @@
-"""Tell of each site its heads, sizes, mask and dropout, in words, in JSON and as graphs."""
+"""Report each site's heads, sizes, mask and dropout as text, as JSON and as graphs."""
 
 import json
 import os
@@ -119,7 +119,7 @@ def test_flops_of_other_products_are_those_that_pytorch_counts():
     args = [*(rand(2, 4, 20, 8) for _ in range(3)), rand(1, 3, 9, 9), rand(5, 3, 3, 3), rand(8)]
     with FlopCounterMode(display=False) as counter:
         fn(*args)
-    by_vector = 2 * 20 * 8  # which PyTorch's counter does not know
+    by_vector = 2 * 20 * 8  # PyTorch's counter does not count these
     assert attnfx.explain(fn)(*args).flops == counter.get_total_flops() + by_vector
 
 
@@ -221,7 +221,7 @@ def test_torch_logs_and_the_structured_trace_show_the_stages(tmp_path):
     )
     root = str(pathlib.Path(__file__).parents[2])
     env = {**os.environ, "TORCH_LOGS": "+attnfx", "TORCH_TRACE": str(tmp_path), "PYTHONPATH": root}
-    # elsewhere than in the root, where the folder `kernels` would hide a package of that name
+    # not in the root, where the folder `kernels` would hide a package of that name
     done = subprocess.run(
         [sys.executable, str(script)], env=env, cwd=tmp_path, capture_output=True, text=True, check=True
     )

@@ -1,4 +1,4 @@
-"""Keep records of devices complete, with sources, and find them by any spelling; make targets of what is there."""
+"""Keep device records complete, with sources, find them by any spelling of a name, and detect the present devices."""
 
 import json
 import pickle
@@ -19,7 +19,7 @@ OWN = json.loads((FOLDER / "l4.json").read_text())
 
 
 def own(**changes):
-    """The text of a user's record; a change to None leaves the field out."""
+    """Return the text of a user's record; a change to None drops the field."""
     return json.dumps({name: value for name, value in (OWN | changes).items() if value is not None})
 
 
@@ -33,7 +33,7 @@ def test_a_record_has_a_source_for_every_number(name):
 
 @pytest.mark.parametrize("name", Target.names())
 def test_a_record_s_numbers_agree_with_each_other(name):
-    """A typing error in one number shows against the others: a multiprocessor does a power of two in a clock."""
+    """A typo in one value contradicts the others: operations per multiprocessor and clock are a power of two."""
     target = Target.by_name(name)
     clocks = target.multiprocessors * target.clock / 1e3
     per_clock = target.rate("float16") / clocks
@@ -60,7 +60,8 @@ def test_a_name_is_found_however_it_is_written(said, name):
 
 
 def test_an_unknown_name_lists_the_nearest_and_all():
-    with pytest.raises(OptionError, match=r"unknown target 'rtx 4080'; the nearest is 'rtx4090' \(of a10, .*mi300x"):
+    says = r"unknown target 'rtx 4080'; did you mean 'rtx4090'\? Valid targets: a10, .*mi300x"
+    with pytest.raises(OptionError, match=says):
         Target.by_name("rtx 4080")
 
 
@@ -76,7 +77,7 @@ def test_a_file_and_its_text_give_the_same_target(tmp_path):
     ("text", "sentence"),
     [
         (own(bandwidth=None), "the field 'bandwidth' of the target is missing"),
-        (own(bandwith=3), "a target has no field 'bandwith', the nearest is 'bandwidth'"),
+        (own(bandwith=3), "unknown field 'bandwith' of a target; did you mean 'bandwidth'?"),
         (own(bandwidth="300 GB/s"), "field 'bandwidth' is '300 GB/s', expected a number from 0.1 to 100,000 (GB/s)"),
         (own(clock=2040), "field 'clock' is 2040, expected a number from 0.05 to 20 (GHz)"),
         (own(memory=24), "field 'memory' is 24, expected a whole number from 134,217,728"),
@@ -108,12 +109,12 @@ def test_the_option_takes_a_name_a_path_and_a_target(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTNFX_TARGET", "rtx 4090")
     assert Options.make().target == Target.by_name("rtx4090")
     monkeypatch.setenv("ATTNFX_TARGET", "rtx 4091")
-    with pytest.raises(OptionError, match="ATTNFX_TARGET: unknown target 'rtx 4091'; the nearest is 'rtx4090'"):
+    with pytest.raises(OptionError, match="ATTNFX_TARGET: unknown target 'rtx 4091'; did you mean 'rtx4090'"):
         Options.make()
 
 
 def properties(name, **fields):
-    """As `torch.cuda.get_device_properties` gives them."""
+    """Create properties in the form of `torch.cuda.get_device_properties`."""
     usual = dict(major=8, minor=9, total_memory=24 << 30, multi_processor_count=128, L2_cache_size=72 << 20,
                  shared_memory_per_multiprocessor=100 << 10, regs_per_multiprocessor=65536, warp_size=32,
                  max_threads_per_multi_processor=1536)  # fmt: skip
@@ -131,7 +132,7 @@ def test_an_unknown_gpu_falls_back_to_its_architecture_and_says_so():
                    memory_bus_width=192)
     )  # fmt: skip
     assert found.note == (
-        "NVIDIA GeForce RTX 4070 has no record: its rates are rtx4090's, scaled by multiprocessors and clock"
+        "NVIDIA GeForce RTX 4070 has no record, so its rates are those of rtx4090, scaled by multiprocessors and clock"
     )
     assert found.rate("bfloat16") == pytest.approx(165.2 * 46 / 128 * 2.475 / 2.52)
     assert found.bandwidth == pytest.approx(504, rel=0.01)

@@ -1,4 +1,4 @@
-"""Store the measured ratios as corrections, keep them for their device alone, and let them change a decision."""
+"""Store measured ratios as corrections, apply them to their own device only, and let them change a decision."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Choose the fastest of what was timed, and keep the answer for what it holds for, and nothing else."""
+"""Choose the fastest timed candidate, and reuse the cached answer only for the case that it was measured for."""
 
 import subprocess
 import sys
@@ -33,7 +33,7 @@ def ask(T=512, dtype="float32", training=False, **dims):
 
 
 class Bench:
-    """A build and a timer that count, the timer with given answers."""
+    """A counting build function and a counting timer with given answers."""
 
     def __init__(self, **times):
         self.times, self.built, self.timed = times, [], 0
@@ -59,6 +59,7 @@ def test_the_fastest_measured_is_chosen_and_all_times_are_told(fastest):
     bench = Bench(**{"kept": 3.0, "library": 3.0, "chunked": 3.0, fastest: 1.25})
     decision = bench.tune(ask())
     assert decision.tier == fastest and decision.measured_ms == 1.25
+    assert decision.code == ("slower" if fastest == "kept" else "")
     assert decision.reason.startswith(f"measured: {fastest} 1.25 ms, ")
     assert {c.tier: c.measured_ms for c in decision.alternatives} == {
         tier: 3.0 for tier in ("kept", "library", "chunked") if tier != fastest
@@ -132,7 +133,8 @@ def test_what_cannot_be_run_is_left_out_and_where_nothing_can_the_prediction_sta
     assert bench.tune(ask()).tier == "chunked"
     bench = Bench(library=1.0)
     decision = bench.tune(ask(T=4096))
-    assert decision.tier == select(ask(T=4096), OPTIONS).tier and "nothing could be timed" in decision.reason
+    assert decision.tier == select(ask(T=4096), OPTIONS).tier
+    assert "not measured: fewer than two candidates could be timed" in decision.reason
     assert len(tuning.ANSWERS.entries()) == 1
 
 
@@ -182,7 +184,7 @@ QKV = [rand(2, 2, 24, 8) for _ in range(3)]
     ids=["causal", "padded", "autocast", "expanded", "sums"],
 )
 def test_every_candidate_of_a_real_site_computes_what_the_original_does(fn, args, dynamic, monkeypatch):
-    """The cut graphs of a site in training, run on the same made-up tensors."""
+    """Run a site's extracted graphs in training, on the same random tensors."""
     found = {}
 
     def outputs(names, options, device, build, timer):
@@ -202,7 +204,7 @@ def test_every_candidate_of_a_real_site_computes_what_the_original_does(fn, args
     assert len(want) == (2 if fn is with_sums else 1)
     for outs, _ in found.values():
         assert [(x.shape, x.dtype) for x in outs] == [(x.shape, x.dtype) for x in want]
-        if fn is not padded:  # each way of dropping has its own draw
+        if fn is not padded:  # each candidate samples its own dropout
             torch.testing.assert_close(outs, want, atol=2e-2 if fn is in_autocast else 1e-5, rtol=1e-2)
 
 

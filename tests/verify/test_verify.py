@@ -1,4 +1,4 @@
-"""Catch and undo wrong rewrites with `verify="first"`, pass right ones, and change nothing else of the call."""
+"""Catch and undo wrong rewrites with `verify="first"`, accept correct ones, and leave the rest of a call unchanged."""
 
 from __future__ import annotations
 
@@ -65,11 +65,11 @@ def best_keys(q, k, v):
 
 
 def loads(program, change):
-    """The program with `change(load, args)` for each load."""
+    """Replace each load of a program by `change(load, args)`."""
     return rebuild(program, lambda old, args: change(old, args) if old.op == "load" else None)
 
 
-# -- wrong rewrites: each takes a spec and gives a wrong one ---------------------------------------------------
+# -- wrong rewrites: each takes a spec and returns a wrong one -------------------------------------------------
 def no_scale(s):
     return dataclasses.replace(s, score=substitute(s.score, {A.DOT: A.mul(A.const(4.0), A.DOT)}))
 
@@ -127,8 +127,8 @@ PLANTED = [
 
 
 def caught(fn, operands, folder, train=True, **options):
-    """Runs `fn` compiled under `verify`: what it gives is eager's, one warning names a script that shows the mismatch.
-    Gives the site and the script."""
+    """Run `fn` compiled under `verify`, and require eager's results and one warning that names a reproducing script.
+    Return the site and the script."""
     with new_reports() as filed, warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         torch.manual_seed(3)
@@ -144,7 +144,7 @@ def caught(fn, operands, folder, train=True, **options):
 
 
 def shows(script, capsys) -> str:
-    """What the script prints; it must say that the two differ."""
+    """Run the script, which must find a mismatch, and return its output."""
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(script), run_name="__main__")
     assert ended.value.code == 1
@@ -152,7 +152,7 @@ def shows(script, capsys) -> str:
 
 
 def planted(monkeypatch, wrong):
-    """Every match is rewritten as another one."""
+    """Replace the spec of every match by a wrong one before the rewrite."""
     original = apply.rewrite
 
     def rewrite(graph, facts, match, *rest, **more):
@@ -233,8 +233,8 @@ def test_the_script_runs_by_itself(tmp_path, monkeypatch):
 
 # -- right rewrites ---------------------------------------------------------------------------------------------
 def passes(fn, operands, train=True, sites=1, **options):
-    """Compiled under `verify`, every site is rewritten and says that it was verified; nothing warns. Gives what it
-    says."""
+    """Compile under `verify`, and require that every site is rewritten and noted as verified, without warnings. Return
+    the notes."""
     with new_reports() as filed, warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         warnings.filterwarnings("error", message="attnfx")
@@ -268,7 +268,7 @@ RIGHT = [
 
 @pytest.fixture
 def default_dtype(request):
-    """Of the masks and factors that a program makes."""
+    """Set the default dtype, that of the masks and factors that a program creates."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(request.param)
     yield request.param
@@ -288,7 +288,7 @@ def test_right_rewrites_pass(default_dtype, train, every):
         torch._dynamo.reset()
         given = {k: x.to(dtype) if x.is_floating_point() else x for k, x in tensors(program, seed=n).items()}
         given = arrange(given, spelling)
-        if dtype == BF16:  # products refuse what is upcast for them
+        if dtype == BF16:  # matrix products reject an upcast operand
             spelling = dataclasses.replace(spelling, upcast="none")
         passes(named(write(program, spelling), list(given)), list(given.values()), train)
 
@@ -310,7 +310,7 @@ def test_the_library_s_own_operator_passes():
 
 
 def same_as_eager(fn, operands, train=True, **options):
-    """The results of `fn` compiled under `verify` from one seed, and what was said of its sites."""
+    """Require that `fn` compiled under `verify` matches eager from the same seed, and return its sites' notes."""
     with new_reports() as filed:
         torch.manual_seed(3)
         got = run(compiled(fn, verify="first", **{"inner": "eager", **options}), operands, train)
@@ -399,7 +399,7 @@ def test_a_nan_in_a_key_that_is_hidden_is_excused():
 
 def test_where_memory_is_short_the_site_is_rewritten_and_one_warning_says_that_it_was_not_verified(monkeypatch):
     monkeypatch.setattr(verify, "free_on", lambda device: 1 << 20)
-    with pytest.warns(RuntimeWarning, match="not verified: the scores in float64 would take . MiB, and 1 MiB are free"):
+    with pytest.warns(RuntimeWarning, match="not verified: its scores in float64 would take . MiB, and 1 MiB are free"):
         (notes,) = same_as_eager(plain, qkv(b=8, h=8, t=T))
     assert "not verified" in notes
 
@@ -423,7 +423,7 @@ def test_a_script_that_cannot_be_written_is_done_without(tmp_path, monkeypatch):
 
     planted(monkeypatch, no_scale)
     monkeypatch.setattr(verify.repro, "write", fails)
-    with pytest.warns(RuntimeWarning, match="no script could be written under .*no room"):
+    with pytest.warns(RuntimeWarning, match="script that reproduces a mismatch could not be written under .*no room"):
         same_as_eager(plain, qkv(t=T), dump_dir=tmp_path)
 
 
@@ -434,7 +434,7 @@ def test_of_two_sites_the_right_one_stays_rewritten(tmp_path, monkeypatch):
         return original(graph, facts, match, *rest, **more)
 
     monkeypatch.setattr(apply, "rewrite", planted)
-    with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite gave another result"):
+    with new_reports() as filed, pytest.warns(RuntimeWarning, match="a rewrite and its original disagreed"):
         same_as_eager(lambda q, k, v: capped(plain(q, k, v), k, v), qkv(t=T), dump_dir=tmp_path)
     first, second = filed[0].sites
     assert not first.rewritten and second.rewritten and "verified" in " ".join(second.notes)

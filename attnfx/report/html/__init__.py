@@ -1,4 +1,4 @@
-"""A report as a page for a browser."""
+"""Write a report as an HTML page."""
 
 from attnfx.report.html.page import page, write
 

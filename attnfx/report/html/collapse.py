@@ -1,4 +1,4 @@
-"""A graph in which every site is one node that holds its own nodes."""
+"""Collapse each site of a graph into one node that holds the site's own nodes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import networkx as nx
 
 
 def collapse(graph: nx.DiGraph, sites: list[str]) -> tuple[nx.DiGraph, dict[str, nx.DiGraph]]:
-    """(the graph with one node for each site, named as the site is; site -> the part of the graph that it stands for).
+    """Return the graph with one node for each site, named after the site, and each site's subgraph.
 
-    A node's attribute "site" says which it belongs to. What lies on a path between two nodes of a site goes into it,
-    else the result had cycles; where that is another site's, the nodes before it are left outside.
+    A node's attribute "site" names its site. Nodes on a path between two nodes of a site join the site, because the
+    result must be acyclic. If such a path crosses another site, the site's nodes before the crossing stay outside.
     """
     outer = graph.copy()
     parts: dict[str, nx.DiGraph] = {}
@@ -25,7 +25,7 @@ def collapse(graph: nx.DiGraph, sites: list[str]) -> tuple[nx.DiGraph, dict[str,
 
 
 def _convex(graph: nx.DiGraph, own: set[Hashable], site: str) -> set[Hashable]:
-    """The nodes and all that lies between them, without those that come before another site's."""
+    """Return a site's nodes and all nodes between them, without the nodes ahead of another site in between."""
     while True:
         after = set().union(*(nx.descendants(graph, n) for n in own)) if own else set()
         before = set().union(*(nx.ancestors(graph, n) for n in own)) if own else set()

@@ -1,4 +1,4 @@
-"""Pictures that stand in the page itself, as SVG text: the live tiles of a mask, memory over time."""
+"""Draw figures for the page as inline SVG: the live tiles of a mask, and memory over time."""
 
 from __future__ import annotations
 
@@ -11,8 +11,7 @@ STATES = {"#": "full", "+": "partial", ".": "empty"}
 
 
 def tiles(rows: Sequence[str], tile: tuple[int, int]) -> Markup:
-    """A figure of the score matrix, queries downwards and keys to the right: a character of STATES for each tile, whose
-    sides are `tile` queries and keys."""
+    """Draw the tiles of the score matrix: `rows` of characters of STATES, `tile` = (queries, keys) of a tile."""
     height, width = len(rows), len(rows[0])
     cells = []
     for y, row in enumerate(rows):
@@ -33,7 +32,7 @@ def tiles(rows: Sequence[str], tile: tuple[int, int]) -> Markup:
 
 
 def timeline(values: Sequence[float]) -> Markup:
-    """An area of bytes over the steps of a plan, both from zero."""
+    """Draw bytes over the steps of a plan as an area, both axes from zero."""
     top = max(values, default=0) or 1
     last = max(len(values) - 1, 1)
     points = " ".join(f"L{1000 * n / last:.1f} {200 - 195 * v / top:.1f}" for n, v in enumerate(values))

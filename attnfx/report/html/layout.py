@@ -1,7 +1,7 @@
-"""Where the nodes of a graph stand in a drawing: layers from inputs to outputs, few crossings.
+"""Lay out a graph for a drawing: layers from inputs to outputs, with few edge crossings.
 
-The layers are those of Sugiyama, Tagawa and Toda (1981): a node stands below everything it reads, and within its layer
-near the mean place of its neighbours.
+The layout follows Sugiyama, Tagawa and Toda (1981): a node is below everything it reads and, within its layer, near the
+mean position of its neighbors.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ SWEEPS = 4
 
 @dataclass(frozen=True)
 class Drawing:
-    """Centres of the boxes, and the size of the whole."""
+    """The centers of the boxes, and the size of the drawing."""
 
     places: dict[Hashable, tuple[float, float]]
     width: float
@@ -26,7 +26,7 @@ class Drawing:
 
 
 def draw(graph: nx.DiGraph) -> Drawing:
-    """Place every node of an acyclic graph."""
+    """Lay out every node of an acyclic graph."""
     layers = _ordered(graph, _layers(graph))
     widest = max((len(layer) for layer in layers), default=0)
     width = max(widest * (WIDTH + ACROSS) + ACROSS, WIDTH + 2 * ACROSS)
@@ -39,12 +39,12 @@ def draw(graph: nx.DiGraph) -> Drawing:
 
 
 def _layers(graph: nx.DiGraph) -> list[list[Hashable]]:
-    """Each node just above the first that reads it; what nothing reads is at the bottom."""
+    """Put each node in the layer just above its first user, and nodes without users at the bottom."""
     return [list(layer) for layer in nx.topological_generations(graph.reverse(copy=False))][::-1]
 
 
 def _ordered(graph: nx.DiGraph, layers: list[list[Hashable]]) -> list[list[Hashable]]:
-    """Each layer sorted by the mean place of its neighbours in the layer above, then below, a few times over."""
+    """Sort each layer by its nodes' mean neighbor position, from the layer above and then below, SWEEPS times."""
     place = {node: n - len(layer) / 2 for layer in layers for n, node in enumerate(layer)}
     for sweep in range(SWEEPS):
         downwards = sweep % 2 == 0

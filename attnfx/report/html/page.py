@@ -1,4 +1,4 @@
-"""A report as one HTML page that needs no network: sites, their programs and masks, candidates, and the graphs."""
+"""Render a report as a self-contained HTML page: sites with programs, masks and candidates, and the graphs."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ TITLES = {"traced": "Before", "rewritten": "After"}
 
 
 def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str = "") -> str:
-    """The page of a report, given as `attnfx.report.to_json.data` gives it.
+    """Render a report, given in the form of `attnfx.report.to_json.data`, as HTML.
 
-    timeline  bytes that are alive after each step of a plan, from the first to the last; none is drawn without
+    timeline  allocated bytes after each step of a plan, in order; if empty, the timeline is left out
     """
     sites = [_site(s) for s in [*report["sites"], *report["others"]]]
     rewritten = {s["name"] for s in sites if s["rewritten"]}
@@ -49,7 +49,7 @@ def page(report: Mapping[str, Any], timeline: Sequence[float] = (), caption: str
 def write(
     report: Mapping[str, Any], path: str | Path, force: bool = False, timeline: Sequence[float] = (), caption: str = ""
 ) -> None:
-    """Write the page. Raises FileExistsError where there is a file of that name, unless `force`."""
+    """Write the page. Raises FileExistsError if the file exists, unless `force`."""
     text = page(report, timeline, caption)
     with open(path, "w" if force else "x", encoding="utf-8") as file:
         file.write(text)
@@ -65,14 +65,14 @@ def _template() -> jinja2.Template:
 
 
 def _script(value: object) -> Markup:
-    """JSON that can stand in a script element: nothing in it closes the element."""
+    """Encode a value as JSON for a script element, escaped so that it cannot close the element."""
     return Markup(json.dumps(value, separators=(",", ":")).replace("<", "\\u003c"))
 
 
 def _site(site: Mapping[str, Any]) -> dict[str, Any]:
     decision, refusal, tiles = site["decision"], site["refusal"], site["tiles"]
     if refusal is not None:
-        why = f"{refusal['message']} [{refusal['code']}] {refusal['hint']}"
+        why = f"{refusal['message']} [{refusal['code']}]. {refusal['hint']}"
     else:
         why = decision["reason"] if decision is not None else ""
     share = f" {site['share']:.0%} of the graph's FLOPs." if site["share"] else ""
@@ -107,7 +107,7 @@ def _candidate(c: Mapping[str, Any], chosen: bool) -> dict[str, Any]:
 
 
 def _graph(name: str, stage: Mapping[str, Any], rewritten: set[str]) -> dict[str, Any]:
-    """One stage as the page's script draws it: boxes with their centres, edges by the boxes' numbers."""
+    """Convert a stage to the data that the page's script draws: boxes with their centers, and edges."""
     graph = nx.node_link_graph(stage, edges="edges")
     outer, parts = collapse(graph, sorted({s for _, s in graph.nodes(data="site") if s}))
     drawn = _drawn(outer)

@@ -1,16 +1,16 @@
-"""A spec becomes the readable source of a module of Triton functions, which the hand-written kernels are given.
+"""Generate the source of a module of Triton functions for a spec. The hand-written kernels take them as constants.
 
     heads(captures, sizes, b, h)                values that depend on b and h alone, a tuple
-    rows(captures, sizes, H, b, h, i)           on i, b and h; H is what `heads` gave
-    columns(captures, sizes, H, b, h, j)        on j, b and h
+    rows(captures, sizes, H, b, h, i)           values that depend on i, b and h; H is the result of `heads`
+    columns(captures, sizes, H, b, h, j)        values that depend on j, b and h
     score, keep, whole, whole_slope, slope, weight, leaf_scores, leaf_wholes, leaf_weights
-        (captures, sizes, H, R, C, dot, prob, b, h, i, j)     of each element of a tile; R and C are from the two above
+        (captures, sizes, H, R, C, dot, prob, b, h, i, j)     values per tile element; R and C from `rows` and `columns`
     extras(captures, sizes, H, R, b, h, i)      extra logits, a tuple
 
-`captures` is a tuple of (pointer, stride, stride, ...), tables after the spec's own, strides 0 where broadcast. `sizes`
-is (B, H, T, S, the spec's own, then the lengths of every capture's dims), each number n as 2 n + 1: Triton would
-compile a kernel again for a 1 and for a multiple of 16 in a tuple, and no length is worth that. What the functions
-compute is said by `attnfx.kernels.flash.codegen.program.Program`.
+`captures` is a tuple of (pointer, stride, stride, ...), the spec's own first, then tables; a broadcast dim has stride
+0. `sizes` is (B, H, T, S, the spec's own sizes, then the lengths of every capture's dims). Each n is encoded as
+2 n + 1, because Triton specializes a kernel on integers in a tuple that are 1 or a multiple of 16, and recompiling for
+a length is not worth it. `attnfx.kernels.flash.codegen.program.Program` defines the functions' values.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ import attnfx.kernels.flash.triton.functions as f
 
 @dataclass(frozen=True)
 class Source:
-    """text   of the module
-    names  the functions in it; what the program does not need is absent
+    """The source of a module.
+
+    text   the source text
+    names  the functions it defines; functions that the program does not need are absent
     """
 
     text: str
@@ -49,8 +51,8 @@ def emit(
     wide: frozenset[int] = frozenset(),
     inside: frozenset[int] = frozenset(),
 ) -> Source:
-    """The module of a program. Captures in `wide` are addressed with 64 bits; no load from those in
-    `inside` points outside, where i, j, b and h are indices that exist. Raises `NotEmitted`."""
+    """Generate the module of a program. Raise `NotEmitted` if an operation cannot be translated. Captures in `wide` get
+    64-bit offsets. Loads from captures in `inside` must be in bounds at all valid indices."""
     return _Emitter(spec, program, wide, inside).source()
 
 

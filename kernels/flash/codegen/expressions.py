@@ -1,7 +1,7 @@
-"""Expressions as Triton source: statements for one function body, from values that the function is given.
+"""Translate expressions to Triton source: the statements of one function body.
 
-A value is a scalar, or a tensor that broadcasts over the tile: (rows, 1) where it depends on i alone, (1, columns) on j
-alone. Integers are 32 bits wide, floats float32; a loaded integer keeps its width.
+A value is a scalar or a tensor that broadcasts over the tile: (rows, 1) if it depends on i alone, (1, columns) if on j
+alone. Integers have 32 bits, floats are float32; a loaded integer keeps its width.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ _CALLS = {
 }  # fmt: skip
 _EXTREMES = {"min": "tl.minimum", "max": "tl.maximum"}
 _OPERAND = re.compile(r"[\w.]+(\[\d+\])*|[\w.]+\([^()]*\)")
-_LONGEST = 72  # characters of an expression that is not given a name
+_LONGEST = 72  # a longer expression is assigned to a variable
 FLOAT32_MAX, FLOAT32_TINY = 3.4028234663852886e38, 1.1754943508222875e-38
 
 
 class NotEmitted(Exception):
-    """The message names the operation and why it has no source."""
+    """An operation cannot be translated; the message names it and gives the reason."""
 
 
 @lru_cache(maxsize=20_000)
 def level(e: Expr) -> int:
-    """Which part of a tile a value belongs to: HEAD, ROW, COLUMN or TILE."""
+    """Return the level of a value, the part of a tile that it varies over: HEAD, ROW, COLUMN or TILE."""
     if opaque(e) or {"i", "j"} <= e.free:
         return TILE
     return ROW if "i" in e.free else COLUMN if "j" in e.free else HEAD
 
 
 def is_trivial(e: Expr) -> bool:
-    """Whether a value is not worth keeping."""
+    """Return whether a value is too cheap to be stored."""
     return e.op in ("const", "size", "var")
 
 
 def regroup(root: Expr) -> Expr:
-    """The same sums and products with what depends on i alone and on j alone in terms of their own."""
+    """Regroup sums and products so that the operands of one level form one operand."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if old.op not in _NARY or len(args) < 3 or level(old) != TILE:
@@ -73,11 +73,11 @@ def regroup(root: Expr) -> Expr:
 class Body:
     """The statements of one function.
 
-    known    names of values that the function is given
-    sizes    names of the sizes
-    lengths  by slot and dim, names of the captures' lengths
-    wide     slots that are addressed with 64 bits
-    inside   slots whose loads never point outside; the indices of the others are clamped
+    known    the source text of values that are arguments of the function
+    sizes    the source text of each size
+    lengths  the source text of the captures' lengths, by slot and dim
+    wide     slots that need 64-bit offsets
+    inside   slots whose loads are always in bounds; the indices of other loads are clamped
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Body:
         self.uses: dict[Expr, int] = {}
 
     def add(self, *roots: Expr) -> list[str]:
-        """The texts of the values, after whatever statements they need."""
+        """Append the statements that the values need, and return their texts."""
         order = list(dict.fromkeys(e for root in roots for e in self._below(root)))
         for e in order:
             for a in e.args:
@@ -109,7 +109,7 @@ class Body:
         return [self.text[root] for root in roots]
 
     def _below(self, root: Expr) -> list[Expr]:
-        """What must be written for `root`: nothing below a value that is known."""
+        """Return the expressions to translate for `root`, operands first. A known value ends the traversal."""
         seen: dict[Expr, None] = {}
         stack = [(root, False)]
         while stack:
@@ -122,7 +122,7 @@ class Body:
         return list(seen)
 
     def _at(self, e: Expr) -> str:
-        """The text as an operand."""
+        """Return the text as an operand, in parentheses if needed."""
         text = self.text[e]
         return text if _OPERAND.fullmatch(text) else f"({text})"
 
@@ -172,7 +172,7 @@ class Body:
                 return f"1.0 / {x[0]}"
         if e.op in _CALLS:
             return f"{_CALLS[e.op]}({', '.join(plain)})"
-        raise NotEmitted(f"the operation {e.op!r} has no kernel: {e}")
+        raise NotEmitted(f"the kernels lack the operation {e.op!r}: {e}")
 
     def _sum(self, e: Expr) -> str:
         text, rest = "", [a for a in e.args if a is not A.DOT]
@@ -187,7 +187,7 @@ class Body:
         return text if len(rest) == len(e.args) else f"f.to_product({self.text[A.DOT]}, {text})"
 
     def _compare(self, e: Expr) -> str:
-        """x >= 0 or x == 0; a sum of a row's and a column's part is compared part with part."""
+        """Translate x >= 0 or x == 0."""
         sign = ">=" if e.op == "ge0" else "=="
         return f"{self._at(e.args[0])} {sign} 0"
 
@@ -203,7 +203,7 @@ class Body:
             elif not _is_zero(index):
                 text = f"tl.minimum(tl.maximum({self.text[index]}, 0), {self.lengths[slot, n]} - 1)"
                 terms.append((level(index), self._offset(slot, text, stride)))
-        # what the most scores share comes first: a sum of tensors is as large as its largest operand
+        # add the smallest tensors first: a sum is as large as its largest operand
         terms = sorted(terms, key=lambda term: term[0])
         text = f"tl.load({' + '.join([f'{capture}[0]', *(term for _, term in terms)])})"
         if e.kind == BOOL:
@@ -238,7 +238,7 @@ def _constant(e: Expr) -> str:
 
 
 def separate(e: Expr) -> Expr:
-    """row + column >= 0 as column >= -row, which saves an addition for each score; the same for == 0."""
+    """Rewrite row + column >= 0 as column >= -row, and the same for == 0, to save one addition per score."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if old.op in ("ge0", "eq0") and args[0].op == "add" and level(args[0]) == TILE:
@@ -251,7 +251,7 @@ def separate(e: Expr) -> Expr:
 
 
 def boundary(roots: list[Expr], at: int) -> dict[int, list[Expr]]:
-    """The values of lower levels that functions of level `at` take: those that are worth keeping, by level."""
+    """Return, by level, the nontrivial values of lower levels that a function of level `at` takes as arguments."""
     found: dict[int, dict[Expr, None]] = {}
     for e in reach(roots, lambda e: e.args if level(e) == at else ()):
         if level(e) != at and not is_trivial(e):

@@ -1,7 +1,7 @@
-"""Generated source becomes an imported module, by way of a file in a directory that only the user can write.
+"""Import generated source as a module, from a file in a directory that only the user can write.
 
-Triton compiles functions from their source files, so there has to be one. The source is always made from the spec; a
-file that is there already is used only where its content is the same, byte for byte.
+Triton compiles functions from their source files, so a file is required. The source is always generated from the spec.
+An existing file is used only if its content is identical, byte for byte.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ _lock = threading.Lock()
 
 
 def directory() -> Path:
-    """Where modules are written, under `cache.directory()`. Made with mode 0700.
+    """Return the directory for generated modules, under `cache.directory()`. Create it with mode 0700 if needed.
 
-    Raises PermissionError where another user owns it or may write to it.
+    Raise PermissionError if it is a link, or another user owns it or may write to it.
     """
     root = cache.directory() / "triton"
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -36,15 +36,17 @@ def _check(path: Path) -> None:
     found = path.lstat()
     owner = getattr(os, "getuid", lambda: found.st_uid)()
     if stat.S_ISLNK(found.st_mode):
-        raise PermissionError(f"{path} is a link: generated code is not kept there")
+        raise PermissionError(f"{path} is a symbolic link; set ATTNFX_CACHE_DIR to a folder of yours")
     if found.st_uid != owner:
-        raise PermissionError(f"{path} belongs to another user: generated code is not kept there")
+        raise PermissionError(f"{path} belongs to another user; set ATTNFX_CACHE_DIR to a folder of yours")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{path} can be written by other users: generated code is not kept there")
+        raise PermissionError(
+            f"{path} can be written by other users; make it private, or set ATTNFX_CACHE_DIR to a private folder"
+        )
 
 
 def load(text: str, where: Path | None = None) -> ModuleType:
-    """The module with this source. Raises PermissionError as `directory` does."""
+    """Import the module with this source. Raise PermissionError as `directory` does."""
     digest = hashlib.sha256(text.encode()).hexdigest()[:20]
     name = f"attnfx_program_{digest}"
     with _lock:
@@ -57,7 +59,7 @@ def load(text: str, where: Path | None = None) -> ModuleType:
             spec = importlib.util.spec_from_file_location(name, file)
             assert spec is not None
             module = importlib.util.module_from_spec(spec)
-            # not by the loader: it might run byte code that another process has put beside the file
+            # not through the loader, which might run byte code that another process put next to the file
             sys.modules[name] = module
             try:
                 exec(compile(text, str(file), "exec"), module.__dict__)

@@ -1,4 +1,4 @@
-"""A spec made ready for a kernel: what is evaluated on full tiles, on partial tiles, and on the way back."""
+"""Prepare a spec for a kernel: the expressions for full tiles, for partial tiles and for the backward pass."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from attnfx.mask.additive import LOST, addend
 from attnfx.spec import AttentionSpec
 
 LOG2E = math.log2(math.e)
-SMALLEST_SCALE = 1e-3  # of dot, by which what is added to it is divided: float32 has room for a thousand times that
+SMALLEST_SCALE = 1e-3  # least factor of dot to divide the other terms by: float32 has room for a thousandfold growth
 _ZERO, _ONE = A.const(0.0), A.const(1.0)
 DIAGONAL = "w"  # w = j - i + T - 1
 
 
 @dataclass(frozen=True)
 class Table:
-    """Values that the original operators compute outside of the kernel; the program loads them from a capture.
+    """Values that ATen operators compute before the kernel runs; the program loads them from a capture.
 
-    expr   over b and h, and one of i, j and the diagonal w
+    expr   the expression, over b and h, and one of i, j and the diagonal w
     axes   the names among b, h, i, j, w that it depends on: the dims of the table
     """
 
@@ -35,11 +35,11 @@ class Table:
 
 @dataclass(frozen=True)
 class Leaf:
-    """A load that needs a gradient. `space` says where it is read: "head", "row", "column", "diagonal" (by j - i) or
-    "pair".
+    """A load that needs a gradient. `space` names the indices it depends on: "head", "row", "column", "diagonal"
+    (j - i) or "pair".
 
-    score   d score / d load where the mask keeps
-    whole   the same everywhere
+    score   d score / d load at unmasked elements
+    whole   the same at all elements
     weight  d weight / d load, over prob (without a softmax: over dot, and score is zero)
     """
 
@@ -52,19 +52,21 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Program:
-    """softmax  whether the scores are normalised
-    scale    a positive number; scale * score is the score in units of log 2
-    score    the score where the mask keeps, over dot
+    """The expressions that the kernels evaluate for a spec.
+
+    softmax  whether the scores are normalized by a softmax
+    scale    a positive constant; scale * score is the score in units of log 2
+    score    the score of unmasked elements, over dot
     keep     the mask, or None
-    whole    the score everywhere, in natural units: for rows without a live key; None if never needed
-    lost     logsumexp at or below which a row has no live key, in natural units; None where `whole` is
-    slope    d score / d dot where the mask keeps, natural units; without a softmax, d weight / d dot
-    whole_slope  d whole / d dot, over `slope` where that is a number other than zero; None as whole is
-    weight   the factor of a normalised weight, or None; without a softmax, the weight itself, over dot
+    whole    the score of all elements, in natural units: for rows without a live key; None if never needed
+    lost     a row whose logsumexp is at most this lacks a live key; in natural units; None if `whole` is
+    slope    d score / d dot at unmasked elements, in natural units; without a softmax, d weight / d dot
+    whole_slope  d whole / d dot, divided by `slope` if that is a nonzero constant; None if `whole` is
+    weight   the factor of a normalized weight, or None; without a softmax, the weight itself, over dot
     extras   the extra logits, in units of log 2
-    leaves   the loads that need a gradient from the scores' side
-    tables   behind the captures, in the order of their slots
-    drowned  whether a capture is added to the scores that may leave a row lost, as `attnfx.mask.additive` has it
+    leaves   the loads in the score or weight that need a gradient
+    tables   the tables, whose slots follow the captures'
+    drowned  whether a capture added to the scores may leave a row without a live key (see `attnfx.mask.additive`)
     """
 
     softmax: bool
@@ -88,19 +90,19 @@ class Program:
 
     @property
     def factor(self) -> float | None:
-        """What a gradient of dot is multiplied by at the end; None where the slope differs from score to score."""
+        """Return the constant that scales a finished gradient of dot; None if the slope varies between scores."""
         if self.slope.op != "const" or not self.slope.value:
             return None
         return float(self.slope.value)  # type: ignore[arg-type]
 
 
 class Unsupported(Exception):
-    """The message is the sentence that says why."""
+    """A spec cannot be expressed as a program for the kernels; the message is one sentence with the reason."""
 
 
 @lru_cache(maxsize=512)
 def program_of(spec: AttentionSpec) -> Program | str:
-    """The program, or one sentence that says why there is none."""
+    """Return the program of a spec, or one sentence that explains why it cannot have one."""
     try:
         return _program(spec)
     except Unsupported as why:
@@ -109,7 +111,7 @@ def program_of(spec: AttentionSpec) -> Program | str:
 
 def _program(spec: AttentionSpec) -> Program:
     if spec.compute != "float32":
-        raise Unsupported(f"it computes in {spec.compute}, the kernels in float32")
+        raise Unsupported(f"the attention needs {spec.compute}, and the kernels compute in float32")
     tables = _Tables(len(spec.captures))
     score, weight = tables.out_of(spec.score), tables.out_of(spec.weight)
     extras = tuple(tables.out_of(e) for e in spec.extra)
@@ -125,7 +127,7 @@ def _program(spec: AttentionSpec) -> Program:
         drowned = addend(score, LOST) is not None
         finite = mask is not None and mask.fill != -math.inf
         whole = score if (finite or drowned) and not extras else None
-        # far above a fill to which scores were added, and below every score that forgets it
+        # far above a fill with scores added to it, and far below the score of any live key
         found = [mask.fill / 2] if mask is not None and finite else []
         lost = max([*found, 2 * LOST] if drowned else found, default=None)
         whole_slope, *whole_slopes = gradient(score, [A.DOT, *wanted])
@@ -141,7 +143,7 @@ def _program(spec: AttentionSpec) -> Program:
         slopes = whole_slopes = [_ZERO] * len(wanted)
         whole_slope = None
     else:
-        raise Unsupported(f"its normaliser is {spec.normaliser!r}")
+        raise Unsupported(f"the kernels lack the normalizer {spec.normaliser!r}")
     to = tables.by_diagonal
     leaves = tuple(
         Leaf(x, _space(x), to(s), to(e) if whole is not None else _ZERO, to(w))
@@ -164,9 +166,11 @@ def _program(spec: AttentionSpec) -> Program:
     )
     for e in (x for root in made.roots for x in walk(root)):
         if e.op in ("rsum", "rmax"):
-            raise Unsupported(f"a reduction over a capture that depends on more than one index has no kernel: {e}")
+            raise Unsupported(f"the kernels cannot reduce a captured tensor that depends on more than one index: {e}")
         if e.op in ("aten", "softmax", "dropout"):
-            raise Unsupported(f"{e.op} depends on more than one index, or on the scores: {e}")
+            raise Unsupported(
+                f"the kernels cannot compute {e.op}, which depends on more than one index, or on the scores: {e}"
+            )
     return made
 
 
@@ -176,7 +180,7 @@ def _live_weight(score: Expr, weight: Expr) -> Expr | None:
 
 
 def assume(e: Expr, fact: Expr) -> Expr:
-    """The expression where `fact` is known to hold."""
+    """Simplify an expression under the assumption that `fact` holds."""
     by: dict[Expr, Expr] = {}
     for part in fact.args if fact.op == "and" else (fact,):
         by |= {part: A.TRUE, A.not_(part): A.FALSE}
@@ -188,8 +192,8 @@ def assume(e: Expr, fact: Expr) -> Expr:
 
 
 def _scaled(kept: Expr) -> tuple[float, Expr]:
-    """(c, x) with kept * log2(e) = c * x and c > 0: what is constant, or of a sum the factor of dot, is multiplied in
-    the exponent's own FMA."""
+    """Return (c, x) with kept * log2(e) = c * x and c > 0. c is the constant factor, or for a sum the factor of dot.
+    The exponent's own FMA applies it."""
     moved = A.mul(A.const(LOG2E), kept)
     if (c := _factor(moved)) is not None:
         return c, A.mul(*moved.args[1:])
@@ -202,7 +206,7 @@ def _scaled(kept: Expr) -> tuple[float, Expr]:
 
 
 def _factor(e: Expr) -> float | None:
-    """The constant of a product, where it is positive and finite."""
+    """Return the constant factor of a product if it is positive and finite, else None."""
     if e.op != "mul" or e.args[0].op != "const":
         return None
     c = float(e.args[0].value)  # type: ignore[arg-type]
@@ -210,7 +214,7 @@ def _factor(e: Expr) -> float | None:
 
 
 def _linear(weight: Expr) -> Expr:
-    """The factor a with weight = a * prob."""
+    """Return the factor a with weight = a * prob. Raise Unsupported if the weight is not linear in prob."""
     if weight is A.PROB:
         return _ONE
     if weight.op == "mul":
@@ -224,8 +228,8 @@ def _linear(weight: Expr) -> Expr:
         branches = [_ZERO if x is _ZERO else _linear(x) for x in weight.args[1:]]
         return A.where(weight.args[0], *branches)
     if weight.op == "detach":
-        raise Unsupported("its weights are detached from the graph")
-    raise Unsupported(f"its weight program is not a multiple of the probability: {weight}")
+        raise Unsupported("the weights are detached from autograd")
+    raise Unsupported(f"the weight is not a multiple of the probability: {weight}")
 
 
 def _has_prob(e: Expr) -> bool:
@@ -237,7 +241,7 @@ def _loads(*roots: Expr) -> list[Expr]:
 
 
 def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
-    """Whether an expression is a load of a capture that needs a gradient."""
+    """Return whether an expression loads from a capture that needs a gradient."""
     slot = e.value
     return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
 
@@ -250,7 +254,7 @@ def _space(load: Expr) -> str:
 
 
 class _Tables:
-    """Takes out of a program what must be computed by the original operators, or is a reduction."""
+    """A transformation that moves reductions and exact ATen operators of a program into tables."""
 
     def __init__(self, slots: int) -> None:
         self.first, self.found = slots, []
@@ -272,7 +276,7 @@ class _Tables:
         if e not in self.done:
             table = self._table(e) if e.kind in (BOOL, INT) or e.op in ("rsum", "rmax") else None
             if table is None and e.op in ("aten", "rsum", "rmax"):
-                raise Unsupported(f"a table of this would depend on more than one index: {e}")
+                raise Unsupported(f"the kernels cannot tabulate an expression of more than one index: {e}")
             if table is None:
                 args = tuple(self._visit(a, marked) for a in e.args)
                 self.done[e] = A.make(e.op, e.kind, args, e.value)
@@ -291,8 +295,8 @@ class _Tables:
         return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
 
     def by_diagonal(self, root: Expr) -> Expr:
-        """The same with what is looked up by j - i, through whatever arithmetic and other loads, in tables by diagonal:
-        a score then reads one number, next to its neighbour's. A mask's own comparisons are left to it."""
+        """Move lookups that depend on j - i alone, with the arithmetic around them, into tables by diagonal. A score
+        then loads one element, adjacent to its neighbor's. Comparisons of a mask stay in place."""
         marked: set[Expr] = set()
         for e in walk(root):
             if (e.op == "load" and _looked_up(toeplitz(e))) or any(a in marked for a in e.args):
@@ -311,7 +315,7 @@ class _Tables:
 
 
 def _looked_up(e: Expr | None) -> bool:
-    """Whether this, of the diagonal, is a load, but not of one element after the other as from a table by diagonal."""
+    """Return whether an expression over the diagonal loads in another order than consecutive elements."""
     along = [] if e is None else [x for x in e.args if DIAGONAL in x.free]
     steps = [A.sub(x, next(v for v in walk(x) if v.value == DIAGONAL)).free for x in along]
     return bool(along) and (len(along) > 1 or DIAGONAL in steps[0])

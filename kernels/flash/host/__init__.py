@@ -1,1 +1,1 @@
-"""Launch the Triton kernels: tiles, lists of live tiles, parameters, and what runs where one fails."""
+"""Launch the Triton kernels: tiles, lists of live tiles, parameters, and fallbacks."""

@@ -1,4 +1,4 @@
-"""The backward pass of a call: its kernels one after the other, and what is small by PyTorch's own operators."""
+"""Run the backward pass of a call: several kernels in sequence, and PyTorch operators for small tensors."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from attnfx.kernels.flash.triton.pairs import pairs_kernel
 from attnfx.kernels.gpu import capability
 from attnfx.mask import rows_live
 
-Tiles = tuple[Tile, Tile]  # of the pass over keys and of the pass over rows
-PAIR_ELEMENTS = 1 << 24  # float32, of a gradient by row and key before it is added up in a capture that is smaller
+Tiles = tuple[Tile, Tile]  # for the pass over keys and for the pass over rows
+PAIR_ELEMENTS = 1 << 24  # float32 elements of a gradient by row and key, before its reduction into a smaller capture
 
 
 def backward(
@@ -37,10 +37,10 @@ def backward(
     tiles: Tiles | None = None,
     grad_logsumexp: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Gradients of query, key, value, each of its dtype, and of the captures whose `grad` is True; all contiguous.
+    """Compute the gradients of query, key, value and the captures with `grad`, in each tensor's dtype, contiguous.
 
-    The same numbers on every run: nothing is added by atomics. `tiles` are those of the pass over keys and over rows.
-    Raises CannotLaunch where no tiles of the table compile and fit the device, or `tiles` do not.
+    Results are deterministic: no atomics are used. If given, `tiles` is the only pair tried. Raise CannotLaunch if
+    none of the tiles compiles and fits the device.
     """
     width = max(padded(call.query.shape[3]), padded(call.value.shape[3]))
     some = [tiles] if tiles is not None else backward_tiles(call.query.device, call.query.dtype, width, call.spec)
@@ -51,7 +51,7 @@ def backward(
 
 
 class Backward:
-    """The kernels of one backward pass, and the tensors between them."""
+    """The kernels of one backward pass, and the tensors that they exchange."""
 
     def __init__(
         self, call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, tiles: Tiles, target: int | None = None
@@ -61,7 +61,7 @@ class Backward:
         self.program, self.sizes = self.some.program, self.some.sizes
         self.grad_out, self.out, self.logsumexp = grad_out, out, logsumexp.contiguous()
         self.tiles = tiles
-        # of each row, logsumexp in units of log 2 and delta
+        # per row: logsumexp in units of log 2, and delta
         self.statistics = torch.empty((*logsumexp.shape, 2), dtype=torch.float32, device=logsumexp.device)
         exact = self.program.softmax and call.query.dtype == torch.float32
         self.correction = torch.empty_like(self.logsumexp) if exact else None
@@ -72,7 +72,7 @@ class Backward:
             self.below = self.program.lost
             some = (self.logsumexp <= self.below).any(2).to(torch.uint8)
             again = self.logsumexp
-            if call.spec.safe:  # a row of -inf alone has no weights
+            if call.spec.safe:  # a row whose scores are all -inf gets zero weights
                 again = again.masked_fill(again == -math.inf, math.inf)
             self.dead = (some, again, torch.empty_like(self.logsumexp))
         elif call.spec.safe:
@@ -116,7 +116,7 @@ class Backward:
         )  # fmt: skip
 
     def keys_launch(self, dk: Tensor, dv: Tensor, leaf: int | None = None) -> Launch:
-        """The gradients of keys and values; with `leaf`, that of a load by key, in dk (B, H, S)."""
+        """Launch the gradients of keys and values; with `leaf`, of a load by key instead, into dk (B, H, S)."""
         tile, sizes = self.tiles[0], self.sizes
         heads = self.call.key.shape[1] if leaf is None else sizes["H"]
         walks = over_rows(self.call, self.program.keep, tile)
@@ -132,7 +132,7 @@ class Backward:
         )  # fmt: skip
 
     def rows_launch(self, result: Tensor, leaf: int | None = None) -> Launch:
-        """The gradient of the queries; with `leaf`, that of a load by row, (B, H, T)."""
+        """Launch the gradient of the queries; with `leaf`, of a load by row instead, (B, H, T)."""
         tile, sizes = self.tiles[1], self.sizes
         walks = over_keys(self.call, self.program.keep, tile)
         return Launch(
@@ -153,7 +153,7 @@ class Backward:
         softmax = self.program.softmax
         if softmax:
             self.delta_launch().run(device)
-            if grad_logsumexp is not None:  # whose derivative by a score is the score's probability
+            if grad_logsumexp is not None:  # its derivative by a score is the score's probability
                 self.statistics[..., 1] -= grad_logsumexp
         dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=device) for x in (call.query, call.key, call.value))
         self.rows_launch(dq).run(device)
@@ -169,7 +169,7 @@ class Backward:
             self._add_extras(captures)
             may_be_nan = self.program.keep is not None and not self.average and not call.spec.safe
             if may_be_nan and not rows_live(call.spec, self.sizes):
-                # a row of NaN weights reaches every value of its head
+                # a row of NaN weights makes the gradient of every value of its head NaN
                 lost = (self.logsumexp == -math.inf).unflatten(1, (call.key.shape[1], -1)).flatten(2).any(2)
                 dv.masked_fill_(lost[..., None, None], math.nan)
         grads = [captures[n].to(call.captures[n].dtype) for n, c in enumerate(call.spec.captures) if c.grad]
@@ -224,8 +224,9 @@ class Backward:
         values.add_gradient(form, line, total)
 
     def _pair_tile(self) -> Tile:
-        """A square, as diagonals demand, and few elements a thread: it holds a sum beside two products. Warps share the
-        columns of a tile as well only where matrix instructions span four of them (sm_90)."""
+        """Return the tile of the pairs kernel: square, for diagonals, with few elements per thread. A thread holds a
+        sum in addition to two products. Warps also split a tile's columns only on sm_90, whose matrix instructions span
+        four warps."""
         tile = self.tiles[1]
         side = min(tile.rows, tile.keys)
         if self.target >= 90:
@@ -233,8 +234,8 @@ class Backward:
         return tile._replace(rows=min(side, 32), keys=min(side, 32))
 
     def pairs_launch(self, result: Tensor, number: int, leaf: Leaf, first: int = 0) -> Launch:
-        """The gradient of a load that depends on rows and keys, as `pairs_kernel` has it; of the rows from `first`, a
-        multiple of the tile's, as many as the result has."""
+        """Launch `pairs_kernel`, the gradient of a load that depends on both rows and keys. It covers as many rows as
+        the result has, from `first`, a multiple of the tile's rows."""
         tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
         walks = over_keys(self.call, self.program.keep, tile, spans=True)
@@ -259,7 +260,7 @@ class Backward:
         )
 
     def _add_extras(self, captures: dict[int, Tensor]) -> None:
-        """A logit without a value takes its weight from every row's others: d logit = -weight * delta."""
+        """Add the gradients of captures in the extra logits. Such a logit lacks a value: d logit = -weight * delta."""
         values = self._values().without("j")
         for logit in self.call.spec.extra:
             wanted = [e for e in walk(logit) if has_gradient(self.call.spec, e)]

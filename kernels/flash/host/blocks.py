@@ -1,6 +1,6 @@
-"""A call of these tiers without its kernels: the chunked algorithm, with the kernels' own draw of dropout.
+"""Run a call of these tiers without kernels: the chunked algorithm with the kernels' dropout.
 
-One pass may run in blocks and the other on a kernel, so both must drop the same weights.
+One pass may run in blocks and the other in a kernel, so both must drop the same weights.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ _WORD = 0xFFFFFFFF
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words of 32 bits, as int64, for each counter (c0, c1, c2, 0): what `tl.philox` gives. seed is one int64; it
-    stays where it is, as a captured CUDA graph demands."""
+    """Compute `tl.philox`: four 32-bit words, as int64, for each counter (c0, c1, c2, 0). seed is one int64 tensor. It
+    is never read by the host, so that a CUDA graph can capture this."""
     c0, c1, c2 = torch.broadcast_tensors(c0, c1, c2)
     c3 = torch.zeros_like(c0)
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(_ROUNDS):
-        p0, p1 = c0 * _M0, c2 * _M1  # 64 bits: what overflows int64 is the sign alone
+        p0, p1 = c0 * _M0, c2 * _M1  # 64-bit products: only the sign bit overflows int64
         c0, c1, c2, c3 = ((p1 >> 32) & _WORD) ^ c1 ^ k0, p1 & _WORD, ((p0 >> 32) & _WORD) ^ c3 ^ k1, p0 & _WORD
         k0, k1 = (k0 + _K0) & _WORD, (k1 + _K1) & _WORD
     return c0, c1, c2, c3
 
 
 class Run(chunked_run.Run):
-    """A chunked run whose dropout is that of the kernels."""
+    """A run of the chunked tier with the kernels' dropout."""
 
     def drop(self, at: Block, like: Tensor) -> Tensor | None:
         p = self.spec.dropout
@@ -43,7 +43,7 @@ class Run(chunked_run.Run):
         def index(low: int, high: int, dim: int) -> Tensor:
             return torch.arange(low, high, device=self.device).view(-1, *[1] * (3 - dim))
 
-        # a draw decides the rows i and i + 8 at the keys j and j + 8: of 16 rows and 16 keys at a time, 8 x 8 draws
+        # one Philox call decides rows i and i + 8 at keys j and j + 8: 8 x 8 calls cover 16 rows and 16 keys
         (i0, i1), (j0, j1) = ((low // 16, -(-high // 16)) for low, high in ((at.i0, at.i1), (at.j0, at.j1)))
         head = index(at.b0, at.b1, 0) * self.sizes["H"] + index(h0, h1, 1)
         words = philox(self.call.seed.view(()), index(8 * j0, 8 * j1, 3), index(8 * i0, 8 * i1, 2), head)
@@ -54,12 +54,12 @@ class Run(chunked_run.Run):
 
 
 def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """As the tier's forward pass."""
+    """Compute the same as the tier's forward pass."""
     return chunked.forward(call, Run)
 
 
 def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """As the tier's backward pass."""
+    """Compute the same as the tier's backward pass."""
     return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run)

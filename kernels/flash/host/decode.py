@@ -1,4 +1,4 @@
-"""The decode tier: how the keys of a call are split, and its two launches."""
+"""Run the decode tier: split the keys of a call and launch its two kernels."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from attnfx.kernels.flash.host.walks import Walks, over_splits
 from attnfx.kernels.flash.triton.decode import combine_kernel, decode_kernel
 from attnfx.kernels.gpu import capability
 
-MOST_ROWS = 64  # queries times heads of a group: beyond, the forward kernel fills the GPU
+MOST_ROWS = 64  # queries times heads of a group; with more, the forward kernel fills the GPU
 MOST_SPLITS = 64
-WAVES = 2  # programs for each multiprocessor
+WAVES = 2  # programs per multiprocessor
 
 
 def supports(call: Call) -> str | None:
-    """Why these kernels cannot run the call, one sentence, or None."""
+    """Return why these kernels cannot run the call, as one sentence, or None."""
     per_group = call.query.shape[1] // max(call.key.shape[1], 1)
     if call.query.shape[2] * per_group > MOST_ROWS:
-        return f"{call.query.shape[2]} queries of {per_group} heads a group are more than {MOST_ROWS} rows"
+        return f"{call.query.shape[2]} queries of {per_group} heads per key head are more than {MOST_ROWS} rows"
     return launch.supports(call)
 
 
 def splits_of(keys: int, heads: int, tile: Tile, processors: int, wanted: int = 0) -> tuple[int, int]:
-    """(splits, keys of each): enough programs for every multiprocessor, or `wanted` splits; none without a key."""
+    """Return (splits, keys of each): `wanted` splits, or enough to occupy every multiprocessor. Each split has keys."""
     tiles = -(-keys // tile.keys)
     wanted = max(1, min(MOST_SPLITS, wanted or -(-WAVES * processors // max(heads, 1)), tiles))
     chunk = -(-tiles // wanted) * tile.keys
@@ -43,12 +43,11 @@ def forward(
     chosen: Tile | None = None,
     wanted: int = 0,
 ) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+    """Compute out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in float32.
 
-    `tile` is the only one that is tried, `chosen` the one that is tried before those of the table; `wanted` is a number
-    of splits.
-
-    Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
+    logsumexp is a natural logarithm, and zero without a softmax. If given, `tile` is the only tile tried; `chosen` is
+    tried before the table's. `wanted` is the number of splits, 0 for the default. Raise CannotLaunch if none of the
+    tiles compiles and fits the device.
     """
     query = call.query
     out, logsumexp = call.outputs()
@@ -72,7 +71,7 @@ def launches(
     target: int | None = None,
     wanted: int = 0,
 ) -> tuple[Launch, Launch]:
-    """The kernel over the splits and the one that combines them."""
+    """Create the launches of the kernel over the splits and of the kernel that combines them."""
     some, query = Arguments(call), call.query
     target = capability(query.device) if target is None else target
     batch, heads, rows, _ = query.shape
@@ -81,7 +80,7 @@ def launches(
     tile = tile._replace(rows=max(16, 1 << (packed - 1).bit_length()))
     if processors is None:
         processors = torch.cuda.get_device_properties(query.device).multi_processor_count if target else 4
-    # where a row may be without a live key, what masks it takes part in the softmax like any other score
+    # if a row may lack a live key, masked scores take part in the softmax like any other score
     natural = some.dead_rows_average()
     shared = over_splits(call, some.program.keep, tile, natural)
     low, high = shared.gap or (0, 0)

@@ -1,6 +1,6 @@
-"""What happens where a kernel does not compile or does not fit its device: smaller tiles, and in the end no kernel.
+"""Fall back to smaller tiles if a kernel does not compile or fit the device, and finally give the kernel up.
 
-A failure is remembered for the kind of call, so that it costs its time once, and stands in the reports.
+A failure is cached for its kind of call, so that it costs time once, and is listed in the reports.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _lock = threading.Lock()
 
 
 class CannotLaunch(RuntimeError):
-    """No tile runs; the message is a sentence that says why."""
+    """Every tile failed; the message is one sentence with the reason."""
 
 
 def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[T], R], chosen: object = None) -> R:
-    """The result of `run` with the first of the tiles that compiles and fits. Raises CannotLaunch where none does.
-    `chosen` is the one that was put before the table's, if one was.
+    """Return the result of `run` with the first tile that compiles and fits. Raise CannotLaunch if none does.
 
-    `run` must not have changed its inputs when it fails. Any other exception passes through.
+    `chosen` is the tile that was put before the table's, if any. A failed `run` must leave its inputs unchanged. Other
+    exceptions pass through.
     """
     key = _key(kernel, call, chosen)
     while (tried := len(_failed.get(key, ()))) < len(tiles):
@@ -40,7 +40,7 @@ def first_that_runs(kernel: str, call: Call, tiles: Sequence[T], run: Callable[[
             why = _reason(problem)
             if why is None:
                 raise
-            _remember(key, tried, why, f"smaller tiles run, {tiles[tried + 1]}" if tried + 1 < len(tiles) else "")
+            _remember(key, tried, why, f"the next tile is tried, {tiles[tried + 1]}" if tried + 1 < len(tiles) else "")
     raise CannotLaunch(f"the {kernel} kernel cannot run: {_failed[key][-1]}")
 
 
@@ -56,14 +56,14 @@ def _remember(key: tuple[object, ...], tried: int, why: str, instead: str) -> No
             return
         reasons.append(why)
     kernel, spec, *_, device = key
-    ending = instead or "it runs in blocks of PyTorch's operators"
+    ending = instead or "the call runs in blocks of PyTorch's operators"
     fell_back(spec, f"the {kernel} kernel on {device} {why}: {ending}")  # type: ignore[arg-type]
 
 
 def _reason(problem: Exception) -> str | None:
-    """Why a launch failed, where another tile may do better; None for what is no matter of tiles."""
+    """Return why a launch failed if a smaller tile may succeed; None for any other failure."""
     if isinstance(problem, OutOfResources):
-        return f"needs {problem.required} of {problem.name}, the device has {problem.limit}"
+        return f"needs {problem.required} of {problem.name}, and the device has {problem.limit}"
     if isinstance(problem, (CompilationError, PTXASError)) or "PassManager::run failed" in str(problem):
         words = str(problem).strip().splitlines()
         return f"does not compile ({words[-1].strip() if words else type(problem).__name__})"

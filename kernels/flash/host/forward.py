@@ -1,4 +1,4 @@
-"""A call becomes a kernel's arguments: tiles from a table, pointers with strides, the generated functions."""
+"""Convert a call to kernel arguments (tiles, pointers with strides, generated functions); run the forward kernel."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LARGEST_HEAD_DIM = 256
 
 
 def padded(width: int) -> int:
-    """The width of a tile that holds a head dim: the next power of two, at least 16."""
+    """Return the tile width for a head dim: the next power of two, at least 16."""
     return max(16, 1 << (width - 1).bit_length())
 
 
@@ -41,14 +41,15 @@ def padded(width: int) -> int:
 def functions(
     spec: AttentionSpec, wide: frozenset[int] = frozenset(), inside: frozenset[int] = frozenset()
 ) -> Mapping[str, object]:
-    """The generated functions of a spec by name, None for what it does not need. Raises as `program` and `emit` do."""
+    """Return the generated functions of a spec by name; a function that it does not need is None. Raise the exceptions
+    of `program` and `emit`, and PermissionError if generated code cannot be stored."""
     source = emit(spec, program(spec), wide, inside)
     made = module.load(source.text)
     return {name: getattr(made, name) if name in source.names else None for name in FUNCTIONS}
 
 
 def program(spec: AttentionSpec) -> Program:
-    """The program of a spec. Raises Unsupported."""
+    """Return the program of a spec. Raise Unsupported if it cannot have one."""
     made = program_of(spec)
     if isinstance(made, str):
         raise Unsupported(made)
@@ -56,32 +57,32 @@ def program(spec: AttentionSpec) -> Program:
 
 
 def expresses(spec: AttentionSpec, dtype: torch.dtype, head_dim: int, value_width: int) -> str | None:
-    """Why these kernels run no such calls, one sentence, or None."""
+    """Return why these kernels cannot run such calls, as one sentence, or None."""
     if dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the inputs are {dtype}, the kernels take float16, bfloat16 and float32"
+        return f"the inputs are {dtype}, and the kernels take float16, bfloat16 and float32"
     if getattr(torch, spec.out_dtype).itemsize > dtype.itemsize:
-        return f"the result is {spec.out_dtype}, finer than the {dtype} that the kernels would multiply"
+        return f"the result is {spec.out_dtype}, finer than the inputs' {dtype}, in which the kernels multiply"
     for name, width in (("head_dim", head_dim), ("value width", value_width)):
         if not 0 < width <= LARGEST_HEAD_DIM:
-            return f"the {name} is {width}, the kernels take 1 to {LARGEST_HEAD_DIM}"
+            return f"the {name} is {width}, and the kernels take 1 to {LARGEST_HEAD_DIM}"
     try:
         functions(spec)
     except (Unsupported, NotEmitted) as why:
         return str(why)
     except PermissionError as why:
-        return f"generated code cannot be kept: {why}"
+        return f"generated code cannot be stored: {why}"
     return None
 
 
 def supports(call: Call) -> str | None:
-    """Why these kernels cannot run the call, one sentence, or None."""
+    """Return why these kernels cannot run the call, as one sentence, or None."""
     query = call.query
     if (why := expresses(call.spec, query.dtype, query.shape[3], call.value.shape[3])) is not None:
         return why
     if 0 in query.shape or 0 in call.key.shape:
-        return "a dim of the inputs has size 0"
+        return "a dimension of the inputs has size 0"
     if any(x.numel() == 0 for x in call.captures):
-        return "a capture is empty"
+        return "a captured tensor is empty"
     try:
         functions(call.spec, wide_captures(call.captures))
     except NotEmitted as why:
@@ -90,7 +91,7 @@ def supports(call: Call) -> str | None:
 
 
 def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
-    """Slots of captures whose elements lie further apart than 32 bits can say."""
+    """Return the slots of captures whose offsets need more than 32 bits."""
     spans = [sum((n - 1) * s for n, s in zip(x.shape, x.stride())) for x in captures]
     return frozenset(slot for slot, span in enumerate(spans) if span >= 2**31)
 
@@ -99,8 +100,8 @@ def wide_captures(captures: Sequence[Tensor]) -> frozenset[int]:
 def never_outside(
     spec: AttentionSpec, sizes: tuple[tuple[str, int], ...], shapes: tuple[tuple[int, ...], ...]
 ) -> frozenset[int]:
-    """Slots of captures, of these shapes, and of the program's tables behind them, from which no load at indices that
-    exist points outside. Of what is not proved, as of an index that is itself loaded, nothing is said."""
+    """Return the slots of captures and tables, of these shapes, whose loads are proved in bounds at all valid indices.
+    A slot is left out if this cannot be proved, for example for an index that is itself loaded."""
     loads = {e for root in program(spec).roots for e in walk(root) if e.op == "load"}
 
     def leaves(index: Expr, length: int) -> bool:
@@ -112,13 +113,13 @@ def never_outside(
 
 
 class Arguments:
-    """What every kernel of a call is given."""
+    """The arguments that all kernels of a call share."""
 
     def __init__(self, call: Call) -> None:
         self.call, self.spec, self.program = call, call.spec, program(call.spec)
         self.sizes = call.sizes
         self.tensors = [*call.captures]
-        for table in self.program.tables:  # those behind may look others up
+        for table in self.program.tables:  # a later table may load from earlier ones
             self.tensors.append(self.table(table))
         inside = never_outside(call.spec, tuple(self.sizes.items()), tuple(tuple(x.shape) for x in self.tensors))
         self.functions = functions(call.spec, wide_captures(self.tensors), inside)
@@ -127,7 +128,7 @@ class Arguments:
         self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
 
     def table(self, table: Table) -> Tensor:
-        """The table's values, one dim for each of its axes."""
+        """Compute the table's values, with one dim per axis."""
         lengths = dict(b="B", h="H", i="T", j="S")
         sizes, count = self.sizes, len(table.axes)
         axes = {
@@ -145,7 +146,7 @@ class Arguments:
         return any(e.op == "load" for e in walk(table.expr))
 
     def constants(self) -> dict[str, object]:
-        """The constants that every kernel shares."""
+        """Return the constexpr arguments that all kernels share."""
         spec, call = self.spec, self.call
         d, dv = call.query.shape[3], call.value.shape[3]
         tf32 = call.query.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
@@ -161,7 +162,7 @@ class Arguments:
         )  # fmt: skip
 
     def dead_rows_average(self) -> bool:
-        """Whether a row may be left without a live key by a finite fill or an addend: its masked scores decide."""
+        """Return whether a finite fill or an addend may leave a row without a live key: its masked scores decide it."""
         made = self.program
         return made.whole is not None and (made.drowned or not rows_live(self.spec, self.sizes))
 
@@ -171,7 +172,7 @@ def _bytes(x: Tensor) -> Tensor:
 
 
 def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> dict[str, object]:
-    """Two operands of a kernel that it walks along, as descriptors where both can be, else as pointers with strides."""
+    """Pass the two operands that a kernel visits in tiles as descriptors if both allow it, else as pointers."""
     made = [descriptor(x, rows, padded(x.shape[3]), capability) for x in xs]
     by_pointer = None in made
     some: dict[str, object] = {}
@@ -181,11 +182,10 @@ def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> 
 
 
 def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) -> tuple[Tensor, Tensor]:
-    """out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in float32 (natural; zeros without a softmax).
+    """Compute out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in float32.
 
-    `tile` is the only one that is tried, `chosen` the one that is tried before those of the table.
-
-    Raises CannotLaunch where no tile of the table compiles and fits the device, or `tile` does not.
+    logsumexp is a natural logarithm, and zero without a softmax. If given, `tile` is the only tile tried; `chosen` is
+    tried before the table's. Raise CannotLaunch if none of the tiles compiles and fits the device.
     """
     query = call.query
     out, logsumexp = call.outputs()
@@ -203,7 +203,7 @@ def _run_forward(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile) -> None
 def forward_launch(
     call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None, target: int | None = None
 ) -> Launch:
-    """The forward kernel with its arguments, for a GPU of compute capability `target` (None: the one they are on)."""
+    """Create the launch of the forward kernel for compute capability `target` (None: the GPU of the operands)."""
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()

@@ -1,4 +1,4 @@
-"""A kernel with its arguments: run where they are, or compiled ahead for a GPU that need not be there."""
+"""Bundle a kernel with its arguments, to run it or to compile it ahead of time for a GPU that need not be present."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Launch:
-    """kernel     a function of Triton
-    grid       programs
-    arguments  tensors, numbers, None and tuples of them, by the kernel's names
-    constants  its constexpr arguments by name
-    tile       warps and stages are taken from it
-    before     what must run first
+    """A kernel with its grid and arguments.
+
+    kernel     the Triton function
+    grid       the number of programs in each dim
+    arguments  tensors, integers, None and tuples of them, by parameter name
+    constants  the constexpr arguments by name
+    tile       its warps and stages are launch options
+    before     launches that must run first
     """
 
     kernel: triton.JITFunction
@@ -49,8 +51,8 @@ class Launch:
             )
 
     def compile(self, target: int | GPUTarget):
-        """Triton's compiled kernel for an NVIDIA GPU of this compute capability, 90 for 9.0, or for another target. No
-        GPU is needed; the tensors may be on the meta device."""
+        """Compile the kernel for an NVIDIA GPU of this compute capability, 90 for 9.0, or for another Triton target.
+        This works without a GPU; the tensors may be on the meta device."""
         if isinstance(target, int):
             target = GPUTarget("cuda", target, 32)
         types: dict[str, object] = {}
@@ -71,10 +73,10 @@ class Launch:
 
 
 def descriptor(x: Tensor, rows: int, width: int, capability: int) -> TensorDescriptor | None:
-    """A descriptor of x (B, H, rows, width) in blocks (1, 1, rows, width), which the tensor memory accelerator copies
-    with no address arithmetic; None where the GPU has none or the layout does not allow it.
+    """Describe x (B, H, rows, width) in blocks (1, 1, rows, width) for the tensor memory accelerator.
 
-    It needs elements that lie together in the last dim, and strides and an address divisible by 16 bytes.
+    The accelerator copies blocks without address arithmetic in the kernel. It requires 16-bit elements, a contiguous
+    last dim, and strides and an address divisible by 16 bytes. Return None if the GPU or the layout does not allow it.
     """
     strides = [s * x.dtype.itemsize for s in x.stride()[:-1]]
     if capability < 90 or x.dtype.itemsize != 2 or x.stride(-1) != 1 or any(s % 16 != 0 or s == 0 for s in strides):

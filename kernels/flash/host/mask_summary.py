@@ -1,4 +1,4 @@
-"""One pass over the tensors of a mask, as `attnfx.mask.runtime_summary` describes it."""
+"""Launch the kernel that summarizes a mask's tensors (see `attnfx.mask.runtime_summary`)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from attnfx.spec import AttentionSpec
 
 
 def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Tensor:
-    """The summary of `Summary.spec` over its captures, of `attnfx.mask.runtime_summary.shape` and uint8. `sizes` are B,
-    H, T, S and the spec's own. Where no kernel compiles, every grain is partial, which is always true."""
+    """Compute the summary of `Summary.spec` over its captures: uint8, of `attnfx.mask.runtime_summary.shape`. `sizes`
+    are B, H, T, S and the spec's own. If no kernel compiles, every grain counts as partial, which is always valid."""
     call = call_of(captures, sizes, spec)
     states = captures[0].new_empty(summary.shape(spec, call.sizes), dtype=torch.uint8)
     try:
@@ -31,7 +31,7 @@ def summarise(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionS
 
 
 def call_of(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpec) -> Call:
-    """A call with inputs that have sizes and nothing else."""
+    """Create a call whose operands have only shapes: each is one expanded element."""
     batches, heads, rows, keys, *given = sizes
     one = captures[0].new_empty((), dtype=torch.float32)
     key = one.expand(batches, 1, keys, 1)
@@ -39,7 +39,7 @@ def call_of(captures: Sequence[Tensor], sizes: Sequence[int], spec: AttentionSpe
 
 
 def launch(call: Call, states: Tensor, tile: Tile) -> Launch:
-    """The kernel over a mask's own call, with the warps and stages of `tile`."""
+    """Create the launch of the summary kernel, with the warps and stages of `tile`."""
     some, free = Arguments(call), summary.axes(call.spec)
     names = ("heads", "rows", "columns", "keep")
     batches, heads, *grains = states.shape

@@ -1,9 +1,9 @@
-"""Which tiles a kernel visits, and in which of them no score is masked, as far as the indices alone decide.
+"""Find the tiles that a kernel visits, and the tiles that need no mask, as far as the indices alone decide.
 
-A kernel owns a block of one index (rows, or keys in the pass for their gradients) and walks along the other. For each
-block it is given four numbers [start, full_start, full_end, end], multiples of the step but for `end`: tiles outside
-[start, end) hold no live score, tiles inside [full_start, full_end) no dead one and nothing out of bounds. Where empty
-tiles lie between the live ones it is given the list of the live ones, as `summary.py` makes it for tensors.
+A program owns a block of one index (rows, or keys in the pass for their gradients) and walks along the other. Each
+block has four numbers [start, full_start, full_end, end], multiples of the step except `end`. Tiles outside
+[start, end) are empty. Tiles inside [full_start, full_end) are fully live and in bounds. If empty tiles lie between
+live ones, the block gets a list of the live tiles, as `lists_kernel` makes it for masks in tensors.
 """
 
 from __future__ import annotations
@@ -26,15 +26,17 @@ from attnfx.mask import tile_bounds as boxes
 from attnfx.mask.row_intervals import spans
 from attnfx.spec import I, J
 
-SPARSE = 7 / 8  # of the tiles from the first live one to the last: a list of more saves less than its reading costs
-LARGEST = 1 << 22  # tiles of a matrix that are looked at one by one
+SPARSE = 7 / 8  # largest share of live tiles, from the first to the last, at which a list saves more than it costs
+LARGEST = 1 << 22  # the most tiles of a matrix to examine one by one
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """walks   (blocks, 4)
-    states  (blocks, tiles) of uint8 where empty tiles lie between a block's live ones, else None: LIVE of
-            `attnfx.mask.tile_bounds` where a tile must be visited, DEAD where that must look at the mask or the bounds
+    """The tiles that each block visits.
+
+    walks   (blocks, 4), the numbers [start, full_start, full_end, end]
+    states  (blocks, tiles) of uint8 if empty tiles lie between a block's live ones, else None. Bits of
+            `attnfx.mask.tile_bounds`: LIVE if the tile must be visited, DEAD if it must check the mask or the bounds
     step    the length of a tile
     """
 
@@ -43,8 +45,9 @@ class Path:
     step: int
 
     def lists(self) -> tuple[np.ndarray, np.ndarray]:
-        """(blocks, 4) [0, 0, full, live] and (blocks, most) the first index of `full` tiles, then of the others up to
-        `live` in all; of a path with states."""
+        """Return the lists of live tiles of a path with states. The first tensor (blocks, 4) has [0, 0, full, live].
+        The second (blocks, most) has the first index of each live tile: first the `full` unmasked tiles, then the
+        others, `live` in all."""
         assert self.states is not None
         live, full = self.states & boxes.LIVE != 0, self.states == boxes.LIVE
         count, zero = live.sum(1), np.zeros(len(live), np.int64)
@@ -53,14 +56,14 @@ class Path:
 
 
 def along_keys(keep: Expr | None, sizes: Mapping[str, int], block: int, step: int) -> Path:
-    """For each block of `block` rows, the path along the keys in steps of `step`."""
+    """Return the path of each block of `block` rows along the keys, in steps of `step`."""
     return _path(keep or A.TRUE, tuple(sorted(sizes.items())), block, step)
 
 
 def along_rows(keep: Expr | None, sizes: Mapping[str, int], block: int, step: int) -> Path:
-    """For each block of `block` keys, the path along the rows in steps of `step`."""
+    """Return the path of each block of `block` keys along the rows, in steps of `step`."""
     turned = substitute(keep or A.TRUE, {I: J, J: I, A.size("T"): A.size("S"), A.size("S"): A.size("T")})
-    # the extents of i and j are T and S by name, so both change places; T and S in the mask itself do as well
+    # i and j have the extents T and S by name, so swap these too, including T and S in the mask itself
     return _path(turned, tuple(sorted({**sizes, "T": sizes["S"], "S": sizes["T"]}.items())), block, step)
 
 
@@ -69,7 +72,7 @@ def _path(keep: Expr, items: tuple[tuple[str, int], ...], block: int, step: int)
     sizes = dict(items)
     last = sizes["S"]
     keep = P.numeric(keep, sizes)
-    # a score program with this mask: `key_ranges` takes what it masks from there
+    # the live key range of each block
     found = ranges_of(keep, sizes, block)
     begin, end, whole = (np.array(x) for x in zip(*((r.j0, r.j1, r.full) for r in found)))
     start = begin // step * step
@@ -81,7 +84,7 @@ def _path(keep: Expr, items: tuple[tuple[str, int], ...], block: int, step: int)
         tiles = np.arange(count)[None, :] * step
         states = boxes.states(keep, sizes, block, step)
         states = np.where((tiles >= start[:, None]) & (tiles < end[:, None]), states, boxes.DEAD)
-        states[:, last // step :] |= boxes.DEAD  # what reaches beyond the end
+        states[:, last // step :] |= boxes.DEAD  # tiles that reach beyond the end
         low, high = (x * step for x in _longest(states == boxes.LIVE))
         if (states & boxes.LIVE).sum() > SPARSE * visited:
             states = None
@@ -94,8 +97,8 @@ def _path(keep: Expr, items: tuple[tuple[str, int], ...], block: int, step: int)
 
 
 def gap(keep: Expr | None, sizes: Mapping[str, int], step: int) -> tuple[int, int] | None:
-    """Of all rows together, the longest run [first, end) of keys in tiles without a live one, (0, 0) without such; None
-    where the mask can have none at any length."""
+    """Return the longest run [first, end) of keys in tiles that are empty for all rows, or (0, 0). Return None if the
+    mask cannot have such a run at any length."""
     if keep is None or not any(e.op in ("or", "where", "not", "eq0", "mod", "floordiv") for e in walk(keep)):
         return None
     return _gap(P.numeric(keep, sizes), tuple(sorted(sizes.items())), step)
@@ -110,31 +113,31 @@ def _gap(keep: Expr, items: tuple[tuple[str, int], ...], step: int) -> tuple[int
 
 
 def _longest(marked: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """[first, end) of the longest run of marked columns of each row, (0, 0) where there is none."""
+    """Return [first, end) of the longest run of marked columns in each row, (0, 0) for an unmarked row."""
     edges = np.diff(marked.astype(np.int8), axis=1, prepend=0, append=0)
     row, first = np.nonzero(edges == 1)
     _, end = np.nonzero(edges == -1)
     by_length = np.argsort(end - first, kind="stable")
     out = np.zeros((2, len(marked)), np.int64)
-    out[:, row[by_length]] = first[by_length], end[by_length]  # of a row's runs the last, the longest, stays
+    out[:, row[by_length]] = first[by_length], end[by_length]  # a row's last assignment, its longest run, stays
     return out[0], out[1]
 
 
 @lru_cache(maxsize=512)
 def on_device(path: Path, device: torch.device) -> Tensor:
-    """The walks as (blocks, 4) of int32. Kept: a captured CUDA graph may hold its address."""
+    """Return the walks as an int32 tensor (blocks, 4). Cached, because a captured CUDA graph may hold its address."""
     return _lasting(path.walks, torch.int32, device)
 
 
 @lru_cache(maxsize=512)
 def states_on_device(path: Path, device: torch.device) -> Tensor | None:
-    """The states of a path's tiles, or None."""
+    """Return the states of a path's tiles as a tensor, or None."""
     return None if path.states is None else _lasting(path.states, torch.uint8, device)
 
 
 @lru_cache(maxsize=512)
 def lists_on_device(path: Path, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The lists of a path with states, of int32."""
+    """Return the lists of a path with states as int32 tensors."""
     ends, order = path.lists()
     return _lasting(ends, torch.int32, device), _lasting(order, torch.int32, device)
 

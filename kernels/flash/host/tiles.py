@@ -1,7 +1,8 @@
-"""Tile shapes, warps and stages by architecture and head dim: a table with a source for each row.
+"""Tables of tile shapes, warps and stages by architecture and head dim, with the source of each row.
 
-"probe" is the machine code of ahead-of-time compilation (benchmarks/machine_code.py, counts and spills): no spill in
-the steady loop and the fewest instructions per FLOP among the shapes that were tried. None of these was timed on a GPU.
+"probe" marks rows chosen from the machine code of ahead-of-time compilation (benchmarks/machine_code.py, counts and
+spills): the main loop does not spill, and its instructions per FLOP are the fewest among the shapes tried. No tile was
+timed on a GPU.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ Row = TypeVar("Row")
 
 
 class Tile(NamedTuple):
-    """Rows and keys of one tile, warps of a program, and stages of its loads' pipeline."""
+    """The rows and keys of one tile, the warps of a program, and the pipeline stages of its loads."""
 
     rows: int
     keys: int
@@ -26,12 +27,12 @@ class Tile(NamedTuple):
     stages: int
 
 
-# Chips with sm_80's instructions and 99 KiB of shared memory for a program (CUDA programming guide, technical
-# specifications by compute capability) have rows of their own.
+# Chips with sm_80's instructions but only 99 KiB of shared memory per program (CUDA programming guide, technical
+# specifications by compute capability) have their own rows.
 SMALL = 86
 OF_SMALL = (86, 89, 120, 121)
 
-# (compute capability, head dim padded to a power of two): the largest capability that is not above the device's
+# Key: (compute capability, head dim padded to a power of two). A device uses the largest capability up to its own.
 FORWARD = {
     (90, 32): Tile(128, 64, 4, 3),  # as 64
     (90, 64): Tile(128, 64, 4, 3),  # probe
@@ -50,8 +51,8 @@ FORWARD = {
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
-# Further shapes that the cost model may choose where few tiles are to be done, or many programs can share a processor.
-# `benchmarks/machine_code.py table` compiles each of them; what the table above has stays the default.
+# More shapes that the cost model may choose if there are few tiles, or if many programs can share a multiprocessor.
+# `benchmarks/machine_code.py table` compiles each of them. The table above stays the default.
 OTHERS = {
     (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
     (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
@@ -66,8 +67,8 @@ OTHERS = {
     (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
     (SMALL, 256): (Tile(32, 32, 4, 2),),
 }
-# A load by row and key, or dropout's draw, takes registers beside the scores: a thread has fewer of these where they
-# would not all fit.
+# A load by row and key, or dropout's random bits, need registers in addition to the scores. These tables give a thread
+# fewer scores if the registers would not suffice.
 FORWARD_LOADS = FORWARD | {
     (80, 32): Tile(128, 64, 8, 3),  # as 64
     (80, 64): Tile(128, 64, 8, 3),  # probe
@@ -79,7 +80,7 @@ FORWARD_DROPOUT = FORWARD_LOADS | {
     (90, 128): Tile(128, 64, 8, 2),  # probe
     (80, 256): Tile(64, 32, 8, 2),  # probe
 }
-# float32 inputs: twice the bytes, and no matrix instructions of that width; whatever the chip
+# For float32 inputs on any chip: twice the bytes, and without matrix instructions of that width.
 SINGLE = {(80, 64): Tile(64, 32, 4, 2), (80, 128): Tile(32, 32, 4, 2), (80, 256): Tile(16, 32, 4, 1)}  # probe
 SINGLE_BACKWARD = {(80, 128): Tile(32, 32, 4, 1), (80, 256): Tile(16, 16, 4, 1)}  # probe
 PLAIN = AttentionSpec()
@@ -88,7 +89,7 @@ LEAST = Tile(16, 16, 1, 1)
 
 
 def pick(table: dict[tuple[int, int], Row], capability: int, width: int) -> Row:
-    """The row for a GPU of this compute capability (90 for 9.0) and a head dim padded to `width`."""
+    """Return a table's row for a GPU of this compute capability (90 for 9.0) and a head dim padded to `width`."""
     if capability in OF_SMALL:
         arch = SMALL
     else:
@@ -106,7 +107,7 @@ def backward_table(spec: AttentionSpec) -> dict[tuple[int, int], tuple[Tile, Til
 
 
 def _and_smaller(first: Row, others: Iterable[Row], size: Callable[[Row], int]) -> list[Row]:
-    """A row of a table, then those of others that are smaller, each less than the one before."""
+    """List a row of a table and then smaller rows from `others`, in decreasing size."""
     out = [first]
     for row in sorted(others, key=size, reverse=True):
         if size(row) < size(out[-1]):
@@ -123,7 +124,7 @@ def _sizes(tiles: tuple[Tile, Tile]) -> int:
 
 
 def _tried(device: torch.device, chosen: Tile | None, first: Tile, others: Iterable[Tile]) -> list[Tile]:
-    """The tiles of a kernel in the order that they are tried: on a GPU the one that was chosen leads the table's."""
+    """List the tiles of a kernel in the order of trial. On a GPU, `chosen` comes before the table's."""
     if device.type != "cuda":
         return [INTERPRETED, LEAST]
     table = _and_smaller(first, others, _size)
@@ -133,15 +134,15 @@ def _tried(device: torch.device, chosen: Tile | None, first: Tile, others: Itera
 def forward_tiles(
     device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None, spec: AttentionSpec = PLAIN
 ) -> list[Tile]:
-    """The tile of the forward kernel for a head dim padded to `width`, then smaller ones for where it does not fit;
-    on a GPU, behind the one that was chosen."""
+    """List the tiles to try for the forward kernel: the table's for a head dim padded to `width`, then smaller ones. On
+    a GPU, `chosen` comes first."""
     if dtype == torch.float32:
         return _tried(device, chosen, pick(SINGLE, 80, width), SINGLE.values())
     first = pick(forward_table(spec), capability(device), width)
     return _tried(device, chosen, first, [*FORWARD.values(), *SINGLE.values()])
 
 
-# of the pass over keys, then of the pass over rows
+# The tile of the pass over keys, then of the pass over rows.
 BACKWARD = {
     (90, 32): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # as 64
     (90, 64): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # probe
@@ -185,7 +186,7 @@ BACKWARD_DROPOUT = BACKWARD_LOADS | {
 def backward_tiles(
     device: torch.device, dtype: torch.dtype, width: int, spec: AttentionSpec = PLAIN
 ) -> list[tuple[Tile, Tile]]:
-    """The tiles of the pass over keys and of the pass over rows for a head dim padded to `width`, then smaller ones."""
+    """List the pairs of tiles to try for the passes over keys and over rows, the table's first, then smaller ones."""
     if device.type != "cuda":
         return [(INTERPRETED, INTERPRETED), (LEAST, LEAST)]
     single = [(tile, tile) for tile in SINGLE_BACKWARD.values()]
@@ -196,7 +197,7 @@ def backward_tiles(
     return _and_smaller(first, [*BACKWARD.values(), *single], _sizes)
 
 
-# `rows` is not of the table: it is the queries of one group of heads
+# `rows` is replaced by the queries of one group of heads.
 DECODE = {
     (80, 64): Tile(16, 128, 4, 3),  # probe
     (80, 128): Tile(16, 64, 4, 3),  # probe
@@ -211,8 +212,8 @@ DECODE = {
 
 
 def decode_tiles(device: torch.device, dtype: torch.dtype, width: int, chosen: Tile | None = None) -> list[Tile]:
-    """The tile of the decode kernel for a head dim padded to `width`, then smaller ones; on a GPU, behind the one that
-    was chosen."""
+    """List the tiles to try for the decode kernel: the table's for a head dim padded to `width`, then smaller ones. On
+    a GPU, `chosen` comes first."""
     if dtype == torch.float32:
         first = Tile(16, 32 if width <= 128 else 16, 4, 2)
     else:

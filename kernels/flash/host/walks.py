@@ -1,4 +1,4 @@
-"""How a kernel of a call walks over its tiles: by what the indices decide, and by the summary of its mask."""
+"""Choose the tiles that each block of a kernel visits, from the indices and from the summary of the call's mask."""
 
 from __future__ import annotations
 
@@ -19,8 +19,10 @@ from attnfx.mask import runtime_summary as summary
 
 @dataclass(frozen=True)
 class Walks:
-    """arguments  `walks` and `order` of a kernel, as `functions.walk_at` and `functions.tile_at` take them
-    before     what must run first
+    """The walks of a kernel's blocks.
+
+    arguments  the kernel's arguments `walks` and `order`, as `functions.walk_at` and `functions.tile_at` take them
+    before     launches that must run first
     """
 
     arguments: Mapping[str, object]
@@ -28,25 +30,25 @@ class Walks:
 
 
 def over_keys(call: Call, keep: Expr | None, tile: Tile, spans: bool = False) -> Walks:
-    """For a kernel that owns blocks of rows and walks along the keys; `keep` is the mask, None where there is none.
+    """Return the walks of a kernel that owns blocks of rows and visits keys; `keep` is the mask, or None.
 
-    With `spans` there are no lists: start and end say between which tiles the live ones lie.
+    With `spans`, return start and end of the range that contains the live tiles, not lists of them.
     """
     return _walks(call, keep, tile.rows, tile.keys, True, spans)
 
 
 def over_rows(call: Call, keep: Expr | None, tile: Tile) -> Walks:
-    """For a kernel that owns blocks of keys and walks along the rows."""
+    """Return the walks of a kernel that owns blocks of keys and visits rows."""
     return _walks(call, keep, tile.keys, tile.rows, False, False)
 
 
 @dataclass(frozen=True)
 class Splits:
-    """What the splits of a decode kernel share.
+    """The keys that the splits of a decode kernel divide among them.
 
-    first, end  the keys from a multiple of the tile's to the last that some row may see
-    gap         keys [first, end) of whole tiles among them that no row sees; None where the mask never leaves such
-    listed      the tiles that they share instead; None where they share all of these keys
+    first, end  the range of keys that some row may see; first is a multiple of the tile's keys
+    gap         the range [first, end) of whole tiles in between that no row sees; None if the mask never has one
+    listed      a list of tiles to divide instead, or None
     """
 
     first: int
@@ -56,8 +58,8 @@ class Splits:
 
 
 def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Splits:
-    """For a kernel that has all rows in one block. With `certain`, because a row without a live key is made of the
-    others, no key is left out unless each row certainly has a live one."""
+    """Return the keys to divide for a kernel that has all rows in one block. With `certain`, skip keys only if each row
+    is known to have a live key: a row without one depends on masked keys."""
     sizes, found = call.sizes, _summary(call)
     if found is not None:
         per_group = sizes["H"] // call.key.shape[1] if "h" in summary.axes(found.spec) else 1
@@ -100,7 +102,7 @@ def _walks(call: Call, keep: Expr | None, own: int, step: int, by_row: bool, spa
 def _decode_lists(
     call: Call, found: summary.Summary, block: int, step: int, certain: bool, per_group: int
 ) -> Walks:  # fmt: skip
-    """The list of the one block that holds all rows, and all heads of a group."""
+    """Return the list of tiles for the single block that has all rows and all heads of a group."""
     path = along_keys(found.fixed, call.sizes, block, step)
     empty = gap(found.fixed, call.sizes, step) or (0, 0)
     span = tuple(2 * n + 1 for n in (*path.walks[0].tolist(), *empty))
@@ -111,7 +113,8 @@ def _listed(
     call: Call, found: summary.Summary, own: int, step: int, by_row: bool, spans: bool, fixed: Mapping[str, object],
     certain: bool = False, per_group: int = 1,
 ) -> Walks:  # fmt: skip
-    """Walks by a call's summary, one for `per_group` heads; `fixed` is what `lists_kernel` is told of the indices."""
+    """Return the walks from a call's summary, one per `per_group` heads. `fixed` are the arguments of `lists_kernel`
+    for the part of the mask that the indices decide."""
     sizes, device, states = call.sizes, call.query.device, call.summary
     assert states is not None
     size, other = ("T", "S") if by_row else ("S", "T")

@@ -1,1 +1,1 @@
-"""Hold the Triton kernels, which inline the generated functions."""
+"""The Triton kernels, which inline the generated functions."""

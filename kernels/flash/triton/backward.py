@@ -1,11 +1,10 @@
-"""What the backward kernels share: weights are computed again from logsumexp, and nothing is added up by atomics.
+"""Functions that the backward kernels share. Weights are recomputed from logsumexp, and sums avoid atomics.
 
-`delta_kernel` prepares a row's numbers. Of the kernels in `backward_keys`, `backward_rows` and `pairs`, each gives the
-gradient of one tensor of the call, or with LEAF that of one load of the program.
+`delta_kernel` prepares the statistics of each row. The kernels in `backward_keys`, `backward_rows` and `pairs` compute
+the gradients of the call's operands, or with LEAF the gradient of one load of the program.
 
-A logsumexp of float32 is coarse where scores are huge: at 1e5, weights would be wrong by some 0.4%. For inputs of
-float32 `rows_kernel` therefore runs first, adds up the weights it computed, and leaves the logarithm of the sum in
-`correction`.
+A float32 logsumexp is coarse for huge scores: at 1e5, weights would be wrong by about 0.4%. For float32 inputs,
+`rows_kernel` therefore runs first, sums its recomputed weights, and stores the logarithm of the sum in `correction`.
 """
 
 import triton
@@ -19,10 +18,11 @@ def delta_kernel(
     grad_out, out, logsumexp, statistics, grad_strides, out_strides, sizes,
     BM: tl.constexpr, DV: tl.constexpr, BDV: tl.constexpr, DEAD: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, H, B). statistics (B, H, T, 2) of float32: logsumexp in units of log 2, and delta, the sum over
-    the last dim of grad_out * out. They lie side by side because the pass over keys needs both of every row at every
-    step, and so copies and reads them in one go. Rows whose logsumexp is not above DEAD (None: every row counts) get
-    infinity for it, which makes their weights zero and marks them as without a live key."""
+    """Compute the row statistics: logsumexp in units of log 2, and delta = sum over the last dim of grad_out * out.
+
+    Grid (row blocks, H, B); statistics is float32 (B, H, T, 2). The two are adjacent because every step of the pass
+    over keys needs both for each of its rows, and so copies and loads them together. A row whose logsumexp is at most
+    DEAD (None disables this) gets infinity, which makes its weights zero and marks it as without a live key."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     i0, h, b = tl.program_id(0) * BM, tl.program_id(1), tl.program_id(2).to(tl.int64)
     x = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True)
@@ -41,7 +41,7 @@ def delta_kernel(
 
 @triton.jit
 def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr):
-    """A number of each of BM rows, STEP apart from where the pointer stands: (BM, 1), or TURNED (1, BM). With CHECK,
+    """Load one value per row, at `at` and a stride of STEP, for BM rows: (BM, 1), or TURNED (1, BM). With CHECK, return
     zero beyond the `left` rows that exist."""
     n = tl.arange(0, BM)
     if CHECK:
@@ -58,7 +58,7 @@ def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.conste
 @triton.jit
 def row_statistics(at, correction, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr,
                    SCORE: tl.constexpr):  # fmt: skip
-    """logsumexp and its correction, in units of log 2, of rows as `row_number` has them; zeros without a softmax."""
+    """Load logsumexp and its correction, in units of log 2, as `row_number` does; zeros without a softmax."""
     if SCORE is None:
         l2, c2 = 0.0, 0.0
     elif correction is None:
@@ -70,7 +70,7 @@ def row_statistics(at, correction, left, BM: tl.constexpr, TURNED: tl.constexpr,
 
 @triton.jit
 def both_statistics(at, left, BM: tl.constexpr, CHECK: tl.constexpr):
-    """logsumexp and delta of rows, (1, BM) each, by one read, which takes fewer instructions and more registers."""
+    """Load logsumexp and delta, (1, BM) each, with one load, which takes fewer instructions and more registers."""
     n = tl.arange(0, BM)[:, None]
     at += 2 * n + tl.arange(0, 2)[None, :]
     if CHECK:
@@ -83,10 +83,11 @@ def both_statistics(at, left, BM: tl.constexpr, CHECK: tl.constexpr):
 
 @triton.jit
 def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
-    """Of the rows i without a live key, logsumexp in natural units, which their fill survives, and the logarithm of
-    the sum of exp(score - logsumexp), zero unless SUMMED; infinity for all other rows.
+    """Load the statistics of the rows i without a live key.
 
-    dead is (whether a head of a batch has such rows (B, H), logsumexp (B, H, T), that logarithm (B, H, T))."""
+    Return whether each row is such a row; its logsumexp in natural units, in which a fill stays finite (infinity for
+    all other rows); and with SUMMED the log2 of the sum of exp(score - logsumexp), else zero. dead is (whether a batch
+    and head has such rows (B, H), logsumexp (B, H, T), that logarithm (B, H, T))."""
     lost = tl.load(statistics + 2 * at, mask=i < size_t, other=0.0) == float("inf")
     lse = tl.load(dead[1] + at, mask=lost, other=float("inf"))
     if SUMMED:
@@ -104,16 +105,16 @@ def tile_gradients(
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
     NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """From the scores' dot products and dp = grad_out . v of a tile, (BM, BN) or TURNED (BN, BM):
+    """Compute a tile's gradients from dot = q . k and dp = grad_out . v, both (BM, BN), or TURNED (BN, BM).
 
     w     the weights that multiply the values
-    ds    the derivative by the score, times SLOPE, zero where masked (without a softmax: dw times SLOPE)
+    ds    the derivative by the score, times SLOPE, zero if masked (without a softmax: dw times SLOPE)
     dw    the derivative by the weight before dropout
-    prob  the normalised weight
-    live  where neither the mask nor an end masks; of no meaning without CHECK
+    prob  the normalized weight
+    live  whether an element is in bounds and unmasked; meaningless without CHECK
 
-    `at` is where the tile's statistics stand. Where delta is None, it is read from there once the weights are known:
-    before, it would take registers beside both products. With NATURAL, SCORE and l2 are in natural units.
+    `at` points to the tile's statistics. Unless delta is given, it is loaded from there after the weights are computed;
+    earlier, it would occupy registers next to both products. With NATURAL, SCORE and l2 are in natural units.
     """
     X: tl.constexpr = BN if TURNED else BM
     Y: tl.constexpr = BM if TURNED else BN
@@ -153,7 +154,7 @@ def tile_gradients(
     if SLOPE is not None:
         slope = SLOPE(captures, sizes, H, R, C, dot, dot, b, h, i, j)
         ds = ds * slope
-        if NATURAL:  # a row of NaN: `where` gives its other branch no gradient
+        if NATURAL:  # even in a row of NaN: `where` passes a zero gradient to the branch not taken
             ds = tl.where(slope == 0.0, 0.0, ds)
     if CHECK:
         ds = tl.where(live, ds, 0.0)
@@ -168,7 +169,7 @@ def leaf_part(
     ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF: tl.constexpr, CHECK: tl.constexpr,
     LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """The derivative by one load, of each element of a tile."""
+    """Compute the derivative by one load, for each element of a tile."""
     by_score = LEAF_SCORES(captures, sizes, H, R, C, dot, prob, b, h, i, j)
     by_weight = LEAF_WEIGHTS(captures, sizes, H, R, C, dot, prob, b, h, i, j)
     part = ds * by_score[LEAF]

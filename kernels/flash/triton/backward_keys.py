@@ -1,4 +1,4 @@
-"""The gradients of a block of keys and values: a program walks along the rows of every head that shares them."""
+"""Compute the gradients of a block of keys and values: a program visits the rows of every head that shares them."""
 
 import triton
 import triton.language as tl
@@ -23,8 +23,8 @@ def _keys_step(
     WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr,
     NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the gradients of the keys (BN, BD) and values (BN, BDV); with LEAF, dk is that of a load (BN,).
-    `at` is where the head's statistics have this tile's rows. With NATURAL, what the rows without a live key give."""
+    """Add one tile to the gradients of keys (BN, BD) and values (BN, BDV); with LEAF, dk (BN,) is a load's gradient.
+    `at` points to the statistics of the tile's rows. With NATURAL, add only the rows without a live key."""
     size_t = sizes[2] >> 1
     i = f.indices(i0, BM, True)
     if CHECK:
@@ -72,12 +72,13 @@ def keys_kernel(
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr,
     WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (key blocks, G, B). dk (B, G, S, D) and dv (B, G, S, DV) by their strides; walks and order as `walks.py`
-    makes them along the rows, or None; `dead` as `dead_statistics` has it, or None where every row has a live key.
-    FACTOR is what of d score / d dot is a number: SLOPE is the rest, or None.
+    """Compute the gradients dk (B, G, S, D) and dv (B, G, S, DV), passed with their strides. Grid (key blocks, G, B).
 
-    With LEAF, the number of a load, the grid is (key blocks, H, B),
-    and dk is that load's gradient summed over the rows, (B, H, S) of float32; dv is not touched."""
+    walks and order come from `walks.over_rows`, or are None. `dead` is as in `dead_statistics`, or None if every row
+    has a live key. FACTOR is the constant factor of d score / d dot, and SLOPE the rest, or None.
+
+    With LEAF, the number of a load, the grid is (key blocks, H, B), and dk is that load's gradient summed over the
+    rows, float32 (B, H, S); dv is not written."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, lead, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if LEAF is None:
@@ -110,7 +111,7 @@ def keys_kernel(
             dead_h = None
         else:
             dead_h = (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
-        if walks is None:  # the last block of keys may reach beyond the end: all its tiles are checked
+        if walks is None:  # the last block of keys may reach beyond the end: check all its tiles
             start, full_start, end = size_t * 0, size_t * 0, size_t
             full_end, place = tl.where(j0 + BN <= size_s, size_t // BM * BM, 0), 0
         else:
@@ -118,7 +119,7 @@ def keys_kernel(
             start, full_start, full_end, end = f.walk(walks, place)
             inside = j0 + BN <= size_s
             full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
-        at = of_head + 2 * full_start  # moved along: an offset made of i0 would widen the loop's counter to 64 bits
+        at = of_head + 2 * full_start  # advanced in the loop: an offset from i0 would widen the counter to 64 bits
         for t in range(full_start, full_end, STEP):
             i0 = f.tile_at(order, place, t, BM)
             if order is not None:

@@ -1,4 +1,4 @@
-"""The gradient of a block of queries: a program walks along the keys."""
+"""Compute the gradient of a block of queries: a program visits the keys."""
 
 import triton
 import triton.language as tl
@@ -16,7 +16,7 @@ def _rows_step(
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr,
     LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Adds a tile to the gradient of the queries (BM, BD); with LEAF, to that of a load by row (BM,)."""
+    """Add one tile to the gradient of the queries (BM, BD); with LEAF, to the gradient of a load by row (BM,)."""
     size_s = sizes[3] >> 1
     j = f.indices(j0, BN, True)
     if CHECK:
@@ -53,12 +53,13 @@ def rows_kernel(
     SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, EXTRAS_COUNT: tl.constexpr,
     EXTRAS: tl.constexpr, WHOLE: tl.constexpr, WHOLE_SLOPE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, H, B). LEAF None: result is the queries' gradient (B, H, T, D); else that of the load of this
-    number, summed over the keys, (B, H, T) of float32. Walks as in the forward kernel. Writes `correction` (B, H, T)
-    unless it is None, and reads it with LEAF.
+    """Compute the gradient of the queries, result (B, H, T, D). Grid (row blocks, H, B).
 
-    Rows without a live key, where `dead` is not None, walk over every key by the program with its fill, WHOLE; with
-    LEAF None this writes dead[2]."""
+    With LEAF, the number of a load, result is that load's gradient summed over the keys, float32 (B, H, T). walks and
+    order are as in the forward kernel. `correction` (B, H, T), unless None, is written, or read with LEAF.
+
+    If `dead` is not None, rows without a live key visit all keys with WHOLE, the score including its fill. Without
+    LEAF, this writes dead[2]."""
     CORRECT: tl.constexpr = tl.constexpr(correction is not None)
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -120,7 +121,7 @@ def rows_kernel(
         lost, lse, share = dead_statistics(dead, statistics, first_row + each, each, size_t, LEAF is not None)
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
-            # the weights of the other rows are zero from here on
+            # in this loop the weights of all other rows are zero
             if LEAF is None:
                 total = tl.where(lost, 0.0, total)
             else:

@@ -1,6 +1,6 @@
-"""The decode kernels: few queries against many keys. The keys are split among programs; a second kernel combines.
+"""The decode kernels, for few queries and many keys: one splits the keys among programs, one combines the results.
 
-The rows of a tile are the queries of every head that shares a key: row r is head r // T of the group, query r % T.
+The rows of a tile are the queries of all heads in a group: row r is head r // T of the group, query r % T.
 """
 
 import triton
@@ -12,7 +12,7 @@ from attnfx.kernels.flash.triton.forward import LOWEST
 
 @triton.jit
 def _exp(x, NATURAL: tl.constexpr):
-    """exp of a difference of scores, in natural units or those of log 2."""
+    """Compute exp of a difference of scores, given in natural units or in units of log 2."""
     if NATURAL:
         return tl.exp2(x * f.LOG2E)
     return tl.exp2(x)
@@ -20,7 +20,7 @@ def _exp(x, NATURAL: tl.constexpr):
 
 @triton.jit
 def _finite(m, NATURAL: tl.constexpr):
-    """A maximum that may be subtracted: the kernels' own lower bound is finite, that of natural units is not."""
+    """Make a maximum safe to subtract: with NATURAL it may be -inf, otherwise LOWEST keeps it finite."""
     if NATURAL:
         return tl.where(m == float("-inf"), 0.0, m)
     return m
@@ -36,11 +36,12 @@ def decode_kernel(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
     EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (splits, G, B). The splits share the keys from `first`, a multiple of BN, to `end`, but for the whole tiles
-    of a gap, (first, length) or None, `chunk` keys each, a multiple of BN; `end` and the gap have a number n as
-    2 n + 1. Or they share evenly the tiles of a list of each group, where `walks` and `order` have one, as `walks.py`
-    makes them. Writes acc (B, G, splits, BM, BDV), the largest score m and the sum l (B, G, splits, BM), of float32.
-    With NATURAL, SCORE is in natural units, fills included, and KEEP is None."""
+    """Compute each split's acc (B, G, splits, BM, BDV), largest score m and sum l (B, G, splits, BM), all float32.
+
+    Grid (splits, G, B). The splits divide the keys from `first`, a multiple of BN, to `end`, `chunk` keys each, a
+    multiple of BN. They skip the whole tiles of a gap, (first, length) or None. `end` and the gap encode n as 2 n + 1.
+    If `walks` and `order` (see `walks.over_splits`) have a list of tiles for each group, the splits divide it evenly
+    instead. With NATURAL, SCORE is in natural units and includes fills, and there must not be a KEEP."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, BM)[:, None]
@@ -122,7 +123,7 @@ def combine_kernel(
     DV: tl.constexpr, BM: tl.constexpr, BDV: tl.constexpr, BS: tl.constexpr, PER_GROUP: tl.constexpr,
     SAFE: tl.constexpr, RESCALE: tl.constexpr, NATURAL: tl.constexpr, SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """Grid (T * heads of a group, G, B): one row of the splits, at most BS of them, as the output and logsumexp."""
+    """Combine one row of all splits (at most BS) into out and logsumexp. Grid (T * heads of a group, G, B)."""
     size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     r, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     h, i = g * PER_GROUP + r // size_t, r % size_t

@@ -1,4 +1,4 @@
-"""The forward kernel: online softmax in units of log 2, one program for each block of rows of one head."""
+"""The forward kernel: online softmax in units of log 2, with one program per block of rows and head."""
 
 import triton
 import triton.language as tl
@@ -6,9 +6,9 @@ import triton.language as tl
 import attnfx.kernels.flash.triton.functions as f
 from attnfx.mask.additive import LOST
 
-# Below every score that counts, yet finite: a row that has seen only -inf needs no case of its own, its l_i is 0.
+# Below every relevant score, yet finite: a row with only -inf so far needs no special case, its l_i is 0.
 LOWEST = tl.constexpr(-3.0e38)
-LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # of a row without a live key, the largest score
+LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # upper bound of the scores in a row without a live key
 
 
 @triton.jit
@@ -18,7 +18,7 @@ def _step(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """One tile: BM rows, keys j0 .. j0 + BN. KEEP None: no key of it is masked. CHECK: it may reach beyond the last."""
+    """Process one tile: BM rows and keys j0 .. j0 + BN. KEEP None: unmasked. CHECK: it may reach past the last key."""
     size_s = sizes[3] >> 1
     key = f.indices(j0, BN, True)
     j = key
@@ -27,7 +27,7 @@ def _step(
     k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
     dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
-    if SCORE is None:  # no softmax: the weight of each score is its own
+    if SCORE is None:  # without a softmax, each weight depends on its own score alone
         p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
@@ -61,11 +61,11 @@ def _whole(
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
     COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Rows without a live key again, over every key and with what masks it: in natural units, which float32's lowest
-    number survives."""
+    """Recompute the rows without a live key over all keys, masked scores included. Scores are in natural units, in
+    which float32's lowest value as a fill stays finite."""
     size_s = sizes[3] >> 1
     dead = m_i <= LARGEST_LOST
-    # the other rows see -inf alone from here on, which leaves them as they are
+    # from here on the other rows see only -inf, which leaves them unchanged
     m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
     l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
     for j0 in range(0, size_s, BN):
@@ -101,11 +101,12 @@ def forward_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr,
     WHOLE: tl.constexpr, WEIGHT: tl.constexpr, EXTRAS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, H, B). q (B, H, T, D), k (B, G, S, D), v (B, G, S, DV), out (B, H, T, DV) by their strides,
-    logsumexp (B, H, T) contiguous, walks and order as `walks.py` makes them, or None where nothing masks. k and v may
-    be descriptors: their strides are then None.
+    """Compute out (B, H, T, DV) and logsumexp (B, H, T) from q (B, H, T, D), k (B, G, S, D) and v (B, G, S, DV).
 
-    THRESHOLD is dropout's, of 32 bits, or None; RESCALE is 1 / (1 - dropout). A function that is None is not needed.
+    Grid (row blocks, H, B). Tensors are passed with their strides; logsumexp is contiguous. k and v may be descriptors,
+    with None as strides. walks and order come from `walks.over_keys`, or are None without a mask.
+
+    THRESHOLD is dropout's 32-bit threshold, or None; RESCALE is 1 / (1 - dropout). A function that is None is unused.
     """
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)

@@ -1,25 +1,25 @@
-"""Functions that generated programs call and Triton's core lacks, from operations that its interpreter has as well."""
+"""Functions for generated programs and kernels that Triton lacks, built from operations its interpreter supports."""
 
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
-# Of Philox4x32 (Salmon et al. 2011). Its authors know of no flaw from 8 rounds on; with 7, a test longer than those of
-# BigCrush gave them suspicious p-values (philox.h of their library, Random123). A draw here decides which weights are
-# dropped, no more; tests/kernels/flash/test_draws.py looks for bias and correlation there.
+# Rounds of Philox4x32 (Salmon et al. 2011). From 8 rounds on, its authors do not know any flaw; with 7, a test longer
+# than BigCrush gave them suspicious p-values (philox.h of their library, Random123). The random bits here only decide
+# which weights are dropped; tests/kernels/flash/test_draws.py checks them for bias and correlation.
 ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
 def full(x, BM: tl.constexpr, BN: tl.constexpr):
-    """A float value of a program as a whole tile."""
+    """Broadcast a float value of a program to a whole tile."""
     return tl.broadcast_to(tl.cast(x, tl.float32), [BM, BN])
 
 
 @triton.jit
 def indices(first, N: tl.constexpr, ACROSS: tl.constexpr):
-    """N rows or keys of a tile, (N, 1), or ACROSS (1, N)."""
+    """Return the indices of N rows or keys of a tile, (N, 1), or with ACROSS (1, N)."""
     n = tl.arange(0, N)
     if ACROSS:
         n = n[None, :]
@@ -30,11 +30,11 @@ def indices(first, N: tl.constexpr, ACROSS: tl.constexpr):
 
 @triton.jit
 def clamped(x, length):
-    """The rows or keys x of a tile, (1, n) or (n, 1), as indices that a program may load by: 0 where they are not below
-    the length, as nothing is made of those.
+    """Make the rows or keys x of a tile, (1, n) or (n, 1), safe to load by: an index outside becomes 0.
 
-    Triton is told that they still run on: 16 bytes are then loaded at once, and at the end of a row that may be some
-    beyond it. They share an aligned block of 16 bytes with one that is there, so that their memory can be read.
+    The results at such indices are discarded. Triton is still told that the indices are contiguous, so that it loads 16
+    bytes at once. At the end of a row, such a load may reach past the end. This is safe, because the bytes past the end
+    share an aligned block of 16 bytes with an existing element.
     """
     inside = tl.where(x < length, x, 0)
     if x.shape[0] == 1:
@@ -46,21 +46,21 @@ def clamped(x, length):
 
 @triton.jit
 def walk_at(walks, b, h, block):
-    """Which walk is a block's: walks is (numbers, 2 n + 1 with the distance n between batches, the same of heads)."""
+    """Return the number of a block's walk. walks is (pointer, 2 n + 1 for the stride n of batches, same for heads)."""
     return tl.cast(b, tl.int64) * (walks[1] >> 1) + h * (walks[2] >> 1) + block
 
 
 @triton.jit
 def walk(walks, at):
-    """[start, full_start, full_end, end] of one walk; they count tiles where there is a list of them, `order`."""
+    """Load [start, full_start, full_end, end] of one walk. They count tiles if the kernel has a list, `order`."""
     ends = walks[0] + 4 * at
     return tl.load(ends), tl.load(ends + 1), tl.load(ends + 2), tl.load(ends + 3)
 
 
 @triton.jit
 def tile_at(order, at, n, STEP: tl.constexpr):
-    """The first index of the n-th tile of a list, which is (lists, 2 n + 1 with their length n); without one, n itself
-    is that index."""
+    """Return the first index of the n-th tile of a list. order is (pointer, 2 m + 1 for the length m of a list).
+    Without a list, n itself is the index."""
     if order is None:
         first = n
     else:
@@ -71,8 +71,8 @@ def tile_at(order, at, n, STEP: tl.constexpr):
 @triton.jit
 def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
                  CHECK: tl.constexpr):  # fmt: skip
-    """base[rows, dims], zero outside. `dims` is checked where the tile is wider than WIDTH, `rows` with CHECK."""
-    # unsigned, an offset needs no register for its upper half
+    """Load base[rows, dims], zero outside. Check `dims` if the tile is wider than WIDTH, and `rows` with CHECK."""
+    # an unsigned offset saves the register for its upper half
     at = base + (rows * stride_row + dims * stride_dim).to(tl.uint32)
     if CHECK:
         if WIDTH == PADDED:
@@ -86,8 +86,8 @@ def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.con
 @triton.jit
 def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
               CHECK: tl.constexpr):  # fmt: skip
-    """(ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor of
-    blocks (1, 1, ROWS, PADDED)."""
+    """Load (ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor
+    with blocks (1, 1, ROWS, PADDED)."""
     if strides is None:
         tile = tl.reshape(x.load([b, h, tl.cast(first, tl.int32), 0]), [ROWS, PADDED])
     else:
@@ -101,7 +101,7 @@ def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.con
 @triton.jit
 def store_tile(x, strides, b, h, first, length, values, ROWS: tl.constexpr, WIDTH: tl.constexpr,
                PADDED: tl.constexpr):  # fmt: skip
-    """The inverse of `load_tile`, by pointer."""
+    """Store a tile, the inverse of `load_tile` with strides."""
     base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
     base += tl.cast(first, tl.int64) * strides[2]
     n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
@@ -111,8 +111,8 @@ def store_tile(x, strides, b, h, first, length, values, ROWS: tl.constexpr, WIDT
 
 @triton.jit
 def dot(x, y, acc, PRECISION: tl.constexpr):
-    """acc + x @ y in float32; acc may be None. "widened" is "ieee" in Triton's interpreter, whose product of bfloat16
-    multiplies their bits."""
+    """Compute acc + x @ y in float32; acc may be None. PRECISION "widened" is "ieee" for Triton's interpreter, which
+    multiplies the bit patterns of bfloat16 operands."""
     if PRECISION == "widened":
         return tl.dot(x.to(tl.float32), y.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(x, y, acc, input_precision=PRECISION)
@@ -120,14 +120,14 @@ def dot(x, y, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def to_product(dot, x):
-    """dot + x, where dot is a product of matrices that Triton would else start from x: x were waited for before it, and
-    each of its steps were rounded at the size of x."""
+    """Compute dot + x after the matrix product dot. Otherwise Triton would use x as the product's initial accumulator.
+    The product would then wait for x, and each of its steps would round at the magnitude of x."""
     return tl.fma(dot, 1.0, x)
 
 
 @triton.jit
 def floordiv(x, y):
-    """Rounds to minus infinity; the hardware's division truncates."""
+    """Divide integers, rounding toward minus infinity; the hardware's division truncates."""
     q = x // y
     r = x - q * y
     return q - ((r != 0) & ((r < 0) != (y < 0))).to(tl.int32)
@@ -145,7 +145,7 @@ def sigmoid(x):
 
 @triton.jit
 def tanh(x):
-    """Within some 1e-7 of its value: near zero, where 1 - 2 / (e^2x + 1) would cancel, a polynomial of degree 9."""
+    """Compute tanh within about 1e-7. Near zero, use a polynomial of degree 9, because 1 - 2 / (e^2x + 1) cancels."""
     far = 1.0 - 2.0 / (tl.exp2(x * (2.0 * LOG2E)) + 1.0)
     s = x * x
     near = x + x * s * (-0.33333333 + s * (0.13333333 + s * (-0.05396825 + s * 0.02186949)))
@@ -173,7 +173,7 @@ def softplus(x):
 
 @triton.jit
 def atan(x):
-    """The arguments above tan(pi / 8) are turned to smaller ones (Cephes' atanf)."""
+    """Compute atan as Cephes' atanf does, which maps arguments above tan(pi / 8) to smaller ones."""
     a = tl.abs(x)
     big, middle = a > 2.414213562373095, a > 0.4142135623730950
     turned = tl.where(big, -1.0 / a, tl.where(middle, (a - 1.0) / (a + 1.0), a))
@@ -191,7 +191,7 @@ def trunc(x):
 
 @triton.jit
 def nearest(x):
-    """Rounds to the nearest integer, ties to even."""
+    """Round to the nearest integer, ties to even."""
     low = tl.floor(x)
     rest = x - low
     odd = low - 2.0 * tl.floor(low * 0.5) == 1.0
@@ -205,7 +205,7 @@ def sign(x):
 
 @triton.jit
 def power(x, y):
-    """x ** y as eager has it: negative bases have powers of integers alone."""
+    """Compute x ** y as eager does: a negative base gives NaN unless y is an integer."""
     size = tl.exp2(y * tl.log2(tl.abs(x)))
     whole = tl.floor(y) == y
     odd = whole & (y - 2.0 * tl.floor(y * 0.5) == 1.0)
@@ -217,11 +217,11 @@ def power(x, y):
 @triton.jit
 def survives(seed, b, h, i0, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
              TURNED: tl.constexpr):  # fmt: skip
-    """Which weights of the rows from i0 and the keys from j0 dropout keeps, (BM, BN) or TURNED (BN, BM) of bool; i0 and
-    j0 divisible by 16.
+    """Return which weights dropout keeps, for rows from i0 and keys from j0: bool (BM, BN), or TURNED (BN, BM).
 
-    One draw of four 32-bit numbers decides the rows i and i + 8 at the keys j and j + 8, whatever the tile: a thread
-    holds just these four elements of a matrix instruction's result, and so no number is moved to another thread.
+    i0 and j0 must be divisible by 16. One Philox call returns four 32-bit words, which decide rows i and i + 8 at keys
+    j and j + 8, for any tile. A thread holds exactly these four elements of a matrix instruction's result, so the words
+    never move between threads.
     """
     zero = tl.zeros([BM // 2, BN // 2], tl.int32)
     column, row = zero + (j0 // 2 + tl.arange(0, BN // 2)[None, :]), zero + (i0 // 2 + tl.arange(0, BM // 2)[:, None])
@@ -236,7 +236,8 @@ def survives(seed, b, h, i0, j0, size_h, THRESHOLD: tl.constexpr, BM: tl.constex
 
 @triton.jit
 def survives_each(seed, head, i, j, THRESHOLD: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr):
-    """As `survives` of any rows (BM, 1) of the heads b * H + h (BM, 1) and keys (1, BN), at a draw for each."""
+    """Return the same as `survives` for any rows (BM, 1), heads b * H + h (BM, 1) and keys (1, BN). This takes one
+    Philox call per weight."""
     zero = tl.zeros([BM, BN], tl.int32)
     column, row = zero + (j // 16 * 8 + j % 8), zero + (i // 16 * 8 + i % 8)
     r0, r1, r2, r3 = tl.philox(seed, column, row, zero + head, zero, ROUNDS)

@@ -1,7 +1,8 @@
-"""A mask that stands in tensors, summarised at run time, and the lists of tiles that kernels visit by it.
+"""Summarize a mask given by tensors at run time, and list the tiles that kernels visit.
 
-`summary_kernel` evaluates the mask once for each grain of scores; its result serves every head, layer and pass that
-has this mask. `lists_kernel` makes from it, and from what the indices alone decide, the tiles of one kernel's blocks.
+`summary_kernel` evaluates the mask once for each grain of scores. All heads, layers and passes with this mask share the
+result. `lists_kernel` combines it with the part of the mask that the indices alone decide, and lists the live tiles of
+one kernel's blocks.
 """
 
 import triton
@@ -19,10 +20,11 @@ def summary_kernel(
     HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, KEEP: tl.constexpr, SCORE: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """Grid (grains of rows * grains of keys, H or 1, B or 1). states (B or 1, H or 1, grains of rows, of keys) of
-    uint8: 1 where some score of a grain is live, plus 2 where KEEP is false for some, plus 4 where each row has a live
-    one. BM or BN is 1, and there is one grain, where the mask does not depend on the row or the key. SCORE of a dot of
-    zero is the addend, in units of log 2 with SCALE; None where there is none, as KEEP."""
+    """Compute states, uint8 (B or 1, H or 1, grains of rows, grains of keys). Grid (grains, H or 1, B or 1).
+
+    A state is the sum of 1 if some score of the grain is live, 2 if KEEP is false for some, and 4 if each row has a
+    live score. If the mask does not depend on the row, BM is 1 and there is one grain of rows; the same holds for keys
+    and BN. SCORE with a dot of zero is the addend; SCALE converts it to units of log 2. SCORE and KEEP may be None."""
     size_t, size_s = 1, 1
     if BY_ROW:
         size_t = sizes[2] >> 1
@@ -58,17 +60,19 @@ def lists_kernel(
     OWN: tl.constexpr, STEP: tl.constexpr, GRAIN: tl.constexpr, TILES: tl.constexpr, SURE: tl.constexpr,
     PER_GROUP: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks, H or 1, B or 1) of the kernel's own index, each OWN long; it walks along the other in steps of
-    STEP. `fixed` (blocks, 4) are the walks by the indices alone, as `ranges` has them, and `table` (blocks, tiles) the
-    states there or None; of one block `fixed` may be None, and `span` has the four numbers and a gap in between,
-    [first, end), each n as 2 n + 1. The PER_GROUP heads of a group share a list.
+    """List the live tiles of a kernel's blocks, each OWN long, which it visits in steps of STEP. Grid (blocks, H or 1,
+    B or 1).
 
-    ends (B or 1, H or 1, blocks, 4) becomes [0, 0, full, live], and order (B or 1, H or 1, blocks, tiles) the first
-    index of `full` tiles without a dead score, then of the others up to `live` in all. Where order is None, ends
-    becomes [first, first, first, last], which holds every live tile. TILES is a power of two, no less than tiles.
-    With SURE, every tile counts as live unless it is certain that each row of the block has a live key.
-    sizes = (grains along the kernel's own index, along the walk, the distances between either's, tiles, the length of
-    the walk)."""
+    `fixed` (blocks, 4) are the walks by the indices alone, and `table` (blocks, tiles) their states or None, as in
+    `host/ranges.py`. For a single block, `fixed` may be None; then `span` has its four numbers and a gap [first, end)
+    among them, each n as 2 n + 1. The PER_GROUP heads of a group share a list.
+
+    Write [0, 0, full, live] to ends (B or 1, H or 1, blocks, 4). Write the first index of each live tile to order
+    (B or 1, H or 1, blocks, tiles): first the `full` tiles without a dead score, then the others, `live` in all. If
+    order is absent, write [first, first, first, last] to ends, a range that contains every live tile. TILES is a power
+    of two, at least the number of tiles. With SURE, all tiles count as live unless each row of the block is certain to
+    have a live key. sizes = (grains along the kernel's own index, grains along the walk, strides of both, tiles, the
+    length of the walk), each n as 2 n + 1."""
     own, walked = sizes[0] >> 1, sizes[1] >> 1
     block, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     head = b.to(tl.int64) * tl.num_programs(1) + h
@@ -84,7 +88,7 @@ def lists_kernel(
     state, doubt = tl.zeros([TILES], tl.int32), own * 0
     GRAINS: tl.constexpr = (OWN + GRAIN - 1) // GRAIN
     for n in tl.static_range(PER_GROUP * GRAINS):
-        # an index beyond the last grain is of a block that ends there, or of the one grain that all share
+        # an index beyond the last grain is past the end of the block, or the mask has a single shared grain
         mine = tl.minimum(block * OWN // GRAIN + n % GRAINS, own - 1) * (sizes[2] >> 1)
         matrix = (head * PER_GROUP + n // GRAINS) * own * walked
         some = tl.zeros([TILES], tl.int32)

@@ -1,7 +1,7 @@
-"""Gradients of loads that depend on both a row and a key: bias tables by distance, and whole biases.
+"""Compute the gradients of loads that depend on both a row and a key: bias tables by distance, and full biases.
 
-Nothing is added by atomics. Where the load depends on j - i alone, a program walks along one diagonal of tiles and adds
-up each diagonal of elements; elsewhere it adds the tile up over the batches and heads that share the load.
+Sums avoid atomics. If the load depends on j - i alone, a program visits one diagonal of tiles and sums each diagonal of
+elements. Otherwise it sums its tile over the batches and heads that share the load.
 """
 
 import triton
@@ -21,8 +21,8 @@ def _part(
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
     LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """The derivative by the load of each element of one tile, (BM, BN), zero outside. With NATURAL, what the rows
-    without a live key give."""
+    """Compute the derivative by the load for each element of one tile, (BM, BN), zero out of bounds. With NATURAL,
+    include only the rows without a live key."""
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     i, j = f.clamped(f.indices(i0, BM, False), size_t), f.clamped(f.indices(j0, BN, True), size_s)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
@@ -63,13 +63,13 @@ def pairs_kernel(
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
     LEAF_WEIGHTS: tl.constexpr, WHOLE: tl.constexpr, LEAF_WHOLES: tl.constexpr,
 ):  # fmt: skip
-    """Grid (tiles, or diagonals of tiles, H or 1 without BY_HEAD, B or 1 without BY_BATCH).
+    """Compute the gradient of one load. Grid (tiles or their diagonals, H or 1, B or 1): 1 without BY_HEAD or BY_BATCH.
 
-    Without DIAGONAL result is (B or 1, H or 1, rows, S), of the rows from block x; part is (2 x + 3, 2 rows + 1), which
-    spares it what Triton makes of a 1. With DIAGONAL BM = BN, and result is (B or 1, H or 1, 2, L) with L =
-    BM * (row blocks + key blocks): the sums over the elements with j - i = n - BM * row blocks are those of [0, n] and
-    [1, n] together. walks, as `walks.py` makes them, or None say which tiles are empty;
-    `dead` is as `dead_statistics` has it, or None.
+    Without DIAGONAL, result is (B or 1, H or 1, rows, S), for the rows from block x. part is (2 x + 3, 2 rows + 1),
+    encoded so that Triton does not specialize on a 1. With DIAGONAL, BM = BN and result is (B or 1, H or 1, 2, L) with
+    L = BM * (row blocks + key blocks). The sum over the elements with j - i = n - BM * row blocks is then the sum of
+    result[..., 0, n] and result[..., 1, n]. walks are spans from `walks.over_keys` that skip empty tiles, or None;
+    `dead` is as in `dead_statistics`, or None.
     """
     size_t, size_s = sizes[2] >> 1, sizes[3] >> 1
     batches, heads = 1 if BY_BATCH else sizes[0] >> 1, 1 if BY_HEAD else sizes[1] >> 1
@@ -111,7 +111,7 @@ def pairs_kernel(
                         )  # fmt: skip
     row = tl.program_id(2).to(tl.int64) * tl.num_programs(1) + tl.program_id(1)
     if DIAGONAL:
-        # column c of row n moves to c - n: a diagonal stands in one column, its lower part a tile further down
+        # rotate row n left by n: a diagonal becomes one column, whose wrapped part belongs to the diagonal BN lower
         turned = tl.gather(total, (c + n) % BN, 1)
         above, below = tl.sum(tl.where(c + n < BN, turned, 0.0), 0), tl.sum(tl.where(c + n < BN, 0.0, turned), 0)
         length = BM * (blocks_i + blocks_j)

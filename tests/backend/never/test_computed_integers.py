@@ -1,4 +1,4 @@
-"""Compute integers and comparisons that go through floats exactly as eager does."""
+"""Compute integers and comparisons that depend on float arithmetic exactly as eager does."""
 
 import math
 
@@ -38,7 +38,7 @@ def t5_bucket(distance, buckets, longest, both):
     ("buckets", "longest"), [(32, 128), (32, 81)]
 )  # 81: at distance 36 a merged constant rounds over
 def test_the_buckets_of_a_relative_bias_are_exact_for_all_lengths(both, buckets, longest):
-    """With q = 0 and unit values the output is the softmax of the bias: one bucket off is a visible difference."""
+    """With q = 0 and unit values the output is the softmax of the bias, so one wrong bucket is visible."""
 
     def fn(q, k, v, table):
         distance = torch.arange(k.shape[2])[None, :] - torch.arange(q.shape[2])[:, None]

@@ -1,4 +1,4 @@
-"""Give rows without a live key what eager gives, and take a fill for a mask only where it is one."""
+"""Match eager in rows without a live key, and treat a fill as a mask only if it is one."""
 
 import pytest
 import torch
@@ -61,8 +61,8 @@ def causal_and_padding(fill):
 @pytest.mark.parametrize("length", [40, 300])
 @pytest.mark.parametrize("side", ["left", "right", "all"])
 def test_empty_rows_between_skipped_tiles_are_as_in_eager(fill, length, side):
-    """Left padding under a causal mask: the first rows have no live key, and averaging needs the keys of tiles that
-    a causal mask alone would leave out."""
+    """With left padding under a causal mask, the first rows lack a live key. Their average needs the keys of tiles that
+    a causal mask alone would skip."""
     keep = torch.ones(3, length, dtype=torch.bool)
     if side == "left":
         keep[1, : length // 2] = False
@@ -100,7 +100,7 @@ def test_an_added_finite_minimum_averages_uniformly_where_all_keys_are_masked():
 
 
 def test_two_added_finite_minima_overflow_to_minus_infinity_as_in_eager():
-    """Left padding as old models write it: where both masks are added the sum is -inf, where one is it is finite."""
+    """Old models write left padding so: the sum of both masks is -inf, but a single one is finite."""
 
     def fn(q, k, v, keep):
         i = torch.arange(40)
@@ -114,7 +114,7 @@ def test_two_added_finite_minima_overflow_to_minus_infinity_as_in_eager():
 
 @pytest.mark.parametrize("padding_first", [False, True])
 def test_a_finite_minimum_added_to_minus_infinity_leaves_it(padding_first):
-    """A row whose every causal key is padding averages over these, and never over the keys after it."""
+    """A row whose causal keys are all padding averages over these keys, and never over later ones."""
 
     def fn(q, k, v, keep):
         i = torch.arange(40)
@@ -132,7 +132,7 @@ def test_a_finite_minimum_added_to_minus_infinity_leaves_it(padding_first):
 
 
 def test_a_softmax_by_hand_without_the_maximum_is_nan_where_all_keys_are_masked():
-    """exp(finfo.min) is zero: 0 / 0, where the operator would average."""
+    """exp(finfo.min) is zero, so the row is 0 / 0, but the operator would average."""
 
     def fn(q, k, v, keep):
         weights = torch.exp(((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW))
@@ -144,7 +144,7 @@ def test_a_softmax_by_hand_without_the_maximum_is_nan_where_all_keys_are_masked(
 
 
 def test_a_softmax_by_logsumexp_is_eagers_where_all_keys_are_masked():
-    """finfo.min - logsumexp is zero in float32: every weight is one."""
+    """finfo.min - logsumexp is zero in float32, so every weight is one."""
 
     def fn(q, k, v, keep):
         scores = ((q @ k.mT) * SCALE).masked_fill(~keep[:, None, None, :], LOW)
@@ -198,7 +198,7 @@ def test_a_fill_of_the_smallest_float_needs_no_assumption():
 
 @pytest.mark.parametrize("fill", [-10000.0, -30.0, -1.0])
 def test_a_moderate_fill_is_a_bias_like_any_other(fill):
-    """Scores of size -fill are drowned by no mask."""
+    """Such a fill does not mask scores of magnitude -fill."""
 
     def fn(q, k, v):
         i = torch.arange(40)
@@ -220,8 +220,7 @@ def test_an_added_fill_that_is_moderate_keeps_what_it_is_added_to():
 
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_an_added_fill_leaves_the_scores_their_gradient_where_all_keys_are_masked(dynamic):
-    """The weights of such a row are one over the keys; a fill in the place of the scores has no gradient, an added one
-    lets it through."""
+    """Such a row has uniform weights. A fill that replaces the scores blocks their gradient, an added one passes it."""
     keep = torch.ones(2, 40, dtype=torch.bool)
     keep[0, :7] = False
     keep[1] = False
@@ -244,4 +243,4 @@ def test_an_added_fill_leaves_the_scores_their_gradient_where_all_keys_are_maske
         sites = assert_right(fn, *args, dynamic=dynamic)
         assert sites and all(site.rewritten for site in sites)
     eager = [run(fn, args, True)[1] for fn in (put, added)]
-    assert error(*[[g] for g in eager]) > 0.1  # the two do differ there
+    assert error(*[[g] for g in eager]) > 0.1  # the two must differ in eager, too

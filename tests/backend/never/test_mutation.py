@@ -1,4 +1,4 @@
-"""Read each tensor as it was when eager read it, whatever is written in place."""
+"""Read each tensor with the value that eager would read, despite in-place writes."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def query_changed(q, k, v, x):
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("fn", [mask_changed, bias_changed, query_changed], ids=lambda fn: fn.__name__)
 def test_inputs_that_are_written_in_place_give_the_gradients_that_the_compiler_gives_without_attnfx(fn, inner):
-    """Not eager's: PyTorch's own compilers read the mask of `mask_changed` after it has changed."""
+    """The reference is not eager, because PyTorch's own compilers read the mask of `mask_changed` after its change."""
     q, k, v = qkv()
     last = {
         mask_changed: torch.rand(q.shape[0], 1, q.shape[2], k.shape[2]) > 0.3,
@@ -95,7 +95,7 @@ def test_values_computed_in_the_graph_and_written_between_are_read_as_in_eager()
 
 
 def test_a_scaled_key_whose_source_is_written_before_the_product_keeps_the_old_numbers():
-    """The walk through `k * 2` must not read a k that changed since."""
+    """Looking through `k * 2` must not read the k that has changed since."""
 
     def fn(q, k, v):
         doubled = k * 2

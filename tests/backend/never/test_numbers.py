@@ -1,4 +1,4 @@
-"""Hold rewrites to eager's numbers: scales, casts, masks, permutations and gradients count as they were written."""
+"""Compare rewrites with eager: scales, casts, masks, permutations and gradients must have their exact meaning."""
 
 import pytest
 import torch
@@ -25,7 +25,7 @@ def test_a_softmax_over_queries_is_not_taken_for_attention():
 
 
 def test_a_softmax_over_heads_is_not_taken_for_one_over_keys():
-    """Its rows are apart, so it may run in chunks of rows, as it was written."""
+    """Its rows are independent, so it may run in chunks of rows, as written."""
     (site,) = check(lambda q, k, v: ((q @ k.mT) * SCALE).softmax(1) @ v, *qkv())
     assert (site.decision.kernel, site.spec) == ("rows", None)
 
@@ -61,7 +61,7 @@ def test_a_key_that_is_permuted_another_way_is_read_as_written():
     def fn(q, k, v):  # k is (b, t, h, d), read as (b, h, d, t)
         return ((q @ k.permute(0, 2, 3, 1)) * SCALE).softmax(-1) @ v
 
-    def turned(q, k, v):  # square in t and d: a transpose that is missing would go unseen by shapes
+    def turned(q, k, v):  # with t = d, shapes would not reveal a missing transpose
         return ((q @ k) * SCALE).softmax(-1) @ v
 
     check(fn, rand(2, 4, 20, 8), rand(2, 20, 4, 8), rand(2, 4, 20, 8))
@@ -95,7 +95,7 @@ def test_a_softmax_that_is_divided_by_another_sum_is_not_normalized():
 
     assert_kept(fn, *qkv(), code="normaliser")
     (site,) = check(shifted, *qkv())
-    assert site.spec.extra == (A.const(0.0),)  # the one is the exponential of another logit
+    assert site.spec.extra == (A.const(0.0),)  # the added 1 is the exponential of an extra logit
 
 
 def test_a_cast_of_the_scores_down_and_up_costs_no_accuracy_beyond_eagers():
@@ -108,7 +108,7 @@ def test_a_cast_of_the_scores_down_and_up_costs_no_accuracy_beyond_eagers():
 
 
 def test_a_cast_to_an_eight_bit_float_is_not_dropped():
-    """Three bits of mantissa: such a model was made to see them."""
+    """It has three bits of mantissa, and the model relies on their rounding."""
 
     def fn(q, k, v):
         return ((q @ k.mT) * 3).to(torch.float8_e4m3fn).float().softmax(-1) @ v
@@ -235,7 +235,7 @@ def _largest(scores):
 
 @pytest.mark.parametrize("fn", DETACHED.values(), ids=DETACHED)
 def test_what_is_behind_a_detach_has_no_gradient_rather_than_zeros(fn):
-    """An optimizer leaves a parameter without a gradient alone, and decays one whose gradient is zero."""
+    """An optimizer skips a parameter without a gradient, but decays one whose gradient is zero."""
     leaves = [[x.detach().clone().requires_grad_() for x in qkv(h=2, t=12)] for _ in range(2)]
     with new_reports() as filed:
         compiled(fn)(*leaves[0]).sum().backward()

@@ -1,4 +1,4 @@
-"""Draw dropout once for both passes, anew for each call, and at its rate."""
+"""Sample dropout at its rate, the same in both passes, and anew for each call."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ def test_manual_seed_repeats_a_run_with_dropout(inner):
 
 
 def draws_agree(fn, q, k, v):
-    """<out, g> = <v, dv> holds for a function that is linear in v, if forward and backward drew the same."""
+    """Return whether forward and backward dropped the same weights: then <out, g> = <v, dv> for `fn` linear in v."""
     q, k, v = (x.clone().requires_grad_() for x in (q, k, v))
     out = fn(q, k, v)
     g = torch.randn_like(out)
@@ -75,7 +75,7 @@ def test_the_share_of_dropped_weights_is_the_one_that_was_asked_for():
     fast = compiled(lambda q, k, v: F.dropout(((q @ k.mT) * SCALE).softmax(-1), 0.25, True) @ v)
     t = 64
     q, k, v = rand(8, 8, t, 8) * 0, rand(8, 8, t, 8), torch.eye(t).expand(8, 8, t, t)
-    weights = fast(q, k, v)  # with unit values the weights themselves
+    weights = fast(q, k, v)  # unit values return the weights themselves
     assert abs((weights == 0).float().mean().item() - 0.25) < 0.01
     torch.testing.assert_close(weights[weights != 0], torch.full(((weights != 0).sum(),), 1 / t / 0.75))
     columns = (weights == 0).float().mean((0, 1, 2))

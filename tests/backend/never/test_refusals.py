@@ -1,4 +1,4 @@
-"""Refuse what is not understood, with its code and its place; a failure of attnfx costs no result."""
+"""Refuse unsupported code with its refusal code and place; a failure of attnfx never costs the result."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Hold the chunked tier against the whole matrix of scores in float64, forward and backward."""
+"""Compare the chunked tier with the whole matrix of scores in float64, forward and backward."""
 
 import math
 from functools import partial
@@ -34,7 +34,7 @@ from tests.kernels.cases import (
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks of rows, of batches and of heads, whatever the size."""
+    """Configure blocks so small that rows, batches and heads are divided at any size."""
     monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)
     monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1500)
 
@@ -76,7 +76,7 @@ def test_grouped_heads_value_widths_and_single_rows(shape):
     "keep", [PAD, A.and_(CAUSAL, PAD), A.and_(WINDOW, PAD), A.and_(WINDOW, A.ge(J, A.const(12)))], ids=str
 )
 def test_rows_without_a_live_key_give_what_eager_gives(keep, fill, safe):
-    """NaN for -inf, zeros where the spec is safe, the mean of the values for a finite fill; gradients likewise."""
+    """Eager returns NaN for -inf, zeros if the spec is safe, and the mean of the values for a finite fill."""
     captures = (padding,) if keep.op == "load" or "b" in keep.free else ()
     spec = AttentionSpec(score=masked(keep, fill), safe=safe, captures=(Capture("b", 2),) * len(captures), **DOUBLE)
     out, logsumexp = compare(spec, captures)
@@ -118,7 +118,7 @@ def test_a_pass_that_a_cuda_graph_captures_is_right_and_asks_the_device_for_noth
 
 
 def test_huge_scores_keep_their_precision_in_the_backward_pass():
-    """exp(score - logsumexp) would lose them: at 1e6, float32 tells numbers 0.06 apart."""
+    """exp(score - logsumexp) would lose it: at 1e6, float32 values are 0.06 apart."""
     query, key, value = tensors(dtype=torch.float32)
     spec = AttentionSpec(score=A.add(DOT, A.const(1e6), A.mul(A.const(0.0), A.to_float(J))))
     inputs = [x.clone().requires_grad_() for x in (query, key, value)]
@@ -191,9 +191,9 @@ def test_dropout_is_one_draw_in_both_passes_and_keeps_the_stated_rate():
     out, logsumexp = chunked.forward(Call(spec, *inputs, seed=seed))
     grad = torch.randn_like(out)
     grads = chunked.backward(Call(spec, *inputs, seed=seed), grad, out, logsumexp)
-    # the output is linear in the values, for one draw
+    # the output is linear in the values for the same dropout
     torch.testing.assert_close((out * grad).sum(), (inputs[2] * grads[2]).sum())
-    # and its derivative along the queries is that of the same draw
+    # and its derivative along the queries belongs to the same dropout
     step = torch.randn_like(inputs[0])
     ahead, behind = (
         chunked.forward(Call(spec, inputs[0] + d * step, *inputs[1:], seed=seed))[0] for d in (1e-5, -1e-5)
@@ -240,12 +240,12 @@ def test_a_number_before_a_power_of_the_dot_stays_where_it_is(power):
 def test_a_reduction_over_a_capture_that_needs_a_gradient_is_refused():
     m = A.var("m", A.const(4))
     spec = AttentionSpec(score=A.add(A.DOT, A.reduction("rsum", "m", A.const(4), A.load(0, [m], "f"))), captures=(G1,))
-    with pytest.raises(ValueError, match="reduction over a capture"):
+    with pytest.raises(ValueError, match="cannot differentiate a reduction of a captured tensor"):
         chunked_program.program_of(spec)
 
 
 def test_only_the_live_keys_are_read():
-    """A NaN outside the window reaches no row: the one documented difference."""
+    """A NaN outside a row's window does not reach the row, the one documented difference from eager."""
     query, key, value = tensors(T=64, S=64)
     value[:, :, 0] = math.nan
     out, _ = chunked.forward(Call(AttentionSpec(score=masked(WINDOW), **DOUBLE), query, key, value))

@@ -1,4 +1,4 @@
-"""Hold sums of the weights against the whole matrix in float64, forward and backward."""
+"""Compare sums of the weights with the whole matrix in float64, forward and backward."""
 
 import pytest
 import torch
@@ -31,13 +31,13 @@ KEPT = ["", "b", "bh", "bhi", "bi", "bij", "bj", "bhj", "hij", "j", "bhij"]
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch):
-    """Several blocks of rows, of batches and of heads, whatever the size."""
+    """Configure blocks so small that rows, batches and heads are divided at any size."""
     monkeypatch.setitem(chunked_plan.ROWS, "cpu", 16)
     monkeypatch.setitem(chunked_plan.TILE_ELEMENTS, "cpu", 1500)
 
 
 def attention_of(spec, query, key, captures=(), sizes=(), seed=None):
-    """(call, logsumexp) as a rewritten graph has them."""
+    """Return (call, logsumexp) as in a rewritten graph."""
     call = Call(spec, query, key, key, captures, sizes, seed)
     return call, chunked.forward(call)[1]
 
@@ -67,7 +67,7 @@ def test_sums_and_their_gradients_are_those_of_the_whole_matrix(name):
 
 @pytest.mark.parametrize("keep", KEPT)
 def test_any_axes_can_be_kept(keep):
-    weight = A.mul(A.PROB, A.PROB)  # or the sum over the keys is 1, and its gradient is zero
+    weight = A.mul(A.PROB, A.PROB)  # otherwise the sum over keys is 1 with a zero gradient
     compare(AttentionSpec(score=masked(WINDOW), weight=weight, **DOUBLE), keep)
     compare(AttentionSpec(score=masked(WINDOW), weight=weight, **DOUBLE), keep, groups=4, T=1)
 
@@ -81,7 +81,7 @@ def test_rows_without_a_live_key_count_as_in_eager(fill, safe):
 
 
 def test_the_weights_are_dropped_as_the_attention_drops_them():
-    """The sum over the queries, of weights times values: of one draw, it is the sum of the attention's outputs."""
+    """With the same dropout, the received weights times values are the sum of the attention's outputs over queries."""
     query, key, value = tensors(T=200, S=300)
     spec = AttentionSpec(score=masked(CAUSAL), dropout=0.3, **DOUBLE)
     seed = torch.tensor([11])
@@ -151,7 +151,7 @@ def test_of_equal_weights_the_first_key_counts():
 def test_the_largest_weight_is_asked_of_probabilities_only():
     query, key, _ = tensors()
     call, logsumexp = attention_of(AttentionSpec(score=DOT, weight=A.mul(A.PROB, A.PROB), **DOUBLE), query, key)
-    with pytest.raises(ValueError, match="only known of probabilities"):
+    with pytest.raises(ValueError, match="the largest weight needs probabilities"):
         torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "j")
 
 
@@ -198,7 +198,7 @@ def test_what_does_not_fit_is_an_error_that_names_it():
     run = torch.ops.attnfx.attention_weights
     with pytest.raises(ValueError, match="keep is 'jb', expected letters of 'bhij' in that order"):
         run(query, key, logsumexp, [], [], None, call.spec.to_json(), "jb")
-    with pytest.raises(ValueError, match="logsumexp is"):
+    with pytest.raises(ValueError, match="logsumexp has shape"):
         run(query, key, logsumexp[:1], [], [], None, call.spec.to_json(), "bj")
     with pytest.raises(ValueError, match="over is 'h', expected 'i' or 'j'"):
         torch.ops.attnfx.attention_weights_max(query, key, logsumexp, [], [], None, call.spec.to_json(), "h")

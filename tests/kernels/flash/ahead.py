@@ -1,6 +1,6 @@
-"""Compile the kernels for GPUs that are not there, and print a JSON list of what their machine code holds.
+"""Compile the kernels for GPUs that are not present, and print a JSON list of facts about their machine code.
 
-A script of its own: a process in which Triton interprets cannot compile.
+This is a separate script, because a process in which Triton interprets cannot compile.
 """
 
 import json
@@ -45,7 +45,7 @@ def specs(head_dim):
 
 def calls(head_dim, queries=2048):
     for name, (spec, captures) in specs(head_dim).items():
-        if name == "masked" and head_dim != 64:  # takes long, and shows nothing new
+        if name == "masked" and head_dim != 64:  # takes long and adds nothing
             continue
         x = torch.empty(2, 8, 2048, head_dim, dtype=torch.bfloat16, device="meta")
         key = x[:, :2] if name == "masked" else x
@@ -75,7 +75,7 @@ def launches(capability, head_dim):
 
 
 def summarised(capability):
-    """A mask m[b, i, j] and its summary: the pass itself, the lists of tiles, and the kernels that walk over them."""
+    """Yield the kernels for a mask m[b, i, j] with a summary: the summary, the lists of tiles, and their users."""
     scaled = A.mul(A.const(0.125), A.DOT)
     for name, dtype, load in (("kept", torch.bool, "b"), ("added", torch.bfloat16, "f")):
         held = A.load(0, [B, I, J], load)
@@ -107,7 +107,7 @@ def summarised(capability):
 
 
 def biased(capability):
-    """A bias by head, row and key, which is loaded for every score."""
+    """Yield the kernels for a bias by head, row and key, which is loaded for every score."""
     score = A.add(A.mul(A.const(0.125), A.DOT), A.load(0, [H, I, J], "f"))
     spec = AttentionSpec(score=score, out_dtype="bfloat16", captures=(Capture("f", 3, True),))
     x = torch.empty(2, 8, 2048, 64, dtype=torch.bfloat16, device="meta")
@@ -123,8 +123,8 @@ def biased(capability):
 
 
 def masks(capability, head_dim):
-    """What reaches the wide tiles most often: causal, padding and its summary, linear biases, a bias of each score and
-    one by distance."""
+    """Yield the most common programs on the wide tiles: causal, padding with its summary, linear biases, a bias of each
+    score and a bias by distance."""
     size = 4096
     apart = A.add(A.maximum(A.minimum(A.sub(J, I), A.const(128)), A.const(-128)), A.const(128))
     dot, causal = A.mul(A.const(head_dim**-0.5), A.DOT), A.ge(I, J)
@@ -158,7 +158,7 @@ def masks(capability, head_dim):
 
 
 def loops(listing):
-    """The instructions of each innermost backward jump that holds a matrix instruction."""
+    """Return the instructions of each innermost loop that has a matrix instruction."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(?:@\S+\s+)?(\S+)([^;]*);", listing)
     at = {int(address, 16): n for n, (address, _, _) in enumerate(code)}
     spans = []
@@ -204,7 +204,7 @@ def main():
 
 
 def for_amd():
-    """A list of what the plain kernels' code for gfx942 holds, in small tiles; not one was made for it."""
+    """List facts about the plain kernels' code for gfx942, with small tiles; none of the tables has tiles for it."""
     found, tile = [], tiles.Tile(32, 32, 4, 1)
     (call,), (one,) = ([c for name, c in calls(64, n) if name == "plain"] for n in (2048, 1))
     logsumexp = torch.empty(call.query.shape[:3], device="meta")
@@ -224,7 +224,7 @@ def for_amd():
 
 
 def compilations():
-    """How many forward kernels are compiled for one program at several lengths, on a driver that is not there."""
+    """Count the forward kernels that are compiled for one program at several lengths, with a fake driver."""
     driver = SimpleNamespace(
         get_current_target=lambda: GPUTarget("cuda", 90, 32),
         get_current_device=lambda: 0,

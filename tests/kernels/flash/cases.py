@@ -21,14 +21,14 @@ def tensors(T=37, S=41, D=16, Dv=16, size_b=2, heads=2, groups=1, dtype=torch.fl
 
 
 def whole(spec, query, key, value, captures=(), sizes=(), kept=None):
-    """Eager's way: the whole matrix, with autograd through everything."""
+    """Compute the attention from the whole matrix as eager does, differentiable by autograd."""
     weights = whole_weights(spec, query, key, captures, sizes)
     value = value.repeat_interleave(query.shape[1] // key.shape[1], 1)
     return (weights if kept is None else weights * kept) @ value
 
 
 def compare(spec, captures=(), sizes=(), tolerance=2e-5, inputs=None, tile=TILE, kept=None, seed=None, **shape):
-    """Output, logsumexp and all gradients of a float32 call against float64."""
+    """Compare output, logsumexp and all gradients of a float32 call with float64."""
     inputs = inputs or tensors(**shape)
     call = Call(spec, *inputs, captures, sizes, seed)
     assert launch.supports(call) is None

@@ -1,6 +1,6 @@
-"""Skip what this process cannot run: kernels on CPU tensors need Triton's interpreter, kernels on a GPU its compiler.
+"""Skip tests that this process cannot run, and mark all as slow except the tests of generated functions.
 
-All of it is slow but the generated functions."""
+Kernels on CPU tensors need Triton's interpreter, kernels on a GPU its compiler."""
 
 import os
 from pathlib import Path

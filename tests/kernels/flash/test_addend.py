@@ -1,4 +1,4 @@
-"""Skip masks of floats by tiles, and decide them as eager decides them."""
+"""Skip tiles by additive float masks, with eager's results."""
 
 import math
 from dataclasses import replace
@@ -39,7 +39,7 @@ WHOLE = {
 
 
 def added_call(index, kept, fill, grad=False, score=DOT, keep=None, inputs=None, **fields):
-    """A call that knows the summary of what is added to its scores: zero where `kept`, else the fill."""
+    """Create a call with the summary of its additive mask, which is zero where `kept` is True, else the fill."""
     capture = torch.zeros(kept.shape).masked_fill(~kept, fill)
     score = A.add(score, A.load(0, index, "f"))
     if keep is not None:
@@ -68,7 +68,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_matrix(name, fill):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("fill", [FINITE, -1e9, -3e6])
 def test_rows_without_a_live_key_average_whatever_the_fill(fill, dtype):
-    """-1e9 in a tensor is a bias, which skips nothing; in float32, it swallows the scores of its row."""
+    """-1e9 in a tensor is a bias, which never skips tiles. In float32, it absorbs the scores of its row."""
     inputs = tensors(T, S, heads=2, groups=1, dtype=dtype)
     call = added_call(*WHOLE["any"], fill, inputs=inputs)
     assert bool((call.summary & summary.LIVE).all()) == (fill > -1e30)
@@ -127,7 +127,7 @@ def test_rows_of_minus_infinity_are_zeros_where_the_softmax_is_safe():
 
 
 def test_flags_times_a_fill():
-    """The extended mask of older models: (1 - flag) * the lowest number."""
+    """This is the extended mask of older models: (1 - flag) * the lowest value."""
     flags = A.to_float(A.load(0, [B, J], "i"))
     score = A.add(DOT, A.mul(A.const(FINITE), A.sub(A.const(1.0), flags)))
     some = padding.clone()
@@ -151,7 +151,7 @@ def test_a_clamp_to_the_lowest_number_masks_as_well():
 
 
 def test_what_is_empty_is_not_visited():
-    """A NaN in an empty tile stays there; without a summary, it comes through."""
+    """A NaN in an empty tile does not spread. Without a summary, it does."""
     index, kept = WHOLE["padding"]
     call = added_call(index, kept, -INF)
     key, value = call.key.clone(), call.value.clone()
@@ -187,7 +187,7 @@ FLAG, BIAS = A.load(0, [B, J], "i"), A.load(0, [B, J], "f")
         (A.add(DOT, BIAS, A.load(1, [H], "f")), BIAS),
         (A.half(A.add(A.half(DOT), BIAS)), BIAS),
         (A.where(CAUSAL, A.add(DOT, BIAS), A.const(FINITE)), BIAS),
-        (A.where(CAUSAL, A.add(DOT, BIAS), A.const(-5.0)), None),  # not masked where the -5 stands
+        (A.where(CAUSAL, A.add(DOT, BIAS), A.const(-5.0)), None),  # the -5 is not a mask
         (A.maximum(A.add(DOT, BIAS), A.const(-50.0)), None),  # as high as -50
         (A.unary("tanh", A.add(DOT, BIAS)), None),
         (A.add(DOT, A.mul(A.const(-1e9), A.sub(A.const(1.0), A.to_float(FLAG)))), None),  # no lower than -2e9

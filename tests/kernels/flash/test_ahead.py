@@ -1,4 +1,4 @@
-"""Compile machine code for GPUs that are not there: it uses the matrix unit, fits, and spills nothing that counts."""
+"""Compile for GPUs that are not present, and check the machine code's matrix instructions, memory and spills."""
 
 import json
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-# bytes of shared memory that a block may use: CUDA programming guide, technical specifications by compute capability
+# most bytes of shared memory per block: CUDA programming guide, technical specifications by compute capability
 SHARED = {80: 163 << 10, 86: 99 << 10, 90: 227 << 10, 100: 227 << 10}
 MATRIX = {80: {"mma.sync"}, 86: {"mma.sync"}, 90: {"wgmma.mma_async", "mma.sync"}, 100: {"tcgen05.mma", "mma.sync"}}
 
 
 def compiled(*arguments):
-    """What ahead.py prints: for a compute capability and head dims, or for "lengths"."""
+    """Return the output of ahead.py for a compute capability and head dims, or for "lengths"."""
     script = Path(__file__).with_name("ahead.py")
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run([sys.executable, str(script), *arguments], env=env, cwd="/", text=True, capture_output=True)
@@ -24,24 +24,24 @@ def compiled(*arguments):
 
 
 OLDER = tuple(map(int, version("triton").split(".")[:2])) < (3, 7)
-# of (kernel, capability, head dim)
+# by (kernel, capability, head dim)
 SPILLED_BY_OLDER = {("backward keys masked", 100, 64): 1}
 
 
 @pytest.mark.parametrize("capability", [80, 86, 90, 100])
 def test_every_kernel_uses_matrix_instructions_fits_and_spills_nothing_in_its_steady_loop(capability):
-    """One test of all three: each other process would compile the same kernels again."""
+    """One test checks all three, because another process would compile the same kernels again."""
     known = SPILLED_BY_OLDER if OLDER else {}
     for row in compiled(str(capability), "64,128,256"):
         assert row["matrix"] and set(row["matrix"]) <= MATRIX[capability], row
         if row["name"].startswith("forward"):
             assert MATRIX[capability] - {"mma.sync"} <= set(row["matrix"]), row
         assert row["shared"] <= SHARED[capability], row
-        if capability == 86:  # of its small tiles only the fit is held
+        if capability == 86:  # its small tiles only have to fit
             continue
         assert row["spills"] <= known.get((row["name"], capability, row["head_dim"]), 0), row
         if row["name"].startswith(("forward", "backward keys", "backward rows")):
-            assert row["loops"] >= 2, row  # the one with a mask stands apart
+            assert row["loops"] >= 2, row  # masked tiles have their own loop
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
@@ -55,9 +55,9 @@ def test_kernels_that_read_a_value_for_each_score_compile_and_do_not_spill(capab
             assert row["spills"] == 0, row
 
 
-# of (kernel, capability, head dim): addresses, made again or read again for every tile. Tiles that spill nothing were
-# tried: on sm_80 at 128 they take 1.20 instructions per kflop for 1.07, on sm_90 at 256 0.72 for 0.57 (keys, causal),
-# 0.75 for 0.66 (keys, padding) and 0.93 for 0.66 (forward, by distance).
+# Spills by (kernel, capability, head dim): addresses, recomputed or reloaded for every tile. Tiles without spills need
+# more instructions per kflop: on sm_80 at 128 1.20 instead of 1.07; on sm_90 at 256 0.72 instead of 0.57 (keys,
+# causal), 0.75 instead of 0.66 (keys, padding) and 0.93 instead of 0.66 (forward, by distance).
 MASKED = {
     ("forward causal", 80, 128): 2, ("forward padding", 80, 128): 4,
     ("forward padding", 80, 256): 1, ("forward relative", 80, 256): 1,
@@ -85,7 +85,7 @@ def test_masks_and_biases_leave_the_steady_loop_without_spills(capability, head_
 
 
 def test_kernels_compile_for_an_amd_gpu():
-    """64 KiB of shared memory for a work group: AMD, CDNA 3 instruction set architecture, section 2.3."""
+    """A work group has 64 KiB of shared memory (AMD, CDNA 3 instruction set architecture, section 2.3)."""
     for row in compiled("gfx942"):
         assert row["matrix"] and row["shared"] <= 64 << 10 and row["spills"] == 0, row
 

@@ -1,4 +1,4 @@
-"""Test dropout's draw for bias, and for correlation between elements, heads and seeds."""
+"""Test dropout's random bits for bias, and for correlation between elements, heads and seeds."""
 
 import math
 
@@ -11,7 +11,7 @@ SIDE, LEVELS = 256, 256
 
 
 def words(seed, head=0, first=0):
-    """(4, SIDE, SIDE) numbers of 32 bits, of 2 SIDE rows and keys."""
+    """Return (4, SIDE, SIDE) random 32-bit words, for 2 SIDE rows and keys."""
     at = first + torch.arange(SIDE)
     drawn = philox(torch.tensor(seed), at[None, :], at[:, None], torch.tensor(head))
     return torch.stack([x.expand(SIDE, SIDE) for x in drawn])
@@ -25,7 +25,7 @@ SAMPLES = {
 
 
 def correlation(x, y):
-    """In standard deviations of independent samples."""
+    """Return the correlation in standard deviations of independent samples."""
     x, y = (z.double().flatten() - z.double().mean() for z in (x, y))
     return (x @ y / (x.norm() * y.norm())).item() * math.sqrt(x.numel())
 

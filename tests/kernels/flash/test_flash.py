@@ -1,4 +1,4 @@
-"""Hold the flash kernels, in Triton's interpreter, against the whole matrix of scores in float64."""
+"""Compare the flash kernels, in Triton's interpreter, with the whole matrix of scores in float64."""
 
 import math
 import subprocess
@@ -66,7 +66,7 @@ def test_any_tile_gives_the_same(tile):
 @pytest.mark.parametrize("fill", [-INF, FINITE, -1e9])
 @pytest.mark.parametrize("keep", [A.and_(CAUSAL, PAD), A.and_(WINDOW, A.ge(J, A.const(12)))], ids=str)
 def test_rows_without_a_live_key_give_what_eager_gives(keep, fill, safe):
-    """NaN for -inf, zeros where the spec is safe, the mean of the values for a finite fill; gradients likewise."""
+    """Eager returns NaN for -inf, zeros if the spec is safe, and the mean of the values for a finite fill."""
     captures = (padding,) if "b" in keep.free else ()
     spec = AttentionSpec(score=masked(keep, fill), safe=safe, captures=(Capture("b", 2),) * len(captures))
     out, logsumexp = compare(spec, captures)
@@ -77,7 +77,7 @@ def test_rows_without_a_live_key_give_what_eager_gives(keep, fill, safe):
 
 
 def outside(load):
-    """A load that is added behind the mask, so that rows without a live key depend on it as well."""
+    """Add a load after the mask, so that rows without a live key depend on it as well."""
     return A.add(masked(A.and_(CAUSAL, PAD), FINITE), load)
 
 
@@ -113,7 +113,7 @@ def test_the_backward_pass_asks_the_device_nothing(monkeypatch):
 
 def test_a_fill_that_is_added_leaves_a_row_its_own_softmax():
     keep = A.ge(J, A.const(12))
-    spec = AttentionSpec(score=masked(A.and_(CAUSAL, keep), -100000.0))  # no mask: a bias like any other
+    spec = AttentionSpec(score=masked(A.and_(CAUSAL, keep), -100000.0))  # a bias, not a mask
     compare(spec)
 
 
@@ -127,7 +127,7 @@ def test_a_bias_of_minus_infinity_masks_without_a_word_in_the_program():
 
 
 def keeps(seed, p, size_b, heads, T, S):
-    """The kernels' own draw, read from the output for a value of ones in one place at a time."""
+    """Return the weights that the kernels' dropout keeps, read from the output with unit vectors as values."""
     flat = AttentionSpec(score=A.mul(A.const(0.0), A.DOT), dropout=p)
     S_padded = -(-S // 16) * 16
     query, key = torch.zeros(size_b, heads, T, 16), torch.zeros(size_b, heads, S, 16)
@@ -178,7 +178,7 @@ def test_halves_are_no_less_exact_than_eager(dtype):
     ours = [out, *backward(call, grad, out, logsumexp, (TILE, TILE))[:3]]
     for x, y, z in zip(ours, eager(dtype), eager(torch.float64)):
         assert x.dtype == dtype
-        # Triton's interpreter truncates to bfloat16, where a GPU rounds
+        # Triton's interpreter truncates to bfloat16, but a GPU rounds
         allowed = 2.0 if dtype == torch.bfloat16 else 1.0
         assert (x.double() - z).norm() <= allowed * (y.double() - z).norm()
 
@@ -193,7 +193,7 @@ def test_large_scores_keep_their_precision():
     grad = torch.randn_like(want)
     call = Call(AttentionSpec(score=shifted), query, key, value, (), (), None)
     out, logsumexp = launch.forward(call, TILE)
-    torch.testing.assert_close(out, want, rtol=0.1, atol=0.1)  # float32 tells scores of this size 0.06 apart
+    torch.testing.assert_close(out, want, rtol=0.1, atol=0.1)  # float32 values of this size are 0.06 apart
     total = (out.detach() * 0 + 1) @ torch.ones(16, 1)
     ones = Call(AttentionSpec(score=shifted), query, key, torch.ones_like(value), (), (), None)
     exact, logsumexp = launch.forward(ones, TILE)
@@ -215,7 +215,7 @@ def test_any_layout_of_the_inputs_gives_the_same():
 
 def test_empty_tiles_are_not_visited_and_full_tiles_read_no_mask():
     query, key, value = tensors(T=64, S=64, size_b=1)
-    value[:, :, 0] = math.nan  # outside every window but the first rows': the one documented difference
+    value[:, :, 0] = math.nan  # in the first rows' windows only: the one documented difference from eager
     out, _ = launch.forward(Call(AttentionSpec(score=masked(WINDOW)), query, key, value, (), (), None), TILE)
     assert out[:, :, :7].isnan().all() and not out[:, :, 32:].isnan().any()
 
@@ -236,7 +236,7 @@ def test_what_the_kernels_cannot_run_is_said_in_a_sentence():
     assert "finer than" in why(tensors(dtype=torch.bfloat16))
     assert "head_dim is 320" in why(tensors(D=320, T=2, S=2))
     assert "size 0" in why(tensors(S=0))
-    assert "a capture is empty" in why(
+    assert "a captured tensor is empty" in why(
         tensors(), (torch.empty(0),), score=A.add(DOT, A.load(0, [H], "f")), captures=(Capture("f", 1),)
     )
 
@@ -259,7 +259,7 @@ def test_split_keys_give_what_the_whole_matrix_gives(name, processors):
     spec = AttentionSpec(**fields)
     inputs = tensors(heads=2, groups=1)
     call = Call(spec, *inputs, captures, (), None)
-    assert split.supports(call) == "37 queries of 2 heads a group are more than 64 rows"
+    assert split.supports(call) == "37 queries of 2 heads per key head are more than 64 rows"
     inputs[0] = inputs[0][:, :, :5]
     if name == "sink by row":
         captures = (captures[0][:, :5],)
@@ -274,7 +274,7 @@ def test_split_keys_give_what_the_whole_matrix_gives(name, processors):
 @pytest.mark.parametrize("safe", [False, True])
 @pytest.mark.parametrize("fill", [-INF, FINITE])
 def test_a_static_cache_is_masked_by_position_and_dead_rows_are_eagers(fill, safe):
-    """One query whose position is captured; the second batch sees no key."""
+    """There is one query, whose position is captured. The second batch element sees no keys."""
     position = torch.tensor([17, -1])
     keep = A.le(J, A.load(0, [B], "i"))
     spec = AttentionSpec(score=masked(keep, fill), safe=safe, captures=(Capture("i", 1),))

@@ -17,7 +17,7 @@ from tests.kernels.flash.cases import CASES, whole
 from tests.kernels.flash.host.test_mask_summary import MASKS
 from tests.support import error, new_reports
 
-# of the largest value: rounding of inputs, weights and outputs; whole matrices in eager are no nearer
+# relative to the largest value, for rounding of inputs, weights and outputs; eager's whole matrices are not closer
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DTYPES = pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 
@@ -29,7 +29,7 @@ def inputs(dtype, T=37, S=41, D=16, Dv=16, size_b=2, heads=2, groups=1, device="
 
 
 def results(spec, some, captures=(), sizes=(), summarised=False):
-    """(ours, those of the whole matrix in float64): output and gradients of inputs and captures."""
+    """Compute output and gradients of inputs and captures, by the kernels and by the whole matrix in float64."""
     device, dtype = some[0].device, some[0].dtype
     captures = [x.to(device) for x in captures]
     spec = replace(spec, out_dtype=str(dtype).removeprefix("torch."))

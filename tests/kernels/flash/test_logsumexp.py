@@ -1,4 +1,4 @@
-"""Hold the gradient that comes through the logsumexp, on every tier, against the whole matrix in float64."""
+"""Compare the gradient through the logsumexp, on every tier, with the whole matrix in float64."""
 
 import math
 
@@ -73,5 +73,5 @@ def test_what_does_not_fit_is_refused():
     query = torch.randn(1, 1, 4, 8)
     out, logsumexp = torch.ops.attnfx.attention(query, query, query, [], [], None, SPECS["plain"].to_json(), "chunked")
     given = (out, query, query, query, out, logsumexp, [], [], None, SPECS["plain"].to_json(), "chunked", None)
-    with pytest.raises(ValueError, match="grad_logsumexp is"):
+    with pytest.raises(ValueError, match="grad_logsumexp has shape"):
         torch.ops.attnfx.attention_backward(*given, logsumexp[..., :2])

@@ -1,4 +1,6 @@
-"""Compile attention as people spell it to the Triton kernels in their interpreter, and hold it against float64."""
+"""Compile spellings of attention to the Triton kernels, run them in the interpreter, and compare with float64.
+
+A spelling is a way to write a program."""
 
 import math
 
@@ -23,7 +25,7 @@ INF = math.inf
 
 @pytest.fixture(autouse=True)
 def on_kernels(monkeypatch):
-    """The CPU stands for a GPU whose only tiers are the Triton kernels: what they refuse, nothing else picks up."""
+    """Let the CPU stand in for a GPU whose only tiers are the Triton kernels, without a fallback."""
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
     monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
     absent = operator.TIERS["chunked"]._replace(supports=lambda call: "it is not of this test")
@@ -36,7 +38,7 @@ def check(fn, *args, tier="flash", **options):
 
 
 def heads(*shape):
-    """query, key and value of (B, H, T, D), where `shape` does not say otherwise."""
+    """Create query, key and value (B, H, T, D), with the sizes in `shape` first."""
     b, h, t, s, d, dv = (*shape, *(B, H, T, T, D, D)[len(shape) :])
     return rand(b, h, t, d), rand(b, h, s, d), rand(b, h, s, dv)
 
@@ -280,7 +282,7 @@ WRITTEN = [
 def test_a_generated_spelling_runs_on_the_kernels(program, spelling):
     x = arrange(programs.tensors(program), spelling)
     fn, names = write(program, spelling), list(x)
-    exact = spelling.upcast == "none"  # else it computes in float32, whatever it is given
+    exact = spelling.upcast == "none"  # an upcast spelling computes in float32 for any input dtype
     check(lambda *args: fn(**dict(zip(names, args))), *x.values(), exact=exact)
 
 

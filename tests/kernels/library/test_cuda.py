@@ -1,4 +1,4 @@
-"""Express a spec as a call of PyTorch's fused operator only where the two compute the same."""
+"""Express a spec as a call of PyTorch's fused operator only if the two compute the same."""
 
 import math
 from dataclasses import replace
@@ -39,27 +39,31 @@ def test_plain_and_causal_attention_are_expressed(spec):
 @pytest.mark.parametrize(
     ("spec", "reason"),
     [
-        (replace(PLAIN, dropout=0.1), "it has dropout"),
-        (replace(PLAIN, extra=(A.const(0.0),)), "logits without keys"),
-        (replace(PLAIN, score=A.mul(A.const(-0.125), A.DOT)), "its scale is -0.125"),
+        (replace(PLAIN, dropout=0.1), "the attention has dropout"),
+        (replace(PLAIN, extra=(A.const(0.0),)), "the softmax has columns beside the keys"),
+        (replace(PLAIN, score=A.mul(A.const(-0.125), A.DOT)), "the scale is -0.125, and"),
         (replace(PLAIN, score=A.unary("tanh", A.DOT)), "not a multiple of the dot product"),
-        (replace(PLAIN, score=A.add(SCORE, A.load(0, [H], "f")), captures=(Capture("f", 1),)), "it adds a bias"),
-        (masked(A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(64)))), "another one than plain causality"),
-        (masked(A.ge(J, I)), "another one than plain causality"),
-        (masked(A.lt(J, I)), "another one than plain causality"),
-        (replace(masked(A.load(0, [J], "b")), captures=(Capture("b", 1),)), "another one than plain causality"),
-        (replace(PLAIN, out_dtype="float32"), "gives bfloat16, the spec asks for float32 and float32"),
-        (replace(PLAIN, compute="float64"), "the spec asks for float64"),
+        (
+            replace(PLAIN, score=A.add(SCORE, A.load(0, [H], "f")), captures=(Capture("f", 1),)),
+            "attention adds a bias",
+        ),
+        (masked(A.and_(A.ge(I, J), A.lt(A.sub(I, J), A.const(64)))), "the mask is not plain causality"),
+        (masked(A.ge(J, I)), "the mask is not plain causality"),
+        (masked(A.lt(J, I)), "the mask is not plain causality"),
+        (replace(masked(A.load(0, [J], "b")), captures=(Capture("b", 1),)), "the mask is not plain causality"),
+        (replace(PLAIN, out_dtype="float32"), "returns bfloat16, and the attention needs float32 and float32"),
+        (replace(PLAIN, compute="float64"), "the attention needs float64"),
     ],
 )
 def test_what_it_would_compute_otherwise_is_refused(spec, reason):
-    """A mask in a tensor may empty a row, of which the kernels make zeros; a row without keys is NaN in eager."""
+    """A mask in a tensor may leave a row without keys: the kernels return zeros for it, eager returns NaN."""
     assert reason in why(spec)
 
 
 def test_a_gpu_that_is_not_there_has_none_unless_it_is_named():
-    assert call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64) == "its kernels are for NVIDIA GPUs"
-    assert "take no bfloat16 of width 64 on 7.5" in call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64, 75)
+    assert call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64) == "PyTorch's kernels need an NVIDIA GPU"
+    why = call.expresses(PLAIN, torch.bfloat16, GPU, 64, 64, 75)
+    assert why == "PyTorch lacks a kernel for bfloat16 of width 64 on compute capability 7.5"
 
 
 def test_float32_has_a_kernel_on_every_gpu_where_no_heads_share_keys():
@@ -69,11 +73,13 @@ def test_float32_has_a_kernel_on_every_gpu_where_no_heads_share_keys():
         return call.expresses(single, torch.float32, GPU, 64, 64, capability, **shape)
 
     assert all(why(c) is None and why(c, square=False) is None for c in (70, 75, 80, 89, 90, 100, 120))
-    assert why(75, grouped=True) == "its kernels take no float32 of width 64, with heads that share keys, on 7.5"
+    here = "heads that share keys on compute capability 7.5"
+    assert why(75, grouped=True) == f"PyTorch lacks a kernel for float32 of width 64 with {here}"
 
 
 def test_oblong_causality_is_left_to_the_kernel_that_counts_from_the_first_key():
     half = torch.bfloat16
-    assert "causal where there are as many" in call.expresses(CAUSAL, half, GPU, 64, 64, 90, square=False)
+    why = call.expresses(CAUSAL, half, GPU, 64, 64, 90, square=False)
+    assert why == "cuDNN's causal kernel needs as many queries as keys"
     assert call.expresses(CAUSAL, half, GPU, 64, 64, 80, square=False) is None
     assert call.expresses(PLAIN, half, GPU, 64, 64, 90, square=False) is None

@@ -1,4 +1,4 @@
-"""Hold the library tier against the chunked one and against eager, with the operator's traps in the way."""
+"""Compare the library tier with the chunked tier and with eager, including the operator's known pitfalls."""
 
 import math
 
@@ -24,7 +24,7 @@ def small_blocks(monkeypatch):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """What the operator was called with: (queries, keys, is_causal, mask's shape or None)."""
+    """Record each call of the operator as (queries, keys, is_causal, mask's shape or None)."""
     seen = []
     real = library._forward
 
@@ -37,7 +37,7 @@ def calls(monkeypatch):
 
 
 def compare(spec, inputs, captures=(), sizes=(), tolerance=1e-9):
-    """Outputs, logsumexp and gradients are the chunked tier's."""
+    """Compare outputs, logsumexp and gradients with the chunked tier's."""
     assert library.supports(Call(spec, *inputs)) is None
     close = dict(rtol=tolerance, atol=tolerance, equal_nan=True)
     out, logsumexp = library.forward(Call(spec, *inputs, captures, sizes))
@@ -148,7 +148,7 @@ def test_causal_attention_with_padding_is_one_call_with_a_row(calls):
 
 
 def test_causality_is_a_question_of_the_sizes(calls):
-    """j <= i + (S - T) is plain causality where S = T, everything where T = 1, and neither elsewhere."""
+    """j <= i + (S - T) is plain causality if S = T, always true if T = 1, and neither otherwise."""
     keep = A.ge(A.add(I, A.sub(A.size("S"), A.size("T"))), J)
     spec = AttentionSpec(score=masked(keep), **DOUBLE)
     compare(spec, tensors(T=20, S=20))
@@ -187,7 +187,7 @@ def test_any_layout_of_the_inputs_gives_the_same(which, layout):
 @pytest.mark.parametrize("bad", [math.nan, INF, -INF])
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_what_is_not_a_number_spreads_as_in_eager(bad, which):
-    """The operator alone gives zeros for a query of NaN."""
+    """The operator alone returns zeros for a query of NaN."""
     inputs = tensors()
     inputs[which][0, 1, 3, 2] = bad
     compare(AttentionSpec(score=DOT, **DOUBLE), inputs)
@@ -235,7 +235,7 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
-        (dict(normaliser="none"), "no softmax"),
+        (dict(normaliser="none"), "the weights are not a softmax"),
         (dict(weight=A.mul(A.const(2.0), A.PROB)), "changed after the softmax"),
         (dict(dropout=0.1), "dropout"),
         (dict(score=A.unary("tanh", A.DOT)), "not a multiple of the dot product"),
@@ -244,7 +244,7 @@ def test_halves_are_no_less_exact_than_eager(dtype, keep):
             dict(score=A.mul(A.DOT, A.load(0, [H], "f")), captures=(Capture("f", 1),)),
             "not a multiple of the dot product",
         ),
-        (dict(compute="float32"), "the spec asks for float32"),
+        (dict(compute="float32"), "the attention needs float32"),
     ],
 )
 def test_what_it_cannot_run_is_said(fields, why):

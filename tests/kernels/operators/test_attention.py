@@ -39,7 +39,7 @@ SPECS = {
 
 @pytest.mark.parametrize("name", SPECS)
 def test_pytorchs_own_checks_of_an_operator_pass(name):
-    """Schema, autograd registration, fake kernel, and AOTAutograd with dynamic shapes."""
+    """The checks cover the schema, autograd registration, fake kernel, and AOTAutograd with dynamic shapes."""
     spec, count, sizes, seed = SPECS[name]
     query, key, value = tensors()
     captures = [torch.randn(4, requires_grad=True)] * count
@@ -184,13 +184,13 @@ def test_floating_point_operations_are_counted():
         (lambda a: a.update(key=a["key"][..., :2]), "key has head_dim 2, but query has 4"),
         (lambda a: a.update(value=a["value"][:, :, 1:]), "value has batch, heads and length"),
         (lambda a: a.update(query=a["query"][:, :3]), "query has 3 heads, not a multiple of key's 2"),
-        (lambda a: a.update(captures=[]), "captures holds 0 tensors, the spec needs 1"),
-        (lambda a: a.update(captures=[torch.ones(4, 1)]), "captures[0] has 2 dims, the spec needs 1"),
+        (lambda a: a.update(captures=[]), "captures has 0 tensors, expected 1"),
+        (lambda a: a.update(captures=[torch.ones(4, 1)]), "captures[0] has 2 dims, expected 1"),
         (lambda a: a.update(captures=[torch.ones(4).long()]), "captures[0] is torch.int64"),
-        (lambda a: a.update(sizes=[1]), "sizes holds 1 numbers, the spec needs 0"),
+        (lambda a: a.update(sizes=[1]), "sizes has 1 numbers, expected 0"),
         (lambda a: a.update(seed=torch.ones(2)), "seed is torch.float32 with 2 elements"),
-        (lambda a: a.update(tier="fast"), "tier 'fast' is none of auto"),
-        (lambda a: a.update(tier="library"), "the library tier cannot run this call: it has dropout"),
+        (lambda a: a.update(tier="fast"), "unknown tier 'fast'; valid tiers: auto"),
+        (lambda a: a.update(tier="library"), "the library tier cannot run this call: the attention has dropout"),
     ],
 )
 def test_what_does_not_fit_is_said_in_one_sentence(change, message):

@@ -1,4 +1,4 @@
-"""Bring the tile that was chosen to its kernel."""
+"""Pass the chosen tile to its kernel."""
 
 import re
 

@@ -1,4 +1,4 @@
-"""Compile the body of a chunk once, and give what the calls give, wherever it is made."""
+"""Compile the body of a chunk once, with the results of the calls, in any context of compilation."""
 
 import logging
 from dataclasses import replace
@@ -17,14 +17,14 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(autouse=True)
 def chunks_of_seven_rows(monkeypatch):
-    """Three chunks of one body."""
+    """Configure chunks of seven rows, so that three chunks share one body."""
     monkeypatch.setattr(rows, "ROWS", 7)
     monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
     monkeypatch.setattr(bodies, "BODIES", bodies.Bodies())
 
 
 def step(made, seed=None, inputs=None):
-    """Results and gradients."""
+    """Compute results and gradients."""
     inputs = operands() if inputs is None else inputs
     out, weights = torch.ops.attnfx.attention_rows(inputs, [H * S, 6], seed, made.to_json())
     ((out * 2).sum() + weights.square().sum()).backward()
@@ -51,11 +51,11 @@ def test_all_chunks_of_all_steps_share_a_body_and_a_shorter_one_runs_without():
         own = [x.detach().clone().requires_grad_() for x in inputs]
         for got, want in zip(step(made, inputs=inputs), step(program(), inputs=own)):
             torch.testing.assert_close(got, want)
-    assert len(made_bodies()) == 3  # gradients of 20 rows lie otherwise
+    assert len(made_bodies()) == 3  # gradients of 20 rows have other strides
 
 
 def triangles():
-    """softmax(s where j <= i + 2, and j >= i - 4), of queries along 1."""
+    """Build softmax(s masked to i - 4 <= j <= i + 2), with the queries along dim 1."""
     calls = [
         Call("einsum.default", ("hid,hjd->hij", (Ref("value", 0), Ref("value", 1)))),
         Call("ones_like.default", (Ref("value", 3),)),
@@ -111,13 +111,13 @@ def test_a_body_that_gives_something_else_is_not_used_and_says_so(monkeypatch, c
         got = step(replace(program(), compiled=True))
     for x, want in zip(got, step(program())):
         torch.testing.assert_close(x, want)
-    assert ["differs from that of the calls" in r.getMessage() for r in caplog.records] == [True, True]
+    assert ["of the compiled body differs from the calls'" in r.getMessage() for r in caplog.records] == [True, True]
     assert made_bodies() == [None, None]
 
 
 def transposed_scores():
-    """An attention over scores that lie transposed, whose weights are a result as well, their gradient one for all
-    rows: Inductor of PyTorch 2.13 gives wrong gradients on a CPU with AVX-512 (pytorch/pytorch#185702)."""
+    """Build an attention over transposed scores that also returns its weights, whose gradient is the same for all rows.
+    Inductor of PyTorch 2.13 computes wrong gradients for it on a CPU with AVX-512 (pytorch/pytorch#185702)."""
     calls = [
         Call("matmul.default", (Ref("value", 0), Ref("value", 1))),
         Call("mT.default", (Ref("value", 3),)),
@@ -155,7 +155,7 @@ def test_bodies_of_a_program_are_bounded(monkeypatch):
 
 
 def test_a_body_is_made_under_whatever_mode_asks():
-    """Inference mode, autocast, a dispatch mode and no_grad are the caller's, not the body's."""
+    """The caller's inference mode, autocast, dispatch mode and no_grad do not affect the body."""
     from torch.utils.flop_counter import FlopCounterMode
 
     text = replace(program(), compiled=True).to_json()

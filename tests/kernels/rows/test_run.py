@@ -1,4 +1,4 @@
-"""Check the operator of whole rows: chunks, gradients, draws, and what it is not given."""
+"""Check the operator of whole rows: chunks, gradients, dropout, and missing gradients."""
 
 from itertools import accumulate
 
@@ -19,7 +19,7 @@ def v(n):
 
 
 def program(dropout=0.0):
-    """Row sums decide the weights: softmax(s - mean(s)), heads mixed; inputs q along 1, k, v and the mixing whole."""
+    """Build softmax weights that depend on row sums, with mixed heads; inputs are q (rows in dim 1), k, v, mixing."""
     calls = [
         Call("einsum.default", ("hid,hjd->hij", (v(0), v(1)))),
         Call("topk.default", (v(4), 4)),
@@ -93,7 +93,7 @@ def test_a_result_without_a_gradient_costs_none(chunk):
 
 
 def test_forward_and_backward_draw_the_same_dropout(chunk):
-    """The output is linear in the values: <out, g> is <v, dv> for one draw only."""
+    """The output is linear in the values, so <out, g> is <v, dv> only for the same dropout."""
     inputs, seed = operands(), torch.tensor([5])
     out, _ = call(inputs, 0.4, seed)
     g = rand(*out.shape, seed=9).double()
@@ -114,7 +114,7 @@ def test_no_row_and_one_row(length):
 
 
 def live_peak(run):
-    """The most bytes of tensors that `run` has alive."""
+    """Return the peak of the live tensors' bytes during `run`."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     events = [e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
@@ -123,7 +123,7 @@ def live_peak(run):
 
 @pytest.mark.slow
 def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
-    """What is alive beyond inputs and gradients falls with a chunk's rows; nothing of the scores' size is saved."""
+    """Memory beyond inputs and gradients shrinks with a chunk's rows, and no tensor of the scores' size is saved."""
     length = 256
     shapes = (H, length, 8), (H, length, 8), (H, length, 6), (H, H)
     inputs = [rand(*shape, seed=n).double().requires_grad_() for n, shape in enumerate(shapes)]
@@ -142,7 +142,7 @@ def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
     for n in (128, 64, 32):
         monkeypatch.setattr(rows, "ROWS", n)
         step()
-        peaks[n] = max(live_peak(step) for _ in range(3))  # events of one time are in no order
+        peaks[n] = max(live_peak(step) for _ in range(3))  # events with equal timestamps are unordered
     assert 1.8 < (peaks[128] - peaks[64]) / (peaks[64] - peaks[32]) < 2.2
     with keep:
         torch.ops.attnfx.attention_rows(inputs, [H * length, 6], None, one)
@@ -150,7 +150,7 @@ def test_a_pass_has_one_chunk_alive_and_saves_its_inputs(monkeypatch):
 
 
 def test_freed_memory_goes_back_between_chunks(monkeypatch):
-    """The heap is trimmed where the process grew, and only there."""
+    """The heap is trimmed only if the process has grown."""
     given, resident = [], iter([0, 50, 150, 20, 100, 121, 30])
     monkeypatch.setattr(heap, "_malloc_trim", lambda: given.append)
     monkeypatch.setattr(heap, "_resident", lambda: next(resident))
@@ -183,9 +183,9 @@ def test_autocast_adds_no_casts():
 
 def test_operands_that_do_not_fit_are_named():
     inputs = operands()
-    with pytest.raises(ValueError, match="3 inputs, the program needs 4"):
+    with pytest.raises(ValueError, match="inputs has 3 tensors, expected 4"):
         call(inputs[:3])
     with pytest.raises(ValueError, match="seed is None"):
         call(inputs, 0.5)
-    with pytest.raises(ValueError, match="should lie along 1"):
+    with pytest.raises(ValueError, match="its rows should be dim 1"):
         call([inputs[0][0, 0], *inputs[1:]])

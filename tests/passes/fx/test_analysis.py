@@ -1,4 +1,4 @@
-"""Keep the meaning of autocast and no_grad regions, of writes in place and of tensors that share memory."""
+"""Preserve the meaning of autocast and no_grad regions, of in-place writes and of aliases."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ def attend(q, k, v):
 
 
 def test_a_view_that_the_outputs_own_strides_forbid():
-    """Blocks of queries that are merged by a view: the output has to be laid out as it was."""
+    """A view merges blocks of queries, so the output must keep its layout."""
 
     def fn(q, k, v):
         q, k, v = (x.unfold(2, 8, 8).mT for x in (q, k, v))
@@ -69,7 +69,7 @@ def test_a_region_that_switches_off_what_is_off_is_no_border():
 
     check(fn, *(x.bfloat16() for x in qkv()), exact=False)
     q, k, v = qkv()
-    with torch.autocast("cpu", dtype=torch.bfloat16):  # now it is one
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # now there is an autocast region
         assert compiled(fn)(q, k, v).dtype == fn(q, k, v).dtype
         assert_kept(fn, q, k, v, code="region", tolerance=2e-2, exact=False)
 

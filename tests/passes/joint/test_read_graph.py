@@ -9,7 +9,7 @@ from attnfx.targets import sdpa_dispatch as fused
 
 @pytest.mark.parametrize("groups", [16, 4])
 def test_the_models_own_call_counts_it_too(groups):
-    """Captured on a CPU, or with a kernel for GPUs: the query's gradient in float32, and each head's of shared keys."""
+    """The workspace has the query's gradient in float32 and each head's gradient of shared keys, on CPU and GPU."""
     query, key = torch.empty(2, 16, 200, 64, device="meta"), torch.empty(2, groups, 300, 64, device="meta")
     expected = fused.workspace(query.shape, key.shape, 64, 4)
     assert expected >= 4 * 2 * 16 * 256 * 65

@@ -1,4 +1,4 @@
-"""Take the log-sum-exp of the scores from the operator, with its gradient, and leave no scores."""
+"""Take the logsumexp of the scores and its gradient from the operator, without materializing scores."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from tests.support import check, compiled, new_reports, qkv, rand
 
 T, S = 40, 56
-NOTE = "sums of its weights are computed without them (test_logsumexp.py:"
+NOTE = "sums of its weights are computed without storing the weights (test_logsumexp.py:"
 
 
 def scores_of(q, k):
@@ -177,7 +177,7 @@ def test_dropped_weights_leave_it_whole():
 
 
 def test_a_largest_score_that_may_be_none_is_not_added_back():
-    """Where a row has no key, -inf - -inf is NaN."""
+    """In a row without a key, -inf - -inf is NaN."""
 
     def fn(q, k, v):
         keep = torch.arange(T)[:, None] >= torch.arange(S) + 3

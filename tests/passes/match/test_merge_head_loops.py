@@ -1,4 +1,4 @@
-"""Merge a loop over heads or batch elements into one attention where that is proved; elsewhere its steps stay apart."""
+"""Merge a loop over heads or batch elements into one attention if that is proved correct, else keep steps separate."""
 
 import pytest
 import torch
@@ -102,7 +102,7 @@ ONE = [stacked, side_by_side, one_head_at_a_time, two_heads_at_a_time, one_batch
 @pytest.mark.parametrize("fn", ONE, ids=[fn.__name__ for fn in ONE])
 def test_steps_of_one_attention_are_one_site(fn):
     (site,) = check(fn, *qkv(t=T))
-    assert "steps of a loop over heads or batch elements, joined" in site.notes[-1]
+    assert "steps of a loop over heads or batch elements" in site.notes[-1]
     assert site.sizes["B"] * site.sizes["H"] * site.sizes["T"] == B * H * T
 
 

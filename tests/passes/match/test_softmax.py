@@ -1,4 +1,4 @@
-"""Recognize softmaxes written with exponentials, in ways that a respelling of one program does not give."""
+"""Recognize softmaxes written with exponentials, in ways that the respelling tests do not cover."""
 
 import math
 
@@ -26,7 +26,7 @@ def test_other_exponentials_are_a_softmax(fn):
 
 
 def test_a_small_number_beside_the_sum_is_computed_row_by_row():
-    """It is added to exponentials from which the maximum is taken, so that it is no logit of its own."""
+    """It is added to exponentials of scores minus their maximum, so it is not a constant logit."""
 
     def fn(q, k, v):
         s = (q @ k.mT) * 0.3

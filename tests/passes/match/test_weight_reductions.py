@@ -1,4 +1,4 @@
-"""Compute sums and means of the weights beside the attention without them, and take nothing else for them."""
+"""Compute sums and means of the weights without materializing the weights, and reject other uses of them."""
 
 import pytest
 import torch
@@ -76,9 +76,9 @@ FORMS = [mean_over_heads, received, before_the_product, by_batches_of_heads, by_
 @pytest.mark.parametrize("fn", FORMS, ids=[fn.__name__ for fn in FORMS])
 def test_a_sum_of_the_weights_is_computed_without_them(fn, dynamic, shapes_left):
     (site,) = check(fn, *inputs(), dynamic=dynamic)
-    assert "sums of its weights are computed without them (test_weight_reductions.py:" in site.notes[-1]
+    assert "sums of its weights are computed without storing the weights (test_weight_reductions.py:" in site.notes[-1]
     large = {s for s in shapes_left if s[-2:] == (T, S)}
-    if fn in (mean_over_heads, by_batches_of_heads):  # what is asked for has a number for each pair itself
+    if fn in (mean_over_heads, by_batches_of_heads):  # the result itself has a value for each pair
         large.remove((2, T, S))
     assert not large
 
@@ -121,7 +121,7 @@ def test_weights_before_dropout_are_added_up_whole():
 
 
 def test_two_draws_are_not_taken_for_one():
-    """The sum is of another draw than the output's: it is left as it was."""
+    """The sum has other dropout than the output, so it is kept."""
 
     def fn(q, k, v):
         w = weights_of(q, k)
@@ -205,7 +205,7 @@ PARTS = [of_the_class_token, of_the_last_rows, best_key, largest, of_each_key, o
 @pytest.mark.parametrize("fn", PARTS, ids=[fn.__name__ for fn in PARTS])
 def test_rows_of_the_weights_and_their_largest_are_computed_without_them(fn, shapes_left):
     (site,) = check(fn, *inputs(), dynamic=False, train=fn is not of_rows_without_a_key)
-    assert "parts of its weights are computed without them" in site.notes[-1]
+    assert "parts of its weights are computed without storing the weights" in site.notes[-1]
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
 
 
@@ -215,7 +215,7 @@ def test_the_largest_of_each_key_without_its_row_is_computed_where_it_has_no_gra
         return w @ v, w.amax(-2), w.amax((2,), keepdim=True)
 
     (site,) = check(fn, *inputs(), dynamic=False, train=False)
-    assert "parts of its weights are computed without them" in site.notes[-1]
+    assert "parts of its weights are computed without storing the weights" in site.notes[-1]
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
     (site,) = check(fn, *inputs())
     assert not site.notes
@@ -260,7 +260,7 @@ BY_ROW = [smallest_key, best_keys, some_columns, spread, of_dead_rows, for_a_log
 @pytest.mark.parametrize("fn", BY_ROW, ids=[fn.__name__ for fn in BY_ROW])
 def test_what_is_made_of_each_row_of_the_weights_is_computed_with_it(fn, dynamic, shapes_left):
     (site,) = check(fn, *inputs(), dynamic=dynamic, train=fn is not of_dead_rows)
-    assert "parts of its weights are computed with it, row by row (test_weight_reductions.py:" in site.notes[-1]
+    assert "parts of its weights are computed row by row together with it (test_weight_reductions.py:" in site.notes[-1]
     assert not {s for s in shapes_left if s[-2:] == (T, S)}
 
 
@@ -274,7 +274,7 @@ def test_what_mixes_rows_is_read_off_the_weights():
 
 
 def agrees(fn, read, **options):
-    """Whether what a compiled function says of its dropped weights is true of those that its output was made with."""
+    """Return whether a compiled function's second result matches the dropped weights of its output."""
     q, k, _ = inputs()
     weights, said = compiled(fn, **options)(q, k, torch.eye(S).expand(2, 4, S, S))
     return torch.allclose(read(weights), said, atol=1e-5)
@@ -332,7 +332,7 @@ def weights_too(q, k, v):
 
 
 def test_weights_that_are_returned_are_kept_as_they_are_by_the_cost_rule():
-    """They exist whatever is done: to compute the attention beside them would be work for nothing."""
+    """The weights are materialized anyway, so computing the attention separately would be wasted work."""
     q, k, v = inputs(t=512, s=512)
     with new_reports() as filed:
         compiled(weights_too, rewrite="cost")(q, k, v)

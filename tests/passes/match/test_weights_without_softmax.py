@@ -1,4 +1,4 @@
-"""Fuse weights that are a function of each score, without a normalization, where no linear layer is meant."""
+"""Fuse weights that are a function of each score without normalization, unless they form a linear layer."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Show one graph as text before and after each pass of `prepare`. ATTNFX_ACCEPT=1 accepts changes."""
+"""Compare one graph before and after each pass of `prepare` with golden text. ATTNFX_ACCEPT=1 accepts changes."""
 
 import pytest
 import torch
@@ -29,6 +29,13 @@ def functionalize(q, k, v, bias):
     scores += bias
     scores[..., 5:] = float("-inf")
     return scores.softmax(-1) @ v
+
+
+def detach_no_grad(q, k, v):
+    scores = q @ k.mT
+    with torch.no_grad():
+        decay = scores.softmax(-1).cumsum(-1)
+    return (scores * decay).softmax(-1) @ v
 
 
 def split_pair_linear(q, k, w, b):
@@ -83,6 +90,7 @@ FORMS = [
     (inline_checkpoints, heads),
     (expand_vmap, heads),
     (functionalize, lambda: (*heads(), rand(T, S))),
+    (detach_no_grad, lambda: [x.requires_grad_() for x in heads()]),
     (split_pair_linear, lambda: (rand(B, T, D), rand(B, S, D), rand(1, 2 * D), rand(1))),
     (split_ones_column, heads),
     (canonicalize, lambda: (*heads(), torch.ones(T, S, dtype=torch.bool).triu(1))),
@@ -95,7 +103,7 @@ FORMS = [
 
 
 def prepared(gm, steps, monkeypatch):
-    """A graph of Dynamo after some of the passes, and the products that it looks up in smaller ones."""
+    """Format a graph of Dynamo after some of the passes, and its products that are lookups in smaller ones."""
     monkeypatch.setattr(pipeline, "PREPARE", steps)
     graph = pipeline.prepare(gm, Context(Options(), Report()))
     looked_up = [f"{n} = {x.node}[{', '.join(map(str, x.index))}]" for n, x in graph.tables.items()]

@@ -1,4 +1,4 @@
-"""Rewrite other spellings of a masked fill or a product of matrices as these, and leave the rest alone."""
+"""Canonicalize other spellings of a masked fill or a matrix product, and leave the rest unchanged."""
 
 import pytest
 import torch
@@ -68,7 +68,7 @@ def test_a_tensor_of_one_number_is_a_fill_with_a_gradient():
         return s.softmax(-1) @ v
 
     q, k, v = (rand(2, 3, 24, 8) for _ in range(3))
-    (site,) = check(fn, q, k, v, rand(1))  # with the gradient of the number
+    (site,) = check(fn, q, k, v, rand(1))  # including the gradient of the fill
     assert str(site.spec) == "score   where(c0[i, j], 0.3 * dot, c1[0])"
 
 
@@ -81,7 +81,7 @@ def test_integers_as_an_index_are_no_mask():
     assert_kept(fn, *qkv(), code="rows_mixed")
 
 
-# -- products that are written as a sum ---------------------------------------------------------------
+# -- products written as a sum ------------------------------------------------------------------------
 @pytest.mark.parametrize("keepdim", [False, True])
 def test_products_by_broadcasting(keepdim):
     def fn(q, k, v):
@@ -139,7 +139,7 @@ def test_a_number_made_of_other_numbers_stays(pick):
         return ((q @ k.mT) * pick(b) + b[0, 0]).softmax(-1) @ v
 
     (site,) = check(fn, *qkv(), rand(3, 4))
-    assert str(site.spec) == "score   (dot * c1[]) + c0[0, 0]"  # c1 is the number that was picked
+    assert str(site.spec) == "score   (dot * c1[]) + c0[0, 0]"  # c1 is the selected scalar
 
 
 # -- other names of products ----------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_other_names_of_products(fn):
 
 
 def test_a_sum_of_products_is_not_rounded_by_the_callers_autocast():
-    """Autocast leaves a sum in float32, where the product of matrices that it could be written as is not."""
+    """Autocast keeps a sum in float32, but would round the equivalent matrix product."""
 
     def fn(q, k, v):
         s = (q.unsqueeze(3) * k.unsqueeze(2)).sum(-1).masked_fill(~causal(q, k), torch.finfo(torch.float32).min)

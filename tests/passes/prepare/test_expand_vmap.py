@@ -1,4 +1,4 @@
-"""Write vmap out: a vmapped attention, and a mask that vmap makes, are read as any other; the rest is left alone."""
+"""Expand vmap: recognize a vmapped attention and a mask made by vmap, and leave the rest unchanged."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def attend(q, k, v):
 
 
 def masked(reads):
-    """Attention under a mask that a function of four indices gives, mapped over each of them as libraries do."""
+    """Build attention under a mask from a function of four indices, mapped over each index as libraries do."""
 
     def fn(q, k, v):
         mask = reads
@@ -93,7 +93,7 @@ def test_a_constant_stands_in_the_body():
     )
 
 
-# -- what is left alone -------------------------------------------------------------------------------
+# -- unchanged code -----------------------------------------------------------------------------------
 def test_random_numbers_drawn_for_each_element_are_left_to_functorch():
     def fn(q, k, v):
         one = lambda q, k, v: F.dropout(((q @ k.mT) * 0.3).softmax(-1), 0.5) @ v  # noqa: E731

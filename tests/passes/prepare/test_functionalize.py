@@ -1,4 +1,4 @@
-"""Read scores that are changed in place, as a whole or through slices, as what they became."""
+"""Functionalize scores that are changed in place, as a whole or through slices."""
 
 import pytest
 import torch

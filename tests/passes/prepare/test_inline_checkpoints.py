@@ -1,4 +1,4 @@
-"""See attention in checkpointed regions as if they were not there, and save nothing that they did not."""
+"""Find attention through checkpointed regions, and save no more than these regions did."""
 
 import functools
 
@@ -18,7 +18,7 @@ def attend(q, k, v):
 
 
 def saved_by(fn, *args, **options):
-    """Shapes of what the compiled step saves for its backward pass, inputs aside; and the reports."""
+    """Return the shapes of the tensors that the compiled step saves, except inputs, and the reports."""
     args = [x.requires_grad_() for x in args]
     given = {x.data_ptr() for x in args}
     found, fast = [], compiled(fn, dynamic=False, **options)
@@ -73,7 +73,7 @@ def test_chunks_with_dropout_are_joined_and_drop_at_their_rate():
         out = compiled(fn)(q, k, v)
     out.backward(v.detach())
     assert len(filed[-1].sites) == 1
-    # <out, v> is linear in the values, and its gradient is of the same draw
+    # <out, v> is linear in the values, and its gradient has the same dropout
     torch.testing.assert_close((v.grad * v).sum(), (out * v).sum(), rtol=1e-4, atol=1e-4)
 
 
@@ -105,7 +105,7 @@ def test_an_attention_alone_in_its_region_saves_no_weights_and_runs_once():
 
     found, filed = saved_by(fn, *qkv(t=T))
     assert filed[-1].rewritten and not any(shape[-2:] == (T, T) for shape in found)
-    assert (2, 4, T) in [shape[:3] for shape in found]  # the log-sum-exp: nothing is to be run again
+    assert (2, 4, T) in [shape[:3] for shape in found]  # the logsumexp is saved, so nothing is recomputed
 
 
 def block(x, w):
@@ -120,7 +120,7 @@ def test_a_region_that_holds_more_than_attention_is_computed_again():
     found, filed = saved_by(fn, rand(2, T, 32), rand(32, 96))
     assert len(filed[-1].rewritten) == 2
     elements = sum(torch.Size(shape).numel() for shape in found)
-    assert elements <= 2 * 2 * T * 32, found  # what stands between the regions, and two views of one number
+    assert elements <= 2 * 2 * T * 32, found  # the tensors between the regions, and two views of one scalar
     check(fn, rand(2, T, 32), rand(32, 96), sites=2)
 
 

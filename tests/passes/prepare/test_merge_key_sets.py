@@ -10,7 +10,7 @@ M, S = 8, 24  # keys of the two sets
 
 
 def given():
-    """query, and key and value of both sets."""
+    """Create query, and key and value of both sets."""
     return rand(2, 4, S, 16), rand(2, 4, M, 16), rand(2, 4, S, 16), rand(2, 4, M, 16), rand(2, 4, S, 16)
 
 
@@ -37,7 +37,7 @@ def a_mask_for_one_set(q, k1, k2, v1, v2):
 
 
 def memories_of_all_batches(q, k1, k2, v1, v2):
-    """The first set has no batch."""
+    """Compute attention whose first set of keys is shared by all batch elements."""
     s = torch.cat([torch.einsum("bhid,hjd->bhij", q, k1[0]), q @ k2.mT], -1) * 0.25
     w = s.softmax(-1)
     return torch.einsum("bhij,hjd->bhid", w[..., :M], v1[0]) + w[..., M:] @ v2
@@ -55,7 +55,7 @@ def a_sink_between(q, k1, k2, v1, v2):
 
 
 def blocks_beside_memories(q, k1, k2, v1, v2):
-    """Each block of queries reads its own keys, and the first set as a whole."""
+    """Compute attention in which each block of queries reads its own keys and the whole first set."""
     blocks = [x.unflatten(2, (3, 8)) for x in (q, k2, v2)]
     near = torch.einsum("bhnid,bhnjd->bhnij", blocks[0], blocks[1])
     far = torch.einsum("bhnid,bhjd->bhnij", blocks[0], k1)

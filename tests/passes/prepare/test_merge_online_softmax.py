@@ -1,4 +1,4 @@
-"""Merge a softmax that was combined from chunks of keys by hand into one attention over all of them."""
+"""Merge a hand-written online softmax over chunks of keys into one attention over all keys."""
 
 import pytest
 import torch
@@ -43,7 +43,7 @@ def the_first_chunk_outside(q, k, v):
 
 
 def divided_at_each_step(q, k, v):
-    """As the first algorithm of Dao et al. 2022 (arXiv:2205.14135)."""
+    """Combine the chunks as algorithm 1 of Dao et al. 2022 (arXiv:2205.14135)."""
     out, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
     top = torch.full_like(total, -1e30)
     for kc, vc in chunks(k, v):
@@ -58,7 +58,7 @@ def divided_at_each_step(q, k, v):
 
 
 def combined_at_the_end(q, k, v):
-    """As Rabe and Staats 2021 (arXiv:2112.05682)."""
+    """Combine the chunks as Rabe and Staats 2021 (arXiv:2112.05682)."""
     parts = []
     for kc, vc in chunks(k, v):
         s = scores(q, kc)
@@ -75,7 +75,7 @@ def in_both_loops(q, k, v):
 
 
 def weights_cast(q, k, v):
-    """Statistics in float32, the products as narrow as the values."""
+    """Keep the statistics in float32, but compute the products in the values' dtype."""
     out, total = torch.zeros_like(q, dtype=torch.float32), torch.zeros_like(q[..., :1], dtype=torch.float32)
     top = torch.full_like(total, -INF)
     for kc, vc in chunks(k, v):
@@ -120,7 +120,7 @@ def test_causal(fill):
 
 
 def each_chunk_by_itself(fn, *args, **how):
-    """Five chunks of eight keys, each a site of whole rows."""
+    """Check that five chunks of eight keys stay separate sites of whole rows."""
     sites = check(fn, *args, sites=40 // STEP, **how)
     assert [(s.spec, s.decision.kernel, s.dims["S"]) for s in sites] == [(None, "rows", STEP)] * len(sites)
 
@@ -147,7 +147,7 @@ def test_a_step_that_is_wrong_stays_wrong():
         out, total = torch.zeros_like(q), torch.zeros_like(q[..., :1])
         for kc, vc in chunks(k, v):
             s = scores(q, kc)
-            p = (s - s.amax(-1, keepdim=True)).exp()  # each chunk by its own maximum, and never made equal
+            p = (s - s.amax(-1, keepdim=True)).exp()  # each chunk's own maximum, never rescaled to a common one
             out, total = out + p @ vc, total + p.sum(-1, keepdim=True)
         return out / total
 

@@ -1,15 +1,15 @@
-"""Merge a sum of products into one product over all widths; a table that is read at i - j is none of them."""
+"""Merge a sum of products into one product over all widths, but not a table that is indexed by i - j."""
 
 import pytest
 import torch
 
-from tests.support import check, compiled, new_reports, rand
+from tests.support import check, compiled, new_reports, qkv, rand
 
 T, D = 24, 16
 
 
 def given():
-    """query, key and value, and query and key of positions."""
+    """Create query, key and value, and query and key for positions."""
     return rand(2, 4, T, D), rand(2, 4, T, D), rand(2, 4, T, D), rand(2, 4, T, 8), rand(2, 4, T, 8)
 
 
@@ -75,7 +75,7 @@ def test_a_table_read_at_a_distance_stays_a_bias():
 
 
 def test_heads_between_rows_and_keys_do_not_hide_the_mask():
-    """Queries laid out as (batch, row, head): the mask says which of the two is the row."""
+    """Queries have the layout (batch, row, head); the mask decides which of the two dims is the row."""
 
     def fn(q, k, v):
         s = torch.einsum("bihd,bjd->bihj", q, k) * 0.25
@@ -94,3 +94,18 @@ def test_a_dimension_of_one_that_no_operand_names():
         return ((s + s.mT) * 0.25).softmax(-1) @ v
 
     check(fn, *(rand(2, 1, T, D) for _ in range(3)))
+
+
+def test_tables_of_rows_and_columns_stay_biases():
+    """Each row of an image has its own table of keys: a merged key would be copied for each row."""
+    side = 6
+
+    def fn(q, k, v, rows, columns):
+        near = torch.arange(side)[:, None] - torch.arange(side) + side - 1
+        grid = q.unflatten(2, (side, side))
+        s = (q @ k.mT).unflatten(2, (side, side)).unflatten(4, (side, side))
+        s = s + torch.einsum("nhrwc,rkc->nhrwk", grid, rows[near])[..., None]
+        s = s + torch.einsum("nhrwc,wkc->nhrwk", grid, columns[near])[..., None, :]
+        return s.flatten(4).flatten(2, 3).softmax(-1) @ v
+
+    check(fn, *qkv(t=side * side), rand(2 * side - 1, 8), rand(2 * side - 1, 8))

@@ -1,4 +1,4 @@
-"""Read a column of ones in the values as the sum of the weights, and the division by it as the softmax's."""
+"""Recognize a column of ones in the values as the sum of the weights, and the division by it as the softmax's."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_one_attention(fn, dynamic):
 
 
 def read_as_whole_rows(fn):
-    """Nothing was split: no formula describes the weights, which are computed as they were written."""
+    """Check that nothing was split: the site lacks a spec and runs as whole rows, as written."""
     (site,) = check(fn, *qkv())
     assert (site.spec, site.decision.kernel) == (None, "rows")
 

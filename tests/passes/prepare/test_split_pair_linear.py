@@ -1,4 +1,4 @@
-"""Split linear layers over pairs of a query and a key into layers over the rows, and find the attention."""
+"""Split linear layers over query-key pairs into layers over the rows, and find the attention."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ T, S, D = 24, 20, 16
 
 
 def given():
-    """Queries, keys, and a layer over both with what reads it."""
+    """Create queries, keys, the weight and bias of a layer over both, and the vector applied to its result."""
     return rand(2, T, D), rand(2, S, D), rand(D, 2 * D), rand(D), rand(D)
 
 

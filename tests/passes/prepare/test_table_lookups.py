@@ -1,4 +1,4 @@
-"""Look relative positions up in a small product instead of multiplying a vector for each score."""
+"""Look up relative positions in a small product instead of multiplying a vector for each score."""
 
 import pytest
 import torch
@@ -50,7 +50,7 @@ def test_no_tensor_of_a_vector_for_each_score_is_left(product, dynamic):
         return ((q @ k.mT + product(q, k, table)) * 0.3).softmax(-1) @ v
 
     (site,) = check(fn, *inputs(), dynamic=dynamic)
-    assert len(site.spec.captures) == 1 and "min" in str(site.spec)  # the place is computed for each score
+    assert len(site.spec.captures) == 1 and "min" in str(site.spec)  # the index is computed for each score
 
 
 def test_both_sides_and_two_tables():

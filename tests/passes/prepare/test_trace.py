@@ -1,4 +1,4 @@
-"""Trace a graph to ATen without running it, and leave the operators beside an attention as they were."""
+"""Trace a graph to ATen without running it, and leave operators outside an attention unchanged."""
 
 import pytest
 import torch
@@ -46,7 +46,7 @@ def test_a_model_in_which_random_numbers_are_drawn_draws_as_many():
     assert torch.equal(got, fn(q, k, v)[1])
 
 
-# -- what is recorded without being run -----------------------------------------------------------
+# -- operators recorded without being run ---------------------------------------------------------
 def everything_direct(x, y, w, b, n, h):
     linear = F.linear(F.linear(x, w, b), w)
     mixed = linear * 2 + n - 0.5 * y / n
@@ -55,7 +55,7 @@ def everything_direct(x, y, w, b, n, h):
 
 
 def recorded(monkeypatch, direct, autocast):
-    """(operator, shape, dtype, strides) of each node of the trace."""
+    """Return (operator, shape, dtype, strides) of each node of the trace."""
     from attnfx.passes.prepare import trace
 
     if not direct:
@@ -102,7 +102,7 @@ def test_what_was_not_run_can_be_changed_in_place():
 
 @pytest.mark.slow
 def test_contiguous_is_kept_where_it_changes_nothing():
-    """A compiler may give what it is called on other strides than eager does, as Inductor does to this `cat`."""
+    """A compiler may give its operand other strides than eager does, as Inductor does to this `cat`."""
 
     def fn(x, nothing):
         made = torch.cat([x.transpose(1, 2), nothing], -1).contiguous()

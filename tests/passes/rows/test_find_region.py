@@ -1,4 +1,4 @@
-"""Run attention that needs whole rows of scores in chunks of rows, and nothing whose rows mix."""
+"""Run attention that needs whole rows of scores in chunks of rows, unless its rows mix."""
 
 import pytest
 import torch
@@ -12,7 +12,7 @@ T, S = 40, 56
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one shorter."""
+    """Configure several chunks, the last one shorter."""
     monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
 
 
@@ -149,7 +149,7 @@ def test_weights_that_are_returned_come_from_the_same_pass(shapes_left):
 
 @pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
 def test_forward_and_backward_draw_the_same_dropout(inner):
-    """The output is linear in the values: <out, g> is <v, dv> for one draw only."""
+    """The output is linear in the values, so <out, g> is <v, dv> only for the same dropout."""
 
     def fn(q, k, v):
         return F.dropout(talking(scores_of(q, k)), 0.4, True) @ v
@@ -277,7 +277,7 @@ def test_a_refusal_names_the_operator_that_mixes_rows():
 
 
 def test_values_of_each_rows_own():
-    """Relative positions on the values' side (Shaw et al. 2018): rows of queries are a batch of the second product."""
+    """Relative positions in the values (Shaw et al. 2018): rows of queries are a batch dim of the second product."""
     i = torch.arange(T)
 
     def fn(q, k, v, table):

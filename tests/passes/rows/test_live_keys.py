@@ -12,7 +12,7 @@ T, S = 40, 56
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    """Several chunks, the last one shorter."""
+    """Configure several chunks, the last one shorter."""
     monkeypatch.setattr(rows, "TILE_ELEMENTS", {"cpu": 1})
 
 
@@ -87,6 +87,11 @@ def weights_of_dead_keys(q, k, v):
     return (s + s.amax(1, keepdim=True).sigmoid()) @ v
 
 
+def weights_plus_a_constant(q, k, v):
+    s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
+    return (s.masked_fill(s < s.topk(4, dim=-1).values[..., -1:], float("-inf")).softmax(-1) + 0.01) @ v
+
+
 def places_of_the_best(q, k, v):
     s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
     best, where = s.topk(4, dim=-1)
@@ -108,6 +113,7 @@ ALL_KEYS = [
     finite_fill,
     mean_over_keys,
     weights_of_dead_keys,
+    weights_plus_a_constant,
     places_of_the_best,
     sorted_past,
     least_of_the_past,
@@ -121,7 +127,7 @@ def test_chunks_take_all_keys_where_dead_ones_count(fn, keys_taken):
 
 
 def test_a_row_without_a_live_key_is_nan_as_in_eager():
-    """The first eight rows see no key."""
+    """The first eight rows do not see any key."""
 
     def fn(q, k, v):
         s = scores_of(q, k).masked_fill(~keep_causal(q, k, -8), float("-inf"))
@@ -132,7 +138,7 @@ def test_a_row_without_a_live_key_is_nan_as_in_eager():
 
 @pytest.fixture
 def keys_taken(monkeypatch, unexercised):
-    """For each pass, the first key and the number of keys of each chunk; None for all."""
+    """Record, for each pass, the first key and the number of keys of each chunk, or None for all keys."""
     found, real = [], rows.RowCall.keys
 
     def keys(self, n):
@@ -144,7 +150,7 @@ def keys_taken(monkeypatch, unexercised):
 
 
 def test_a_single_key_in_an_einsum_has_no_index_of_its_own():
-    """Many queries ask one pooled token (hourglass transformers); the other attention of the graph is rewritten too."""
+    """Many queries attend to one pooled token (hourglass transformers); the other attention is rewritten, too."""
 
     def attend(q, k, v):
         scores = torch.einsum("bhid,bhjd->bhij", q, k) * 0.3

@@ -1,4 +1,4 @@
-"""Run scores that are no product of queries with keys in chunks of rows: additive, by distance, of a graph's nodes."""
+"""Run scores other than products of queries and keys in chunks of rows: additive, by distance, of a graph's nodes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Hold generated Triton functions against the interpreter of the IR, by operation and on random programs."""
+"""Compare generated Triton functions with the interpreter of the IR, by operation and on random programs."""
 
 import math
 import os
@@ -54,7 +54,7 @@ def run(dots, out, captures, sizes, b, h, HEADS: tl.constexpr, ROWS: tl.constexp
 
 
 def emitted(e: Expr, b=1, h=2, wide=frozenset(), inside=frozenset()):
-    """The values of a float or truth value over (i, j), from the generated functions."""
+    """Compute a float or bool expression over (i, j) with the generated functions."""
     name = "keep" if e.kind == BOOL else "score"
     score, keep = (A.DOT, e) if e.kind == BOOL else (A.to_float(e), None)
     made = Program(True, 1.0, score, keep, None, None, A.const(1.0), None, None, (), (), ())
@@ -204,7 +204,7 @@ many = settings(max_examples=25, deadline=None, suppress_health_check=list(Healt
 
 
 def nested(depth, leaf, grow):
-    """Leaves, sums, and what else `grow` makes of shallower ones."""
+    """Return a strategy for leaves, sums, and expressions that `grow` builds from shallower ones."""
     if not depth:
         return leaf
     x = nested(depth - 1, leaf, grow)
@@ -238,7 +238,7 @@ def test_random_programs_have_the_interpreters_values(e):
     check(e, tolerance=2e-5)
 
 
-# -- what is refused, and where the file lies -----------------------------------------------------
+# -- refusals, and the place of the file ----------------------------------------------------------
 def refused(score, **fields):
     made = program_of(AttentionSpec(score=score, **fields))
     assert isinstance(made, str)

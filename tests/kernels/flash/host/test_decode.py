@@ -1,4 +1,4 @@
-"""Leave keys out in the decode kernels: by the indices, and by the summary of a mask that stands in a tensor."""
+"""Skip keys in the decode kernels: by the indices, and by the summary of a mask in a tensor."""
 
 import math
 from dataclasses import replace
@@ -26,7 +26,7 @@ TILE = Tile(16, STEP, 1, 1)
 
 
 def cache(*parts, rows=1):
-    """A mask (2, rows, S) that keeps these parts of each batch's keys."""
+    """Create a mask (2, rows, S) that keeps these parts of each batch's keys."""
     kept = torch.zeros(2, rows, S, dtype=torch.bool)
     for b, keys in enumerate(parts):
         kept[b, :, keys] = True
@@ -34,7 +34,7 @@ def cache(*parts, rows=1):
 
 
 def kept_call(kept, fill, added, rows=1, more=A.TRUE, index=(B, I, J), **shape):
-    """A call that knows the summary of its mask, boolean or added."""
+    """Create a call with the summary of its mask, boolean or additive."""
     capture = torch.zeros(kept.shape).masked_fill(~kept, fill) if added else kept
     load = A.load(0, index, "f" if added else "b")
     score = A.add(DOT, load) if added else masked(A.and_(load, more), fill)
@@ -44,7 +44,7 @@ def kept_call(kept, fill, added, rows=1, more=A.TRUE, index=(B, I, J), **shape):
 
 
 def compare(call, visited=None):
-    """Against the whole matrix in float64, and how many tiles of each batch are listed."""
+    """Compare with the whole matrix in float64, and check the number of listed tiles of each batch."""
     want = whole(call.spec, *(x.double() for x in (call.query, call.key, call.value)), call.captures)
     out, logsumexp = split.forward(call, TILE, wanted=5)
     torch.testing.assert_close(out.double(), want, rtol=2e-5, atol=2e-5, equal_nan=True)
@@ -68,7 +68,7 @@ def test_empty_tiles_are_left_out(fill, added):
 @pytest.mark.parametrize("added", [False, True])
 @pytest.mark.parametrize("fill", [-INF, FINITE])
 def test_a_row_without_a_live_key_is_eagers(fill, added):
-    """Its masked keys average, or give NaN, for which a mask that selects needs no key."""
+    """Its masked keys average or make NaN. For NaN, a boolean mask can skip every key."""
     compare(kept_call(cache(slice(0, 0), slice(7, 90)), fill, added), [0 if fill == -INF and not added else ALL, 6])
 
 
@@ -80,7 +80,7 @@ def test_one_row_of_several_without_a_live_key(fill):
 
 
 def test_rows_that_share_no_live_grain_see_every_tile():
-    """Each has a live key, but the summary cannot tell."""
+    """Each row has a live key, but the summary cannot show that."""
     kept = cache(slice(0, 0), slice(7, 90), rows=2)
     kept[0, 0, 3], kept[0, 1, 100] = True, True
     compare(kept_call(kept, FINITE, True, rows=2), [ALL, 6])
@@ -103,7 +103,7 @@ def test_a_mask_by_head():
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("fill", [-INF, FINITE])
 def test_heads_that_share_keys_share_a_list(fill, rows):
-    """What one of them sees, all of them visit; with a finite fill, where each of them sees something."""
+    """All of them visit a tile that one of them sees; with a finite fill, only if each of them sees a key."""
     starts = torch.tensor([5, 30, 100, 120])[:, None]
     kept = (torch.arange(S) >= starts) & (torch.arange(S) < starts + 20)  # (H, S)
     tiles = -(-S // STEP)
@@ -115,7 +115,7 @@ def test_heads_that_share_keys_share_a_list(fill, rows):
         made.run(call.query.device)
     assert decoded.arguments["walks"][0][0, :, 0, 3].tolist() == counts and max(counts) < tiles
     blind = kept.clone()
-    blind[1] = False  # a head without a key averages over all where the fill is finite
+    blind[1] = False  # with a finite fill, a head without a key averages over all
     call = kept_call(blind, fill, False, rows=rows, index=(H, J), heads=4, groups=2)
     compare(call)
 

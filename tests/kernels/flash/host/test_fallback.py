@@ -1,4 +1,4 @@
-"""Fall back from kernels that do not compile or do not fit: smaller tiles, then none, and reports that say so."""
+"""Fall back from kernels that do not compile or fit: smaller tiles, then PyTorch operators, stated in reports."""
 
 import math
 import threading
@@ -37,7 +37,7 @@ def nothing_failed(monkeypatch):
 
 @pytest.fixture
 def refuse(monkeypatch):
-    """Makes launches fail: of kernels whose name holds `kernel`, with a tile of more than `keys` keys."""
+    """Make launches fail for kernels whose name contains `kernel`, with a tile of more than `keys` keys."""
     counted = []
 
     def install(problem, kernel="", keys=0):
@@ -69,11 +69,11 @@ def passes(some):
 def test_a_tile_that_does_not_fit_gives_way_to_a_smaller_one_once_with_one_warning(refuse):
     want = passes(call())
     refused = refuse(TOO_LARGE, keys=LEAST.keys)
-    with pytest.warns(RuntimeWarning, match="needs 300000 of shared memory, the device has 232448") as told:
+    with pytest.warns(RuntimeWarning, match="needs 300000 of shared memory, and the device has 232448") as told:
         got = passes(call())
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    ours = [x for x in told if str(x.message).startswith("attnfx")]  # Triton's interpreter has warnings of its own
-    assert len(ours) == 2 == len(refused)  # of the forward and of the backward kernel
+    ours = [x for x in told if str(x.message).startswith("attnfx")]  # Triton's interpreter warns, too
+    assert len(ours) == 2 == len(refused)  # forward and backward kernel
     with warnings.catch_warnings():
         warnings.filterwarnings("error", "attnfx")
         passes(call())
@@ -138,6 +138,6 @@ def test_every_tile_is_followed_by_smaller_ones(monkeypatch, capability, dtype):
 
 
 def test_what_outlives_a_call_is_not_allocated_by_the_thread_that_may_capture_a_graph():
-    # PyTorch sends all that a capturing thread allocates to the graph's own memory, and refuses what stays there
+    # allocations of a capturing thread go to the graph's private pool, where PyTorch rejects tensors that stay alive
     assert device.lasting(threading.get_ident, torch.device("cuda", 0)) != threading.get_ident()
     assert device.lasting(threading.get_ident, torch.device("cpu")) == threading.get_ident()

@@ -1,4 +1,4 @@
-"""Summarize masks that stand in tensors in one pass, skip their empty tiles, and never change a result."""
+"""Summarize masks in tensors in one pass, skip their empty tiles, and never change a result."""
 
 import math
 from dataclasses import replace
@@ -29,13 +29,13 @@ T, S = 40, 60
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
-    """Grains and calls as small as the interpreter likes them."""
+    """Configure grains and calls small enough for the interpreter."""
     for name, value in (("GRAIN", 16), ("LEAST", 0), ("SHORTEST", 0)):
         monkeypatch.setattr(summary, name, value)
 
 
 def rows_and_keys(*parts):
-    """A mask (S,) or (T, S) that keeps these parts alone."""
+    """Create a mask (S,) or (T, S) that keeps only these parts."""
     kept = torch.zeros(T, S, dtype=torch.bool)
     for part in parts:
         kept[part] = True
@@ -69,7 +69,7 @@ MASKS = {
 
 
 def call_with_summary(keep, capture, fill=-INF, inputs=None, score=DOT, more=(), **fields):
-    """(a call that knows the summary of its mask, the summary)."""
+    """Create a call with the summary of its mask, and return both."""
     captures = (capture, *(x for x, _ in more))
     kinds = (Capture("b" if capture.dtype == torch.bool else "i", capture.ndim), *(c for _, c in more))
     spec = AttentionSpec(score=masked(keep, fill, score), captures=kinds, **fields)
@@ -81,7 +81,7 @@ def call_with_summary(keep, capture, fill=-INF, inputs=None, score=DOT, more=(),
 
 
 def compare(call, tile=TILE):
-    """Output and all gradients against the whole matrix in float64, and what a call without a summary gives."""
+    """Compare output and all gradients with the whole matrix in float64, and with a call without a summary."""
     leaves = [x.double().requires_grad_() for x in (call.query, call.key, call.value)]
     doubles = [x.double().requires_grad_() if c.grad else x for x, c in zip(call.captures, call.spec.captures)]
     want = whole(call.spec, *leaves, doubles)
@@ -148,7 +148,7 @@ def test_a_grain_is_live_or_dead_as_its_scores_are():
 
 
 def test_what_is_empty_is_not_visited():
-    """A NaN in an empty tile stays there; without a summary, it comes through."""
+    """A NaN in an empty tile does not spread. Without a summary, it does."""
     call, states = call_with_summary(*MASKS["padding"])
     empty = (states == summary.DEAD).all(2).nonzero()[0]  # a batch and a column of tiles
     at = empty[0], slice(None), 16 * empty[-1]
@@ -164,7 +164,7 @@ def test_what_is_empty_is_not_visited():
 
 
 def test_full_tiles_read_no_mask():
-    """The mask changes after it was summarized: where a tile was full, nobody looks."""
+    """The mask changes after its summary was made; full tiles must not read it."""
     call, _ = call_with_summary(*MASKS["any"])
     before = launch.forward(call, TILE)[0]
     changed = call.captures[0].clone()
@@ -191,7 +191,7 @@ def changed_between(q, k, v, mask):
 
 @pytest.fixture
 def passes(monkeypatch):
-    """How often a mask is summarized, in graphs for which flash is chosen."""
+    """Record each summary of a mask, in graphs for which the flash tier is chosen."""
     seen, original = [], tier.summarise
     monkeypatch.setattr(tier, "summarise", lambda *some: seen.append(1) or original(*some))
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
@@ -247,7 +247,7 @@ def test_pytorchs_own_checks_of_an_operator_pass():
 def test_a_summary_that_does_not_fit_is_refused():
     call, states = call_with_summary(*MASKS["any"])
     args = call.query, call.key, call.value, list(call.captures), [], None, call.spec.to_json(), "flash"
-    with pytest.raises(ValueError, match=r"summary is \(2, 1, 3, 3\), the spec's mask has \(2, 1, 3, 4\)"):
+    with pytest.raises(ValueError, match=r"summary has shape \(2, 1, 3, 3\), expected \(2, 1, 3, 4\)"):
         torch.ops.attnfx.attention(*args, states[..., :3].contiguous())
 
 

@@ -1,4 +1,4 @@
-"""Visit the live tiles of masks that the indices alone decide, and skip what is empty between them."""
+"""Visit the live tiles of masks that the indices alone decide, and skip empty tiles between them."""
 
 import math
 
@@ -39,7 +39,7 @@ def window(width):
 
 
 def image(width, reach):
-    """Of a picture's pixels, row after row, those at most `reach` rows and columns away."""
+    """Return the mask of an image's pixels, row by row, that are at most `reach` rows and columns away."""
     rows, columns = ([f(x, n(width)) for x in (I, J)] for f in (A.floordiv, A.mod))
     return A.and_(near(*rows, reach), near(*columns, reach))
 
@@ -60,14 +60,14 @@ WITHOUT = {"causal": CAUSAL, "window": window(30), "blocks": A.eq(A.floordiv(I, 
 
 
 def matrix(keep, sizes):
-    """keep[h, i, j] one by one."""
+    """Evaluate keep[h, i, j] element by element."""
     h, t, s = (range(sizes[x]) for x in "HTS")
     return np.array([[[evaluate(keep, dict(b=0, h=x, i=i, j=j, **sizes)) for j in s] for i in t] for x in h], bool)
 
 
 def check_path(path, live, block, step):
-    """`live` (H, rows, keys). Each tile that holds a live score is visited once, and a full one holds no other and
-    ends where the keys do, or before."""
+    """Check that each tile with a live score is visited once, and that full tiles are fully live and in bounds. `live`
+    is (H, rows, keys)."""
     for t in range(len(path.walks)):
         rows = live[:, t * block : (t + 1) * block]
         start, full_start, full_end, end = path.walks[t]
@@ -121,7 +121,7 @@ def test_no_live_score_is_left_out_and_no_full_tile_has_a_dead_one(keep, tile, r
 
 @pytest.mark.parametrize("name", GAPS)
 def test_what_is_visited_is_what_is_live(name):
-    """These masks' comparisons decide one by one, so that the count is exact."""
+    """The analysis is exact for these masks, because it can decide each of their comparisons on its own."""
     live = matrix(GAPS[name], SIZES)
     for along, held in ((along_keys, live), (along_rows, live.transpose(0, 2, 1))):
         path = along(GAPS[name], SIZES, 16, 16)
@@ -147,7 +147,7 @@ def test_tiles_without_a_gap_need_no_list(name):
 def test_a_long_matrix_is_not_looked_at_tile_by_tile(monkeypatch):
     monkeypatch.setattr("attnfx.kernels.flash.host.ranges.LARGEST", 0)
     for keep in (*GAPS.values(), *WITHOUT.values()):
-        sizes = SIZES | dict(T=151)  # nothing of the other tests is remembered
+        sizes = SIZES | dict(T=151)  # avoids cached results of other tests
         path = along_keys(keep, sizes, 32, 16)
         assert path.states is None
         check_path(path, matrix(keep, sizes), 32, 16)
@@ -172,7 +172,7 @@ def test_outputs_and_gradients_are_those_of_the_whole_matrix(name, fill):
 
 @pytest.mark.parametrize("name", GAPS)
 def test_what_is_empty_is_not_visited_in_either_pass(name, monkeypatch):
-    """A NaN in keys that a block of rows does not see stays away from its rows."""
+    """A NaN in keys that a block of rows does not see does not reach its rows."""
     monkeypatch.setattr("attnfx.kernels.flash.host.ranges.SPARSE", 0.999)
     rows, keys, block = 112, 128, slice(96, 112)
     live = matrix(GAPS[name], dict(B=2, H=2, T=rows, S=keys))[:, block]
