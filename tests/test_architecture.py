@@ -36,8 +36,8 @@ def modules() -> dict[str, Path]:
     found = {}
     for folder, name in (
         (ROOT / "attnfx", "attnfx"),
-        (ROOT / "passes", "attnfx.passes"),
-        (ROOT / "kernels", "attnfx.kernels"),
+        (ROOT / "attnfx/passes", "attnfx.passes"),
+        (ROOT / "attnfx/kernels", "attnfx.kernels"),
     ):
         for file in folder.rglob("*.py"):
             if folder.name != "attnfx" or file.relative_to(folder).parts[0] not in ("passes", "kernels"):

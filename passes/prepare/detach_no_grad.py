@@ -26,7 +26,7 @@ def run(graph: Graph) -> int:
     regions = [(enter, nodes, leave) for enter, nodes, leave in regions if leave.target is SET_GRAD and leave.args[0]]
     if not regions:
         return 0
-    facts, near = graph.facts, near_normalizer(graph.gm.graph.nodes)
+    facts, near = graph.facts, near_normalizer(list(graph.gm.graph.nodes))
     changed = 0
     for enter, nodes, leave in regions:
         outer = facts.regions.get(enter.prev, (None, None))[0]
