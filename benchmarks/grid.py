@@ -262,17 +262,22 @@ def ways(got: dict[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
-    """Fit nonnegative Rates for each way of computing, by least squares of the relative errors."""
+    """Fit nonnegative Rates for each way of computing, by least squares of the relative errors. The rate of repeated
+    keys stays: decode steps, of which it is the larger part, are not in the grid."""
     from attnfx.cost import cpu
 
-    names = [field.name for field in fields(cpu.Rates)]
+    names = [field.name for field in fields(cpu.Rates) if field.name != "repeated"]
+    before = cpu.TRAINING if train else cpu.FORWARD
     rows: dict[str, list[list[float]]] = {}
     for got in points:
         if got["train"] == train:
             for way, ms in ways(got):
                 todo = cpu.work(question(got), way)
                 rows.setdefault(way, []).append([getattr(todo, name) / (ms * 1e6) for name in names])
-    return {way: cpu.Rates(*not_negative(found)) for way, found in rows.items()}
+    return {
+        way: cpu.Rates(**dict(zip(names, not_negative(found))), repeated=before[way].repeated)
+        for way, found in rows.items()
+    }
 
 
 def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
