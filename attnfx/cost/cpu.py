@@ -28,9 +28,9 @@ class Rates:
              one axis, so batched products and Inductor's fused calls copy; not for a single query, which is not batched
     score    per computed score, at any head width
     width    per score and unit of head width: the two contractions
-    repeated per element of keys and values that the original copies for each query head of a group; on 2 cores of an
-             Intel Xeon, 7 decode steps of 512 to 4096 keys that fit into the cache: 0.38 to 0.91
-    spilled  per score, or repeated element, that does not fit into the shared cache
+    repeated per element of keys and values that the original copies for each query head of a group, if the copies fit
+             into the shared cache; on an Intel Xeon, 11 decode steps: 0.38 to 0.5, and 2.2 to 2.7 if they do not fit
+    spilled  per score that does not fit into the shared cache
     program  per score and operation of the score program beyond a scaled product
     function per score and function of the score program: tanh, exp, ...
     draw     per random number of dropout, one for each score
@@ -73,7 +73,6 @@ FORWARD = {
         score=0.483,
         width=0.0414,
         repeated=0.45,
-        spilled=1.75,
         program=1.74,
         narrow=0.0487,
     ),
@@ -105,6 +104,7 @@ TRAINING = {
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
+COLD = 4.0  # further time of a repeated element beyond the shared cache, in its time within
 BLOCK = 256  # queries in a block of kernels/library/cpu.py; kernels/chunked/blocks.py cuts some blocks in two
 KEYS = 512  # keys that PyTorch's operator computes at a time: with is_causal it skips whole groups of this size
 # Inductor's patterns match some spellings of a site and not others, and the spec does not record the spelling. If every
@@ -123,9 +123,9 @@ def work(ask: Question, way: str) -> Rates:
     operations = _operations(ask.spec.score)
     if way in ("inductor", "fused") and dims["H"] > dims["G"] and not ask.native:
         repeated = float(dims["B"] * dims["H"] * dims["S"] * (dims["D"] + dims["Dv"]))
-        spilled = repeated * _beyond_cache(repeated * ask.element)
+        repeated *= 1.0 + COLD * _beyond_cache(repeated * ask.element)
     if way == "inductor":  # scores and weights are alive at the same time
-        spilled += scores * _beyond_cache(2.0 * scores * ask.element)
+        spilled = scores * _beyond_cache(2.0 * scores * ask.element)
     elif way != "fused":
         computed = scores * _live(ask.spec, tuple(ask.dims.items()), way == "library")
     if way == "library":
