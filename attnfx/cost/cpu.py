@@ -55,26 +55,12 @@ class Rates:
 FORWARD = {
     # 44 points, mean error 9%
     "inductor": Rates(
-        operand=0.129,
-        copied=0.239,
-        score=1.73,
-        width=0.0408,
-        repeated=0.45,
-        spilled=1.75,
-        program=0.296,
-        function=2.08,
-        narrow=0.0231,
+        operand=0.129, copied=0.239, score=1.73, width=0.0408, repeated=0.45, spilled=1.75, program=0.296,
+        function=2.08, narrow=0.0231,
     ),
     # 30 points, mean error 6%
     "fused": Rates(
-        call=20900,
-        operand=0.48,
-        copied=0.7,
-        score=0.483,
-        width=0.0414,
-        repeated=0.45,
-        program=1.74,
-        narrow=0.0487,
+        call=20900, operand=0.48, copied=0.7, score=0.483, width=0.0414, repeated=0.45, program=1.74, narrow=0.0487,
     ),
     # 71 points, mean error 8%
     "library": Rates(call=224000, operand=0.576, copied=0.0904, score=0.735, width=0.0424, program=1.24, narrow=0.0483),
@@ -82,7 +68,7 @@ FORWARD = {
     "chunked": Rates(call=123000, operand=0.818, score=1.7, width=0.0576, program=0.743, function=1.87, narrow=0.0696),
     # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=400000, score=2.5, width=0.02),
-}
+}  # fmt: skip
 TRAINING = {
     # 29 points, mean error 5%
     "inductor": Rates(
