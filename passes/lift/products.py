@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import Node
 
-from attnfx.passes.fx.nodes import PRODUCTS, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.fx.nodes import PRODUCTS, SDPA, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 
@@ -90,3 +90,21 @@ def near_normalizer(nodes: Collection[Node]) -> set[Node]:
         if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
             after.add(n)
     return before | after
+
+
+PART = 16  # most nodes from a part back to the product that it comes from
+
+
+def of_products(found: list[Node]) -> bool:
+    """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
+    for at in found:
+        for _ in range(PART):
+            if batched(at) or op_name(at) in SDPA:
+                break
+            source = at.args[0] if at.op == "call_function" and at.args else None
+            if not isinstance(source, Node):
+                return False
+            at = source
+        else:
+            return False
+    return True

@@ -4,6 +4,7 @@
     sum(x[.., None, :] * y[.., None, :, :], d)   becomes   an einsum
     einsum(.., x, y, z)                          becomes   einsums of two operands
     tensordot, inner                             become    einsums
+    hstack, vstack of matrices                   become    cat
 
 Needs `meta["val"]`, and in-place operators removed (the pass `functionalize`); changes the graph in place; promises the
 same results up to rounding.
@@ -35,7 +36,7 @@ def run(graph: Graph) -> int:
     gm = graph.gm
     rules = {
         "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
-        "inner": _tensordot, "linalg_matmul": _matmul,
+        "inner": _tensordot, "linalg_matmul": _matmul, "hstack": _joined, "vstack": _joined,
     }  # fmt: skip
     found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
     if not found:
@@ -103,6 +104,13 @@ def _unexpanded(x: Any) -> Any:
 
 def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     return Emitter(gm, n).call(aten.matmul.default, *n.args)
+
+
+def _joined(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+    """Rewrite hstack or vstack of parts with two or more dimensions as cat."""
+    if any(len(shape(x)) < 2 for x in n.args[0]):  # type: ignore[union-attr,arg-type]
+        return None
+    return Emitter(gm, n).call(aten.cat.default, n.args[0], 1 if op_name(n) == "hstack" else 0)
 
 
 def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:

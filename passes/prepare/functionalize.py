@@ -19,7 +19,7 @@ from attnfx.passes.fx.analysis import Facts, storage, written_operands
 from attnfx.passes.fx.nodes import dims, op_name, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.products import near_normalizer
+from attnfx.passes.lift.products import near_normalizer, of_products
 
 aten = torch.ops.aten
 # Allocations that are written part by part: passes/prepare/hoist_concat.py joins the parts.
@@ -64,7 +64,8 @@ def run(graph: Graph) -> int:
         if key is None or not _fresh(families[key]) or near.isdisjoint(families[key]):
             continue
         views = _views(target)
-        if views and op_name(views[-1].args[0]) in EMPTY:  # type: ignore[arg-type]
+        base = op_name(views[-1].args[0]) if views else ""  # type: ignore[arg-type]
+        if base in EMPTY and ("zeros" not in base or of_products([node.args[1]])):  # type: ignore[list-item]
             continue
         # aliases from before the write that are read after it, besides the tensors that get a new value below
         renewed = [target, *(v.args[0] for v in views)]

@@ -20,16 +20,15 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import storage, written_operands
-from attnfx.passes.fx.nodes import SDPA, STACK, dims, is_tensor, op_name, parts, size_expr, take_place, value
+from attnfx.passes.fx.nodes import STACK, dims, is_tensor, op_name, parts, size_expr, take_place, value
 from attnfx.passes.lift.emitter import Emitter, like
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.products import batched
+from attnfx.passes.lift.products import batched, of_products
 from attnfx.passes.lift.row_rules import Along, Made, NotSeparable, split
 from attnfx.passes.prepare.functionalize import EMPTY
 from attnfx.spec.rows import Ref
 
 aten = torch.ops.aten
-NEAR = 16  # most nodes from a part back to the product that it comes from
 
 
 def run(graph: Graph) -> int:
@@ -41,7 +40,7 @@ def run(graph: Graph) -> int:
     regions = graph.facts.regions
     for n in list(graph.gm.graph.nodes):
         found = parts(n)
-        at: Node | None = n if found is not None and _of_products(found[0]) else None
+        at: Node | None = n if found is not None and of_products(found[0]) else None
         while at is not None and (found := parts(at)) is not None:
             if any(regions[x] != regions[n] for x in found[0]):
                 break  # a linear layer's result depends on the autocast region, its gradient on the no_grad region
@@ -50,21 +49,6 @@ def run(graph: Graph) -> int:
                 graph.changed()
                 changed += 1
     return changed
-
-
-def _of_products(found: list[Node]) -> bool:
-    """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
-    for at in found:
-        for _ in range(NEAR):
-            if batched(at) or op_name(at) in SDPA:
-                break
-            source = at.args[0] if at.op == "call_function" and at.args else None
-            if not isinstance(source, Node):
-                return False
-            at = source
-        else:
-            return False
-    return True
 
 
 # -- writes into parts of an empty tensor ---------------------------------------------------------
@@ -87,7 +71,7 @@ def _written_in_parts(graph: Graph, base: Node) -> bool:
     family = [n for n in gm.graph.nodes if storage(n) == storage(base)]
     writes = [w for w in (_write(base, n) for n in family) if w is not None]
     copies = {w.copy for w in writes}
-    if len(writes) < 2 or not _of_products([w.source for w in writes]):
+    if len(writes) < 2 or not of_products([w.source for w in writes]):
         return False
     last = max(copies, key=facts.position.__getitem__)
     views = {n for w in writes for n in _path(base, w.copy)}
