@@ -2,7 +2,11 @@
 
 
 class AttnfxError(Exception):
-    """The base class of every exception that attnfx raises on purpose."""
+    """The base class of every exception that attnfx raises on purpose.
+
+    If the backend raises one, `torch.compile` raises `torch._dynamo.exc.BackendCompilerFailed` with it as the attribute
+    `inner_exception`.
+    """
 
 
 class OptionError(AttnfxError, ValueError):
@@ -10,7 +14,10 @@ class OptionError(AttnfxError, ValueError):
 
 
 class RefusalError(AttnfxError):
-    """A refused site, with `strict`. The message gives the reason, the line in the user's code, and a remedy."""
+    """A refused site or a graph that cannot be traced, in the backend with `strict`.
+
+    The message gives the reason, a remedy and, for a site, the line in the user's code.
+    """
 
 
 class BudgetError(AttnfxError):

@@ -23,8 +23,12 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
     from the call. Each graph returns zeros of the right shapes instead of its results. So control flow that depends on
     values may take another branch than in a real run. The model's state is not changed.
 
+    `options` are the fields of `Options`. A refused site is in the report and not raised, even with `strict`. `tune`
+    only uses cached times; `verify`, `memory_budget`, `dump_dir` and `inner` have no effect.
+
     Raises:
         OptionError: An option is unknown or has a bad value.
+        torch._dynamo.exc.BackendCompilerFailed: attnfx itself fails on a graph or, with `strict`, on a part of one.
     """
     chosen = Options.make(options)
     if chosen.tune:  # use cached measurements, time nothing

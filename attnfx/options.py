@@ -33,17 +33,20 @@ class Options:
     """The backend's options, checked and normalized.
 
     Attributes:
-        rewrite: Rewrite a site if it is predicted to help ("cost"), whenever it is sound ("always"), or never.
+        rewrite: Rewrite a site if it is predicted to help ("cost"), whenever it is sound ("always"), or
+            never ("never").
         target: The device to decide for; "auto" is the device of the graph's tensors. A record's name or the path of
             a JSON file becomes its `Target`.
-        tiers: The tiers that may be chosen, in the order of `TIERS`; "kept" is always among them.
+        tiers: The tiers that may be chosen, as names or as text such as "flash,library": "flash", "decode", "library",
+            "chunked", "kept". They are stored in this order; "kept" is always among them.
         memory_budget: The largest allowed peak of the compiled step: bytes, "16GiB", a fraction of the device's
             memory, or "auto" for its free memory; None sets no limit.
         verify: "first" compares each rewritten site with the original subgraph when a graph is compiled, on the
             inputs of its first call; on a mismatch the original stays.
-        strict: Raise if a site is refused or attnfx itself fails, instead of compiling the original.
-        dump_dir: An absolute path; every graph's stages are written under it.
-        inner: The compiler of the rewritten graph.
+        strict: Raise RefusalError if a site is refused, or the error if attnfx itself fails, instead of compiling the
+            original.
+        dump_dir: The path of a folder, stored as an absolute path; every graph's stages are written under it.
+        inner: The compiler of the rewritten graph: "inductor", "aot_eager" or "eager".
         tune: Time the likeliest candidates of each site once, and keep the times in the user's cache; "known" uses
             cached times and measures nothing, "again" measures anew and replaces them.
 

@@ -106,7 +106,14 @@ def fitting(ways: Iterable[Strategy], limit: int | None, resident: Resident, tar
 
 @dataclass(frozen=True)
 class Moment:
-    """The memory allocated after one event: `bytes` in total, including `change` by this event."""
+    """The memory allocated after one event, an allocation or a release.
+
+    phase   "forward" or "backward", with a number if there are several graphs
+    where   the module or source line of the operation, if known
+    value   the number of the graph and the name of the value, such as "0.addmm"
+    change  bytes that the event allocates, or releases if negative
+    bytes   bytes allocated after the event, including those that stay between steps
+    """
 
     phase: str
     where: str

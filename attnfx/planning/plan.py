@@ -28,7 +28,10 @@ from attnfx.targets.available import detected, free_bytes
 
 
 class Plan(Prediction):
-    """Decisions for a model under a memory budget, with the predicted timeline: a `Prediction` with output methods."""
+    """Decisions for a model under a memory budget, with the predicted timeline: a `Prediction` with output methods.
+
+    `str(plan)` is a table of the peak, limits and decisions.
+    """
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -44,7 +47,13 @@ class Plan(Prediction):
         return table(self)
 
     def plot(self, path: str | PathLike[str]) -> None:
-        """Plot the timeline to an image file. Needs the extra "plot"."""
+        """Plot the timeline, in GiB over allocator events, to an image file; an existing file is replaced.
+
+        Raises:
+            ImportError: Matplotlib is missing; the extra "plot" installs it.
+            ValueError: Matplotlib does not know the image format of the path's suffix.
+            OSError: The file cannot be written.
+        """
         from attnfx.planning.table import plot
 
         plot(self, path)
@@ -61,7 +70,10 @@ class Plan(Prediction):
         write(self.report.to_data(), fspath(path), force, [m.bytes for m in self.timeline], caption)
 
     def snapshot(self, path: str | PathLike[str]) -> None:
-        """Write the timeline as a file for PyTorch's memory viewer (pytorch.org/memory_viz)."""
+        """Write the timeline as a file for PyTorch's memory viewer (pytorch.org/memory_viz); replaces an existing file.
+
+        The format is the pickle of `torch.cuda.memory._dump_snapshot`. Raises OSError if the file cannot be written.
+        """
         from attnfx.planning.snapshot import snapshot
 
         snapshot(self.timeline, self.resident, path)
@@ -73,15 +85,17 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
     `attnfx.plan(model, target="rtx4090", memory_budget="24GiB", train=True)(*args, **kwargs)` returns a `Plan`.
 
-    target          a device's name, or an `attnfx.Target`; "auto" is the present device
+    model           a module or function; it is traced on fake tensors
+    target          a device's name, the path of a JSON file, or an `attnfx.Target`; "auto" is the CPU for a model with
+                    parameters on the CPU or on "meta", else the present GPU, or the CPU of a machine without one
     memory_budget   bytes, "16GiB", or a fraction of the target's memory; None is all of it, without any changes to fit
                     it; "auto" is the free memory of the present device
     train           whether a backward pass follows; None means the model's training mode decides
-    optimizer       none, sgd, momentum, adam, adamw, adam8bit, adamw8bit, or the bytes of its state
-    options         the fields of `Options`
+    optimizer       none, sgd, momentum, adam, adamw, adam8bit, adamw8bit, or the bytes of its state, such as "3GiB"
+    options         the fields of `Options`; a refused site is not an error here, even with `strict`
 
     Raises:
-        OptionError: an option is unknown or invalid, or the budget exceeds the target's memory.
+        OptionError: an option is unknown or invalid, the budget exceeds the target's memory, or nothing can be planned.
         BudgetError: the step does not fit; the message has the smallest possible peak and its contents.
     """
     chosen = Options.make({**options, "target": target})

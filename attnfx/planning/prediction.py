@@ -19,15 +19,25 @@ from attnfx.targets import Target
 class Prediction:
     """The predicted memory and time of a step under a memory budget, with its timeline, in bytes and milliseconds.
 
+    target         the device that the plan is for
+    budget         the memory budget in bytes, or None
+    train          whether a backward pass follows the forward pass
+    strategy       the chosen way to compile: the rewritten graphs, the values to recompute, the chunk size
+    resident       bytes that stay between steps: parameters, buffers, inputs, optimizer state; and the scratch of the
+                   optimizer's step
     peak_bytes     most bytes allocated at once: parameters, inputs, optimizer state, gradients, activations
-    reserved_bytes on a GPU, the bytes that PyTorch's caching allocator reserves on the device
-    predicted_ms   time of the step's kernels, from their arithmetic and memory traffic
-    decisions      of each attention site, in order
-    saved          values kept for the backward pass, name -> bytes; `recomputed` has those dropped for the budget
-    timeline       a Moment for each of the allocator's events
+    reserved_bytes on a GPU, the bytes that PyTorch's caching allocator reserves on the device; None on a CPU
+    predicted_ms   time of the step's kernels by the roofline model, without the optimizer's step
+    sites          the attention sites of all graphs, in order
+    decisions      the decision on each site; None for a refused one
+    saved          values kept for the backward pass, name -> bytes
+    recomputed     values that are recomputed because of the budget, name -> bytes
+    timeline       a Moment (phase, where, value, change, bytes) for each allocation and release, in order
     max_batch      the largest batch that fits with the given length; None if unlimited or unknown
     max_length     the largest length that fits with the given batch; None also if the inputs lack a length
-    notes          the limits of the plan, and the reasons for an unknown limit
+    notes          the limits of the plan and, once `max_batch` or `max_length` is read, the reason if it is unknown
+
+    The first use of `max_batch`, `max_length` or `bytes_at` traces the model at other sizes.
     """
 
     target: Target
@@ -91,7 +101,11 @@ class Prediction:
         return None if self._limits is None else self._limits.length
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
-        """Return the peak at other sizes, under a budget with as much recomputed as possible, or None if unknown."""
+        """Return the peak in bytes at other sizes, under a budget with as much recomputed as possible; None if unknown.
+
+        The length is by default the given one, and is ignored if the inputs lack one. Raises RuntimeError for a
+        negative size.
+        """
         return None if self._limits is None else self._limits.bytes_at(batch, length)
 
     def parts(self) -> dict[str, int]:

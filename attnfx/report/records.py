@@ -46,14 +46,19 @@ class Refusal:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A way to compute a site, with its predicted cost.
+    """A way to compute a site, with its predicted cost. docs/targets.md explains the cost model.
 
-    predicted_ms      time of a call: forward, plus backward in training
+    tier              "flash", "decode", "library", "chunked", or "kept" for the original code
+    kernel            "triton" for flash and decode; "blocks", "rows" or "rows compiled" for chunked; the name of
+                      PyTorch's kernel for library; "inductor", or "aten" for PyTorch's fused operator, for kept
+    predicted_ms      milliseconds of a call: forward, plus backward in training; 0 if not predicted
     predicted_bytes   bytes allocated at the peak of a call, without the inputs and the output
     saved_bytes       bytes saved for the backward pass, without the operands and the output
-    tile              (rows, keys) of the kernel's tile; `warps` and `stages` are Triton's
-    splits            number of parts into which the decode kernel divides the keys
-    measured_ms       measured time of a call, like `predicted_ms` (`tune`), else None
+    tile              (rows, keys) of the kernel's tile; None if the tier chooses its own
+    warps             warps of a Triton program; 0 without a tile
+    stages            pipeline stages of a Triton program; 0 without a tile
+    splits            number of parts into which the decode kernel divides the keys; 0 for its own choice
+    measured_ms       measured milliseconds of a call, like `predicted_ms` (`tune`), else None
     """
 
     tier: str
@@ -70,8 +75,14 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Decision(Candidate):
-    """The candidate that was chosen for a site. `reason` is a sentence; `alternatives` are the other candidates; `code`
-    is why the site is kept, one of `attnfx.report.codes.CODES`, or empty."""
+    """The candidate that was chosen for a site.
+
+    reason        why it was chosen; may be empty with rewrite="always"
+    alternatives  the other candidates, including those of tiers that the options exclude
+    code          why the site is kept, one of `attnfx.report.codes.CODES`; empty if rewritten
+
+    Raises ValueError for an unknown code.
+    """
 
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
@@ -93,11 +104,16 @@ class Decision(Candidate):
 class Site:
     """An attention found in a graph.
 
-    dims    B, H, G, T, S, D, Dv as numbers, or as text if symbolic; only T and S if whole rows are computed
-    sizes   the same at the example inputs, and the spec's own sizes
-    where   the user's line ("file.py:88")
-    notes   assumptions, and whether a kept site was shielded from other rewriters
-    flops   FLOPs of its two products, forward, as if unmasked; 0 if unknown
+    name      "attention_3", by its place in the report; "softmax_0" in `Report.others`
+    where     the user's line ("file.py:88"); empty if unknown
+    spec      the spec; None if whole rows are computed or the attention was not understood
+    dims      B, H, G, T, S, D, Dv as numbers, or as text if symbolic; only T and S if whole rows are computed
+    mask      the mask in words, such as "causal", or "none"; empty without a spec
+    decision  the chosen candidate, which may keep the original; None if refused
+    refusal   the reason why the site cannot be rewritten, else None
+    notes     assumptions, the result of verification, and whether a kept site was shielded from other rewriters
+    sizes     B, H, G, T, S, D, Dv as the spec counts them, at the example inputs, and the spec's own sizes
+    flops     FLOPs of its two products, forward, as if unmasked: 2 * B * H * T * S * (D + Dv); 0 if unknown
     """
 
     name: str
@@ -113,13 +129,14 @@ class Site:
 
     @property
     def code(self) -> str:
-        """Return the code in `attnfx.report.codes.CODES` for a kept site; "" if rewritten or kept by measurement."""
+        """Return the code in `attnfx.report.codes.CODES` for a kept site; "" if rewritten."""
         if self.refusal is not None:
             return self.refusal.code
         return self.decision.code if self.decision is not None else ""
 
     @property
     def rewritten(self) -> bool:
+        """Return whether the decision replaces the original code."""
         return self.decision is not None and self.decision.tier != "kept"
 
     @property

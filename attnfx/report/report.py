@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Report:
-    """A report on one model or graph.
+    """A report on one model or graph. Iterating over it yields its sites; `str(report)` is a table.
 
     sites    the attentions, rewritten or kept
     others   the softmaxes that are not attention, each with a refusal
@@ -42,10 +42,12 @@ class Report:
 
     @property
     def rewritten(self) -> list[Site]:
+        """Return the sites that are rewritten."""
         return [s for s in self.sites if s.rewritten]
 
     @property
     def kept(self) -> list[Site]:
+        """Return the sites whose original code is kept, by decision or because they were refused."""
         return [s for s in self.sites if not s.rewritten]
 
     def file_site(self, site: Site) -> None:
@@ -78,7 +80,7 @@ class Report:
             site.decision, site.refusal = None, Refusal(code, message, where=site.where)
 
     def share(self, site: Site) -> float | None:
-        """Return the site's share of the graphs' FLOPs; None if unknown."""
+        """Return the site's share of the graphs' FLOPs, as a fraction; None if unknown."""
         return share(site, self.flops)
 
     def __iter__(self) -> Iterator[Site]:
@@ -115,7 +117,10 @@ class Report:
 
     @staticmethod
     def from_json(text: str) -> Report:
-        """Read a report from the output of `to_json`. Raises ValueError for another version of the schema."""
+        """Read a report from the output of `to_json`.
+
+        Raises ValueError for text that is not JSON, and for another version of the schema.
+        """
         from attnfx.report.to_json import fields
 
         return Report(**fields(text))
@@ -132,6 +137,6 @@ def file(report: Report) -> None:
 
 
 def reports() -> list[Report]:
-    """Return the reports on the last 1000 graphs that this process compiled, newest last."""
+    """Return the reports on the last 1000 graphs that this process compiled with the backend, newest last."""
     with _lock:
         return list(_filed)

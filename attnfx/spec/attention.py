@@ -1,11 +1,4 @@
-"""The spec: a frozen, hashable, serializable description of one attention.
-
-    out[b, h, i, :] = sum_j  weight( normalize_j( score(b, h, i, j) ) ) * v[b, h // (H // G), j, :]
-    dot(b, h, i, j) = sum_d  q[b, h, i, d] * k[b, h // (H // G), j, d]
-
-with q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), G a divisor of H. Sizes are not part of a spec: they come with
-the tensors and, if the program names other sizes, with the operator's `sizes`.
-"""
+"""The spec: a frozen, hashable, serializable description of one attention."""
 
 from __future__ import annotations
 
@@ -28,8 +21,12 @@ B, H, I, J = (A.var(name, A.size(extent)) for name, extent in AXES.items())
 
 @dataclass(frozen=True)
 class Capture:
-    """A tensor that the program loads from. `kind` is the expression kind of its elements. `grad` is whether its
-    gradient may be needed; a float capture that needs none in this graph has False."""
+    """A tensor that the program loads from.
+
+    kind  the kind of its elements: "f" for floats, "i" for integers, "b" for bools
+    ndim  its number of dims
+    grad  whether its gradient may be needed; a float capture that needs none in this graph has False
+    """
 
     kind: str
     ndim: int
@@ -40,6 +37,12 @@ class Capture:
 class AttentionSpec:
     """One attention as a program.
 
+        out[b, h, i, :] = sum_j  weight( normalize_j( score(b, h, i, j) ) ) * v[b, h // (H // G), j, :]
+        dot(b, h, i, j) = sum_d  q[b, h, i, d] * k[b, h // (H // G), j, d]
+
+    with q (B, H, T, D), k (B, G, S, D), v (B, G, S, Dv), G a divisor of H. Sizes are not part of a spec: they come with
+    the tensors and, if the program names other sizes, with the operator's `sizes`.
+
     score        program over `dot`, the variables b, h, i, j and loads; its value is the normalizer's input
     normaliser   "softmax" over j, or "none": the weight program then takes the score itself
     extra        logits in the softmax without a value (sinks; off-by-one is the logit 0.0); independent of j
@@ -48,8 +51,9 @@ class AttentionSpec:
     safe         whether a row without a live key (all scores -inf) is zero, as in PyTorch's own operator, or NaN
     compute      "float32" or "float64": the type of the accumulation and of the program
     out_dtype    dtype of the result; its name without "torch."
-    captures     one per slot of the program's loads
+    captures     a `Capture` for each tensor that the programs load from; a load names it by its index here
     sizes        names of the program's symbolic sizes beyond B, H, T, S; each call passes their values
+    version      of the serialized form and its meaning: the operator refuses the text of any other version
     """
 
     score: Expr = A.DOT
@@ -66,14 +70,16 @@ class AttentionSpec:
 
     @property
     def programs(self) -> tuple[Expr, ...]:
+        """Return all programs: the score, the weight, then the extra logits."""
         return (self.score, self.weight, *self.extra)
 
     @property
     def random(self) -> bool:
+        """Return whether the result depends on a seed: whether there is dropout."""
         return self.dropout > 0.0
 
     def to_json(self) -> str:
-        """Serialize to the text that the operator takes."""
+        """Serialize to the text that the operator takes and `attnfx.spec.from_json` reads."""
         data = dict(
             version=self.version, programs=dump(list(self.programs)), normaliser=self.normaliser, dropout=self.dropout,
             safe=self.safe, compute=self.compute, out_dtype=self.out_dtype, sizes=self.sizes,

@@ -32,13 +32,14 @@ WHOLE = ("capability", "memory", "l2", "multiprocessors", "shared_memory", "regi
 class Target:
     """A device's memory, bandwidth and compute rates, independent of any model.
 
+    name               the record's name, such as "h100-sxm"; for a device without a record, the device's own name
     kind               "cuda", "hip" or "cpu"
     capability         90 for compute capability 9.0, or 942 for gfx942; 0 on a CPU
     matrix             dense matrix TFLOP/s by dtype name ("bfloat16", "float16", "tf32", "float32"), float32 sums
     fp32               TFLOP/s of plain float32 arithmetic
     exponentials       10^9 exponentials a second, of the whole device
     bandwidth          GB/s of memory
-    memory             bytes
+    memory             bytes of memory
     l2                 bytes of the last shared cache
     l2_bandwidth       GB/s of the last shared cache
     multiprocessors    number of multiprocessors, or of cores
@@ -128,7 +129,8 @@ class Target:
 
         It has the fields of this class; only `note` and `sources` are optional.
 
-        Raises OptionError, with the field's name, for a missing, unknown or absurd value.
+        Raises OptionError, with the field's name, for a missing, unknown or absurd value, and for a file that cannot be
+        read or is not JSON.
         """
         text = fspath(source)
         where = "the target's JSON text"

@@ -285,13 +285,29 @@ def attention(
     seed: Tensor | None = None,
     tier: str = "auto",
 ) -> Tensor:
-    """Compute the attention that a spec describes, on any device. Differentiable once.
+    """Compute the attention that a spec describes, on any device.
 
-    query (B, H, T, D), key (B, G, S, D) and value (B, G, S, Dv) share one floating dtype; G divides H. `spec` is an
-    AttentionSpec or its JSON text. `captures` holds one tensor per slot of the spec, `sizes` one integer per name in
-    `spec.sizes`. `seed`, an int64 tensor with one element, seeds the dropout; by default PyTorch's generator samples
-    it. Return (B, H, T, Dv) in the spec's out_dtype. Raise ValueError for operands that do not fit the spec, and for a
-    tier that cannot run the call.
+    It is differentiable once, in query, key, value and the captures with `grad`. Autocast treats it as a matrix
+    product: it casts query, key and value if all three are float32.
+
+    Args:
+        query: (B, H, T, D), of dtype float16, bfloat16, float32 or float64.
+        key: (B, G, S, D), with the dtype and device of `query`; G divides H.
+        value: (B, G, S, Dv), with the dtype and device of `query`.
+        spec: The spec (`AttentionSpec` has the formula), or its JSON text.
+        captures: One tensor for each entry of `spec.captures`, of its kind and number of dims, on the device of
+            `query`. It must contain every index that the programs load: shapes are not checked.
+        sizes: One integer for each name in `spec.sizes`.
+        seed: An int64 tensor with one element, which seeds the dropout; by default PyTorch's generator samples it.
+        tier: The tiers to try, in order, separated by commas: "library" (on a CPU), "flash" and "decode" (on a GPU),
+            "chunked". "auto" tries all that the device has.
+
+    Returns:
+        (B, H, T, Dv), of dtype `spec.out_dtype`.
+
+    Raises:
+        ValueError: An operand does not fit the spec, the JSON text has another version, or no tier can run the call.
+        RuntimeError: A second derivative is computed.
     """
     made = from_json(spec) if isinstance(spec, str) else spec
     compiling = torch.compiler.is_compiling()
