@@ -10,6 +10,7 @@ import torch
 from torch.fx import GraphModule
 
 from attnfx.compiler import pipeline
+from attnfx.compiler.faults import described
 from attnfx.compiler.private_code import private_code
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins, zeros
@@ -38,7 +39,14 @@ def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-            total.take(pipeline.run(gm, chosen, stages=True).report)
+            try:
+                total.take(pipeline.run(gm, chosen, stages=True).report)
+            except Exception as problem:
+                if chosen.strict:
+                    raise
+                total.take(
+                    Report(notes=[f"attnfx failed on a graph, which it would leave alone: {described(problem)}"])
+                )
             return stand_ins(gm, zeros)
 
         with private_code(model) as traced:

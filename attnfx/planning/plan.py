@@ -106,6 +106,12 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
     def run(*args: Any, **kwargs: Any) -> Plan:
         device = chosen.target if isinstance(chosen.target, Target) else detected(_device(model))
+        # a plan runs no kernels, and its graphs are on the CPU: they do not tell for which device to decide
+        decided = replace(
+            chosen,
+            target=chosen.target if device.kind == "cpu" else device,
+            tune="known" if chosen.tune else chosen.tune,
+        )
         training = train if train is not None else bool(getattr(model, "training", False))
         limit = None
         if wanted is not None:
@@ -116,11 +122,11 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
             return capture(model, inputs[0], inputs[1], options, training, told)
 
         inputs = args, kwargs
-        first = captured(inputs, chosen)
+        first = captured(inputs, decided)
         notes = _covered(first)
         first = [c for c in first if not c.problem]
         resident = _resident(model, inputs, keeps, training, device.kind == "cpu")
-        more = lru_cache(lambda: [c for c in captured(inputs, replace(chosen, rewrite="always")) if not c.problem])
+        more = lru_cache(lambda: [c for c in captured(inputs, replace(decided, rewrite="always")) if not c.problem])
 
         def ways(
             graphs: Sequence[Captured] = first, rewritten: Callable[[], Sequence[Captured]] = more

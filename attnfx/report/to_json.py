@@ -41,10 +41,19 @@ def data(
 
 
 def fields(text: str) -> dict[str, Any]:
-    """Read the fields of a report by name. Raises ValueError for another version of the schema."""
+    """Read the fields of a report by name. Raises ValueError for text that is not a report of this version."""
     found = json.loads(text)
-    if found.get("version") != VERSION:
-        raise ValueError(f"the report has JSON version {found.get('version')}, but only version {VERSION} can be read")
+    if not isinstance(found, dict) or "version" not in found:
+        raise ValueError("the text is not the JSON of a report")
+    if found["version"] != VERSION:
+        raise ValueError(f"the report has JSON version {found['version']}, but only version {VERSION} can be read")
+    try:
+        return _fields(found)
+    except (KeyError, TypeError, AttributeError) as problem:
+        raise ValueError(f"the JSON of the report is incomplete: {problem!r}") from problem
+
+
+def _fields(found: dict[str, Any]) -> dict[str, Any]:
     return {
         "sites": [_read_site(s) for s in found["sites"]],
         "others": [_read_site(s) for s in found["others"]],

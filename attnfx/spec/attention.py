@@ -102,8 +102,10 @@ class AttentionSpec:
 
 @lru_cache(maxsize=1024)
 def from_json(text: str) -> AttentionSpec:
-    """Parse the text of `AttentionSpec.to_json`. Raises ValueError for the text of another version."""
+    """Parse the text of `AttentionSpec.to_json`. Raises ValueError for any other text and for another version's."""
     data = json.loads(text)
+    if not isinstance(data, dict) or "version" not in data:
+        raise ValueError("the text is not an attention spec")
     if data.pop("version") != VERSION:
         raise ValueError(f"the attention spec has another version than {VERSION}; compile the model again")
     score, weight, *extra = parse(data.pop("programs"))

@@ -343,3 +343,30 @@ def test_the_command_prints_numbers():
     found = plan(optimizer="adamw", target=SMALL)  # an earlier plan may already have searched the largest sizes
     assert json.loads(json.dumps(as_data(found)))["peak_bytes"] == found.peak_bytes
     assert (number("16GiB"), number("5"), number("0.5"), number(None)) == ("16GiB", 5, 0.5, None)
+
+
+def test_a_plan_for_a_detected_gpu_decides_for_that_gpu_and_times_nothing(monkeypatch):
+    """The graphs of a plan are on the CPU, so that "auto" alone would decide for the CPU."""
+    from attnfx.planning import plan as module
+
+    h100 = attnfx.Target.by_name("h100-sxm")
+    monkeypatch.setattr(module, "detected", lambda device: h100)
+    x = torch.randn(2, 512, WIDTH)
+    found, named = attnfx.plan(Net(), tune=True)(x), attnfx.plan(Net(), target="h100-sxm")(x)
+    assert [d.tier for d in found.decisions] == [d.tier for d in named.decisions]
+    assert [c.kernel for d in found.decisions for c in d.alternatives] == [
+        c.kernel for d in named.decisions for c in d.alternatives
+    ]
+
+
+def test_a_failure_of_attnfx_is_a_note_of_the_explanation(monkeypatch):
+    from attnfx.compiler import pipeline
+
+    def fail(*args, **kwargs):
+        raise ZeroDivisionError("planted")
+
+    monkeypatch.setattr(pipeline, "run", fail)
+    report = attnfx.explain(Net())(torch.randn(2, 16, WIDTH))
+    assert not report.sites and "ZeroDivisionError: planted" in report.notes[0]
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed):
+        attnfx.explain(Net(), strict=True)(torch.randn(2, 16, WIDTH))

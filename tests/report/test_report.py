@@ -131,6 +131,9 @@ def test_json_holds_the_report_and_is_read_back(layers):
     assert str(again) == str(layers)
     with pytest.raises(ValueError, match="version 2"):
         attnfx.Report.from_json(text.replace('"version": 1', '"version": 2', 1))
+    for other in ("[1]", "{}", '{"version": 1}'):
+        with pytest.raises(ValueError, match=r"JSON of (a|the) report"):
+            attnfx.Report.from_json(other)
 
 
 def test_every_field_of_the_json_is_documented(layers):
