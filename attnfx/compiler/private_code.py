@@ -1,7 +1,8 @@
-"""Trace a model through a code object of its own, so that the traces do not use up Dynamo's recompile limit.
+"""Trace a model through a code object of its own, and leave no trace of it in Dynamo or in the model.
 
-Dynamo counts compilations per code object and gives up at `torch._dynamo.config.recompile_limit`. `explain` and `plan`
-trace a model often and run none of the results: their traces must not count against the user's own compilation.
+Dynamo counts compilations per code object and gives up at `torch._dynamo.config.recompile_limit`; it also remembers the
+sizes that a code object has seen. `explain` and `plan` trace a model often and run none of the results, so that their
+traces must not count for the user's own compilation.
 """
 
 from __future__ import annotations
@@ -14,35 +15,40 @@ from typing import Any
 import torch
 from torch import nn
 
+OWN = ("_parameters", "_buffers", "_modules")  # dictionaries of a module besides its attributes
+
 
 @contextmanager
 def private_code(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Yield the model with a copy of the code of its forward; a module is changed until the end of the block.
+    """Yield a function that calls the model, whose code, and that of the model's forward, are copies.
 
-    Callables other than functions, methods and modules are yielded as they are. Frames that Dynamo compiles on their
-    own, after a graph break, keep their code; the limit is lifted for them while the block runs.
+    Attributes and buffers that a module's forward assigns are put back at the end of the block. Frames that Dynamo
+    compiles on their own, after a graph break, keep their code; the limit is lifted for them while the block runs.
     """
     # the sizes of one trace must not make those of the next symbolic
     settings = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16, automatic_dynamic_shapes=False
     )
-    if not isinstance(model, nn.Module) or type(model).__module__.startswith("torch."):
+    if not isinstance(model, nn.Module):
         with settings:
-            yield _copied(_calling(model) if isinstance(model, nn.Module) else model)
+            yield _copied(_calling(_copied(model)))
         return
-    held = model.__dict__
-    before = {"forward": held["forward"]} if "forward" in held else {}
-    held["forward"] = _copied(model.forward)
+    before = [(m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in OWN}) for m in model.modules()]
+    model.__dict__["forward"] = _copied(model.forward)
     try:
         with settings:
-            yield model
+            yield _copied(_calling(model))
     finally:
-        del held["forward"]
-        held.update(before)
+        for module, held, owned in before:
+            module.__dict__.clear()
+            module.__dict__.update(held)
+            for name, entries in owned.items():
+                held[name].clear()
+                held[name].update(entries)
 
 
-def _calling(model: nn.Module) -> Callable[..., Any]:
-    """Wrap a module of PyTorch, such as nn.Sequential: Dynamo runs it through a function that all of them share."""
+def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
+    """Wrap a callable, whose own frame may be code that others share: a decorator's, or PyTorch's for nn.Sequential."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return model(*args, **kwargs)

@@ -61,7 +61,19 @@ class Facts:
         self.differentiable = self._differentiable()
 
     def _differentiable(self) -> set[Node]:
-        """Return the nodes whose value may require a gradient. Example values are snapshots that do not tell."""
+        """Return the nodes whose value may require a gradient. Example values are snapshots that do not tell.
+
+        A write of such a value into a tensor makes all nodes that share its memory differentiable."""
+        memory: set[int | None] = set()
+        while True:
+            out = self._learned(memory)
+            more = {storage(x) for n in out for x in written_operands(n)} - memory - {None}
+            if not more:
+                return out
+            memory |= more
+
+    def _learned(self, memory: Collection[int | None]) -> set[Node]:
+        """Return the differentiable nodes, if those in `memory` are."""
         out: set[Node] = set()
         for n in self.gm.graph.nodes:
             held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
@@ -71,7 +83,7 @@ class Facts:
                 if isinstance(held, torch.Tensor) and held.requires_grad:
                     out.add(n)
             elif (
-                any(a in out for a in n.all_input_nodes)
+                (any(a in out for a in n.all_input_nodes) or (memory and storage(n) in memory))
                 and self.regions[n][0] is not False
                 and "detach" not in op_name(n)
             ):
@@ -109,6 +121,10 @@ class Facts:
         first = min(reads, default=self.position[base])
         writes = [at for at in self.mutations[key] if first < at < self.position[final]]
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
+
+    def written_between(self, node: Node, final: Node) -> bool:
+        """Return whether the memory of a node is written in place after the node and before `final`."""
+        return any(self.position[node] < at < self.position[final] for at in self.mutations.get(storage(node), ()))  # type: ignore[arg-type]
 
     def changed_after(self, node: Node) -> bool:
         """Return whether the memory of a node is written in place after the node."""

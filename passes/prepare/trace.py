@@ -143,6 +143,8 @@ def run(graph: Graph) -> int:
     """Replace Dynamo's graph by its trace in pre-dispatch ATen; return the number of nodes."""
     gm = graph.gm
     fakes = example_values(gm)
+    if any(getattr(n.target, "__name__", "") == "_get_data_attr" for n in gm.graph.nodes):
+        raise Untraceable("a tensor's .data is used, which a trace does not follow; use .detach()")
     if any(v is None for v in fakes):
         raise Untraceable("an input has no example value")
     inputs = [example(v, graph.mode) for v in fakes]
