@@ -1,4 +1,4 @@
-"""Keep attention whose scores are written through a view that is not understood; never read them as the pure product."""
+"""Keep attention whose scores are written through a view, and never read them as the pure product."""
 
 import pytest
 import torch
