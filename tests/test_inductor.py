@@ -39,3 +39,28 @@ def test_a_graph_whose_dropout_is_seeded_on_the_host_is_not_captured(attention, 
     run = torch.compile(attention, backend=backend.attnfx, mode="reduce-overhead")
     run(*(rand(1, 2, 20, 8) for _ in range(3)))
     assert asked == [captured]
+
+
+def test_a_tool_that_stands_in_for_inductor_keeps_its_own_inner_compiler(monkeypatch):
+    """Tools that count operators replace compile_fx, and give an inner compiler if none is given to them."""
+    import torch._inductor.compile_fx as module
+
+    original, seen = module.compile_fx, []
+
+    def inner(gm, example_inputs, **kwargs):
+        def call(inputs):
+            seen.append(any("attnfx" in str(n.target) for n in gm.graph.nodes))
+            args = list(inputs)
+            inputs.clear()
+            return gm.forward(*args)
+
+        call._boxed_call = True
+        return call
+
+    def compile_fx(gm, example_inputs, inner_compile=None, **kwargs):
+        return original(gm, example_inputs, inner_compile=inner_compile or inner, **kwargs)
+
+    monkeypatch.setattr(module, "compile_fx", compile_fx)
+    run = torch.compile(plain, backend="attnfx", options={"rewrite": "always", "tiers": ["chunked"]})
+    run(*(rand(1, 2, 20, 8) for _ in range(3)))
+    assert seen == [True]

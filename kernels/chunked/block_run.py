@@ -39,7 +39,7 @@ class Run:
     def keys(self, x: Tensor, at: Block) -> Tensor:
         """Cut (B, G, S, E) to the block's (b * g, s, E)."""
         part = x[at.b0 : at.b1, at.g0 : at.g1, at.j0 : at.j1]
-        return part.reshape(-1, *part.shape[2:])
+        return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), *part.shape[2:])
 
     def add_keys(self, total: Tensor, at: Block, part: Tensor) -> None:
         """Add the block's (b * g, s, E) to (B, G, S, E)."""
@@ -53,7 +53,7 @@ class Run:
         """Cut (B, H, T, E) to the block's (b * g, r * t, E), in the dtype of the matrix products."""
         h0, h1 = self.heads(at)
         part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.factor)
-        return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), -1, x.shape[-1])
+        return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), self.repeat * (at.i1 - at.i0), x.shape[-1])
 
     def tile(self, x: Tensor, at: Block) -> Tensor:
         """View the block's (b * g, r * t, s) as (b, h, t, s)."""

@@ -75,7 +75,7 @@ class Facts:
                 and self.regions[n][0] is not False
                 and "detach" not in op_name(n)
             ):
-                if not isinstance(held, torch.Tensor) or held.dtype.is_floating_point:
+                if not isinstance(held, torch.Tensor) or held.is_floating_point() or held.is_complex():
                     out.add(n)
         return out
 
@@ -154,7 +154,7 @@ def _behind(ends: Iterable[Node], inputs: Collection[Node], through: Callable[[N
 
 
 def _may_learn(n: Node) -> bool:
-    return not is_tensor(n) or value(n).is_floating_point()
+    return not is_tensor(n) or value(n).is_floating_point() or value(n).is_complex()
 
 
 Autocast = frozenset[tuple[str, torch.dtype | None]]

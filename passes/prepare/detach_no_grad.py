@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch.fx import Node
 
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, storage
 from attnfx.passes.fx.nodes import PRODUCTS, op_name
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import NORMS, near_normalizer
@@ -35,6 +35,10 @@ def run(graph: Graph) -> int:
         read = dict.fromkeys(
             x for n in nodes for x in n.all_input_nodes if x not in nodes and x in facts.differentiable
         )
+        memory = {storage(x) for x in read}
+        aliases = [n for n in nodes if storage(n) in memory or "dropout" in op_name(n)]
+        if any(u not in nodes for n in aliases for u in n.users):
+            continue  # contiguous() or dropout(p=0) may return its operand itself; a view keeps requires_grad
         emit = graph.emitter(enter)
         for x in read:
             detached = emit.call(torch.ops.aten.detach.default, x)

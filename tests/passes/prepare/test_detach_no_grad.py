@@ -1,5 +1,6 @@
 """Replace no_grad around a part of the scores by detaches, and leave other no_grad regions alone."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -67,3 +68,43 @@ def test_results_of_the_region_have_no_gradient():
         return s.softmax(-1) @ v, peak
 
     assert [x.requires_grad for x in compiled(fn)(q, k, v)] == [True, False]
+
+
+SAME = {
+    "contiguous": lambda s: s.contiguous(),
+    "to": lambda s: s.to(s.dtype),
+    "flatten": lambda s: s.flatten(3),
+    "dropout": lambda s: torch.dropout(s, 0.5, False),
+    "view": lambda s: s.transpose(-1, -2).transpose(-1, -2),
+}
+
+
+@pytest.mark.parametrize("op", SAME.values(), ids=SAME)
+def test_an_operator_that_returns_its_operand_keeps_the_gradient(op):
+    """Under no_grad, s.contiguous() of a contiguous s is s itself, and s has a gradient."""
+
+    def fn(q, k, v):
+        s = q @ k.mT
+        with torch.no_grad():
+            same = op(s)
+            peak = same.amax(-1, keepdim=True)
+        return (same - peak).softmax(-1) @ v
+
+    assert_right(fn, *qkv())
+
+
+def test_gradients_do_not_pass_the_region_after_a_rotation_by_complex_numbers():
+    turn = torch.polar(torch.ones(40, 4), torch.arange(40)[:, None] * torch.arange(1, 5) * 0.1)
+
+    def rotated(x):
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
+
+    def fn(q, k, v):
+        s = rotated(q) @ rotated(k).mT
+        with torch.no_grad():
+            w = s.softmax(-1)
+        return w @ v
+
+    q, k, v = (x.requires_grad_() for x in qkv())
+    compiled(fn)(q, k, v).sum().backward()
+    assert q.grad is None and k.grad is None and v.grad is not None
