@@ -111,8 +111,8 @@ _SITES = {
     "reduction": Code(
         "The scores depend on a reduction of their own row",
         "A sum, mean or maximum over a row of scores changes the scores before the softmax. The rows cannot be "
-        "computed separately either, or the option `tiers` does not allow `chunked`. A maximum that is subtracted cancels, "
-        "and is supported.",
+        "computed separately either, or the option `tiers` does not allow `chunked`. A maximum that is subtracted "
+        "cancels, and is supported.",
         "`(s - s.amax(-1, keepdim=True)).softmax(-1) @ v`",
         "Remove the reduction from the scores.",
     ),
