@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch.fx import GraphModule
@@ -17,20 +17,24 @@ from attnfx.passes.fx.stand_ins import stand_ins, zeros
 from attnfx.report.report import Report
 
 
-def explain(model: Callable[..., Any], **options: Any) -> Callable[..., Report]:
+def explain(model: Callable[..., Any], *inputs: NoReturn, **options: Any) -> Callable[..., Report]:
     """Trace `model` on example inputs and decide on its sites, running none of its kernels.
 
     `attnfx.explain(model, rewrite="always")(*args, **kwargs)` returns a `Report` on all graphs that Dynamo captures
-    from the call. Each graph returns zeros of the right shapes instead of its results. So control flow that depends on
-    values may take another branch than in a real run. The model's state is not changed.
+    from the call. The model's Python code runs, so a `print` prints. Each graph returns zeros of the right shapes
+    instead of its results. So control flow that depends on values may take another branch than in a real run. The
+    model's state is not changed.
 
     `options` are the fields of `Options`. A refused site is in the report and not raised, even with `strict`. `tune`
     only uses cached times; `verify`, `memory_budget`, `dump_dir` and `inner` have no effect.
 
     Raises:
         OptionError: An option is unknown or has a bad value.
+        TypeError: The inputs are passed with the model; they go to the function that `explain` returns.
         torch._dynamo.exc.BackendCompilerFailed: attnfx itself fails on a graph or, with `strict`, on a part of one.
     """
+    if inputs:
+        raise TypeError("call attnfx.explain(model, **options)(*inputs): the inputs go to the function that it returns")
     chosen = Options.make(options)
     if chosen.tune:  # use cached measurements, time nothing
         chosen = replace(chosen, tune="known")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
@@ -25,6 +25,7 @@ Tune: TypeAlias = Literal[False, True, "known", "again"]
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
+SIMILAR = 0.6  # smallest difflib ratio of an unknown name and an option that is suggested for it
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
 
@@ -82,9 +83,7 @@ class Options:
             raise OptionError(
                 f"options must be a mapping of names to values, such as {{'strict': True}}, not {given!r}"
             )
-        for name in given:
-            if name not in _CHECKS:
-                raise OptionError(_unknown(name))
+        check_names(given)
         return cls(**{**_from_environment(skip=given.keys()), **given})  # pyright: ignore[reportArgumentType]
 
 
@@ -119,16 +118,25 @@ def _number(text: str) -> int | float | str:
     return text
 
 
-def _unknown(name: object) -> str:
-    """Describe an unknown option; say so if it belongs to torch.compile or Inductor."""
+def check_names(given: Iterable[object], others: Iterable[str] = ()) -> None:
+    """Raise OptionError for a name that is neither an option nor one of `others`, a caller's own keyword arguments."""
+    valid = [*_CHECKS, *others]
+    for name in given:
+        if name not in valid:
+            raise OptionError(_unknown(name, valid))
+
+
+def _unknown(name: object, valid: Sequence[str]) -> str:
+    """Describe an unknown option and name a similar one; say so if it belongs to torch.compile or Inductor."""
     if name == "mode":
         whose = " (mode is an argument of torch.compile itself)"
     elif name in _inductor_options():
         whose = " (Inductor's settings belong in torch._inductor.config)"
     else:
         whose = ""
-    valid = ", ".join(_CHECKS)
-    return f"unknown option {name!r}{whose}; did you mean {_nearest(name, _CHECKS)!r}? Valid options: {valid}"
+    similar = difflib.get_close_matches(str(name).lower(), valid, 1, SIMILAR)
+    meant = f"; did you mean {similar[0]!r}? Valid" if similar else "; valid"
+    return f"unknown option {name!r}{whose}{meant} options: {', '.join(valid)}"
 
 
 def _inductor_options() -> list[str]:
@@ -172,6 +180,8 @@ def _target(source: str, value: object) -> str | Target:
     text = os.fsdecode(value)
     if difflib.SequenceMatcher(None, key(text), "auto").ratio() > 0.7:
         raise OptionError(f"{source}: {value!r} is not a target; did you mean 'auto'?")
+    if key(text) == "cpu":
+        raise OptionError(f"{source}: {value!r} is not a target; for this CPU omit `target` and use CPU tensors")
     try:
         is_file = text.endswith(".json") or os.path.dirname(text) or not isinstance(value, str)
         return Target.from_json(text) if is_file else Target.by_name(text)

@@ -102,7 +102,17 @@ def test_options_of_inductor_are_refused_and_named_as_such(name):
     sentence = refused(**{name: True})
     assert f"unknown option {name!r}" in sentence
     assert "Inductor's settings belong in torch._inductor.config" in sentence
-    assert "; did you mean '" in sentence
+    assert "did you mean" not in sentence and "; valid options: rewrite, target, " in sentence
+
+
+def test_an_option_that_resembles_none_gets_no_suggestion():
+    assert refused(train=True).startswith("unknown option 'train'; valid options: rewrite, ")
+
+
+def test_a_cpu_is_named_by_its_tensors_and_not_as_a_target():
+    assert refused(target="CPU") == (
+        "option 'target': 'CPU' is not a target; for this CPU omit `target` and use CPU tensors"
+    )
 
 
 def test_mode_is_not_an_option():

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 import attnfx
 from attnfx.cli import output as pages
-from attnfx.cli.loading import ARGUMENT_HELP, EXIT_CODES, Refused, load, tracing
+from attnfx.cli.loading import ARGUMENT_HELP, Refused, exit_codes, load, tracing
 from attnfx.errors import OptionError
 from attnfx.options import Rewrite
 from attnfx.report.report import Report
@@ -31,7 +31,7 @@ def sizes(command: Callable[..., Any]) -> Callable[..., Any]:
     return command
 
 
-@click.command(epilog=EXIT_CODES)
+@click.command(epilog=exit_codes("a site was refused under --strict"))
 @click.argument("factory", required=False, metavar="[FACTORY]")
 @click.option(
     "--hf", metavar="MODEL_TYPE", help="Explain a transformers model type with random weights instead, such as llama."
@@ -47,9 +47,9 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
             as_json: bool, html: Path | None = None, force: bool = False, **size: int) -> None:  # fmt: skip
     """Report which attention in a model would be rewritten, and why.
 
-    The model is traced, not run. FACTORY is FILE.py:FACTORY or module:factory and names a function without arguments
-    that returns (model, inputs). Inputs are a tensor (the only argument), a tuple of arguments, or a dict of keyword
-    arguments. The report is for inference unless --train is given.
+    FACTORY is FILE.py:FACTORY or module:factory and names a function without arguments that returns (model, inputs).
+    Inputs are a tensor (the only argument), a tuple of arguments, or a dict of keyword arguments. The report is for
+    inference unless --train is given. The model's Python code runs once, but none of its tensor operators.
 
     With --hf, a small model is made, so that the report takes seconds. --layers, --hidden, --heads, --length and
     --batch change its size. It uses transformers' "eager" attention.

@@ -24,11 +24,15 @@ from torch._dynamo.exc import BackendCompilerFailed
 from attnfx.errors import RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes besides 0 and click's 2 for wrong usage
-EXIT_CODES = (
-    "Exit codes: 0 done; 1 your own code failed; 2 wrong use of the command; 3 a site was refused under --strict, or "
-    "nothing fits the memory budget; 4 attnfx itself failed."
-)
 
+
+def exit_codes(third: str = "") -> str:
+    """Return the help text on exit codes; `third` is the meaning of REFUSED for the command, if it has one."""
+    third = third and f"{REFUSED} {third}; "
+    return f"Exit codes: 0 done; 1 your own code failed; 2 wrong use of the command; {third}4 attnfx itself failed."
+
+
+EXIT_CODES = exit_codes()
 ARGUMENT_HELP = "FILE.py:FACTORY or module:factory, a function without arguments that returns (model, inputs)"
 _OURS = Path(__file__).resolve().parent.parent
 

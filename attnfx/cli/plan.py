@@ -9,12 +9,12 @@ from typing import Any
 import click
 
 from attnfx.cli import output as pages
-from attnfx.cli.loading import EXIT_CODES, Refused, load, tracing
+from attnfx.cli.loading import Refused, exit_codes, load, tracing
 from attnfx.errors import BudgetError, OptionError
 
 
-@click.command(epilog=EXIT_CODES)
-@click.argument("model")
+@click.command(epilog=exit_codes("no plan fits the memory budget"))
+@click.argument("factory")
 @click.option("--target", default="auto", show_default=True, help="A device's name, such as h100-sxm, or a JSON file.")
 @click.option("--memory-budget", help="Bytes, 16GiB, a fraction of the device's memory such as 0.8, or auto.")
 @click.option(
@@ -23,17 +23,18 @@ from attnfx.errors import BudgetError, OptionError
 @click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pages.options
-def plan(model: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
+def plan(factory: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
          html: Path | None, force: bool) -> None:  # fmt: skip
     """Predict a model step's memory and time, and the sizes that fit.
 
-    MODEL is FILE.py:FACTORY and names a function that returns (model, inputs). The model is not run. If the factory
-    builds it on the "meta" device, nothing is allocated at full size.
+    FACTORY is FILE.py:FACTORY or module:factory and names a function without arguments that returns (model, inputs).
+    None of the model's tensor operators runs. If the function builds the model on the "meta" device, nothing is
+    allocated at full size.
     """
     from attnfx.planning.plan import plan as make
 
     pages.free(html, force)
-    built, args, kwargs = load(model)
+    built, args, kwargs = load(factory)
     asked = {"target": target, "memory_budget": number(memory_budget), "train": train, "optimizer": optimizer}
     with tracing():
         try:

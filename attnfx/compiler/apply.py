@@ -97,7 +97,7 @@ def _shielded(graph: Graph, choice: Choice) -> Outcome:
         return Outcome(choice, [], False)  # in-place writes: do not influence the values that the compiler saves
     if not shield(graph.gm, choice.finding, choice.shield == SHIELD_RISKY):
         return Outcome(choice, [], False)
-    return Outcome(choice.noted("shielded from Inductor's attention patterns"), [], True)
+    return Outcome(choice.noted("Inductor's own attention rewriting is switched off here"), [], True)
 
 
 def _exercise(replaced: Replaced, training: bool) -> None:

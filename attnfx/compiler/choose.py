@@ -39,19 +39,25 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
         if context.fault(place.part) is not None:
             chosen.append(kept)
             continue
-        choosing = _Choosing(found, options, told, kept)
+        choosing = _Choosing(found, options, told, kept, context.exercise)
         chosen.append(context.attempt(place.part, choosing.choice, kept))
     return chosen
 
 
 @dataclass(frozen=True)
 class _Choosing:
-    """The inputs of one choice: `told`, a decision given in advance, and `keeping`, the choice to keep the place."""
+    """The inputs of one choice.
+
+    told      a decision given in advance
+    keeping   the choice to keep the place
+    compiles  whether the graph will run, and not only be explained
+    """
 
     found: Found
     options: Options
     told: Decision | None
     keeping: Choice
+    compiles: bool
 
     @property
     def place(self) -> Place:
@@ -140,7 +146,8 @@ class _Choosing:
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:
         target, tiers = self.options.target, action.tiers
         present = value(action.match.query.node).device.type
-        if isinstance(target, Target) and (tiers[0].partition(":")[0] in here or target.kind != present):
+        cannot = tiers[0].partition(":")[0] in here
+        if self.compiles and isinstance(target, Target) and (cannot or target.kind != present):
             instead = next(t for t in tiers if t.partition(":")[0] not in here)
             yield f"decided for {target.name}; the present {present} device runs tier {instead} instead"
         if action.reductions:

@@ -119,8 +119,9 @@ def select_rows(
     if ratio <= GAIN:
         return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", others)
     why = f"chunks of rows are predicted to take {told}"
-    if ask.bytes < rows.CACHE:
-        return _of(kept, f"{why}, as the scores are smaller than {rows.CACHE >> 20} MiB", ways, "slower")
+    if ask.bytes < rows.CACHE and not on_gpu:
+        limit = f"chunks of rows usually pay off only from {rows.CACHE >> 20} MiB of scores"
+        return _of(kept, f"{why}: {limit}, and these take {ask.bytes / 2**20:.3g} MiB", ways, "slower")
     return _of(kept, f"{why}, but less memory", ways, "slower")
 
 

@@ -16,7 +16,7 @@ from attnfx.errors import OptionError
 from attnfx.memory import byte_size as budgets
 from attnfx.memory import optimizer as optimizers
 from attnfx.memory.byte_size import text
-from attnfx.options import Options
+from attnfx.options import Options, check_names
 from attnfx.planning.capture import Captured, capture
 from attnfx.planning.limits import Limits
 from attnfx.planning.peak import Resident, fitting
@@ -98,6 +98,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
         OptionError: an option is unknown or invalid, the budget exceeds the target's memory, or nothing can be planned.
         BudgetError: the step does not fit; the message has the smallest possible peak and its contents.
     """
+    check_names(options, ("train", "optimizer"))
     chosen = Options.make({**options, "target": target})
     wanted = budgets.check("memory_budget", memory_budget)
     keeps = optimizers.given(optimizer)

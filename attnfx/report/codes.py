@@ -61,7 +61,7 @@ _SITES = {
     "several_softmaxes": Code(
         "The weights combine several softmaxes",
         "The weights that are multiplied by the values are computed from more than one softmax, such as the "
-        "difference of two, or a softmax of a softmax.",
+        "difference of two, or a softmax of a softmax, and their rows cannot be computed separately either.",
         "`s1.softmax(-1) @ v - lam * (s2.softmax(-1) @ v)`: each softmax with its own product",
         "Multiply each softmax by the values separately, and combine the results.",
     ),
@@ -86,7 +86,8 @@ _SITES = {
     ),
     "one_draw": Code(
         "The weights after dropout are also read elsewhere",
-        "The rewritten attention samples its own dropout mask, and another reader of the dropped weights needs the "
+        "The rewritten attention samples its own dropout mask and does not return it. Another operator also reads the "
+        "weights after this dropout, for example in `w = dropout(s.softmax(-1), 0.1); return w @ v, w`, and needs the "
         "same mask.",
         "`w = s.softmax(-1)`, then `dropout(w, 0.1) @ v` and any use of `w`",
         "Read the weights before the dropout; or read only sums of the dropped weights, or results that are computed "
@@ -102,14 +103,16 @@ _SITES = {
     ),
     "score_used": Code(
         "An unsupported operator is between the scores and the softmax",
-        "The scores pass through an operator that is not elementwise, so a score cannot be computed by itself.",
+        "The scores pass through an operator that is not elementwise, so a score cannot be computed by itself. Its row "
+        "cannot be computed separately either, or the option `tiers` does not allow `chunked`.",
         "`f(q @ k.mT).softmax(-1) @ v` with an elementwise f, which may read tensors of (batch, head, query, key)",
         "Write the operator that the message names as elementwise functions, or apply it to the queries or the keys.",
     ),
     "reduction": Code(
         "The scores depend on a reduction of their own row",
-        "A sum, mean or maximum over a row of scores changes the scores before the softmax. Only a maximum that is "
-        "subtracted, which cancels, is supported.",
+        "A sum, mean or maximum over a row of scores changes the scores before the softmax. The rows cannot be "
+        "computed separately either, or the option `tiers` does not allow `chunked`. A maximum that is subtracted "
+        "cancels, and is supported.",
         "`(s - s.amax(-1, keepdim=True)).softmax(-1) @ v`",
         "Remove the reduction from the scores.",
     ),
@@ -144,7 +147,8 @@ _SITES = {
     ),
     "rows": Code(
         "Each query has its own keys",
-        "Every dimension of the scores also belongs to the keys or the values, so none is left for the queries.",
+        "Every dimension of the scores also belongs to the keys or the values, so none is left for the queries: for "
+        "example, `einsum('bhid,bhijd->bhij', q, k)`, in which each query i has gathered its own keys.",
         "queries shaped (batch, heads, queries, width)",
         "Give the queries a dimension of their own, of size 1 for a single query.",
     ),
@@ -163,7 +167,8 @@ _SITES = {
     ),
     "axes": Code(
         "The scores depend on another index than batch, head, query and key",
-        "A score must be a function of its batch, head, query and key alone.",
+        "A score must be a function of its batch, head, query and key alone. Here they also differ along another "
+        "dimension, which the output lacks; the message gives its size.",
         "biases and masks shaped (batch, heads, queries, keys) or broadcast to it",
         "Sum or select over the other index before you add the result to the scores.",
     ),
@@ -296,7 +301,7 @@ _DECISIONS = {
         "The cost model does not know the device",
         "attnfx lacks the compute rates of this device, so it cannot predict times.",
         "a CPU, or an NVIDIA GPU",
-        '`rewrite="always"` rewrites without a prediction.',
+        'If the tensors are on "meta", name a device with `target=`. `rewrite="always"` rewrites without a prediction.',
     ),
 }
 CODES: Mapping[str, Code] = MappingProxyType({**_SITES, **_OTHERS, **_DECISIONS})
@@ -322,7 +327,11 @@ def page() -> str:
         Every softmax of a graph ends in the report: rewritten, or kept for a reason with a stable code. `site.code` is
         the code of a kept site, and `site.refusal` holds the sentence, the line of your code and a hint.
         `report.others` lists the softmaxes that are not attention. With `strict=True` the first refusal is raised as an
-        error. The codes are stable; the sentences may change.
+        error; from a compiled call it arrives as `torch._dynamo.exc.BackendCompilerFailed`: see
+        [Options](options.md#errors). The codes are stable; the sentences may change.
+
+        A site that no score program can express is also tried as [whole rows](how-it-works.md#whole-rows). It is
+        refused only if that is not possible either, or if the option `tiers` excludes `chunked`.
     """
     out = [inspect.cleandoc(intro)]
     for title, codes in sections:

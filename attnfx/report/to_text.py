@@ -77,7 +77,7 @@ def _number(x: float) -> str:
 
 
 def _pair(values: list[str]) -> str:
-    return values[0] if values[0] == values[1] else " > ".join(v or "?" for v in values)
+    return values[0] if values[0] == values[1] else " -> ".join(v or "?" for v in values)
 
 
 def _why(sites: Sequence[Site]) -> Iterable[str]:

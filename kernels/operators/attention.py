@@ -218,7 +218,10 @@ def _differentiate(ctx, grad_out, grad_logsumexp):
 
 
 def twice(ctx, *grads):
-    raise RuntimeError("attnfx.attention cannot be differentiated twice: its backward pass has no derivative")
+    raise RuntimeError(
+        "attnfx.attention cannot be differentiated twice: its backward pass has no derivative; call the model without "
+        "torch.compile for that"
+    )
 
 
 # -- autocast -----------------------------------------------------------------------------------

@@ -183,6 +183,16 @@ def test_strict_exits_with_3_and_names_the_refused_site(file):
     assert "models.py:" in attnfx("explain", f"{file}:refused", "--strict", code=3)[1]
 
 
+def test_the_help_names_the_factory_and_only_the_exit_codes_of_the_command():
+    explained, planned = (" ".join(attnfx(name, "--help")[0].split()) for name in ("explain", "plan"))
+    assert all(
+        "FACTORY is FILE.py:FACTORY or module:factory" in text and "MODEL is" not in text
+        for text in (explained, planned)
+    )
+    assert "3 a site was refused under --strict;" in explained and "--strict" not in planned
+    assert "3 no plan fits the memory budget;" in planned
+
+
 def test_a_transformers_model_is_made_small_and_its_sizes_can_be_given():
     out, _ = attnfx("explain", "--hf", "llama", "--layers", 1, "--length", 64, "--heads", 2, "--hidden", 32)
     assert "of 1 attention sites" in out and "2 heads, 64 x 64 x 16, batch 1" in out

@@ -127,6 +127,12 @@ def test_whole_rows_on_a_gpu_are_predicted_from_its_rates():
     assert "has no compute rates for xpu" in select_rows(whole_rows(device="xpu"), Options(), False).reason
 
 
+def test_small_whole_rows_are_kept_with_the_size_from_which_chunks_pay_off():
+    decision = select_rows(whole_rows(512, values=512 * 512, training=False), Options(), False)
+    assert decision.tier == "kept" and decision.code == "slower"
+    assert "usually pay off only from 64 MiB of scores, and these take 0.5 MiB" in decision.reason
+
+
 def test_whole_rows_whose_scores_are_larger_than_memory_run_in_chunks():
     """2 * 12 * n^2 elements of 2 bytes do not fit in 80 GB at 65536 rows, but do at 16384."""
     chosen = [select_rows(whole_rows(n, device="cuda"), Options(), False, device=H100) for n in (16384, 65536)]

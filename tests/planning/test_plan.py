@@ -209,6 +209,13 @@ def test_a_budget_that_makes_no_sense_is_an_error(bad):
         Options.make({"memory_budget": bad})
 
 
+def test_an_unknown_argument_names_a_similar_argument_of_plan():
+    with pytest.raises(
+        OptionError, match=r"unknown option 'optimiser'; did you mean 'optimizer'\?.*, train, optimizer$"
+    ):
+        plan(optimiser="adamw")
+
+
 def test_a_size_that_is_nearly_one_is_taken_for_it():
     with pytest.raises(OptionError, match=r"'16 gigs' is not valid; did you mean '16GiB'\?"):
         Options.make({"memory_budget": "16 gigs"})

@@ -85,7 +85,7 @@ def test_a_site_in_the_drawing_opens_by_click_and_by_key(report, browser, tmp_pa
 def test_a_page_that_exists_is_overwritten_only_by_force(report, tmp_path):
     file = tmp_path / "report.html"
     file.write_text("mine")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(FileExistsError, match=r"report\.html' exists; pass force=True to overwrite it$"):
         report.to_html(file)
     assert file.read_text() == "mine"
     report.to_html(file, force=True)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -65,6 +66,35 @@ def test_a_kept_site_says_why_and_a_rewritten_one_what_is_assumed():
     kept, always = (attnfx.explain(fn, rewrite=how)(*operands) for how in ("cost", "always"))
     assert "kept: a rewrite is predicted to take" in str(kept).replace("\n", " ") or "kept" in str(kept)
     assert "assumes that" in " ".join(always.sites[0].notes)
+
+
+def test_predicted_values_before_and_after_are_joined_by_an_arrow():
+    def fn(q, k, v):
+        return ((q @ k.mT) * SCALE).softmax(-1) @ v
+
+    text = str(attnfx.explain(fn, rewrite="always")(*(rand(1, 2, 256, 16) for _ in range(3))))
+    assert re.search(r"[\d.]+ -> [\d.]+ ms", text) and re.search(r"[\d.]+ -> [\d.]+ MiB", text)
+
+
+def test_inputs_that_are_given_with_the_model_are_an_error_that_shows_the_call():
+    with pytest.raises(TypeError, match=r"call attnfx.explain\(model, \*\*options\)\(\*inputs\)"):
+        attnfx.explain(lambda x: x, rand(2))  # pyright: ignore[reportArgumentType]
+
+
+def test_tensors_on_meta_without_a_target_are_kept_with_a_hint_to_name_one():
+    operands = [torch.empty(1, 2, 256, 16, device="meta") for _ in range(3)]
+    (site,) = attnfx.explain(lambda q, k, v: (q @ k.mT).softmax(-1) @ v)(*operands).sites
+    assert site.code == "no_rates" and "name a device with `target=`" in str(attnfx.Report(sites=[site])).replace(
+        "\n", " "
+    )
+
+
+def test_a_kept_site_states_that_inductors_own_rewriting_is_off_for_it():
+    def fn(q, k, v):
+        return (q @ k.mT).softmax(-2) @ v
+
+    report = attnfx.explain(fn)(*(rand(1, 2, 32, 16) for _ in range(3)))
+    assert "Inductor's own attention rewriting is switched off here" in str(report).replace("\n", " ")
 
 
 class Layers(torch.nn.Module):

@@ -51,8 +51,11 @@ def write(
 ) -> None:
     """Write the page. Raises FileExistsError if the file exists, unless `force`."""
     text = page(report, timeline, caption)
-    with open(path, "w" if force else "x", encoding="utf-8") as file:
-        file.write(text)
+    try:
+        with open(path, "w" if force else "x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        raise FileExistsError(f"{str(path)!r} exists; pass force=True to overwrite it") from None
 
 
 def _asset(name: str) -> Markup:

@@ -104,7 +104,7 @@ def test_a_second_derivative_is_an_error_and_not_a_zero():
     query, key, value = tensors()
     out = attention(query, key, value, AttentionSpec(score=DOT))
     (grad,) = torch.autograd.grad(out.sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated twice: .* without torch.compile"):
         torch.autograd.grad(grad.sum(), key)
 
 
