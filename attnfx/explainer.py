@@ -10,7 +10,6 @@ import torch
 from torch.fx import GraphModule
 
 from attnfx.compiler import pipeline
-from attnfx.compiler.faults import described
 from attnfx.compiler.private_code import private_code
 from attnfx.options import Options
 from attnfx.passes.fx.stand_ins import stand_ins, zeros
@@ -43,14 +42,7 @@ def explain(model: Callable[..., Any], *inputs: NoReturn, **options: Any) -> Cal
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-            try:
-                total.take(pipeline.run(gm, chosen, stages=True).report)
-            except Exception as problem:
-                if chosen.strict:
-                    raise
-                total.take(
-                    Report(notes=[f"attnfx failed on a graph, which it would leave alone: {described(problem)}"])
-                )
+            total.take(pipeline.run(gm, chosen, stages=True).report)
             return stand_ins(gm, zeros)
 
         with private_code(model) as traced:

@@ -59,6 +59,18 @@ def _select_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.where(A.eq(index[dim], place), written, lifter.lift(source(at), index))
 
 
+@rule(INDEXING, "diagonal_scatter")
+def _diagonal_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    rank, offset = len(index), whole(argument(at, 2, "offset", 0))
+    a, b = (int(argument(at, n, name, n - 3)) % rank for n, name in ((3, "dim1"), (4, "dim2")))  # type: ignore[arg-type]
+    if offset.op != "const":
+        raise Opaque
+    place = index[a] if offset.value >= 0 else index[b]  # type: ignore[operator]
+    rest = (x for d, x in enumerate(index) if d not in (a, b))
+    written = lifter.operand(at.args[1], (*rest, place))
+    return A.where(A.eq(A.sub(index[b], index[a]), offset), written, lifter.lift(source(at), index))
+
+
 @rule(INDEXING, "copy", "fill")
 def _copy(lifter: Lifter, at: Node, index: Index) -> Expr:
     return lifter.operand(at.args[1], index)

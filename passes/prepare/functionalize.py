@@ -24,7 +24,10 @@ from attnfx.passes.lift.products import near_normalizer, of_products
 aten = torch.ops.aten
 # Allocations that are written part by part: passes/prepare/hoist_concat.py joins the parts.
 EMPTY = ("empty", "empty_like", "new_empty", "zeros", "zeros_like", "new_zeros")
-SCATTERS = {"slice": aten.slice_scatter.default, "select": aten.select_scatter.default}
+SCATTERS = {
+    "slice": aten.slice_scatter.default, "select": aten.select_scatter.default,
+    "diagonal": aten.diagonal_scatter.default,
+}  # fmt: skip
 STORAGE = ("resize", "resize_as", "set")  # operators that change a tensor's memory
 
 

@@ -70,6 +70,23 @@ def test_a_constant_that_is_written_is_a_mask():
     assert "-inf" in str(site.spec)
 
 
+def diagonal_view(s, w):
+    s.diagonal(dim1=-2, dim2=-1).fill_(-1e4)
+
+
+def diagonal_view_above(s, w):
+    s.diagonal(2, -2, -1).copy_(w[: T - 2])
+
+
+def diagonal_view_below(s, w):
+    s.diagonal(-3, -2, -1).copy_(w[: T - 3])
+
+
+@pytest.mark.parametrize("place", [diagonal_view, diagonal_view_above, diagonal_view_below], ids=lambda p: p.__name__)
+def test_writes_into_a_diagonal_lift(place):
+    check(written(place), *qkv(t=T), rand(T))
+
+
 def accumulated(s, w):
     s.index_put_((range_(2)[:, None], range_(4), range_(3)[:, None, None]), w[0], accumulate=True)
 
