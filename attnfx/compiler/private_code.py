@@ -20,7 +20,7 @@ OWN = ("_parameters", "_buffers", "_modules")  # dictionaries of a module beside
 
 @contextmanager
 def private_code(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """Yield a function that calls the model, whose code, and that of the model's forward, are copies.
+    """Yield the model, or a function that calls it, such that Dynamo compiles a copy of its code.
 
     Attributes and buffers that a module's forward assigns are put back at the end of the block. Frames that Dynamo
     compiles on their own, after a graph break, keep their code; the limit is lifted for them while the block runs.
@@ -31,13 +31,14 @@ def private_code(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     )
     if not isinstance(model, nn.Module):
         with settings:
-            yield _copied(_calling(_copied(model)))
+            yield _copied(model if _plain(model) else _calling(model))
         return
     before = [(m, dict(m.__dict__), {name: dict(m.__dict__[name]) for name in OWN}) for m in model.modules()]
+    own = _plain(model.forward) and type(model).__call__ is nn.Module.__call__
     model.__dict__["forward"] = _copied(model.forward)
     try:
         with settings:
-            yield _copied(_calling(model))
+            yield model if own and not type(model).__module__.startswith("torch.") else _copied(_calling(model))
     finally:
         for module, held, owned in before:
             module.__dict__.clear()
@@ -45,6 +46,11 @@ def private_code(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
             for name, entries in owned.items():
                 held[name].clear()
                 held[name].update(entries)
+
+
+def _plain(fn: Any) -> bool:
+    """Return whether a callable is a function or a method whose own code Dynamo compiles, and not a decorator's."""
+    return isinstance(fn, FunctionType | MethodType) and not hasattr(fn, "__wrapped__")
 
 
 def _calling(model: Callable[..., Any]) -> Callable[..., Any]:
