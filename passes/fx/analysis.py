@@ -9,7 +9,7 @@ import torch
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.nodes import is_tensor, op_name, value
+from attnfx.passes.fx.nodes import argument, dims, is_tensor, op_name, value
 
 
 def written_operands(n: Node) -> list[Node]:
@@ -31,6 +31,18 @@ def storage(n: Node) -> int | None:
     """Return an id of the memory that holds a node's value, None without strided memory. Aliases share it."""
     held = value(n)
     return held.untyped_storage()._cdata if isinstance(held, torch.Tensor) and held.layout == torch.strided else None
+
+
+# Operators that may return their operand itself, which then keeps its gradient, also under no_grad.
+IDENTITIES = ("contiguous", "to", "type_as", "flatten", "positive", "real", "resolve_conj", "resolve_neg")
+
+
+def returns_operand(n: Node) -> bool:
+    """Return whether an operator returns its first operand itself, not a view or a copy of it."""
+    if op_name(n) in ("dropout", "feature_dropout"):
+        return argument(n, 2, "train") is False or argument(n, 1, "p") == 0
+    x = n.args[0] if op_name(n) in IDENTITIES else None
+    return isinstance(x, Node) and is_tensor(x) and storage(n) == storage(x) and dims(n) == dims(x)
 
 
 class Facts:
@@ -57,7 +69,7 @@ class Facts:
         self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
         self.given = {storage(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
         self.regions = _regions(gm)
-        self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False)
+        self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False and not returns_operand(n))
         self.differentiable = self._differentiable()
 
     def _differentiable(self) -> set[Node]:
@@ -84,7 +96,7 @@ class Facts:
                     out.add(n)
             elif (
                 (any(a in out for a in n.all_input_nodes) or (memory and storage(n) in memory))
-                and self.regions[n][0] is not False
+                and (self.regions[n][0] is not False or returns_operand(n))
                 and "detach" not in op_name(n)
             ):
                 if not isinstance(held, torch.Tensor) or held.is_floating_point() or held.is_complex():

@@ -90,7 +90,7 @@ def test_an_operator_that_returns_its_operand_keeps_the_gradient(op):
             peak = same.amax(-1, keepdim=True)
         return (same - peak).softmax(-1) @ v
 
-    assert_right(fn, *qkv())
+    assert_right(fn, *qkv(), inner="eager")
 
 
 def test_gradients_do_not_pass_the_region_after_a_rotation_by_complex_numbers():
@@ -108,3 +108,20 @@ def test_gradients_do_not_pass_the_region_after_a_rotation_by_complex_numbers():
     q, k, v = (x.requires_grad_() for x in qkv())
     compiled(fn)(q, k, v).sum().backward()
     assert q.grad is None and k.grad is None and v.grad is not None
+
+
+def with_a_bias(q, k, v, b):
+    with torch.no_grad():
+        b = b.contiguous()
+    return (q @ k.mT + b).softmax(-1) @ v
+
+
+def with_keys(q, k, v, b):
+    with torch.no_grad():
+        k, b = k.to(k.dtype), b.flatten()
+    return (q @ k.mT * b[0]).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [with_a_bias, with_keys])
+def test_operands_that_pass_a_region_unchanged_keep_their_gradients(fn):
+    assert_right(fn, *qkv(), rand(40, 40), inner="eager")
