@@ -68,7 +68,8 @@ def run(graph: Graph) -> int:
             continue
         views = _views(target)
         base = op_name(views[-1].args[0]) if views else ""  # type: ignore[arg-type]
-        if base in EMPTY and ("zeros" not in base or of_products([node.args[1]])):  # type: ignore[list-item]
+        source = node.args[1] if op_name(node) == "copy_" else None
+        if base in EMPTY and ("zeros" not in base or (isinstance(source, Node) and of_products([source]))):
             continue
         # aliases from before the write that are read after it, besides the tensors that get a new value below
         renewed = [target, *(v.args[0] for v in views)]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, check, qkv, rand
+from tests.support import assert_kept, assert_right, check, qkv, rand
 
 T = 24
 range_ = torch.arange
@@ -85,6 +85,16 @@ def diagonal_view_below(s, w):
 @pytest.mark.parametrize("place", [diagonal_view, diagonal_view_above, diagonal_view_below], ids=lambda p: p.__name__)
 def test_writes_into_a_diagonal_lift(place):
     check(written(place), *qkv(t=T), rand(T))
+
+
+def into_a_bias(s, w):
+    bias = torch.zeros(1, 1, T, T, dtype=w.dtype)
+    bias[0, :, range_(T), range_(T)] = w
+    s += bias
+
+
+def test_a_write_by_a_number_and_index_arrays_into_zeros():
+    assert_right(written(into_a_bias), *qkv(t=T), rand(T))
 
 
 def accumulated(s, w):
