@@ -174,7 +174,7 @@ def test_the_cost_rule_leaves_small_scores_and_weights_that_are_returned():
         w = talking_heads(q, k, torch.eye(k.shape[2]))
         return w @ v, w
 
-    cases = (talking_heads, T, "smaller than"), (talking_heads, 2048, "MiB"), (weights_too, T, "")
+    cases = (talking_heads, T, "pay off only from 64 MiB"), (talking_heads, 2048, "MiB"), (weights_too, T, "")
     for train in (False, True):
         for fn, size, word in cases:
             torch._dynamo.reset()
