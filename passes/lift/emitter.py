@@ -142,9 +142,10 @@ def like(emit: Emitter, out: Node, final: Node) -> Node:
         return out
     if want.is_contiguous():
         return emit.call(aten.contiguous.default, out)
-    if 0 in want.stride() or any(isinstance(n, torch.SymInt) for n in (*want.shape, *want.stride())):
+    if any(not isinstance(n, torch.SymInt) and n == 0 for n in want.stride()):
         return out
-    base = emit.call(aten.new_empty_strided.default, out, list(want.shape), list(want.stride()))
+    sizes, strides = ([emit.size(size_expr(n)) for n in found] for found in (want.shape, want.stride()))
+    base = emit.call(aten.new_empty_strided.default, out, sizes, strides)
     return emit.call(aten.copy_.default, base, out)
 
 

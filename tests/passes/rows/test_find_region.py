@@ -314,3 +314,13 @@ def test_a_bias_that_is_a_sum_of_gathered_curves_is_computed_before():
 
     (site,) = check(fn, *(rand(2, 4, N, 8) for _ in range(3)), rand(2, 2, 4, N, 40), torch.randint(40, (2, 1, 1, N, N)))
     assert site.decision is not None and site.decision.kernel != "rows"
+
+
+def test_a_view_of_the_scores_that_is_returned_has_its_strides_for_symbolic_sizes():
+    def fn(q, k, v):
+        s = q @ k.mT
+        return (s[:, 0] * s[:, 1]).softmax(-1) @ v[:, 0], s[:, 0]
+
+    q, k, v = inputs(h=2)
+    got, want = compiled(fn, dynamic=True)(q, k, v)[1], fn(q, k, v)[1]
+    assert got.stride() == want.stride()
