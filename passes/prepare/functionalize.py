@@ -88,6 +88,7 @@ def run(graph: Graph) -> int:
             while node.prev is not before:
                 gm.graph.erase_node(node.prev)
             continue
+        learned = facts.differentiable.intersection((*fresh, *node.all_input_nodes))
         for old, current in fresh.items():
             for user in list(old.users):
                 if position.get(user, -1) > position[node]:
@@ -98,6 +99,8 @@ def run(graph: Graph) -> int:
         for n in dict.fromkeys(fresh.values()):
             position[n] = position[node]
             families[key].append(n)
+            if learned:
+                facts.differentiable.add(n)
         changed += 1
     return changed
 

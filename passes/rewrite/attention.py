@@ -146,7 +146,7 @@ def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> 
 
 def _without_gradient(emit: Emitter, facts: Facts, new: Node, old: Node) -> Node:
     """Detach a result that requires no gradient in the original graph, such as a sum of detached weights."""
-    learns = old in facts.differentiable or not value(old).is_floating_point()
+    learns = old in facts.differentiable or old not in facts.position or not value(old).is_floating_point()
     return new if learns or not torch.is_grad_enabled() else emit.call(aten.detach.default, new)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, check, qkv
+from tests.support import assert_kept, assert_right, check, qkv
 
 T = 20
 
@@ -81,3 +81,18 @@ def test_scores_read_before_and_after_a_write_are_each_as_they_were():
 @pytest.mark.parametrize("fn", [one_row_scaled, a_view_from_before_is_read_after])
 def test_a_write_to_one_row_and_one_under_a_view_that_is_read_later_are_kept(fn):
     assert_kept(fn, *qkv(t=T), code="rows_mixed")
+
+
+def test_a_write_under_no_grad_keeps_the_gradient_of_a_value_that_was_written_before():
+    """The first write is functionalized: the value that it leaves still has a gradient."""
+
+    def fn(q, k, v):
+        x = q * torch.sigmoid(q) + (q @ k.mT).softmax(-1) @ v
+        x[..., :3, :] = 0.0
+        with torch.no_grad():
+            total = x.sum(-1, keepdim=True)
+            x[..., 3:].mul_(0.5)
+            made = x + total * 0.1
+        return x + made
+
+    assert_right(fn, *qkv(), inner="eager")
