@@ -26,6 +26,7 @@ from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op
 from attnfx.passes.lift.contraction import terms
 from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.graph import Graph
+from attnfx.passes.lift.products import reaches_softmax
 
 aten = torch.ops.aten
 EXPANDS = ("expand", "expand_as")
@@ -61,6 +62,8 @@ def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     given = [i for i in index if i is not None]
     if len(given) != 1 or index[-1] is None or value(given[0]).dtype != torch.bool or value(number).numel() != 1:
         return None
+    if not value(x).is_contiguous() and not reaches_softmax(n):
+        return None  # masked_fill returns a contiguous tensor, index_put one with the strides of its operand
     emit, mask = Emitter(gm, n), given[0]
     for _ in range(len(shape(x)) - (len(index) - 1) - len(shape(mask))):  # type: ignore[arg-type]
         mask = emit.call(aten.unsqueeze.default, mask, -1)

@@ -174,3 +174,13 @@ def test_a_sum_of_products_is_not_rounded_by_the_callers_autocast():
         (scores, out), (want, want_out) = compiled(fn)(q, k, v), fn(q, k, v)
     torch.testing.assert_close(scores, want)
     torch.testing.assert_close(out, want_out, atol=1e-2, rtol=1e-2)
+
+
+def test_a_masked_write_keeps_the_strides():
+    def fn(q, k, v, mask):
+        x = (q * torch.sigmoid(q)).transpose(0, 1)
+        x[:, mask] = 0.0
+        return (q @ k.mT).softmax(-1) @ v, x
+
+    args = (*qkv(), torch.arange(2) > 0)
+    assert compiled(fn, inner="eager")(*args)[1].stride() == fn(*args)[1].stride()
