@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -34,9 +33,7 @@ def explain(model: Callable[..., Any], *inputs: NoReturn, **options: Any) -> Cal
     """
     if inputs:
         raise TypeError("call attnfx.explain(model, **options)(*inputs): the inputs go to the function that it returns")
-    chosen = Options.make(options)
-    if chosen.tune:  # use cached measurements, time nothing
-        chosen = replace(chosen, tune="known")
+    chosen = Options.make(options).without_timing()
 
     def run(*args: Any, **kwargs: Any) -> Report:
         total = Report(graphs=0)

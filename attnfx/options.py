@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Literal, TypeAlias, get_args
 
@@ -85,6 +85,10 @@ class Options:
             )
         check_names(given)
         return cls(**{**_from_environment(skip=given.keys()), **given})  # pyright: ignore[reportArgumentType]
+
+    def without_timing(self) -> Options:
+        """Return the options for a report or a plan, which use cached measurements and time nothing."""
+        return replace(self, tune="known") if self.tune else self
 
 
 def _from_environment(skip: Iterable[str]) -> dict[str, object]:

@@ -175,58 +175,51 @@ def attention() -> str:
     ])  # fmt: skip
 
 
+def model_table(rows: Sequence[dict[str, Any]], shown: Callable[[float], str]) -> str:
+    """Build the table of whole models: their rewritten sites, and the amount of each contender."""
+    names = contenders(rows)
+
+    def sites(row: dict[str, Any]) -> str:
+        ours = row["by_backend"]["attnfx"] if "by_backend" in row else row
+        return f"{ours['rewritten']} of {ours['sites']}"
+
+    cells = [[model_of(r["job"]), direction(r["job"]["train"]), sites(r), *compared(r, names, shown)] for r in rows]
+    return table(["model", "pass", "sites", *(LABELS[name] for name in names)], cells)
+
+
 def models() -> str:
     file = stored("models")
-    names = contenders(file["rows"])
-    rows = [
-        [model_of(r["job"]), direction(r["job"]["train"]), f"{r['rewritten']} of {r['sites']}", *compared(r, names, ms)]
-        for r in file["rows"]
-    ]
     return "\n\n".join([
         "## Whole models, long sequences",
         text(f"""Models of the transformers library with its hand-written attention (`attn_implementation="eager"`),
             {count(file['threads'], 'thread')}. The Mistral shape has a sliding window. The sizes are in
             `benchmarks/models.py`. "Sites" counts the attention sites that were rewritten."""),
-        table(["model", "pass", "sites", *(LABELS[name] for name in names)], rows),
+        model_table(file["rows"], ms),
     ])  # fmt: skip
 
 
 def usual() -> str:
     file = stored("usual-one-thread")
-    names = contenders(file["rows"])
-    rows = [
-        [model_of(r["job"]), direction(r["job"]["train"]), f"{r['rewritten']} of {r['sites']}", *compared(r, names, ms)]
-        for r in file["rows"]
-    ]
     parts = [amounts(r)["attnfx"] / amounts(r)["inductor"] for r in file["rows"]]
     kept = sum(r["rewritten"] == 0 for r in file["rows"])
     return "\n\n".join([
         "## Whole models, short sequences",
         text(f"""Models of base width at their usual input sizes, {count(file['threads'], 'thread')}. Little is to be
             gained here, and the default must not lose: attnfx took {spread(parts)} times Inductor's time. In {kept}
-            of {len(rows)} rows the cost rule kept every site."""),
-        table(["model", "pass", "sites", *(LABELS[name] for name in names)], rows),
+            of {len(file['rows'])} rows the cost rule kept every site."""),
+        model_table(file["rows"], ms),
     ])  # fmt: skip
 
 
 def memory() -> str:
     file = stored("memory")
-    names = contenders(file["rows"])
-
-    def sites(row: dict[str, Any]) -> str:
-        ours = row["by_backend"]["attnfx"]
-        return f"{ours['rewritten']} of {ours['sites']}"
-
-    rows = [
-        [model_of(r["job"]), direction(r["job"]["train"]), sites(r), *compared(r, names, mib)] for r in file["rows"]
-    ]
     return "\n\n".join([
         "## Peak memory",
         text(f"""The largest resident memory of the process during a step, minus its memory before the step
             (parameters and inputs). A process for each contender, {count(file['threads'], 'thread')}, after a first
             step that compiled. Inductor recognizes a ViT's plain attention by itself, and the cost rule leaves such
             sites to it."""),
-        table(["model", "pass", "sites", *(LABELS[name] for name in names)], rows),
+        model_table(file["rows"], mib),
     ])  # fmt: skip
 
 

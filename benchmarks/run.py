@@ -22,6 +22,7 @@ from typing import Any
 import click
 from apart import once
 from measure import machine
+from page import direction
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -42,27 +43,23 @@ class Row:
 EVERY = ["eager", "inductor", "sdpa"]  # the contenders beside attnfx
 
 
-def way(train: bool) -> str:
-    return "training step" if train else "forward"
-
-
 def attention(program: str, train: bool, limit: float) -> Row:
     job = {"kind": "attention", "program": program, "H": 8, "T": 4096, "D": 64, "train": train}
     job |= {"contenders": [*EVERY, "attnfx"], "seconds": 10}
-    direction = "forward and backward" if train else "forward"
-    return Row(f"{program.replace(':', ' ')}, 8 x 4096 x 64, {direction}", job, {"inductor": limit})
+    passes = "forward and backward" if train else "forward"
+    return Row(f"{program.replace(':', ' ')}, 8 x 4096 x 64, {passes}", job, {"inductor": limit})
 
 
 def model(name: str, layers: int, size: int, batch: int, train: bool, limits: dict[str, float], seconds: int) -> Row:
     job = {"kind": "model", "model": [name, layers, size, batch], "train": train}
     others = EVERY if "sdpa" in limits else list(limits)
     job |= {"contenders": [*others, "attnfx"], "seconds": seconds}
-    return Row(f"{name}, {layers} layers, {batch} x {size}, {way(train)}", job, limits)
+    return Row(f"{name}, {layers} layers, {batch} x {size}, {direction(train)}", job, limits)
 
 
 def memory(name: str, layers: int, size: int, train: bool, limits: dict[str, float]) -> Row:
     job = {"kind": "memory", "model": [name, layers, size, 1], "train": train, "backends": [*EVERY, "attnfx"]}
-    return Row(f"{name}, {layers} layers, 1 x {size}, {way(train)}", job, limits)
+    return Row(f"{name}, {layers} layers, 1 x {size}, {direction(train)}", job, limits)
 
 
 def compiling(name: str, layers: int, inner: str, limits: dict[str, float]) -> Row:

@@ -25,7 +25,7 @@ def private_code(model: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     Attributes and buffers that a module's forward assigns are put back at the end of the block. Frames that Dynamo
     compiles on their own, after a graph break, keep their code; the limit is lifted for them while the block runs.
     """
-    # the sizes of one trace must not make those of the next symbolic
+    # otherwise two traces of different sizes would make the next trace symbolic
     settings = torch._dynamo.config.patch(
         recompile_limit=1 << 16, accumulated_recompile_limit=1 << 16, automatic_dynamic_shapes=False
     )
@@ -68,7 +68,7 @@ def _copied(fn: Any) -> Any:
         return MethodType(_copied(fn.__func__), fn.__self__)
     if not isinstance(fn, FunctionType):
         return fn
-    # Dynamo keeps the sizes that it has seen by file, line and name: those of the traces get a name of their own
+    # Dynamo remembers sizes by file, line and name: with another name, traces leave the user's entries alone
     code = fn.__code__.replace(co_name=f"{fn.__code__.co_name}_traced")
     made = FunctionType(code, fn.__globals__, fn.__name__, fn.__defaults__, fn.__closure__)
     made.__kwdefaults__, made.__qualname__, made.__module__ = fn.__kwdefaults__, fn.__qualname__, fn.__module__

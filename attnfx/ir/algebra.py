@@ -398,7 +398,7 @@ def unary(op: str, x: Expr) -> Expr:
 
 
 def _nonnegative(x: Expr) -> bool:
-    """Return whether a float is known not to be negative, whatever its operands are."""
+    """Return whether a float is known not to be negative, for any values of its operands."""
     if x.op == "const":
         return float(x.value) >= 0  # type: ignore[arg-type]
     if x.op in ("mul", "add", "recip", "half", "detach"):

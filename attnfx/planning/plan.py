@@ -99,7 +99,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
         BudgetError: the step does not fit; the message has the smallest possible peak and its contents.
     """
     check_names(options, ("train", "optimizer"))
-    chosen = Options.make({**options, "target": target})
+    chosen = Options.make({**options, "target": target}).without_timing()
     wanted = budgets.check("memory_budget", memory_budget)
     keeps = optimizers.given(optimizer)
     if train not in (None, True, False):
@@ -107,12 +107,8 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
     def run(*args: Any, **kwargs: Any) -> Plan:
         device = chosen.target if isinstance(chosen.target, Target) else detected(_device(model))
-        # a plan runs no kernels, and its graphs are on the CPU: they do not tell for which device to decide
-        decided = replace(
-            chosen,
-            target=chosen.target if device.kind == "cpu" else device,
-            tune="known" if chosen.tune else chosen.tune,
-        )
+        # the graphs of a plan are on the CPU: they do not tell for which device to decide
+        decided = chosen if device.kind == "cpu" else replace(chosen, target=device)
         training = train if train is not None else bool(getattr(model, "training", False))
         limit = None
         if wanted is not None:

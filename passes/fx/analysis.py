@@ -134,13 +134,11 @@ class Facts:
         writes = [at for at in self.mutations[key] if first < at < self.position[final]]
         return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
 
-    def written_between(self, node: Node, final: Node) -> bool:
-        """Return whether the memory of a node is written in place after the node and before `final`."""
-        return any(self.position[node] < at < self.position[final] for at in self.mutations.get(storage(node), ()))  # type: ignore[arg-type]
-
-    def changed_after(self, node: Node) -> bool:
-        """Return whether the memory of a node is written in place after the node."""
-        return any(at > self.position[node] for at in self.mutations.get(storage(node), ()))  # type: ignore[arg-type]
+    def changed_after(self, node: Node, before: Node | None = None) -> bool:
+        """Return whether the memory of a node is written in place after the node, and before the node `before`."""
+        first, last = self.position[node], None if before is None else self.position[before]
+        writes = self.mutations.get(storage(node), ())  # type: ignore[arg-type]
+        return any(first < at and (last is None or at < last) for at in writes)
 
     def casts(self, n: Node) -> bool:
         """Return whether autocast would round the operands of a product in the node's place."""

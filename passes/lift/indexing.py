@@ -105,24 +105,26 @@ def _pad(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.where(inside, lifter.lift(x, tuple(inner)), filler)
 
 
+def _index_tensors(at: Node) -> tuple[dict[int, Node], int, int]:
+    """Return the integer tensors of advanced indexing by the dimension that they index, how many dimensions they have
+    together, and the first of these in the result: where the tensors are, or in front if they are apart."""
+    tensors = {d: t for d, t in enumerate(at.args[1]) if t is not None}  # type: ignore[arg-type]
+    if any(value(t).dtype in (torch.bool, torch.uint8) for t in tensors.values()):  # type: ignore[union-attr]
+        raise Opaque
+    together = max(tensors) - min(tensors) == len(tensors) - 1
+    return tensors, max(len(shape(t)) for t in tensors.values()), min(tensors) if together else 0  # type: ignore[return-value]
+
+
 @rule(INDEXING, "index")
 def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
     """Lift advanced indexing with integer tensors, which broadcast together; None keeps a dimension."""
-    x, indices = source(at), at.args[1]
-    rank = len(shape(x))
-    given = [(d, t) for d, t in enumerate(indices) if t is not None]  # type: ignore[arg-type]
-    if any(value(t).dtype == torch.bool for _, t in given):  # type: ignore[union-attr]
-        raise Opaque
-    positions = [d for d, _ in given]
-    depth = max(len(shape(t)) for _, t in given)  # type: ignore[arg-type]
-    together = positions == list(range(positions[0], positions[0] + len(positions)))
-    first = positions[0] if together else 0
+    x = source(at)
+    tensors, depth, first = _index_tensors(at)
     among = index[first : first + depth]
     rest = iter((*index[:first], *index[first + depth :]))
     inner: list[Expr] = []
     extents = dims(x)
-    tensors = dict(given)
-    for d in range(rank):
+    for d in range(len(extents)):
         inner.append(_position(lifter.operand(tensors[d], among), extents[d]) if d in tensors else next(rest))
     return lifter.lift(x, tuple(inner))
 
@@ -130,13 +132,10 @@ def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
 @rule(INDEXING, "index_put")
 def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
     """Read what x[.., i, j, ..] = value leaves, for integer tensors that are affine in one of their own dimensions."""
-    x, indices, written = source(at), at.args[1], at.args[2]
+    x, written = source(at), at.args[2]
     if argument(at, 3, "accumulate", False):
         raise Opaque
-    tensors = {d: t for d, t in enumerate(indices) if t is not None}  # type: ignore[arg-type]
-    if any(value(t).dtype in (torch.bool, torch.uint8) for t in tensors.values()):  # type: ignore[union-attr]
-        raise Opaque
-    rank = max(len(shape(t)) for t in tensors.values())
+    tensors, rank, first = _index_tensors(at)
     extents = [A.ONE] * rank
     for t in tensors.values():
         for m, n in enumerate(dims(t), rank - len(shape(t))):
@@ -153,7 +152,6 @@ def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
         raise Opaque
     here = [A.eq(A.substitute(e, solved), index[d]) for d, e in places.items()]
     here += [A.and_(A.ge(solved[k], A.ZERO), A.lt(solved[k], k.args[0])) for k in own]
-    first = min(tensors) if max(tensors) - min(tensors) == len(tensors) - 1 else 0
     left = [i for d, i in enumerate(index) if d not in tensors]
     put = lifter.operand(written, (*left[:first], *(solved[k] for k in own), *left[first:]))
     return A.where(A.and_(*here), put, lifter.lift(x, index))

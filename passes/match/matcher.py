@@ -236,7 +236,11 @@ class Finder:
             if e.op != "load" or not (j.value in e.free or j.args[0] is A.ONE):
                 continue
             node = slot_node(e.value)
-            c = contraction(node, e.args) if batched(node) and not self.facts.written_between(node, final) else None
+            c = (
+                contraction(node, e.args)
+                if batched(node) and not self.facts.changed_after(node, before=final)
+                else None
+            )
             if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
                 continue
             if j.args[0] is A.ONE or (j.value in free(c.left_index)) != (j.value in free(c.right_index)):
