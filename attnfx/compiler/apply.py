@@ -51,11 +51,14 @@ def apply(
     it. Replaced nodes stay in the graph without users. `after` is called with each place when it is done.
     """
     before = graph.facts
-    out = []
+    out: list[Outcome] = []
     for choice in reversed(choices):
         place = choice.place
         outcome = Outcome(choice, [], False)
-        if context.fault(place.part) is None:
+        together = isinstance(choice.action, WholeRows) and any(
+            old is choice.finding.final for o in out for old, _ in o.replaced
+        )  # a later attention's region has the same rows, and computes this one too
+        if context.fault(place.part) is None and not together:
             run = partial(_carried_out, graph, before, choice, context.exercise)
             outcome = context.attempt(place.part, run, outcome)
         if outcome.choice.action is None:

@@ -86,4 +86,5 @@ class Region:
     @property
     def gives_scores(self) -> bool:
         """Return whether a value with an element for each row and key leaves the region."""
-        return any(n is not self.final and self.columns in dims(n) for n in self.results)
+        others = [(dims(n), self.rows[n]) for n in self.results if n is not self.final]
+        return any(x is self.columns for have, row in others for d, x in enumerate(have) if d != row)

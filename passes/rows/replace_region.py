@@ -16,6 +16,7 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, detached
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, take_place, value
+from attnfx.passes.fx.order import move_before
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.row_rules import Along
@@ -31,7 +32,8 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
     position = facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
-    if any(position[n] >= position[before] for n, _ in found.inputs):
+    late = [n for n, _ in found.inputs if position[n] >= position[before]]
+    if late and not move_before(facts, late, before, found.calls):
         raise CannotEmit("an operand is computed after a result of the attention is first read")
     emit = graph.emitter(before)
     program, inputs, sizes = _program(emit, found, facts, compiled)

@@ -1,0 +1,38 @@
+"""Move computations to an earlier place in a graph."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+
+import torch
+from torch.fx import Node
+
+from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.nodes import op_name
+
+
+def move_before(facts: Facts, nodes: Iterable[Node], before: Node, beside: Collection[Node] = ()) -> bool:
+    """Move the nodes, and all that they are computed from, before another node; return whether that was possible.
+
+    A random operator, one that touches memory which is written in place, and one in another autocast or no_grad region
+    stay where they are, as do `beside` and everything computed from them. `facts` are those of the present graph.
+    """
+    first = facts.position[before]
+    late = [n for n in reach(nodes, lambda n: [a for a in n.all_input_nodes if facts.position[a] >= first])]
+    late = sorted((n for n in late if facts.position[n] >= first), key=facts.position.__getitem__)
+    if any(n in beside or not _movable(facts, n, before) for n in late):
+        return False
+    for n in late:
+        before.prepend(n)
+    return True
+
+
+def _movable(facts: Facts, n: Node, before: Node) -> bool:
+    if n.op == "get_attr":
+        return True
+    plain = isinstance(n.target, torch._ops.OpOverload) or op_name(n) == "getitem"
+    if n.op != "call_function" or not plain or written_operands(n) or facts.regions[n] != facts.regions[before]:
+        return False
+    random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
+    return not random and not any(x in facts.written for x in (n, *n.all_input_nodes))
