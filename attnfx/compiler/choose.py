@@ -74,7 +74,7 @@ class _Choosing:
             why = refusal("one_draw", message, *finding.anchors, apart)
             return self._whole_rows(keep.kept(None, why, SHIELD), lean=True)
         chosen = self._attention(match)
-        return chosen if reader is None else self._whole_rows(chosen, lean=True)
+        return self._whole_rows(chosen, lean=True) if reader is not None or place.scored else chosen
 
     # -- one call of the operator -------------------------------------------------------------------
     def _attention(self, match: Match) -> Choice:

@@ -21,7 +21,7 @@ from attnfx.passes.match.merge_query_chunks import merge
 from attnfx.passes.match.results import Finding
 from attnfx.passes.match.unmatched import others
 from attnfx.passes.match.weight_reductions import find_reductions
-from attnfx.passes.match.weight_uses import needed
+from attnfx.passes.match.weight_uses import needed, scores_needed
 from attnfx.report.records import Refusal, Site
 
 log = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ class Place:
     sizes   B, H, G, T, S, D, Dv and the spec's own sizes, from the example inputs
     site    its entry in the report, still without a decision
     reader  a node that needs the weights themselves, if there is one
+    scored  whether other nodes need the scores
     """
 
     number: int
@@ -42,6 +43,7 @@ class Place:
     sizes: dict[str, int]
     site: Site
     reader: Node | None = None
+    scored: bool = False
 
     @property
     def part(self) -> str:
@@ -89,12 +91,14 @@ def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, 
     log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
     context.attempt("the pass weight_reductions", partial(find_reductions, finder, matches), None)
     readers = context.attempt("the pass weight_uses", partial(needed, matches), {})
+    scored = context.attempt("the pass weight_uses", partial(scores_needed, finder.descent, matches), frozenset())
     known = hints(graph.gm.graph)
     places = []
     for number, finding in enumerate(findings):
         describe = partial(_described, finding, known)
         sizes, site = context.attempt(part_of(finding.final), describe, ({}, _bare(finding)))
-        places.append(Place(number, finding, sizes, site, readers.get(finding.final)))
+        final = finding.final
+        places.append(Place(number, finding, sizes, site, readers.get(final), final in scored))
     anchors = frozenset(a for f in findings if not f.loose for a in f.anchors)
     left = context.attempt("the pass unmatched", lambda: tuple(others(finder, anchors, ended)), ())
     operations = context.attempt("the count of operations", partial(flops.total, graph.gm), 0)

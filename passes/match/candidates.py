@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name
-from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting
+from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
+from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting, of_batch, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
 
 SORTING = ("sort", "topk", "argsort")
@@ -39,8 +39,9 @@ class Descent:
         self.met = self._met()
 
     def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
-        """Map each node that descends from a seed through pointwise and view operators to the nearest seeds. `unknown`
-        also passes shape-keeping operators that are not understood, so that the refusal can name them."""
+        """Map each node that descends from a seed through pointwise, view and reducing operators to the nearest seeds.
+        With `unknown`, operators that are not understood count too if they keep the shape, so that the refusal can name
+        them, and a reduction of the rows or keys does not."""
         out: dict[Node, list[Node]] = {}
         seeds = set(seeds)
         for n in self.gm.graph.nodes:
@@ -51,6 +52,9 @@ class Descent:
                 out[n] = [n]
             elif name in POINTWISE or name in VIEWS or name in INDEXING or name in REDUCING:
                 found = [s for a in n.all_input_nodes for s in out.get(a, ())]
+                if unknown and name in REDUCING:
+                    held = value(n) if is_tensor(n) else value(n)[0]
+                    found = [s for s in found if not _plane(s) - Counter(map(size_expr, held.shape))]
                 if found:
                     out[n] = list(dict.fromkeys(found))[:8]
             elif unknown and is_tensor(n) and name not in NORMS:
@@ -101,6 +105,15 @@ class Descent:
             n: [s for a in n.all_input_nodes for s in weights.get(a, ())] for n in self.gm.graph.nodes if batched(n)
         }
         return {n: list(dict.fromkeys(s)) for n, s in found.items() if s}
+
+    def from_pairs(self, n: Node, anchors: Iterable[Node]) -> bool:
+        """Return whether an operand of a product has a weight for each pair of two batches' rows, which their products
+        score: neither side is a layer's weight."""
+        products = {s for x in anchors for a in x.all_input_nodes for s in self.scores.get(a, ())}
+        sides = [x for s in products for x in s.all_input_nodes if is_tensor(x)]
+        weights = [w for w in n.all_input_nodes if w in self.weights]
+        paired = all(any(not _plane(s) - Counter(dims(w)) for w in weights) for s in products)
+        return bool(products) and paired and all(of_batch(x) and not parameter(x) for x in sides)
 
     def from_scores(self, anchor: Node) -> bool:
         return any(a in self.scores for a in anchor.all_input_nodes)

@@ -78,6 +78,9 @@ class Finder:
                         # exponentials over nearly their sum (plus a small constant): a loose finding
                         findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
                         continue
+                    if found.refusal is not None and descent.from_pairs(n, seeds):
+                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
+                        continue
                     self.doubtful.append(found)
                 met = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if s in descent.met]
                 if n in loose:

@@ -39,7 +39,7 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
                 yield n, refusal("no_values", "the weights are not multiplied by values", n)
             continue
         begun = begun_by(n)
-        flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ())]
+        flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ()) if dims(s)[-1] in dims(n)]
         if begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the softmax from the scores")
         elif flat_scores and n in meeting:
