@@ -41,6 +41,8 @@ def returns_operand(n: Node) -> bool:
     """Return whether an operator returns its first operand itself, not a view or a copy of it."""
     if op_name(n) in ("dropout", "feature_dropout"):
         return argument(n, 2, "train") is False or argument(n, 1, "p") == 0
+    if written := written_operands(n):
+        return is_tensor(n) and n.args[:1] == (written[0],)
     x = n.args[0] if op_name(n) in IDENTITIES else None
     return isinstance(x, Node) and is_tensor(x) and storage(n) == storage(x) and dims(n) == dims(x)
 

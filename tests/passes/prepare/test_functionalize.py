@@ -96,3 +96,16 @@ def test_a_write_under_no_grad_keeps_the_gradient_of_a_value_that_was_written_be
         return x + made
 
     assert_right(fn, *qkv(), inner="eager")
+
+
+def test_several_writes_under_no_grad_keep_the_gradient():
+    """The result of the first write is the written tensor itself, with its gradient."""
+
+    def fn(q, k, v):
+        x = q * torch.sigmoid(q) + (q @ k.mT).softmax(-1) @ v
+        with torch.no_grad():
+            x.mul_(0.5).add_(v, alpha=0.25)
+            x.sub_(0.125)
+        return x * 1.5 + torch.stack([x, k]).softmax(0).sum(0)
+
+    assert_right(fn, *qkv(), inner="eager")
