@@ -37,6 +37,7 @@ from attnfx.passes.fx.nodes import SDPA, op_name, where_in_source
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.unmatched import unread, unread_bodies, with_reasons
 from attnfx.passes.prepare import (
+    align_relative_values,
     canonicalize,
     detach_no_grad,
     expand_vmap,
@@ -75,6 +76,7 @@ PREPARE = (
     merge_key_sets,
     merge_score_terms,
     table_lookups,
+    align_relative_values,
 )
 CHECK_EACH = False  # verify the graph after each pass; `strict` and `dump_dir` do so too
 # Higher-order operators whose bodies are searched, each with the slice of its operands that are bodies.

@@ -82,6 +82,11 @@ def table_lookups(q, k, v, table):
     return (q @ k.mT + torch.einsum("bhid,ijd->bhij", q, table[places])).softmax(-1) @ v
 
 
+def align_relative_values(q, k, table):
+    flat = F.pad(F.pad((q @ k.mT).softmax(-1), (0, S - 1)).flatten(2), (S, 0))
+    return flat.view(B, H, S, 2 * S)[..., 1:] @ table
+
+
 def heads():
     return rand(B, H, T, D), rand(B, H, S, D), rand(B, H, S, D)
 
@@ -99,6 +104,7 @@ FORMS = [
     (merge_key_sets, heads),
     (merge_score_terms, lambda: (*heads(), rand(B, H, T, 2), rand(B, H, S, 2))),
     (table_lookups, lambda: (*heads(), rand(3, D))),
+    (align_relative_values, lambda: (rand(B, H, S, D), rand(B, H, S, D), rand(1, 1, 2 * S - 1, D))),
 ]
 
 
