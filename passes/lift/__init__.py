@@ -3,6 +3,6 @@
 Importing the package registers the rules.
 """
 
-from attnfx.passes.lift import contraction, indexing, pointwise, reductions, row_view_rules, views
+from attnfx.passes.lift import contraction, indexing, pointwise, reductions, views
 
-__all__ = ["contraction", "indexing", "pointwise", "reductions", "row_view_rules", "views"]
+__all__ = ["contraction", "indexing", "pointwise", "reductions", "views"]

@@ -8,7 +8,8 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import Opaque, Product, argument, dims, op_name, shape
+from attnfx.passes.fx.nodes import Opaque, Product, argument, dims, is_tensor, op_name, shape
+from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.lifter import Lifter, broadcast
 from attnfx.passes.lift.tables import INDEXING, Index, rule
 
@@ -42,6 +43,11 @@ def contraction(at: Node, index: Index) -> Contraction | None:
     except Opaque:
         return None
     return None
+
+
+def contracted(at: Node) -> Contraction | None:
+    """Return the contraction that a node computes, read at variables, or None."""
+    return contraction(at, variables(at)) if is_tensor(at) else None
 
 
 def _matmul(at: Node, left: Node, right: Node, index: Index) -> Contraction:

@@ -3,15 +3,16 @@
 `split(at, row, extent)` returns the call that computes some rows of a result, which lie along its dimension `row` of
 size `extent`. In the call, an operand is `Along(node, dim)` if the same rows of it are enough. It is the node itself if
 it lacks these rows and every row reads all of it. `split` raises `NotSeparable` if the operator mixes rows, changes
-their order, or is unknown.
+their order, or is unknown. With `keys`, another dimension and its size, the call computes some rows at some keys, and
+an operand may be `Along(node, dim, keys)`.
 
-Each family of operators has one rule. Without a rule, only operators that PyTorch tags as pointwise pass. The rules of
-views are in `passes/lift/row_view_rules.py`.
+A rule tells where each dimension of the result lies in the operands. Operators that PyTorch tags as pointwise, and
+operators with an index map in VIEWS, need no rule. Operators without either are not known to keep rows separate.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,13 @@ from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.contraction import terms
+from attnfx.passes.lift.tables import VIEWS, rule
+from attnfx.spec.rows import Ref
+
+NONE = -1  # no dimension
+ROWS, COLUMNS = Ref("rows", 0), Ref("columns", 0)
+OPERANDS = ("self", "input", "tensors", "index", "indices", "src")  # arguments that have the rows of the result
+Dims = Collection[int]
 
 
 class NotSeparable(Exception):
@@ -36,10 +44,12 @@ class NotSeparable(Exception):
 
 @dataclass(frozen=True)
 class Along:
-    """The rows of a node, which lie along `dim`."""
+    """The rows of a node, which lie along `dim`, restricted to a chunk's keys along `keys`. NONE stands for all rows or
+    all keys; only in a call for some keys does an operand have all rows."""
 
     node: Node
     dim: int
+    keys: int = NONE
 
 
 @dataclass(frozen=True)
@@ -64,10 +74,11 @@ class Made:
 
 
 class Use:
-    """An operator in use, with its rows along `row`; `given` holds its arguments by name, for a rule to change."""
+    """An operator in use, with the dimensions of its result that are `asked` for (the rows, then perhaps the keys) and
+    their sizes; `given` holds its arguments by name, for a rule to change."""
 
-    def __init__(self, at: Node, row: int, extent: Expr):
-        self.at, self.row, self.extent = at, row, extent
+    def __init__(self, at: Node, asked: Mapping[int, Expr]):
+        self.at, self.asked = at, asked
         schema = at.target._schema.arguments  # type: ignore[union-attr]
         self.defaults = {a.name: a.default_value for a in schema}
         self.given: dict[str, Any] = {a.name: x for a, x in zip(schema, at.args)} | dict(at.kwargs)
@@ -77,31 +88,68 @@ class Use:
     def __getitem__(self, name: str) -> Any:
         return self.given.get(name, self.defaults.get(name))
 
-    def names(self, *wanted: str) -> str:
-        """Return the first of these names that is a parameter of the operator."""
-        return next(n for n in wanted if n in self.defaults)
-
     def rank(self) -> int:
         return len(shape(self.at))
 
-    def along(self, x: Node, dim: int) -> Along | Node:
-        """Return the rows of an operand, or the operand itself if it is broadcast over the rows."""
-        if dim < 0:
-            return x
-        extent = dims(x)[dim]
-        if extent is self.extent:
-            return Along(x, dim)
-        if extent is A.ONE:
-            return x
-        raise NotSeparable(f"{label(self.at)} reads {label(x)}, which has another number of rows")
+    def source(self) -> Node:
+        """Return the first operand."""
+        x = next(iter(self.given.values()))
+        return x[0] if isinstance(x, list | tuple) else x
 
-    def broadcast(self, x: Any, rank: int | None = None) -> Any:
-        """Return the rows of an operand that is aligned with the result from the last dimension on."""
+    def named(self, rank: int | None = None) -> list[int]:
+        """Return the dimensions that `dim` names, counted from the front; refuse an operator over all dimensions."""
+        which = self["dims"] if "dims" in self.defaults else self["dim"]
+        which = which if isinstance(which, list | tuple) else [which]
+        if not which or None in which:
+            raise self.refuse("works over all dimensions, including the rows")
+        rank = len(shape(self.source())) if rank is None else rank
+        return [int(d) % max(rank, 1) for d in which]
+
+    def read(self, x: Node, where: Mapping[int, int]) -> Along | Node:
+        """Return the part of an operand that the call reads. `where` maps dimensions of the result to the operand's; an
+        operand of size 1 is broadcast."""
+        found = [self._place(x, where.get(d, NONE), extent) for d, extent in self.asked.items()]
+        return x if set(found) == {NONE} else Along(x, *found)
+
+    def _place(self, x: Node, dim: int, extent: Expr) -> int:
+        if dim == NONE or dims(x)[dim] is extent:
+            return dim
+        if dims(x)[dim] is A.ONE:
+            return NONE
+        raise self.refuse(f"reads {label(x)}, which has another number of rows")
+
+    def broadcast(self, x: Any) -> Any:
+        """Return the part of an operand that is aligned with the result from the last dimension on."""
         if not is_tensor(x):
             return x
-        return self.along(x, self.row - (self.rank() if rank is None else rank) + len(shape(x)))
+        missing = self.rank() - len(shape(x))
+        return self.read(x, {d: d - missing for d in self.asked if d >= missing})
+
+    def apart(self, gone: Dims, new: Dims, why: str = "works along the rows", names: Sequence[str] = OPERANDS) -> None:
+        """Read the operands whose dimensions lie in the result in the same order, apart from the operands' `gone` and
+        the result's `new` dimensions. `why` refuses rows along a new dimension."""
+        if any(d in new for d in self.asked):
+            raise self.refuse(why)
+
+        def read(x: Any) -> Any:
+            if not is_tensor(x):
+                return x
+            kept = [d for d in range(len(shape(x))) if d not in gone]
+            left = [d for d in range(len(kept) + len(new)) if d not in new]
+            where = dict(zip(left, kept))
+            if any(d not in where or dims(x)[where[d]] is not extent for d, extent in self.asked.items()):
+                raise self.refuse(f"reads {label(x)}, which has another number of rows")
+            return self.read(x, where)
+
+        for name in self.given:
+            if name in names:
+                self.given[name] = map_aggregate(self.given[name], read)
 
     def made(self) -> Made:
+        for name in ("size", "shape"):
+            if isinstance(self[name], list | tuple):
+                refs = dict(zip(self.asked, (ROWS, COLUMNS)))
+                self.given[name] = [refs.get(d, n) for d, n in enumerate(self[name])]
         args = tuple(v for k, v in self.given.items() if k in self.positional)
         return Made(self.op, args, {k: v for k, v in self.given.items() if k not in self.positional})
 
@@ -109,71 +157,65 @@ class Use:
         return NotSeparable(f"{label(self.at)} {why}")
 
 
-Rule = Callable[[Use], None]
-RULES: dict[str, Rule] = {}
+RULES: dict[str, Callable[[Use], None]] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def add(fn: Rule) -> Rule:
-        RULES.update(dict.fromkeys(names, fn))
-        return fn
-
-    return add
-
-
-def split(at: Node, row: int, extent: Expr) -> Made:
+def split(at: Node, row: int, extent: Expr, keys: tuple[int, Expr] | None = None) -> Made:
     """Return the call that computes some rows of a result, as the module's docstring describes."""
+    asked = {row: extent} if keys is None else {row: extent, keys[0]: keys[1]}
     try:
-        return _split(at, row, extent)
+        return _split(at, asked)
     except NotSeparable as problem:
         place = where_in_source(at)
         raise NotSeparable(f"{problem} ({place})" if place else str(problem), at) from None
 
 
-def _split(at: Node, row: int, extent: Expr) -> Made:
+def _split(at: Node, asked: Mapping[int, Expr]) -> Made:
     name = op_name(at)
     if name == "getitem":
-        return Made("getitem", (Along(at.args[0], _row_of_tuple(at, row)), at.args[1]), {})  # type: ignore[arg-type]
+        return _result_of_tuple(at, list(asked))
     if not isinstance(at.target, torch._ops.OpOverload) or at.target.namespace != "aten":
         raise NotSeparable(f"{label(at)} is not known to keep rows separate")
     if written_operands(at):
         raise NotSeparable(f"{name} writes in place")
-    use = Use(at, row, extent)
+    use = Use(at, asked)
     if name in RULES:
         RULES[name](use)
     elif torch.Tag.pointwise in at.target.tags and torch.Tag.nondeterministic_seeded not in at.target.tags:
         _pointwise(use)
+    elif name in VIEWS:
+        _view(use)
     else:
         raise NotSeparable(f"{name} is not known to keep rows separate")
     return use.made()
 
 
-def _row_of_tuple(at: Node, row: int) -> int:
-    source = at.args[0]
+def _result_of_tuple(at: Node, places: list[int]) -> Made:
+    source, number = at.args
     if op_name(source) == "unbind":  # type: ignore[arg-type]
-        dim = Use(source, 0, A.ONE)["dim"] % (len(value(at).shape) + 1)  # type: ignore[arg-type]
-        return row if row < dim else row + 1
-    return row
+        (gone,) = Use(source, {}).named()  # type: ignore[arg-type]
+        places = [d + (d >= gone) for d in places]
+    return Made("getitem", (Along(source, *places), number), {})  # type: ignore[arg-type]
 
 
 # -- pointwise operators ---------------------------------------------------------------------------
-@rule("to", "_to_copy", "detach", "contiguous", "lift_fresh_copy", "__and__", "__or__", "floor_divide", "where",
+@rule(RULES, "to", "_to_copy", "detach", "contiguous", "lift_fresh_copy", "__and__", "__or__", "floor_divide", "where",
       "masked_fill", "zeros_like", "ones_like", "full_like", "true_divide", "subtract", "multiply", "divide", "greater",
-      "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid",
-      "fix", "absolute", "negative", "leaky_relu")  # fmt: skip
+      "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid", "fix",
+      "absolute", "negative", "leaky_relu", "expand", "expand_as", "broadcast_to")  # fmt: skip
 def _pointwise(use: Use) -> None:
     for name, x in use.given.items():
         if name != "other" or not use.op.startswith("to."):
             use.given[name] = map_aggregate(x, use.broadcast)
 
 
-@rule("type_as")
+@rule(RULES, "type_as")
 def _type_as(use: Use) -> None:
     use.op = "to.dtype"
     use.given = {"self": use.broadcast(use["self"]), "dtype": value(use.at).dtype}
 
 
-@rule("dropout")
+@rule(RULES, "dropout")
 def _dropout(use: Use) -> None:
     x, p, training = use.broadcast(use["input"]), use["p"], use["train"]
     if not isinstance(p, int | float) or not isinstance(training, bool):
@@ -185,127 +227,205 @@ def _dropout(use: Use) -> None:
 
 
 # -- along other dimensions than the rows ---------------------------------------------------------
-def _apart(use: Use, operand: Node, which: Any) -> list[int]:
-    """Return the dimensions that an operator works along, counted from the front; refuse an operator over all."""
-    rank = len(shape(operand))
-    if which is None or (isinstance(which, list | tuple) and not which):
-        raise use.refuse("works over all dimensions, including the rows")
-    return [int(d) % max(rank, 1) for d in (which if isinstance(which, list | tuple) else [which])]
-
-
-@rule("softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp",
-      "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll")  # fmt: skip
+@rule(RULES, "softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp",
+      "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll", "gather", "scatter", "scatter_add",
+      "take_along_dim", "cat", "concat", "concatenate", "split", "split_with_sizes", "chunk", "unbind",
+      "tensor_split")  # fmt: skip
 def _keeps_shape(use: Use) -> None:
-    x = use[use.names("self", "input")]
-    if use.row in _apart(use, x, use[use.names("dim", "dims")]):
-        raise use.refuse("works along the rows")
-    use.given[use.names("self", "input")] = use.along(x, use.row)
+    along = use.named()
+    use.apart(along, along)
 
 
-@rule("sum", "mean", "amax", "amin", "max", "min", "logsumexp", "prod", "var", "std", "var_mean", "std_mean", "norm",
-      "linalg_vector_norm", "any", "all", "argmax", "argmin", "median", "mode", "kthvalue", "count_nonzero",
+@rule(RULES, "sum", "mean", "amax", "amin", "max", "min", "logsumexp", "prod", "var", "std", "var_mean", "std_mean",
+      "norm", "linalg_vector_norm", "any", "all", "argmax", "argmin", "median", "mode", "kthvalue", "count_nonzero",
       "nansum", "nanmean", "aminmax")  # fmt: skip
 def _reduces(use: Use) -> None:
-    x = use["self"]
-    if "dim" not in use.defaults:
-        if use.op in ("max.other", "min.other"):
-            return _pointwise(use)
-        raise use.refuse("works over all dimensions, including the rows")
-    gone = _apart(use, x, use["dim"])
-    kept = list(range(len(shape(x)))) if use["keepdim"] else [d for d in range(len(shape(x))) if d not in gone]
-    if use.row >= len(kept) or kept[use.row] in gone:
-        raise use.refuse("works along the rows")
-    use.given["self"] = use.along(x, kept[use.row])
+    if use.op in ("max.other", "min.other"):
+        return _pointwise(use)
+    gone = use.named()
+    use.apart(gone, gone if use["keepdim"] else ())
 
 
-@rule("layer_norm", "native_layer_norm", "rms_norm")
+@rule(RULES, "layer_norm", "native_layer_norm", "rms_norm")
 def _layer_norm(use: Use) -> None:
-    x = use["input"]
-    if use.row >= len(shape(x)) - len(use["normalized_shape"]):
-        raise use.refuse("works along the rows")
-    use.given["input"] = use.along(x, use.row)
+    rank = len(shape(use["input"]))
+    last = range(rank - len(use["normalized_shape"]), rank)
+    use.apart(last, last)
 
 
-@rule("batch_norm")
+@rule(RULES, "batch_norm")
 def _batch_norm(use: Use) -> None:
     if use["training"] is not False or use["running_mean"] is None:
         raise use.refuse("combines rows in training")
-    if use.row == 1:
-        raise use.refuse("has a separate factor for each row")
-    use.given["input"] = use.along(use["input"], use.row)
+    use.apart([1], [1], "has a separate factor for each row")
 
 
-@rule("conv1d", "conv2d", "conv3d")
+@rule(RULES, "conv1d", "conv2d", "conv3d")
 def _convolution(use: Use) -> None:
     """Accept a kernel of one element along the rows."""
-    d = use.row - 2
-    x, weight = use["input"], use["weight"]
-    if len(shape(x)) != len(shape(weight)) or d < 0:
+    rank, weight = use.rank(), use["weight"]
+    mixed = {0, 1}
+    for name, plain in ("stride", (1,)), ("padding", (0, "valid", "same")):
+        given = use[name] if isinstance(use[name], list | tuple) else [use[name]]
+        mixed |= {d for d in range(2, rank) if given[d - 2 if len(given) > 1 else 0] not in plain}
+    mixed |= {d for d, size in enumerate(dims(weight)) if size is not A.ONE}
+    if len(shape(use["input"])) != len(shape(weight)):
         raise use.refuse("combines rows")
+    use.apart(mixed, mixed, "combines rows")
 
-    def at(name: str) -> Any:
-        given = use[name]
-        return given[d if len(given) > 1 else 0] if isinstance(given, list | tuple) else given
 
-    if dims(weight)[use.row] is not A.ONE or at("stride") != 1 or at("padding") not in (0, "valid", "same"):
-        raise use.refuse("combines rows")
-    use.given["input"] = use.along(x, use.row)
+@rule(RULES, "constant_pad_nd", "pad")
+def _pad(use: Use) -> None:
+    if use["mode"] not in (None, "constant"):
+        raise use.refuse("is not known to keep rows separate")
+    padded = {use.rank() - 1 - n // 2 for n, width in enumerate(use["pad"]) if width != 0}
+    use.apart(padded, padded, "pads the rows")
+
+
+@rule(RULES, "tril", "triu")
+def _triangle(use: Use) -> None:
+    """Move the diagonal to the first row of a chunk, or to its first row and key."""
+    diagonal, last = use["diagonal"], use.rank() - 1
+    row, *keys = use.asked
+    if row == last or not isinstance(diagonal, int):
+        raise use.refuse("has rows along its last dimension, or a diagonal that is not a number")
+    if any(d >= last - 1 and (row, d) != (last - 1, last) for d in keys):
+        raise use.refuse("has keys along its last dimensions, but not rows")
+    use.apart((), ())
+    if row == last - 1:
+        use.given["diagonal"] = Ref("corner" if last in keys else "start", diagonal)
 
 
 # -- products --------------------------------------------------------------------------------------
-@rule("matmul", "__matmul__", "bmm", "mm")
-def _matmul(use: Use) -> None:
-    left, right = use.names("self"), use.names("other", "mat2")
-    use.given[left], use.given[right] = _factors(use, use[left], use[right])
-
-
-def _factors(use: Use, x: Node, y: Node) -> tuple[Along | Node, Along | Node]:
-    rank, a, b = use.rank(), len(shape(x)), len(shape(y))
-    if a < 2 or b < 2:
-        if a >= 2:
-            return use.along(x, use.row), y
+@rule(RULES, "matmul", "__matmul__", "bmm", "mm", "cdist", "_cdist_forward", "baddbmm", "addmm")
+def _product(use: Use) -> None:
+    *added, left, right = (name for name, x in use.given.items() if is_tensor(x))
+    factors = use[left], use[right]
+    if len(shape(factors[0])) < 2:
         raise use.refuse("of a vector is not known to keep rows separate")
-    if use.row == rank - 2:
-        return use.along(x, a - 2), y
-    if use.row == rank - 1:
-        return x, use.along(y, b - 1)
-    return use.broadcast(x), use.broadcast(y)
+    product = "...ik,...kj->...ij" if len(shape(factors[1])) > 1 else "...ik,k->...i"
+    equation = "...ik,...jk->...ij" if "cdist" in use.op else product
+    use.given |= zip((left, right), _by_letter(use, equation, factors))
+    use.given |= {name: use.broadcast(use[name]) for name in added}
 
 
-@rule("cdist", "_cdist_forward")
-def _cdist(use: Use) -> None:
-    x, y = use["x1"], use["x2"]
-    if use.row < use.rank() - 1:
-        use.given["x1"], use.given["x2"] = _factors(use, x, y)
-    else:
-        use.given["x2"] = use.along(y, len(shape(y)) - 2)
-
-
-@rule("baddbmm", "addmm")
-def _baddbmm(use: Use) -> None:
-    left, right = use.names("batch1", "mat1"), use.names("batch2", "mat2")
-    use.given["self"] = use.broadcast(use["self"])
-    use.given[left], use.given[right] = _factors(use, use[left], use[right])
-
-
-@rule("linear", "embedding")
-def _linear(use: Use) -> None:
-    if use.row == use.rank() - 1:
-        raise use.refuse("takes its rows from the weight")
-    name = use.names("input", "indices")
-    use.given[name] = use.along(use[name], use.row)
-
-
-@rule("einsum")
+@rule(RULES, "einsum")
 def _einsum(use: Use) -> None:
-    operands: Sequence[Node] = use["tensors"]
+    use.given["tensors"] = _by_letter(use, use["equation"], use["tensors"])
+
+
+def _by_letter(use: Use, equation: str, operands: Sequence[Node]) -> list[Along | Node]:
     try:
-        inputs, out = terms(use["equation"], [len(shape(x)) for x in operands])
+        inputs, out = terms(equation, [len(shape(x)) for x in operands])
     except Opaque:
         raise use.refuse("does not name each dimension") from None
-    letter = out[use.row]
     if any(len(set(t)) != len(t) for t in (*inputs, out)):
         raise use.refuse("reads a diagonal")
-    use.given["tensors"] = [
-        use.along(x, term.index(letter)) if letter in term else x for x, term in zip(operands, inputs)
+    return [use.read(x, {out.index(c): d for d, c in enumerate(term) if c in out}) for x, term in zip(operands, inputs)]
+
+
+@rule(RULES, "linear", "embedding")
+def _linear(use: Use) -> None:
+    last = [use.rank() - 1]
+    use.apart(last if "input" in use.given else (), last, "takes its rows from the weight")
+
+
+# -- views ----------------------------------------------------------------------------------------
+def _view(use: Use) -> None:
+    """Derive the rule of an operator from its index map: the rows stay one dimension of the operand."""
+    place = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(use.at)))
+    try:
+        x, index = VIEWS[op_name(use.at)](use.at, place)
+    except Opaque:
+        raise use.refuse("is not known to keep rows separate") from None
+    for d in use.asked:
+        if [e for e in index if place[d].value in e.free] != [place[d]]:
+            raise use.refuse("changes the order or the number of the rows")
+    use.given[next(iter(use.given))] = use.read(x, {d: index.index(place[d]) for d in use.asked})
+
+
+@rule(RULES, "view", "reshape", "_unsafe_view", "flatten", "view_as", "reshape_as")
+def _reshape(use: Use) -> None:
+    if "dtype" in use.defaults:
+        raise use.refuse("reinterprets the bits as another dtype")
+    x = use["self"]
+    use.given["self"] = use.read(x, {d: _same_place(use, x, d) for d in use.asked})
+    if "other" in use.given:
+        use.given["other"] = use.broadcast(use["other"])
+    elif "start_dim" not in use.defaults:
+        use.op = "reshape.default"
+
+
+def _same_place(use: Use, x: Node, row: int) -> int:
+    """Return the dimension of a reshaped operand that is the whole row dimension of the result."""
+    have, want = dims(x), dims(use.at)
+    before, after = A.mul(A.ONE, *want[:row]), A.mul(A.ONE, *want[row + 1 :])
+    for d, n in enumerate(have):
+        if n is want[row] and A.mul(A.ONE, *have[:d]) is before and A.mul(A.ONE, *have[d + 1 :]) is after:
+            return d
+    raise use.refuse("splits or merges the rows")
+
+
+@rule(RULES, "unflatten")
+def _unflatten(use: Use) -> None:
+    (dim,) = use.named()
+    use.apart([dim], range(dim, dim + len(use["sizes"])), "splits the rows")
+
+
+@rule(RULES, "unsqueeze", "stack")
+def _adds_a_dim(use: Use) -> None:
+    use.apart((), use.named(use.rank()), "creates the dimension of the rows")
+
+
+@rule(RULES, "one_hot")
+def _one_hot(use: Use) -> None:
+    if use["num_classes"] == -1:
+        raise use.refuse("is not known to keep rows separate")
+    use.apart((), [use.rank() - 1], "creates the dimension of the rows")
+
+
+@rule(RULES, "squeeze")
+def _squeeze(use: Use) -> None:
+    """Name the dimensions, because in a chunk of one row, squeeze would drop the rows too."""
+    have = dims(use["self"])
+    gone = [d for d in (use.named() if "dim" in use.defaults else range(len(have))) if have[d] is A.ONE]
+    use.apart(gone, ())
+    use.op, use.given["dim"] = "squeeze.dims", gone
+
+
+@rule(RULES, "slice", "narrow", "index_select", "repeat_interleave")
+def _part(use: Use) -> None:
+    along, end = use.named(), use["end"]
+    if use.op == "slice.Tensor" and use["start"] in (None, 0) and use["step"] in (None, 1):
+        if end is None or (isinstance(end, int) and end >= 1 << 60):
+            along, use.given["end"] = [], None
+    use.apart(along, along, "selects some of the rows", ["self"])
+
+
+@rule(RULES, "index")
+def _index(use: Use) -> None:
+    """Separate x[:, i, j]: the indices' own dimensions replace the first indexed one, or come first if not adjacent."""
+    x, indices = use["self"], list(use["indices"])
+    given = [d for d, i in enumerate(indices) if i is not None]
+    if any(value(indices[d]).dtype in (torch.bool, torch.uint8) for d in given):
+        raise use.refuse("by a mask returns a size that depends on the data")
+    count = max(len(shape(indices[d])) for d in given)
+    first = given[0] if given == list(range(given[0], given[-1] + 1)) else 0
+    end = first + count
+    kept = [d for d in range(len(shape(x))) if d not in given]
+    left = [d for d in range(use.rank()) if not first <= d < end]
+    use.given["self"] = use.read(x, dict(zip(left, kept)))
+    use.given["indices"] = [
+        i if i is None else use.read(i, {end - n: len(shape(i)) - n for n in range(1, len(shape(i)) + 1)})
+        for i in indices
     ]
+
+
+# -- new tensors -----------------------------------------------------------------------------------
+@rule(RULES, "ones", "zeros", "full", "new_ones", "new_zeros", "new_full")
+def _constant(use: Use) -> None:
+    if use.op.startswith("new_"):  # the given tensor only sets dtype and device
+        made = value(use.at)
+        use.op = use.op.removeprefix("new_")
+        use.given = {k: v for k, v in use.given.items() if k in ("size", "fill_value")}
+        use.given |= {"dtype": made.dtype, "device": made.device}

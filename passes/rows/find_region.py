@@ -16,11 +16,11 @@ from attnfx.ir.expr import Expr
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
-from attnfx.passes.lift.access import free
-from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.access import free, variables
+from attnfx.passes.lift.contraction import contracted, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched, meeting
-from attnfx.passes.lift.row_rules import Along, NotSeparable, split
+from attnfx.passes.lift.row_rules import NONE, Along, NotSeparable, split
 from attnfx.passes.match.results import Finding
 from attnfx.passes.rows.live_keys import find_columns
 from attnfx.passes.rows.region import Region
@@ -28,7 +28,6 @@ from attnfx.report.records import Refusal
 
 NEVER = ("mutated", "region", "dtype")  # refusal codes that hold for every rewrite
 LARGEST = 400  # nodes of one region
-NONE = -1  # no dimension
 NEAR = 3  # most consecutive small nodes before the scores (indices of the best keys, a threshold)
 
 
@@ -54,23 +53,18 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
     """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
     first, then the dimensions that the values have too, in which each row has its own values."""
     final = finding.final
-    out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(final)))
+    out = variables(final)
     c = contraction(final, out)
     if c is None:
         return []
     weights = {x for x in final.all_input_nodes if any(facts.descends(x, a) for a in finding.anchors)}
-    found = []
-    for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index)):
-        if w in weights:
-            for d, v in enumerate(out):
-                if v.value in free(at) and dims(final)[d] is not A.ONE:
-                    found.append((v.value in free(other), d, c.reduced.args[0]))
-
-    def likeliest(candidate: tuple[bool, int, Expr]) -> tuple[bool, int, int]:
-        shared, d, _ = candidate
-        return shared, -number(value(final).shape[d]), -d
-
-    return [(d, columns) for _, d, columns in sorted(found, key=likeliest)]
+    found = sorted(
+        (v.value in free(other), -number(value(final).shape[d]), -d)
+        for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index))
+        for d, v in enumerate(out)
+        if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
+    )
+    return [(-d, c.reduced.args[0]) for _, _, d in found]
 
 
 class _Walk:
@@ -89,12 +83,8 @@ class _Walk:
         self._collect([self.final])
         self._grow()
         self._check()
-        found.narrowed = find_columns(self.lifter, found.rows, found.calls, found.columns, found.results)
+        found.narrowed = find_columns(self.lifter, found)
         return found
-
-    def large(self, n: Node, row: int) -> bool:
-        """Return whether a node has an element for each row and each key."""
-        return is_tensor(n) and any(d != row and x is self.columns for d, x in enumerate(dims(n)))
 
     def _scores(self) -> list[Node]:
         """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
@@ -104,50 +94,48 @@ class _Walk:
         out: list[Node] = []
         while stack:
             n, row, key, far = stack.pop()
-            for x in self._rows_of(n, row):
-                at = self._summed(x) if n is self.final else self._key_of(n, key, x)
+            for x, at in self._operands(n, row, key):
+                at = self._summed(x.node) if n is self.final else at
                 small = 0 if self._has_keys(x, at) else far + 1
                 if x.node in seen or small > NEAR:
                     continue
                 seen.add(x.node)
                 if (batched(x.node) or meeting(x.node)) and not small and not any(
-                    self._has_keys(a, self._key_of(x.node, at, a)) for a in self._rows_of(x.node, x.dim)
+                    self._has_keys(*a) for a in self._operands(x.node, x.dim, at)
                 ):  # fmt: skip
                     out.append(x.node)
                 else:
                     stack.append((x.node, x.dim, at, small))
         return out
 
-    def _has_keys(self, x: Along, key: int | None) -> bool:
-        return self.large(x.node, x.dim) if key is None else key != NONE
-
-    def _summed(self, x: Along) -> int | None:
-        """Return the dimension of an operand of the last product that this product sums over, or None."""
-        out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(self.final)))
-        c = contraction(self.final, out)
-        pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
-        return next((at.index(c.reduced) for node, at in pairs if node is x.node and c.reduced in at), None)  # type: ignore[union-attr]
-
-    def _key_of(self, n: Node, key: int | None, x: Along) -> int | None:
-        """Return the dimension of an operand of `n` that has the keys, which lie along the dimension `key` of `n`: NONE
-        if the operand lacks the keys, None if that is unknown."""
-        if key is None or key == NONE or not (is_tensor(n) and is_tensor(x.node)):
-            return None  # a value without keys may be computed from one with keys
-        try:
-            found = [a.dim for a in split(n, key, dims(n)[key]).operands() if isinstance(a, Along) and a.node is x.node]
-        except NotSeparable:  # a softmax mixes keys, but keeps their dimension
-            return key if dims(n) == dims(x.node) else None
-        return found[0] if len(found) == 1 else NONE if not found else None
-
-    def _rows_of(self, n: Node, row: int) -> list[Along]:
-        """Return the operands that have the rows; empty if the walk ends here."""
+    def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:
+        """Return the operands that have the rows, each with the dimension of its keys, which lie along the dimension
+        `key` of `n`: NONE if the operand lacks the keys, None if that is unknown. Empty if the walk ends here."""
+        extent = self.found.extent
         if n.op != "call_function":
             return []
         try:
-            return [x for x in split(n, row, self.found.extent).operands() if isinstance(x, Along)]
+            made = split(n, row, extent)
         except NotSeparable as problem:
             self.problem = self.problem or problem
             return []
+        rows = [x for x in made.operands() if isinstance(x, Along)]
+        if key is None or key == NONE or not all(is_tensor(x) for x in (n, *(x.node for x in rows))):
+            return [(x, None) for x in rows]  # a value without keys may be computed from one with keys
+        try:
+            made = split(n, row, extent, (key, dims(n)[key]))
+        except NotSeparable:  # a softmax mixes keys, but keeps their dimension
+            return [(x, key if dims(n) == dims(x.node) else None) for x in rows]
+        return [(x, x.keys) for x in made.operands() if isinstance(x, Along) and x.dim != NONE]
+
+    def _has_keys(self, x: Along, key: int | None) -> bool:
+        return self.found.large(x.node, x.dim) if key is None else key != NONE
+
+    def _summed(self, x: Node) -> int | None:
+        """Return the dimension of an operand of the last product that this product sums over, or None."""
+        c = contracted(self.final)
+        pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
+        return next((at.index(c.reduced) for node, at in pairs if node is x and c.reduced in at), None)  # type: ignore[union-attr]
 
     def _descend(self) -> None:
         out = self.descendants
@@ -162,7 +150,7 @@ class _Walk:
         waiting = [n for n in found.calls if n is not self.final]
         while waiting:
             n = waiting.pop()
-            for u in n.users if self.large(n, found.rows[n]) else ():
+            for u in n.users if self.found.large(n, found.rows[n]) else ():
                 if u not in seen:
                     seen.add(u)
                     waiting += self._taken(u)
@@ -179,8 +167,7 @@ class _Walk:
                 if size is not found.extent:
                     continue
                 try:
-                    read = split(one, d, found.extent).operands()
-                    read = read if one is n else split(n, d, found.extent).operands()
+                    read = split(n, d, found.extent).operands()
                 except NotSeparable:
                     continue
                 made = [x for x in read if isinstance(x, Along) and x.node is not n]
@@ -237,7 +224,7 @@ class _Walk:
             if other:
                 raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
-        return x.node.op == "call_function" and not other and self.large(x.node, x.dim)
+        return x.node.op == "call_function" and not other and self.found.large(x.node, x.dim)
 
     def _read(self, n: Node, dim: int | None) -> None:
         self.found.inputs[(n, dim)] = None
@@ -267,7 +254,7 @@ class _Walk:
                 found.results.append(n)
         for n, d in found.inputs:
             queries = all(u in found.scores for u in n.users if u in found.calls)
-            if d is not None and not queries and self.large(n, d) and self._made_of_a_product(n):
+            if d is not None and not queries and self.found.large(n, d) and self._made_of_a_product(n):
                 raise self.problem or NotSeparable(
                     f"{label(n)} is as large as the scores and comes from another product", n
                 )

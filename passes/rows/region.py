@@ -8,13 +8,25 @@ from typing import Any
 
 from torch.fx import Node
 
-from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, value
-from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.row_rules import Made
+from attnfx.passes.lift.contraction import contracted
+from attnfx.passes.lift.row_rules import Along, Made
 from attnfx.passes.lift.tables import VIEWS
-from attnfx.passes.rows.live_keys import Columns
+
+
+@dataclass(frozen=True)
+class Columns:
+    """The calls of a region for live keys only.
+
+    calls  node -> the call that computes it for some rows and keys
+    score  where(a key may be live, 0, -inf), over i and j
+    least  the fewest keys of a chunk
+    """
+
+    calls: dict[Node, Made]
+    score: Expr
+    least: int
 
 
 @dataclass
@@ -41,6 +53,14 @@ class Region:
     results: list[Node] = field(default_factory=list)
     scores: list[Node] = field(default_factory=list)
     narrowed: Columns | None = None
+
+    def holds(self, x: Along) -> bool:
+        """Return whether an operand is computed inside."""
+        return x.node in self.calls and self.rows[x.node] == x.dim
+
+    def large(self, n: Node, row: int) -> bool:
+        """Return whether a node has an element for each row and each key."""
+        return is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != row)
 
     @property
     def random(self) -> bool:
@@ -70,16 +90,12 @@ class Region:
         """Count the operators on values with an element for each row and key, by name. A product counts as "mix" if it
         maps such a value to another, and as "product" if queries, keys or values take part."""
         found: Counter[str] = Counter()
-
-        def large(n: Node) -> bool:
-            at = self.rows.get(n)
-            return at is not None and is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != at)
-
+        large = {n for n, row in self.rows.items() if self.large(n, row)}
         for n in self.calls:
-            made, read = large(n), any(large(a) for a in n.all_input_nodes)
-            if contraction(n, tuple(A.var(f"o{d}", x) for d, x in enumerate(dims(n)))) if is_tensor(n) else None:
-                found["mix" if made and read else "product"] += 1
-            elif (made or read) and op_name(n) not in (*VIEWS, "getitem"):
+            read = not large.isdisjoint(n.all_input_nodes)
+            if contracted(n):
+                found["mix" if n in large and read else "product"] += 1
+            elif (n in large or read) and op_name(n) not in (*VIEWS, "getitem"):
                 found[op_name(n)] += 1
         return found
 

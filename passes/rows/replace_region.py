@@ -19,8 +19,8 @@ from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, 
 from attnfx.passes.fx.order import move_before
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.row_rules import Along
-from attnfx.passes.rows.live_keys import Part, operands, part
+from attnfx.passes.lift.row_rules import NONE, Along
+from attnfx.passes.rows.live_keys import operands
 from attnfx.passes.rows.region import Region
 from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 
@@ -60,15 +60,11 @@ def _program(
 ) -> tuple[RowProgram, list[Node], list[int | Node]]:
     narrowed = found.narrowed
     calls_of = narrowed.calls if narrowed else found.calls
-
-    def inside(x: Part) -> bool:
-        return x.node in found.calls and found.rows[x.node] == x.dim
-
-    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not inside(x)))
+    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not found.holds(x)))
     numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
     inputs = [x.node for x in read]
-    along = [x.dim for x in read]
-    columns = [x.column for x in read]
+    along = [None if x.dim == NONE else x.dim for x in read]
+    columns = [None if x.keys == NONE else x.keys for x in read]
     sizes: dict[Expr, int] = {}
     scalars: dict[Node, Node] = {}
     for made in calls_of.values():  # a computed float is passed as the tensor that it was read from
@@ -89,14 +85,13 @@ def _program(
         return int(e.value) if e.op == "const" else Ref("size", sizes.setdefault(e, len(sizes)))  # type: ignore[call-overload]
 
     def text(x: Any) -> Any:
-        if isinstance(x, Along | Part):
-            x = part(x)
-            return Ref("value", numbers[x.node if inside(x) else x])
+        if isinstance(x, Along):
+            return Ref("value", numbers[x.node if found.holds(x) else x])
         if isinstance(x, Node):
             held = value(x)
             if isinstance(held, int | torch.SymInt):
                 return size(held)
-            return Ref("value", numbers[part(x)]) if is_tensor(x) else Ref("number", numbers[x])
+            return Ref("value", numbers[Along(x, NONE)]) if is_tensor(x) else Ref("number", numbers[x])
         if isinstance(x, torch.dtype | torch.layout | torch.memory_format):
             kind = {torch.dtype: "dtype", torch.layout: "layout"}.get(type(x), "memory_format")
             return Ref(kind, str(x).removeprefix("torch."))
