@@ -24,6 +24,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, label, op_name, shape, value, where_in_source
+from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.contraction import terms
 from attnfx.passes.lift.tables import VIEWS, rule
 from attnfx.spec.rows import Ref
@@ -60,13 +61,13 @@ class Made:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    def operands(self) -> list[Along | Node]:
-        """Return the operands that the call reads: a bare node is read as a whole."""
-        out: list[Along | Node] = []
+    def operands(self) -> list[Along]:
+        """Return the operands that the call reads, also the numbers; a bare node is read as a whole."""
+        out: list[Along] = []
 
         def visit(x: Any) -> Any:
             if isinstance(x, Along | Node):
-                out.append(x)
+                out.append(x if isinstance(x, Along) else Along(x, NONE))
             return x
 
         map_aggregate((self.args, dict(self.kwargs)), visit)
@@ -199,7 +200,7 @@ def _result_of_tuple(at: Node, places: list[int]) -> Made:
 
 
 # -- pointwise operators ---------------------------------------------------------------------------
-@rule(RULES, "to", "_to_copy", "detach", "contiguous", "lift_fresh_copy", "__and__", "__or__", "floor_divide", "where",
+@rule(RULES, "to", "_to_copy", "detach", "__and__", "__or__", "floor_divide", "where",
       "masked_fill", "zeros_like", "ones_like", "full_like", "true_divide", "subtract", "multiply", "divide", "greater",
       "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid", "fix",
       "absolute", "negative", "leaky_relu", "expand", "expand_as", "broadcast_to")  # fmt: skip
@@ -333,7 +334,7 @@ def _linear(use: Use) -> None:
 # -- views ----------------------------------------------------------------------------------------
 def _view(use: Use) -> None:
     """Derive the rule of an operator from its index map: the rows stay one dimension of the operand."""
-    place = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(use.at)))
+    place = variables(use.at)
     try:
         x, index = VIEWS[op_name(use.at)](use.at, place)
     except Opaque:

@@ -17,7 +17,7 @@ from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free, variables
-from attnfx.passes.lift.contraction import contracted, contraction
+from attnfx.passes.lift.contraction import contracted
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import batched, meeting
 from attnfx.passes.lift.row_rules import NONE, Along, NotSeparable, split
@@ -53,15 +53,14 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
     """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
     first, then the dimensions that the values have too, in which each row has its own values."""
     final = finding.final
-    out = variables(final)
-    c = contraction(final, out)
+    c = contracted(final)
     if c is None:
         return []
     weights = {x for x in final.all_input_nodes if any(facts.descends(x, a) for a in finding.anchors)}
     found = sorted(
         (v.value in free(other), -number(value(final).shape[d]), -d)
         for w, at, other in ((c.left, c.left_index, c.right_index), (c.right, c.right_index, c.left_index))
-        for d, v in enumerate(out)
+        for d, v in enumerate(variables(final))
         if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
     )
     return [(-d, c.reduced.args[0]) for _, _, d in found]
@@ -119,14 +118,14 @@ class _Walk:
         except NotSeparable as problem:
             self.problem = self.problem or problem
             return []
-        rows = [x for x in made.operands() if isinstance(x, Along)]
+        rows = [x for x in made.operands() if x.dim != NONE]
         if key is None or key == NONE or not all(is_tensor(x) for x in (n, *(x.node for x in rows))):
             return [(x, None) for x in rows]  # a value without keys may be computed from one with keys
         try:
             made = split(n, row, extent, (key, dims(n)[key]))
         except NotSeparable:  # a softmax mixes keys, but keeps their dimension
             return [(x, key if dims(n) == dims(x.node) else None) for x in rows]
-        return [(x, x.keys) for x in made.operands() if isinstance(x, Along) and x.dim != NONE]
+        return [(x, x.keys) for x in made.operands() if x.dim != NONE]
 
     def _has_keys(self, x: Along, key: int | None) -> bool:
         return self.found.large(x.node, x.dim) if key is None else key != NONE
@@ -170,11 +169,7 @@ class _Walk:
                     read = split(n, d, found.extent).operands()
                 except NotSeparable:
                     continue
-                made = [x for x in read if isinstance(x, Along) and x.node is not n]
-                whole = [x for x in read if isinstance(x, Node)]
-                if all(found.rows.get(x.node) == x.dim for x in made if x.node in self.descendants) and not any(
-                    x in self.descendants for x in whole
-                ):
+                if all(found.rows.get(x.node) == x.dim for x in read if x.node in self.descendants):
                     before = set(found.calls)
                     self.descendants.update((n, *given))
                     found.rows[one] = d
@@ -205,11 +200,11 @@ class _Walk:
             if len(found.calls) > LARGEST:
                 raise NotSeparable(f"more than {LARGEST} operators are between the scores and the output")
             for x in made.operands():
-                if isinstance(x, Node):
-                    if x in self.descendants:
-                        raise NotSeparable(f"{label(n)} needs all rows of {label(x)}", n)
-                    if is_tensor(x):
-                        self._read(x, None)
+                if x.dim == NONE:
+                    if x.node in self.descendants:
+                        raise NotSeparable(f"{label(n)} needs all rows of {label(x.node)}", n)
+                    if is_tensor(x.node):
+                        self._read(x.node, None)
                 elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
                     if x.node not in found.rows:
                         found.rows[x.node] = x.dim

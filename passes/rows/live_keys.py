@@ -157,8 +157,7 @@ def _own(e: Expr) -> list[Expr]:
 
 def operands(made: Made) -> list[Along]:
     """Return all tensor operands of a call."""
-    read = made.operands()
-    return [x if isinstance(x, Along) else Along(x, NONE) for x in read if isinstance(x, Along) or is_tensor(x)]
+    return [x for x in made.operands() if x.dim != NONE or is_tensor(x.node)]
 
 
 def _with(made: Made, keys: Mapping[Node, int]) -> Made:

@@ -6,7 +6,6 @@ Needs the graph that the region was found in; changes it in place. Promises the 
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, 
 from attnfx.passes.fx.order import move_before
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.row_rules import NONE, Along
+from attnfx.passes.lift.row_rules import NONE, ROWS, Along
 from attnfx.passes.rows.live_keys import operands
 from attnfx.passes.rows.region import Region
 from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
@@ -59,26 +58,16 @@ def _program(
     emit: Emitter, found: Region, facts: Facts, compiled: bool
 ) -> tuple[RowProgram, list[Node], list[int | Node]]:
     narrowed = found.narrowed
-    calls_of = narrowed.calls if narrowed else found.calls
-    read = list(dict.fromkeys(x for made in calls_of.values() for x in operands(made) if not found.holds(x)))
-    numbers: dict[Any, int] = {x: n for n, x in enumerate(read)}
+    made = list((narrowed or found).calls.values())
+    read = list(dict.fromkeys(x for m in made for x in operands(m) if not found.holds(x)))
+    scalars = dict.fromkeys(x.node for m in made for x in m.operands() if isinstance(value(x.node), torch.SymFloat))
+    numbers: dict[Any, int] = {x: at for at, x in enumerate([*read, *scalars, *found.calls])}
+    for n in scalars:  # a computed float is passed as the tensor that it was read from
+        if n.op != "call_method" or n.target != "item":
+            raise CannotEmit(f"the number {n.name} cannot be read off a tensor")
+        read.append(Along(n.args[0], NONE))  # type: ignore[arg-type]
     inputs = [x.node for x in read]
-    along = [None if x.dim == NONE else x.dim for x in read]
-    columns = [None if x.keys == NONE else x.keys for x in read]
     sizes: dict[Expr, int] = {}
-    scalars: dict[Node, Node] = {}
-    for made in calls_of.values():  # a computed float is passed as the tensor that it was read from
-        for x in made.operands():
-            if isinstance(x, Node) and isinstance(value(x), torch.SymFloat) and x not in scalars:
-                if x.op != "call_method" or x.target != "item":
-                    raise CannotEmit(f"the number {x.name} cannot be read off a tensor")
-                scalars[x] = x.args[0]  # type: ignore[assignment]
-                numbers[x] = len(inputs)
-                inputs.append(scalars[x])
-                along.append(None)
-                columns.append(None)
-    first = len(inputs)
-    numbers |= {n: first + at for at, n in enumerate(found.calls)}
 
     def size(n: Any) -> int | Ref:
         e = size_expr(n)
@@ -103,22 +92,19 @@ def _program(
             return x
         raise CannotEmit(f"an argument of type {type(x).__name__} cannot be stored in a row program")
 
-    calls = [
-        Call(made.op, text(made.args), tuple((k, text(v)) for k, v in made.kwargs.items()))
-        for made in calls_of.values()
-    ]
+    calls = tuple(Call(m.op, text(m.args), tuple((k, text(v)) for k, v in m.kwargs.items())) for m in made)
     results = []
     for n in found.results:
         row = found.rows[n]
-        shape = [Ref("rows", 0) if d == row else size(s) for d, s in enumerate(value(n).shape)]
+        shape = [ROWS if d == row else size(s) for d, s in enumerate(value(n).shape)]
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), _order(n)))
     weight = size(found.weight)
     learning = facts.differentiable - detached(found.results, inputs)
     grads = [n in learning and value(n).dtype.is_floating_point for n in inputs]
-    program = RowProgram(tuple(along), tuple(grads), weight, tuple(calls), tuple(results), compiled)
-    if narrowed is not None:
-        live = Live(tuple(columns), to_json([narrowed.score]), narrowed.least)
-        program = replace(program, live=live)
+    rows = tuple(None if x.dim == NONE else x.dim for x in read)
+    keys = tuple(None if x.keys == NONE else x.keys for x in read)
+    live = Live(keys, to_json([narrowed.score]), narrowed.least) if narrowed else None
+    program = RowProgram(rows, tuple(grads), weight, calls, tuple(results), compiled, live)
     return program, inputs, [emit.size(e) for e in sizes]
 
 
