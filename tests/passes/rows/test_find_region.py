@@ -108,9 +108,15 @@ def triangle(q, k, v):
     return s.sort(-1).values.softmax(-1) @ v
 
 
+def heads_moved_and_tiled(q, k, v):
+    w = scores_of(q, k).softmax(-1)
+    mean = w.movedim(1, -1).mean(-1).unsqueeze(1).tile(1, 4, 1, 1)
+    return (w - 0.5 * mean.broadcast_to(w.shape)).sort(-1).values @ v
+
+
 FORMS = [talking_heads, heads_mixed_by_a_product, heads_mixed_by_a_convolution, best_keys, best_keys_scattered,
          sparsemax, entmax_by_bisection, gated, two_weights_combined, difference, heads_normalised, merged_batches,
-         causal, triangle]  # fmt: skip
+         causal, triangle, heads_moved_and_tiled]  # fmt: skip
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
