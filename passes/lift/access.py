@@ -9,7 +9,7 @@ views (reshape, select, slice, permute) produce the operand.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.fx import Node
@@ -37,6 +37,10 @@ class Access:
     factor: Expr = UNIT
     gain: int = 0
     upcast: bool = False
+
+    def at(self, by: dict[Expr, Expr]) -> Access:
+        """Return the same value with the variables of its index replaced."""
+        return replace(self, index=tuple(substitute(e, by) for e in self.index))
 
 
 def accesses(lifter: Lifter, at: Node, index: Index) -> list[Access]:

@@ -10,43 +10,24 @@ to common axes and concatenated. Needs `meta["val"]`; changes the graph in place
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from string import ascii_lowercase
+from collections.abc import Sequence
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, take_place, value
-from attnfx.passes.lift.access import UNIT, Operand, accesses, free, variables
-from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.access import free, variables
+from attnfx.passes.lift.emitter import CannotEmit
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.parts import Term, common, joined, product, terms, united
 from attnfx.passes.lift.products import NEAR, batched, reaches_softmax
-from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
+from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 aten = torch.ops.aten
-
-
-@dataclass(frozen=True)
-class Half:
-    """One product, the sum over `reduced` of common[..] * own[..], at an index over variables of its dimensions.
-
-    common   the operand that the products share: the queries, or a part of the weights
-    own      the operand that each product has alone: a set of keys, or of values
-    axis     the variable that runs over the set
-    """
-
-    product: Node
-    common: Operand
-    own: Operand
-    reduced: Expr
-    axis: Expr
 
 
 def run(graph: Graph) -> int:
@@ -83,36 +64,6 @@ def _comes_from_softmax(n: Node) -> bool:
     return False
 
 
-def _halves(n: Node, at: Index, axis: Expr | None) -> Iterator[Half]:
-    """Yield a product as common and own operand. `axis` runs over the set; None stands for the reduced variable."""
-    c = contraction(n, at)
-    if c is None:
-        return
-    left, right = Operand(c.left, c.left_index), Operand(c.right, c.right_index)
-    for common, own in ((left, right), (right, left)):
-        if axis is None:
-            yield Half(n, common, own, c.reduced, c.reduced)
-        elif axis.free & free(own.index) and not axis.free & free(common.index):
-            yield Half(n, common, own, c.reduced, axis)
-
-
-def _einsum(emit: Emitter, common: Operand, summed: Expr, halves: Sequence[Half], out: Index, axis: Expr) -> Node:
-    """Emit the product of `common` with all sets, joined along `axis`, which is a variable of `out` or `summed`."""
-    # a dimension of size 1 may be in neither operand, and then belongs to the sets
-    of_sets = frozenset().union(*(free(h.own.index) for h in halves))
-    shared = [v for v in out if v is not axis and (v.value in of_sets or v.value not in free(common.index))]
-    rest = [axis] if axis is summed else [axis, summed]
-    sets = []
-    for h in halves:
-        axes = [*shared, h.axis] if axis is summed else [*shared, h.axis, h.reduced]
-        sets.append(emit.shaped(emit.operand(h.own, axes), axes, [a.args[0] for a in axes]))
-    joined = emit.call(aten.cat.default, sets, len(shared))
-    axes = [v for v in (*out, summed) if v.value in free(common.index)]
-    letters = {v: ascii_lowercase[n] for n, v in enumerate(dict.fromkeys((*out, summed)))}
-    terms = ["".join(letters[v] for v in vs) for vs in (axes, [*shared, *rest], out)]
-    return emit.call(aten.einsum.default, f"{terms[0]},{terms[1]}->{terms[2]}", [emit.operand(common, axes), joined])
-
-
 # -- products of one query with several sets of keys ----------------------------------------------
 def _scores(graph: Graph, at: Node) -> int:
     facts, lifter = graph.facts, graph.lifter
@@ -120,26 +71,29 @@ def _scores(graph: Graph, at: Node) -> int:
     dim = at.args[1] if len(at.args) > 1 else at.kwargs.get("dim", 0)
     if not isinstance(dim, int) or len(given) < 2 or any(len(dims(x)) != len(dims(at)) for x in given):
         return 0
-    found: list[tuple[int, Half]] = []
+    found: list[tuple[int, Term, Expr]] = []
     chains = [_chain(x, facts) for x in given]
     for n, part in enumerate(given):
-        half = _half_of_part(lifter, part, dim % len(dims(at))) if chains[n] else None
-        if half is not None and (not found or _alike(lifter, found[0][1], half)):
-            found.append((n, half))
+        known = _of_part(lifter, part, dim % len(dims(at))) if chains[n] else None
+        if known is not None and (not found or _alike(lifter, found[0][1:], known)):
+            found.append((n, *known))
     if len(found) < 2:
         return 0
-    first, emit = found[0][1], graph.emitter(at)
-    total = A.var(str(first.axis.value), A.add(*(h.axis.args[0] for _, h in found)))
-    out = tuple(total if v is first.axis else v for v in variables(first.product))
+    _, first, axis = found[0]
+    along = [own for _, _, own in found]
+    total = joined(along)
+    out = tuple(total if v is axis else v for v in variables(first.node))
+    keys = [t.right.at({t.reduced: first.reduced}) for _, t, _ in found]
+    emit = graph.emitter(at)
     try:
-        product = _einsum(emit, first.common, first.reduced, [h for _, h in found], out, total)
+        made = product(emit, [[first.left], keys], along, total, first.reduced, out)
     except CannotEmit:
         return 0
     start: Expr = A.ZERO
-    for n, half in found:
-        end = A.add(start, half.axis.args[0])
-        piece = emit.call(aten.slice.Tensor, product, out.index(total), emit.size(start), emit.size(end))
-        given[n], start = _copied(chains[n], {half.product: piece}, at)[given[n]], end
+    for n, term, own in found:
+        end = A.add(start, own.args[0])
+        piece = emit.call(aten.slice.Tensor, made, out.index(total), emit.size(start), emit.size(end))
+        given[n], start = _copied(chains[n], {term.node: piece}, at)[given[n]], end
     at.args = (given, *at.args[1:])
     return len(found) - 1
 
@@ -176,8 +130,8 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
     return sorted(between, key=facts.position.__getitem__)
 
 
-def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
-    """Return the product of a part as a half whose own operand is the part's keys, or None."""
+def _of_part(lifter: Lifter, part: Node, dim: int) -> tuple[Term, Expr] | None:
+    """Return the product of a part, with the queries on the left, and the variable of its keys; or None."""
     at = tuple(A.var(f"p{d}", n) for d, n in enumerate(dims(part)))
     for e in walk(lifter.lift(part, at)):
         if e.op != "load" or not isinstance(e.value, Node) or not batched(e.value):
@@ -185,23 +139,25 @@ def _half_of_part(lifter: Lifter, part: Node, dim: int) -> Half | None:
         places = [d for d, x in enumerate(e.args) if at[dim].free & x.free]
         if len(places) == 1 and e.args[places[0]] is at[dim]:
             here = variables(e.value)
-            return next(_halves(e.value, here, here[places[0]]), None)
+            own = here[places[0]]
+            for t in terms(e.value, here):
+                if own.value in free(t.right.index) - free(t.left.index):
+                    return t, own
+            return None
     return None
 
 
-def _alike(lifter: Lifter, one: Half, other: Half) -> bool:
+def _alike(lifter: Lifter, one: tuple[Term, Expr], other: tuple[Term, Expr]) -> bool:
     """Return whether two products differ in their set of keys alone."""
+    (first, _), (second, _) = one, other
     mine, theirs = (
-        [None if v is h.axis else v for v in variables(h.product)] + [value(h.product).dtype, h.reduced.args[0]]
-        for h in (one, other)
+        [None if v is own else v for v in variables(t.node)] + [value(t.node).dtype, t.reduced.args[0]]
+        for t, own in (one, other)
     )
     if mine != theirs:
         return False
-    there = {other.reduced: one.reduced}
-    ways = [list(accesses(lifter, h.common.node, h.common.index)) for h in (one, other)]
-    same = [(x.node, x.index, x.factor) for x in ways[0]]
-    moved = [(x.node, tuple(substitute(e, there) for e in x.index), x.factor) for x in ways[1]]
-    return any(x in same for x in moved)
+    read = common(lifter, [first.left, second.left.at({second.reduced: first.reduced})])
+    return read is not None and read[0].index == read[1].index
 
 
 # -- several parts of the weights with the values of each -----------------------------------------
@@ -214,26 +170,17 @@ def _values(graph: Graph, at: Node) -> int:
     if dims(left) != dims(right) or len({value(n).dtype for n in (at, left, right)}) != 1:
         return 0
     out = variables(left)
-    pairs = [(x, y) for x in _halves(left, out, None) for y in _halves(right, out, None)]
+    pairs = [(x, y) for x in terms(left, out) for y in terms(right, out)]
     for one, other in (*pairs, *((y, x) for x, y in pairs)):
-        total = A.var("united", A.add(one.reduced.args[0], other.reduced.args[0]))
-        whole = _continued(lifter, one, other, total)
+        along = [one.reduced, other.reduced]
+        total = joined(along)
+        whole = united(lifter, [one.left, other.left], along, total)
         if whole is None or not _comes_from_softmax(whole.node):
             continue
         try:
-            made = _einsum(graph.emitter(at), whole, total, [one, other], out, total)
+            made = product(graph.emitter(at), [[whole], [one.right, other.right]], along, total, total, out)
         except CannotEmit:
             continue
         take_place(made, at)
         return 1
     return 0
-
-
-def _continued(lifter: Lifter, one: Half, other: Half, total: Expr) -> Operand | None:
-    """Return the weights of both, at `total`, if `other` begins where `one` ends in the same tensor; else None."""
-    theirs = [(x.node, x.index, x.factor) for x in accesses(lifter, other.common.node, other.common.index)]
-    for x in accesses(lifter, one.common.node, one.common.index):
-        moved = {one.reduced: A.add(other.reduced, one.reduced.args[0])}
-        if (x.node, tuple(substitute(e, moved) for e in x.index), x.factor) in theirs and x.factor is UNIT:
-            return Operand(x.node, tuple(substitute(e, {one.reduced: total}) for e in x.index))
-    return None

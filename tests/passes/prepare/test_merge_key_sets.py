@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import assert_kept, check, compiled, new_reports, rand
+from tests.support import assert_kept, assert_right, check, compiled, new_reports, rand
 
 M, S = 8, 24  # keys of the two sets
 
@@ -123,3 +123,11 @@ OTHERS = [(of_other_queries, "layout"), (with_a_gap, ["columns", "rows_mixed"]),
 @pytest.mark.parametrize(("fn", "code"), OTHERS, ids=[fn.__name__ for fn, _ in OTHERS])
 def test_sets_that_are_not_one_attention_are_kept(fn, code):
     assert_kept(fn, *given(), code=code, train=False)
+
+
+def test_weights_that_are_cast_up_stay_apart():
+    def fn(q, k1, k2, v1, v2):
+        w = (torch.cat([q.half() @ k1.half().mT, q.half() @ k2.half().mT], -1) * 0.25).softmax(-1)
+        return w[..., :M].float() @ v1 + w[..., M:].float() @ v2
+
+    assert_right(fn, *given(), train=False, exact=False, tolerance=2e-3)
