@@ -125,6 +125,15 @@ def test_sets_that_are_not_one_attention_are_kept(fn, code):
     assert_kept(fn, *given(), code=code, train=False)
 
 
+def test_a_product_with_an_added_tensor_keeps_it():
+    def fn(q, k1, k2, v1, v2):
+        q, k1, k2, v1, v2 = (x.flatten(0, 1) for x in (q, k1, k2, v1, v2))
+        w = (torch.cat([q @ k1.mT, q @ k2.mT], -1) * 0.25).softmax(-1)
+        return torch.bmm(w[..., :M], v1) + torch.baddbmm(q, w[..., M:], v2)
+
+    assert_right(fn, *given())
+
+
 def test_weights_that_are_cast_up_stay_apart():
     def fn(q, k1, k2, v1, v2):
         w = (torch.cat([q.half() @ k1.half().mT, q.half() @ k2.half().mT], -1) * 0.25).softmax(-1)
