@@ -17,7 +17,7 @@ from attnfx.passes.fx.graph_breaks import Break
 from attnfx.passes.fx.nodes import refusal, where_in_source
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.matcher import Finder
-from attnfx.passes.match.merge_query_chunks import merge
+from attnfx.passes.match.merge_parts import merge
 from attnfx.passes.match.results import Finding
 from attnfx.passes.match.unmatched import others
 from attnfx.passes.match.weight_reductions import find_reductions
@@ -85,7 +85,7 @@ def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, 
     findings = finder.find()
     for n, problem in finder.failed.items():
         context.attempt(part_of(n), partial(_raise, problem), None)
-    findings = context.attempt("the pass merge_query_chunks", partial(merge, finder, findings), findings)
+    findings = context.attempt("the pass merge_parts", partial(merge, finder, findings), findings)
     findings = [_kept(f, why) if (why := context.fault(part_of(f.final))) else f for f in findings]
     matches = [f.match for f in findings if f.match is not None]
     log.info("lifted %d of %d places that look like attention", len(matches), len(findings))

@@ -43,8 +43,8 @@ class Match:
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
     training: bool = False  # some operand may take a gradient
-    chunks: int = 1  # number of merged chunks of queries (passes/match/merge_query_chunks.py)
-    steps: int = 1  # number of merged steps of a loop over heads or batch elements (passes/match/merge_head_loops.py)
+    chunks: int = 1  # number of merged chunks of queries (passes/match/merge_parts.py)
+    steps: int = 1  # number of merged steps of a loop over heads or batch elements
 
     @property
     def operands(self) -> tuple[Operand, Operand, Operand]:

@@ -82,7 +82,7 @@ def test_a_trace_that_fails_leaves_the_graph_as_it_was(monkeypatch):
 
 
 STEPS = {
-    "find.merge": "merge_query_chunks", "find.find_reductions": "weight_reductions", "find.needed": "weight_uses",
+    "find.merge": "merge_parts", "find.find_reductions": "weight_reductions", "find.needed": "weight_uses",
     "find.others": "unmatched", "pipeline.share": "share", "pipeline.unmark": "unmark",
 }  # fmt: skip
 
