@@ -33,6 +33,12 @@ class Term:
     right: Access
     reduced: Expr
 
+    @property
+    def alone(self) -> tuple[frozenset[str], frozenset[str]]:
+        """Return the variables that the left operand has and the right one lacks, and the other way round."""
+        left, right = free(self.left.index), free(self.right.index)
+        return left - right, right - left
+
 
 def terms(node: Node, index: Index, factor: Expr = UNIT) -> list[Term]:
     """Return the term of `factor` * node[index] twice, with each operand on the left; empty if it is not a product."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 
 import torch
 from torch.fx import Node
@@ -95,16 +95,18 @@ def near_normalizer(nodes: Collection[Node]) -> set[Node]:
 PART = 16  # most nodes from a part back to the product that it comes from
 
 
+def comes_from(at: Node, wanted: Callable[[Node], bool], most: int) -> bool:
+    """Return whether a node or one of the first operands before it, of `most` nodes, is wanted."""
+    for _ in range(most):
+        if wanted(at):
+            return True
+        source = at.args[0] if at.op == "call_function" and at.args else None
+        if not isinstance(source, Node):
+            return False
+        at = source
+    return False
+
+
 def of_products(found: list[Node]) -> bool:
     """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
-    for at in found:
-        for _ in range(PART):
-            if batched(at) or op_name(at) in SDPA:
-                break
-            source = at.args[0] if at.op == "call_function" and at.args else None
-            if not isinstance(source, Node):
-                return False
-            at = source
-        else:
-            return False
-    return True
+    return all(comes_from(x, lambda n: batched(n) or op_name(n) in SDPA, PART) for x in found)

@@ -19,12 +19,12 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, take_place, value
-from attnfx.passes.lift.access import free, variables
+from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.emitter import CannotEmit
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.parts import Term, common, joined, product, terms, united
-from attnfx.passes.lift.products import NEAR, batched, reaches_softmax
+from attnfx.passes.lift.products import NEAR, batched, comes_from, reaches_softmax
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 aten = torch.ops.aten
@@ -52,17 +52,6 @@ def run(graph: Graph) -> int:
 def _of_products(n: Node) -> bool:
     alone = (isinstance(x, Node) and batched(x) and op_name(x) != "baddbmm" for x in n.args)
     return len(n.args) == 2 and not n.kwargs and all(alone)
-
-
-def _comes_from_softmax(n: Node) -> bool:
-    for _ in range(NEAR):
-        if "softmax" in op_name(n):
-            return True
-        source = n.args[0] if n.op == "call_function" and n.args else None
-        if not isinstance(source, Node):
-            return False
-        n = source
-    return False
 
 
 # -- products of one query with several sets of keys ----------------------------------------------
@@ -141,10 +130,7 @@ def _of_part(lifter: Lifter, part: Node, dim: int) -> tuple[Term, Expr] | None:
         if len(places) == 1 and e.args[places[0]] is at[dim]:
             here = variables(e.value)
             own = here[places[0]]
-            for t in terms(e.value, here):
-                if own.value in free(t.right.index) - free(t.left.index):
-                    return t, own
-            return None
+            return next(((t, own) for t in terms(e.value, here) if own.value in t.alone[1]), None)
     return None
 
 
@@ -176,7 +162,7 @@ def _values(graph: Graph, at: Node) -> int:
         along = [one.reduced, other.reduced]
         total = joined(along)
         whole = united(lifter, [one.left, other.left], along, total)
-        if whole is None or not _comes_from_softmax(whole.node):
+        if whole is None or not comes_from(whole.node, lambda n: "softmax" in op_name(n), NEAR):
             continue
         try:
             made = product(graph.emitter(at), [[whole], [one.right, other.right]], along, total, total, out)

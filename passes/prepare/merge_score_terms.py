@@ -17,7 +17,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, take_place, value
-from attnfx.passes.lift.access import free, variables
+from attnfx.passes.lift.access import Access, free, variables
 from attnfx.passes.lift.emitter import CannotEmit
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.parts import Term, joined, product, terms
@@ -45,10 +45,10 @@ def _united(graph: Graph, at: Node) -> Node | None:
     nodes = [at, *(t.node for way in ways for t in way)]
     if len(ways) < 2 or not all(ways) or written(facts, nodes) or len({facts.regions[x] for x in nodes}) != 1:
         return None
-    for rows, columns in _partitions(ways[0], out):
-        found = [t for way in ways if (t := next((t for t in way if _parted(t, rows, columns)), None)) is not None]
-        if len(found) == len(ways) and _as_large(found):
-            sides, along = [[t.left for t in found], [t.right for t in found]], [t.reduced for t in found]
+    for row, column in _partitions(ways[0], out):
+        found = [t for way in ways for t in way if row.value in t.alone[0] and column.value in t.alone[1]]
+        sides, along = [[t.left for t in found], [t.right for t in found]], [t.reduced for t in found]
+        if len(found) == len(ways) and all(_as_large(side, along) for side in sides):
             try:
                 return product(graph.emitter(at), sides, along, whole := joined(along), whole, out)
             except CannotEmit:
@@ -76,21 +76,12 @@ def _addends(e: Expr, at: Node) -> list[list[Term]]:
 
 def _partitions(way: list[Term], out: tuple[Expr, ...]) -> list[tuple[Expr, Expr]]:
     """Return the variables that may be the rows' and the keys': on each side alone, the last ones first."""
-    found = []
-    for t in way:
-        alone = [v for v in out if v.value in free(t.left.index) - free(t.right.index)]
-        others = [v for v in out if v.value in free(t.right.index) - free(t.left.index)]
-        found += [(r, c) for r in reversed(alone) for c in reversed(others)]
-    return found
+    alone = [[[v for v in reversed(out) if v.value in names] for names in t.alone] for t in way]
+    return [(row, column) for rows, columns in alone for row in rows for column in columns]
 
 
-def _parted(t: Term, row: Expr, column: Expr) -> bool:
-    query, key = free(t.left.index), free(t.right.index)
-    return row.value in query - key and column.value in key - query
-
-
-def _as_large(terms: list[Term]) -> bool:
-    """Return whether each merged operand has the axes of one of its parts: otherwise it would be larger than all of
-    them, as a table of positions that is copied for each row of the queries."""
-    queries, keys = ([free(getattr(t, side).index) - {t.reduced.value} for t in terms] for side in ("left", "right"))
-    return frozenset().union(*queries) in queries and frozenset().union(*keys) in keys
+def _as_large(side: list[Access], along: list[Expr]) -> bool:
+    """Return whether a merged operand has the axes of one of its parts: otherwise it would be larger than all of them,
+    as a table of positions that is copied for each row of the queries."""
+    axes = [free(x.index) - {own.value} for x, own in zip(side, along, strict=True)]
+    return frozenset().union(*axes) in axes
