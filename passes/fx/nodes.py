@@ -183,7 +183,7 @@ def parts(n: Node, names: tuple[str, ...] = CATS) -> tuple[list[Node], int] | No
     if n.op != "call_function" or op_name(n) not in names or not is_tensor(n):
         return None
     given: Any = n.args[0]
-    dim = n.args[1] if len(n.args) > 1 else n.kwargs.get("dim", 0)
+    dim = argument(n, 1, "dim", 0)
     if not isinstance(dim, int) or not isinstance(given, list | tuple) or len(set(given)) != len(given):
         return None
     rank = len(dims(given[0])) if given else 0

@@ -13,7 +13,6 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr
 from attnfx.passes.lift.access import UNIT, Access, Operand, accesses, free
 from attnfx.passes.lift.contraction import contraction
@@ -65,11 +64,11 @@ def united(lifter: Lifter, parts: Sequence[Access], along: Sequence[Expr], axis:
     found = common(lifter, parts)
     if found is None or found[0].factor is not UNIT or found[0].upcast:
         return None
-    start, indices = A.ZERO, set()
+    start, read = A.ZERO, []
     for x, own in zip(found, along, strict=True):
-        indices.add(tuple(substitute(e, {own: A.sub(axis, start)}) for e in x.index))
+        read.append(x.at({own: A.sub(axis, start)}))
         start = A.add(start, own.args[0])
-    return Access(found[0].node, indices.pop()) if len(indices) == 1 else None
+    return read[0] if len({x.index for x in read}) == 1 else None
 
 
 def product(

@@ -18,7 +18,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.analysis import Facts, written
-from attnfx.passes.fx.nodes import CATS, dims, is_tensor, op_name, take_place, value
+from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, take_place, value
 from attnfx.passes.lift.access import variables
 from attnfx.passes.lift.emitter import CannotEmit
 from attnfx.passes.lift.graph import Graph
@@ -58,7 +58,7 @@ def _of_products(n: Node) -> bool:
 def _scores(graph: Graph, at: Node) -> int:
     facts, lifter = graph.facts, graph.lifter
     given: list[Node] = list(at.args[0])  # type: ignore[arg-type]
-    dim = at.args[1] if len(at.args) > 1 else at.kwargs.get("dim", 0)
+    dim = argument(at, 1, "dim", 0)
     if not isinstance(dim, int) or len(given) < 2 or any(len(dims(x)) != len(dims(at)) for x in given):
         return 0
     found: list[tuple[int, Term, Expr]] = []
