@@ -8,12 +8,13 @@ with an added constant) become the same `softmax` node as the operator's.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
-from attnfx.ir.exponentials import exponent, outside
+from attnfx.ir.exponentials import ZERO, Term, addends, outside, split_shift, summed, term, terms
 from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.lift.reductions import softmax
 
@@ -46,7 +47,7 @@ class NotNormalised(Exception):
 def normalise(weight: Expr, j: Expr) -> Normalised:
     """Return the weight as a program over a softmax along the keys j. Raises `NotNormalised`."""
     weight, dropout, draw = _take_dropout(weight)
-    by_log = any(e.op == "log" and any(x.op == "rsum" for x in outside(e)) for e in outside(weight))
+    by_log = any(e.op == "log" and _sums(e) for e in outside(weight))
     if not any(e.op == "softmax" for e in outside(weight)):
         weight = _by_hand(weight, j, by_log)
     weight = _zero_filled(weight)
@@ -76,7 +77,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
         raise NotNormalised(
             "softmax_dim", "the softmax runs over a flattened dimension, or its weights are reordered along the keys"
         )
-    body = strip_maximum(body, variable)
+    body, _ = split_shift(body, variable)
     extra = _columns(body, variable, extent, j, int(shifted.value))  # type: ignore[call-overload]
     return Normalised(substitute(body, {variable: at}), program, extra, dropout, draw, bool(safe), by_log=by_log)
 
@@ -97,7 +98,7 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     at = weight
     while at is not drops[0]:
         inner = [a for a in at.args if any(e is drops[0] for e in walk(a))]
-        plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is A.const(0.0) and inner == [at.args[1]])
+        plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is ZERO and inner == [at.args[1]])
         if not plain or len(inner) != 1:
             raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a multiplication")
         at = inner[0]
@@ -109,7 +110,7 @@ def _zero_filled(weight: Expr) -> Expr:
     """Replace where(isnan(p), 0, p), which is zero in rows without a live key, by the safe softmax."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
-        if old.op == "where" and len(args) == 3 and args[1].op == "softmax" and args[2] is A.const(0.0):
+        if old.op == "where" and len(args) == 3 and args[1].op == "softmax" and args[2] is ZERO:
             c = args[0]
             if c.op == "eq" and c.args[0] is args[1] and c.args[1] is args[1]:
                 body, extent, at = args[1].args
@@ -117,18 +118,6 @@ def _zero_filled(weight: Expr) -> Expr:
         return None
 
     return rebuild(weight, change)
-
-
-def strip_maximum(score: Expr, variable: Expr) -> Expr:
-    """Drop the addends that hold a row maximum: they cancel in the softmax, also under a mask that drowns."""
-    if score.op == "where" and A.drowning(score.args[2]):
-        return A.where(score.args[0], strip_maximum(score.args[1], variable), score.args[2])
-    if score.op == "half" and score.args[0].op == "add":
-        inner = strip_maximum(score.args[0], variable)
-        return score if inner is score.args[0] else inner
-    terms = score.args if score.op == "add" else (score,)
-    kept = [t for t in terms if variable.value in t.free or not any(e.op == "rmax" for e in walk(t))]
-    return A.add(*kept) if len(kept) != len(terms) and kept else score
 
 
 def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> tuple[Expr, ...]:
@@ -151,25 +140,25 @@ def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> t
 
 
 def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
-    """Replace each product of an exponential and the reciprocal of its sum by a softmax node."""
+    """Replace each exponential over its sum by a softmax node."""
 
-    def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+    def change(old: Expr, args: tuple[Expr, ...]) -> Expr:
         new = A.make(old.op, old.kind, args, old.value) if args != old.args else old
-        new = _unlog(new)
-        if new.op != "mul":
+        if new.op not in ("mul", "exp"):
             return new
-        over = [f for f in new.args if f.op == "recip" and any(e.op == "rsum" for e in outside(f))]
-        if len(over) != 1:
-            return new
-        inside = [f for f in new.args if f is not over[0] and j.value in f.free]
-        rest = [f for f in new.args if f is not over[0] and f not in inside]
-        made = _ratio(inside, over[0].args[0], j, by_log)
-        return A.mul(made, *rest) if made is not None and rest else made or new
+        factors = new.args if new.op == "mul" else (new,)
+        inside = [f for f in factors if j.value in f.free or (f.op == "recip" and _sums(f))]
+        made = _ratio(term(inside), j, by_log)
+        return new if made is None else A.mul(made, *(f for f in factors if f not in inside))
 
     return _rebuild_outside(weight, change)
 
 
-def _rebuild_outside(root: Expr, change) -> Expr:  # type: ignore[no-untyped-def]
+def _sums(e: Expr) -> bool:
+    return any(x.op == "rsum" for x in outside(e))
+
+
+def _rebuild_outside(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Expr:
     """Rebuild like `rebuild`, but leave the bodies of reductions alone."""
     done: dict[Expr, Expr] = {}
 
@@ -182,30 +171,6 @@ def _rebuild_outside(root: Expr, change) -> Expr:  # type: ignore[no-untyped-def
     return visit(root)
 
 
-def _unlog(e: Expr) -> Expr:
-    """Rewrite exp(a - log(d)) as exp(a) / d, for a sum d."""
-    if e.op == "exp" and e.args[0].op == "where" and A.drowning(e.args[0].args[2]):
-        keep, inner, fill = e.args[0].args  # the subtraction has moved under the mask
-        split = _unlog(A.unary("exp", inner))
-        if split.op == "mul" and len(split.args) == 2 and {f.op for f in split.args} == {"exp", "recip"}:
-            over, top = sorted(split.args, key=lambda f: f.op == "exp")
-            return A.mul(A.unary("exp", A.where(keep, top.args[0], fill)), over)
-    if e.op != "exp" or e.args[0].op != "add":
-        return e
-    logs = [t for t in e.args[0].args if _negated_log(t) is not None]
-    if len(logs) != 1:
-        return e
-    rest = [t for t in e.args[0].args if t is not logs[0]]
-    return A.mul(A.unary("exp", A.add(*rest)), A.unary("recip", _negated_log(logs[0])))  # type: ignore[arg-type]
-
-
-def _negated_log(t: Expr) -> Expr | None:
-    if t.op == "mul" and len(t.args) == 2 and t.args[0] is A.const(-1.0) and t.args[1].op == "log":
-        inner = t.args[1].args[0]
-        return inner if any(e.op == "rsum" for e in outside(inner)) else None
-    return None
-
-
 def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
     """Replace a fill whose exponential is zero in float32 by -inf."""
     if old.op != "where" or old.kind != FLOAT or args[2].op != "const":
@@ -214,50 +179,29 @@ def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
     return A.where(args[0], args[1], A.const(-math.inf)) if fill < -1e4 else None
 
 
-def _ratio(factors: list[Expr], denominator: Expr, j: Expr, by_log: bool) -> Expr | None:
-    """Return softmax(a) if the factors multiply to exp(a - m) and the denominator sums exp(a - m), plus extras."""
-    if not factors:
+def _ratio(share: Term | None, j: Expr, by_log: bool) -> Expr | None:
+    """Return softmax(a) if the share is exp(a - m) over the sum of exp(a - m), plus extras."""
+    if share is None or share.core is not None or share.over is None:
         return None
-    top = exponent(A.mul(*factors) if len(factors) > 1 else factors[0])
-    if top is None:
+    below = terms(share.over) or []
+    main = [found for t in below if (found := summed(t)) is not None]
+    others = [t for t in below if t.core is None and t.over is None]
+    if len(main) != 1 or len(others) != len(below) - 1:
         return None
-    sums = [t for t in (denominator.args if denominator.op == "add" else (denominator,))]
-    main = [t for t in sums if t.op == "rsum"]
-    if len(main) != 1:
+    ((variable, inside),) = main
+    if substitute(inside, {variable: j}) is not share.exponent:
         return None
-    body, extent = main[0].args
-    name = str(main[0].value)
-    variable = A.var(name, extent)
-    below = exponent(body)
-    if below is None or substitute(below, {variable: j}) is not top:
+    score, shift = split_shift(inside, variable)
+    if any(m not in addends(t.exponent) for t in others for m in shift):
         return None
-    base = top
-    while base.op == "where" and A.drowning(base.args[2]):  # the subtraction has moved under the mask
-        base = base.args[1]
-    maxima = [
-        t
-        for t in (base.args if base.op == "add" else (base,))
-        if any(e.op == "rmax" for e in outside(t)) and j.value not in t.free
-    ]
-    others = [t for t in sums if t is not main[0]]
-    extra: list[Expr] = []
-    for t in others:
-        logit = exponent(t) if t.op != "const" else A.const(math.log(float(t.value))) if float(t.value) > 0 else None  # type: ignore[arg-type]
-        if logit is None:
-            return None
-        terms = list(logit.args if logit.op == "add" else (logit,))
-        for m in maxima:
-            if m not in terms:
-                return None
-            terms.remove(m)
-        extra.append(A.add(*terms) if terms else A.const(0.0))
-    score = strip_maximum(below, variable)
-    if not maxima and not by_log:  # exp(fill) is zero: a masked row is 0 / 0
+    if not shift and not by_log:  # exp(fill) is zero: a masked row is 0 / 0
         score = rebuild(score, _vanishing)
+    name, extent = str(variable.value), variable.args[0]
     whole = extent
-    for n, logit in enumerate(extra):  # extras become columns after the keys
+    for n, t in enumerate(others):  # extras become columns after the keys
         whole = A.add(extent, A.const(n + 1))
         wide = A.var(name, whole)
+        logit = A.add(ZERO, *(m for m in addends(t.exponent) if m not in shift))
         score = A.where(A.lt(wide, A.add(extent, A.const(n))), substitute(score, {variable: wide}), logit)
         variable = wide
     return softmax(name, whole, score, j)

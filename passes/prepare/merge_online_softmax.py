@@ -13,7 +13,7 @@ graph in place; promises the same results up to rounding.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
-from attnfx.ir.exponentials import exponent, outside
-from attnfx.ir.expr import Expr, walk
+from attnfx.ir.exponentials import ZERO, Term, addends, exponent, summed, terms, without_zeros
+from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, take_place, value
@@ -39,62 +39,39 @@ LAST = ("div", "add", "mul")  # the last operator of a combination
 EXPONENTIALS = ("exp", "exp2")
 CASTS = ("to", "_to_copy", "type_as")
 MOST = 64  # chunks of one softmax
-ZERO = A.const(0.0)
-Core = Callable[[Expr], bool]
-
-
-class NotOnline(Exception):
-    """The result is not an online softmax."""
 
 
 @dataclass(frozen=True)
 class Chunk:
-    """A chunk of keys: the `product` of the node `read` with `values`. `weights` is `read` before it is cast: exp of an
-    expression that contains the node `scores`."""
+    """A chunk of keys.
+
+    product   the contraction of the weights, on the left, with the values
+    weights   the weights before they are cast: exp of an expression that contains the node `scores`
+    exponent  of the weights in the result, over the index of the product's left operand
+    score     the lifted scores, over the same index
+    """
 
     product: Contraction
-    read: Node
     weights: Node
-    values: Node
     scores: Node
-
-    @property
-    def index(self) -> Index:
-        """Return the index at which the product reads the weights."""
-        return self.product.left_index if self.read is self.product.left else self.product.right_index
-
-    @property
-    def values_index(self) -> Index:
-        return self.product.right_index if self.read is self.product.left else self.product.left_index
+    exponent: Expr
+    score: Expr
 
     @property
     def form(self) -> tuple[object, ...]:
         """Return the properties that all chunks share: how the product reads its operands."""
-        places = [None if x is self.product.reduced else x for x in (*self.index, *self.values_index)]
-        return len(self.index), *places, value(self.read).dtype
-
-
-@dataclass(frozen=True)
-class Term:
-    """The value exp(`exponent`) * `core` / `over`."""
-
-    exponent: Expr
-    core: Expr
-    over: Expr | None
+        c = self.product
+        places = [None if x is c.reduced else x for x in (*c.left_index, *c.right_index)]
+        return len(c.left_index), *places, value(c.left).dtype
 
 
 def run(graph: Graph) -> int:
     """Merge each combination of chunks of keys into one softmax; return how many were merged."""
-    gm, changed = graph.gm, 0
-    known = {n for n in gm.graph.nodes if _of_exponentials(n) is not None}
-    while len(known) > 1:
-        found = next((m for n in reversed(_after(gm, known)) if (m := _gathered(graph, n)) is not None), None)
-        if found is None:
-            break
+    changed = 0
+    while any(_gathered(graph, n) for n in _candidates(graph.gm)):
         changed += 1
-        clean(gm)
+        clean(graph.gm)
         graph.changed()
-        known = {n for n in gm.graph.nodes if _of_exponentials(n) is not None}
     return changed
 
 
@@ -111,203 +88,127 @@ def _uncast(x: Node) -> Node:
     return x
 
 
-def _after(gm: GraphModule, products: set[Node]) -> list[Node]:
-    """Return the nodes that may combine two or more of the products, in order."""
-    reached: dict[Node, frozenset[Node]] = {p: frozenset([p]) for p in products}
+def _candidates(gm: GraphModule) -> list[Node]:
+    """Return the nodes that may combine two or more products of exponentials, the last first."""
+    reached: dict[Node, frozenset[Node]] = {}
     out = []
     for n in gm.graph.nodes:
-        if n.op != "call_function" or n in reached or not is_tensor(n):
+        if n.op != "call_function" or not is_tensor(n):
             continue
-        below = frozenset().union(*(reached.get(a, frozenset()) for a in n.all_input_nodes))
-        if below:
-            reached[n] = below
-            if len(below) > 1 and op_name(n) in LAST and all(dims(n) == dims(p) for p in below):
-                out.append(n)
-    return out
+        if _of_exponentials(n) is not None:
+            reached[n] = frozenset([n])
+            continue
+        reached[n] = below = frozenset().union(*(reached.get(a, frozenset()) for a in n.all_input_nodes))
+        if len(below) > 1 and op_name(n) in LAST and all(dims(n) == dims(p) for p in below):
+            out.append(n)
+    return out[::-1]
 
 
-def _gathered(graph: Graph, n: Node) -> Node | None:
-    facts, lifter, out = graph.facts, graph.lifter, variables(n)
-    try:
-        terms = _terms(_lifted(lifter, n, out))
-        both = sorted(((_chunk(t, out), t) for t in terms), key=lambda x: facts.position[x[0].product.node])
-        chunks = [c for c, _ in both]
-        _prove(lifter, [t for _, t in both], chunks)
-    except NotOnline:
-        return None
-    nodes = [x for c in chunks for x in (c.read, c.weights, c.product.node)]
-    if written(facts, nodes) or len({facts.regions[x] for x in (n, *nodes)}) > 1:
-        return None
-    made = _softmax(graph.emitter(n), chunks)
+def _gathered(graph: Graph, n: Node) -> bool:
+    """Replace a node by one softmax with its values, if it combines chunks of keys; return whether it does."""
+    facts = graph.facts
+    chunks = _proved(graph.lifter, n)
+    nodes = [x for c in chunks for x in (c.product.left, c.weights, c.product.node)]
+    if not chunks or written(facts, nodes) or len({facts.regions[x] for x in (n, *nodes)}) > 1:
+        return False
+    chunks.sort(key=lambda c: facts.position[c.product.node])
+    if not _finite(chunks[0]):
+        return False
+    emit = graph.emitter(n)
+    made = _softmax(emit, chunks)
     if dims(made) != dims(n):
-        return None
+        return False
     if value(made).dtype != value(n).dtype:
-        made = graph.emitter(n).call(aten.to.dtype, made, value(n).dtype)
+        made = emit.call(aten.to.dtype, made, value(n).dtype)
     take_place(made, n)
-    return made
+    return True
 
 
-def _lifted(lifter: Lifter, n: Node, at: tuple[Expr, ...]) -> Expr:
+# -- the proof ------------------------------------------------------------------------------------
+def _proved(lifter: Lifter, n: Node) -> list[Chunk]:
+    """Return the chunks of keys that a node combines. Their weights are proved to be shares of the sum of all
+    exponentials, and treated alike in all chunks. Return none without a proof."""
+    out = variables(n)
+    found = terms(_lifted(lifter, n, out), _product) or []
+    over = found[0].over if 2 <= len(found) <= MOST else None
+    if over is None or any(t.over is not over for t in found):
+        return []
+    chunks = [c for t in found if (c := _chunk(lifter, t, out)) is not None]
+    below = terms(over, lambda e: e.op == "rsum") or []
+    sums = [s for t in below if (s := summed(t)) is not None]
+    if not len(chunks) == len(found) == len(sums) == len(below) or len({c.form for c in chunks}) > 1:
+        return []
+    apart = [_over_key(c.exponent, c.product.reduced) for c in chunks]
+    if Counter(apart) != Counter(_over_key(inside, variable) for variable, inside in sums):
+        return []
+    shifts = {_difference(c.exponent, c.score) for c in chunks}
+    alike = len(shifts) == 1 and not any(c.product.reduced.value in s.free for s in shifts for c in chunks)
+    return chunks if alike else []
+
+
+def _lifted(lifter: Lifter, n: Node, at: Index) -> Expr:
     """Lift a node without its roundings to float16."""
     return rebuild(lifter.lift(n, at), lambda old, args: args[0] if old.op == "half" else None)
-
-
-# -- a combination as a sum of terms --------------------------------------------------------------
-def _terms(e: Expr) -> list[Term]:
-    """Return the terms of a combination. Raises NotOnline if there are fewer than two, or too many."""
-    found = [_term(factors) for factors in _expanded(e, _product)]
-    terms = [t for t in found if t is not None]
-    if not 2 <= len(terms) <= MOST or len({t.over for t in terms}) > 1:
-        raise NotOnline
-    return terms
-
-
-def _expanded(e: Expr, core: Core) -> list[list[Expr]]:
-    """Return the factors of each term. A sum is multiplied out only if it holds a possible core of a term."""
-    if e.op == "add":
-        return [t for a in e.args for t in _expanded(a, core)]
-    if e.op == "mul":
-        out: list[list[Expr]] = [[]]
-        for a in e.args:
-            inner = _expanded(a, core) if _holds(a, core) else [[a]]
-            out = [[*x, *y] for x in out for y in inner]
-            if len(out) > 4 * MOST:
-                raise NotOnline
-        return out
-    if e.op == "rsum" and e.args[1].op == "const" and any(map(core, outside(e.args[0]))):
-        over = A.var(str(e.value), e.args[1])  # a sum over chunks that were stacked
-        parts = (substitute(e.args[0], {over: A.const(c)}) for c in range(int(e.args[1].value)))  # type: ignore[call-overload]
-        return [t for part in parts for t in _expanded(part, core)]
-    return [[e]]
 
 
 def _product(e: Expr) -> bool:
     return e.op == "load" and isinstance(e.value, Node) and _of_exponentials(e.value) is not None
 
 
-def _sum(e: Expr) -> bool:
-    return e.op == "rsum"
+def _over_key(e: Expr, variable: Expr) -> Expr:
+    return without_zeros(substitute(e, {variable: A.var("key", variable.args[0])}))
 
 
-def _holds(e: Expr, core: Core) -> bool:
-    if e.op == "rsum":
-        return core(e) or any(map(core, outside(e.args[0])))
-    return core(e) or (e.op in ("add", "mul") and any(_holds(a, core) for a in e.args))
-
-
-def _term(factors: list[Expr]) -> Term | None:
-    """Return the term that the factors multiply to, or None for zero."""
-    if ZERO in factors:
-        return None
-    left = list(factors)
-    for f in factors:  # x / x
-        if f.op == "recip" and f.args[0] in left:
-            left.remove(f)
-            left.remove(f.args[0])
-    powers = [exponent(f) for f in left]
-    rest = [f for f, p in zip(left, powers, strict=True) if p is None]
-    over = [f.args[0] for f in rest if f.op == "recip"]
-    core = [f for f in rest if f.op != "recip"]
-    if len(core) != 1 or len(over) > 1:
-        raise NotOnline
-    total = A.add(ZERO, *(p for p in powers if p is not None))
-    return Term(total, core[0], over[0] if over else None)
-
-
-# -- the proof ------------------------------------------------------------------------------------
-def _chunk(t: Term, out: tuple[Expr, ...]) -> Chunk:
+def _chunk(lifter: Lifter, t: Term, out: Index) -> Chunk | None:
+    """Return the chunk whose product with the values is the core of a term, or None."""
     load = t.core
-    if load.op != "load" or not isinstance(load.value, Node) or not is_tensor(load.value):
-        raise NotOnline
-    if tuple(load.args) != tuple(A.ZERO if v.args[0] is A.ONE else v for v in out):
-        raise NotOnline
-    c, read = contraction(load.value, out), _of_exponentials(load.value)
-    if c is None or read not in (c.left, c.right) or c.left is c.right or not is_tensor(read):
-        raise NotOnline
-    assert read is not None
+    if load is None or not _product(load) or load.args != tuple(A.ZERO if v.args[0] is A.ONE else v for v in out):
+        return None
+    c, read = contraction(load.value, out), _of_exponentials(load.value)  # type: ignore[arg-type]
+    if c is not None and read is c.right:
+        c = Contraction(c.node, c.right, c.right_index, c.left, c.left_index, c.reduced)
+    if c is None or read is not c.left or c.left is c.right or not is_tensor(read):
+        return None
     weights = _uncast(read)
     inside = weights.args[0]
     scores = inside.args[0] if op_name(inside) == "sub" and len(inside.args) == 2 else inside  # type: ignore[union-attr,arg-type]
     if not is_tensor(scores) or dims(scores) != dims(weights):  # type: ignore[arg-type]
-        raise NotOnline
-    made = Chunk(c, read, weights, c.right if read is c.left else c.left, scores)  # type: ignore[arg-type]
-    if c.reduced not in made.index or c.reduced not in made.values_index:
-        raise NotOnline
-    return made
-
-
-def _prove(lifter: Lifter, terms: list[Term], chunks: list[Chunk]) -> None:
-    """Prove that the weights are shares of the sum of all exponentials, and treated alike in all chunks. Raises
-    NotOnline otherwise. The chunks are in the order of the graph."""
-    over = terms[0].over
-    if over is None or len({c.form for c in chunks}) > 1:
-        raise NotOnline
-    below = [_term(factors) for factors in _expanded(over, _sum)]
-    sums = [t for t in below if t is not None]
-    if any(t.core.op != "rsum" or t.over is not None for t in sums) or len(sums) != len(chunks):
-        raise NotOnline
-    rest, shifts = list(sums), set()
-    for t, c in zip(terms, chunks, strict=True):
-        j, at = c.product.reduced, c.index
-        inside = exponent(_lifted(lifter, c.weights, at))
-        if inside is None:
-            raise NotOnline
-        whole = _plain(A.add(inside, t.exponent))
-        mine = next((s for s in rest if _summed(s, j) is whole), None)
-        if mine is None:
-            raise NotOnline
-        rest.remove(mine)
-        shifts.add(_shift(whole, _lifted(lifter, c.scores, at)))
-    if len(shifts) != 1 or any(c.product.reduced.value in s.free for s in shifts for c in chunks):
-        raise NotOnline
-    first = chunks[0]
-    score = substitute(_lifted(lifter, first.scores, first.index), {first.product.reduced: A.ZERO})
-    minus_infinity = any(e.op == "const" and e.value == -math.inf for e in walk(score))
-    loads = [e for e in walk(score) if e.op == "load" and e.kind == "f" and not batched(slot_node(e.value))]
-    if minus_infinity or loads:
-        raise NotOnline
-
-
-def _summed(t: Term, j: Expr) -> Expr | None:
-    """Return the exponent that a term of the divisor sums up, at key j, or None."""
-    body, extent = t.core.args
-    inside = exponent(body)
-    if inside is None or extent is not j.args[0]:
         return None
-    return _plain(A.add(substitute(inside, {A.var(str(t.core.value), extent): j}), t.exponent))
+    power = exponent(_lifted(lifter, weights, c.left_index))
+    if power is None or c.reduced not in c.left_index or c.reduced not in c.right_index:
+        return None
+    score = _lifted(lifter, scores, c.left_index)  # type: ignore[arg-type]
+    return Chunk(c, weights, scores, A.add(power, t.exponent), score)  # type: ignore[arg-type]
 
 
-def _shift(whole: Expr, score: Expr) -> Expr:
-    """Return the value that was added to the score of a chunk; under a mask that drowns, at kept elements only."""
-    while whole.op == "where" and score.op == "where" and whole.args[0] is score.args[0]:
-        if not (A.drowning(whole.args[2]) and A.drowning(score.args[2])):
+def _difference(e: Expr, other: Expr) -> Expr:
+    """Return e - other; under a common mask that drowns, at kept elements only."""
+    while e.op == "where" == other.op and e.args[0] is other.args[0]:
+        if not (A.drowning(e.args[2]) and A.drowning(other.args[2])):
             break
-        whole, score = whole.args[1], score.args[1]
-    left = list(whole.args if whole.op == "add" else (whole,))
-    for t in score.args if score.op == "add" else (score,):
-        if t not in left:
-            return _plain(A.sub(whole, score))
-        left.remove(t)
-    return _plain(A.add(ZERO, *left))
+        e, other = e.args[1], other.args[1]
+    left = [t for t in addends(e) if t not in addends(other)]
+    more = [A.neg(t) for t in addends(other) if t not in addends(e)]
+    return without_zeros(A.add(ZERO, *left, *more))
 
 
-def _plain(e: Expr) -> Expr:
-    """Remove terms that are zero times something: row maxima, which are finite here."""
-    if e.op == "where":
-        return A.where(e.args[0], _plain(e.args[1]), e.args[2])
-    terms = e.args if e.op == "add" else (e,)
-    return A.add(ZERO, *(t for t in terms if not (t.op == "mul" and ZERO in t.args)))
+def _finite(first: Chunk) -> bool:
+    """Return whether each row's first score is proved to be finite."""
+    score = substitute(first.score, {first.product.reduced: A.ZERO})
+    minus_infinity = any(e.op == "const" and e.value == -math.inf for e in walk(score))
+    return not minus_infinity and all(
+        batched(slot_node(e.value)) for e in walk(score) if e.op == "load" and e.kind == FLOAT
+    )
 
 
 # -- one softmax ----------------------------------------------------------------------------------
 def _softmax(emit: Emitter, chunks: list[Chunk]) -> Node:
-    first = chunks[0]
-    j, node = first.product.reduced, first.product.node
-    key, row = first.index.index(j), first.values_index.index(j)
+    first = chunks[0].product
+    key, row = first.left_index.index(first.reduced), first.right_index.index(first.reduced)
     scores = emit.call(aten.cat.default, [c.scores for c in chunks], key)
     weights = emit.call(aten.softmax.int, scores, key)
-    if value(weights).dtype != value(first.read).dtype:
-        weights = emit.call(aten.to.dtype, weights, value(first.read).dtype)
-    values = emit.call(aten.cat.default, [c.values for c in chunks], row)
-    by = {first.read: weights, first.values: values}
-    return emit.call(node.target, *torch.fx.map_arg(node.args, lambda x: by.get(x, x)), **node.kwargs)  # type: ignore[arg-type]
+    if value(weights).dtype != value(first.left).dtype:
+        weights = emit.call(aten.to.dtype, weights, value(first.left).dtype)
+    values = emit.call(aten.cat.default, [c.product.right for c in chunks], row)
+    by = {first.left: weights, first.right: values}
+    return emit.call(first.node.target, *torch.fx.map_arg(first.node.args, lambda x: by.get(x, x)), **first.node.kwargs)  # type: ignore[arg-type]

@@ -37,6 +37,16 @@ def test_a_small_number_beside_the_sum_is_computed_row_by_row():
     assert site.spec is None and site.decision.tier == "chunked"
 
 
+def test_a_number_beside_the_sum_stays_if_the_subtraction_was_rounded():
+    def fn(q, k, v):
+        s = ((q @ k.mT) * 0.3).half()
+        e = (s - s.amax(-1, keepdim=True)).to(v.dtype).exp()
+        return e / (e.sum(-1, keepdim=True) + 1) @ v
+
+    (site,) = check(fn, *qkv(), train=False)
+    assert site.spec is None and site.decision.tier == "chunked"
+
+
 def of_a_polynomial(s):
     a = 1 + s + s**2 / 2
     return a / a.sum(-1, keepdim=True)

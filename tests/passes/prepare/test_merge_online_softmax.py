@@ -70,6 +70,12 @@ def combined_at_the_end(q, k, v):
     return (values * w).sum(0) / (totals * w).sum(0)
 
 
+def divided_by_its_logarithm(q, k, v):
+    """Scale the weights by exp(-log(sum)) at the end."""
+    parts = [((s := scores(q, kc)).exp() @ vc, s.exp().sum(-1, keepdim=True)) for kc, vc in chunks(k, v)]
+    return sum(out for out, _ in parts) * torch.exp(-sum(total for _, total in parts).log())
+
+
 def in_both_loops(q, k, v):
     return torch.cat([running(x, k, v) for x in q.split(20, 2)], 2)
 
@@ -91,7 +97,8 @@ def causal(s, start, fill=-INF):
     return s.masked_fill(j > i, fill)
 
 
-ONE = [running, the_first_chunk_outside, divided_at_each_step, combined_at_the_end, in_both_loops]
+ONE = [running, the_first_chunk_outside, divided_at_each_step, combined_at_the_end,
+       divided_by_its_logarithm, in_both_loops]  # fmt: skip
 
 
 @pytest.mark.parametrize("fn", ONE, ids=[fn.__name__ for fn in ONE])
