@@ -21,7 +21,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.algebra import substitute
+from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, label, op_name, refusal, slot_node, value
@@ -38,6 +38,7 @@ from attnfx.passes.match.sdpa_call import library_call
 from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, batch_and_heads, every_row_live
 from attnfx.spec import fill_of
 
+SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
 COMPARISONS = ("ge0", "eq0", "lt", "le", "eq")
 PROVED = ("masked_rows",)  # refusal codes that only a proved attention gets
 
@@ -148,8 +149,7 @@ class Finder:
                 try:
                     weight = self.lifter.lift(weights, at)
                     if divisor is not None:
-                        below = self.lifter.lift(divisor, broadcast(divisor, out))
-                        weight = A.mul(weight, A.unary("recip", below))
+                        weight = A.mul(weight, A.unary("recip", self._divisor(divisor, final, out)))
                     found = N.normalise(weight, c.reduced)
                     if divisor is not None and found.normaliser != "softmax":
                         message = "the output is divided by something other than the sum of the weights"
@@ -163,20 +163,41 @@ class Finder:
 
     def _endings(self, final: Node) -> list[tuple[Node, list[Node], Node | None]]:
         """Return the possible ends of the attention, each as (last node, views up to it, divisor): the product itself
-        or, for (exp(s) @ v) / sum(exp(s)), a division of the product or of a view of it."""
+        or, for (exp(s) @ v) / sum(exp(s)), a division of the product or of a view of it. A product with several readers
+        may be divided by a part of itself, as by a column of ones."""
         out: list[tuple[Node, list[Node], Node | None]] = [(final, [], None)]
-        at, path = final, []
-        while len(at.users) == 1 and len(path) < 8:
-            user = next(iter(at.users))
-            if op_name(user) in VIEWS and user.args[0] is at:
+        splits = [u for u in final.users if op_name(u) in SPLITS]
+        readers = [r for u in final.users for r in (u.users if u in splits else (u,))]
+        if len(readers) > 1 and (final in self.facts.written or any(op_name(r) not in VIEWS for r in readers)):
+            return out
+        for user in readers:
+            at, path = final, []
+            while op_name(user) in VIEWS and user.args[0] in (at, *splits) and len(path) < 8:
                 path.append(user)
                 at = user
+                if len(at.users) != 1:
+                    break
+                user = next(iter(at.users))
+            if op_name(user) != "div" or len(user.args) != 2 or user.args[0] is not at or dims(user) != dims(at):
                 continue
-            if op_name(user) == "div" and len(user.args) == 2 and user.args[0] is at and is_tensor(user.args[1]):
-                if dims(user) == dims(at):
-                    out.append((user, path, user.args[1]))  # type: ignore[arg-type]
-            break
+            divisor = user.args[1]
+            if is_tensor(divisor) and (len(readers) == 1 or self.facts.descends(divisor, final)):
+                out.append((user, path, divisor))  # type: ignore[arg-type]
         return out
+
+    def _divisor(self, divisor: Node, final: Node, out: Index) -> Expr:
+        """Lift a divisor of the product. Where it reads the product along a column of values that are one, this is the
+        sum of the weights."""
+
+        def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+            c = contraction(final, args) if old.op == "load" and old.value is final else None
+            if c is None or self.lifter.lift(c.right, c.right_index) is not A.const(1.0):
+                return None
+            j = A.var(f"ones_{final.name}", c.reduced.args[0])
+            weights = self.lifter.lift(c.left, tuple(j if x is c.reduced else x for x in c.left_index))
+            return A.reduction("rsum", str(j.value), j.args[0], weights)
+
+        return rebuild(self.lifter.lift(divisor, broadcast(divisor, out)), change)
 
     def _assemble(self, final: Node, out: Index, j: Expr, found: N.Normalised, values: Node, values_at: Index) -> Match:
         """Try the products that the score loads, the likeliest first: the others may be biases (relative positions)."""

@@ -43,11 +43,6 @@ def split_pair_linear(q, k, w, b):
     return F.linear(pairs, w, b).squeeze(-1).softmax(-1) @ k
 
 
-def split_ones_column(q, k, v):
-    out = (q @ k.mT).exp() @ F.pad(v, (0, 1), value=1.0)
-    return out[..., :-1] / out[..., -1:]
-
-
 def canonicalize(q, k, v, mask):
     scores = (q[:, :, :, None] * k[:, :, None]).sum(-1)
     scores = torch.ops.aten.index_put(scores, [None, None, mask], torch.tensor(float("-inf")))
@@ -97,7 +92,6 @@ FORMS = [
     (functionalize, lambda: (*heads(), rand(T, S))),
     (detach_no_grad, lambda: [x.requires_grad_() for x in heads()]),
     (split_pair_linear, lambda: (rand(B, T, D), rand(B, S, D), rand(1, 2 * D), rand(1))),
-    (split_ones_column, heads),
     (canonicalize, lambda: (*heads(), torch.ones(T, S, dtype=torch.bool).triu(1))),
     (hoist_concat, lambda: (*heads(), rand(D, D))),
     (merge_online_softmax, heads),

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import check, qkv
+from tests.support import assert_right, check, qkv
 
 
 def weights(q, k):
@@ -42,7 +42,7 @@ def test_one_attention(fn, dynamic):
 
 
 def read_as_whole_rows(fn):
-    """Check that nothing was split: the site lacks a spec and runs as whole rows, as written."""
+    """Check that the column is not read as a divisor: the site lacks a spec and runs as whole rows, as written."""
     (site,) = check(fn, *qkv())
     assert (site.spec, site.decision.kernel) == (None, "rows")
 
@@ -61,3 +61,13 @@ def test_a_product_that_is_read_as_a_whole_stays():
         return out[..., :-1] / out[..., -1:], out
 
     read_as_whole_rows(fn)
+
+
+def test_a_sum_that_is_changed_in_place():
+    def fn(q, k, v):
+        out = weights(q, k) @ F.pad(v, (0, 1), value=1.0)
+        total = out[..., -1:]
+        total.clamp_(min=2.0)
+        return out[..., :-1] / total
+
+    assert_right(fn, *qkv())
