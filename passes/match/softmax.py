@@ -8,7 +8,6 @@ with an added constant) become the same `softmax` node as the operator's.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,9 +139,11 @@ def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> t
 
 
 def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
-    """Replace each exponential over its sum by a softmax node."""
+    """Replace each exponential over its sum by a softmax node, outside reductions."""
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr:
+        if old.kind != FLOAT or old.op in ("rsum", "rmax", "softmax"):
+            return old
         new = A.make(old.op, old.kind, args, old.value) if args != old.args else old
         if new.op not in ("mul", "exp"):
             return new
@@ -151,24 +152,11 @@ def _by_hand(weight: Expr, j: Expr, by_log: bool) -> Expr:
         made = _ratio(term(inside), j, by_log)
         return new if made is None else A.mul(made, *(f for f in factors if f not in inside))
 
-    return _rebuild_outside(weight, change)
+    return rebuild(weight, change)
 
 
 def _sums(e: Expr) -> bool:
     return any(x.op == "rsum" for x in outside(e))
-
-
-def _rebuild_outside(root: Expr, change: Callable[[Expr, tuple[Expr, ...]], Expr]) -> Expr:
-    """Rebuild like `rebuild`, but leave the bodies of reductions alone."""
-    done: dict[Expr, Expr] = {}
-
-    def visit(at: Expr) -> Expr:
-        if at not in done:
-            args = at.args if at.op in ("rsum", "rmax", "softmax") else tuple(visit(a) for a in at.args)
-            done[at] = change(at, args) if at.kind == FLOAT and at.args else at
-        return done[at]
-
-    return visit(root)
 
 
 def _vanishing(old: Expr, args: tuple[Expr, ...]) -> Expr | None:

@@ -9,7 +9,7 @@ attention itself computes the logarithm of the sum of the scores' exponentials, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,21 +18,23 @@ from torch.fx import Node
 from attnfx import spec as S
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
+from attnfx.ir.exponentials import ZERO, Term, addends, summed, without_zeros
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
-from attnfx.passes.lift.access import extent, flat, free, radix, unflatten
+from attnfx.passes.lift.access import extent, flat, free, radix, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.logsumexp import exponentials, normalised
 from attnfx.passes.match.matcher import Finder, over_dot
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
 from attnfx.passes.match.weight_uses import read_beside
 from attnfx.spec import AttentionSpec
 
-SUMS = ("sum", "mean")
-ROWS = ("select", "slice", "narrow")
+KINDS = {  # operator -> kind of reduction that it may be
+    "sum": "sum", "mean": "sum", "select": "rows", "slice": "rows", "narrow": "rows", "argmax": "argmax", "amax": "max",
+    "logsumexp": "logsumexp", "log": "logsumexp",
+}  # fmt: skip
 
 
 def _asked(n: Node) -> tuple[Node, str] | None:
@@ -41,21 +43,12 @@ def _asked(n: Node) -> tuple[Node, str] | None:
     if n.op != "call_function" or not is_tensor(n):
         return None
     name, source = op_name(n), n.args[0] if n.args else None
-    if name in ("logsumexp", "log") and is_tensor(source):
-        return source, "logsumexp"  # type: ignore[return-value]
-    if name == "add" and (logs := [x for x in n.all_input_nodes if op_name(x) == "log"]):
-        return logs[0], "logsumexp"  # a row maximum that was subtracted comes back
-    if name in SUMS and is_tensor(source):
-        return source, "sum"  # type: ignore[return-value]
-    if name in ROWS and is_tensor(source):
-        return source, "rows"  # type: ignore[return-value]
-    if name == "argmax" and is_tensor(source):
-        return source, "argmax"  # type: ignore[return-value]
-    if name == "amax" and is_tensor(source):
-        return source, "max"  # type: ignore[return-value]
+    kind = KINDS.get(name)
+    if name == "add":  # a row maximum that was subtracted comes back
+        source, kind = next((x for x in n.all_input_nodes if op_name(x) == "log"), None), "logsumexp"
     if name == "getitem" and isinstance(source, Node) and op_name(source) == "max" and len(source.args) > 1:
-        return source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[return-value,index]
-    return None
+        source, kind = source.args[0], ("max", "argmax")[n.args[1]]  # type: ignore[index]
+    return (source, kind) if kind is not None and is_tensor(source) else None  # type: ignore[return-value]
 
 
 def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
@@ -98,30 +91,45 @@ def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, C
         return None
     if op_name(final) == "amax" and final in facts.differentiable:
         return None  # its gradient is shared between equal weights
-    dimensions = _dimensions(final if kind == "logsumexp" else weights)
+    read = final if kind == "logsumexp" else weights
+    dimensions = variables(read)
     try:
-        if kind == "logsumexp":
-            ways = exponentials(finder.lifter.lift(final, dimensions), final, match)
-        else:
-            ways = normalised(finder.lifter.lift(weights, dimensions), dimensions)
+        lifted = finder.lifter.lift(read, dimensions)
     except Opaque:
         return None
+    ways = _exponentials(lifted, final, match) if kind == "logsumexp" else _softmaxes(lifted, dimensions)
     for way, j in ways:
-        at = (*dimensions, j) if kind == "logsumexp" else dimensions
+        at = tuple(dict.fromkeys((*dimensions, j)))
         if found := _same_scores(finder, match, final, at, way, j):
-            return found if _all_before(finder, match, found[0], final) else None
+            sources = [*match.read, *found[0].captures]  # all that the attention needs
+            return found if all(facts.position[x] < facts.position[final] for x in sources) else None
     return None
 
 
-def _all_before(finder: Finder, match: Match, reading: Reading, final: Node) -> bool:
-    """Return whether all that the attention needs comes before a node."""
-    position = finder.facts.position
-    sources = [*match.read, *reading.captures]
-    return all(position[x] < position[final] for x in sources)
+def _softmaxes(lifted: Expr, dimensions: Index) -> Iterator[tuple[N.Normalised, Expr]]:
+    """Yield (the softmax of the weights, the key), for each dimension that may be the keys'."""
+    for j in reversed(dimensions):
+        try:
+            yield N.normalise(lifted, j), j
+        except N.NotNormalised:
+            continue
 
 
-def _dimensions(weights: Node) -> Index:
-    return tuple(A.var(f"w{d}", n) for d, n in enumerate(dims(weights)))
+def _exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.Normalised, Expr]]:
+    """Yield (the softmax of the scores x, the key) if `final` is log(sum(exp(x))), for the weights of a match. t +
+    log(sum(exp(x))) counts as log(sum(exp(x + t))), if each row provably has a score other than -inf."""
+    logs = [t for t in addends(lifted) if t.op == "log" and t.args[0].op == "rsum"]
+    found = summed(Term(ZERO, logs[0].args[0])) if len(logs) == 1 else None
+    if found is None:
+        return
+    variable, score = found
+    j = A.var(f"keys_{final.name}", variable.args[0])
+    score = substitute(score, {variable: j})
+    if more := [t for t in addends(lifted) if t is not logs[0]]:
+        if any(c.kind == "f" for c in match.spec.captures) or not match.every_row_live:
+            return  # subtracting a row maximum of -inf gives NaN
+        score = without_zeros(A.add(score, *more))
+    yield N.Normalised(score, A.PROB, safe=match.spec.safe), j
 
 
 def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction | None:
@@ -133,7 +141,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
     count, start, over = None, 0, "j"
     if kind == "logsumexp":
         return Reduction(final, match.spec, [], [], axes, tuple(index[:-1]), kind=kind)
-    dimensions = _dimensions(weights)
+    dimensions = variables(weights)
     if kind == "sum":
         asked = argument(final, 1, "dim")
         asked = [asked] if isinstance(asked, int) else asked
@@ -170,7 +178,7 @@ def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> R
 def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> tuple[int, Expr] | None:
     """Return (the first row, the rows' variable) if a node takes a constant range of the weights' rows, else None."""
     n = match.row.args[0]
-    out = tuple(A.var(f"s{d}", x) for d, x in enumerate(dims(final)))
+    out = variables(final)
     try:
         source, at = VIEWS[op_name(final)](final, out)
     except Opaque:

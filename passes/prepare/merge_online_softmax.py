@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
-from attnfx.ir.exponentials import ZERO, Term, addends, exponent, summed, terms, without_zeros
+from attnfx.ir.exponentials import Term, exponent, split_shift, summed, terms, without_zeros
 from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.passes.fx.analysis import written
 from attnfx.passes.fx.cleanup import clean
@@ -47,22 +47,24 @@ class Chunk:
 
     product   the contraction of the weights, on the left, with the values
     weights   the weights before they are cast: exp of an expression that contains the node `scores`
-    exponent  of the weights in the result, over the index of the product's left operand
-    score     the lifted scores, over the same index
+    score     the lifted scores, over the index of the product's left operand
+    shift     the row maxima that are subtracted from the score in the result
+    exponent  of the weights in the result, over the variable `key`
     """
 
     product: Contraction
     weights: Node
     scores: Node
-    exponent: Expr
     score: Expr
+    shift: tuple[Expr, ...]
+    exponent: Expr
 
     @property
     def form(self) -> tuple[object, ...]:
-        """Return the properties that all chunks share: how the product reads its operands."""
+        """Return the properties that all chunks share: the shift, and how the product reads its operands."""
         c = self.product
         places = [None if x is c.reduced else x for x in (*c.left_index, *c.right_index)]
-        return len(c.left_index), *places, value(c.left).dtype
+        return self.shift, len(c.left_index), *places, value(c.left).dtype
 
 
 def run(graph: Graph) -> int:
@@ -138,12 +140,9 @@ def _proved(lifter: Lifter, n: Node) -> list[Chunk]:
     sums = [s for t in below if (s := summed(t)) is not None]
     if not len(chunks) == len(found) == len(sums) == len(below) or len({c.form for c in chunks}) > 1:
         return []
-    apart = [_over_key(c.exponent, c.product.reduced) for c in chunks]
-    if Counter(apart) != Counter(_over_key(inside, variable) for variable, inside in sums):
+    if Counter(c.exponent for c in chunks) != Counter(_over_key(inside, variable) for variable, inside in sums):
         return []
-    shifts = {_difference(c.exponent, c.score) for c in chunks}
-    alike = len(shifts) == 1 and not any(c.product.reduced.value in s.free for s in shifts for c in chunks)
-    return chunks if alike else []
+    return chunks
 
 
 def _lifted(lifter: Lifter, n: Node, at: Index) -> Expr:
@@ -177,19 +176,9 @@ def _chunk(lifter: Lifter, t: Term, out: Index) -> Chunk | None:
     power = exponent(_lifted(lifter, weights, c.left_index))
     if power is None or c.reduced not in c.left_index or c.reduced not in c.right_index:
         return None
-    score = _lifted(lifter, scores, c.left_index)  # type: ignore[arg-type]
-    return Chunk(c, weights, scores, A.add(power, t.exponent), score)  # type: ignore[arg-type]
-
-
-def _difference(e: Expr, other: Expr) -> Expr:
-    """Return e - other; under a common mask that drowns, at kept elements only."""
-    while e.op == "where" == other.op and e.args[0] is other.args[0]:
-        if not (A.drowning(e.args[2]) and A.drowning(other.args[2])):
-            break
-        e, other = e.args[1], other.args[1]
-    left = [t for t in addends(e) if t not in addends(other)]
-    more = [A.neg(t) for t in addends(other) if t not in addends(e)]
-    return without_zeros(A.add(ZERO, *left, *more))
+    whole, score = without_zeros(A.add(power, t.exponent)), _lifted(lifter, scores, c.left_index)  # type: ignore[arg-type]
+    rest, shift = split_shift(whole, c.reduced)
+    return Chunk(c, weights, scores, score, shift, _over_key(whole, c.reduced)) if rest is score else None  # type: ignore[arg-type]
 
 
 def _finite(first: Chunk) -> bool:
