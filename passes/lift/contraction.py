@@ -25,6 +25,11 @@ class Contraction:
     right_index: Index
     reduced: Expr
 
+    @property
+    def turned(self) -> Contraction:
+        """Return the contraction with left and right exchanged."""
+        return Contraction(self.node, self.right, self.right_index, self.left, self.left_index, self.reduced)
+
 
 def variable(at: Node, extent: Expr) -> Expr:
     return A.var(f"k_{at.name}", extent)

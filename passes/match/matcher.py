@@ -136,25 +136,22 @@ class Finder:
             index: Index = out
             for view in reversed(path):
                 _, index = VIEWS[op_name(view)](view, index)
-            c = contraction(final, index)
-            if c is None:
+            whole = contraction(final, index)
+            if whole is None:
                 message = f"{label(final)} is not a sum over the keys of weight times value"
                 raise Refused("contraction", message, [final])
-            for weights, at, values, values_at in (
-                (c.left, c.left_index, c.right, c.right_index),
-                (c.right, c.right_index, c.left, c.left_index),
-            ):
-                if not any(self.descent.from_scores(w) for w in self.descent.weights.get(weights, ())):
+            for c in (whole, whole.turned):
+                if not any(self.descent.from_scores(w) for w in self.descent.weights.get(c.left, ())):
                     continue
                 try:
-                    weight = self.lifter.lift(weights, at)
+                    weight = self.lifter.lift(c.left, c.left_index)
                     if divisor is not None:
                         weight = A.mul(weight, A.unary("recip", self._divisor(divisor, final, out)))
                     found = N.normalise(weight, c.reduced)
                     if divisor is not None and found.normaliser != "softmax":
                         message = "the output is divided by something other than the sum of the weights"
                         raise Refused("normaliser", message, [last])
-                    return self._assemble(last, out, c.reduced, found, values, values_at)
+                    return self._assemble(last, out, c.reduced, found, c.right, c.right_index)
                 except (Opaque, N.NotNormalised, Refused) as p:
                     # of several readings, report the one that got further
                     problem = p if problem is None or not isinstance(problem, Refused) else problem
@@ -216,27 +213,22 @@ class Finder:
         if self.facts.regions[dot.node] != self.facts.regions[final]:
             message = "the scores and the product with the values are in different autocast or no_grad regions"
             raise Refused("region", message, [dot.node, final])
-        left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
-        if j.value in free(left[1]):
-            left, right = right, left
         in_values = free(values_at)
-        in_weights = free(left[1]) | free(right[1]) | found.score.free | found.weight.free
+        in_weights = free(dot.left_index) | free(dot.right_index) | found.score.free | found.weight.free
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
         if len(width) != 1:
             message = f"the values have {len(width)} dimensions that the weights lack, and must have exactly one"
             raise Refused("values", message, [values])
         row = self.row(found.score, load, dot, j, out, in_values)
-        pairs = (left, right, (values, values_at))
+        pairs = ((dot.left, dot.left_index), (dot.right, dot.right_index), (values, values_at))
         found = over_dot(found, load, dot)
         return self._match(Parts(final, out, row, j, dot.reduced, width[0], pairs, found, dot.node))
 
     def row(self, score: Expr, load: Expr, dot: Contraction, j: Expr, out: Index, in_values: frozenset[str]) -> Expr:
         """Return the query's row: the last dimension of the scores that only the query has, if possible one that a mask
         compares with the keys."""
-        query, key = free(dot.left_index), free(dot.right_index)
-        if j.value in query:
-            query, key = key, query
-        alone = [v for v in out if v.value in query - key and v.value not in in_values]
+        query = free(dot.left_index) - free(dot.right_index)
+        alone = [v for v in out if v.value in query and v.value not in in_values]
         if not alone:  # a single query, or one per batch element
             ones = [v for v in out if v.args[0] is A.ONE]
             if ones:
@@ -253,8 +245,8 @@ class Finder:
         return alone[-1]
 
     def products(self, final: Node, score: Expr, j: Expr) -> list[tuple[Expr, Contraction]]:
-        """Return loads of contractions in which exactly one operand runs over the keys, the nearest plain ones
-        first."""
+        """Return loads of contractions in which exactly one operand runs over the keys, on the right; the nearest plain
+        ones first."""
         found: list[tuple[Expr, Contraction]] = []
         for e in walk(score):
             if e.op != "load" or not (j.value in e.free or j.args[0] is A.ONE):
@@ -268,7 +260,7 @@ class Finder:
             if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
                 continue
             if j.args[0] is A.ONE or (j.value in free(c.left_index)) != (j.value in free(c.right_index)):
-                found.append((e, c))
+                found.append((e, c.turned if j.value in free(c.left_index) else c))
         if not found:
             raise self._no_product(final, score)
         return sorted(found, key=lambda pair: (not _plain(pair[1]), -self.facts.position[pair[1].node]))

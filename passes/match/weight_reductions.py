@@ -22,7 +22,7 @@ from attnfx.ir.exponentials import ZERO, Term, addends, summed, without_zeros
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
-from attnfx.passes.lift.access import extent, flat, free, radix, unflatten, variables
+from attnfx.passes.lift.access import extent, flat, radix, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.matcher import Finder, over_dot
@@ -251,12 +251,9 @@ def _same_scores(
             return None
         out = tuple(x for x in dimensions if x is not j)
         for load, dot in finder.products(final, found.score, j):
-            left, right = (dot.left, dot.left_index), (dot.right, dot.right_index)
-            if j.value in free(left[1]):
-                left, right = right, left
             row = finder.row(found.score, load, dot, j, out, frozenset())
-            whole = over_dot(found, load, dot)
-            parts = Parts(final, dimensions, row, j, dot.reduced, None, (left, right), whole, dot.node)
+            whole, pairs = over_dot(found, load, dot), ((dot.left, dot.left_index), (dot.right, dot.right_index))
+            parts = Parts(final, dimensions, row, j, dot.reduced, None, pairs, whole, dot.node)
             reading = finder.reader.read(parts, (match.query.node, match.key.node))
             common = _common(match, reading, parts)
             if common is not None and _agrees(match, reading, common):

@@ -165,7 +165,7 @@ def _chunk(lifter: Lifter, t: Term, out: Index) -> Chunk | None:
         return None
     c, read = contraction(load.value, out), _of_exponentials(load.value)  # type: ignore[arg-type]
     if c is not None and read is c.right:
-        c = Contraction(c.node, c.right, c.right_index, c.left, c.left_index, c.reduced)
+        c = c.turned
     if c is None or read is not c.left or c.left is c.right or not is_tensor(read):
         return None
     weights = _uncast(read)

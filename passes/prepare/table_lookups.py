@@ -18,6 +18,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import INT
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, number, op_name, value
+from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import LookedUp
@@ -44,31 +45,28 @@ def _looked_up(x: Node) -> bool:
 
 def _small(graph: Graph, n: Node) -> LookedUp | None:
     facts, out = graph.facts, tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
-    c = contraction(n, out)
-    if c is None or op_name(n) == "baddbmm" or not value(n).is_floating_point():
+    whole = contraction(n, out)
+    if whole is None or op_name(n) == "baddbmm" or not value(n).is_floating_point():
         return None
-    pairs = (c.left, c.left_index), (c.right, c.right_index)
-    for (x, at), (other, other_at) in (pairs, pairs[::-1]):
-        if not _looked_up(x) or c.reduced not in other_at:
+    for c in (whole, whole.turned):
+        if not _looked_up(c.left) or c.reduced not in c.right_index:
             continue
-        row = graph.lifter.lift(x, at)
-        table = row.value
+        row = graph.lifter.lift(c.left, c.left_index)
+        table, other = row.value, c.right
         if row.op != "load" or not isinstance(table, Node) or len(row.args) != 2 or c.reduced not in row.args:
             continue
-        width = row.args.index(c.reduced)
-        place = row.args[1 - width]
-        apart = {str(v.value) for v in out} & place.free - {name for e in other_at for name in e.free}
+        width, last = row.args.index(c.reduced), c.right_index.index(c.reduced)
+        place, kept = row.args[1 - width], [d for d in range(len(c.right_index)) if d != last]
+        apart = {str(v.value) for v in out} & place.free - free(c.right_index)
         rows = number(value(table).shape[1 - width])
         places = prod(number(size) for v, size in zip(out, value(n).shape, strict=True) if str(v.value) in apart)
         if place.kind != INT or not apart or 2 * rows > places:
             continue
         if facts.regions[table] != facts.regions[n] or facts.regions[other] != facts.regions[n]:
             continue
-        emit, last = graph.emitter(n), other_at.index(c.reduced)
-        order = [d for d in range(len(other_at)) if d != last]
-        turned = emit.call(aten.permute.default, other, [*order, last])
+        emit = graph.emitter(n)
+        turned = emit.call(aten.permute.default, other, [*kept, last])
         small = emit.call(aten.matmul.default, turned, table if width == 0 else emit.call(aten.mT.default, table))
-        if value(small).dtype != value(n).dtype:
-            continue
-        return LookedUp(small, out, (*(other_at[d] for d in order), place))
+        if value(small).dtype == value(n).dtype:
+            return LookedUp(small, out, (*(c.right_index[d] for d in kept), place))
     return None
