@@ -18,7 +18,7 @@ from string import ascii_letters, ascii_lowercase
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts, written_operands
@@ -46,7 +46,7 @@ def run(graph: Graph) -> int:
     for n in found:
         if n in facts.written or written_operands(n):
             continue
-        made = rules[op_name(n)](gm, facts, n)
+        made = rules[op_name(n)](Emitter(gm, n), facts, n)
         if made is not None:
             n.replace_all_uses_with(made, propagate_meta=False)
             gm.graph.erase_node(n)
@@ -54,7 +54,7 @@ def run(graph: Graph) -> int:
     return changed
 
 
-def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+def _masked_write(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Rewrite x[:, mask] = scalar as masked_fill."""
     x, index, number = n.args[:3]
     if argument(n, 3, "accumulate", False) or not isinstance(index, list | tuple):
@@ -64,7 +64,7 @@ def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         return None
     if not value(x).is_contiguous() and not reaches_softmax(n):
         return None  # masked_fill returns a contiguous tensor, index_put one with the strides of its operand
-    emit, mask = Emitter(gm, n), given[0]
+    mask = given[0]
     for _ in range(len(shape(x)) - (len(index) - 1) - len(shape(mask))):  # type: ignore[arg-type]
         mask = emit.call(aten.unsqueeze.default, mask, -1)
     if len(shape(number)):  # type: ignore[arg-type]
@@ -72,7 +72,7 @@ def _masked_write(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
     return emit.call(aten.masked_fill.Tensor, x, mask, number)
 
 
-def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+def _broadcast_product(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Rewrite the sum of a product as an einsum, if the two operands broadcast against each other."""
     whole, over = n.args[0], argument(n, 1, "dim")
     over = over if isinstance(over, list | tuple) else [over]
@@ -90,13 +90,8 @@ def _broadcast_product(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         return None
     letters = [ascii_lowercase[rank - len(shape(x)) : rank] for x in operands]
     out = ascii_lowercase[:summed] + ascii_lowercase[summed + 1 : rank]
-    emit = Emitter(gm, n)
     made = emit.call(aten.einsum.default, f"{letters[0]},{letters[1]}->{out}", operands)
     return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
-
-
-def _squeezed(emit: Emitter, x: Node, single: list[int]) -> Node:
-    return emit.call(aten.squeeze.dims, x, single) if single else x
 
 
 def _unexpanded(x: Any) -> Any:
@@ -105,18 +100,18 @@ def _unexpanded(x: Any) -> Any:
     return x
 
 
-def _matmul(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
-    return Emitter(gm, n).call(aten.matmul.default, *n.args)
+def _matmul(emit: Emitter, facts: Facts, n: Node) -> Node | None:
+    return emit.call(aten.matmul.default, *n.args)
 
 
-def _joined(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+def _joined(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Rewrite hstack or vstack of parts with two or more dimensions as cat."""
     if any(len(shape(x)) < 2 for x in n.args[0]):  # type: ignore[union-attr,arg-type]
         return None
-    return Emitter(gm, n).call(aten.cat.default, n.args[0], 1 if op_name(n) == "hstack" else 0)
+    return emit.call(aten.cat.default, n.args[0], 1 if op_name(n) == "hstack" else 0)
 
 
-def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+def _tensordot(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Rewrite a product over some dimensions of both operands as an einsum; `inner` sums over the last ones."""
     x, y = n.args[:2]
     ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
@@ -129,10 +124,10 @@ def _tensordot(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         right[b] = left[a]
     out = [c for c in left if c not in right] + [c for c in right if c not in left]
     equation = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
-    return Emitter(gm, n).call(aten.einsum.default, equation, [x, y])
+    return emit.call(aten.einsum.default, equation, [x, y])
 
 
-def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
+def _pairs(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Split an einsum of three or more operands into pairs, starting with the pair whose result saves the most memory,
     as opt_einsum's greedy search does."""
     equation, operands = n.args[:2]
@@ -140,36 +135,34 @@ def _pairs(gm: GraphModule, facts: Facts, n: Node) -> Node | None:
         inputs, output = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[arg-type,union-attr]
     except Opaque:
         return None
-    if len(inputs) < 3 or any(len(set(t)) != len(t) for t in (*inputs, output)):
+    letters = "".join(dict.fromkeys("".join(inputs)))
+    if len(inputs) < 3 or len(letters) > len(ascii_letters) or any(len(set(t)) != len(t) for t in (*inputs, output)):
         return None
+    names = str.maketrans(letters, ascii_letters[: len(letters)])  # "..." has become other letters
+    inputs, output = [t.translate(names) for t in inputs], output.translate(names)
     sizes: dict[str, int] = {}
     for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
         for letter, size in zip(term, shape(x), strict=True):
             sizes[letter] = max(sizes.get(letter, 1), number(size))
-    names = dict(zip(dict.fromkeys("".join(inputs)), ascii_letters, strict=False))
-    if len(names) < len(sizes):
-        return None
-    emit = Emitter(gm, n)
     left: list[tuple[str, Any]] = []
     for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
         single = [d for d, c in enumerate(term) if sizes[c] != 1 and dims(x)[d] is A.ONE]  # broadcast by the einsum
-        left.append(("".join(c for d, c in enumerate(term) if d not in single), _squeezed(emit, x, single)))
+        squeezed = emit.call(aten.squeeze.dims, x, single) if single else x
+        left.append(("".join(c for d, c in enumerate(term) if d not in single), squeezed))
 
     def result(pair: tuple[int, int]) -> str:
         needed = set(output).union(*(t for k, (t, _) in enumerate(left) if k not in pair))
         both = dict.fromkeys(left[pair[0]][0] + left[pair[1]][0])
         return output if len(left) == 2 else "".join(c for c in both if c in needed)
 
-    def elements(term: str) -> int:
-        return prod(sizes[c] for c in term)
+    def growth(pair: tuple[int, int]) -> int:
+        made, *given = (prod(sizes[c] for c in term) for term in (result(pair), *(left[k][0] for k in pair)))
+        return made - sum(given)
 
     while len(left) > 1:
-        pair = min(
-            combinations(range(len(left)), 2), key=lambda p: elements(result(p)) - sum(elements(left[k][0]) for k in p)
-        )
+        pair = min(combinations(range(len(left)), 2), key=growth)
         made = result(pair)
-        (one, x), (two, y) = left[pair[0]], left[pair[1]]
-        spelt = ["".join(names[c] for c in t) for t in (one, two, made)]
-        node = emit.call(aten.einsum.default, f"{spelt[0]},{spelt[1]}->{spelt[2]}", [x, y])
-        left = [pair_ for k, pair_ in enumerate(left) if k not in pair] + [(made, node)]
+        (one, x), (two, y) = (left[k] for k in pair)
+        node = emit.call(aten.einsum.default, f"{one},{two}->{made}", [x, y])
+        left = [other for k, other in enumerate(left) if k not in pair] + [(made, node)]
     return left[0][1]

@@ -10,13 +10,14 @@ own sum. Needs `meta["val"]`; changes the graph in place; promises the same resu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from string import ascii_lowercase
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, shape, spanned, take_place, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
@@ -43,7 +44,7 @@ def run(graph: Graph) -> int:
         ):
             continue
         facts = graph.facts
-        within = {n, n.args[0], *(x for part in parts for x in (part, *_passed(part)))}
+        within = {n, *_between(n.args[0], leaves)}
         if any(x in facts.written for x in (*within, *leaves)) or len({facts.regions[x] for x in within}) > 1:
             continue
         if facts.casts(n):
@@ -85,17 +86,14 @@ def _compact(x: Node) -> Node:
     return x
 
 
-def _passed(x: Node) -> list[Node]:
-    """Return the expansions between a part and its factors, which are left out."""
-    out = []
-    ends = _factors(x)
-    stack = [a for a in (x.args if len(ends) > 1 else (x,)) if isinstance(a, Node)]
-    while stack:
-        at = stack.pop()
-        if at not in ends:
-            out.append(at)
-            stack.append(at.args[0])  # type: ignore[arg-type]
-    return out
+def _between(rows: Node, leaves: list[Node]) -> Iterator[Node]:
+    """Yield the nodes from a layer's input back to the leaves, which are left out."""
+
+    def operands(x: Node) -> list[Node]:
+        given = x.all_input_nodes[:1] if op_name(x) in EXPANSIONS else x.all_input_nodes  # the others are sizes
+        return [a for a in given if a not in leaves]
+
+    return reach([rows], operands)
 
 
 def _pairs(leaves: Sequence[Node], rank: int) -> bool:
