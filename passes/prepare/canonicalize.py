@@ -81,6 +81,8 @@ def _broadcast_product(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     operands = [_unexpanded(x) for x in whole.args[:2]]  # type: ignore[union-attr]
     if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.casts(n):
         return None  # autocast leaves a sum as it is, and rounds the operands of an einsum
+    if any(facts.changed_before(x, n, operands) for x in operands):
+        return None  # the product has read other values
     rank = len(shape(whole))  # type: ignore[arg-type]
     if not value(n).is_floating_point() or facts.regions[whole] != facts.regions[n] or rank > len(ascii_lowercase):  # type: ignore[index]
         return None

@@ -100,6 +100,17 @@ def test_products_of_expanded_operands():
     check(fn, *qkv())
 
 
+def test_an_operand_that_changes_before_the_sum_was_read_before():
+    def fn(q, k, v):
+        product = q[:, :, :, None] * k[:, :, None]
+        k.mul_(2.0)
+        return (product.sum(-1) * 0.3).softmax(-1) @ v
+
+    args = qkv()
+    want = fn(*(x.clone() for x in args))
+    torch.testing.assert_close(compiled(fn)(*args), want)
+
+
 def test_a_sum_in_an_autocast_region_keeps_its_precision():
     def fn(q, k, v):
         with torch.autocast("cpu", torch.bfloat16):
