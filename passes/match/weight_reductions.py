@@ -22,7 +22,7 @@ from attnfx.ir.exponentials import ZERO, Term, addends, summed, without_zeros
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
-from attnfx.passes.lift.access import extent, flat, radix, unflatten, variables
+from attnfx.passes.lift.access import extent, flat, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.matcher import Finder, over_dot
@@ -187,13 +187,12 @@ def _some_rows(match: Match, final: Node, weights: Node, index: list[Expr]) -> t
                if x.op != "var" or x.args[0] is not size]  # fmt: skip
     if source is not weights or len(changed) != 1 or index[changed[0]] is not match.row or n.op != "const":
         return None
-    found = radix(at[changed[0]])
-    if found is None or found[0].op != "const" or len(found[1]) > 1 or any(step is not A.ONE for _, step in found[1]):
-        return None
-    count = found[1][0][0].args[0] if found[1] else A.ONE
-    if count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
+    place = at[changed[0]]
+    row = next((v for v in out if v.value in place.free), None)
+    start, count = (place, A.ONE) if row is None else (A.sub(place, row), row.args[0])
+    if start.op != "const" or count.op != "const" or 2 * int(count.value) > int(n.value):  # type: ignore[call-overload]
         return None  # more than half of the weights are materialized anyway
-    return int(found[0].value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
+    return int(start.value), A.var(f"rows_{final.name}", count)  # type: ignore[call-overload]
 
 
 def names_its_length(program: Expr) -> bool:
