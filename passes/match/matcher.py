@@ -178,7 +178,7 @@ class Finder:
             if op_name(user) != "div" or len(user.args) != 2 or user.args[0] is not at or dims(user) != dims(at):
                 continue
             divisor = user.args[1]
-            if is_tensor(divisor) and (len(readers) == 1 or self.facts.descends(divisor, final)):
+            if is_tensor(divisor) and (len(readers) == 1 or self.facts.descends(divisor, final)):  # type: ignore[arg-type]
                 out.append((user, path, divisor))  # type: ignore[arg-type]
         return out
 

@@ -77,11 +77,11 @@ def run(graph: Graph) -> int:
     return changed
 
 
-def _of_exponentials(n: Node) -> Node | None:
-    """Return the operand of a product that is an exponential, or a cast of one; else None."""
+def _of_exponentials(n: Node) -> bool:
+    """Return whether a node is a product with an operand that is an exponential, or a cast of one."""
     if n.op != "call_function" or not batched(n) or op_name(n) == "baddbmm":
-        return None
-    return next((x for x in n.all_input_nodes if op_name(_uncast(x)) in EXPONENTIALS), None)
+        return False
+    return any(op_name(_uncast(x)) in EXPONENTIALS for x in n.all_input_nodes)
 
 
 def _uncast(x: Node) -> Node:
@@ -97,7 +97,7 @@ def _candidates(gm: GraphModule) -> list[Node]:
     for n in gm.graph.nodes:
         if n.op != "call_function" or not is_tensor(n):
             continue
-        if _of_exponentials(n) is not None:
+        if _of_exponentials(n):
             reached[n] = frozenset([n])
             continue
         reached[n] = below = frozenset().union(*(reached.get(a, frozenset()) for a in n.all_input_nodes))
@@ -151,7 +151,7 @@ def _lifted(lifter: Lifter, n: Node, at: Index) -> Expr:
 
 
 def _product(e: Expr) -> bool:
-    return e.op == "load" and isinstance(e.value, Node) and _of_exponentials(e.value) is not None
+    return e.op == "load" and isinstance(e.value, Node) and _of_exponentials(e.value)
 
 
 def _over_key(e: Expr, variable: Expr) -> Expr:
@@ -163,12 +163,11 @@ def _chunk(lifter: Lifter, t: Term, out: Index) -> Chunk | None:
     load = t.core
     if load is None or not _product(load) or load.args != tuple(A.ZERO if v.args[0] is A.ONE else v for v in out):
         return None
-    c, read = contraction(load.value, out), _of_exponentials(load.value)  # type: ignore[arg-type]
-    if c is not None and read is c.right:
-        c = c.turned
-    if c is None or read is not c.left or c.left is c.right or not is_tensor(read):
+    c = contraction(load.value, out)  # type: ignore[arg-type]
+    if c is None or c.left is c.right:
         return None
-    weights = _uncast(read)
+    c = c if op_name(_uncast(c.left)) in EXPONENTIALS else c.turned
+    weights = _uncast(c.left)
     inside = weights.args[0]
     scores = inside.args[0] if op_name(inside) == "sub" and len(inside.args) == 2 else inside  # type: ignore[union-attr,arg-type]
     if not is_tensor(scores) or dims(scores) != dims(weights):  # type: ignore[arg-type]
