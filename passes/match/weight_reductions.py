@@ -61,7 +61,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
             products = (s for a in anchor.all_input_nodes for s in finder.descent.scores.get(a, ()))
             for n in (anchor, *products):
                 of.setdefault(n, {})[match] = None
-    asked: dict[Match, list[Node]] = {}
+    asked: dict[Match, list[tuple[Node, Node, str]]] = {}  # (node, weights, kind of reduction)
     for n in finder.gm.graph.nodes if of else ():
         if (found := _asked(n)) is None:
             continue
@@ -69,21 +69,19 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
             if kind != "logsumexp" or read_beside([n], ends):  # else only the attention's own softmax reads it
-                asked.setdefault(match, []).append(n)
-    for match, nodes in asked.items():
-        for n in nodes:
-            if found := _same_weights(finder, match, n):
+                asked.setdefault(match, []).append((n, weights, kind))
+    for match, these in asked.items():
+        for one in these:
+            if found := _same_weights(finder, match, *one):
                 _split(match, found[1])
-        read = [(n, found) for n in nodes if (found := _same_weights(finder, match, n))]
-        made = [_reduction(match, n, *found) for n, found in read]
+        read = [(one, found) for one in these if (found := _same_weights(finder, match, *one))]
+        made = [_reduction(match, *one, *found) for one, found in read]
         match.reductions = [r for r in made if r is not None]
 
 
-def _same_weights(finder: Finder, match: Match, final: Node) -> tuple[Reading, Common] | None:
+def _same_weights(finder: Finder, match: Match, final: Node, weights: Node, kind: str) -> tuple[Reading, Common] | None:
     """Return the reading of the node's operand if it is a function of the weights of the match, else None."""
-    asked, facts = _asked(final), finder.facts
-    assert asked is not None
-    weights, kind = asked
+    facts = finder.facts
     held = value(final) if kind in ("sum", "logsumexp") else value(weights)
     if torch.finfo(held.dtype).bits > torch.finfo(getattr(torch, match.spec.compute)).bits:
         return None  # requested in a wider dtype than the weights have
@@ -132,8 +130,9 @@ def _exponentials(lifted: Expr, final: Node, match: Match) -> Iterator[tuple[N.N
     yield N.Normalised(score, A.PROB, safe=match.spec.safe), j
 
 
-def _reduction(match: Match, final: Node, reading: Reading, common: Common) -> Reduction | None:
-    weights, kind = _asked(final)  # type: ignore[misc]
+def _reduction(
+    match: Match, final: Node, weights: Node, kind: str, reading: Reading, common: Common
+) -> Reduction | None:
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
     weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
