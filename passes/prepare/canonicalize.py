@@ -78,7 +78,7 @@ def _broadcast_product(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     over = over if isinstance(over, list | tuple) else [over]
     if op_name(whole) != "mul" or len(whole.users) > 1 or len(over) != 1 or not isinstance(over[0], int):  # type: ignore[union-attr,arg-type]
         return None
-    operands = [_unexpanded(x) for x in whole.args[:2]]  # type: ignore[union-attr]
+    operands = [_unexpanded(facts, x) for x in whole.args[:2]]  # type: ignore[union-attr]
     if not all(is_tensor(x) and value(x).dtype == value(n).dtype for x in operands) or facts.casts(n):
         return None  # autocast leaves a sum as it is, and rounds the operands of an einsum
     if any(facts.changed_before(x, n, operands) for x in operands):
@@ -96,8 +96,9 @@ def _broadcast_product(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     return emit.call(aten.unsqueeze.default, made, summed) if argument(n, 2, "keepdim", False) else made
 
 
-def _unexpanded(x: Any) -> Any:
-    while isinstance(x, Node) and op_name(x) in EXPANDS:
+def _unexpanded(facts: Facts, x: Any) -> Any:
+    """Return the tensor that an operand expands; under no_grad, an expansion has no gradient to pass on."""
+    while isinstance(x, Node) and op_name(x) in EXPANDS and x not in facts.frozen:
         x = x.args[0]
     return x
 

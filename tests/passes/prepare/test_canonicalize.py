@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, check, compiled, qkv, rand
+from tests.support import assert_kept, assert_right, check, compiled, qkv, rand
 
 INF = float("inf")
 
@@ -195,3 +195,13 @@ def test_a_masked_write_keeps_the_strides():
 
     args = (*qkv(), torch.arange(2) > 0)
     assert compiled(fn, inner="eager")(*args)[1].stride() == fn(*args)[1].stride()
+
+
+def test_an_operand_that_is_expanded_under_no_grad_gets_no_gradient():
+    def fn(q, k, v):
+        wide = k.unsqueeze(2)
+        with torch.no_grad():
+            wide = wide.expand(-1, -1, q.shape[2], -1, -1)
+        return ((q.unsqueeze(3) * wide).sum(-1) * 0.3).softmax(-1) @ v
+
+    assert_right(fn, *qkv(), inner="eager")
