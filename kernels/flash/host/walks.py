@@ -21,7 +21,7 @@ from attnfx.mask import runtime_summary as summary
 class Walks:
     """The walks of a kernel's blocks.
 
-    arguments  the kernel's arguments `walks` and `order`, as `functions.walk_at` and `functions.tile_at` take them
+    arguments  the kernel's arguments `walks` and `order`, as `functions.walk` and `functions.tile_at` take them
     before     launches that must run first
     """
 

@@ -56,15 +56,15 @@ def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.conste
 
 
 @triton.jit
-def row_statistics(at, correction, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr,
+def row_statistics(at, correction, row, left, BM: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr,
                    SCORE: tl.constexpr):  # fmt: skip
-    """Load logsumexp and its correction, in units of log 2, as `row_number` does; zeros without a softmax."""
-    if SCORE is None:
-        l2, c2 = 0.0, 0.0
-    elif correction is None:
-        l2, c2 = row_number(at, left, BM, 2, TURNED, CHECK), 0.0
-    else:
-        l2, c2 = row_number(at, left, BM, 2, TURNED, CHECK), row_number(correction, left, BM, 1, TURNED, True)
+    """Load logsumexp and its correction (from `row`, or zero), in units of log 2, as `row_number` does; zeros without a
+    softmax."""
+    l2, c2 = 0.0, 0.0
+    if SCORE is not None:
+        l2 = row_number(at, left, BM, 2, TURNED, CHECK)
+        if correction is not None:
+            c2 = row_number(correction + row, left, BM, 1, TURNED, True)
     return l2, c2
 
 

@@ -39,10 +39,8 @@ def _keys_step(
     if correction is None and SCORE is not None:
         l2_i, delta = both_statistics(at, size_t - i0, BM, CHECK)
         c2 = 0.0
-    elif SCORE is None:
-        l2_i, c2 = 0.0, 0.0
     else:
-        l2_i, c2 = row_statistics(at, correction + i0, size_t - i0, BM, True, CHECK, SCORE)
+        l2_i, c2 = row_statistics(at, correction, i0, size_t - i0, BM, True, CHECK, SCORE)
     if NATURAL:
         each = f.indices(i0, BM, True)
         _lost, l2_i, c2 = dead_statistics(dead, statistics, each, each, size_t, True)
@@ -111,14 +109,9 @@ def keys_kernel(
             dead_h = None
         else:
             dead_h = (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
-        if walks is None:  # the last block of keys may reach beyond the end: check all its tiles
-            start, full_start, end = size_t * 0, size_t * 0, size_t
-            full_end, place = tl.where(j0 + BN <= size_s, size_t // BM * BM, 0), 0
-        else:
-            place = f.walk_at(walks, b, h, block)
-            start, full_start, full_end, end = f.walk(walks, place)
-            inside = j0 + BN <= size_s
-            full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
+        place, start, full_start, full_end, end = f.walk(walks, b, h, block, size_t, BM)
+        inside = j0 + BN <= size_s  # the last block of keys may reach beyond the end: check all its tiles
+        full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)
         at = of_head + 2 * full_start  # advanced in the loop: an offset from i0 would widen the counter to 64 bits
         for t in range(full_start, full_end, STEP):
             i0 = f.tile_at(order, place, t, BM)

@@ -8,15 +8,16 @@ from attnfx.kernels.flash.triton.backward import dead_statistics, leaf_part, row
 
 
 @triton.jit
-def _rows_step(
+def rows_step(
     total, sums, q_tile, do, k, v, l2, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, CORRECT: tl.constexpr, CHECK: tl.constexpr, COLUMNS: tl.constexpr,
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr, LEAF_SCORES: tl.constexpr,
-    LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
+    LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """Add one tile to the gradient of the queries (BM, BD); with LEAF, to the gradient of a load by row (BM,)."""
+    """Add one tile to the gradient of the queries (BM, BD); with LEAF, to the gradient of a load by row (BM,), or with
+    PAIRS of a load by row and key (BM, BN)."""
     size_s = sizes[3] >> 1
     j = f.indices(j0, BN, True)
     if CHECK:
@@ -38,7 +39,7 @@ def _rows_step(
     else:
         part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
                          LEAF_WEIGHTS, NATURAL)  # fmt: skip
-        total += tl.sum(part, 1)
+        total += part if PAIRS else tl.sum(part, 1)
     return total, sums
 
 
@@ -70,10 +71,8 @@ def rows_kernel(
     do = do.to(q_tile.dtype)
     first_row = (b.to(tl.int64) * size_h + h) * size_t
     at = statistics + 2 * (first_row + i0)
-    if LEAF is None or not CORRECT:
-        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
-    else:
-        l2_i, c2 = row_statistics(at, correction + first_row + i0, size_t - i0, BM, False, True, SCORE)
+    known_correction = None if LEAF is None else correction
+    l2_i, c2 = row_statistics(at, known_correction, first_row + i0, size_t - i0, BM, False, True, SCORE)
     H = HEADS(captures, sizes, b, h)
     R = ROWS(captures, sizes, H, b, h, i)
     sums = tl.zeros([BM], tl.float32)
@@ -84,31 +83,26 @@ def rows_kernel(
     if THRESHOLD is not None:
         seed = tl.load(seed)
     STEP: tl.constexpr = BN if order is None else 1
-    if walks is None:
-        start, full_start, end = size_s * 0, size_s * 0, size_s
-        full_end, place = size_s // BN * BN, 0
-    else:
-        place = f.walk_at(walks, b, h, block)
-        start, full_start, full_end, end = f.walk(walks, place)
+    place, start, full_start, full_end, end = f.walk(walks, b, h, block, size_s, BN)
     if LEAF is None:
         total = tl.zeros([BM, BD], tl.float32)
     else:
         total = tl.zeros([BM], tl.float32)
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
-        total, sums = _rows_step(
+        total, sums = rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, False,
-            COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
+            COLUMNS, SCORE, None, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False, False,
         )  # fmt: skip
     before = (full_start - start) // STEP
     for n in range(0, before + tl.cdiv(end - full_end, STEP)):
         t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
         j0 = f.tile_at(order, place, t, BN)
-        total, sums = _rows_step(
+        total, sums = rows_step(
             total, sums, q_tile, do, k, v, l2_i, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
             i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, CORRECT, True,
-            COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False,
+            COLUMNS, SCORE, KEEP, WEIGHT, SLOPE, LEAF_SCORES, LEAF_WEIGHTS, False, False,
         )  # fmt: skip
     row = i0 + tl.arange(0, BM)
     if LEAF is None and CORRECT:
@@ -128,10 +122,10 @@ def rows_kernel(
                 total = tl.where(lost_row, 0.0, total)
             parts = tl.zeros([BM], tl.float32)
             for j0 in range(0, size_s, BN):
-                total, parts = _rows_step(
+                total, parts = rows_step(
                     total, parts, q_tile, do, k, v, lse, share, at, k_strides, v_strides, captures, sizes, seed, H,
                     R, b, h, i0, i, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF,
-                    True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True,
+                    True, True, COLUMNS, WHOLE, None, WEIGHT, WHOLE_SLOPE, LEAF_WHOLES, LEAF_WEIGHTS, True, False,
                 )  # fmt: skip
             if LEAF is None:
                 parts = tl.where(lost_row & (parts > 0.0), parts, 1.0)

@@ -7,23 +7,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.triton.functions as f
-from attnfx.kernels.flash.triton.forward import LOWEST
-
-
-@triton.jit
-def _exp(x, NATURAL: tl.constexpr):
-    """Compute exp of a difference of scores, given in natural units or in units of log 2."""
-    if NATURAL:
-        return tl.exp2(x * f.LOG2E)
-    return tl.exp2(x)
-
-
-@triton.jit
-def _finite(m, NATURAL: tl.constexpr):
-    """Make a maximum safe to subtract: with NATURAL it may be -inf, otherwise LOWEST keeps it finite."""
-    if NATURAL:
-        return tl.where(m == float("-inf"), 0.0, m)
-    return m
+from attnfx.kernels.flash.triton.forward import LOWEST, exp, extra_logits, finite, step
 
 
 @triton.jit
@@ -42,7 +26,7 @@ def decode_kernel(
     multiple of BN. They skip the whole tiles of a gap, (first, length) or None. `end` and the gap encode n as 2 n + 1.
     If `walks` and `order` (see `walks.over_splits`) have a list of tiles for each group, the splits divide it evenly
     instead. With NATURAL, SCORE is in natural units and includes fills, and there must not be a KEEP."""
-    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
+    size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
     split, g, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     r = tl.arange(0, BM)[:, None]
     h, i = g * PER_GROUP + r // size_t, r % size_t
@@ -61,12 +45,7 @@ def decode_kernel(
     acc = tl.zeros([BM, BDV], tl.float32)
     if EXTRAS_COUNT > 0:  # the logits without a value belong to the first split
         logits = EXTRAS(captures, sizes, H, R, b, h, i)
-        for e in tl.static_range(EXTRAS_COUNT):
-            logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
-            logit = tl.where(split == 0, logit, float("-inf"))
-            m_new = tl.maximum(m_i, logit)
-            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
-            m_i = m_new
+        m_i, l_i = extra_logits(m_i, l_i, logits, split == 0, EXTRAS_COUNT, BM)
     STEP: tl.constexpr = BN if order is None else 1
     if order is None:
         place = 0
@@ -76,8 +55,7 @@ def decode_kernel(
         low = first + split * chunk
         high = tl.minimum(low + chunk, last)
     else:
-        place = f.walk_at(walks, b, g, 0)
-        listed = tl.load(walks[0] + 4 * place + 3)
+        place, _start, _full_start, _full_end, listed = f.walk(walks, b, g, 0, sizes[3] >> 1, BN)
         share = tl.cdiv(listed, tl.num_programs(0))
         low = split * share
         high = tl.minimum(low + share, listed)
@@ -85,32 +63,10 @@ def decode_kernel(
         j0 = f.tile_at(order, place, n, BN)
         if gap is not None:
             j0 = tl.multiple_of(j0 + tl.where(j0 < (gap[0] >> 1), 0, gap[1] >> 1), BN)
-        key = f.indices(j0, BN, True)
-        j = f.clamped(key, size_s)
-        k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, True)
-        dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
-        C = COLUMNS(captures, sizes, H, b, h, j)
-        live = key < size_s
-        if KEEP is not None:
-            live = live & KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j)
-        if SCORE is None:
-            p = tl.where(live, f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN), 0.0)
-        else:
-            s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
-            s = tl.where(live, s, float("-inf"))
-            m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
-            m_safe = _finite(m_new, NATURAL)
-            p = _exp(s * SCALE - m_safe[:, None], NATURAL)
-            alpha = _exp(m_i - m_safe, NATURAL)
-            l_i = l_i * alpha + tl.sum(p, 1)
-            acc = acc * alpha[:, None]
-            m_i = m_new
-            if WEIGHT is not None:
-                p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
-        if THRESHOLD is not None:
-            p = tl.where(f.survives_each(seed, b * size_h + h, i, j, THRESHOLD, BM, BN), p, 0.0)
-        v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, True)
-        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
+        acc, m_i, l_i = step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, None, i, j0, None,
+            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, True, NATURAL, COLUMNS, SCORE, KEEP, WEIGHT,
+        )  # fmt: skip
     row = ((b.to(tl.int64) * tl.num_programs(1) + g) * tl.num_programs(0) + split) * BM
     tl.store(acc_out + (row + r) * BDV + tl.arange(0, BDV)[None, :], acc)
     tl.store(m_out + row + tl.arange(0, BM), m_i)
@@ -137,7 +93,7 @@ def combine_kernel(
         m_n = tl.load(m_in + rows, mask=n < splits, other=float("-inf"))
         l_n = tl.load(l_in + rows, mask=n < splits, other=0.0)
         m = tl.max(m_n, 0)
-        share = _exp(m_n - _finite(m, NATURAL), NATURAL)
+        share = exp(m_n - finite(m, NATURAL), NATURAL)
         total = tl.sum(l_n * share, 0)
         if NATURAL:
             lse = m + tl.log(total)

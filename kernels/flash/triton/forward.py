@@ -12,84 +12,86 @@ LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # upper bound of the sco
 
 
 @triton.jit
-def _step(
-    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+def exp(x, NATURAL: tl.constexpr):
+    """Compute exp of a difference of scores, given in natural units or in units of log 2."""
+    if NATURAL:
+        return tl.exp2(x * f.LOG2E)
+    return tl.exp2(x)
+
+
+@triton.jit
+def finite(m, NATURAL: tl.constexpr):
+    """Make a maximum safe to subtract: with NATURAL it may be -inf, otherwise LOWEST keeps it finite."""
+    if NATURAL:
+        return tl.where(m == float("-inf"), 0.0, m)
+    return m
+
+
+@triton.jit
+def extra_logits(m_i, l_i, logits, here, COUNT: tl.constexpr, BM: tl.constexpr):
+    """Add COUNT logits without a value to the softmax, where `here` holds."""
+    for e in tl.static_range(COUNT):
+        logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
+        if here is not None:
+            logit = tl.where(here, logit, float("-inf"))
+        m_new = tl.maximum(m_i, logit)
+        l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
+        m_i = m_new
+    return m_i, l_i
+
+
+@triton.jit
+def step(
+    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0, some,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr,
+    SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr, CHECK: tl.constexpr, NATURAL: tl.constexpr,
     COLUMNS: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr,
 ):  # fmt: skip
-    """Process one tile: BM rows and keys j0 .. j0 + BN. KEEP None: unmasked. CHECK: it may reach past the last key."""
+    """Process one tile: BM rows and keys j0 .. j0 + BN. KEEP None: unmasked. CHECK: it may reach past the last key.
+
+    With NATURAL, SCORE is in natural units. `some` (BM,) selects the rows that take part, None all; it needs CHECK.
+    The rows i may be any, of any heads h of the group g, if i0 is None."""
     size_s = sizes[3] >> 1
     key = f.indices(j0, BN, True)
     j = key
     if CHECK:
         j = f.clamped(key, size_s)
-    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, CHECK)
+    k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, CHECK)
     dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
+    live = key < size_s
+    if some is not None:
+        live = some[:, None] & live
     if SCORE is None:  # without a softmax, each weight depends on its own score alone
         p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
         if CHECK:
-            p = tl.where(key < size_s, p, 0.0)
+            p = tl.where(live, p, 0.0)
     else:
         s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             s = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), s, float("-inf"))
         if CHECK:
-            s = tl.where(key < size_s, s, float("-inf"))
+            s = tl.where(live, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
-        p = tl.exp2(s * SCALE - m_new[:, None])
-        alpha = tl.exp2(m_i - m_new)
+        m_safe = finite(m_new, NATURAL)
+        p = exp(s * SCALE - m_safe[:, None], NATURAL)
+        alpha = exp(m_i - m_safe, NATURAL)
         l_i = l_i * alpha + tl.sum(p, 1)
         acc = acc * alpha[:, None]
         m_i = m_new
         if WEIGHT is not None:
             p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
     if THRESHOLD is not None:
-        p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
-    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, CHECK)
+        if i0 is None:
+            kept = f.survives_each(seed, b * (sizes[1] >> 1) + h, i, j, THRESHOLD, BM, BN)
+        else:
+            kept = f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False)
+        p = tl.where(kept, p, 0.0)
+    v_tile = f.load_tile(v, v_strides, b, g, j0, size_s, BN, DV, BDV, CHECK)
     acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
     return acc, m_i, l_i
-
-
-@triton.jit
-def _whole(
-    acc, m_i, l_i, q, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
-    D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
-    PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, PRECISION: tl.constexpr,
-    COLUMNS: tl.constexpr, WHOLE: tl.constexpr, WEIGHT: tl.constexpr,
-):  # fmt: skip
-    """Recompute the rows without a live key over all keys, masked scores included. Scores are in natural units, in
-    which float32's lowest value as a fill stays finite."""
-    size_s = sizes[3] >> 1
-    dead = m_i <= LARGEST_LOST
-    # from here on the other rows see only -inf, which leaves them unchanged
-    m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
-    l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
-    for j0 in range(0, size_s, BN):
-        key = f.indices(j0, BN, True)
-        j = f.clamped(key, size_s)
-        k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
-        dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
-        C = COLUMNS(captures, sizes, H, b, h, j)
-        s = f.full(WHOLE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
-        s = tl.where(dead[:, None] & (key < size_s), s, float("-inf"))
-        m_new = tl.maximum(m_w, tl.max(s, 1))
-        safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2((s - safe[:, None]) * f.LOG2E)
-        alpha = tl.exp2((m_w - safe) * f.LOG2E)
-        l_i = l_i * alpha + tl.sum(p, 1)
-        acc = acc * alpha[:, None]
-        m_w = m_new
-        if WEIGHT is not None:
-            p = p * WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j)
-        if THRESHOLD is not None:
-            p = tl.where(f.survives(seed, b, h, i0, j0, sizes[1] >> 1, THRESHOLD, BM, BN, False), p, 0.0)
-        v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
-        acc = f.dot(p.to(v_tile.dtype), v_tile, acc, PRECISION)
-    return acc, l_i, m_w + tl.log(l_i)
 
 
 @triton.jit
@@ -110,7 +112,7 @@ def forward_kernel(
     """
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i0 = block * BM
+    i0, g = block * BM, h // PER_GROUP
     m = tl.arange(0, BM)
     i = f.clamped(f.indices(i0, BM, False), size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
@@ -122,32 +124,22 @@ def forward_kernel(
     l_i = tl.zeros([BM], tl.float32)
     acc = tl.zeros([BM, BDV], tl.float32)
     if EXTRAS_COUNT > 0:
-        logits = EXTRAS(captures, sizes, H, R, b, h, i)
-        for e in tl.static_range(EXTRAS_COUNT):
-            logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
-            m_new = tl.maximum(m_i, logit)
-            l_i = l_i * tl.exp2(m_i - m_new) + tl.exp2(logit - m_new)
-            m_i = m_new
+        m_i, l_i = extra_logits(m_i, l_i, EXTRAS(captures, sizes, H, R, b, h, i), None, EXTRAS_COUNT, BM)
     STEP: tl.constexpr = BN if order is None else 1
-    if walks is None:
-        start, full_start, end = size_s * 0, size_s * 0, size_s
-        full_end, place = size_s // BN * BN, 0
-    else:
-        place = f.walk_at(walks, b, h, block)
-        start, full_start, full_end, end = f.walk(walks, place)
+    place, start, full_start, full_end, end = f.walk(walks, b, h, block, size_s, BN)
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
-        acc, m_i, l_i = _step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
-            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, False, COLUMNS, SCORE, None, WEIGHT,
+        acc, m_i, l_i = step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0, None,
+            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, False, False, COLUMNS, SCORE, None, WEIGHT,
         )  # fmt: skip
     before = (full_start - start) // STEP
     for n in range(0, before + tl.cdiv(end - full_end, STEP)):
         t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
         j0 = f.tile_at(order, place, t, BN)
-        acc, m_i, l_i = _step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
-            D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, True, COLUMNS, SCORE, KEEP, WEIGHT,
+        acc, m_i, l_i = step(
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0, None,
+            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, True, False, COLUMNS, SCORE, KEEP, WEIGHT,
         )  # fmt: skip
     at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
     if SCORE is None:
@@ -156,10 +148,17 @@ def forward_kernel(
         if WHOLE is None:
             lse = (m_i + tl.log2(l_i)) * f.LN2
         elif tl.max(tl.where((m_i <= LARGEST_LOST) & (i0 + m < size_t), 1, 0)) > 0:
-            acc, l_i, lse = _whole(
-                acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i,
-                D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, PRECISION, COLUMNS, WHOLE, WEIGHT,
-            )  # fmt: skip
+            # Recompute the rows without a live key over all keys, masked scores included. In natural units, float32's
+            # lowest value as a fill stays finite. The other rows see only -inf, which leaves them unchanged.
+            dead = m_i <= LARGEST_LOST
+            m_w = tl.where(dead, float("-inf"), m_i * f.LN2)
+            l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
+            for j0 in range(0, size_s, BN):
+                acc, m_w, l_i = step(
+                    acc, m_w, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0,
+                    dead, D, DV, BM, BN, BD, BDV, 1.0, THRESHOLD, PRECISION, True, True, COLUMNS, WHOLE, None, WEIGHT,
+                )  # fmt: skip
+            lse = m_w + tl.log(l_i)
         else:
             lse = (m_i + tl.log2(l_i)) * f.LN2
         tl.store(logsumexp + at, lse, mask=i0 + m < size_t)

@@ -45,16 +45,18 @@ def clamped(x, length):
 
 
 @triton.jit
-def walk_at(walks, b, h, block):
-    """Return the number of a block's walk. walks is (pointer, 2 n + 1 for the stride n of batches, same for heads)."""
-    return tl.cast(b, tl.int64) * (walks[1] >> 1) + h * (walks[2] >> 1) + block
-
-
-@triton.jit
-def walk(walks, at):
-    """Load [start, full_start, full_end, end] of one walk. They count tiles if the kernel has a list, `order`."""
-    ends = walks[0] + 4 * at
-    return tl.load(ends), tl.load(ends + 1), tl.load(ends + 2), tl.load(ends + 3)
+def walk(walks, b, h, block, length, STEP: tl.constexpr):
+    """Return the number of a block's walk, then its [start, full_start, full_end, end], which count tiles if the kernel
+    has a list, `order`. walks is (pointer, 2 n + 1 for the stride n of batches, same for heads). Without walks, all
+    `length` indices are visited, in steps of STEP."""
+    if walks is None:
+        at, start, full_start, end = 0, length * 0, length * 0, length
+        full_end = length // STEP * STEP
+    else:
+        at = tl.cast(b, tl.int64) * (walks[1] >> 1) + h * (walks[2] >> 1) + block
+        ends = walks[0] + 4 * at
+        start, full_start, full_end, end = tl.load(ends), tl.load(ends + 1), tl.load(ends + 2), tl.load(ends + 3)
+    return at, start, full_start, full_end, end
 
 
 @triton.jit

@@ -8,48 +8,40 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.triton.functions as f
-from attnfx.kernels.flash.triton.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.triton.backward import dead_statistics, row_statistics
+from attnfx.kernels.flash.triton.backward_rows import rows_step
 
 
 @triton.jit
-def _part(
-    q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures, sizes,
-    seed, b, h, i0, j0,
+def _step(
+    total, q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides, captures,
+    sizes, seed, b, h, i0, j0,
     D: tl.constexpr, DV: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     PER_GROUP: tl.constexpr, SCALE: tl.constexpr, THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     PRECISION: tl.constexpr, LEAF: tl.constexpr, HEADS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, LEAF_SCORES: tl.constexpr,
     LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
-    """Compute the derivative by the load for each element of one tile, (BM, BN), zero out of bounds. With NATURAL,
-    include only the rows without a live key."""
-    size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
-    i, j = f.clamped(f.indices(i0, BM, False), size_t), f.clamped(f.indices(j0, BN, True), size_s)
+    """Add the derivative by the load for each element of one tile, (BM, BN), zero out of bounds. With NATURAL, add only
+    the rows without a live key."""
+    size_h, size_t = sizes[1] >> 1, sizes[2] >> 1
+    i = f.clamped(f.indices(i0, BM, False), size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
     do = f.load_tile(grad_out, grad_strides, b, h, i0, size_t, BM, DV, BDV, True).to(q_tile.dtype)
-    k_tile = f.load_tile(k, k_strides, b, h // PER_GROUP, j0, size_s, BN, D, BD, True)
-    v_tile = f.load_tile(v, v_strides, b, h // PER_GROUP, j0, size_s, BN, DV, BDV, True)
     row = (tl.cast(b, tl.int64) * size_h + h) * size_t
     at = statistics + 2 * (row + i0)
-    if correction is None:
-        l2_i, c2 = row_statistics(at, None, size_t - i0, BM, False, True, SCORE)
-    else:
-        l2_i, c2 = row_statistics(at, correction + row + i0, size_t - i0, BM, False, True, SCORE)
+    l2_i, c2 = row_statistics(at, correction, row + i0, size_t - i0, BM, False, True, SCORE)
     if NATURAL:
         each = f.indices(i0, BM, False)
         _lost, l2_i, c2 = dead_statistics(dead, statistics, row + each, each, size_t, True)
     H = HEADS(captures, sizes, b, h)
-    R, C = ROWS(captures, sizes, H, b, h, i), COLUMNS(captures, sizes, H, b, h, j)
-    dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
-    dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
-    _w, ds, dw, prob, live = tile_gradients(
-        dot, dp, l2_i, c2, None, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, True, SCALE,
-        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, None,
-        NATURAL,
+    R = ROWS(captures, sizes, H, b, h, i)
+    total, _sums = rows_step(
+        total, 0.0, q_tile, do, k, v, l2_i, c2, at, k_strides, v_strides, captures, sizes, seed, H, R, b, h, i0, i, j0,
+        D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD, RESCALE, PRECISION, LEAF, correction is not None, True,
+        COLUMNS, SCORE, KEEP, WEIGHT, None, LEAF_SCORES, LEAF_WEIGHTS, NATURAL, True,
     )  # fmt: skip
-    return leaf_part(
-        ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, True, LEAF_SCORES, LEAF_WEIGHTS, NATURAL
-    )
+    return total
 
 
 @triton.jit
@@ -92,19 +84,19 @@ def pairs_kernel(
                 i0, j0 = block * BM, (block + apart) * BN
                 visit = j0 < size_s
                 if walks is not None:
-                    start, _s, _e, end = f.walk(walks, f.walk_at(walks, b, h, block))
+                    _place, start, _s, _e, end = f.walk(walks, b, h, block, size_s, BN)
                     visit = (j0 + BN > start) & (j0 < end)
                 if visit:
-                    total += _part(
-                        q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides, grad_strides,
-                        captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE, THRESHOLD,
-                        RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES, LEAF_WEIGHTS,
-                        False,
+                    total = _step(
+                        total, q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides,
+                        grad_strides, captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE,
+                        THRESHOLD, RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, SCORE, KEEP, WEIGHT, LEAF_SCORES,
+                        LEAF_WEIGHTS, False,
                     )  # fmt: skip
                 if dead is not None:
                     if (j0 < size_s) & (tl.load(dead[0] + b * (sizes[1] >> 1) + h) != 0):
-                        total += _part(
-                            q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides,
+                        total = _step(
+                            total, q, k, v, grad_out, statistics, correction, dead, q_strides, k_strides, v_strides,
                             grad_strides, captures, sizes, seed, b, h, i0, j0, D, DV, BM, BN, BD, BDV, PER_GROUP, SCALE,
                             THRESHOLD, RESCALE, PRECISION, LEAF, HEADS, ROWS, COLUMNS, WHOLE, None, WEIGHT, LEAF_WHOLES,
                             LEAF_WEIGHTS, True,
