@@ -32,21 +32,18 @@ class Tile(NamedTuple):
 SMALL = 86
 OF_SMALL = (86, 89, 120, 121)
 
-# Key: (compute capability, head dim padded to a power of two). A device uses the largest capability up to its own.
+# Key: (compute capability, head dim padded to a power of two). A device uses the largest capability up to its own, a
+# head dim the next row of at least its width.
 FORWARD = {
-    (90, 32): Tile(128, 64, 4, 3),  # as 64
     (90, 64): Tile(128, 64, 4, 3),  # probe
     (90, 128): Tile(128, 128, 8, 2),  # probe
     (90, 256): Tile(128, 64, 8, 2),  # probe
-    (80, 32): Tile(128, 64, 4, 3),  # as 64
     (80, 64): Tile(128, 64, 4, 3),  # probe
     (80, 128): Tile(128, 64, 8, 3),  # probe
     (80, 256): Tile(64, 32, 4, 2),  # probe
-    (100, 32): Tile(128, 64, 8, 2),  # as 64
     (100, 64): Tile(128, 64, 8, 2),  # probe
     (100, 128): Tile(128, 64, 8, 2),  # probe
     (100, 256): Tile(128, 64, 8, 2),  # probe
-    (SMALL, 32): Tile(128, 64, 4, 2),  # as 64
     (SMALL, 64): Tile(128, 64, 4, 2),  # probe
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
@@ -70,12 +67,10 @@ OTHERS = {
 # A load by row and key, or dropout's random bits, need registers in addition to the scores. These tables give a thread
 # fewer scores if the registers would not suffice.
 FORWARD_LOADS = FORWARD | {
-    (80, 32): Tile(128, 64, 8, 3),  # as 64
     (80, 64): Tile(128, 64, 8, 3),  # probe
     (80, 128): Tile(128, 32, 8, 3),  # probe
 }
 FORWARD_DROPOUT = FORWARD_LOADS | {
-    (90, 32): Tile(128, 64, 8, 3),  # as 64
     (90, 64): Tile(128, 64, 8, 3),  # probe
     (90, 128): Tile(128, 64, 8, 2),  # probe
     (80, 256): Tile(64, 32, 8, 2),  # probe
@@ -144,40 +139,31 @@ def forward_tiles(
 
 # The tile of the pass over keys, then of the pass over rows.
 BACKWARD = {
-    (90, 32): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # as 64
     (90, 64): (Tile(64, 64, 4, 2), Tile(64, 128, 4, 2)),  # probe
     (90, 128): (Tile(64, 128, 8, 2), Tile(128, 128, 8, 2)),  # probe
     (90, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
-    (80, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (80, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (80, 128): (Tile(64, 64, 8, 2), Tile(128, 32, 8, 2)),  # probe
     (80, 256): (Tile(64, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
-    (100, 32): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
     (100, 64): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
     (100, 128): (Tile(64, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
     (100, 256): (Tile(32, 64, 8, 1), Tile(64, 32, 8, 1)),  # probe
-    (SMALL, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (SMALL, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (SMALL, 128): (Tile(32, 64, 4, 2), Tile(128, 32, 8, 2)),  # probe
     (SMALL, 256): (Tile(32, 32, 8, 1), Tile(32, 32, 8, 1)),  # probe
 }
 
 BACKWARD_LOADS = BACKWARD | {
-    (90, 32): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (90, 64): (Tile(64, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (90, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
     (90, 256): (Tile(64, 32, 8, 2), Tile(64, 64, 8, 2)),  # probe
-    (80, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (80, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
 }
 BACKWARD_DROPOUT = BACKWARD_LOADS | {
-    (90, 32): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # as 64
     (90, 64): (Tile(32, 64, 4, 2), Tile(64, 64, 4, 2)),  # probe
     (90, 256): (Tile(32, 64, 8, 2), Tile(64, 64, 8, 2)),  # probe
-    (80, 32): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # as 64
     (80, 256): (Tile(32, 64, 8, 2), Tile(64, 32, 8, 2)),  # probe
     (80, 64): (Tile(32, 128, 8, 2), Tile(64, 64, 4, 2)),  # probe
-    (100, 32): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # as 64
     (100, 64): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
     (100, 128): (Tile(32, 128, 8, 2), Tile(128, 64, 8, 2)),  # probe
 }
