@@ -13,7 +13,7 @@ from functools import lru_cache
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
-from attnfx.mask import visited_scores
+from attnfx.mask import visited
 from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive
 
@@ -225,5 +225,5 @@ def _live(spec: AttentionSpec, items: tuple[tuple[str, int], ...], fused: bool) 
     dims, mask = dict(items), _mask(spec)
     if fused and not (mask.causal or mask.tiled):
         return 1.0
-    found = visited_scores(spec, dims, BLOCK, KEYS if fused and mask.causal else 1)
+    found = visited(spec, dims, BLOCK, KEYS if fused and mask.causal else 1).scores
     return found / max(dims["T"] * dims["S"], 1)

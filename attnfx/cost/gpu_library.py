@@ -10,7 +10,7 @@ from attnfx.cost.operation_counts import DROPOUT, operations
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.mask import runtime_summary as mask_summary
-from attnfx.mask import visited_scores
+from attnfx.mask import visited
 from attnfx.mask.predicate import kept
 from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, reads_pairs
@@ -89,7 +89,7 @@ class Operators:
         """Return the candidate of eager operators on blocks and their live keys. Every operation moves float32 scores
         through memory."""
         ask, dims = self.ask, self.dims
-        live = visited_scores(ask.spec, dict(self.sizes), BLOCK_ROWS) * self.heads
+        live = visited(ask.spec, dict(self.sizes), BLOCK_ROWS, 1).scores * self.heads
         passes = 2 * (EAGER_PASSES + self.extra.always + self.extra.masked)
         blocks = max(1, -(-live // BLOCK))
         time = self.products(live) + self.copied(4 * live * passes) + blocks * self.launched(passes)

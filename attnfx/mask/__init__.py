@@ -7,11 +7,11 @@ reported dead, and a key that may be dead is never reported live.
 """
 
 from attnfx.mask.describe import describe
-from attnfx.mask.key_ranges import KeyRange, key_ranges, key_span, ranges_of, rows_live
+from attnfx.mask.key_ranges import KeyRange, key_ranges, key_span, rows_live
 from attnfx.mask.predicate import Mask, live, mask_of
-from attnfx.mask.tiles import ANALYSED, Tiles, Visited, prepare, tiles, visited, visited_scores
+from attnfx.mask.tiles import ANALYSED, Tiles, Visited, prepare, tiles, visited
 
 __all__ = [
     "ANALYSED", "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of",
-    "prepare", "ranges_of", "rows_live", "tiles", "visited", "visited_scores",
+    "prepare", "rows_live", "tiles", "visited",
 ]  # fmt: skip

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 
 import islpy as isl
@@ -18,26 +17,20 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.mask import affine as P
-from attnfx.mask.predicate import kept
-from attnfx.spec import AttentionSpec, I, J
+from attnfx.mask.predicate import analysis
+from attnfx.spec import I, J
 
 OPAQUE = "learned/opaque"
 PATTERN = "fixed pattern"
 
 
-def describe(score: AttentionSpec | Expr, sizes: Mapping[str, int]) -> str:
+@analysis(maxsize=1024)
+def describe(_: Expr, keep: Expr, sizes: Mapping[str, int]) -> str:
     """Describe a score program's mask: "none", "causal", "sliding window of 512 keys, causal and padding (by c0)".
 
     A window of W keys keeps W keys including the query's own: `i - j <= 511` keeps 512. A bidirectional window of W
     sees W keys to each side. Sizes are integers: a condition that masks nothing at these sizes is not named.
     """
-    return _describe(kept(score), tuple(sorted(sizes.items())))
-
-
-@lru_cache(maxsize=1024)
-def _describe(keep: Expr, items: tuple[tuple[str, int], ...]) -> str:
-    sizes = dict(items)
-    keep = P.numeric(keep, sizes)
     known, words = [], []
     for part in keep.args if keep.op == "and" else (keep,):
         if P.text(part, True) != P.text(part, False):

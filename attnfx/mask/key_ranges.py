@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import lru_cache
 from typing import NamedTuple
 
 import islpy as isl
@@ -13,9 +12,8 @@ from attnfx.ir import poly
 from attnfx.ir.expr import INT, Expr
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import affine as P
-from attnfx.mask.predicate import kept, live
+from attnfx.mask.predicate import analysis
 from attnfx.mask.row_intervals import spans as by_row
-from attnfx.spec import AttentionSpec
 
 
 class KeyRange(NamedTuple):
@@ -28,29 +26,18 @@ class KeyRange(NamedTuple):
     full: bool
 
 
-def key_ranges(spec: AttentionSpec | Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
+@analysis(maxsize=1024)
+def key_ranges(seen: Expr, keep: Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
     """Return the smallest key interval of each block of `block` queries, for all b and h together.
 
     `sizes` has the values of B, H, T, S and the spec's own sizes. A row without a live key adds no keys to its block's
     interval, although with a finite fill its output averages over every key; `rows_live` rules such rows out.
     """
-    return _key_ranges(live(spec), kept(spec), tuple(sorted(sizes.items())), block)
-
-
-def ranges_of(keep: Expr, sizes: Mapping[str, int], block: int) -> tuple[KeyRange, ...]:
-    """Return the `key_ranges` of a softmax whose mask is `keep`."""
-    return _key_ranges(keep, keep, tuple(sorted(sizes.items())), block)
-
-
-@lru_cache(maxsize=1024)
-def _key_ranges(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], block: int) -> tuple[KeyRange, ...]:
-    sizes = dict(items)
     T, S = sizes["T"], sizes["S"]
     spans = [(i0, min(i0 + block, T)) for i0 in range(0, T, block)]
-    seen, keep = P.numeric(seen, sizes), P.numeric(keep, sizes)
     if keep is A.TRUE:
         return tuple(KeyRange(*span, 0, S, True) for span in spans)
-    known = by_row(seen, keep, items, block)
+    known = by_row(seen, keep, sizes, block)
     if known.exact:
         return tuple(KeyRange(*span, *r) for span, r in zip(spans, zip(*(x.tolist() for x in known.ranges(block)))))
     hidden = P.either(seen, keep, "j")
@@ -126,17 +113,11 @@ def _corner_is_dead(keep: Expr, r: KeyRange) -> bool:
     return False
 
 
-def key_span(keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
+@analysis(maxsize=1024)
+def key_span(_: Expr, keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
     """Return [first, end) of the keys that some row may see, from the affine conditions on only i and j. With many rows
     it is not the smallest range, but it takes about 0.1 ms, without the solver."""
-    return _key_span(keep, tuple(sorted(sizes.items())))
-
-
-@lru_cache(maxsize=1024)
-def _key_span(keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int]:
-    sizes = dict(items)
     first, end = 0, sizes["S"]
-    keep = P.numeric(keep, sizes)
     for e in keep.args if keep.op == "and" else (keep,):
         if e.op != "ge0" or e.args[0].kind != INT:
             continue
@@ -152,15 +133,9 @@ def _key_span(keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int]
     return first, max(first, end)
 
 
-def rows_live(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> bool:
+@analysis(maxsize=1024)
+def rows_live(_: Expr, keep: Expr, sizes: Mapping[str, int]) -> bool:
     """Return whether every row (b, h, i) provably keeps a live key, so that a fill never decides a row."""
-    return _rows_live(kept(spec), tuple(sorted(sizes.items())))
-
-
-@lru_cache(maxsize=1024)
-def _rows_live(keep: Expr, items: tuple[tuple[str, int], ...]) -> bool:
-    sizes = dict(items)
-    keep = P.numeric(keep, sizes)
     names = P.hidden(keep, "j")
     try:
         with P.solver() as context:

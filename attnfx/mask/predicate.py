@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
-from attnfx.ir.expr import Expr
+from attnfx.ir.expr import BOOL, Expr
+from attnfx.mask.affine import numeric
 from attnfx.spec import AttentionSpec
+
+Q = ParamSpec("Q")
+R = TypeVar("R")
 
 FILL = -1e8  # a larger constant is a bias: -10000 does not mask
 HALF_MIN = -65504.0  # finfo(float16).min, the lowest finite score after rounding to float16
@@ -103,9 +109,12 @@ def _rounded(e: Expr) -> bool:
 
 def kept(spec: AttentionSpec | Expr) -> Expr:
     """Return the predicate that the mask keeps (b, h, i, j): the score takes part in its row's softmax. Without a
-    normalizer, it is the predicate that the weight may differ from zero."""
+    normalizer, it is the predicate that the weight may differ from zero. A predicate stands for a softmax whose mask it
+    is."""
     if isinstance(spec, AttentionSpec) and spec.normaliser != "softmax":
         return _nonzero(substitute(spec.weight, {A.PROB: spec.score}))
+    if isinstance(spec, Expr) and spec.kind == BOOL:
+        return spec
     mask = mask_of(spec.score if isinstance(spec, AttentionSpec) else spec)
     return A.TRUE if mask is None else mask.keep
 
@@ -121,6 +130,33 @@ def live(spec: AttentionSpec | Expr) -> Expr:
     if not isinstance(spec, AttentionSpec) or spec.normaliser != "softmax" or spec.weight is A.PROB:
         return keep
     return A.or_(keep, _nonzero(substitute(spec.weight, {A.PROB: A.const(0.0)})))
+
+
+def analysis(
+    maxsize: int,
+) -> Callable[
+    [Callable[Concatenate[Expr, Expr, dict[str, int], Q], R]],
+    Callable[Concatenate[AttentionSpec | Expr, Mapping[str, int], Q], R],
+]:
+    """Decorate and cache a function of (seen, keep, sizes, ...); callers give a spec and its sizes instead.
+
+    `seen` and `keep` are `live` and `kept` of the spec, score program or predicate, with the sizes replaced by their
+    values. Specs with one mask share the result.
+    """
+
+    def decorate(of: Callable[Concatenate[Expr, Expr, dict[str, int], Q], R]):
+        @lru_cache(maxsize)
+        def cached(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], *args: Q.args, **kwargs: Q.kwargs) -> R:
+            sizes = dict(items)
+            return of(numeric(seen, sizes), numeric(keep, sizes), sizes, *args, **kwargs)
+
+        @wraps(of)
+        def analyze(spec: AttentionSpec | Expr, sizes: Mapping[str, int], *args: Q.args, **kwargs: Q.kwargs) -> R:
+            return cached(live(spec), kept(spec), tuple(sorted(sizes.items())), *args, **kwargs)
+
+        return analyze
+
+    return decorate
 
 
 def _nonzero(e: Expr) -> Expr:

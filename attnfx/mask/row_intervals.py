@@ -7,6 +7,7 @@ time. For other masks (remainders of keys, differences by batch or head) the int
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -131,11 +132,11 @@ def _covered(low: np.ndarray, high: np.ndarray) -> np.ndarray:
     return whole if len(low) < 2 else whole - np.maximum(low[1:] - high[:-1], 0).sum(0)
 
 
-def spans(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], size: int) -> Spans:
+def spans(seen: Expr, keep: Expr, sizes: Mapping[str, int], size: int) -> Spans:
     """Return the intervals of possibly live scores, by `seen`, and of possibly dead ones, by `keep`. They serve blocks
-    of `size` rows. `items` has the values of T and S; in the predicates, all sizes must be replaced by values."""
+    of `size` rows. `sizes` has the values of T and S; in the predicates, all sizes must be replaced by values."""
     grain = next(n for n in GRAINS if size % n == 0)
-    return _spans(seen, keep, *(dict(items)[name] for name in "TS"), grain)
+    return _spans(seen, keep, sizes["T"], sizes["S"], grain)
 
 
 @lru_cache(maxsize=256)

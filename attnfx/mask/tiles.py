@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import partial
 
 import islpy as isl
 import numpy as np
@@ -13,9 +13,9 @@ import numpy as np
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask import affine as P
-from attnfx.mask.predicate import kept, live
+from attnfx.mask.predicate import analysis
 from attnfx.mask.row_intervals import spans
-from attnfx.spec import AXES, AttentionSpec
+from attnfx.spec import AXES
 
 ANALYSED = 64  # rows of the blocks in which `prepare` analyzes a mask
 
@@ -59,32 +59,22 @@ def _holds(indicator: isl.PwAff | None, qi: int, ki: int) -> bool:
     return not indicator.eval(point).is_zero()
 
 
-def tiles(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Tiles:
+@analysis(maxsize=1024)
+def tiles(seen: Expr, keep: Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Tiles:
     """Count the tiles of `tile_q` queries by `tile_k` keys of a spec, or of a softmax over a score program.
 
     `sizes` has the values of T, S, the other sizes that the program names, and B and H if it depends on b and h.
     """
-    return _tiles(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
-
-
-def _numeric(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...]) -> tuple[int, int, Expr, Expr]:
-    """Return (queries, keys, seen, keep), with sizes replaced by their values."""
-    sizes = dict(items)
-    return sizes["T"], sizes["S"], P.numeric(seen, sizes), P.numeric(keep, sizes)
-
-
-@lru_cache(maxsize=1024)
-def _tiles(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Tiles:
-    T, S, seen, keep = _numeric(seen, keep, items)
+    T, S = sizes["T"], sizes["S"]
     rows, columns = -(-T // tile_q), -(-S // tile_k)
     if keep is A.TRUE:
         return Tiles(rows, columns, 0, rows * columns, 0, 1.0, lambda qi, ki: (True, False))
-    known, each = spans(seen, keep, items, tile_q), spans(seen, keep, items, 1)
+    known, each = spans(seen, keep, sizes, tile_q), spans(seen, keep, sizes, 1)
     if known.exact and each.exact:
         some, holes = (known.tiles(tile_q, tile_k, dead) for dead in (False, True))
         share, touches = each.live / (T * S), partial(known.touches, tile_q, tile_k)
     else:
-        some, holes, share, touches = _by_sets(seen, keep, dict(items), tile_q, tile_k)
+        some, holes, share, touches = _by_sets(seen, keep, sizes, tile_q, tile_k)
     empty, full = rows * columns - some, rows * columns - holes
     return Tiles(rows, columns, empty, full, rows * columns - empty - full, share, touches)
 
@@ -97,6 +87,7 @@ class Visited:
     shortest, longest  fewest and most tiles of a block
     total              tiles of all blocks
     full               tiles in which every score is live
+    scores             the (i, j) of the matrix in the tiles
     """
 
     blocks: int
@@ -104,50 +95,32 @@ class Visited:
     longest: int
     total: int
     full: int
+    scores: int
 
 
-def visited(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
+@analysis(maxsize=4096)
+def visited(seen: Expr, keep: Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int) -> Visited:
     """Count the tiles that a kernel visits, as `tiles` and `key_ranges` would, in a fraction of their time. For masks
     whose rows see intervals of keys the counts are exact. For others they are bounds: at least the tiles, and at most
     the full ones. With more than 32768 rows they are estimates from a sample."""
-    return _visited(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
-
-
-def visited_scores(spec: AttentionSpec | Expr, sizes: Mapping[str, int], tile_q: int, tile_k: int = 1) -> int:
-    """Count the (i, j) of the matrix in the tiles of `visited`."""
-    return _visited_scores(live(spec), kept(spec), tuple(sorted(sizes.items())), tile_q, tile_k)
-
-
-def prepare(spec: AttentionSpec | Expr, sizes: Mapping[str, int]) -> None:
-    """Analyze a mask at its sizes, before calls of `visited` with many tile sizes."""
-    items = tuple(sizes.items())
-    _, _, seen, keep = _numeric(live(spec), kept(spec), items)
-    if keep is not A.TRUE:
-        spans(seen, keep, items, ANALYSED)
-
-
-@lru_cache(maxsize=4096)
-def _visited(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> Visited:
-    T, S, seen, keep = _numeric(seen, keep, items)
+    T, S = sizes["T"], sizes["S"]
     rows, columns = -(-T // tile_q), -(-S // tile_k)
     if keep is A.TRUE or not T * S:
-        return Visited(rows, columns, columns, rows * columns, rows * columns)
-    known = spans(seen, keep, items, tile_q).sampled(tile_q)
+        return Visited(rows, columns, columns, rows * columns, rows * columns, T * S)
+    known = spans(seen, keep, sizes, tile_q).sampled(tile_q)
     low, high = known.ends(tile_q)
     steps = -(-high // tile_k) - low // tile_k
-    full = rows * columns - known.tiles(tile_q, tile_k, dead=True)
-    return Visited(rows, int(steps.min()), int(steps.max()), known.total(steps, tile_q), max(0, full))
-
-
-@lru_cache(maxsize=4096)
-def _visited_scores(seen: Expr, keep: Expr, items: tuple[tuple[str, int], ...], tile_q: int, tile_k: int) -> int:
-    T, S, seen, keep = _numeric(seen, keep, items)
-    if keep is A.TRUE or not T * S:
-        return T * S
-    known = spans(seen, keep, items, tile_q).sampled(tile_q)
-    low, high = known.ends(tile_q)
     widths = np.minimum(-(-high // tile_k) * tile_k, S) - low // tile_k * tile_k
-    return known.total(widths, tile_q) * tile_q - int(widths[-1]) * (-T % tile_q)
+    scores = known.total(widths, tile_q) * tile_q - int(widths[-1]) * (-T % tile_q)
+    full = rows * columns - known.tiles(tile_q, tile_k, dead=True)
+    return Visited(rows, int(steps.min()), int(steps.max()), known.total(steps, tile_q), max(0, full), scores)
+
+
+@analysis(maxsize=1024)
+def prepare(seen: Expr, keep: Expr, sizes: Mapping[str, int]) -> None:
+    """Analyze a mask at its sizes, before calls of `visited` with many tile sizes."""
+    if keep is not A.TRUE:
+        spans(seen, keep, sizes, ANALYSED)
 
 
 def _by_sets(

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from attnfx.ir import algebra as A
 from attnfx.ir.interpret import evaluate
 from attnfx.mask import affine as polyhedron
-from attnfx.mask import describe, key_ranges, live, rows_live, tiles, visited, visited_scores
+from attnfx.mask import describe, key_ranges, live, rows_live, tiles, visited
 from attnfx.mask import row_intervals as module
 from attnfx.mask.row_intervals import spans
 from attnfx.spec import AttentionSpec, B, H, I, J
@@ -205,14 +205,14 @@ def test_what_a_block_of_rows_visits_is_exact_where_rows_are_intervals(keep, siz
     visits = [-(-high // step) - low // step for low, high in bounds]
     all_tiles = -(-sizes["T"] // block) * -(-sizes["S"] // step)
     full = all_tiles - len({(i // block, j // step) for i, j in dead})
-    known = spans(*[polyhedron.numeric(f(score), sizes) for f in (live, live)], tuple(sizes.items()), block)
+    known = spans(*[polyhedron.numeric(f(score), sizes) for f in (live, live)], sizes, block)
     assert found.total >= sum(visits) and found.full <= full
     if known.exact:
         assert (found.blocks, found.total, found.full) == (len(visits), sum(visits), full)
         assert (found.shortest, found.longest) == (min(visits), max(visits))
         seen = {(i, j) for i in range(sizes["T"]) for low, high in [bounds[i // block]]
                 for j in range(low // step * step, min(-(-high // step) * step, sizes["S"]))}  # fmt: skip
-        assert visited_scores(score, sizes, block, step) == len(seen)
+        assert visited(score, sizes, block, step).scores == len(seen)
 
 
 @pytest.mark.parametrize("keep", [
@@ -223,9 +223,9 @@ def test_what_a_block_of_rows_visits_is_exact_where_rows_are_intervals(keep, siz
 @pytest.mark.parametrize("block", [64, 128])
 def test_what_is_visited_of_many_rows_is_estimated_from_some(keep, rows, block, monkeypatch):
     score, sizes = masked(keep), {"B": 1, "H": 1, "T": rows, "S": rows}
-    found, scores = visited(score, sizes, block, 64), visited_scores(score, sizes, block)
+    found, scores = visited(score, sizes, block, 64), visited(score, sizes, block, 1).scores
     monkeypatch.setattr(module, "GROUPS", 1 << 30)
-    exact = visited(score, sizes | {"B": 2}, block, 64), visited_scores(score, sizes | {"B": 2}, block)
+    exact = visited(score, sizes | {"B": 2}, block, 64), visited(score, sizes | {"B": 2}, block, 1).scores
     assert found.blocks == exact[0].blocks and found.longest <= exact[0].longest
     for name in ("total", "full"):
         assert getattr(found, name) == pytest.approx(getattr(exact[0], name), rel=0.03, abs=found.blocks)
@@ -242,7 +242,7 @@ def test_common_masks_need_no_polyhedral_library(keep, block, monkeypatch):
     monkeypatch.setattr(polyhedron, "MAX_OPERATIONS", 1)
     sizes = {"B": 2, "H": 2, "T": 192, "S": 256}
     numbers = polyhedron.numeric(keep, sizes)
-    assert spans(numbers, numbers, tuple(sizes.items()), block).exact
+    assert spans(numbers, numbers, sizes, block).exact
     assert len(key_ranges(masked(keep), sizes, block)) == 192 // block
 
 

@@ -20,9 +20,9 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.gpu import lasting
-from attnfx.mask import affine as P
-from attnfx.mask import ranges_of
+from attnfx.mask import key_ranges
 from attnfx.mask import tile_bounds as boxes
+from attnfx.mask.predicate import analysis
 from attnfx.mask.row_intervals import spans
 from attnfx.spec import I, J
 
@@ -55,28 +55,22 @@ class Path:
         return np.stack([zero, zero, full.sum(1), count], 1), order[:, : max(1, count.max())] * self.step
 
 
-def along_keys(keep: Expr | None, sizes: Mapping[str, int], block: int, step: int) -> Path:
-    """Return the path of each block of `block` rows along the keys, in steps of `step`."""
-    return _path(keep or A.TRUE, tuple(sorted(sizes.items())), block, step)
-
-
-def along_rows(keep: Expr | None, sizes: Mapping[str, int], block: int, step: int) -> Path:
+def along_rows(keep: Expr, sizes: Mapping[str, int], block: int, step: int) -> Path:
     """Return the path of each block of `block` keys along the rows, in steps of `step`."""
-    turned = substitute(keep or A.TRUE, {I: J, J: I, A.size("T"): A.size("S"), A.size("S"): A.size("T")})
+    turned = substitute(keep, {I: J, J: I, A.size("T"): A.size("S"), A.size("S"): A.size("T")})
     # i and j have the extents T and S by name, so swap these too, including T and S in the mask itself
-    return _path(turned, tuple(sorted({**sizes, "T": sizes["S"], "S": sizes["T"]}.items())), block, step)
+    return along_keys(turned, {**sizes, "T": sizes["S"], "S": sizes["T"]}, block, step)
 
 
-@lru_cache(maxsize=512)
-def _path(keep: Expr, items: tuple[tuple[str, int], ...], block: int, step: int) -> Path:
-    sizes = dict(items)
+@analysis(maxsize=512)
+def along_keys(_: Expr, keep: Expr, sizes: Mapping[str, int], block: int, step: int) -> Path:
+    """Return the path of each block of `block` rows along the keys, in steps of `step`."""
     last = sizes["S"]
-    keep = P.numeric(keep, sizes)
     # the live key range of each block
-    found = ranges_of(keep, sizes, block)
+    found = key_ranges(keep, sizes, block)
     begin, end, whole = (np.array(x) for x in zip(*((r.j0, r.j1, r.full) for r in found)))
     start = begin // step * step
-    known, count = spans(keep, keep, items, block), -(-last // step)
+    known, count = spans(keep, keep, sizes, block), -(-last // step)
     small = len(found) * count <= LARGEST
     visited = int((-(-end // step) - start // step).sum())
     states = None
@@ -101,12 +95,11 @@ def gap(keep: Expr | None, sizes: Mapping[str, int], step: int) -> tuple[int, in
     mask cannot have such a run at any length."""
     if keep is None or not any(e.op in ("or", "where", "not", "eq0", "mod", "floordiv") for e in walk(keep)):
         return None
-    return _gap(P.numeric(keep, sizes), tuple(sorted(sizes.items())), step)
+    return _gap(keep, sizes, step)
 
 
-@lru_cache(maxsize=512)
-def _gap(keep: Expr, items: tuple[tuple[str, int], ...], step: int) -> tuple[int, int]:
-    sizes = dict(items)
+@analysis(maxsize=512)
+def _gap(_: Expr, keep: Expr, sizes: Mapping[str, int], step: int) -> tuple[int, int]:
     states = boxes.states(keep, sizes, max(1, sizes["T"]), step)
     first, end = _longest(states & boxes.LIVE == 0)
     return int(first[0]) * step, int(end[0]) * step
