@@ -162,17 +162,21 @@ _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64
 
 
 # -- implementations ----------------------------------------------------------------------------
-def _attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
+def checked(query, key, value, captures, sizes, seed, spec, summary=None) -> Call:
     call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
     check(call)
+    return call
+
+
+def _attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
+    call = checked(query, key, value, captures, sizes, seed, spec, summary)
     return choose(tier, call).forward(call)
 
 
 def _attention_backward(
     grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, tier, summary=None, grad_logsumexp=None
 ):
-    call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
-    check(call)
+    call = checked(query, key, value, captures, sizes, seed, spec, summary)
     require(grad_out.shape == out.shape, f"grad_out has shape {tuple(grad_out.shape)}, but out has {tuple(out.shape)}")
     if grad_logsumexp is not None:
         require(call.spec.normaliser == "softmax", "grad_logsumexp is given, but the spec has no softmax")
@@ -182,9 +186,7 @@ def _attention_backward(
 
 
 def _fake_attention(query, key, value, captures, sizes, seed, spec, tier, summary=None):
-    call = Call(from_json(spec), query, key, value, captures, sizes, seed, summary)
-    check(call)
-    return call.outputs()
+    return checked(query, key, value, captures, sizes, seed, spec, summary).outputs()
 
 
 def _fake_attention_backward(grad_out, query, key, value, out, logsumexp, captures, sizes, seed, spec, *_):

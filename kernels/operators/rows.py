@@ -40,15 +40,15 @@ def _fake_rows_backward(grads, inputs, sizes, seed, program):
 
 def _setup(ctx, inputs, output):
     tensors, sizes, seed, program = inputs
-    ctx.save_for_backward(*([] if seed is None else [seed]), *tensors)
-    ctx.sizes, ctx.random, ctx.program = sizes, seed is not None, program
+    ctx.save_for_backward(seed, *tensors)
+    ctx.sizes, ctx.program = sizes, program
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(o for o in output if not o.is_floating_point()))
 
 
 def _differentiate(ctx, grads):
-    seed, inputs = (ctx.saved_tensors[0], ctx.saved_tensors[1:]) if ctx.random else (None, ctx.saved_tensors)
-    found = iter(torch.ops.attnfx.attention_rows_backward(list(grads), list(inputs), ctx.sizes, seed, ctx.program))
+    seed, *inputs = ctx.saved_tensors
+    found = iter(torch.ops.attnfx.attention_rows_backward(list(grads), inputs, ctx.sizes, seed, ctx.program))
     of_inputs = [next(found) if g else None for g in from_json(ctx.program).grads]
     # register_autograd treats an empty list as a list of tensors, and any other list of integers as one leaf
     return of_inputs, [] if not ctx.sizes else None, None, None

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import register_flop_formula
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.chunked import weights
-from attnfx.kernels.operators.attention import check, register, require, twice
+from attnfx.kernels.operators.attention import checked, register, require, twice
 from attnfx.spec import from_json
 
 _SHARED = "Tensor query, Tensor key, Tensor logsumexp, Tensor[] captures, SymInt[] sizes, Tensor? seed, str spec"
@@ -25,8 +25,7 @@ _MAX_BACKWARD = (
 
 
 def _call(query, key, logsumexp, captures, sizes, seed, spec, keep="") -> Call:
-    call = Call(from_json(spec), query, key, key, captures, sizes, seed)
-    check(call)
+    call = checked(query, key, key, captures, sizes, seed, spec)
     in_order = "".join(a for a in weights.AXES if a in keep)
     require(keep == in_order, f"keep is {keep!r}, expected letters of {weights.AXES!r} in that order")
     require(
@@ -46,8 +45,7 @@ def _weights_backward(grad_out, query, key, logsumexp, *rest):
         list(grad_out.shape) == weights.shape_of(call, rest[-1]),
         f"grad_out has shape {tuple(grad_out.shape)}, expected {tuple(weights.shape_of(call, rest[-1]))}",
     )
-    query, key, captures = weights.backward(call, grad_out, logsumexp, rest[-1])
-    return query, key, captures
+    return weights.backward(call, grad_out, logsumexp, rest[-1])
 
 
 def _fake_weights(query, key, logsumexp, *rest):
@@ -63,17 +61,21 @@ def _fake_weights_backward(grad_out, query, key, logsumexp, *rest):
 
 
 def _setup(ctx, inputs, output):
-    query, key, logsumexp, captures, sizes, seed, spec, keep = inputs
-    ctx.save_for_backward(query, key, logsumexp, *([] if seed is None else [seed]), *captures)
-    ctx.sizes, ctx.random, ctx.spec, ctx.keep = sizes, seed is not None, spec, keep
+    query, key, logsumexp, captures, sizes, seed, spec, axes = inputs
+    index = output[1] if isinstance(output, tuple) else None  # of the largest weights
+    ctx.save_for_backward(query, key, logsumexp, seed, index, *captures)
+    ctx.sizes, ctx.spec, ctx.axes = sizes, spec, axes
+    if index is not None:
+        ctx.mark_non_differentiable(index)
 
 
-def _differentiate(ctx, grad_out):
-    query, key, logsumexp, *rest = ctx.saved_tensors
-    seed, captures = (rest[0], rest[1:]) if ctx.random else (None, rest)
-    of_query, of_key, found = torch.ops.attnfx.attention_weights_backward(
-        grad_out, query, key, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.keep
-    )
+def _differentiate(ctx, grad_out, *_):
+    query, key, logsumexp, seed, index, *captures = ctx.saved_tensors
+    operands = query, key, logsumexp, captures, ctx.sizes, seed, ctx.spec, ctx.axes
+    if index is None:
+        of_query, of_key, found = torch.ops.attnfx.attention_weights_backward(grad_out, *operands)
+    else:
+        of_query, of_key, found = torch.ops.attnfx.attention_weights_max_backward(grad_out, index, *operands)
     given = iter(found)
     of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
     # the gradient does not flow through logsumexp: the weights are differentiated from the scores
@@ -128,26 +130,9 @@ def _fake_max_backward(grad_out, index, *operands):
     return _fake_weights_backward(grad_out, *operands[:-1])
 
 
-def _setup_max(ctx, inputs, output):
-    query, key, logsumexp, captures, sizes, _, spec, over = inputs
-    ctx.save_for_backward(query, key, logsumexp, output[1], *captures)
-    ctx.sizes, ctx.spec, ctx.over = sizes, spec, over
-    ctx.mark_non_differentiable(output[1])
-
-
-def _differentiate_max(ctx, grad_out, _):
-    query, key, logsumexp, index, *captures = ctx.saved_tensors
-    of_query, of_key, found = torch.ops.attnfx.attention_weights_max_backward(
-        grad_out, index, query, key, logsumexp, captures, ctx.sizes, None, ctx.spec, ctx.over
-    )
-    given = iter(found)
-    of_captures = [next(given) if c.grad else None for c in from_json(ctx.spec).captures]
-    return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
-
-
 register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2, capturable=False)
 register(_BACKWARD, _weights_backward, _fake_weights_backward, twice, capturable=False)
-register(_MAX, _max, _fake_max, _differentiate_max, _setup_max, autocast=2, capturable=False)
+register(_MAX, _max, _fake_max, _differentiate, _setup, autocast=2, capturable=False)
 register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice, capturable=False)
 register_flop_formula(torch.ops.attnfx.attention_weights)(_flops)
 register_flop_formula(torch.ops.attnfx.attention_weights_backward)(_flops_backward)

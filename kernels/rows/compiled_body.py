@@ -163,28 +163,22 @@ def like(tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     return tuple((x.shape, x.stride(), x.dtype, x.device) for x in tensors)
 
 
-def forward(
-    program: str, sizes: Sequence[int], evaluate: Evaluate, place: Place, inputs: Sequence[Tensor], trial: Trial
-) -> Body | None:
-    """Return the body that computes the results of a chunk. `sizes` are the program's."""
-    key = (tuple(sizes), place.rows, place.columns, like(inputs))
-    return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, None, ()), trial)
-
-
-def backward(
+def body_of(
     program: str,
     sizes: Sequence[int],
     evaluate: Evaluate,
     place: Place,
     inputs: Sequence[Tensor],
-    wanted: Sequence[int],
+    wanted: Sequence[int] | None,
     grads: Sequence[Tensor | None],
     trial: Trial,
 ) -> Body | None:
-    """Return the body that computes the gradients of the inputs `wanted` from the results' gradients (None: zero)."""
+    """Return the body that computes the results of a chunk. With `wanted`, it computes the gradients of these inputs
+    from the results' gradients (None: zero). `sizes` are the program's."""
+    learning = None if wanted is None else tuple(wanted)
     there = tuple(g is not None for g in grads)
     given = [g for g in grads if g is not None]
-    key = (tuple(sizes), place.rows, place.columns, like(inputs), tuple(wanted), there, like(given))
+    key = (tuple(sizes), place.rows, place.columns, like(inputs), learning, there, like(given))
     return BODIES.get((program, key), lambda: _compiled(evaluate, place, inputs, wanted, grads), trial)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -82,50 +83,33 @@ class Runner:
             if heap is not None:
                 heap.trim()
 
-    def forward(self, chunk: Chunk) -> Sequence[Tensor | None]:
-        """Compute the chunk's rows of each result."""
+    def compute(
+        self, chunk: Chunk, wanted: list[int] | None = None, grads: Sequence[Tensor | None] = ()
+    ) -> Sequence[Tensor | None]:
+        """Compute the chunk's rows of each result. With `wanted`, compute the gradients of these inputs of the chunk
+        from the whole results' gradients. A gradient is None if no result with a gradient depends on that input."""
+        call, place, inputs = self.call, chunk.place, chunk.inputs
+        of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, call.program.results)]
 
         def calls() -> Sequence[Tensor | None]:
-            with torch.no_grad():
-                return self._evaluate(chunk.place, chunk.inputs, _factor(self._draw(chunk)))
-
-        def run(body: Body) -> Sequence[Tensor | None]:
-            return body(chunk.place, chunk.inputs, [], self._draw(chunk))
-
-        if self._has_body(chunk):
-            operands = self._evaluate, chunk.place, chunk.inputs
-            body = bodies.forward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
-            if body is not None:
-                return run(body)
-        return calls()
-
-    def backward(self, chunk: Chunk, wanted: list[int], grads: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        """Compute the gradients of the chunk's inputs `wanted` from the whole results' gradients. A gradient is None if
-        none of the results with a gradient depends on that input."""
-        of_rows = [None if g is None else chunk.of(g, r.row) for g, r in zip(grads, self.call.program.results)]
-
-        def calls() -> Sequence[Tensor | None]:
-            factor = _factor(self._draw(chunk))
+            draw = self._draw(chunk)
+            factor: Factor = lambda x, p: draw(x.shape, x.dtype, p)  # noqa: E731
+            if wanted is None:
+                return evaluate(call, place, inputs, factor)
             with _recorded():
-                return bodies.gradients(lambda x: self._evaluate(chunk.place, x, factor), chunk.inputs, wanted, of_rows)
+                return bodies.gradients(lambda x: evaluate(call, place, x, factor), inputs, wanted, of_rows)
 
         def run(body: Body) -> Sequence[Tensor | None]:
-            with torch.no_grad():
-                return body(chunk.place, chunk.inputs, [g for g in of_rows if g is not None], self._draw(chunk))
+            return body(place, inputs, [g for g in of_rows if g is not None], self._draw(chunk))
 
-        if self._has_body(chunk):
-            operands = self._evaluate, chunk.place, chunk.inputs, wanted, of_rows
-            body = bodies.backward(self.call.text, self.call.sizes, *operands, lambda b: (run(b), calls()))
+        if call.program.compiled and chunk.rows == self.rows:  # for a shorter last chunk, another body costs more
+            body = bodies.body_of(
+                call.text, call.sizes, partial(evaluate, call), place, inputs, wanted, of_rows,
+                lambda b: (run(b), calls()),
+            )  # fmt: skip
             if body is not None:
                 return run(body)
         return calls()
-
-    def _has_body(self, chunk: Chunk) -> bool:
-        """Return whether the chunk runs as a body. A shorter last chunk does not: compiling another costs more."""
-        return self.call.program.compiled and chunk.rows == self.rows
-
-    def _evaluate(self, place: Place, inputs: Sequence[Tensor], factor: Factor) -> list[Tensor]:
-        return evaluate(self.call, place, inputs, factor)
 
     def _draw(self, chunk: Chunk) -> Draw:
         """Return a function that samples dropout factors, the same sequence in the forward and backward passes."""
@@ -142,10 +126,6 @@ class Runner:
             return kept.div_(1.0 - p)
 
         return draw
-
-
-def _factor(draw: Draw) -> Factor:
-    return lambda x, p: draw(x.shape, x.dtype, p)
 
 
 @contextmanager
@@ -171,7 +151,7 @@ def forward(call: RowCall) -> list[Tensor]:
     run, outs = Runner(call), call.outputs()
     with without_autocast(), torch.no_grad():
         for chunk in run.chunks():
-            for out, part, r in zip(outs, run.forward(chunk), call.program.results):
+            for out, part, r in zip(outs, run.compute(chunk), call.program.results):
                 chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
     return outs
 
@@ -182,9 +162,9 @@ def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:
     run, program = Runner(call), call.program
     wanted = [n for n, g in enumerate(program.grads) if g]
     sums: dict[int, Tensor] = {}
-    with without_autocast():
+    with without_autocast(), torch.no_grad():
         for chunk in run.chunks():
-            for n, part in zip(wanted, run.backward(chunk, wanted, grads)):
+            for n, part in zip(wanted, run.compute(chunk, wanted, grads)):
                 if part is None:
                     continue
                 d, c = program.inputs[n], call.columns[n]
