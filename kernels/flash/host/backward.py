@@ -17,7 +17,7 @@ from attnfx.kernels.flash.host.fallback import first_that_runs
 from attnfx.kernels.flash.host.forward import Arguments, padded, tiled
 from attnfx.kernels.flash.host.launch import Launch
 from attnfx.kernels.flash.host.tiles import Tile, backward_tiles
-from attnfx.kernels.flash.host.walks import over_keys, over_rows
+from attnfx.kernels.flash.host.walks import walks_of
 from attnfx.kernels.flash.triton.backward import delta_kernel
 from attnfx.kernels.flash.triton.backward_keys import keys_kernel
 from attnfx.kernels.flash.triton.backward_rows import rows_kernel
@@ -119,13 +119,13 @@ class Backward:
         """Launch the gradients of keys and values; with `leaf`, of a load by key instead, into dk (B, H, S)."""
         tile, sizes = self.tiles[0], self.sizes
         heads = self.call.key.shape[1] if leaf is None else sizes["H"]
-        walks = over_rows(self.call, self.program.keep, tile)
+        walks = walks_of(self.call, self.program.keep, tile, by_row=False)
         return Launch(
             keys_kernel,
             (-(-sizes["S"] // tile.keys), heads, sizes["B"]),
             self._arguments()
             | tiled("q:q grad_out:grad", (self.call.query, self.grad_out), tile.rows, self.target)
-            | dict(dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), **walks.arguments),
+            | dict(dk=dk, dv=dv, dk_strides=dk.stride(), dv_strides=dv.stride(), walks=walks.walks, order=walks.order),
             self._constants(tile, leaf),
             tile,
             walks.before,
@@ -134,13 +134,13 @@ class Backward:
     def rows_launch(self, result: Tensor, leaf: int | None = None) -> Launch:
         """Launch the gradient of the queries; with `leaf`, of a load by row instead, (B, H, T)."""
         tile, sizes = self.tiles[1], self.sizes
-        walks = over_keys(self.call, self.program.keep, tile)
+        walks = walks_of(self.call, self.program.keep, tile, by_row=True)
         return Launch(
             rows_kernel,
             (-(-sizes["T"] // tile.rows), sizes["H"], sizes["B"]),
             self._arguments()
             | tiled("k:k v:v", (self.call.key, self.call.value), tile.keys, self.target)
-            | dict(result=result, result_strides=result.stride(), **walks.arguments),
+            | dict(result=result, result_strides=result.stride(), walks=walks.walks, order=walks.order),
             self._constants(tile, leaf)
             | dict(EXTRAS=self.some.functions["extras"], EXTRAS_COUNT=len(self.program.extras)),
             tile,
@@ -238,7 +238,7 @@ class Backward:
         the result has, from `first`, a multiple of the tile's rows."""
         tile = self._pair_tile()
         sizes, diagonal = self.sizes, leaf.space == "diagonal"
-        walks = over_keys(self.call, self.program.keep, tile, spans=True)
+        walks = walks_of(self.call, self.program.keep, tile, by_row=True, spans=True)
         rows = sizes["T"] if diagonal else result.shape[-2]
         blocks_i, blocks_j = -(-rows // tile.rows), -(-sizes["S"] // tile.keys)
         part = (2 * (first // tile.rows) + 3, 2 * rows + 1)
@@ -253,7 +253,7 @@ class Backward:
                 sizes["H"] if by_head else 1,
                 sizes["B"] if by_batch else 1,
             ),
-            self._arguments() | dict(result=result, part=part, **walks.arguments),
+            self._arguments() | dict(result=result, part=part, walks=walks.walks),
             constants | dict(BY_BATCH=by_batch, BY_HEAD=by_head, DIAGONAL=diagonal),
             tile,
             walks.before,

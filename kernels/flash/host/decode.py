@@ -11,7 +11,7 @@ from attnfx.kernels.flash.host.fallback import first_that_runs
 from attnfx.kernels.flash.host.forward import Arguments, padded, tiled
 from attnfx.kernels.flash.host.launch import Launch
 from attnfx.kernels.flash.host.tiles import Tile, decode_tiles
-from attnfx.kernels.flash.host.walks import Walks, over_splits
+from attnfx.kernels.flash.host.walks import over_splits
 from attnfx.kernels.flash.triton.decode import combine_kernel, decode_kernel
 from attnfx.kernels.gpu import capability
 
@@ -86,7 +86,6 @@ def launches(
     low, high = shared.gap or (0, 0)
     keys = shared.end - shared.first - (high - low)
     splits, chunk = splits_of(max(keys, 1), batch * groups, tile, processors, wanted)
-    listed = Walks(dict(walks=None, order=None)) if shared.listed is None else shared.listed
     constants = some.constants() | dict(BM=tile.rows)
     if natural:
         constants |= dict(SCORE=some.functions["whole"], KEEP=None, SCALE=1.0)
@@ -100,7 +99,7 @@ def launches(
             q=query, acc_out=acc, m_out=m, l_out=total, q_strides=query.stride(), captures=some.captures,
             sizes=some.encoded, seed=call.seed, first=shared.first, end=2 * shared.end + 1, chunk=chunk,
             gap=None if shared.gap is None else (2 * low + 1, 2 * (high - low) + 1),
-            **listed.arguments,
+            walks=shared.listed.walks, order=shared.listed.order,
             **tiled("k:k v:v", (call.key, call.value), tile.keys, target),
         ),
         constants
@@ -108,7 +107,7 @@ def launches(
             BN=tile.keys, NATURAL=natural, EXTRAS=some.functions["extras"], EXTRAS_COUNT=len(some.program.extras),
         ),
         tile,
-        listed.before,
+        shared.listed.before,
     )  # fmt: skip
     combined = Launch(
         combine_kernel,

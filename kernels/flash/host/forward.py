@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from attnfx.kernels.flash.codegen.program import Program, Table, Unsupported, pr
 from attnfx.kernels.flash.host.fallback import first_that_runs
 from attnfx.kernels.flash.host.launch import Launch, descriptor
 from attnfx.kernels.flash.host.tiles import Tile, forward_tiles
-from attnfx.kernels.flash.host.walks import over_keys
+from attnfx.kernels.flash.host.walks import walks_of
 from attnfx.kernels.flash.triton.forward import forward_kernel
 from attnfx.kernels.gpu import capability
 from attnfx.mask import rows_live
@@ -191,31 +191,23 @@ def forward(call: Call, tile: Tile | None = None, chosen: Tile | None = None) ->
     out, logsumexp = call.outputs()
     width = max(padded(query.shape[3]), padded(call.value.shape[3]))
     tiles = [tile] if tile is not None else forward_tiles(query.device, query.dtype, width, chosen, call.spec)
-    run = partial(_run_forward, call, out, logsumexp)
+    run = lambda tile: forward_launch(call, out, logsumexp, tile).run(query.device)  # noqa: E731
     first_that_runs("forward", call, tiles, run, chosen)
     return out, logsumexp
 
 
-def _run_forward(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile) -> None:
-    forward_launch(call, out, logsumexp, tile).run(call.query.device)
-
-
-def forward_launch(
-    call: Call, out: Tensor, logsumexp: Tensor, tile: Tile | None = None, target: int | None = None
-) -> Launch:
+def forward_launch(call: Call, out: Tensor, logsumexp: Tensor, tile: Tile, target: int | None = None) -> Launch:
     """Create the launch of the forward kernel for compute capability `target` (None: the GPU of the operands)."""
     target = capability(call.query.device) if target is None else target
     some, query, key, value = Arguments(call), call.query, call.key, call.value
     constants = some.constants()
-    width = max(padded(query.shape[3]), padded(value.shape[3]))
-    tile = tile or forward_tiles(query.device, query.dtype, width, spec=call.spec)[0]
-    walks = over_keys(call, some.program.keep, tile)
+    walks = walks_of(call, some.program.keep, tile, by_row=True)
     return Launch(
         forward_kernel,
         (-(-some.sizes["T"] // tile.rows), some.sizes["H"], some.sizes["B"]),
         dict(
             q=query, out=out, logsumexp=logsumexp, q_strides=query.stride(), out_strides=out.stride(),
-            captures=some.captures, sizes=some.encoded, seed=call.seed, **walks.arguments,
+            captures=some.captures, sizes=some.encoded, seed=call.seed, walks=walks.walks, order=walks.order,
             **tiled("k:k v:v", (key, value), tile.keys, target),
         ),
         constants

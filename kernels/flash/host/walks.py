@@ -21,25 +21,35 @@ from attnfx.mask import runtime_summary as summary
 class Walks:
     """The walks of a kernel's blocks.
 
-    arguments  the kernel's arguments `walks` and `order`, as `functions.walk` and `functions.tile_at` take them
-    before     launches that must run first
+    walks, order  the kernel's arguments, as `functions.walk` and `functions.tile_at` take them
+    before        launches that must run first
     """
 
-    arguments: Mapping[str, object]
+    walks: tuple[object, ...] | None = None
+    order: tuple[object, ...] | None = None
     before: tuple[Launch, ...] = ()
 
 
-def over_keys(call: Call, keep: Expr | None, tile: Tile, spans: bool = False) -> Walks:
-    """Return the walks of a kernel that owns blocks of rows and visits keys; `keep` is the mask, or None.
+def walks_of(call: Call, keep: Expr | None, tile: Tile, by_row: bool, spans: bool = False) -> Walks:
+    """Return the walks of a kernel that owns blocks of rows and visits keys (`by_row`), or the other way around. `keep`
+    is the mask, or None.
 
     With `spans`, return start and end of the range that contains the live tiles, not lists of them.
     """
-    return _walks(call, keep, tile.rows, tile.keys, True, spans)
-
-
-def over_rows(call: Call, keep: Expr | None, tile: Tile) -> Walks:
-    """Return the walks of a kernel that owns blocks of keys and visits rows."""
-    return _walks(call, keep, tile.keys, tile.rows, False, False)
+    own, step = (tile.rows, tile.keys) if by_row else (tile.keys, tile.rows)
+    found, device = _summary(call), call.query.device
+    along = along_keys if by_row else along_rows
+    if found is not None:
+        path = along(found.fixed, call.sizes, own, step)
+        fixed = dict(fixed=on_device(path, device), table=states_on_device(path, device), span=None)
+        return _listed(call, found, own, step, by_row, spans, fixed)
+    if keep is None:
+        return Walks()
+    path = along(keep, call.sizes, own, step)
+    if path.states is None or spans:
+        return Walks((on_device(path, device), 1, 1))
+    ends, order = lists_on_device(path, device)
+    return Walks((ends, 1, 1), (order, 2 * order.shape[1] + 1))
 
 
 @dataclass(frozen=True)
@@ -48,13 +58,13 @@ class Splits:
 
     first, end  the range of keys that some row may see; first is a multiple of the tile's keys
     gap         the range [first, end) of whole tiles in between that no row sees; None if the mask never has one
-    listed      a list of tiles to divide instead, or None
+    listed      the list of tiles to divide instead, if any
     """
 
     first: int
     end: int
     gap: tuple[int, int] | None = None
-    listed: Walks | None = None
+    listed: Walks = Walks()
 
 
 def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Splits:
@@ -63,8 +73,12 @@ def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Spl
     sizes, found = call.sizes, _summary(call)
     if found is not None:
         per_group = sizes["H"] // call.key.shape[1] if "h" in summary.axes(found.spec) else 1
-        block = -(-sizes["T"] // summary.GRAIN) * summary.GRAIN
-        return Splits(0, sizes["S"], None, _decode_lists(call, found, block, tile.keys, certain, per_group))
+        block = -(-sizes["T"] // summary.GRAIN) * summary.GRAIN  # all rows, and all heads of a group
+        path = along_keys(found.fixed, sizes, block, tile.keys)
+        empty = gap(found.fixed, sizes, tile.keys) or (0, 0)
+        fixed = dict(fixed=None, table=None, span=tuple(2 * n + 1 for n in (*path.walks[0].tolist(), *empty)))
+        listed = _listed(call, found, block, tile.keys, True, False, fixed, certain, per_group)
+        return Splits(0, sizes["S"], None, listed)
     if certain or keep is None:
         return Splits(0, sizes["S"])
     first, end = key_span(keep, sizes)
@@ -81,32 +95,6 @@ def over_splits(call: Call, keep: Expr | None, tile: Tile, certain: bool) -> Spl
 
 def _summary(call: Call) -> summary.Summary | None:
     return None if call.summary is None else summary.of(call.spec)
-
-
-def _walks(call: Call, keep: Expr | None, own: int, step: int, by_row: bool, spans: bool) -> Walks:
-    found, device = _summary(call), call.query.device
-    along = along_keys if by_row else along_rows
-    if found is not None:
-        path = along(found.fixed, call.sizes, own, step)
-        fixed = dict(fixed=on_device(path, device), table=states_on_device(path, device), span=None)
-        return _listed(call, found, own, step, by_row, spans, fixed)
-    if keep is None:
-        return Walks(_arguments(None, spans))
-    path = along(keep, call.sizes, own, step)
-    if path.states is None or spans:
-        return Walks(_arguments((on_device(path, device), 1, 1), spans))
-    ends, order = lists_on_device(path, device)
-    return Walks(dict(walks=(ends, 1, 1), order=(order, 2 * order.shape[1] + 1)))
-
-
-def _decode_lists(
-    call: Call, found: summary.Summary, block: int, step: int, certain: bool, per_group: int
-) -> Walks:  # fmt: skip
-    """Return the list of tiles for the single block that has all rows and all heads of a group."""
-    path = along_keys(found.fixed, call.sizes, block, step)
-    empty = gap(found.fixed, call.sizes, step) or (0, 0)
-    span = tuple(2 * n + 1 for n in (*path.walks[0].tolist(), *empty))
-    return _listed(call, found, block, step, True, False, dict(fixed=None, table=None, span=span), certain, per_group)
 
 
 def _listed(
@@ -140,8 +128,4 @@ def _listed(
     free = summary.axes(found.spec)
     distances = lists * blocks if "b" in free else 0, blocks if "h" in free else 0
     walks = (ends, *(2 * n + 1 for n in distances))
-    return Walks(_arguments(walks, spans) | ({} if spans else dict(order=(order, 2 * count + 1))), (made,))
-
-
-def _arguments(walks: object, spans: bool) -> dict[str, object]:
-    return dict(walks=walks) if spans else dict(walks=walks, order=None)
+    return Walks(walks, None if spans else (order, 2 * count + 1), (made,))

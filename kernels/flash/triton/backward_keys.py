@@ -72,7 +72,7 @@ def keys_kernel(
 ):  # fmt: skip
     """Compute the gradients dk (B, G, S, D) and dv (B, G, S, DV), passed with their strides. Grid (key blocks, G, B).
 
-    walks and order come from `walks.over_rows`, or are None. `dead` is as in `dead_statistics`, or None if every row
+    walks and order come from `walks.walks_of`, or are None. `dead` is as in `dead_statistics`, or None if every row
     has a live key. FACTOR is the constant factor of d score / d dot, and SLOPE the rest, or None.
 
     With LEAF, the number of a load, the grid is (key blocks, H, B), and dk is that load's gradient summed over the

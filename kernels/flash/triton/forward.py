@@ -106,7 +106,7 @@ def forward_kernel(
     """Compute out (B, H, T, DV) and logsumexp (B, H, T) from q (B, H, T, D), k (B, G, S, D) and v (B, G, S, DV).
 
     Grid (row blocks, H, B). Tensors are passed with their strides; logsumexp is contiguous. k and v may be descriptors,
-    with None as strides. walks and order come from `walks.over_keys`, or are None without a mask.
+    with None as strides. walks and order come from `walks.walks_of`, or are None without a mask.
 
     THRESHOLD is dropout's 32-bit threshold, or None; RESCALE is 1 / (1 - dropout). A function that is None is unused.
     """

@@ -60,7 +60,7 @@ def pairs_kernel(
     Without DIAGONAL, result is (B or 1, H or 1, rows, S), for the rows from block x. part is (2 x + 3, 2 rows + 1),
     encoded so that Triton does not specialize on a 1. With DIAGONAL, BM = BN and result is (B or 1, H or 1, 2, L) with
     L = BM * (row blocks + key blocks). The sum over the elements with j - i = n - BM * row blocks is then the sum of
-    result[..., 0, n] and result[..., 1, n]. walks are spans from `walks.over_keys` that skip empty tiles, or None;
+    result[..., 0, n] and result[..., 1, n]. walks are spans from `walks.walks_of` that skip empty tiles, or None;
     `dead` is as in `dead_statistics`, or None.
     """
     size_t, size_s = sizes[2] >> 1, sizes[3] >> 1
