@@ -309,18 +309,29 @@ def backward(
     grad, out = (run.widened(x.to(call.query.dtype), run.query.shape[-1]) for x in (grad, out))
     if grad_logsumexp is not None:
         grad[..., -1], out[..., -1] = 1.0, -grad_logsumexp
-    sums = _Sums(call)
+    like = call.query, call.key, call.value
+    sums: list[Tensor] = []  # the gradients of query, key and value
+    if run.layout.blocks[0][:4] != (0, call.query.shape[2], 0, call.key.shape[2]):
+        compute = torch.promote_types(call.query.dtype, torch.float32)
+        sums = [torch.empty(call.query.shape, dtype=call.query.dtype)]
+        sums += [torch.zeros(x.shape, dtype=compute) for x in like[1:]]
     for r in run.layout.blocks:
-        if r.j0 >= r.j1:
-            sums.rows(slice(r.i0, r.i1), 0.0)
-            continue
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
+        if r.j0 >= r.j1:
+            sums[0][:, :, rows] = 0.0
+            continue
         parts = list(_backward(
             grad[:, :, rows], run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], out[:, :, rows],
             logsumexp[:, :, rows], 0.0, run.layout.causal, attn_mask=run.mask(r), scale=run.scale,
         ))  # fmt: skip
-        sums.add(rows, keys, parts)
-    query, key, value = sums.result()
+        if not sums:  # one call computes everything; each part is freed once copied
+            sums = [parts.pop(0)[..., : x.shape[3]].contiguous() for x in like]
+            break
+        dq, dk, dv = (part[..., : x.shape[3]] for part, x in zip(parts, like))
+        sums[0][:, :, rows] = dq
+        sums[1][:, :, keys] += dk
+        sums[2][:, :, keys] += dv
+    query, key, value = (total.to(x.dtype) for total, x in zip(sums, like))
     if rest is None:
         return query, key, value, []
     more = chunked.Gradients(rest, query, grad_logsumexp)
@@ -328,41 +339,3 @@ def backward(
     for blocks in rest.plan.blocks(which):
         more.add_blocks(blocks, through)
     return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []
-
-
-class _Sums:
-    """The gradients of query, key and value, summed over calls in float32 or float64."""
-
-    def __init__(self, call: Call):
-        self.like = call.query, call.key, call.value
-        self.query: Tensor | None = None
-        self.key: Tensor | None = None
-        self.value: Tensor | None = None
-
-    def add(self, rows: slice, keys: slice, parts: list[Tensor]) -> None:
-        """Add the gradients of one call. Remove them from `parts`, so that each is freed once copied."""
-        query, key, value = self.like
-        dv = parts.pop()[..., : value.shape[3]]
-        if rows == slice(0, query.shape[2]) and keys == slice(0, key.shape[2]):  # one call computed everything
-            self.value = dv.contiguous()
-            del dv
-            self.key = parts.pop()[..., : key.shape[3]].contiguous()
-            self.query = parts.pop()[..., : query.shape[3]].contiguous()
-            return
-        if self.key is None or self.value is None:
-            compute = torch.promote_types(query.dtype, torch.float32)
-            self.key, self.value = torch.zeros(key.shape, dtype=compute), torch.zeros(value.shape, dtype=compute)
-        self.value[:, :, keys] += dv
-        self.key[:, :, keys] += parts.pop()[..., : key.shape[3]]
-        self.rows(rows, parts.pop()[..., : query.shape[3]])
-
-    def rows(self, rows: slice, part: Tensor | float) -> None:
-        """Set the gradient of some queries."""
-        if self.query is None:
-            self.query = torch.empty(self.like[0].shape, dtype=self.like[0].dtype)
-        self.query[:, :, rows] = part
-
-    def result(self) -> tuple[Tensor, Tensor, Tensor]:
-        made = zip((self.query, self.key, self.value), self.like)
-        query, key, value = (torch.zeros(x.shape, dtype=x.dtype) if g is None else g.to(x.dtype) for g, x in made)
-        return query, key, value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -258,31 +259,38 @@ class _Tables:
 
     def __init__(self, slots: int) -> None:
         self.first, self.found = slots, []
-        self.done: dict[Expr, Expr] = {}
         self.moved: dict[Expr, Expr] = {}
 
     def out_of(self, root: Expr) -> Expr:
+        return self._move(root, _computed, lambda e: e.kind in (BOOL, INT) or e.op in ("rsum", "rmax"))
+
+    def by_diagonal(self, root: Expr) -> Expr:
+        """Move lookups that depend on j - i alone, with the arithmetic around them, into tables by diagonal. A score
+        then loads one element, adjacent to its neighbor's. Comparisons of a mask stay in place."""
+
+        def movable(e: Expr) -> bool:
+            return (e.kind != BOOL or e.op == "load") and toeplitz(e) is not None
+
+        return self._move(root, lambda e: e.op == "load" and _looked_up(toeplitz(e)), movable)
+
+    def _move(self, root: Expr, starts: Callable[[Expr], bool], movable: Callable[[Expr], bool]) -> Expr:
+        """Move the largest movable expressions that contain one at which `starts` holds into tables."""
         marked: set[Expr] = set()
         for e in walk(root):
-            if e.op in ("aten", "rsum", "rmax") or any(a in marked for a in e.args):
+            if starts(e) or any(a in marked for a in e.args):
                 marked.add(e)
-        if not marked:
-            return root
-        return self._visit(root, marked)
 
-    def _visit(self, e: Expr, marked: set[Expr]) -> Expr:
-        if e not in marked:
-            return e
-        if e not in self.done:
-            table = self._table(e) if e.kind in (BOOL, INT) or e.op in ("rsum", "rmax") else None
-            if table is None and e.op in ("aten", "rsum", "rmax"):
-                raise Unsupported(f"the kernels cannot tabulate an expression of more than one index: {e}")
-            if table is None:
-                args = tuple(self._visit(a, marked) for a in e.args)
-                self.done[e] = A.make(e.op, e.kind, args, e.value)
-            else:
-                self.done[e] = table
-        return self.done[e]
+        def visit(e: Expr) -> Expr:
+            if e not in marked:
+                return e
+            if e not in self.moved:
+                table = self._table(e) if movable(e) else None
+                if table is None and _computed(e):
+                    raise Unsupported(f"the kernels cannot tabulate an expression of more than one index: {e}")
+                self.moved[e] = table or A.make(e.op, e.kind, tuple(map(visit, e.args)), e.value)
+            return self.moved[e]
+
+        return visit(root)
 
     def _table(self, e: Expr) -> Expr | None:
         if opaque(e):
@@ -294,24 +302,10 @@ class _Tables:
         self.found.append(Table(moved, axes))
         return A.load(self.first + len(self.found) - 1, [_index(n, e) for n in axes], e.kind)
 
-    def by_diagonal(self, root: Expr) -> Expr:
-        """Move lookups that depend on j - i alone, with the arithmetic around them, into tables by diagonal. A score
-        then loads one element, adjacent to its neighbor's. Comparisons of a mask stay in place."""
-        marked: set[Expr] = set()
-        for e in walk(root):
-            if (e.op == "load" and _looked_up(toeplitz(e))) or any(a in marked for a in e.args):
-                marked.add(e)
 
-        def visit(e: Expr) -> Expr:
-            if e not in marked:
-                return e
-            if e not in self.moved:
-                moved = toeplitz(e) if e.kind != BOOL or e.op == "load" else None
-                table = None if moved is None else self._table(e)
-                self.moved[e] = table or A.make(e.op, e.kind, tuple(visit(a) for a in e.args), e.value)
-            return self.moved[e]
-
-        return visit(root)
+def _computed(e: Expr) -> bool:
+    """Return whether ATen operators must compute an expression before the kernel runs."""
+    return e.op in ("aten", "rsum", "rmax")
 
 
 def _looked_up(e: Expr | None) -> bool:
