@@ -49,8 +49,7 @@ def _forward_blocks(run: Run, blocks: list[Block], out: Tensor, logsumexp: Tenso
     spec = run.spec
     shared: dict = {}
     for at in blocks:
-        h0, h1 = run.heads(at)
-        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        where = run.region(at)[:3]
         values = run.evaluator(at, shared)
         if at.j0 == at.j1:
             out[where] = 0
@@ -132,8 +131,7 @@ class Gradients:
 
     def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
         run, spec, program = self.run, self.run.spec, self.run.program
-        h0, h1 = run.heads(at)
-        where = (slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1))
+        where = run.region(at)[:3]
         values = run.evaluator(at, shared)
         query = run.queries(run.query, at)
         score = run.score(at, values, query)

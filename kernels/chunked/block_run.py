@@ -49,10 +49,13 @@ class Run:
     def heads(self, at: Block) -> tuple[int, int]:
         return at.g0 * self.repeat, at.g1 * self.repeat
 
+    def region(self, at: Block) -> tuple[slice, slice, slice, slice]:
+        """Return the block's batches, heads, queries and keys."""
+        return slice(at.b0, at.b1), slice(*self.heads(at)), slice(at.i0, at.i1), slice(at.j0, at.j1)
+
     def queries(self, x: Tensor, at: Block) -> Tensor:
         """Cut (B, H, T, E) to the block's (b * g, r * t, E), in the dtype of the matrix products."""
-        h0, h1 = self.heads(at)
-        part = x[at.b0 : at.b1, h0:h1, at.i0 : at.i1].to(self.factor)
+        part = x[self.region(at)[:3]].to(self.factor)
         return part.reshape((at.b1 - at.b0) * (at.g1 - at.g0), self.repeat * (at.i1 - at.i0), x.shape[-1])
 
     def tile(self, x: Tensor, at: Block) -> Tensor:

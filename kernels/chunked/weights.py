@@ -25,11 +25,6 @@ def shape_of(call: Call, keep: str) -> list[int]:
     return [sizes[a] for a in keep]
 
 
-def _region(run: Run, at: Block) -> tuple[slice, ...]:
-    h0, h1 = run.heads(at)
-    return slice(at.b0, at.b1), slice(h0, h1), slice(at.i0, at.i1), slice(at.j0, at.j1)
-
-
 def _whole(x: Tensor, keep: str) -> Tensor:
     """Return a view with all four axes, of size 1 for the summed ones."""
     for n, a in enumerate(AXES):
@@ -74,7 +69,7 @@ def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
     for at, weight in _blocks(run):
         if (kept := run.drop(at, weight)) is not None:
             weight = weight * kept
-        part = _part(whole, keep, _region(run, at))
+        part = _part(whole, keep, run.region(at))
         part += weight.sum(gone, keepdim=True) if gone else weight
     return out
 
@@ -85,7 +80,7 @@ def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Te
     whole = _whole(grad.to(call.compute), keep)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
-        return _part(whole, keep, _region(run, at)).expand(weight.shape)
+        return _part(whole, keep, run.region(at)).expand(weight.shape)
 
     return _gradients(run, of_weights)
 
@@ -128,7 +123,7 @@ def largest_backward(
 
 def _others(run: Run, at: Block, over: str) -> tuple[tuple[slice, ...], int]:
     """Return the block's region without the axis `over`, and the block's start along it."""
-    region = _region(run, at)
+    region = run.region(at)
     return tuple(r for r, a in zip(region, AXES) if a != over), region[AXES.index(over)].start
 
 

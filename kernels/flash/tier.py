@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
 from attnfx.kernels.flash.host.tiles import Tile
 from attnfx.kernels.gpu import capability
 from attnfx.spec import AttentionSpec
@@ -91,14 +92,14 @@ def forward(call: Call, tile: Tile | None = None, splits: int = 0) -> tuple[Tens
 
     logsumexp is a natural logarithm, and zero without a softmax. `tile` is tried before the table's tiles.
     """
-    from attnfx.kernels.flash.host import blocks
     from attnfx.kernels.flash.host import forward as launch
+    from attnfx.kernels.flash.host.blocks import Run
     from attnfx.kernels.flash.host.fallback import CannotLaunch
 
     try:
         return launch.forward(call, chosen=tile)
     except CannotLaunch:
-        return blocks.forward(call)
+        return chunked.forward(call, Run)
 
 
 def backward(
@@ -107,13 +108,13 @@ def backward(
     """Compute the gradients of query, key, value and the captures with `grad`, each in its tensor's dtype. `out` and
     `logsumexp` may come from either tier's forward pass."""
     from attnfx.kernels.flash.host import backward as gradients
-    from attnfx.kernels.flash.host import blocks
+    from attnfx.kernels.flash.host.blocks import Run
     from attnfx.kernels.flash.host.fallback import CannotLaunch
 
     try:
         return gradients.backward(call, grad_out, out, logsumexp, grad_logsumexp=grad_logsumexp)
     except CannotLaunch:
-        return blocks.backward(call, grad_out, out, logsumexp, grad_logsumexp)
+        return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run)
 
 
 def supports_decode(call: Call) -> str | None:

@@ -135,7 +135,8 @@ def _program(spec: AttentionSpec) -> Program:
         if slope.op == "const" and slope.value:
             whole_slope = A.mul(A.const(1.0 / float(slope.value)), whole_slope)  # type: ignore[arg-type]
     elif spec.normaliser == "none":
-        keep = _live_weight(score, weight)
+        found = live(AttentionSpec(score=score, weight=weight, normaliser="none"))
+        keep = None if found is A.TRUE else found
         whole, lost, drowned, scale, inner = None, None, False, 1.0, score
         factor = substitute(weight, {A.PROB: score})
         if keep is not None:
@@ -150,7 +151,7 @@ def _program(spec: AttentionSpec) -> Program:
         Leaf(x, _space(x), to(s), to(e) if whole is not None else _ZERO, to(w))
         for x, s, e, w in zip(wanted, slopes, whole_slopes, by_weight)
     )
-    made = Program(
+    return Program(
         softmax=spec.normaliser == "softmax",
         scale=scale,
         score=to(inner),
@@ -165,19 +166,6 @@ def _program(spec: AttentionSpec) -> Program:
         tables=tuple(tables.found),
         drowned=drowned,
     )
-    for e in (x for root in made.roots for x in walk(root)):
-        if e.op in ("rsum", "rmax"):
-            raise Unsupported(f"the kernels cannot reduce a captured tensor that depends on more than one index: {e}")
-        if e.op in ("aten", "softmax", "dropout"):
-            raise Unsupported(
-                f"the kernels cannot compute {e.op}, which depends on more than one index, or on the scores: {e}"
-            )
-    return made
-
-
-def _live_weight(score: Expr, weight: Expr) -> Expr | None:
-    found = live(AttentionSpec(score=score, weight=weight, normaliser="none"))
-    return None if found is A.TRUE else found
 
 
 def assume(e: Expr, fact: Expr) -> Expr:

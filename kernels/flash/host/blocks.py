@@ -8,8 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from attnfx.kernels.call import Call
-from attnfx.kernels.chunked import attention as chunked
 from attnfx.kernels.chunked import block_run as chunked_run
 from attnfx.kernels.chunked.blocks import Block
 
@@ -51,15 +49,3 @@ class Run(chunked_run.Run):
         bits = bits.permute(0, 1, 2, 6, 3, 4, 7, 5).flatten(5).flatten(2, 4)
         bits = bits[..., at.i0 - 16 * i0 : at.i1 - 16 * i0, at.j0 - 16 * j0 : at.j1 - 16 * j0]
         return (bits >= round(p * 2**32)).to(like.dtype) / (1.0 - p if p < 1.0 else 1.0)
-
-
-def forward(call: Call) -> tuple[Tensor, Tensor]:
-    """Compute the same as the tier's forward pass."""
-    return chunked.forward(call, Run)
-
-
-def backward(
-    call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-    """Compute the same as the tier's backward pass."""
-    return chunked.backward(call, grad_out, out, logsumexp, grad_logsumexp, Run)

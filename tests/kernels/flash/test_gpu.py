@@ -7,8 +7,9 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked import attention as chunked
 from attnfx.kernels.flash import tier
-from attnfx.kernels.flash.host import blocks
+from attnfx.kernels.flash.host.blocks import Run
 from attnfx.kernels.flash.triton.forward import forward_kernel
 from attnfx.mask import runtime_summary as summary
 from attnfx.spec import AttentionSpec, Capture, I, J
@@ -111,8 +112,8 @@ def test_every_path_draws_the_same_dropout(queries):
     out, logsumexp = tier.forward(call)
     grad = torch.randn_like(out)
     got = [out, *tier.backward(call, grad, out, logsumexp)[:3]]
-    want_out, want_logsumexp = blocks.forward(call)
-    want = [want_out, *blocks.backward(call, grad, want_out, want_logsumexp)[:3]]
+    want_out, want_logsumexp = chunked.forward(call, Run)
+    want = [want_out, *chunked.backward(call, grad, want_out, want_logsumexp, make=Run)[:3]]
     if tier.supports_decode(call) is None:
         got, want = [*got, tier.forward_decode(call)[0]], [*want, want_out]
     assert error([x.double() for x in got], [x.double() for x in want]) <= 4e-3
