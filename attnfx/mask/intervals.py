@@ -103,26 +103,18 @@ class _Term:
 
     def both(self, other: _Term) -> _Term:
         return _Term(
-            _larger(self.low, other.low), _smaller(self.high, other.high),
-            _larger(self.least, other.least), _smaller(self.most, other.most),
+            np.maximum(self.low, other.low), np.minimum(self.high, other.high),
+            np.maximum(self.least, other.least), np.minimum(self.most, other.most),
         )  # fmt: skip
-
-
-def _larger(x: Number, y: Number) -> Number:
-    return max(x, y) if isinstance(x, int) and isinstance(y, int) else np.maximum(x, y)
-
-
-def _smaller(x: Number, y: Number) -> Number:
-    return min(x, y) if isinstance(x, int) and isinstance(y, int) else np.minimum(x, y)
 
 
 def _least(x: Number) -> Number:
     """Return the smallest value of each block."""
-    return x if isinstance(x, int) else np.minimum(x[0], x[-1])
+    return x if np.ndim(x) == 0 else np.minimum(x[0], x[-1])
 
 
 def _most(x: Number) -> Number:
-    return x if isinstance(x, int) else np.maximum(x[0], x[-1])
+    return x if np.ndim(x) == 0 else np.maximum(x[0], x[-1])
 
 
 class _Rows:
@@ -166,7 +158,7 @@ class _Rows:
         return [self.term(0, self.keys)]
 
     def term(self, low: Number, high: Number) -> _Term:
-        low, high = _larger(low, 0), _smaller(high, self.keys)
+        low, high = np.maximum(low, 0), np.minimum(high, self.keys)
         return _Term(low, high, _least(low), _most(high))
 
     def within(self, e: Expr, least: Number | None, most: Number | None) -> _Term:

@@ -66,11 +66,6 @@ def of(spec: AttentionSpec) -> Summary | None:
     return Summary(A.and_(*fixed), blind, tuple(found), tuple(names))  # type: ignore[arg-type]
 
 
-def predicate(spec: AttentionSpec) -> Expr:
-    """Return the mask predicate of `Summary.spec`."""
-    return spec.score.args[0] if spec.score.op == "where" else A.TRUE
-
-
 def added(spec: AttentionSpec) -> Expr | None:
     """Return the expression added to dot in `Summary.spec`, or None."""
     score = spec.score.args[1] if spec.score.op == "where" else spec.score

@@ -157,11 +157,6 @@ UNITS: Mapping[str, str] = {
 }  # fmt: skip
 
 
-def numbers() -> tuple[str, ...]:
-    """Return the names of the numeric fields: each needs a source."""
-    return tuple(f.name for f in fields(Target) if f.name in RANGES)
-
-
 def replaced(target: Target, **changes: Any) -> Target:
     """Return the target with some fields replaced and checked again."""
     return Target(**{f.name: getattr(target, f.name) for f in fields(Target)} | changes)

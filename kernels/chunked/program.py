@@ -73,8 +73,10 @@ def _slopes(root: Expr, leaf: Expr | None, wanted: list[Expr]) -> tuple[tuple[Ex
     return tuple((x, slope) for x, slope in found if x is leaf or slope is not _ZERO)
 
 
-def _has_gradient(spec: AttentionSpec, load: Expr) -> bool:
-    return spec.captures[load.value].grad  # type: ignore[call-overload]
+def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
+    """Return whether an expression loads from a capture that needs a gradient; a table has none."""
+    slot = e.value
+    return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
 
 
 @lru_cache(maxsize=512)
@@ -82,9 +84,9 @@ def program_of(spec: AttentionSpec) -> Program:
     wanted: dict[Expr, None] = {}
     for root in spec.programs:
         for e in walk(root):
-            if e.op == "load" and _has_gradient(spec, e):
+            if has_gradient(spec, e):
                 wanted[e] = None
-            if e.op in ("rsum", "rmax") and any(x.op == "load" and _has_gradient(spec, x) for x in walk(e)):
+            if e.op in ("rsum", "rmax") and any(has_gradient(spec, x) for x in walk(e)):
                 raise ValueError(f"the chunked tier cannot differentiate a reduction of a captured tensor: {e}")
     scale = _scale(spec.score)
     score = _unscaled(spec.score, scale)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from attnfx.kernels.chunked import attention as chunked
 from attnfx.kernels.chunked.block_run import Run
 from attnfx.kernels.evaluate import Axis, Evaluator, toeplitz
 from attnfx.mask import KeyRange, key_ranges, mask_of, rows_live
+from attnfx.mask.affine import numeric
 from attnfx.spec import AttentionSpec, I, J, additive
 
 _forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -134,7 +135,7 @@ def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: in
     form = form_of(spec)
     assert isinstance(form, Form)
     plain = A.sub(I, J)
-    causal = [e for e in form.keep if e.op == "ge0" and _is_zero(A.sub(e.args[0], plain), sizes)]
+    causal = [e for e in form.keep if e.op == "ge0" and numeric(A.sub(e.args[0], plain), sizes) is A.const(0)]
     keep = tuple(e for e in form.keep if e not in causal)
     if not any("i" in e.free for e in (*keep, form.bias)):
         return Layout(bool(causal), True, _mask(keep, form.bias), (KeyRange(0, sizes["T"], 0, sizes["S"], not keep),))
@@ -150,20 +151,6 @@ def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: in
 
 def _mask(keep: tuple[Expr, ...], bias: Expr) -> Expr:
     return A.where(A.and_(*keep), bias, A.const(-math.inf))
-
-
-def _is_zero(e: Expr, sizes: dict[str, int]) -> bool:
-    if any(x.op in ("var", "load") for x in walk(e)):
-        return False
-    return bool(Evaluator((), sizes, {}, torch.float64, torch.device("cpu"))(e) == 0)
-
-
-@lru_cache(maxsize=1024)
-def _surely_live(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> bool:
-    form = form_of(spec)
-    assert isinstance(form, Form)
-    bias_is_finite = not any(e.op == "load" for e in walk(form.bias))
-    return bias_is_finite and (form.fill is None or rows_live(spec, dict(items)))
 
 
 class _Run:
@@ -219,9 +206,14 @@ class _Run:
             self._tiles = {place: mask}  # keep the last one: neighboring blocks share it
         return mask
 
+    @cached_property
+    def surely_live(self) -> bool:
+        bias_is_finite = not any(e.op == "load" for e in walk(self.form.bias))
+        return bias_is_finite and (self.form.fill is None or rows_live(self.spec, self.sizes))
+
     def dead(self, r: KeyRange, mask: Tensor | None) -> Tensor | bool:
         """Mark the rows of a block that, for some batch and head, lack a live key or have NaN in their mask."""
-        if mask is None or _surely_live(self.spec, tuple(self.sizes.items())):
+        if mask is None or self.surely_live:
             return False
         if self.layout.causal:  # row i sees the keys up to i
             best = mask.cummax(-1)[0]

@@ -242,41 +242,50 @@ def _autocast(device: str, key_name: str, operator, tensors: int):
 
 
 # -- operations ---------------------------------------------------------------------------------
-def _flops(query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
-    """Count the FLOPs of both contractions, masked keys included: 2 * B * H * T * S * (D + Dv)."""
-    b, h, t, d = query_shape
-    return 2 * b * h * t * key_shape[2] * (d + value_shape[3])
+def _flops(query: int, by_head_dim: int, by_value_width: int) -> Callable[..., int]:
+    """Return a formula that counts the FLOPs of contractions over D and over Dv, masked keys included. `query` is the
+    position of the query's shape; key and value follow it. One contraction takes 2 * B * H * T * S * D."""
 
+    def formula(*shapes, out_shape=None, **_) -> int:
+        (b, h, t, d), (_, _, s, _), third = shapes[query : query + 3]
+        return 2 * b * h * t * s * (by_head_dim * d + by_value_width * third[-1])
 
-def _flops_backward(grad_shape, query_shape, key_shape, value_shape, *_, out_shape=None, **__) -> int:
-    """Count the FLOPs of five contractions, including one that recomputes the scores."""
-    b, h, t, d = query_shape
-    return 2 * b * h * t * key_shape[2] * (3 * d + 2 * value_shape[3])
+    return formula
 
 
 _library = torch.library.Library("attnfx", "DEF")
 
 
-def register(schema: str, real, fake, derivative, setup=None, autocast: int = 0, capturable: bool = True) -> None:
+def register(
+    schema: str,
+    real,
+    fake,
+    derivative,
+    setup=None,
+    autocast: int = 0,
+    capturable: bool = True,
+    flops: tuple[int, int, int] | None = None,
+) -> None:
     """Define an operator of the `attnfx` namespace. Autocast casts its first `autocast` operands, as it does for a
     matrix product. An operator that is not `capturable` synchronizes with the device, so Inductor leaves it out of CUDA
-    graphs."""
+    graphs. `flops` are the arguments of `_flops`."""
     name = schema[: schema.index("(")]
     tags = (torch.Tag.pt2_compliant_tag,) if capturable else (torch.Tag.pt2_compliant_tag, torch.Tag.cudagraph_unsafe)
     _library.define(schema, tags=tags)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"attnfx::{name}", fake, lib=_library)
     torch.library.register_autograd(f"attnfx::{name}", derivative, setup_context=setup, lib=_library)
+    if flops is not None:
+        register_flop_formula(getattr(torch.ops.attnfx, name))(_flops(*flops))
     for device in ("cpu", "cuda") if autocast else ():
         key_name = f"Autocast{device.upper()}"
         call = getattr(torch.ops.attnfx, name)
         _library.impl(name, _autocast(device, key_name, call, autocast), key_name)
 
 
-register(_FORWARD, _attention, _fake_attention, _differentiate, _setup, autocast=3)
-register(_BACKWARD, _attention_backward, _fake_attention_backward, twice)
-register_flop_formula(torch.ops.attnfx.attention)(_flops)
-register_flop_formula(torch.ops.attnfx.attention_backward)(_flops_backward)
+register(_FORWARD, _attention, _fake_attention, _differentiate, _setup, autocast=3, flops=(0, 1, 1))
+# one more contraction recomputes the scores
+register(_BACKWARD, _attention_backward, _fake_attention_backward, twice, flops=(1, 3, 2))
 
 
 def attention(

@@ -7,7 +7,6 @@ attention's output.
 from __future__ import annotations
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
@@ -82,17 +81,6 @@ def _differentiate(ctx, grad_out, *_):
     return of_query, of_key, None, of_captures, [] if not ctx.sizes else None, None, None, None
 
 
-def _flops(query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Count the FLOPs of the one contraction: 2 * B * H * T * S * D."""
-    b, h, t, d = query_shape
-    return 2 * b * h * t * key_shape[2] * d
-
-
-def _flops_backward(grad_shape, query_shape, key_shape, *_, out_shape=None, **__) -> int:
-    """Count the FLOPs of three contractions, including one that recomputes the scores."""
-    return 3 * _flops(query_shape, key_shape)
-
-
 # -- the largest weight of each row, or of each key -------------------------------------------------
 def _max_call(*given) -> Call:
     call, over = _call(*given[:-1]), given[-1]
@@ -130,13 +118,7 @@ def _fake_max_backward(grad_out, index, *operands):
     return _fake_weights_backward(grad_out, *operands[:-1])
 
 
-register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2, capturable=False)
-register(_BACKWARD, _weights_backward, _fake_weights_backward, twice, capturable=False)
-register(_MAX, _max, _fake_max, _differentiate, _setup, autocast=2, capturable=False)
-register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice, capturable=False)
-register_flop_formula(torch.ops.attnfx.attention_weights)(_flops)
-register_flop_formula(torch.ops.attnfx.attention_weights_backward)(_flops_backward)
-register_flop_formula(torch.ops.attnfx.attention_weights_max)(_flops)
-register_flop_formula(torch.ops.attnfx.attention_weights_max_backward)(
-    lambda grad_shape, index_shape, *rest, out_shape=None, **_: _flops_backward(grad_shape, *rest)
-)
+register(_FORWARD, _weights, _fake_weights, _differentiate, _setup, autocast=2, capturable=False, flops=(0, 1, 0))
+register(_BACKWARD, _weights_backward, _fake_weights_backward, twice, capturable=False, flops=(1, 3, 0))
+register(_MAX, _max, _fake_max, _differentiate, _setup, autocast=2, capturable=False, flops=(0, 1, 0))
+register(_MAX_BACKWARD, _max_backward, _fake_max_backward, twice, capturable=False, flops=(2, 3, 0))

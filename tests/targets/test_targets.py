@@ -10,7 +10,7 @@ import torch
 from attnfx import OptionError, Options, Target
 from attnfx.targets import detect, detection
 from attnfx.targets import measure_cpu as cpu
-from attnfx.targets.target import FOLDER, numbers
+from attnfx.targets.target import FOLDER, RANGES
 
 WANTED = (
     "v100 t4 a10 a100-40gb a100-80gb l4 l40s rtx3090 rtx4090 rtx5090 h100-pcie h100-sxm h200 b200 mi300x"
@@ -26,7 +26,7 @@ def own(**changes):
 @pytest.mark.parametrize("name", Target.names())
 def test_a_record_has_a_source_for_every_number(name):
     target = Target.by_name(name)
-    assert sorted(target.sources) == sorted(numbers())
+    assert sorted(target.sources) == sorted(RANGES)
     assert all(len(text) > 5 for text in target.sources.values())
     assert target.sources["launch"].startswith("estimate: ")
 
@@ -152,7 +152,7 @@ def test_a_cpu_is_measured_once(monkeypatch, tmp_path):
     monkeypatch.setattr(cpu, "measure", lambda name: calls.append(name) or real(name))
     first = detect("cpu")
     assert first.kind == "cpu" and first is detect(torch.device("cpu")) and len(calls) == 1
-    assert sorted(first.sources) == sorted(numbers())
+    assert sorted(first.sources) == sorted(RANGES)
     monkeypatch.setattr(cpu, "_measured", {})  # as in another process
     assert detect("cpu") == first and len(calls) == 1
     (tmp_path / "targets.json").write_text((tmp_path / "targets.json").read_text().replace('"cpu"', '"toaster"'))

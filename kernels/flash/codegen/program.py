@@ -11,6 +11,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import BOOL, INT, Expr, walk
 from attnfx.ir.gradient import gradient
+from attnfx.kernels.chunked.program import has_gradient
 from attnfx.kernels.evaluate import opaque, toeplitz
 from attnfx.mask import live, mask_of
 from attnfx.mask.additive import LOST, addend
@@ -227,12 +228,6 @@ def _has_prob(e: Expr) -> bool:
 
 def _loads(*roots: Expr) -> list[Expr]:
     return list(dict.fromkeys(e for root in roots for e in walk(root) if e.op == "load"))
-
-
-def has_gradient(spec: AttentionSpec, e: Expr) -> bool:
-    """Return whether an expression loads from a capture that needs a gradient."""
-    slot = e.value
-    return e.op == "load" and isinstance(slot, int) and slot < len(spec.captures) and spec.captures[slot].grad
 
 
 def _space(load: Expr) -> str:

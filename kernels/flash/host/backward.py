@@ -11,8 +11,9 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.gradient import gradient
 from attnfx.kernels.call import Call
+from attnfx.kernels.chunked.program import has_gradient
 from attnfx.kernels.evaluate import Axis, Evaluator, block_axes, toeplitz
-from attnfx.kernels.flash.codegen.program import DIAGONAL, LOG2E, Leaf, has_gradient
+from attnfx.kernels.flash.codegen.program import DIAGONAL, LOG2E, Leaf
 from attnfx.kernels.flash.host.fallback import first_that_runs
 from attnfx.kernels.flash.host.forward import Arguments, padded, tiled
 from attnfx.kernels.flash.host.launch import Launch
