@@ -358,9 +358,27 @@ def spills(options: argparse.Namespace) -> None:
 
 
 # -- table --------------------------------------------------------------------------------------
+# More shapes that the cost model may choose if there are few tiles, or if many programs can share a multiprocessor.
+# The table of `tiles.FORWARD` stays the default.
+OTHERS = {
+    (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
+    (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (90, 256): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (80, 64): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 128): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
+    (80, 256): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
+    (100, 64): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
+    (100, 256): (Tile(64, 64, 4, 2),),
+    (tiles.SMALL, 64): (Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)),
+    (tiles.SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
+    (tiles.SMALL, 256): (Tile(32, 32, 4, 2),),
+}
+
+
 def tabled(capability: int, width: int) -> Iterator[tuple[str, Tile, Launch, int]]:
     """Yield (kernel, tile, launch, multiply-adds of one step) for every tile that the cost model may choose."""
-    others = tiles.OTHERS.get((tiles.SMALL if capability in tiles.OF_SMALL else capability, width), ())
+    others = OTHERS.get((tiles.SMALL if capability in tiles.OF_SMALL else capability, width), ())
     tables = {
         "": (tiles.FORWARD, tiles.BACKWARD),
         " loads": (tiles.FORWARD_LOADS, tiles.BACKWARD_LOADS),

@@ -48,22 +48,6 @@ FORWARD = {
     (SMALL, 128): Tile(128, 32, 8, 2),  # probe
     (SMALL, 256): Tile(64, 32, 4, 2),  # probe
 }
-# More shapes that the cost model may choose if there are few tiles, or if many programs can share a multiprocessor.
-# `benchmarks/machine_code.py table` compiles each of them. The table above stays the default.
-OTHERS = {
-    (90, 64): (Tile(64, 64, 4, 3), Tile(128, 128, 8, 2)),
-    (90, 128): (Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (90, 256): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (80, 64): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
-    (80, 128): (Tile(64, 64, 4, 3), Tile(128, 32, 4, 3)),
-    (80, 256): (Tile(128, 32, 8, 2), Tile(32, 32, 4, 2)),
-    (100, 64): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
-    (100, 128): (Tile(64, 64, 4, 2), Tile(128, 128, 8, 2)),
-    (100, 256): (Tile(64, 64, 4, 2),),
-    (SMALL, 64): (Tile(64, 64, 4, 2), Tile(128, 32, 4, 3)),
-    (SMALL, 128): (Tile(64, 32, 4, 2), Tile(64, 64, 4, 2)),
-    (SMALL, 256): (Tile(32, 32, 4, 2),),
-}
 # A load by row and key, or dropout's random bits, need registers in addition to the scores. These tables give a thread
 # fewer scores if the registers would not suffice.
 FORWARD_LOADS = FORWARD | {
