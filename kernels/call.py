@@ -39,7 +39,9 @@ class Call:
 
     def outputs(self) -> tuple[Tensor, Tensor]:
         """Allocate out (B, H, T, Dv) in the spec's dtype and logsumexp (B, H, T) in its compute type."""
-        out = output_like(self.query, self.value.shape[3], self.out_dtype)
+        batch, heads, rows, _ = self.query.shape
+        # stored as (B, T, H, Dv), so that merging the heads needs no copy
+        out = self.query.new_empty((batch, rows, heads, self.value.shape[3]), dtype=self.out_dtype).transpose(1, 2)
         return out, self.query.new_empty(self.query.shape[:3], dtype=self.compute)
 
     @property
@@ -49,9 +51,3 @@ class Call:
     @property
     def out_dtype(self) -> torch.dtype:
         return getattr(torch, self.spec.out_dtype)
-
-
-def output_like(query: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-    """Allocate an output (B, H, T, width) stored as (B, T, H, width), so that merging the heads needs no copy."""
-    batch, heads, rows, _ = query.shape
-    return query.new_empty((batch, rows, heads, width), dtype=dtype).transpose(1, 2)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.kernels.call import Call, output_like
+from attnfx.kernels.call import Call
 from attnfx.kernels.chunked.block_run import Run
 from attnfx.kernels.chunked.blocks import Block
 from attnfx.kernels.evaluate import Evaluator
@@ -30,9 +30,8 @@ _ZERO = A.const(0.0)
 def forward(call: Call, make: Make = Run) -> tuple[Tensor, Tensor]:
     """Compute out (B, H, T, Dv) in the spec's dtype, logsumexp (B, H, T) in its compute type (zeros without a softmax).
     `make` creates the run of the call. Callers override it to change the dropout or to hold fewer scores at once."""
-    out = output_like(call.query, call.value.shape[-1], call.out_dtype)
-    logsumexp = call.query.new_zeros(call.query.shape[:3], dtype=call.compute)
-    forward_rows(make(call), None, out, logsumexp)
+    out, logsumexp = call.outputs()
+    forward_rows(make(call), None, out, logsumexp.zero_())
     return out, logsumexp
 
 
@@ -79,14 +78,18 @@ def backward(
     call: Call, grad_out: Tensor, out: Tensor, logsumexp: Tensor, grad_logsumexp: Tensor | None = None, make: Make = Run
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
     """Compute the gradients of query, key, value and the captures with `grad`, in each tensor's dtype, contiguous."""
-    run = make(call)
-    if call.spec.normaliser == "softmax":
-        run.plan.widen(logsumexp)
+    run = widened(make(call), logsumexp)
     grads = Gradients(run, grad_logsumexp=grad_logsumexp)
     through = ThroughValues(run, grad_out)
-    for blocks in run.plan.blocks():
-        grads.add_blocks(blocks, through)
+    grads.add(through)
     return grads.query, grads.key.to(call.key.dtype), through.value.to(call.value.dtype), grads.of_captures()
+
+
+def widened(run: Run, logsumexp: Tensor) -> Run:
+    """Visit all keys in blocks with a row without a live key, as the forward pass that gave `logsumexp` did."""
+    if run.spec.normaliser == "softmax":
+        run.plan.widen(logsumexp)
+    return run
 
 
 class ThroughValues:
@@ -122,29 +125,24 @@ class Gradients:
     def of_captures(self) -> list[Tensor]:
         return [x.to(self.run.captures[n].dtype) for n, x in self.captures.items()]
 
-    def add_blocks(self, blocks: list[Block], of_weights: Callable[[Block, Tensor], Tensor]) -> None:
-        """Add the blocks of one range of rows. `of_weights(block, weights)` returns the gradient of the weights."""
-        shared: dict = {}
-        for at in blocks:
-            if at.j0 < at.j1:  # a block without keys has a zero gradient
-                self._add(at, shared, of_weights)
+    def add(self, of_weights: Callable[[Block, Tensor], Tensor], which: set[int] | None = None) -> None:
+        """Add the ranges of rows numbered in `which` (None: all). `of_weights(block, weights)` returns the gradient of
+        the weights."""
+        for blocks in self.run.plan.blocks(which):
+            shared: dict = {}
+            for at in blocks:
+                if at.j0 < at.j1:  # a block without keys has a zero gradient
+                    self._add(at, shared, of_weights)
 
     def _add(self, at: Block, shared: dict, of_weights: Callable[[Block, Tensor], Tensor]) -> None:
         run, spec, program = self.run, self.run.spec, self.run.program
         where = run.region(at)[:3]
         values = run.evaluator(at, shared)
         query = run.queries(run.query, at)
-        score = run.score(at, values, query)
-        extra = run.extra(values, (*score.shape[:3], 1))
         # Not exp(score - logsumexp): logsumexp is too coarse for huge scores, and a fill absorbs the log of the sum
-        if spec.normaliser == "softmax":
-            prob, total, m = run.normalise(score, extra)
-            total = run.divisor(total)
-            prob.div_(total)
-        else:
-            prob, total, m = score, score, score
+        prob, total, m, extra = run.probabilities(at, values, query)
         weight = run.weights(values, prob)
-        kept = run.drop(at, score)
+        kept = run.drop(at, prob)
         slope = of_weights(at, weight if kept is None else weight * kept)
         if kept is not None:
             slope = slope * kept

@@ -110,6 +110,17 @@ class Run:
         """Return the softmax's denominator, 1 for a dead row of a safe softmax."""
         return torch.where(total == 0, 1.0, total) if self.spec.safe else total
 
+    def probabilities(self, at: Block, values: Evaluator, query: Tensor) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """Return the normalized scores of the block, then their divisor, the maximum and the extra logits. Without a
+        softmax, return the scores."""
+        score = self.score(at, values, query)
+        if self.spec.normaliser != "softmax":
+            return score, score, score, []
+        extra = self.extra(values, (*score.shape[:3], 1))
+        prob, total, m = self.normalise(score, extra)
+        total = self.divisor(total)
+        return prob.div_(total), total, m, extra
+
     def weights(self, values: Evaluator, prob: Tensor) -> Tensor:
         """Compute the weights before dropout from the probabilities."""
         if self.spec.weight is A.PROB:

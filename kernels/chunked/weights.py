@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfx.kernels.call import Call
-from attnfx.kernels.chunked.attention import Gradients
+from attnfx.kernels.chunked.attention import Gradients, widened
 from attnfx.kernels.chunked.block_run import Run
 from attnfx.kernels.chunked.blocks import Block
 
@@ -38,13 +38,6 @@ def _part(x: Tensor, keep: str, region: tuple[slice, ...]) -> Tensor:
     return x[tuple(r if a in keep else slice(None) for a, r in zip(AXES, region))]
 
 
-def _run(call: Call, logsumexp: Tensor) -> Run:
-    run = Run(call)
-    if call.spec.normaliser == "softmax":
-        run.plan.widen(logsumexp)
-    return run
-
-
 def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
     """Yield each block that has keys, with its weights before dropout."""
     for blocks in run.plan.blocks():
@@ -53,16 +46,13 @@ def _blocks(run: Run) -> Iterator[tuple[Block, Tensor]]:
             if at.j0 == at.j1:
                 continue
             values = run.evaluator(at, shared)
-            prob = run.score(at, values, run.queries(run.query, at))
-            if run.spec.normaliser == "softmax":
-                prob, total, _ = run.normalise(prob, run.extra(values, (*prob.shape[:3], 1)))
-                prob.div_(run.divisor(total))
+            prob, *_ = run.probabilities(at, values, run.queries(run.query, at))
             yield at, run.weights(values, prob)
 
 
 def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
     """Sum the weights over the axes not in `keep`, in the compute type. logsumexp (B, H, T) is the attention's."""
-    run = _run(call, logsumexp)
+    run = widened(Run(call), logsumexp)
     out = torch.zeros(shape_of(call, keep), dtype=call.compute, device=call.query.device)
     whole = _whole(out, keep)
     gone = [n for n, a in enumerate(AXES) if a not in keep]
@@ -76,7 +66,7 @@ def forward(call: Call, logsumexp: Tensor, keep: str) -> Tensor:
 
 def backward(call: Call, grad: Tensor, logsumexp: Tensor, keep: str) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Compute the gradients of query, key and the captures whose `grad` is True."""
-    run = _run(call, logsumexp)
+    run = widened(Run(call), logsumexp)
     whole = _whole(grad.to(call.compute), keep)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
@@ -91,7 +81,7 @@ def largest(call: Call, logsumexp: Tensor, over: str = "j") -> tuple[Tensor, Ten
     With "j", return the largest of each row (B, H, T) and its key; with "i", of each key (B, H, S) and its row. Values
     are in the compute type. Weights must be probabilities without dropout: then a key outside a block's range cannot
     have a larger one."""
-    run, shape = _run(call, logsumexp), shape_of(call, AXES.replace(over, ""))
+    run, shape = widened(Run(call), logsumexp), shape_of(call, AXES.replace(over, ""))
     most = torch.zeros(shape, dtype=call.compute, device=call.query.device)
     place = torch.zeros(shape, dtype=torch.int64, device=call.query.device)
     for at, weight in _blocks(run):
@@ -108,7 +98,7 @@ def largest_backward(
     call: Call, grad: Tensor, index: Tensor, logsumexp: Tensor, over: str = "j"
 ) -> tuple[Tensor, Tensor, list[Tensor]]:
     """Compute the same gradients as `backward` from `grad`, the gradient of the weights at `index`."""
-    run, dim = _run(call, logsumexp), AXES.index(over)
+    run, dim = widened(Run(call), logsumexp), AXES.index(over)
 
     def of_weights(at: Block, weight: Tensor) -> Tensor:
         where, start = _others(run, at, over)
@@ -129,6 +119,5 @@ def _others(run: Run, at: Block, over: str) -> tuple[tuple[slice, ...], int]:
 
 def _gradients(run: Run, of_weights: Callable[[Block, Tensor], Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
     grads = Gradients(run)
-    for blocks in run.plan.blocks():
-        grads.add_blocks(blocks, of_weights)
+    grads.add(of_weights)
     return grads.query, grads.key.to(run.call.key.dtype), grads.of_captures()

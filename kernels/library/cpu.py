@@ -328,6 +328,5 @@ def backward(
         return query, key, value, []
     more = chunked.Gradients(rest, query, grad_logsumexp)
     through = chunked.ThroughValues(rest, grad_out)
-    for blocks in rest.plan.blocks(which):
-        more.add_blocks(blocks, through)
+    more.add(through, which)
     return query, (key + more.key).to(key.dtype), (value + through.value).to(value.dtype), []

@@ -7,6 +7,7 @@ heads, rows and keys for a spec, rows alone for a row program. Each distinct cal
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import prod
 from typing import Any, NamedTuple
@@ -120,18 +121,12 @@ def _exercise_rows(inputs: Sequence[Like], sizes: Sequence[int], seed: Like | No
     if not small and program.random:
         return  # a fake seed cannot be read
 
-    def run() -> None:
+    with nullcontext() if small else FakeTensorMode():
         drawn = None if seed is None else _made(seed, seed.shape, False)
         call = rowcall.prepare(program.to_json(), _views(inputs, shapes), sizes, drawn)
         outs = rows.forward(call)
         if training and any(program.grads):
             rows.backward(call, [torch.ones_like(x) if x.is_floating_point() else None for x in outs])
-
-    if small:
-        run()
-        return
-    with FakeTensorMode():
-        run()
 
 
 def _views(likes: Sequence[Like], shapes: Sequence[Sequence[int]]) -> list[Tensor]:

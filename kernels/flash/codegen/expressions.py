@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from functools import lru_cache
+from functools import lru_cache, reduce
 
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
@@ -148,16 +148,13 @@ class Body:
                 return _INFIX[e.op].join(x)
             case "min" | "max":
                 nan = ", tl.PropagateNan.ALL" if e.kind == FLOAT else ""
-                text = plain[0]
-                for a in plain[1:]:
-                    text = f"{_EXTREMES[e.op]}({text}, {a}{nan})"
-                return text
+                return reduce(lambda x, y: f"{_EXTREMES[e.op]}({x}, {y}{nan})", plain)
             case "floordiv" | "mod":
                 sign, name = ("//", "floordiv") if e.op == "floordiv" else ("%", "floormod")
                 safe = poly.nonnegative(poly.bounds(e.args[0])[0]) and poly.nonnegative(poly.bounds(e.args[1])[0])
                 return f"{x[0]} {sign} {x[1]}" if safe else f"f.{name}({', '.join(plain)})"
             case "ge0" | "eq0":
-                return self._compare(e)
+                return f"{x[0]} {'>=' if e.op == 'ge0' else '=='} 0"
             case "not":
                 return f"{x[0]} == 0"
             case "float":
@@ -185,11 +182,6 @@ class Body:
             else:
                 text += (" + " if text else "") + self._at(a)
         return text if len(rest) == len(e.args) else f"f.to_product({self.text[A.DOT]}, {text})"
-
-    def _compare(self, e: Expr) -> str:
-        """Translate x >= 0 or x == 0."""
-        sign = ">=" if e.op == "ge0" else "=="
-        return f"{self._at(e.args[0])} {sign} 0"
 
     def _load(self, e: Expr) -> str:
         slot = e.value

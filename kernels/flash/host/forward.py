@@ -123,7 +123,9 @@ class Arguments:
             self.tensors.append(self.table(table))
         inside = never_outside(call.spec, tuple(self.sizes.items()), tuple(tuple(x.shape) for x in self.tensors))
         self.functions = functions(call.spec, wide_captures(self.tensors), inside)
-        self.captures = tuple((_bytes(x), *x.stride()) for x in self.tensors)
+        self.captures = tuple(
+            (x.view(torch.uint8) if x.dtype == torch.bool else x, *x.stride()) for x in self.tensors
+        )  # fmt: skip
         lengths = [n for x in self.tensors for n in x.shape]
         self.encoded = tuple(2 * n + 1 for n in (*self.sizes.values(), *lengths))
 
@@ -138,12 +140,9 @@ class Arguments:
         values = Evaluator(self.tensors, sizes, axes, torch.float32, self.call.query.device)
         made = values.tensor(table.expr)
         full = made.expand([a.stop for a in axes.values()])
-        if full.dtype == torch.int64 and full.numel() and not self._needs_64(table):
-            full = full.to(torch.int32)
+        if full.dtype == torch.int64 and full.numel() and not any(e.op == "load" for e in walk(table.expr)):
+            full = full.to(torch.int32)  # only a loaded integer may need 64 bits
         return full
-
-    def _needs_64(self, table: Table) -> bool:
-        return any(e.op == "load" for e in walk(table.expr))
 
     def constants(self) -> dict[str, object]:
         """Return the constexpr arguments that all kernels share."""
@@ -165,10 +164,6 @@ class Arguments:
         """Return whether a finite fill or an addend may leave a row without a live key: its masked scores decide it."""
         made = self.program
         return made.whole is not None and (made.drowned or not rows_live(self.spec, self.sizes))
-
-
-def _bytes(x: Tensor) -> Tensor:
-    return x.view(torch.uint8) if x.dtype == torch.bool else x
 
 
 def tiled(names: str, xs: tuple[Tensor, Tensor], rows: int, capability: int) -> dict[str, object]:
