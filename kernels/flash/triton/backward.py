@@ -103,15 +103,14 @@ def tile_gradients(
     BM: tl.constexpr, BN: tl.constexpr, TURNED: tl.constexpr, CHECK: tl.constexpr, SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr, RESCALE: tl.constexpr,
     CORRECT: tl.constexpr, SCORE: tl.constexpr, KEEP: tl.constexpr, WEIGHT: tl.constexpr, SLOPE: tl.constexpr,
-    NATURAL: tl.constexpr,
+    LEAF: tl.constexpr, LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
 ):  # fmt: skip
     """Compute a tile's gradients from dot = q . k and dp = grad_out . v, both (BM, BN), or TURNED (BN, BM).
 
     w     the weights that multiply the values
-    ds    the derivative by the score, times SLOPE, zero if masked (without a softmax: dw times SLOPE)
-    dw    the derivative by the weight before dropout
+    ds    the derivative by the score, times SLOPE, zero if masked (without a softmax: by the weight before dropout,
+          times SLOPE); with LEAF, by that load
     prob  the normalized weight
-    live  whether an element is in bounds and unmasked; meaningless without CHECK
 
     `at` points to the tile's statistics. Unless delta is given, it is loaded from there after the weights are computed;
     earlier, it would occupy registers next to both products. With NATURAL, SCORE and l2 are in natural units.
@@ -161,21 +160,13 @@ def tile_gradients(
         w = tl.where(live, w, 0.0)
     if THRESHOLD is not None:
         w = tl.where(kept, w * RESCALE, 0.0)
-    return w, ds, dw, prob, live
-
-
-@triton.jit
-def leaf_part(
-    ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF: tl.constexpr, CHECK: tl.constexpr,
-    LEAF_SCORES: tl.constexpr, LEAF_WEIGHTS: tl.constexpr, NATURAL: tl.constexpr,
-):  # fmt: skip
-    """Compute the derivative by one load, for each element of a tile."""
-    by_score = LEAF_SCORES(captures, sizes, H, R, C, dot, prob, b, h, i, j)
-    by_weight = LEAF_WEIGHTS(captures, sizes, H, R, C, dot, prob, b, h, i, j)
-    part = ds * by_score[LEAF]
-    if NATURAL:
-        part = tl.where(by_score[LEAF] == 0.0, 0.0, part)
-    part += dw * by_weight[LEAF]
-    if CHECK:
-        part = tl.where(live, part, 0.0)
-    return part
+    if LEAF is not None:
+        by_score = LEAF_SCORES(captures, sizes, H, R, C, dot, prob, b, h, i, j)
+        by_weight = LEAF_WEIGHTS(captures, sizes, H, R, C, dot, prob, b, h, i, j)
+        ds = ds * by_score[LEAF]
+        if NATURAL:
+            ds = tl.where(by_score[LEAF] == 0.0, 0.0, ds)
+        ds += dw * by_weight[LEAF]
+        if CHECK:
+            ds = tl.where(live, ds, 0.0)
+    return w, ds, prob

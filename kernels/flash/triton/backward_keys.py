@@ -4,13 +4,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.triton.functions as f
-from attnfx.kernels.flash.triton.backward import (
-    both_statistics,
-    dead_statistics,
-    leaf_part,
-    row_statistics,
-    tile_gradients,
-)
+from attnfx.kernels.flash.triton.backward import both_statistics, dead_statistics, row_statistics, tile_gradients
 
 
 @triton.jit
@@ -44,18 +38,16 @@ def _keys_step(
     if NATURAL:
         each = f.indices(i0, BM, True)
         _lost, l2_i, c2 = dead_statistics(dead, statistics, each, each, size_t, True)
-    w, ds, dw, prob, live = tile_gradients(
+    w, ds, _prob = tile_gradients(
         dot, dp, l2_i, c2, delta, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, True, CHECK, SCALE,
-        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        THRESHOLD, RESCALE, correction is not None, SCORE, KEEP, WEIGHT, SLOPE, LEAF, LEAF_SCORES, LEAF_WEIGHTS,
         NATURAL,
     )  # fmt: skip
     if LEAF is None:
         dv = f.dot(w.to(do.dtype), do, dv, PRECISION)
         dk = f.dot(ds.to(q_tile.dtype), q_tile, dk, PRECISION)
     else:
-        part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
-                         LEAF_WEIGHTS, NATURAL)  # fmt: skip
-        dk += tl.sum(part, 1)
+        dk += tl.sum(ds, 1)
     return dk, dv
 
 

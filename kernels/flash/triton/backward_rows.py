@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 import attnfx.kernels.flash.triton.functions as f
-from attnfx.kernels.flash.triton.backward import dead_statistics, leaf_part, row_statistics, tile_gradients
+from attnfx.kernels.flash.triton.backward import dead_statistics, row_statistics, tile_gradients
 
 
 @triton.jit
@@ -27,9 +27,9 @@ def rows_step(
     C = COLUMNS(captures, sizes, H, b, h, j)
     dot = f.dot(q_tile, tl.trans(k_tile), None, PRECISION)
     dp = f.dot(do, tl.trans(v_tile), None, PRECISION)
-    _w, ds, dw, prob, live = tile_gradients(
+    _w, ds, prob = tile_gradients(
         dot, dp, l2, c2, None, at, captures, sizes, seed, H, R, C, b, h, i0, i, j0, j, BM, BN, False, CHECK, SCALE,
-        THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE,
+        THRESHOLD, RESCALE, CORRECT and LEAF is not None, SCORE, KEEP, WEIGHT, SLOPE, LEAF, LEAF_SCORES, LEAF_WEIGHTS,
         NATURAL,
     )  # fmt: skip
     if LEAF is None:
@@ -37,9 +37,7 @@ def rows_step(
         if CORRECT:
             sums += tl.sum(prob, 1)
     else:
-        part = leaf_part(ds, dw, prob, live, dot, captures, sizes, H, R, C, b, h, i, j, LEAF, CHECK, LEAF_SCORES,
-                         LEAF_WEIGHTS, NATURAL)  # fmt: skip
-        total += part if PAIRS else tl.sum(part, 1)
+        total += ds if PAIRS else tl.sum(ds, 1)
     return total, sums
 
 

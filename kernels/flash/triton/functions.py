@@ -71,32 +71,27 @@ def tile_at(order, at, n, STEP: tl.constexpr):
 
 
 @triton.jit
-def load_checked(base, rows, dims, stride_row, stride_dim, length, WIDTH: tl.constexpr, PADDED: tl.constexpr,
-                 CHECK: tl.constexpr):  # fmt: skip
-    """Load base[rows, dims], zero outside. Check `dims` if the tile is wider than WIDTH, and `rows` with CHECK."""
-    # an unsigned offset saves the register for its upper half
-    at = base + (rows * stride_row + dims * stride_dim).to(tl.uint32)
-    if CHECK:
-        if WIDTH == PADDED:
-            return tl.load(at, mask=rows < length, other=0.0)
-        return tl.load(at, mask=(rows < length) & (dims < WIDTH), other=0.0)
-    if WIDTH == PADDED:
-        return tl.load(at)
-    return tl.load(at, mask=dims < WIDTH, other=0.0)
-
-
-@triton.jit
 def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr,
               CHECK: tl.constexpr):  # fmt: skip
-    """Load (ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`. Without strides, x is a descriptor
-    with blocks (1, 1, ROWS, PADDED)."""
+    """Load (ROWS, PADDED) of one head of x (B, H, length, WIDTH), from row `first`, zero outside. Check the last dim if
+    the tile is wider than WIDTH, and the rows with CHECK. Without strides, x is a descriptor with blocks (1, 1, ROWS,
+    PADDED)."""
     if strides is None:
         tile = tl.reshape(x.load([b, h, tl.cast(first, tl.int32), 0]), [ROWS, PADDED])
     else:
         base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
         base += tl.cast(first, tl.int64) * strides[2]
         n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
-        tile = load_checked(base, n, d, strides[2], strides[3], length - first, WIDTH, PADDED, CHECK)
+        # an unsigned offset saves the register for its upper half
+        at = base + (n * strides[2] + d * strides[3]).to(tl.uint32)
+        if CHECK and WIDTH == PADDED:
+            tile = tl.load(at, mask=n < length - first, other=0.0)
+        elif CHECK:
+            tile = tl.load(at, mask=(n < length - first) & (d < WIDTH), other=0.0)
+        elif WIDTH == PADDED:
+            tile = tl.load(at)
+        else:
+            tile = tl.load(at, mask=d < WIDTH, other=0.0)
     return tile
 
 
