@@ -113,14 +113,10 @@ def domain(sizes: Mapping[str, int], names: str) -> str:
     return " and ".join(f"0 <= {n} < {sizes[AXES[n]]}" for n in names)
 
 
-def hidden(e: Expr, *shown: str) -> str:
-    """Return the variables to project away: i, j, and b and h if the predicate depends on them, except `shown`."""
-    return "".join(n for n in AXES if n not in shown and (n in e.free or n in "ij"))
-
-
-def either(x: Expr, y: Expr, *shown: str) -> str:
-    """Return `hidden` for two predicates at once."""
-    return "".join(dict.fromkeys(hidden(x, *shown) + hidden(y, *shown)))
+def hidden(free: frozenset[str], *shown: str) -> str:
+    """Return the variables to project away: i, j, and b and h if predicates depend on them, except `shown`. `free` are
+    the predicates' free variables."""
+    return "".join(n for n in AXES if n not in shown and (n in free or n in "ij"))
 
 
 def _formula(e: Expr, over: bool, splits: int) -> Formula:

@@ -40,7 +40,7 @@ def key_ranges(seen: Expr, keep: Expr, sizes: Mapping[str, int], block: int) -> 
     known = by_row(seen, keep, sizes, block)
     if known.exact:
         return tuple(KeyRange(*span, *r) for span, r in zip(spans, zip(*(x.tolist() for x in known.ranges(block)))))
-    hidden = P.either(seen, keep, "j")
+    hidden = P.hidden(seen.free | keep.free, "j")
     within = f"{P.domain(sizes, hidden + 'j')} and {block} t <= i < {block} t + {block}"
     head = f"{{ [t] -> [j] : exists {', '.join(hidden)} : {within} and "
     some = f"{head} ({P.text(seen, True)}) }}"
@@ -136,7 +136,7 @@ def key_span(_: Expr, keep: Expr, sizes: Mapping[str, int]) -> tuple[int, int]:
 @analysis(maxsize=1024)
 def rows_live(_: Expr, keep: Expr, sizes: Mapping[str, int]) -> bool:
     """Return whether every row (b, h, i) provably keeps a live key, so that a fill never decides a row."""
-    names = P.hidden(keep, "j")
+    names = P.hidden(keep.free, "j")
     try:
         with P.solver() as context:
             rows = isl.Set(f"{{ [{', '.join(names)}] : {P.domain(sizes, names)} }}", context)

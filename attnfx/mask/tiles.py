@@ -128,7 +128,7 @@ def _by_sets(
 ) -> tuple[int, int, float, Callable[[int, int], tuple[bool, bool]]]:
     """Return (tiles with a live score, tiles with a dead one, share of live scores, function for one tile), by isl. A
     score that may be live counts as live, one that may be dead as dead."""
-    hidden, may = P.either(seen, keep), P.text(seen, True)
+    hidden, may = P.hidden(seen.free | keep.free), P.text(seen, True)
     is_live, some = _tiles_with(may, hidden, sizes, tile_q, tile_k)
     is_dead, holes = _tiles_with(f"not ({P.text(keep, False)})", hidden, sizes, tile_q, tile_k)
     total = math.prod(sizes[AXES[name]] for name in hidden)

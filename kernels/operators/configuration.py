@@ -47,23 +47,15 @@ def parse(tiers: str) -> tuple[Configuration, ...]:
     for part in tiers.split(","):
         found = _FORM.fullmatch(part)
         if found is None:
-            raise ValueError(
-                f"attnfx.attention: tier {part!r} is not valid; expected a name with an optional tile, such as "
-                "'flash:128x64/8/3'"
-            )
+            raise _invalid(part, "expected a name with an optional tile, such as 'flash:128x64/8/3'")
         name, *numbers = found.groups()
         rows, keys, warps, stages, splits, elements = (int(n or 0) for n in numbers)
         if numbers[5] is not None and (name != "chunked" or not elements):
-            raise ValueError(
-                f"attnfx.attention: tier {part!r} is not valid; only chunked takes a number of scores, above 0"
-            )
+            raise _invalid(part, "only chunked takes a number of scores, above 0")
         if numbers[0] is not None and not all(_power(n) for n in (rows, keys, warps)):
-            raise ValueError(
-                f"attnfx.attention: tier {part!r} is not valid; a tile's rows, keys and warps must be powers of two"
-            )
-        out.append(
-            Configuration(name, None if numbers[0] is None else Tile(rows, keys, warps, stages), splits, elements)
-        )
+            raise _invalid(part, "a tile's rows, keys and warps must be powers of two")
+        tile = None if numbers[0] is None else Tile(rows, keys, warps, stages)
+        out.append(Configuration(name, tile, splits, elements))
     return tuple(out)
 
 
@@ -71,6 +63,10 @@ def of(candidate: Candidate) -> Configuration:
     """Return the configuration that runs a candidate as predicted. Its text differs between a site's candidates."""
     tile = None if candidate.tile is None else Tile(*candidate.tile, candidate.warps, candidate.stages)
     return Configuration(candidate.tier, tile, candidate.splits)
+
+
+def _invalid(part: str, why: str) -> ValueError:
+    return ValueError(f"attnfx.attention: tier {part!r} is not valid; {why}")
 
 
 def _power(n: int) -> bool:
