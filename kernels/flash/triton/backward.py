@@ -32,10 +32,9 @@ def delta_kernel(
     at = (b * size_h + h) * size_t + i
     tl.store(statistics + 2 * at + 1, total, mask=i < size_t)
     lse = tl.load(logsumexp + at, mask=i < size_t, other=0.0)
-    if DEAD is None:
-        scaled = lse * f.LOG2E
-    else:
-        scaled = tl.where(lse <= DEAD, float("inf"), lse * f.LOG2E)
+    scaled = lse * f.LOG2E
+    if DEAD is not None:
+        scaled = tl.where(lse <= DEAD, float("inf"), scaled)
     tl.store(statistics + 2 * at, scaled, mask=i < size_t)
 
 
@@ -44,15 +43,8 @@ def row_number(at, left, BM: tl.constexpr, STEP: tl.constexpr, TURNED: tl.conste
     """Load one value per row, at `at` and a stride of STEP, for BM rows: (BM, 1), or TURNED (1, BM). With CHECK, return
     zero beyond the `left` rows that exist."""
     n = tl.arange(0, BM)
-    if CHECK:
-        x = tl.load(at + STEP * n, mask=n < left, other=0.0)
-    else:
-        x = tl.load(at + STEP * n)
-    if TURNED:
-        x = x[None, :]
-    else:
-        x = x[:, None]
-    return x
+    x = tl.load(at + STEP * n, mask=n < left, other=0.0) if CHECK else tl.load(at + STEP * n)
+    return x[None, :] if TURNED else x[:, None]
 
 
 @triton.jit
@@ -73,10 +65,7 @@ def both_statistics(at, left, BM: tl.constexpr, CHECK: tl.constexpr):
     """Load logsumexp and delta, (1, BM) each, with one load, which takes fewer instructions and more registers."""
     n = tl.arange(0, BM)[:, None]
     at += 2 * n + tl.arange(0, 2)[None, :]
-    if CHECK:
-        both = tl.load(at, mask=n < left, other=0.0)
-    else:
-        both = tl.load(at)
+    both = tl.load(at, mask=n < left, other=0.0) if CHECK else tl.load(at)
     l2, delta = tl.split(both)
     return l2[None, :], delta[None, :]
 
@@ -90,10 +79,7 @@ def dead_statistics(dead, statistics, at, i, size_t, SUMMED: tl.constexpr):
     and head has such rows (B, H), logsumexp (B, H, T), that logarithm (B, H, T))."""
     lost = tl.load(statistics + 2 * at, mask=i < size_t, other=0.0) == float("inf")
     lse = tl.load(dead[1] + at, mask=lost, other=float("inf"))
-    if SUMMED:
-        c2 = tl.load(dead[2] + at, mask=lost, other=0.0)
-    else:
-        c2 = i * 0.0
+    c2 = tl.load(dead[2] + at, mask=lost, other=0.0) if SUMMED else i * 0.0
     return lost, lse, c2
 
 

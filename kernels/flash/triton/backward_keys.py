@@ -82,10 +82,7 @@ def keys_kernel(
     if THRESHOLD is not None:
         seed = tl.load(seed)
     STEP: tl.constexpr = BM if order is None else 1
-    if LEAF is None:
-        dk_acc = tl.zeros([BN, BD], tl.float32)
-    else:
-        dk_acc = tl.zeros([BN], tl.float32)
+    dk_acc = tl.zeros([BN, BD] if LEAF is None else [BN], tl.float32)
     dv_acc = tl.zeros([BN, BDV], tl.float32)
     for r in range(0, PER_GROUP if LEAF is None else 1):
         h = first_h + r
@@ -93,14 +90,8 @@ def keys_kernel(
         C = COLUMNS(captures, sizes, H, b, h, j)
         row = (b.to(tl.int64) * size_h + h) * size_t
         of_head = statistics + 2 * row
-        if correction is None:
-            correction_h = None
-        else:
-            correction_h = correction + row
-        if dead is None:
-            dead_h = None
-        else:
-            dead_h = (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
+        correction_h = None if correction is None else correction + row
+        dead_h = None if dead is None else (dead[0] + b * size_h + h, dead[1] + row, dead[2] + row)
         place, start, full_start, full_end, end = f.walk(walks, b, h, block, size_t, BM)
         inside = j0 + BN <= size_s  # the last block of keys may reach beyond the end: check all its tiles
         full_start, full_end = tl.where(inside, full_start, start), tl.where(inside, full_end, start)

@@ -82,10 +82,7 @@ def rows_kernel(
         seed = tl.load(seed)
     STEP: tl.constexpr = BN if order is None else 1
     place, start, full_start, full_end, end = f.walk(walks, b, h, block, size_s, BN)
-    if LEAF is None:
-        total = tl.zeros([BM, BD], tl.float32)
-    else:
-        total = tl.zeros([BM], tl.float32)
+    total = tl.zeros([BM, BD] if LEAF is None else [BM], tl.float32)
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
         total, sums = rows_step(
@@ -114,10 +111,7 @@ def rows_kernel(
         lost_row = tl.reshape(lost, [BM])
         if tl.max(lost_row.to(tl.int32), 0) > 0:
             # in this loop the weights of all other rows are zero
-            if LEAF is None:
-                total = tl.where(lost, 0.0, total)
-            else:
-                total = tl.where(lost_row, 0.0, total)
+            total = tl.where(lost if LEAF is None else lost_row, 0.0, total)
             parts = tl.zeros([BM], tl.float32)
             for j0 in range(0, size_s, BN):
                 total, parts = rows_step(

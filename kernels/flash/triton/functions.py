@@ -21,11 +21,7 @@ def full(x, BM: tl.constexpr, BN: tl.constexpr):
 def indices(first, N: tl.constexpr, ACROSS: tl.constexpr):
     """Return the indices of N rows or keys of a tile, (N, 1), or with ACROSS (1, N)."""
     n = tl.arange(0, N)
-    if ACROSS:
-        n = n[None, :]
-    else:
-        n = n[:, None]
-    return first + n
+    return first + (n[None, :] if ACROSS else n[:, None])
 
 
 @triton.jit
@@ -37,11 +33,7 @@ def clamped(x, length):
     share an aligned block of 16 bytes with an existing element.
     """
     inside = tl.where(x < length, x, 0)
-    if x.shape[0] == 1:
-        inside = tl.multiple_of(tl.max_contiguous(inside, [1, x.shape[1]]), [1, x.shape[1]])
-    else:
-        inside = tl.multiple_of(tl.max_contiguous(inside, [x.shape[0], 1]), [x.shape[0], 1])
-    return inside
+    return tl.multiple_of(tl.max_contiguous(inside, [x.shape[0], x.shape[1]]), [x.shape[0], x.shape[1]])
 
 
 @triton.jit
@@ -63,10 +55,7 @@ def walk(walks, b, h, block, length, STEP: tl.constexpr):
 def tile_at(order, at, n, STEP: tl.constexpr):
     """Return the first index of the n-th tile of a list. order is (pointer, 2 m + 1 for the length m of a list).
     Without a list, n itself is the index."""
-    if order is None:
-        first = n
-    else:
-        first = tl.load(order[0] + at * (order[1] >> 1) + n)
+    first = n if order is None else tl.load(order[0] + at * (order[1] >> 1) + n)
     return tl.multiple_of(first, STEP)
 
 
