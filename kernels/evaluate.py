@@ -48,6 +48,7 @@ _BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "max": torch.maximum, "lt": torch.lt, "le": torch.le, "eq": torch.eq,
 }  # fmt: skip
 _PLAIN: dict[str, Callable] = {"add": operator.add, "mul": operator.mul, "and": operator.and_, "or": operator.or_}
+_SINGLE: dict[str, Callable] = {"detach": lambda x: x, "ge0": lambda x: x >= 0, "eq0": lambda x: x == 0}
 _INTEGER: dict[str, Callable] = {"floordiv": operator.floordiv, "mod": operator.mod, "min": min, "max": max}
 
 
@@ -154,12 +155,8 @@ class Evaluator:
             return reduce(_PLAIN[e.op], args)
         x = args[0]
         match e.op:
-            case "detach":
-                return x
-            case "ge0":
-                return x >= 0
-            case "eq0":
-                return x == 0
+            case "detach" | "ge0" | "eq0":
+                return _SINGLE[e.op](x)
             case "not":
                 return ~x if isinstance(x, Tensor) else not x
             case "float":

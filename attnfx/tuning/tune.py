@@ -49,8 +49,7 @@ def tune(
     first = Candidate(**{name: getattr(decision, name) for name in Candidate.__dataclass_fields__})
     every = sorted((first, *decision.alternatives), key=lambda c: c.predicted_ms)
     chosen = [c for c in every if c.tier == "kept" or c.tier in options.tiers]
-    kept = [c for c in chosen if c.tier == "kept"]
-    chosen = [*kept, *(c for c in chosen if c.tier != "kept")][:MOST]
+    chosen = sorted(chosen, key=lambda c: c.tier != "kept")[:MOST]
     if len(chosen) < 2:
         return decision
     names = {label(c): c for c in chosen}

@@ -14,17 +14,13 @@ LARGEST_LOST = tl.constexpr(LOST * 1.4426950408889634)  # upper bound of the sco
 @triton.jit
 def exp(x, NATURAL: tl.constexpr):
     """Compute exp of a difference of scores, given in natural units or in units of log 2."""
-    if NATURAL:
-        return tl.exp2(x * f.LOG2E)
-    return tl.exp2(x)
+    return tl.exp2(x * f.LOG2E if NATURAL else x)
 
 
 @triton.jit
 def finite(m, NATURAL: tl.constexpr):
     """Make a maximum safe to subtract: with NATURAL it may be -inf, otherwise LOWEST keeps it finite."""
-    if NATURAL:
-        return tl.where(m == float("-inf"), 0.0, m)
-    return m
+    return tl.where(m == float("-inf"), 0.0, m) if NATURAL else m
 
 
 @triton.jit
@@ -53,9 +49,7 @@ def step(
     The rows i may be any, of any heads h of the group g, if i0 is None."""
     size_s = sizes[3] >> 1
     key = f.indices(j0, BN, True)
-    j = key
-    if CHECK:
-        j = f.clamped(key, size_s)
+    j = f.clamped(key, size_s) if CHECK else key
     k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, CHECK)
     dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)

@@ -25,11 +25,7 @@ def summary_kernel(
     A state is the sum of 1 if some score of the grain is live, 2 if KEEP is false for some, and 4 if each row has a
     live score. If the mask does not depend on the row, BM is 1 and there is one grain of rows; the same holds for keys
     and BN. SCORE with a dot of zero is the addend; SCALE converts it to units of log 2. SCORE and KEEP may be None."""
-    size_t, size_s = 1, 1
-    if BY_ROW:
-        size_t = sizes[2] >> 1
-    if BY_COLUMN:
-        size_s = sizes[3] >> 1
+    size_t, size_s = (sizes[2] >> 1) if BY_ROW else 1, (sizes[3] >> 1) if BY_COLUMN else 1
     place, h, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     across = tl.cdiv(size_s, BN)
     row, key = f.indices(place // across * BM, BM, False), f.indices(place % across * BN, BN, True)
