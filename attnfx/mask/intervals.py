@@ -94,7 +94,7 @@ def _meet(low: np.ndarray, high: np.ndarray) -> bool:
 @dataclass
 class _Term:
     """The interval of a conjunction. [low, high) is the interval of each analyzed row, by (first and last, block).
-    [least, most) contains the keys of all rows of a block. A value that all rows share is an int."""
+    [least, most) contains the keys of all rows of a block. A value that all rows share is a scalar."""
 
     low: Number
     high: Number
@@ -110,11 +110,13 @@ class _Term:
 
 def _least(x: Number) -> Number:
     """Return the smallest value of each block."""
-    return x if np.ndim(x) == 0 else np.minimum(x[0], x[-1])
+    x = np.asarray(x)
+    return np.minimum(x[0], x[-1]) if x.ndim else x
 
 
 def _most(x: Number) -> Number:
-    return x if np.ndim(x) == 0 else np.maximum(x[0], x[-1])
+    x = np.asarray(x)
+    return np.maximum(x[0], x[-1]) if x.ndim else x
 
 
 class _Rows:

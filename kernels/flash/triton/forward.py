@@ -26,7 +26,7 @@ def finite(m, NATURAL: tl.constexpr):
 @triton.jit
 def extra_logits(m_i, l_i, logits, here, COUNT: tl.constexpr, BM: tl.constexpr):
     """Add COUNT logits without a value to the softmax, where `here` holds."""
-    for e in tl.static_range(COUNT):
+    for e in tl.static_range(COUNT):  # type: ignore[misc]
         logit = tl.reshape(f.full(logits[e], BM, 1), [BM])
         if here is not None:
             logit = tl.where(here, logit, float("-inf"))
