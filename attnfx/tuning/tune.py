@@ -12,8 +12,6 @@ import hashlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import torch
 from torch._guards import tracing
@@ -151,12 +149,12 @@ def _runnable(graph: GraphModule, inputs: list[torch.Tensor], options: Options) 
     # the lock that this compilation holds.
     with torch.set_grad_enabled(training), aot.patch(force_non_lazy_backward_lowering=True):
         compiled = compile_graph(graph, inputs, options, capturable=not draws(graph))
-    return partial(_call, compiled, inputs, training)
 
+    def call() -> None:
+        with torch.set_grad_enabled(training):
+            outs = compiled(*inputs)
+            taught = [x for x in outs if isinstance(x, torch.Tensor) and x.requires_grad]
+            if taught:
+                torch.autograd.grad(taught, [x for x in inputs if x.requires_grad], taught, allow_unused=True)
 
-def _call(compiled: Callable[..., Any], inputs: list[torch.Tensor], training: bool) -> None:
-    with torch.set_grad_enabled(training):
-        outs = compiled(*inputs)
-        taught = [x for x in outs if isinstance(x, torch.Tensor) and x.requires_grad]
-        if taught:
-            torch.autograd.grad(taught, [x for x in inputs if x.requires_grad], taught, allow_unused=True)
+    return call

@@ -125,12 +125,8 @@ class Layout:
     blocks: tuple[KeyRange, ...]
 
 
-def _layout(spec: AttentionSpec, sizes: dict[str, int]) -> Layout:
-    return _layout_of(spec, tuple(sizes.items()), ROWS)
-
-
 @lru_cache(maxsize=1024)
-def _layout_of(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: int) -> Layout:
+def _layout(spec: AttentionSpec, items: tuple[tuple[str, int], ...], rows: int) -> Layout:
     sizes = dict(items)
     form = form_of(spec)
     assert isinstance(form, Form)
@@ -162,7 +158,7 @@ class _Run:
         assert isinstance(form, Form)
         self.spec, self.form = call.spec, form
         self.sizes, self.captures = call.sizes, call.captures
-        self.layout = _layout(call.spec, self.sizes)
+        self.layout = _layout(call.spec, tuple(self.sizes.items()), ROWS)
         self._tiles: dict[tuple, Tensor] = {}
         self.compute = call.compute
         one = Axis(0, 1, -2), Axis(0, 1, -1)

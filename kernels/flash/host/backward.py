@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import Expr, walk
+from attnfx.ir.expr import walk
 from attnfx.ir.gradient import gradient
 from attnfx.kernels.call import Call
 from attnfx.kernels.chunked.program import has_gradient
@@ -272,8 +272,5 @@ class Backward:
                 weight = weight / self.correction[..., None].exp2()
             slope = -weight * self.statistics[..., 1:]
             for load, local in zip(wanted, gradient(logit, wanted)):
-                values.add_gradient(load, _times(slope, local, values), captures[load.value])  # type: ignore[index]
-
-
-def _times(slope: Tensor, local: Expr, values: Evaluator) -> Tensor:
-    return slope if local is A.const(1.0) else slope * values.tensor(local)
+                part = slope if local is A.const(1.0) else slope * values.tensor(local)
+                values.add_gradient(load, part, captures[load.value])  # type: ignore[index]
