@@ -53,21 +53,20 @@ def step(
     k_tile = f.load_tile(k, k_strides, b, g, j0, size_s, BN, D, BD, CHECK)
     dot = f.dot(q, tl.trans(k_tile), None, PRECISION)
     C = COLUMNS(captures, sizes, H, b, h, j)
-    live = key < size_s
-    if some is not None:
-        live = some[:, None] & live
     if SCORE is None:  # without a softmax, each weight depends on its own score alone
         p = f.full(WEIGHT(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             p = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), p, 0.0)
         if CHECK:
-            p = tl.where(live, p, 0.0)
+            p = tl.where(key < size_s, p, 0.0)
     else:
         s = f.full(SCORE(captures, sizes, H, R, C, dot, dot, b, h, i, j), BM, BN)
         if KEEP is not None:
             s = tl.where(KEEP(captures, sizes, H, R, C, dot, dot, b, h, i, j), s, float("-inf"))
-        if CHECK:
-            s = tl.where(live, s, float("-inf"))
+        if some is not None:
+            s = tl.where(some[:, None] & (key < size_s), s, float("-inf"))
+        elif CHECK:
+            s = tl.where(key < size_s, s, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(s, 1) * SCALE)
         m_safe = finite(m_new, NATURAL)
         p = exp(s * SCALE - m_safe[:, None], NATURAL)
@@ -106,7 +105,7 @@ def forward_kernel(
     """
     size_h, size_t, size_s = sizes[1] >> 1, sizes[2] >> 1, sizes[3] >> 1
     block, h, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
-    i0, g = block * BM, h // PER_GROUP
+    i0 = block * BM
     m = tl.arange(0, BM)
     i = f.clamped(f.indices(i0, BM, False), size_t)
     q_tile = f.load_tile(q, q_strides, b, h, i0, size_t, BM, D, BD, True)
@@ -124,16 +123,16 @@ def forward_kernel(
     for n in range(full_start, full_end, STEP):
         j0 = f.tile_at(order, place, n, BN)
         acc, m_i, l_i = step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0, None,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, False, False, COLUMNS, SCORE, None, WEIGHT,
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, h // PER_GROUP, i0, i,
+            j0, None, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, False, False, COLUMNS, SCORE, None, WEIGHT,
         )  # fmt: skip
     before = (full_start - start) // STEP
     for n in range(0, before + tl.cdiv(end - full_end, STEP)):
         t = tl.where(n < before, start + n * STEP, full_end + (n - before) * STEP)
         j0 = f.tile_at(order, place, t, BN)
         acc, m_i, l_i = step(
-            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0, None,
-            D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, True, False, COLUMNS, SCORE, KEEP, WEIGHT,
+            acc, m_i, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, h // PER_GROUP, i0, i,
+            j0, None, D, DV, BM, BN, BD, BDV, SCALE, THRESHOLD, PRECISION, True, False, COLUMNS, SCORE, KEEP, WEIGHT,
         )  # fmt: skip
     at = (b.to(tl.int64) * size_h + h) * size_t + i0 + m
     if SCORE is None:
@@ -149,8 +148,9 @@ def forward_kernel(
             l_i, acc = tl.where(dead, 0.0, l_i), tl.where(dead[:, None], 0.0, acc)
             for j0 in range(0, size_s, BN):
                 acc, m_w, l_i = step(
-                    acc, m_w, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h, g, i0, i, j0,
-                    dead, D, DV, BM, BN, BD, BDV, 1.0, THRESHOLD, PRECISION, True, True, COLUMNS, WHOLE, None, WEIGHT,
+                    acc, m_w, l_i, q_tile, k, v, k_strides, v_strides, captures, sizes, seed, H, R, b, h,
+                    h // PER_GROUP, i0, i, j0, dead, D, DV, BM, BN, BD, BDV, 1.0, THRESHOLD, PRECISION, True, True,
+                    COLUMNS, WHOLE, None, WEIGHT,
                 )  # fmt: skip
             lse = m_w + tl.log(l_i)
         else:

@@ -71,12 +71,13 @@ def load_tile(x, strides, b, h, first, length, ROWS: tl.constexpr, WIDTH: tl.con
         base = x + tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1]
         base += tl.cast(first, tl.int64) * strides[2]
         n, d = tl.arange(0, ROWS)[:, None], tl.arange(0, PADDED)[None, :]
+        left = length - first
         # an unsigned offset saves the register for its upper half
         at = base + (n * strides[2] + d * strides[3]).to(tl.uint32)
         if CHECK and WIDTH == PADDED:
-            tile = tl.load(at, mask=n < length - first, other=0.0)
+            tile = tl.load(at, mask=n < left, other=0.0)
         elif CHECK:
-            tile = tl.load(at, mask=(n < length - first) & (d < WIDTH), other=0.0)
+            tile = tl.load(at, mask=(n < left) & (d < WIDTH), other=0.0)
         elif WIDTH == PADDED:
             tile = tl.load(at)
         else:
