@@ -36,6 +36,8 @@ import threading
 from functools import lru_cache
 from weakref import WeakValueDictionary
 
+from attnfx.ir.reach import postorder
+
 BOOL, INT, FLOAT = "b", "i", "f"
 
 FLOAT_UNARY = frozenset(
@@ -107,18 +109,7 @@ def node(op: str, kind: str, args: tuple[Expr, ...] = (), value: object = None) 
 @lru_cache(maxsize=4096)
 def walk(root: Expr) -> tuple[Expr, ...]:
     """Return every distinct node of `root`, itself included, operands before their users."""
-    seen: set[Expr] = set()
-    found: list[Expr] = []
-    stack = [(root, False)]
-    while stack:
-        at, ready = stack.pop()
-        if ready:
-            found.append(at)
-        elif at not in seen:
-            seen.add(at)
-            stack.append((at, True))
-            stack.extend([(a, False) for a in reversed(at.args)])
-    return tuple(found)
+    return tuple(postorder([root], lambda e: e.args))
 
 
 _INFIX = {"add": " + ", "mul": " * ", "and": " and ", "or": " or ", "floordiv": " // ", "mod": " % ",

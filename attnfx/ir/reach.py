@@ -17,3 +17,22 @@ def reach(starts: Iterable[T], following: Callable[[T], Iterable[T]]) -> Iterato
             seen.add(at)
             yield at
             stack.extend(following(at))
+
+
+def postorder(starts: Iterable[T], before: Callable[[T], Iterable[T]]) -> list[T]:
+    """Return the starts and all nodes reachable from them, each once, after the nodes that `before` names for it."""
+    seen: set[T] = set()
+    found: list[T] = []
+    path: list[tuple[T | None, Iterator[T]]] = [(None, iter(starts))]
+    while path:
+        at, rest = path[-1]
+        for x in rest:
+            if x not in seen:
+                seen.add(x)
+                path.append((x, iter(before(x))))
+                break
+        else:
+            path.pop()
+            if at is not None:
+                found.append(at)
+    return found

@@ -22,11 +22,12 @@ def rounded(size: int) -> int:
 
 @dataclass
 class _Block:
-    """A piece of a segment; `before` and `after` are its neighbors."""
+    """A piece of a segment of the pool for small or large blocks; `before` and `after` are its neighbors."""
 
     segment: int
     start: int
     size: int
+    small: bool
     free: bool = False
     before: _Block | None = None
     after: _Block | None = None
@@ -53,25 +54,24 @@ class Cache:
             length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
             self.reserved += length
             self.peak_reserved = max(self.peak_reserved, self.reserved)
-            block = _Block(len(self.heads), 0, length)
+            block = _Block(len(self.heads), 0, length, small)
             self.heads.append(block)
         rest = block.size - size
         if rest >= BLOCK if small else rest > SMALL:  # should_split
-            other = _Block(block.segment, block.start + size, rest, True, block, block.after)
+            other = _Block(block.segment, block.start + size, rest, small, True, block, block.after)
             if block.after is not None:
                 block.after.before = other
             block.after, block.size = other, size
-            self._keep(small, other)
+            self._keep(other)
         self.allocated += block.size
         self.peak = max(self.peak, self.allocated)
         return block
 
     def give(self, block: _Block) -> None:
         self.allocated -= block.size
-        small = self._small(block)
         for other in (block.before, block.after):
             if other is not None and other.free:
-                self.pools[small].remove((other.size, other.segment, other.start, other))
+                self.pools[block.small].remove((other.size, other.segment, other.start, other))
                 first, second = (other, block) if other is block.before else (block, other)
                 first.size += second.size
                 first.after = second.after
@@ -79,21 +79,10 @@ class Cache:
                     second.after.before = first
                 block = first
         block.free = True
-        self._keep(small, block)
+        self._keep(block)
 
-    def _keep(self, small: bool, block: _Block) -> None:
-        insort(self.pools[small], (block.size, block.segment, block.start, block), key=lambda e: e[:3])
-
-    def _small(self, block: _Block) -> bool:
-        first = block
-        while first.before is not None:
-            first = first.before
-        total = 0
-        piece: _Block | None = first
-        while piece is not None:
-            total += piece.size
-            piece = piece.after
-        return total == SMALL_SEGMENT
+    def _keep(self, block: _Block) -> None:
+        insort(self.pools[block.small], (block.size, block.segment, block.start, block), key=lambda e: e[:3])
 
 
 def replay(resident: Iterable[int], events: Iterable[Event]) -> Cache:

@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnfx.ir.reach import postorder, reach
 from attnfx.memory.records import Graph, Op, Result
 
 # torch/_inductor/config.py: realize_reads_threshold, realize_opcount_threshold, realize_acc_reads_threshold (and its
@@ -52,7 +53,6 @@ class Kernel:
     flops: int = 0
     dtype: str = "float32"
     where: str = ""
-    target: str = ""
 
 
 def unfused(graph: Graph) -> list[Kernel]:
@@ -60,8 +60,7 @@ def unfused(graph: Graph) -> list[Kernel]:
     base = graph.bases()
     return [
         Kernel(op.name, tuple(dict.fromkeys(base[r] for r in op.reads)), op.results,
-               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where,
-               target=op.target)
+               tuple(base[c] for c in op.changes), op.workspace, flops=op.flops, dtype=op.dtype, where=op.where)
         for op in graph.ops if op.kind not in ("input", "view")
     ]  # fmt: skip
 
@@ -162,7 +161,6 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
 @dataclass
 class _Group:
     loops: list[_Loop]
-    place: int
     into: set[int] = field(default_factory=set)  # successor groups, which read this group's results
 
     @property
@@ -170,13 +168,9 @@ class _Group:
         return self.loops[0].alone
 
 
-def _domain(op: Op) -> tuple[int, int, bool]:
-    return op.outer, op.inner, op.rows
-
-
 def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
     """Return whether two groups run over the same elements: the same rows, or the same elements one by one."""
-    rows = {_domain(x.op) for g in (a, b) for x in g if x.op.kind == "reduce"}
+    rows = {(x.op.outer, x.op.inner, x.op.rows) for g in (a, b) for x in g if x.op.kind == "reduce"}
     if len(rows) > 1:
         return False
     counts = {x.op.outer for g in (a, b) for x in g if x.op.kind != "reduce"}
@@ -194,7 +188,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     for n, x in enumerate(loops):
         for r in x.reads:
             readers[r].append(n)
-    groups = {n: _Group([x], n) for n, x in enumerate(loops)}
+    groups = {n: _Group([x]) for n, x in enumerate(loops)}
     of = list(range(len(loops)))  # loop -> its group
     for n, x in enumerate(loops):
         for r in x.reads:
@@ -203,15 +197,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
 
     def reaches(start: int, goal: int) -> bool:
         """Return whether a path from one group to another leads through a third."""
-        stack, seen = [g for g in groups[start].into if g != goal], {start}
-        while stack:
-            g = stack.pop()
-            if g == goal:
-                return True
-            if g not in seen:
-                seen.add(g)
-                stack.extend(groups[g].into)
-        return False
+        return goal in reach(groups[start].into - {goal}, lambda g: groups[g].into)
 
     def merge(a: int, b: int) -> None:
         gone, kept = groups.pop(b), groups[a]
@@ -246,7 +232,7 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     mended |= {
         r.name for x in loops if x.op.kind == "scatter" or (x.alone and x.op.target == "cat") for r in x.op.results
     }
-    made = []
+    made = {}
     for g, group in groups.items():
         own = {r.name for x in group.loops for r in x.op.results}
         reads = dict.fromkeys(r for x in group.loops for r in x.reads if r not in own)
@@ -258,14 +244,16 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
         first = group.loops[0].op
         changes = tuple(base[c] for x in group.loops for c in x.op.changes)
         workspace = sum(x.op.workspace for x in group.loops)
-        made.append((g, Kernel(
+        made[first.name] = Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
             {} if group.alone else _over(group.loops, mended), inner,
             first.kind != "kernel" or first.target in OUT, first.kind == "kernel" and first.target not in WHOLE,
             group.alone and first.target == "cat",
-            first.flops, first.dtype, first.where, first.target,
-        )))  # fmt: skip
-    return _sorted(made)
+            first.flops, first.dtype, first.where,
+        )  # fmt: skip
+    by_value = {r.name: k.name for k in made.values() for r in k.writes}
+    order = postorder(made, lambda name: [by_value[r] for r in made[name].reads if r in by_value])
+    return [made[name] for name in order]
 
 
 def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
@@ -273,20 +261,14 @@ def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
     it writes, and the kernel's other loops read it only there and earlier (torch/_inductor/scheduler.py,
     decide_inplace_update)."""
     maker = {r.name: x for x in loops for r in x.op.results}
+    by_name = {x.op.name: x for x in loops}
 
-    def before(loop: _Loop) -> set[str]:
-        seen: set[str] = set()
-        stack = [loop]
-        while stack:
-            for r in stack.pop().reads:
-                if r in maker and maker[r].op.name not in seen:
-                    seen.add(maker[r].op.name)
-                    stack.append(maker[r])
-        return seen
+    def sources(name: str) -> list[str]:
+        return [maker[r].op.name for r in by_name[name].reads if r in maker]
 
     out: dict[str, tuple[str, ...]] = {}
     for loop in loops:
-        earlier = before(loop)
+        earlier = set(reach(sources(loop.op.name), sources))
         free = tuple(
             r for r in loop.reads
             if r not in never
@@ -294,29 +276,3 @@ def _over(loops: list[_Loop], never: set[str]) -> dict[str, tuple[str, ...]]:
         )  # fmt: skip
         out |= {w.name: free for w in loop.op.results}
     return out
-
-
-def _sorted(made: list[tuple[int, Kernel]]) -> list[Kernel]:
-    """Sort the kernels topologically, otherwise in the graph's order."""
-    by_value = {r.name: k for _, k in made for r in k.writes}
-    done: dict[str, Kernel] = {}
-
-    def visit(start: Kernel) -> None:
-        stack = [(start, iter(start.reads))]
-        while stack:
-            kernel, rest = stack[-1]
-            if kernel.name in done:
-                stack.pop()
-                continue
-            for r in rest:
-                source = by_value.get(r)
-                if source is not None and source.name not in done and source is not kernel:
-                    stack.append((source, iter(source.reads)))
-                    break
-            else:
-                done[kernel.name] = kernel
-                stack.pop()
-
-    for _, kernel in sorted(made, key=lambda p: p[0]):
-        visit(kernel)
-    return list(done.values())

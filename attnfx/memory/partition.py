@@ -7,7 +7,7 @@ backward graph, each recomputed operation is right before the first that needs i
 
 from __future__ import annotations
 
-from collections.abc import Collection, Container, Iterable, Mapping
+from collections.abc import Collection, Container, Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -101,27 +101,17 @@ class Joint:
             if name in saved or self.makers[name].kind == "input"
         ]
         first = next((n for n, op in enumerate(body) if self.arriving.intersection(op.reads)), 0)
-        placed: dict[str, Op] = {}
+        placed: list[Op] = []
+        held = set(saved)  # with the results of operations that have run
         for op in body[first:]:
-            for x in self.closure([r.name for r in op.results], _Held(saved, placed, self.makers)):
+            for x in self.closure([r.name for r in op.results], held):
                 if x.kind != "input":
-                    placed[x.name] = x
-        return Graph((*inputs, *placed.values()), outputs)
+                    placed.append(x)
+                    held.update(r.name for r in x.results)
+        return Graph((*inputs, *placed), outputs)
 
     def _result(self, name: str) -> Result:
         return next(r for r in self.makers[name].results if r.name == name)
 
     def _held(self, name: str) -> int:
         return self.size[name] or self.size[self.bases[name]]
-
-
-@dataclass(frozen=True)
-class _Held(Container[str]):
-    """The saved values and the values of operations that have run."""
-
-    saved: frozenset[str]
-    placed: Mapping[str, Op]
-    makers: Mapping[str, Op]
-
-    def __contains__(self, value: object) -> bool:
-        return value in self.saved or self.makers[str(value)].name in self.placed

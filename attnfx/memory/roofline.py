@@ -4,18 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from attnfx.memory.fusion import Kernel
 from attnfx.memory.liveness import Phase
 from attnfx.targets import Target
 
 # Shares of the peak rates that library kernels reach; attnfx/cost/gpu_library.py has such shares for attention.
 PRODUCTS, COPY = 0.6, 0.85
-
-
-def kernel_ms(kernel: Kernel, sizes: Mapping[str, int], target: Target) -> float:
-    """Return the milliseconds of one kernel; `sizes` has the bytes of the values that it may read."""
-    moved = sum(sizes.get(r, 0) for r in kernel.reads) + sum(w.bytes for w in kernel.writes)
-    return roofline_ms(kernel.flops, moved, kernel.dtype, target)
 
 
 def roofline_ms(flops: float, moved: float, dtype: str, target: Target) -> float:
@@ -32,5 +25,6 @@ def step_ms(phases: Iterable[Phase], sizes: Mapping[str, int], target: Target) -
         known |= phase.arrives
         for k in phase.kernels:
             known |= {w.name: w.bytes for w in k.writes}
-            total += kernel_ms(k, known, target)
+            moved = sum(known.get(r, 0) for r in k.reads) + sum(w.bytes for w in k.writes)
+            total += roofline_ms(k.flops, moved, k.dtype, target)
     return total

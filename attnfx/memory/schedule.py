@@ -13,6 +13,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from attnfx.ir.reach import postorder
 from attnfx.memory.fusion import Kernel
 
 
@@ -76,13 +77,9 @@ class Schedule:
     def peak(self) -> int:
         return max(self.alive())
 
-    def readers(self) -> dict[str, int]:
-        """Count the nodes that read each value."""
-        count: dict[str, int] = defaultdict(int)
-        for node in self.nodes:
-            for value in node.reads:
-                count[value] += 1
-        return count
+    def size(self) -> dict[str, int]:
+        """Return the bytes of each value that the graph may free."""
+        return dict(self.given) | {value: size for node in self.nodes for value, size in node.gives.items()}
 
 
 def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str]) -> Schedule:
@@ -138,15 +135,12 @@ def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
 
 def _least(schedule: Schedule) -> list[Node]:
     """Order by memory: the next ready node keeps the peak so far and leaves the least (topological_sort_lpmf)."""
-    nodes, kept = schedule.nodes, schedule.kept
-    left = schedule.readers()
-    size = dict(schedule.given) | {value: b for node in nodes for value, b in node.gives.items()}
+    nodes, kept, size = schedule.nodes, schedule.kept, schedule.size()
     users: dict[str, list[Node]] = defaultdict(list)
     for node in nodes:
         for value in node.reads:
             users[value].append(node)
-    for value in kept:
-        left[value] = left.get(value, 0) + 1
+    left = {value: len(users.get(value, ())) + (value in kept) for value in (*users, *kept)}
     waits = {node: len(node.after) for node in nodes}
     frees = {
         node: sum(size.get(v, 0) for v in node.reads if left[v] == 1)
@@ -197,26 +191,10 @@ def _first_ready(nodes: Sequence[Node]) -> list[Node]:
 
 def _depth_first(schedule: Schedule) -> list[Node]:
     """Order depth first, nodes that allocate and read few bytes first (topological_sort_dfs)."""
-    size = dict(schedule.given) | {value: b for node in schedule.nodes for value, b in node.gives.items()}
+    size = schedule.size()
     weight = {node: node.takes + sum(size.get(v, 0) for v in node.reads) for node in schedule.nodes}
 
     def light(nodes: Iterable[Node]) -> list[Node]:
         return sorted(nodes, key=lambda n: (weight[n], n.index))
 
-    seen: set[Node] = set()
-    out: list[Node] = []
-    for start in light(schedule.nodes):
-        if start in seen:
-            continue
-        seen.add(start)
-        stack = [(start, iter(light(start.after)))]
-        while stack:
-            node, rest = stack[-1]
-            following = next((n for n in rest if n not in seen), None)
-            if following is None:
-                out.append(node)
-                stack.pop()
-            else:
-                seen.add(following)
-                stack.append((following, iter(light(following.after))))
-    return out
+    return postorder(light(schedule.nodes), lambda node: light(node.after))
