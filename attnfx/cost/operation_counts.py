@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
 from attnfx.mask import mask_of
+from attnfx.memory.workspace import scaled_dot
 from attnfx.spec import AttentionSpec
 
 # Instructions and special-function results of one operation on a score; an unlisted operation is one instruction.
@@ -48,7 +48,7 @@ def operations(spec: AttentionSpec) -> Operations:
     only in tiles that it cuts."""
     mask = mask_of(spec.score) if spec.normaliser == "softmax" else None
     tested = set(_of_scores([mask.keep])) if mask is not None else set()
-    rest = [e for e in _of_scores([spec.score, spec.weight]) if e not in tested and not _scales(e)]
+    rest = [e for e in _of_scores([spec.score, spec.weight]) if e not in tested and not scaled_dot(e)]
     if mask is not None:  # the selection between score and fill counts with the mask
         rest = [e for e in rest if not (e.op == "where" and e.args[0] in tested)]
     gone = DROPOUT if spec.random else 0.0
@@ -69,11 +69,6 @@ def _of_scores(roots: Iterable[Expr]) -> list[Expr]:
             if inside:
                 found[e] = None
     return list(found)
-
-
-def _scales(e: Expr) -> bool:
-    """Return whether a node is a constant times the scores, which the exponential's multiply-add absorbs."""
-    return e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const" and e.args[1] is A.DOT
 
 
 def _cost(e: Expr) -> float:

@@ -45,14 +45,13 @@ class Phase:
 
 @dataclass(frozen=True)
 class Event:
-    """An allocation (bytes > 0) or a release (bytes < 0) of a value, at a kernel of a phase.
+    """An allocation (bytes > 0) or a release (bytes < 0) of a value in a phase, at a kernel's module or source line.
 
     If a value takes the memory of another, a release is directly followed by an allocation.
     """
 
     value: str
     bytes: int
-    kernel: str
     phase: str
     where: str = ""
 
@@ -75,12 +74,13 @@ def peak(found: Iterable[Event], start: int = 0) -> int:
 class _Line:
     """A line of a compiled graph's code: `value` is allocated, freed, or takes the memory of `old`.
 
-    at   the place in the compiler's schedule
+    at     the place in the compiler's schedule
+    where  the kernel's module or source line
     """
 
     value: Result
     at: int
-    kernel: Kernel | None
+    where: str = ""
     frees: bool = False
     old: Result | None = None
     void: bool = False
@@ -120,13 +120,13 @@ class _Lines:
         last = {
             v: n for n, (_, k) in enumerate(self.order) for v in (*k.reads, *k.changes, *(w.name for w in k.writes))
         }
-        self.lines += [_Line(self.alive[value], 0, None) for value in phase.arrives]
+        self.lines += [_Line(self.alive[value], 0) for value in phase.arrives]
         for value in [v for v in self.alive if v not in last and v not in phase.kept]:
-            self.lines.append(_Line(self.alive.pop(value), 0, None, frees=True))
-        late: list[tuple[Result, Kernel]] = []
+            self.lines.append(_Line(self.alive.pop(value), 0, frees=True))
+        late: list[tuple[Result, str]] = []
 
         def flush(at: int) -> None:
-            self.lines.extend(_Line(value, at, k, frees=True) for value, k in late)
+            self.lines.extend(_Line(value, at, where, frees=True) for value, where in late)
             late.clear()
 
         before = 0
@@ -145,13 +145,13 @@ class _Lines:
                     if taken not in self.waiting:
                         self.waiting.discard(w.name)
                     w = Result(w.name, old.bytes, w.dtype)
-                self.lines.append(_Line(w, at, k, old=old))
+                self.lines.append(_Line(w, at, k.where, old=old))
                 self.alive[w.name] = w
             if k.workspace:
                 room = Result(f"{WORKSPACE}{k.name}", k.workspace)
-                self.lines += [_Line(room, at, k), _Line(room, at, k, frees=True)]
+                self.lines += [_Line(room, at, k.where), _Line(room, at, k.where, frees=True)]
             dying += [w.name for w in k.writes if last[w.name] == n and w.name not in phase.kept]
-            late += [(self.alive.pop(v), k) for v in dying]
+            late += [(self.alive.pop(v), k.where) for v in dying]
             if not (k.loop and phase.batched):
                 flush(at)
         flush(before)
@@ -187,11 +187,10 @@ class _Lines:
     def events(self) -> list[Event]:
         out: list[Event] = []
         for line in self.lines:
-            name, where = (line.kernel.name, line.kernel.where) if line.kernel else ("", "")
             size = line.value.bytes
             if line.void or not size:
                 continue
             if line.old is not None:
-                out.append(Event(line.old.name, -size, name, self.phase.name, where))
-            out.append(Event(line.value.name, -size if line.frees else size, name, self.phase.name, where))
+                out.append(Event(line.old.name, -size, self.phase.name, line.where))
+            out.append(Event(line.value.name, -size if line.frees else size, self.phase.name, line.where))
         return out

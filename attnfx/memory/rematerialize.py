@@ -154,11 +154,8 @@ class Trades:
         for v in self.needed:
             arc(value(v), "sink", inf)
         _, (_, after) = networkx.minimum_cut(graph, "source", "sink")
-        redone = again | {x[1] for x in after if x[0] == "run"}
-        held = there | {x[1] for x in after if x[0] == "value"}
-        return self._solution(redone, held)
-
-    def _solution(self, again: frozenset[str], there: frozenset[str]) -> Solution:
+        again |= {x[1] for x in after if x[0] == "run"}
+        there |= {x[1] for x in after if x[0] == "value"}
         made = {v for name in again for v in self.values[name]}
         wanted = self.needed | {r for name in again for r in self.reads[name]}
         saved = (there & wanted) - made

@@ -30,13 +30,10 @@ class Part:
 
     def resized(self, other: Callable[[Op], Op]) -> Part:
         """Replace each operation by `other(op)`."""
-        return self._made(lambda graph: Graph(tuple(map(other, graph.ops)), graph.outputs))
+        return self.converted(lambda graph: Graph(tuple(map(other, graph.ops)), graph.outputs))
 
-    def without_copies(self) -> Part:
-        """Remove copies that change nothing."""
-        return self._made(Graph.without_copies)
-
-    def _made(self, of: Callable[[Graph], Graph]) -> Part:
+    def converted(self, of: Callable[[Graph], Graph]) -> Part:
+        """Replace each graph by `of(graph)`."""
         return Part(of(self.forward), None if self.backward is None else of(self.backward), self.outputs)
 
 
@@ -58,7 +55,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
     saved: dict[str, int] = {}
     for n, part in enumerate(parts):
         if inlining:
-            part = part.without_copies()
+            part = part.converted(Graph.without_copies)
         prefix, number = f"{n}.", f" {n}" if len(parts) > 1 else ""
         base = part.forward.bases()
         values = {r.name: r for op in part.forward.ops for r in op.results}

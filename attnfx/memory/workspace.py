@@ -85,7 +85,10 @@ def workspace(use: Use, tier: str) -> int:
         return 0
     tier, _, tile = tier.partition(":")
     if tier == "library":
-        return _library(use) if use.cpu else _fused(use)
+        if use.cpu:
+            return _library(use)
+        shapes = use.query.shape[:3], use.key.shape
+        return fused.workspace(*shapes, use.value.shape[3], use.query.element) if use.grad_out else 0
     if tier in ("flash", "decode"):
         # the backward pass stores row sums of out * grad_out in float32; a split stores partial results in float32
         return 4 * use.rows if use.grad_out else (4 * use.rows * (use.value.shape[3] + 2) if tier == "decode" else 0)
@@ -107,7 +110,7 @@ def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> 
     stack = list(programs)
     while stack:
         e = stack.pop()
-        if _scaled_dot(e):
+        if scaled_dot(e):
             e = A.DOT
         if e in seen or e.op in ("const", "size", "prob"):
             continue
@@ -118,8 +121,8 @@ def held(programs: Iterable[Expr], extents: Mapping[str, int], compute: int) -> 
     return total
 
 
-def _scaled_dot(e: Expr) -> bool:
-    """Return whether an expression is a constant times the dot product: the queries absorb the constant."""
+def scaled_dot(e: Expr) -> bool:
+    """Return whether an expression is a constant times the dot product, which the queries or the exponential absorb."""
     return e.op == "mul" and len(e.args) == 2 and e.args[0].op == "const" and e.args[1] is A.DOT
 
 
@@ -159,10 +162,6 @@ def _layout(use: Use) -> _Layout:
     return _Layout(False, bias, mask, tuple(blocks))
 
 
-def _kernel(use: Use, rows: int, keys: int) -> int:
-    return fused_kernel(rows, keys, use.width, use.query.element, use.grad_out is not None, use.threads)
-
-
 def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool, threads: int) -> int:
     """Return the bytes of the buffers of ATen's fused CPU kernel, for the longest block of each thread. `element` is
     the bytes of an operand's element."""
@@ -190,12 +189,12 @@ def _library(use: Use) -> int:
         extents = {"b": batch, "h": heads, "i": 1 if layout.single else rows, "j": keys}
         program = layout.bias if r.full else layout.mask
         evaluated = held([program], extents, use.compute)
-        shape = program.free & extents.keys() if program.free else set()
+        shape = program.free & extents.keys()
         tile = prod(extents[name] for name in shape) * use.compute if shape else 0
         part = batch * heads * rows * use.width * use.query.element
         sums = batch * heads * rows * use.compute
-        # the kernel copies a tile
-        kernel = (tile if layout.single else 2 * tile) + _kernel(use, rows, keys)
+        kernel = fused_kernel(rows, keys, use.width, use.query.element, use.grad_out is not None, use.threads)
+        kernel += tile if layout.single else 2 * tile  # the kernel copies a tile
         if use.grad_out is None:
             kept = 0 if before == 0 else part + sums  # a block's results live until the next block's exist
             most = max(most, before + evaluated, kept + kernel + part + sums)
@@ -210,13 +209,6 @@ def _library(use: Use) -> int:
             most = max(most, before + evaluated, kernel + part + 2 * key)
             before = tile
     return copies + most
-
-
-def _fused(use: Use) -> int:
-    """Return the workspace of PyTorch's fused operator on a GPU."""
-    if use.grad_out is None:
-        return 0
-    return fused.workspace(use.query.shape[:3], use.key.shape, use.value.shape[3], use.query.element)
 
 
 # -- chunked --------------------------------------------------------------------------------------------------------
