@@ -68,12 +68,9 @@ def copied(graph: Graph) -> Graph:
     return made
 
 
-def partition(joint: GraphModule, arguments: Mapping[str, Any], saved: Iterable[str] = (),
-              again: Iterable[str] = ()) -> tuple[GraphModule, GraphModule]:  # fmt: skip
+def partition(joint: GraphModule, arguments: Mapping[str, Any]) -> tuple[GraphModule, GraphModule]:
     """Return the forward and backward graphs of a copy of `joint`. `arguments` are a partitioner's arguments."""
     made = GraphModule(joint, copied(joint.graph))
     made.meta.update(joint.meta)
-    if again:
-        mark(made, saved, again)
     given = dict(arguments)
     return min_cut_rematerialization_partition(made, given.pop("joint_inputs"), **given)

@@ -10,15 +10,18 @@ import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
+from math import prod
 from typing import Any
 
 import torch
 from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_leaves
 
 from attnfx.memory.records import Graph, Kind, Op, Result
 from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
+from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import number, op_name
 from attnfx.passes.joint.mark_recompute import copied
 from attnfx.spec import from_json
@@ -43,10 +46,11 @@ def tensor_bytes(x: torch.Tensor) -> int:
 
 
 def numel(x: torch.Tensor) -> int:
-    out = 1
-    for n in x.shape:
-        out *= number(n)
-    return out
+    return prod(map(number, x.shape))
+
+
+def strides(x: torch.Tensor) -> list[int]:
+    return [*map(number, x.stride())]
 
 
 def flops(n: Node) -> int:
@@ -90,15 +94,15 @@ def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int
 
 def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
     """Return the model's record of a tensor. `shape` replaces its shape; the order of its dims in memory stays."""
-    sizes, strides = tuple(map(number, x.shape)), list(map(number, x.stride()))
+    sizes, steps = tuple(map(number, x.shape)), strides(x)
     if shape is None:
-        return Operand(sizes, tuple(strides), x.element_size())
+        return Operand(sizes, tuple(steps), x.element_size())
     inner = Fraction(1)  # growth of the strides, caused by the inner dims
-    for d in sorted(range(x.ndim), key=lambda d: (strides[d], -d)):
-        if strides[d]:
-            strides[d] = round(strides[d] * inner)
+    for d in sorted(range(x.ndim), key=lambda d: (steps[d], -d)):
+        if steps[d]:
+            steps[d] = round(steps[d] * inner)
             inner *= Fraction(shape[d], sizes[d] or 1)
-    return Operand(tuple(shape), tuple(strides), x.element_size())
+    return Operand(tuple(shape), tuple(steps), x.element_size())
 
 
 def near_readers(gm: GraphModule) -> GraphModule:
@@ -126,7 +130,7 @@ def lay_out(gm: GraphModule) -> None:
             continue
         args, kwargs = map_arg((n.args, n.kwargs), lambda x: x.meta.get("val"))  # type: ignore[misc]
         new = n.target(*args, **kwargs)
-        if [*map(number, new.stride())] != [*map(number, old.stride())]:
+        if strides(new) != strides(old):
             n.meta["val"] = new
             changed.add(n)
 
@@ -139,7 +143,7 @@ def read(gm: GraphModule, cpu: bool) -> Graph:
     outputs: tuple[str, ...] = ()
     for n in gm.graph.nodes:
         if n.op == "output":
-            outputs = _outputs(n, held)
+            outputs = tuple(x.name for x in tree_leaves(n.args[0]) if isinstance(x, Node) and x.name in held)
             continue
         made = _op(n, held, cpu)
         if made is not None:
@@ -148,29 +152,10 @@ def read(gm: GraphModule, cpu: bool) -> Graph:
     return Graph(tuple(ops), outputs)
 
 
-def _outputs(n: Node, held: set[str]) -> tuple[str, ...]:
-    found: list[str] = []
-
-    def visit(x: Any) -> None:
-        if isinstance(x, Node):
-            if x.name in held:
-                found.append(x.name)
-        elif isinstance(x, (list, tuple)):
-            for y in x:
-                visit(y)
-
-    visit(n.args[0])
-    return tuple(found)
-
-
-def _results(n: Node) -> tuple[Result, ...]:
-    """Return the tensors that an operator returns. One in a list has the name of the node that takes it out."""
-    return tuple(_parts(n, n.name, n.meta.get("val")))
-
-
-def _parts(n: Node | None, name: str, value: Any) -> Iterator[Result]:
+def _results(n: Node | None, name: str, value: Any) -> Iterator[Result]:
+    """Yield the tensors in an operator's value. One in a list has the name of the node that takes it out."""
     if isinstance(value, torch.Tensor):
-        yield _result(name, value)
+        yield Result(name, tensor_bytes(value), str(value.dtype).removeprefix("torch."))
     elif isinstance(value, (list, tuple)):
         takers: dict[Any, Node] = {}
         for user in n.users if n is not None else ():
@@ -178,11 +163,7 @@ def _parts(n: Node | None, name: str, value: Any) -> Iterator[Result]:
                 takers.setdefault(user.args[1], user)
         for i, x in enumerate(value):
             taker = takers.get(i)
-            yield from _parts(taker, f"{name}[{i}]" if taker is None else taker.name, x)
-
-
-def _result(name: str, x: torch.Tensor) -> Result:
-    return Result(name, tensor_bytes(x), str(x.dtype).removeprefix("torch."))
+            yield from _results(taker, f"{name}[{i}]" if taker is None else taker.name, x)
 
 
 def _aside(n: Node, held: set[str]) -> frozenset[str]:
@@ -192,10 +173,8 @@ def _aside(n: Node, held: set[str]) -> frozenset[str]:
     def steps(x: torch.Tensor, shape: Sequence[Any]) -> list[tuple[int, int]]:
         """Return (size, stride) of each dim larger than 1, for `x` broadcast to `shape`, with neighbors merged."""
         out: list[tuple[int, int]] = []
-        strides = [0] * (len(shape) - x.ndim) + [
-            number(s) if number(a) != 1 else 0 for a, s in zip(x.shape, x.stride())
-        ]
-        for size, stride in zip(map(number, shape), strides):
+        along = [0 if number(size) == 1 else stride for size, stride in zip(x.shape, strides(x))]
+        for size, stride in zip(map(number, shape), [0] * (len(shape) - x.ndim) + along):
             if size == 1:
                 continue
             if out and out[-1][1] == size * stride:
@@ -217,7 +196,7 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if n.name in held:  # a list element that its operator's record already names
         return None
     reads = tuple(x.name for x in n.all_input_nodes if x.name in held)
-    results = _results(n)
+    results = tuple(_results(n, n.name, n.meta.get("val")))
     if n.op in ("placeholder", "get_attr"):
         return Op(n.name, "input", (), results) if results else None
     if not results:
@@ -232,7 +211,8 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
     if is_view(n):
         return Op(n.name, "view", reads[:1], tuple(Result(r.name, 0) for r in results), where=where)
     kind = kind_of(n)
-    changes = _changes(n, held)
+    dtype = results[0].dtype
+    changes = tuple(x.name for x in written_operands(n) if x.name in held)
     if changes and all(isinstance(r, Node) for r in n.args[:1]):
         results = tuple(Result(r.name, 0) for r in results)
     name, inner, rows = op_name(n), 1, True
@@ -241,24 +221,18 @@ def _op(n: Node, held: set[str], cpu: bool) -> Op | None:
         if isinstance(first, Node) and not first.all_input_nodes and first.op != "placeholder":
             reads = tuple(r for r in reads if r != first.name)
     value = n.meta["val"]
-    first = value if isinstance(value, torch.Tensor) else next(x for x in value if isinstance(x, torch.Tensor))
-    dtype = str(first.dtype).removeprefix("torch.")
-    outer = numel(first)
     if kind == "scatter":
-        outer = numel(n.all_input_nodes[-1].meta["val"])
+        value = n.all_input_nodes[-1].meta["val"]
+    outer = numel(next(x for x in tree_leaves(value) if isinstance(x, torch.Tensor)))
     if kind == "reduce":
         inner, rows = _reduced(n, outer)
+    # a copy in the layout of its operand
+    same = name == "clone" and strides(value) == strides(n.all_input_nodes[0].meta["val"])
     return Op(
         n.name, kind, reads, results, outer, inner, rows, changes, attention_workspace(n, cpu),
-        _aside(n, held) if kind == "loop" else frozenset(), name == "clone" and _same(n), name in HEAVY, name,
+        _aside(n, held) if kind == "loop" else frozenset(), same, name in HEAVY, name,
         flops(n) if kind == "kernel" else 0, dtype, where,
     )  # fmt: skip
-
-
-def _same(n: Node) -> bool:
-    """Return whether a copy has the layout of its operand."""
-    made, source = n.meta["val"], n.all_input_nodes[0].meta["val"]
-    return [*map(number, made.stride())] == [*map(number, source.stride())]
 
 
 def is_view(n: Node) -> bool:
@@ -277,22 +251,8 @@ def kind_of(n: Node) -> Kind:
         return "scatter"
     if op_name(n) in KERNELS or n.target in fallbacks or n.target not in lowerings:
         return "kernel"
-    return "reduce" if op_name(n) in REDUCTIONS and _whole(n) else "loop"
-
-
-def _whole(n: Node) -> bool:
-    """Return whether the operator reduces: max and min of two tensors do not."""
-    return op_name(n) not in ("max", "min") or len(n.all_input_nodes) == 1
-
-
-def _changes(n: Node, held: set[str]) -> tuple[str, ...]:
-    if not isinstance(n.target, OpOverload):
-        return ()
-    out = []
-    for argument, value in zip(n.target._schema.arguments, n.args):
-        if argument.alias_info is not None and argument.alias_info.is_write and isinstance(value, Node):
-            out.append(value.name)
-    return tuple(x for x in out if x in held)
+    pointwise = op_name(n) in ("max", "min") and len(n.all_input_nodes) > 1  # of two tensors
+    return "reduce" if op_name(n) in REDUCTIONS and not pointwise else "loop"
 
 
 def _reduced(n: Node, outer: int) -> tuple[int, bool]:

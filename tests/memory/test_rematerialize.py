@@ -6,13 +6,14 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 from torch import nn
+from torch.fx import GraphModule
 
 import attnfx
 from attnfx.memory.partition import Joint
 from attnfx.memory.records import Graph, Op, Result
 from attnfx.memory.rematerialize import Trades, together
 from attnfx.options import Options
-from attnfx.passes.joint.mark_recompute import partition
+from attnfx.passes.joint.mark_recompute import copied, mark, partition
 from attnfx.passes.joint.read_graph import read
 from attnfx.passes.joint.read_joint import joint_records
 from attnfx.planning.capture import capture
@@ -101,7 +102,10 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     for s in found:
         part = joint.split(s.saved)
         again = {x for op in part.backward.ops if op.name not in joint.later for x in (op.name, *op.parts)}
-        graphs = partition(captured.joint, captured.arguments, s.saved, again - s.saved)
+        marked = GraphModule(captured.joint, copied(captured.joint.graph))
+        if again - s.saved:
+            mark(marked, s.saved, again - s.saved)
+        graphs = partition(marked, captured.arguments)
         for own, theirs in zip((part.forward, part.backward), (read(g, True) for g in graphs)):
             for inputs in (False, True):
                 mine, other = (
