@@ -21,7 +21,7 @@ def rounded(size: int) -> int:
 
 
 @dataclass
-class _Block:
+class Block:
     """A piece of a segment of the pool for small or large blocks; `before` and `after` are its neighbors."""
 
     segment: int
@@ -29,8 +29,8 @@ class _Block:
     size: int
     small: bool
     free: bool = False
-    before: _Block | None = None
-    after: _Block | None = None
+    before: Block | None = None
+    after: Block | None = None
 
 
 class Cache:
@@ -39,10 +39,10 @@ class Cache:
 
     def __init__(self) -> None:
         self.allocated = self.reserved = self.peak = self.peak_reserved = 0
-        self.heads: list[_Block] = []
-        self.pools: dict[bool, list[tuple[int, int, int, _Block]]] = {True: [], False: []}
+        self.heads: list[Block] = []
+        self.pools: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
 
-    def take(self, size: int) -> _Block:
+    def take(self, size: int) -> Block:
         size = rounded(size)
         small = size <= SMALL
         pool = self.pools[small]
@@ -54,11 +54,11 @@ class Cache:
             length = SMALL_SEGMENT if small else LARGE_SEGMENT if size < LARGE else -(-size // ROUND) * ROUND
             self.reserved += length
             self.peak_reserved = max(self.peak_reserved, self.reserved)
-            block = _Block(len(self.heads), 0, length, small)
+            block = Block(len(self.heads), 0, length, small)
             self.heads.append(block)
         rest = block.size - size
         if rest >= BLOCK if small else rest > SMALL:  # should_split
-            other = _Block(block.segment, block.start + size, rest, small, True, block, block.after)
+            other = Block(block.segment, block.start + size, rest, small, True, block, block.after)
             if block.after is not None:
                 block.after.before = other
             block.after, block.size = other, size
@@ -67,7 +67,7 @@ class Cache:
         self.peak = max(self.peak, self.allocated)
         return block
 
-    def give(self, block: _Block) -> None:
+    def give(self, block: Block) -> None:
         self.allocated -= block.size
         for other in (block.before, block.after):
             if other is not None and other.free:
@@ -81,7 +81,7 @@ class Cache:
         block.free = True
         self._keep(block)
 
-    def _keep(self, block: _Block) -> None:
+    def _keep(self, block: Block) -> None:
         insort(self.pools[block.small], (block.size, block.segment, block.start, block), key=lambda e: e[:3])
 
 
@@ -91,7 +91,7 @@ def replay(resident: Iterable[int], events: Iterable[Event]) -> Cache:
     for size in resident:
         if size:
             cache.take(size)
-    held: dict[str, list[_Block]] = {}
+    held: dict[str, list[Block]] = {}
     for e in events:
         if e.bytes > 0:
             held.setdefault(e.value, []).append(cache.take(e.bytes))

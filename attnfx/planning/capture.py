@@ -47,11 +47,18 @@ class Captured:
     """
 
     report: Report
+    options: Options
     joint: GraphModule | None = None
     forward: GraphModule | None = None
     arguments: dict[str, Any] = field(default_factory=dict)
-    options: Options | None = None
     problem: str = ""
+
+    @property
+    def graph(self) -> GraphModule:
+        """The joint graph or the graph of an inference."""
+        found = self.joint if self.joint is not None else self.forward
+        assert found is not None
+        return found
 
 
 class Done(Exception):
@@ -73,7 +80,7 @@ def capture(model: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str,
     def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
         decided = told[len(found)].decided if len(found) < len(told) else None
         result = pipeline.run(gm, options, stages=True, told=decided)
-        made = Captured(result.report, options=options)
+        made = Captured(result.report, options)
         found.append(made)
         try:
             lower(result.gm if result.gm is not None else copy.deepcopy(gm), list(example_inputs), made, options.inner)
@@ -114,7 +121,7 @@ def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str
 
 def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Options, report: Report) -> Captured:
     """Capture a graph that a backend received, from a copy. Raises the errors of lowering."""
-    made = Captured(report, options=options)
+    made = Captured(report, options)
     mode = detect_fake_mode(list(example_inputs)) or TracingContext.get().fake_mode
     inputs = list(example_inputs)
     for n, node in enumerate(x for x in gm.graph.nodes if x.op == "placeholder"):

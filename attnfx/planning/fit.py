@@ -88,19 +88,16 @@ def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: 
 
 def _resident(example_inputs: Sequence[Any]) -> Resident:
     """Return the bytes of the graph's inputs, including parameters; inputs that share memory count once."""
-    sizes: dict[object, int] = {}
-    parameters = set()
+    held: dict[object, int] = {}
+    given: dict[object, int] = {}
     for n, x in enumerate(example_inputs):
         if isinstance(x, torch.Tensor):
-            size = number(x.untyped_storage().nbytes())
-            fake = type(x) is not torch.Tensor and not isinstance(x, torch.nn.Parameter)
+            parameter = isinstance(x, torch.nn.Parameter)
+            fake = type(x) is not torch.Tensor and not parameter
             key = n if fake else x.untyped_storage().data_ptr() or n
-            sizes[key] = size
-            if isinstance(x, torch.nn.Parameter):
-                parameters.add(key)
-    held = tuple(size for key, size in sizes.items() if key in parameters)
-    given = tuple(size for key, size in sizes.items() if key not in parameters)
-    return Resident(sum(held), held=held, given=given)
+            (held if parameter else given)[key] = number(x.untyped_storage().nbytes())
+    rest = tuple(size for key, size in given.items() if key not in held)
+    return Resident(sum(held.values()), held=tuple(held.values()), given=rest)
 
 
 @dataclass(frozen=True)

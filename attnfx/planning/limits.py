@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -47,10 +47,10 @@ class Scaled:
     strategy: Strategy
     table: Table
 
-    def events(self, s: Sizes) -> list[Event]:
+    def at(self, s: Sizes) -> tuple[Strategy, list[Event]]:
         cpu = self.strategy.target.kind == "cpu"
         parts = self.table.parts(self.strategy.parts, s, cpu, self.strategy.chunk)
-        return self.strategy.step_of(parts).events()
+        return self.strategy, self.strategy.step_of(parts).events()
 
 
 @dataclass
@@ -60,7 +60,7 @@ class Limits:
     strategy  the chosen way to compile
     inputs    (args, kwargs)
     limit     bytes into which the step must fit
-    ways      returns the ways to compile captured graphs; None if decisions are fixed
+    ways      returns the ways to compile captured graphs
     lowest    under a budget, the last way for the given graphs; a size must then fit with its reserve
     notes     receives the reasons for unknown limits
     """
@@ -70,18 +70,25 @@ class Limits:
     resident: Resident
     limit: int
     capture: Capture
-    ways: Ways | None = None
-    lowest: Strategy | None = None
-    notes: list[str] = field(default_factory=list)
+    ways: Ways
+    lowest: Strategy | None
+    notes: list[str]
+
+    @property
+    def _extremes(self) -> list[Strategy]:
+        """The chosen way and, under a budget, the last one."""
+        return [self.strategy] if self.lowest is None else [self.strategy, self.lowest]
 
     @cached_property
     def _scaled(self) -> tuple[Roles, list[Scaled]] | None:
         refused = ""
         for chosen, _ in zip(roles(self.inputs), range(ATTEMPTS)):
+            at = chosen.sizes
             try:
-                found = [self._near(self.strategy, chosen, last=False)]
-                if self.lowest is not None:
-                    found.append(self._near(self.lowest, chosen, last=True))
+                found = [
+                    self._scale(way, chosen, near(at, self._expected(way, at.batch)), at.length)
+                    for way in self._extremes
+                ]
             except Exception as problem:  # a model may refuse other sizes in any way
                 refused = refused or (str(problem).splitlines() or [type(problem).__name__])[0]
                 continue
@@ -109,21 +116,15 @@ class Limits:
             )
             return scaled
 
-    def _near(self, way: Strategy, chosen: Roles, last: bool) -> Scaled:
-        at = chosen.sizes
-        return self._scale(way, chosen, last, near(at, self._expected(way, at.batch)), at.length)
-
     def _both(self, chosen: Roles, length: int) -> list[Scaled]:
-        ways = [(self.strategy, False), *([] if self.lowest is None else [(self.lowest, True)])]
         s = chosen.sizes
-        return [self._scale(way, chosen, last, Sizes(s.batch, length), near(s, 2).length) for way, last in ways]
+        return [self._scale(way, chosen, Sizes(s.batch, length), near(s, 2).length) for way in self._extremes]
 
-    def _scale(self, way: Strategy, chosen: Roles, last: bool, then: Sizes, length: int) -> Scaled:
+    def _scale(self, way: Strategy, chosen: Roles, then: Sizes, length: int) -> Scaled:
         """Scale a way with the decisions of a capture at `then`, fitted with the given capture or one at `length`."""
         at, options = chosen.sizes, way.captured[0].options
-        assert options is not None
         there = self._captured(chosen, then, options)
-        if last:
+        if way is self.lowest:
             *_, strategy = self._ways(chosen, then, there, options)
             there = strategy.captured
         else:
@@ -136,7 +137,6 @@ class Limits:
         return Scaled(strategy, Table(there, first, then, base))
 
     def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Strategy]:
-        assert self.ways is not None
         return self.ways(there, lambda: self._captured(chosen, s, replace(options, rewrite="always")))
 
     def _captured(self, chosen: Roles, s: Sizes, options: Options, told: Sequence[Report] = ()) -> list[Captured]:
@@ -165,27 +165,25 @@ class Limits:
         s = Sizes(batch, chosen.sizes.length if length is None else length)
         if chosen.sizes.length and batch == chosen.sizes.batch:
             scaled = self._long
-        return self._least(chosen, s, self._events(scaled, s), reserved=False)
+        return self._least(chosen, s, (x.at(s) for x in scaled), reserved=False)
 
-    def _events(self, scaled: Sequence[Scaled], s: Sizes) -> list[tuple[Strategy, list[Event]]]:
-        return [(x.strategy, x.events(s)) for x in scaled]
-
-    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[tuple[Strategy, Sequence[Event]]], reserved: bool) -> int:
+    def _least(self, chosen: Roles, s: Sizes, steps: Iterable[tuple[Strategy, Sequence[Event]]],
+               reserved: bool = True) -> int:  # fmt: skip
+        """Return the least peak of some steps; `reserved` adds its reserve under a budget."""
         given = tuple(x.numel() * x.element_size() for x in tree_leaves(chosen.resized(self.inputs, s)))
         resident = replace(self.resident, given=given)
         found = [(way, total(events, resident, self.strategy.target)) for way, events in steps]
+        reserved = reserved and self.lowest is not None
         return min(size + (reserve(way, size, resident) if reserved else 0) for way, size in found)
 
     def _asked(self, chosen: Roles, scaled: Sequence[Scaled], s: Sizes) -> int:
-        """Return the bytes that must fit: the least peak, plus its reserve under a budget."""
-        return self._least(chosen, s, self._events(scaled, s), self.lowest is not None)
+        return self._least(chosen, s, (x.at(s) for x in scaled))
 
     def _last(self, chosen: Roles, scaled: Sequence[Scaled], at: Callable[[int], Sizes], start: int) -> int | None:
         """Return the last size that fits with the decisions and the recomputation made at that size itself. `scaled`
         gives the start of the search; if it is right, two captures suffice."""
         found = self._largest(lambda n: self._asked(chosen, scaled, at(n)), start)
         options = self.strategy.captured[0].options
-        assert options is not None
         if not found:
             return found
 
@@ -198,8 +196,7 @@ class Limits:
                 ways: Iterable[Strategy] = [as_decided(there, self.strategy.target, self.strategy.inlining)]
             else:
                 ways = self._ways(chosen, at(n), there, options)
-            steps = ((way, way.events) for way in ways)
-            return self._least(chosen, at(n), steps, self.lowest is not None)
+            return self._least(chosen, at(n), ((way, way.events) for way in ways))
 
         return self._largest(own, found)
 

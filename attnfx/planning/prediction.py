@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 
-from attnfx.memory.allocator import Cache
 from attnfx.planning.limits import Limits
 from attnfx.planning.peak import Moment, Resident, contents, on_gpu, total
 from attnfx.planning.strategies import Strategy
@@ -45,16 +44,12 @@ class Prediction:
     train: bool
     strategy: Strategy
     resident: Resident
-    notes: list[str] = field(default_factory=list)
-    limited: Callable[[], Limits] | None = None
+    notes: list[str]
+    limited: Callable[[], Limits]
 
     @cached_property
-    def _allocator(self) -> Cache | None:
-        return None if self.target.kind == "cpu" else on_gpu(self.resident, self.strategy.events)
-
-    @cached_property
-    def _limits(self) -> Limits | None:
-        return None if self.limited is None else self.limited()
+    def _limits(self) -> Limits:
+        return self.limited()
 
     @property
     def peak_bytes(self) -> int:
@@ -62,7 +57,7 @@ class Prediction:
 
     @property
     def reserved_bytes(self) -> int | None:
-        return None if self._allocator is None else self._allocator.peak_reserved
+        return None if self.target.kind == "cpu" else on_gpu(self.resident, self.strategy.events).peak_reserved
 
     @property
     def predicted_ms(self) -> float:
@@ -94,11 +89,11 @@ class Prediction:
 
     @property
     def max_batch(self) -> int | None:
-        return None if self._limits is None else self._limits.batch
+        return self._limits.batch
 
     @property
     def max_length(self) -> int | None:
-        return None if self._limits is None else self._limits.length
+        return self._limits.length
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
         """Return the peak in bytes at other sizes, under a budget with as much recomputed as possible; None if unknown.
@@ -106,7 +101,7 @@ class Prediction:
         The length is by default the given one, and is ignored if the inputs lack one. Raises RuntimeError for a
         negative size.
         """
-        return None if self._limits is None else self._limits.bytes_at(batch, length)
+        return self._limits.bytes_at(batch, length)
 
     def parts(self) -> dict[str, int]:
         """Return the bytes allocated at the peak, by kind."""

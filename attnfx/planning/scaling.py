@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from attnfx.memory.records import Op
@@ -58,19 +58,15 @@ class Roles:
     batch: frozenset[tuple[int, int]]
     length: frozenset[tuple[int, int]]
 
-    def shape(self, n: int, given: Sequence[int], new: Sizes) -> list[int]:
-        """Return the shape of the n-th input at other sizes."""
-        return [
-            new.batch if (n, d) in self.batch else new.length if (n, d) in self.length else int(size)
-            for d, size in enumerate(given)
-        ]
-
     def resized(self, inputs: Any, new: Sizes) -> Any:
         """Return inputs of the new sizes on "meta"."""
         leaves, tree = tree_flatten(inputs)
         for n, x in enumerate(leaves):
             if isinstance(x, torch.Tensor):
-                shape = self.shape(n, x.shape, new)
+                shape = [
+                    new.batch if (n, d) in self.batch else new.length if (n, d) in self.length else int(size)
+                    for d, size in enumerate(x.shape)
+                ]
                 leaves[n] = torch.empty(shape, dtype=x.dtype, device="meta").requires_grad_(x.requires_grad)
         return tree_unflatten(leaves, tree)
 
@@ -216,10 +212,8 @@ def _operator(node: Node) -> str:
 
 def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
     """Return (name, node, tensor) for each tensor of the graph; the parts of a node's value are "name[i]"."""
-    gm: GraphModule | None = captured.joint if captured.joint is not None else captured.forward
-    assert gm is not None
     out = []
-    for node in gm.graph.nodes:
+    for node in captured.graph.graph.nodes:
         held = node.meta.get("val")
         if isinstance(held, torch.Tensor):
             out.append((node.name, node, held))
@@ -230,11 +224,9 @@ def _values(captured: Captured) -> list[tuple[str, Node, torch.Tensor]]:
 
 def position_rows(captured: Captured) -> list[int]:
     """Return the rows of each embedding table indexed by positions alone: a longer call would read beyond its end."""
-    gm = captured.joint if captured.joint is not None else captured.forward
-    assert gm is not None
     counted: dict[Node, bool] = {}  # node -> whether it is computed from positions alone
     out = []
-    for n in gm.graph.nodes:
+    for n in captured.graph.graph.nodes:
         sources = n.all_input_nodes
         counted[n] = "iota" in str(n.target) or (bool(sources) and all(counted[s] for s in sources))
         if "aten.embedding.default" in str(n.target) and counted[n.args[1]]:

@@ -9,13 +9,10 @@ from __future__ import annotations
 import pickle
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from attnfx.memory.allocator import SMALL_SEGMENT, Cache
+from attnfx.memory.allocator import Block, Cache
 from attnfx.planning.peak import Moment, Resident
-
-if TYPE_CHECKING:
-    from attnfx.memory.allocator import _Block as Block
 
 START = 1 << 40  # the first segment's address
 PROTOCOL = 4  # the latest pickle protocol that the viewer reads
@@ -106,7 +103,7 @@ class _Recorder:
             out.append({
                 "device": 0, "address": address, "total_size": total, "allocated_size": active, "active_size": active,
                 "requested_size": sum(b["requested_size"] for b in blocks), "stream": 0, "is_expandable": False,
-                "segment_type": "small" if total == SMALL_SEGMENT else "large", "segment_pool_id": (0, 0),
+                "segment_type": "small" if head.small else "large", "segment_pool_id": (0, 0),
                 "frames": [], "blocks": blocks,
             })  # fmt: skip
         return out

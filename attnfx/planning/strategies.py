@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from attnfx.memory.liveness import Event, peak
 from attnfx.memory.partition import Joint
-from attnfx.memory.records import Graph, Op
+from attnfx.memory.records import Op
 from attnfx.memory.rematerialize import Solution, Trades, together
 from attnfx.memory.roofline import roofline_ms, step_ms
 from attnfx.memory.step import Part, Step, step
@@ -122,20 +122,17 @@ def _chunks(base: Strategy) -> list[tuple[int, list[dict[str, int]]]]:
     """Return (chunk size, workspaces of each graph's chunked attention) for the sizes that reduce a workspace."""
     cpu, out = base.target.kind == "cpu", []
     for size in CHUNKS["cpu" if cpu else "cuda"]:
-        found = [workspaces(g, size, cpu) for c in base.captured if (g := c.joint or c.forward) is not None]
+        found = [workspaces(c.graph, size, cpu) for c in base.captured]
         if any(found):
             out.append((size, found))
     return out
 
 
 def _in_chunks(way: Strategy, size: int, found: Sequence[Mapping[str, int]]) -> Strategy:
-    def graph(g: Graph, taken: Mapping[str, int]) -> Graph:
-        return replace(g, ops=tuple(replace(op, workspace=taken.get(op.name, op.workspace)) for op in g.ops))
+    def limited(taken: Mapping[str, int], op: Op) -> Op:
+        return replace(op, workspace=taken.get(op.name, op.workspace))
 
-    parts = [
-        replace(p, forward=graph(p.forward, taken), backward=None if p.backward is None else graph(p.backward, taken))
-        for p, taken in zip(way.parts, found)
-    ]
+    parts = [part.resized(partial(limited, taken)) for part, taken in zip(way.parts, found)]
     return replace(way, parts=parts, chunk=size)
 
 
@@ -144,8 +141,7 @@ def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> 
     cpu, parts = target.kind == "cpu", []
     for c in captured:
         if c.joint is None:
-            assert c.forward is not None
-            parts.append(Part(read(near_readers(c.forward) if inlining else c.forward, cpu)))
+            parts.append(Part(read(near_readers(c.graph) if inlining else c.graph, cpu)))
         else:
             forward, backward = partition(c.joint, c.arguments)
             parts.append(Part(read(forward, cpu), read(backward, cpu), c.arguments["num_fwd_outputs"]))
