@@ -73,10 +73,6 @@ class Rows:
         breaks = sum(self.work.values()) - sum(self.plain().values())
         return min(-(-sum(self.plain().values()) // FUSED), max(breaks - 1, 1))
 
-    def several(self, forward: float, last: float, products: float, passes: float) -> float:
-        """Return the time of a step in chunks: forward, forward again without the `last` product, and gradients."""
-        return forward if not self.training else 2 * forward - last + 2 * products + passes
-
 
 def candidates(ask: Rows, threads: int = 1, device: Target | None = None) -> tuple[Candidate, list[Candidate]]:
     """Return (the original, the ways in chunks) with times in ms and bytes beyond inputs and outputs. `device` is a
@@ -100,7 +96,9 @@ def _on_cpu(ask: Rows, threads: int) -> tuple[Candidate, list[Candidate]]:
             continue
         products = PRODUCT[kernel] * count + MIX[kernel] * mixes
         last = PRODUCT[kernel] * ask.width if kernel == COMPILED else 0.0
-        time = ask.several(products + sorts + passes, last, products, passes)
+        time = products + sorts + passes
+        if ask.training:  # forward again without the last product, and gradients
+            time = 2 * time - last + 2 * products + passes
         calls = -(-ask.bytes // CHUNK["cpu"]) * sum(ask.work.values()) * CALL * (4 if ask.training else 1)
         ms = (ask.live * ask.values * time / threads + calls) / 1e6
         ways.append(Candidate("chunked", kernel, ms, min(HELD * CHUNK["cpu"], held)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -27,12 +28,7 @@ TILE_GAIN = 0.9
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
     """Evaluate a size expression; unknown sizes count as UNKNOWN_SIZE."""
-
-    class Known(dict[str, int]):
-        def __missing__(self, key: str) -> int:
-            return UNKNOWN_SIZE
-
-    return int(_evaluate(e, Known(sizes)))
+    return int(_evaluate(e, defaultdict(lambda: UNKNOWN_SIZE, sizes)))
 
 
 def select(
@@ -47,31 +43,30 @@ def select(
     on_gpu = device is not None and device.kind != "cpu"
     kept, others = gpu.candidates(ask, device) if on_gpu and device else cpu.candidates(ask, threads)
     if corrections:
-        kept, *others = (_corrected(c, ask, corrections) for c in (kept, *others))
+        kept, *others = (
+            replace(c, predicted_ms=c.predicted_ms * corrections.get(line(c.tier, ask.training), 1.0))
+            for c in (kept, *others)
+        )
+    every = [kept, *others]
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
         none = "the option `tiers` allows only kept" if options.tiers == ("kept",) else "none suits these sizes"
-        return _of(kept, f"no allowed tier can run this attention ({why or none})", others, "no_tier")
+        return _of(kept, f"no allowed tier can run this attention ({why or none})", every, "no_tier")
     best = likeliest(allowed)
-    alternatives = [kept, *(c for c in others if c is not best)]
     if options.rewrite == "always":
-        return _of(best, "", alternatives)
+        return _of(best, "", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", others, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates")
     if ask.weights_read:
-        return _of(
-            kept,
-            f"the weights themselves are read at {ask.weights_read}, so they are computed in any case",
-            others,
-            "weights_read",
-        )
+        why = f"the weights themselves are read at {ask.weights_read}, so they are computed in any case"
+        return _of(kept, why, every, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
     most = NATIVE_GAIN if ask.native and on_gpu else GAIN
     if ratio <= most:
-        return _of(best, f"predicted {told}", alternatives)
-    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", others, "slower")
+        return _of(best, f"predicted {told}", every)
+    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", every, "slower")
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
@@ -89,10 +84,6 @@ def line(tier: str, training: bool) -> str:
     return f"{tier}/{'training' if training else 'forward'}"
 
 
-def _corrected(c: Candidate, ask: Question, corrections: Mapping[str, float]) -> Candidate:
-    return replace(c, predicted_ms=c.predicted_ms * corrections.get(line(c.tier, ask.training), 1.0))
-
-
 def select_rows(
     ask: rows.Rows, options: Options, weights_read: bool, threads: int = 1, device: Target | None = None
 ) -> Decision:
@@ -101,28 +92,27 @@ def select_rows(
     on_gpu = device is not None and device.kind != "cpu"
     kept, ways = rows.candidates(ask, threads, device if on_gpu else None)
     best = min(ways, key=lambda c: c.predicted_ms)
-    others = [kept, *(c for c in ways if c is not best)]
+    every = [kept, *ways]
     if options.rewrite == "always":
-        return _of(best, "whole rows", others)
+        return _of(best, "whole rows", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", ways, "no_rates")
+        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates")
     if weights_read:
-        return _of(kept, "a tensor as large as the scores is read outside the attention", ways, "weights_read")
+        return _of(kept, "a tensor as large as the scores is read outside the attention", every, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
-    told = f"{ratio:.2f} x the original's time" + (
-        ", estimated from the device's rates and not measured" if on_gpu else ""
-    )
+    source = ", estimated from the device's rates and not measured" if on_gpu else ""
+    told = f"{ratio:.2f} x the original's time{source}"
     size, memory = ask.bytes >> 20, device.memory if device is not None else _memory()
     if kept.predicted_bytes > memory:
         why = f"with its scores of {size} MiB the original exceeds the memory of {memory >> 20} MiB"
-        return _of(best, f"whole rows: {why}; predicted {told}", others)
+        return _of(best, f"whole rows: {why}; predicted {told}", every)
     if ratio <= GAIN:
-        return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", others)
+        return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", every)
     why = f"chunks of rows are predicted to take {told}"
     if ask.bytes < rows.CACHE and not on_gpu:
         limit = f"chunks of rows usually pay off only from {rows.CACHE >> 20} MiB of scores"
-        return _of(kept, f"{why}: {limit}, and these take {ask.bytes / 2**20:.3g} MiB", ways, "slower")
-    return _of(kept, f"{why}, but less memory", ways, "slower")
+        return _of(kept, f"{why}: {limit}, and these take {ask.bytes / 2**20:.3g} MiB", every, "slower")
+    return _of(kept, f"{why}, but less memory", every, "slower")
 
 
 def _memory() -> int:
@@ -130,5 +120,6 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _of(chosen: Candidate, reason: str, alternatives: list[Candidate], code: str = "") -> Decision:
-    return Decision(**vars(chosen), reason=reason, alternatives=tuple(alternatives), code=code)
+def _of(chosen: Candidate, reason: str, every: list[Candidate], code: str = "") -> Decision:
+    alternatives = tuple(c for c in every if c is not chosen)
+    return Decision(**vars(chosen), reason=reason, alternatives=alternatives, code=code)
