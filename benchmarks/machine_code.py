@@ -41,8 +41,9 @@ from typing import Any, NamedTuple
 import networkx as nx
 import torch
 import triton
+from kernel_sources import fingerprint
 
-from attnfx.cost.instruction_counts import TABLE, fingerprint
+from attnfx.cost.instruction_counts import TABLE
 from attnfx.ir import algebra as A
 from attnfx.kernels.call import Call
 from attnfx.kernels.flash.host import decode as split

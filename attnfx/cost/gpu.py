@@ -8,11 +8,10 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
-from attnfx.cost import mask_summary as summaries
 from attnfx.cost.gpu_kernel import Kernel, even, of_code, work
 from attnfx.cost.gpu_library import Operators, padded
-from attnfx.cost.gpu_occupancy import float_lanes
 from attnfx.cost.instruction_counts import Code, codes
+from attnfx.cost.operation_counts import operations
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
@@ -30,6 +29,11 @@ DECODE_ROWS = 64  # most queries times heads of a group: see kernels/flash/host/
 SINGLE_DECODE_KEYS = 32  # keys of a float32 tile: see kernels/flash/host/tiles.py
 PAIR_ELEMENTS = 1 << 24  # in a slice of a gradient by row and key, before its sum: see kernels/flash/host/backward.py
 WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs per multiprocessor, the kernel's default first; most splits
+# A mask stored in tensors is summarized, so that kernels skip the tiles that it empties, if that takes at most this
+# share of the kernels' predicted time. The number of empty tiles is known only at run time. A mask that empties at
+# least this share of them (less padding hardly needs a mask) makes the whole faster; any other costs at most the share.
+EMPTY = 1 / 8
+SUMMARISED = 8  # instructions per score beside its mask: two bound tests, a selection and the reduction of a grain
 
 
 def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate]]:
@@ -109,17 +113,25 @@ class _Site(Operators):
         return math.prod(mask_summary.shape(self.made.spec, self.dims)[:2]) * blocks * (16 + 4 * tiles)
 
     def summarised(self, kernels_time: float, kernels: int, decode: bool = False) -> tuple[float, int]:
-        """Return (ms, bytes that stay allocated) of summarizing a mask in tensors for `kernels` kernels. Both are zero
-        if the summary does not pay off. Skipped tiles are not counted: only the run time knows them."""
+        """Return (ms, bytes that stay allocated) of summarizing a mask in tensors for `kernels` kernels, which take
+        `kernels_time` without it. Both are zero if the summary does not pay off, or if heads of the decode kernel share
+        keys and not a list of tiles. Skipped tiles are not counted: only the run time knows them."""
         found = mask_summary.of(self.ask.spec)
         self.made = None
-        if found is None or (decode and not summaries.decodes(found, self.dims)):
+        if found is None or (decode and "h" in mask_summary.axes(found.spec) and self.dims["G"] != self.dims["H"]):
             return 0.0, 0
-        if not summaries.pays(found, self.dims, self.target, kernels, kernels_time):
+        time = self.summary_time(found, kernels)
+        if time > EMPTY * kernels_time:
             return 0.0, 0
         self.made = found
-        time = summaries.milliseconds(found, self.dims, self.target, kernels)
         return time, mask_summary.cost(found, self.dims).written
+
+    def summary_time(self, found: mask_summary.Summary, kernels: int) -> float:
+        """Return the ms of the summary pass and of building the lists of `kernels` kernels from it. Every site counts
+        the whole pass, although layers with the same mask share it."""
+        one, ops = mask_summary.cost(found, self.dims), operations(found.spec)
+        busy = one.evaluations * (SUMMARISED + ops.always + ops.masked) / self.float_rate
+        return max(busy, self.copied(one.read + one.written)) + self.launched(1 + kernels)
 
     def between(self) -> int:
         """Return the bytes of the flash kernels' backward pass beyond logsumexp, the operands and all gradients. These
@@ -160,11 +172,11 @@ class _Site(Operators):
         the rows of `repeat` heads. Its work is the average: masks empty tiles along the keys as they do along the
         rows."""
         part = work(self.ask.spec, self.sizes, kernel.rows, kernel.keys)
-        bytes_per_step = kernel.keys * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
+        bytes_per_step = kernel.keys * self.pair
         if turned:
             blocks = -(-self.dims["S"] // kernel.keys)
             part = even(blocks, -(-part.total // blocks), part.full)
-            bytes_per_step = kernel.rows * (self.dims["D"] + self.dims["Dv"]) * self.ask.element
+            bytes_per_step = kernel.rows * self.pair
         time = kernel.milliseconds(self.target, part, heads, bytes_per_step, repeat)
         return max(time, self.fetched(part, kernel.keys))
 
@@ -173,10 +185,9 @@ class _Site(Operators):
         part = work(self.ask.spec, self.sizes, 32, 32)
         scores = part.total * 32 * 32 * self.heads
         flops = 2.0 * scores * (padded(self.dims["D"]) + padded(self.dims["Dv"]))
-        clocks = self.target.multiprocessors * self.target.clock * 1e6
-        rate = SINGLE_SHARE * 2 * float_lanes(self.target) * clocks
-        other_work = scores * (8 + self.extra.always) / (float_lanes(self.target) * clocks)
-        return share * max(flops / rate + other_work, self.copied(self.operands)) + self.launched()
+        other_work = scores * (8 + self.extra.always) / self.float_rate
+        busy = flops / (SINGLE_SHARE * 2 * self.float_rate) + other_work
+        return share * max(busy, self.copied(self.operands)) + self.launched()
 
     def backward(self) -> tuple[float, frozenset[tuple[str, int, int]]]:
         """Return (ms, tiles for which it needs key or row ranges) of the flash kernels' backward pass."""
@@ -217,9 +228,8 @@ class _Site(Operators):
         for waves in WAVES[:1] if single else WAVES:
             splits, chunk = splits_of(length, groups, keys, target.multiprocessors, waves)
             part = even(splits, -(-chunk // keys), 0.0 if self.masked or length % keys else 1.0)
-            step = keys * (dims["D"] + dims["Dv"]) * self.ask.element
             partial = groups * splits * rows * 4 * (padded(dims["Dv"]) + 2)
-            busy = 0.0 if single else kernel.milliseconds(target, part, groups, step)
+            busy = 0.0 if single else kernel.milliseconds(target, part, groups, keys * self.pair)
             time = max(busy, memory) + self.passed(2 * partial) + self.launched(2)
             found = Candidate("decode", "triton", time, 4 * self.rows + partial)
             if not single:

@@ -154,11 +154,8 @@ def of_code(code: Code, target: Target, dtype: str, products: float, extra: Oper
 
 
 @lru_cache
-def _others() -> Mapping[str, list[Mapping]]:
-    found: dict[str, list[Mapping]] = {}
-    for row in json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]:
-        found.setdefault(row["name"], []).append(row)
-    return found
+def _others() -> list[Mapping]:
+    return json.loads(OTHERS.read_text(encoding="utf-8"))["rows"]
 
 
 @lru_cache(maxsize=1024)
@@ -166,7 +163,7 @@ def _other(name: str, capability: int, dtype: str, width: int) -> Mapping:
     """Return a published kernel's row of others.json for a dtype, architecture and head width. The row is of the newest
     listed architecture up to `capability` and the next larger width, else the largest."""
     kind = "float32" if dtype == "float32" else "float16"
-    rows = [r for r in _others()[name] if r.get("dtype", kind) == kind]
+    rows = [r for r in _others() if r["name"] == name and r.get("dtype", kind) == kind]
     newest = max((r["capability"] for r in rows if r["capability"] <= capability), default=rows[0]["capability"])
     rows = sorted((r for r in rows if r["capability"] == newest), key=lambda r: r["width"])
     return next((r for r in rows if r["width"] >= width), rows[-1])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from attnfx.cost.gpu_kernel import COPY, L2_SHARE, Work, other, other_backward, work
-from attnfx.cost.gpu_occupancy import matrix_rate
+from attnfx.cost.gpu_occupancy import float_lanes, matrix_rate
 from attnfx.cost.operation_counts import DROPOUT, operations
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
@@ -42,6 +42,9 @@ class Operators:
         self.heads = self.dims["B"] * self.dims["H"]
         self.rows = self.heads * self.dims["T"]
         self.width = max(padded(self.dims["D"]), padded(self.dims["Dv"]))
+        self.pair = (self.dims["D"] + self.dims["Dv"]) * ask.element  # bytes of a key and its value
+        # float32 operations in a ms, a multiply-add as one
+        self.float_rate = float_lanes(target) * (target.multiprocessors * target.clock * 1e6)
         self.sizes = tuple(sorted((k, v) for k, v in self.dims.items() if k not in ("G", "D", "Dv")))
         self.extra = self.beside = operations(ask.spec)
         # these kernels have separate tiles, and the instructions of a dropout kernel include the random numbers
@@ -59,8 +62,7 @@ class Operators:
 
     def operands_of(self, keys: int) -> int:
         """Return the bytes of query, key, value and output with this many keys."""
-        dims = self.dims
-        return (self.rows + dims["B"] * dims["G"] * keys) * (dims["D"] + dims["Dv"]) * self.ask.element
+        return (self.rows + self.dims["B"] * self.dims["G"] * keys) * self.pair
 
     def copied(self, count: float) -> float:
         """Return the ms to move `count` bytes through memory."""
@@ -77,12 +79,10 @@ class Operators:
     def fetched(self, part: Work, keys: int) -> float:
         """Return the ms of memory traffic of a tiled pass: the operands once, and possibly keys again. Keys are read
         again if the heads that run at the same time do not fit into the last shared cache."""
-        dims, target = self.dims, self.target
-        tile = keys * (dims["D"] + dims["Dv"]) * self.ask.element
-        of_head = dims["S"] * (dims["D"] + dims["Dv"]) * self.ask.element
-        running = min(self.heads, -(-target.multiprocessors // max(part.blocks, 1)))
-        again = 0.0 if running * of_head <= target.l2 else part.total * self.heads * tile
-        return self.copied(self.operands + again * max(0.0, 1 - target.l2 / max(running * of_head, 1)))
+        target, running = self.target, min(self.heads, -(-self.target.multiprocessors // max(part.blocks, 1)))
+        held = running * self.dims["S"] * self.pair
+        again = 0.0 if held <= target.l2 else part.total * self.heads * keys * self.pair
+        return self.copied(self.operands + again * max(0.0, 1 - target.l2 / max(held, 1)))
 
     # -- candidates ----------------------------------------------------------------------------
     def chunked(self) -> Candidate:
@@ -141,8 +141,7 @@ class Operators:
         one = other(name, target, ask.dtype, width)
         spec = AttentionSpec() if ask.spec.captures else ask.spec
         part = work(spec, self.sizes, one.rows, one.keys)
-        step = one.keys * (dims["D"] + dims["Dv"]) * ask.element
-        time = max(one.milliseconds(target, part, self.heads, step), self.fetched(part, one.keys))
+        time = max(one.milliseconds(target, part, self.heads, one.keys * self.pair), self.fetched(part, one.keys))
         if not ask.training:
             return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), 4 * self.rows)
         time += other_backward(name, target, ask.dtype, width, time, self.rows * dims["Dv"], ask.element)

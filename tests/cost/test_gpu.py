@@ -2,7 +2,9 @@
 
 The instruction table must be up to date with the kernels."""
 
+import importlib.util
 import json
+import math
 import re
 from dataclasses import replace
 from itertools import pairwise
@@ -13,7 +15,6 @@ import torch
 
 from attnfx.cost import Question, gpu
 from attnfx.cost import instruction_counts as instructions
-from attnfx.cost import mask_summary as summaries
 from attnfx.cost.gpu_kernel import other, other_backward, work
 from attnfx.cost.gpu_occupancy import Step, cycles, occupancy
 from attnfx.cost.operation_counts import operations
@@ -233,7 +234,8 @@ def test_a_summary_is_part_of_the_time_and_little_beside_the_kernels(monkeypatch
 
     shapes = dict(T=4096, H=16), dict(T=8192), dict(T=256)
     made = [flash(**shape) for shape in shapes]
-    monkeypatch.setattr(summaries, "pays", lambda *_: False)
+    most = gpu.EMPTY
+    monkeypatch.setattr(gpu, "EMPTY", -math.inf)
     without = [flash(**shape) for shape in shapes]
     for more, less, shape in zip(made, without, shapes):
         added = [x - y for x, y in zip(more, less)]
@@ -241,7 +243,7 @@ def test_a_summary_is_part_of_the_time_and_little_beside_the_kernels(monkeypatch
             assert not any(added)
         else:  # two launches (the summary and the lists), and one read of the mask
             least = max(2 * device.launch / 1e3, 2 * shape["T"] ** 2 / device.bandwidth / 1e6)
-            assert all(least < x <= summaries.EMPTY * min(less) for x in added)
+            assert all(least < x <= most * min(less) for x in added)
 
 
 ADDED = AttentionSpec(
@@ -269,9 +271,9 @@ def test_a_mask_is_summarized_where_that_takes_little_of_the_kernels_time(spec, 
     found = gpu.summary(question, H100, "flash")
     assert (found is not None) == pays
     if pays:
-        cost = summaries.milliseconds(found, question.dims, H100, kernels=3 if training else 1)
+        cost = gpu._Site(question, H100).summary_time(found, 3 if training else 1)
         flash = [c.predicted_ms for c in candidates(question) if c.tier == "flash"]
-        assert 0 < cost <= summaries.EMPTY * (min(flash) - cost)
+        assert 0 < cost <= gpu.EMPTY * (min(flash) - cost)
 
 
 @pytest.mark.parametrize(
@@ -332,23 +334,32 @@ def test_the_tiles_of_a_mask_are_counted():
 
 
 # -- the table ----------------------------------------------------------------------------------
-def test_the_table_is_of_the_kernels_as_they_are():
-    assert instructions.recorded() == instructions.fingerprint(), (
+@pytest.fixture(scope="module")
+def sources():
+    spec = importlib.util.spec_from_file_location("kernel_sources", ROOT / "benchmarks" / "kernel_sources.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_is_of_the_kernels_as_they_are(sources):
+    assert sources.recorded() == sources.fingerprint(), (
         "the flash kernels or their tiles have changed since their machine code was counted: "
         "run `python benchmarks/machine_code.py table` and commit attnfx/cost/instructions.json"
     )
 
 
-def test_a_change_of_a_kernel_changes_the_fingerprint_and_a_comment_does_not(tmp_path):
-    for name in (*instructions.SOURCES, instructions.HELPERS):
+def test_a_change_of_a_kernel_changes_the_fingerprint_and_a_comment_does_not(tmp_path, sources):
+    for name in (*sources.SOURCES, sources.HELPERS):
         (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text((instructions.KERNELS / name).read_text())
-    same = instructions.fingerprint(tmp_path)
+        (tmp_path / name).write_text((sources.KERNELS / name).read_text())
+    same = sources.fingerprint(tmp_path)
     forward = tmp_path / "triton" / "forward.py"
     forward.write_text("# a comment\n" + forward.read_text())
-    assert same == instructions.fingerprint(tmp_path) == instructions.fingerprint()
+    assert same == sources.fingerprint(tmp_path) == sources.fingerprint()
     forward.write_text(forward.read_text().replace("l_i * alpha", "alpha * l_i"))
-    assert same != instructions.fingerprint(tmp_path)
+    assert same != sources.fingerprint(tmp_path)
 
 
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 120])
