@@ -43,12 +43,10 @@ class Step(NamedTuple):
 
     def plus(self, other: Step, share: float = 1.0) -> Step:
         """Return the sum of this step and a share of another."""
-        (a, b, c, d), (e, f, g, h) = self, other
-        return Step(a + share * e, b + share * f, c + share * g, d + share * h)
+        return Step(*(a + share * b for a, b in zip(self, other)))
 
     def times(self, factor: float) -> Step:
-        a, b, c, d = self
-        return Step(factor * a, factor * b, factor * c, factor * d)
+        return Step(*(factor * a for a in self))
 
 
 def warp_groups(target: Target) -> bool:

@@ -158,16 +158,6 @@ def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
     return list(loops.values())
 
 
-@dataclass
-class _Group:
-    loops: list[_Loop]
-    into: set[int] = field(default_factory=set)  # successor groups, which read this group's results
-
-    @property
-    def alone(self) -> bool:
-        return self.loops[0].alone
-
-
 def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
     """Return whether two groups run over the same elements: the same rows, or the same elements one by one."""
     rows = {(x.op.outer, x.op.inner, x.op.rows) for g in (a, b) for x in g if x.op.kind == "reduce"}
@@ -188,29 +178,29 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     for n, x in enumerate(loops):
         for r in x.reads:
             readers[r].append(n)
-    groups = {n: _Group([x]) for n, x in enumerate(loops)}
+    groups = {n: [x] for n, x in enumerate(loops)}
+    into: dict[int, set[int]] = {n: set() for n in groups}  # group -> the groups that read its results
     of = list(range(len(loops)))  # loop -> its group
     for n, x in enumerate(loops):
         for r in x.reads:
             if r in owner and owner[r] != n:
-                groups[owner[r]].into.add(n)
+                into[owner[r]].add(n)
 
     def reaches(start: int, goal: int) -> bool:
         """Return whether a path from one group to another leads through a third."""
-        return goal in reach(groups[start].into - {goal}, lambda g: groups[g].into)
+        return goal in reach(into[start] - {goal}, into.__getitem__)
 
     def merge(a: int, b: int) -> None:
-        gone, kept = groups.pop(b), groups[a]
-        kept.loops += gone.loops
-        kept.into = (kept.into | gone.into) - {a, b}
+        groups[a] += groups.pop(b)
         for n, group in enumerate(of):
             if group == b:
                 of[n] = a
-        for g in groups.values():
-            if b in g.into:
-                g.into.discard(b)
-                if g is not kept:
-                    g.into.add(a)
+        joined = into[a] | into.pop(b)
+        for following in into.values():
+            if b in following:
+                following.remove(b)
+                following.add(a)
+        into[a] = joined - {a, b}
 
     pairs: dict[tuple[int, int], int] = defaultdict(int)  # -> bytes of memory traffic that fusion saves
     for value, who in readers.items():
@@ -220,9 +210,9 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
                 pairs[min(a, b), max(a, b)] += size[value]
     for (a, b), _ in sorted(pairs.items(), key=lambda p: (-p[1], p[0][1] - p[0][0], p[0])):
         a, b = sorted((of[a], of[b]))
-        if a == b or not _fits(groups[a].loops, groups[b].loops):
+        if a == b or not _fits(groups[a], groups[b]):
             continue
-        if len(groups[a].loops) + len(groups[b].loops) > FUSED or reaches(a, b) or reaches(b, a):
+        if len(groups[a]) + len(groups[b]) > FUSED or reaches(a, b) or reaches(b, a):
             continue
         merge(a, b)
 
@@ -234,22 +224,21 @@ def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
     }
     made = {}
     for g, group in groups.items():
-        own = {r.name for x in group.loops for r in x.op.results}
-        reads = dict.fromkeys(r for x in group.loops for r in x.reads if r not in own)
-        results = [r for x in group.loops for r in x.op.results]
+        results = [r for x in group for r in x.op.results]
+        own = {r.name for r in results}
+        reads = dict.fromkeys(r for x in group for r in x.reads if r not in own)
         # a C++ loop reads the result of an earlier reduction from memory
-        local = (r for x in group.loops if not (x.alone or (cpu and x.op.kind == "reduce")) for r in x.op.results)
+        local = (r for x in group if not (x.alone or (cpu and x.op.kind == "reduce")) for r in x.op.results)
         inner = tuple(r for r in local if r.name not in outputs and all(of[n] == g for n in readers[r.name]))
         writes = tuple(r for r in results if r not in inner)
-        first = group.loops[0].op
-        changes = tuple(base[c] for x in group.loops for c in x.op.changes)
-        workspace = sum(x.op.workspace for x in group.loops)
+        first, alone = group[0].op, group[0].alone
+        changes = tuple(base[c] for x in group for c in x.op.changes)
+        workspace = sum(x.op.workspace for x in group)
         made[first.name] = Kernel(
             first.name, tuple(reads), writes, changes, workspace, first.kind != "kernel",
-            {} if group.alone else _over(group.loops, mended), inner,
+            {} if alone else _over(group, mended), inner,
             first.kind != "kernel" or first.target in OUT, first.kind == "kernel" and first.target not in WHOLE,
-            group.alone and first.target == "cat",
-            first.flops, first.dtype, first.where,
+            alone and first.target == "cat", first.flops, first.dtype, first.where,
         )  # fmt: skip
     by_value = {r.name: k.name for k in made.values() for r in k.writes}
     order = postorder(made, lambda name: [by_value[r] for r in made[name].reads if r in by_value])

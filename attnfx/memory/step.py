@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from attnfx.memory.fusion import fused, unfused
@@ -62,10 +64,7 @@ def step(parts: Sequence[Part], cpu: bool, inlining: bool = True) -> Step:
         given = {op.name for op in part.forward.inputs}
         kept = {base[o] for o in part.forward.outputs} - given
         callers = {base[o] for o in part.forward.outputs[: part.outputs]} if part.backward is not None else kept
-
-        def forward_name(value: str, prefix: str = prefix) -> str:
-            return prefix + value
-
+        forward_name = partial(operator.add, prefix)
         stays = frozenset(map(forward_name, kept))
         forward.append(_phase(f"forward{number}", part.forward, stays, cpu, inlining, forward_name))
         if part.backward is None:
