@@ -54,8 +54,7 @@ def attnfx(gm: GraphModule, example_inputs: Sequence[Any], *, options: Mapping[s
         if chosen.memory_budget is not None:
             from attnfx.planning.fit import fit
 
-            fitted = fit(gm, example_inputs, chosen, result)
-            result, more = fitted.result, {"partitioner": fitted.partitioner, "patches": fitted.patches}
+            result, more = fit(gm, example_inputs, chosen, result)
     except (AttnfxError, *_SIGNALS):
         raise
     except Exception as problem:

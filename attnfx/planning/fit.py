@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -35,17 +36,13 @@ _limits: dict[int, int] = {}
 _watched: list[bool] = []
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """The way to compile a graph within a budget: rewrite, partitioner for recomputation, and Inductor's config."""
+def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result
+        ) -> tuple[pipeline.Result, dict[str, Any]]:  # fmt: skip
+    """Fit a graph and its rewrite into the budget. Raises BudgetError if that is impossible.
 
-    result: pipeline.Result
-    partitioner: Partitioner | None
-    patches: dict[str, Any]
-
-
-def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Fitted:
-    """Fit a graph and its rewrite into the budget. Raises BudgetError if that is impossible."""
+    Return the rewrite, and the arguments of `compile_graph` for it: the partitioner for recomputation, and Inductor's
+    config.
+    """
     device = next((x.device for x in example_inputs if isinstance(x, torch.Tensor)), torch.device("cpu"))
     target = options.target if isinstance(options.target, Target) else detected(device)
     resident = _resident(example_inputs)
@@ -79,7 +76,7 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
         told.append("this counts one graph, which ends at a graph break, and not the memory of the other graphs")
     chosen.report.notes.append("; ".join(told))
     patches = {} if way.waits else {"allow_buffer_reuse": False}
-    return Fitted(chosen, _partitioner(marks) if marks.again else None, patches)
+    return chosen, {"partitioner": _partitioner(marks) if marks.again else None, "patches": patches}
 
 
 def _captured(gm: GraphModule, inputs: Sequence[Any], options: Options, result: pipeline.Result) -> Captured:
@@ -100,25 +97,20 @@ def _resident(example_inputs: Sequence[Any]) -> Resident:
     return Resident(sum(held.values()), held=tuple(held.values()), given=rest)
 
 
-@dataclass(frozen=True)
-class Marking:
-    """PyTorch's partitioner, applied to a joint graph with marked nodes. A hash of the marks is its cache key."""
-
-    marks: Marks
-
-    def __call__(self, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
-        missing = (self.marks.saved | self.marks.again) - forward_nodes(joint).keys()
-        if missing:
-            raise RuntimeError(
-                f"the compiled graph differs from the planned one: it lacks {', '.join(sorted(missing)[:3])}"
-            )
-        mark(joint, self.marks.saved, self.marks.again)
-        return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
+def _marked(marks: Marks, joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
+    missing = (marks.saved | marks.again) - forward_nodes(joint).keys()
+    if missing:
+        raise RuntimeError(
+            f"the compiled graph differs from the planned one: it lacks {', '.join(sorted(missing)[:3])}"
+        )
+    mark(joint, marks.saved, marks.again)
+    return min_cut_rematerialization_partition(joint, joint_inputs, **kwargs)
 
 
 def _partitioner(marks: Marks) -> Partitioner:
+    """Return PyTorch's partitioner for a joint graph with marked nodes. A hash of the marks is its cache key."""
     names = "\n".join([*sorted(marks.saved), "", *sorted(marks.again)])
-    return Partitioner(Marking(marks), hashlib.sha256(names.encode()).hexdigest())
+    return Partitioner(partial(_marked, marks), hashlib.sha256(names.encode()).hexdigest())
 
 
 def _free(target: Target, device: torch.device) -> int:

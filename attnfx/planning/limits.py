@@ -21,7 +21,7 @@ from attnfx.memory.liveness import Event
 from attnfx.options import Options
 from attnfx.planning.capture import Captured
 from attnfx.planning.peak import Resident, reserve, total
-from attnfx.planning.scaling import Roles, Sizes, Table, Unknown, near, position_rows, prime, roles
+from attnfx.planning.scaling import Roles, Scaled, Sizes, Unknown, near, position_rows, prime, roles
 from attnfx.planning.strategies import Strategy, as_decided
 from attnfx.report.report import Report
 
@@ -38,19 +38,6 @@ class Capture(Protocol):
 
 # (captured graphs, a function that captures them with every site rewritten) -> the ways to compile them
 Ways = Callable[[Sequence[Captured], Callable[[], Sequence[Captured]]], Iterable[Strategy]]
-
-
-@dataclass
-class Scaled:
-    """One way to compile, with its memory at any sizes."""
-
-    strategy: Strategy
-    table: Table
-
-    def at(self, s: Sizes) -> tuple[Strategy, list[Event]]:
-        cpu = self.strategy.target.kind == "cpu"
-        parts = self.table.parts(self.strategy.parts, s, cpu, self.strategy.chunk)
-        return self.strategy, self.strategy.step_of(parts).events()
 
 
 @dataclass
@@ -131,10 +118,10 @@ class Limits:
             strategy = as_decided(there, way.target, way.inlining)
         if _decided(way.captured) == _decided(there):
             with suppress(Unknown):
-                return Scaled(strategy, Table(there, way.captured, then, at))
+                return Scaled(strategy, way.captured, then, at)
         base = Sizes(then.batch if then.batch == at.batch else prime(then.batch + 1, 1), length)
         first = self._captured(chosen, base, options, [c.report for c in there])
-        return Scaled(strategy, Table(there, first, then, base))
+        return Scaled(strategy, first, then, base)
 
     def _ways(self, chosen: Roles, s: Sizes, there: Sequence[Captured], options: Options) -> Iterable[Strategy]:
         return self.ways(there, lambda: self._captured(chosen, s, replace(options, rewrite="always")))

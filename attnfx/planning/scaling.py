@@ -17,10 +17,11 @@ import torch
 from torch.fx import Node
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
+from attnfx.memory.liveness import Event
 from attnfx.memory.records import Op
-from attnfx.memory.step import Part
 from attnfx.passes.joint.read_graph import attention_workspace
 from attnfx.planning.capture import Captured
+from attnfx.planning.strategies import Strategy
 
 FORMS = ((0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (2, 0), (2, 1), (2, 2))
 
@@ -143,11 +144,15 @@ def fit(first: int, second: int, at: Sizes, then: Sizes) -> Dim:
     return found
 
 
-class Table:
-    """The dims of each value of a list of graphs, by its name "graph.name", which determine its bytes at any sizes."""
+class Scaled:
+    """One way to compile, with its memory at any sizes: `dims` has the dims of each value by its name "graph.name".
 
-    def __init__(self, first: Sequence[Captured], second: Sequence[Captured], at: Sizes, then: Sizes):
-        self.at_first = at
+    The strategy's graphs were captured at the sizes `at`, the `second` graphs at `then`.
+    """
+
+    def __init__(self, strategy: Strategy, second: Sequence[Captured], at: Sizes, then: Sizes):
+        self.strategy, self.at_first = strategy, at
+        first = strategy.captured
         self.dims: dict[str, tuple[Dim, ...]] = {}
         self.attention: dict[str, Node] = {}
         if len(first) != len(second):
@@ -168,8 +173,9 @@ class Table:
                 if any(name in _operator(node) for name in ("attnfx", "_scaled_dot_product_")):
                     self.attention[f"{n}.{node.name}"] = node
 
-    def parts(self, parts: Sequence[Part], s: Sizes, cpu: bool, chunk: int = 0) -> list[Part]:
-        """Return the graphs' records at other sizes, with chunked attention in chunks of `chunk` scores."""
+    def at(self, s: Sizes) -> tuple[Strategy, list[Event]]:
+        """Return the strategy, and the events of its step at other sizes."""
+        cpu, chunk = self.strategy.target.kind == "cpu", self.strategy.chunk
         shares: dict[tuple[Dim, ...], Fraction] = {}
 
         def share(name: str) -> Fraction:
@@ -200,7 +206,8 @@ class Table:
                 op, results=made, outer=round(op.outer * outer), inner=round(op.inner * inner), workspace=workspace
             )
 
-        return [part.resized(partial(other, n)) for n, part in enumerate(parts)]
+        parts = [part.resized(partial(other, n)) for n, part in enumerate(self.strategy.parts)]
+        return self.strategy, self.strategy.step_of(parts).events()
 
     def _shape(self, n: int, s: Sizes, node: Node) -> list[int]:
         return [round(d.at(s)) for d in self.dims[f"{n}.{node.name}"]]
