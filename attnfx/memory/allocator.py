@@ -8,6 +8,7 @@ up to 2 MiB. A request takes the smallest free block that fits, and splits it.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -41,6 +42,22 @@ class Cache:
         self.allocated = self.reserved = self.peak = self.peak_reserved = 0
         self.heads: list[Block] = []
         self.pools: dict[bool, list[tuple[int, int, int, Block]]] = {True: [], False: []}
+        self.held: dict[str, list[Block]] = defaultdict(list)  # value -> its blocks
+
+    def replay(self, events: Iterable[Event]) -> Cache:
+        """Replay allocations and releases; return the allocator itself."""
+        for e in events:
+            self.run(e)
+        return self
+
+    def run(self, event: Event) -> Block:
+        """Allocate or release a value; return its block."""
+        held = self.held[event.value]
+        if event.bytes > 0:
+            held.append(self.take(event.bytes))
+            return held[-1]
+        self.give(held[-1])
+        return held.pop()
 
     def take(self, size: int) -> Block:
         size = rounded(size)
@@ -83,18 +100,3 @@ class Cache:
 
     def _keep(self, block: Block) -> None:
         insort(self.pools[block.small], (block.size, block.segment, block.start, block), key=lambda e: e[:3])
-
-
-def replay(resident: Iterable[int], events: Iterable[Event]) -> Cache:
-    """Return the allocator's state after allocating tensors of the given sizes and replaying a step's events."""
-    cache = Cache()
-    for size in resident:
-        if size:
-            cache.take(size)
-    held: dict[str, list[Block]] = {}
-    for e in events:
-        if e.bytes > 0:
-            held.setdefault(e.value, []).append(cache.take(e.bytes))
-        elif e.bytes < 0:
-            cache.give(held[e.value].pop())
-    return cache

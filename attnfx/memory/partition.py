@@ -42,8 +42,12 @@ class Joint:
         return self.graph.bases()
 
     @cached_property
+    def results(self) -> dict[str, Result]:
+        return {r.name: r for op in self.graph.ops for r in op.results}
+
+    @cached_property
     def size(self) -> dict[str, int]:
-        return {name: r.bytes for name, op in self.makers.items() for r in op.results if r.name == name}
+        return {name: r.bytes for name, r in self.results.items()}
 
     @cached_property
     def later(self) -> frozenset[str]:
@@ -96,7 +100,7 @@ class Joint:
         body = [op for op in self.closure(outputs, saved) if op.kind != "input"]
         read = {r for op in body for r in op.reads} | set(outputs)
         inputs = [
-            Op(name, "input", (), (replace(self._result(name), bytes=self._held(name)),))
+            Op(name, "input", (), (replace(self.results[name], bytes=self.size[name] or self.size[self.bases[name]]),))
             for name in sorted(read, key=lambda r: self.order[self.makers[r].name])
             if name in saved or self.makers[name].kind == "input"
         ]
@@ -109,9 +113,3 @@ class Joint:
                     placed.append(x)
                     held.update(r.name for r in x.results)
         return Graph((*inputs, *placed), outputs)
-
-    def _result(self, name: str) -> Result:
-        return next(r for r in self.makers[name].results if r.name == name)
-
-    def _held(self, name: str) -> int:
-        return self.size[name] or self.size[self.bases[name]]

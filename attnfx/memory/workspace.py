@@ -129,17 +129,8 @@ def scaled_dot(e: Expr) -> bool:
 # -- library --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """As in kernels/library/cpu.py: whether one call serves all queries, the bias, the added mask, the blocks."""
-
-    single: bool
-    bias: Expr
-    mask: Expr
-    blocks: tuple[KeyRange, ...]
-
-
-def _layout(use: Use) -> _Layout:
+def _layout(use: Use) -> tuple[bool, Expr, Expr, list[KeyRange]]:
+    """Return (whether one call serves all queries, bias, added mask, blocks), as in kernels/library/cpu.py."""
     found = mask_of(use.spec.score)
     keep, score = (A.TRUE if found is None else found.keep), use.spec.score
     if score.op == "where" and score.args[0] is keep:
@@ -151,7 +142,7 @@ def _layout(use: Use) -> _Layout:
     single = not any("i" in e.free for e in (*rest, bias))
     mask = A.where(A.and_(*(rest if single else conjuncts)), bias, A.const(-float("inf")))
     if single:
-        return _Layout(True, bias, mask, (KeyRange(0, use.sizes["T"], 0, use.sizes["S"], not rest),))
+        return True, bias, mask, [KeyRange(0, use.sizes["T"], 0, use.sizes["S"], not rest)]
     blocks: list[KeyRange] = []
     for r in key_ranges(use.spec, use.sizes, BLOCK):
         last = blocks[-1] if blocks else None
@@ -159,7 +150,7 @@ def _layout(use: Use) -> _Layout:
             blocks[-1] = last._replace(i1=r.i1)
         else:
             blocks.append(r)
-    return _Layout(False, bias, mask, tuple(blocks))
+    return False, bias, mask, blocks
 
 
 def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool, threads: int) -> int:
@@ -173,7 +164,7 @@ def fused_kernel(rows: int, keys: int, width: int, element: int, backward: bool,
 
 
 def _library(use: Use) -> int:
-    layout = _layout(use)
+    single, bias, mask, blocks = _layout(use)
     batch, heads = use.query.shape[:2]
     groups = use.key.shape[1]
     copies = sum(
@@ -182,28 +173,28 @@ def _library(use: Use) -> int:
         if x is not None and (x.strides[3] != 1 or x.shape[3] < use.width)
     )
     most = before = 0
-    for r in layout.blocks:
+    for r in blocks:
         rows, keys = r.i1 - r.i0, r.j1 - r.j0
         if not keys:
             continue
-        extents = {"b": batch, "h": heads, "i": 1 if layout.single else rows, "j": keys}
-        program = layout.bias if r.full else layout.mask
+        extents = {"b": batch, "h": heads, "i": 1 if single else rows, "j": keys}
+        program = bias if r.full else mask
         evaluated = held([program], extents, use.compute)
         shape = program.free & extents.keys()
         tile = prod(extents[name] for name in shape) * use.compute if shape else 0
         part = batch * heads * rows * use.width * use.query.element
         sums = batch * heads * rows * use.compute
         kernel = fused_kernel(rows, keys, use.width, use.query.element, use.grad_out is not None, use.threads)
-        kernel += tile if layout.single else 2 * tile  # the kernel copies a tile
+        kernel += tile if single else 2 * tile  # the kernel copies a tile
         if use.grad_out is None:
             kept = 0 if before == 0 else part + sums  # a block's results live until the next block's exist
             most = max(most, before + evaluated, kept + kernel + part + sums)
             before = tile + part + sums
             continue
         key = batch * groups * keys * use.width * use.key.element
-        if not (layout.single and use.grad_out.lies((0, 2, 1, 3))):
+        if not (single and use.grad_out.lies((0, 2, 1, 3))):
             kernel += part  # the kernel needs dense rows
-        if layout.single:  # the kernel allocates the gradients; then each in turn is copied to the promised layout
+        if single:  # the kernel allocates the gradients; then each in turn is copied to the promised layout
             most = max(evaluated, kernel, 0 if heads == 1 else max(part, key))
         else:
             most = max(most, before + evaluated, kernel + part + 2 * key)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from attnfx.errors import BudgetError
-from attnfx.memory.allocator import Cache, replay
+from attnfx.memory.allocator import Cache
 from attnfx.memory.byte_size import text
 from attnfx.memory.liveness import Event, peak
 from attnfx.planning.strategies import Strategy
@@ -41,19 +41,18 @@ class Resident:
     def total(self) -> int:
         return self.parameters + self.buffers + self.inputs + self.state
 
-
-def on_gpu(resident: Resident, events: Sequence[Event]) -> Cache:
-    """Return the state of PyTorch's caching allocator after a step and the optimizer's step."""
-    cache = replay([*resident.held, *resident.given, resident.state], events)
-    if resident.scratch:
-        cache.take(resident.scratch)
-    return cache
+    def around(self, events: Iterable[Event]) -> list[Event]:
+        """Return a step's events, the allocations of all tensors before it, and the optimizer's step after it."""
+        sizes = {"a parameter or buffer": self.held, "an input": self.given, "optimizer state": (self.state,)}
+        before = [Event(name, size, "before the step") for name in sizes for size in sizes[name] if size]
+        after = [Event("scratch", size, "the optimizer's step") for size in (self.scratch, -self.scratch) if size]
+        return [*before, *events, *after]
 
 
 def total(events: Sequence[Event], resident: Resident, target: Target) -> int:
     """Return the most bytes at once, over the step and the optimizer's step after it."""
     if target.kind != "cpu":
-        return on_gpu(resident, events).peak
+        return Cache().replay(resident.around(events)).peak
     return resident.total + max(peak(events), sum(e.bytes for e in events) + resident.scratch)
 
 

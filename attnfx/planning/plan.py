@@ -76,7 +76,7 @@ class Plan(Prediction):
         """
         from attnfx.planning.snapshot import snapshot
 
-        snapshot(self.timeline, self.resident, path)
+        snapshot(self.resident.around(self.strategy.events), path)
 
 
 def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_budget: int | float | str | None = None,

@@ -6,8 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+from attnfx.memory.allocator import Cache
 from attnfx.planning.limits import Limits
-from attnfx.planning.peak import Moment, Resident, contents, on_gpu, total
+from attnfx.planning.peak import Moment, Resident, contents, total
 from attnfx.planning.strategies import Strategy
 from attnfx.report.records import Decision, Site
 from attnfx.report.report import Report
@@ -57,7 +58,9 @@ class Prediction:
 
     @property
     def reserved_bytes(self) -> int | None:
-        return None if self.target.kind == "cpu" else on_gpu(self.resident, self.strategy.events).peak_reserved
+        if self.target.kind == "cpu":
+            return None
+        return Cache().replay(self.resident.around(self.strategy.events)).peak_reserved
 
     @property
     def predicted_ms(self) -> float:

@@ -7,12 +7,12 @@ Times are the indices of the events.
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable
 from os import PathLike
 from typing import Any
 
 from attnfx.memory.allocator import Block, Cache
-from attnfx.planning.peak import Moment, Resident
+from attnfx.memory.liveness import Event
 
 START = 1 << 40  # the first segment's address
 PROTOCOL = 4  # the latest pickle protocol that the viewer reads
@@ -20,64 +20,43 @@ PROTOCOL = 4  # the latest pickle protocol that the viewer reads
 Frames = list[dict[str, Any]]
 
 
-def snapshot(timeline: Sequence[Moment], resident: Resident, path: str | PathLike[str]) -> None:
-    """Write a plan's timeline as a pickle, after the allocations of resident memory."""
+def snapshot(events: Iterable[Event], path: str | PathLike[str]) -> None:
+    """Write the events of a step as a pickle, with the allocations of resident memory before it."""
     recorder = _Recorder()
-    held: dict[str, list[Block]] = {}
-    for size, frames in _resident(resident):
-        recorder.take(size, frames)
-    for m in timeline:
-        frames = [_frame(m.value, m.where), _frame(m.phase, "")]
-        if m.change > 0:
-            held.setdefault(m.value, []).append(recorder.take(m.change, frames))
-        else:
-            recorder.give(held[m.value].pop(), frames)
-    if resident.scratch:
-        frames = [_frame("scratch", ""), _frame("the optimizer's step", "")]
-        recorder.give(recorder.take(resident.scratch, frames), frames)
+    recorder.replay(events)
     made = {"segments": recorder.segments(), "device_traces": [recorder.trace], "allocator_settings": {}}
     with open(path, "wb") as file:
         pickle.dump(made, file, protocol=PROTOCOL)
 
 
-def _resident(resident: Resident) -> Iterator[tuple[int, Frames]]:
-    for name, sizes in (
-        ("a parameter or buffer", resident.held), ("an input", resident.given), ("optimizer state", (resident.state,)),
-    ):  # fmt: skip
-        for size in sizes:
-            if size:
-                yield size, [_frame(name, ""), _frame("before the step", "")]
-
-
-def _frame(name: str, where: str) -> dict[str, Any]:
+def _frame(name: str, where: str = "") -> dict[str, Any]:
     return {"name": name, "filename": where or "plan", "line": 0}
 
 
-class _Recorder:
+class _Recorder(Cache):
     """The simulated allocator and the trace that it would record."""
 
     def __init__(self) -> None:
-        self.cache, self.trace = Cache(), []
+        super().__init__()
+        self.trace: list[dict[str, Any]] = []
         self.addresses: list[int] = []  # of each segment
         self.known: dict[int, tuple[int, Frames]] = {}  # address -> requested bytes and their frames
 
-    def take(self, size: int, frames: Frames) -> Block:
-        before = self.cache.reserved
-        block = self.cache.take(size)
-        if self.cache.reserved > before:
+    def run(self, event: Event) -> Block:
+        before, frames = self.reserved, [_frame(event.value, event.where), _frame(event.phase)]
+        block = super().run(event)
+        if self.reserved > before:
             self.addresses.append(START + before)
-            self._record("segment_alloc", START + before, self.cache.reserved - before, frames)
+            self._record("segment_alloc", START + before, self.reserved - before, frames)
         address = self._address(block)
-        self.known[address] = size, frames
-        self._record("alloc", address, size, frames)
+        if event.bytes > 0:
+            self.known[address] = event.bytes, frames
+            self._record("alloc", address, event.bytes, frames)
+        else:
+            size, _ = self.known.pop(address)
+            self._record("free_requested", address, size, frames)
+            self._record("free_completed", address, size, frames)
         return block
-
-    def give(self, block: Block, frames: Frames) -> None:
-        address = self._address(block)
-        size, _ = self.known.pop(address)
-        self._record("free_requested", address, size, frames)
-        self._record("free_completed", address, size, frames)
-        self.cache.give(block)
 
     def _address(self, block: Block) -> int:
         return self.addresses[block.segment] + block.start
@@ -89,7 +68,7 @@ class _Recorder:
     def segments(self) -> list[dict[str, Any]]:
         """Return the final segments, in the format of `torch.cuda.memory_snapshot`."""
         out = []
-        for address, head in zip(self.addresses, self.cache.heads):
+        for address, head in zip(self.addresses, self.heads):
             blocks, at = [], head
             while at is not None:
                 asked, frames = self.known.get(self._address(at), (0, []))

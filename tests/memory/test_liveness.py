@@ -5,7 +5,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 import attnfx
-from attnfx.memory.allocator import Cache, replay
+from attnfx.memory.allocator import Cache
 from attnfx.memory.fusion import fused, unfused
 from attnfx.memory.liveness import Event, Phase, events, peak
 from attnfx.memory.optimizer import given, state_bytes
@@ -158,7 +158,7 @@ def test_saved_values_live_until_the_backward_pass_has_read_them():
 
 
 def test_a_gpus_allocator_rounds_and_keeps_what_was_freed():
-    cache = replay([], [Event("a", 1, ""), Event("b", 3 << 20, ""), Event("b", -3 << 20, "")])
+    cache = Cache().replay([Event("a", 1, ""), Event("b", 3 << 20, ""), Event("b", -3 << 20, "")])
     assert (cache.allocated, cache.peak, cache.reserved) == (512, 512 + (3 << 20), (2 << 20) + (20 << 20))
     again = Cache()
     first = again.take(15 << 20)
