@@ -39,26 +39,17 @@ from attnfx.report.report import Report
 class Captured:
     """One graph of Dynamo, rewritten, after AOTAutograd and Inductor's joint passes.
 
-    joint       forward and backward in one graph, if there is a backward pass; else None
-    forward     the graph of an inference; None if there is a backward pass
-    arguments   further arguments of a partitioner of the joint graph
     report      the report of attnfx on the graph, under `options`
+    graph       forward and backward in one joint graph, or the graph of an inference; unset if the capture failed
+    arguments   further arguments of a partitioner of the joint graph; None if there is no backward pass
     problem     the reason if the capture failed; "" if it succeeded
     """
 
     report: Report
     options: Options
-    joint: GraphModule | None = None
-    forward: GraphModule | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
+    graph: GraphModule = field(init=False)
+    arguments: dict[str, Any] | None = None
     problem: str = ""
-
-    @property
-    def graph(self) -> GraphModule:
-        """The joint graph or the graph of an inference."""
-        found = self.joint if self.joint is not None else self.forward
-        assert found is not None
-        return found
 
 
 class Done(Exception):
@@ -109,11 +100,11 @@ def lower(gm: GraphModule, example_inputs: list[Any], into: Captured, inner: str
     """
 
     def partition(joint: GraphModule, joint_inputs: Sequence[object], **kwargs: Any):
-        into.joint, into.arguments = joint, {"joint_inputs": joint_inputs, **kwargs}
+        into.graph, into.arguments = joint, {"joint_inputs": joint_inputs, **kwargs}
         raise Done
 
     def compiler(graph: GraphModule, _: Sequence[Any], **kwargs: Any):
-        into.forward = graph
+        into.graph = graph
         raise Done
 
     compile_rest(gm, example_inputs, inner, {"force_disable_caches": True}, Partitioner(partition, "capture"), compiler)

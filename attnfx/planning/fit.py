@@ -60,7 +60,7 @@ def fit(gm: GraphModule, example_inputs: Sequence[Any], options: Options, result
         return [_captured(gm, example_inputs, always, other)]
 
     ways = strategies([first], target, options.inner == "inductor", rewritten)
-    way = fitting(ways, limit, resident, target, first.joint is not None)
+    way = fitting(ways, limit, resident, target, first.arguments is not None)
     chosen = results[id(way.captured[0].report)]
     marks = way.marks[0]
     if way.chunk and chosen.gm is not None:

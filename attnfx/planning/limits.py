@@ -140,7 +140,7 @@ class Limits:
 
     def _stays(self, way: Strategy) -> int:
         """Return the bytes of parameters, buffers, optimizer state and, after a training step, gradients."""
-        training = any(c.joint is not None for c in way.captured)
+        training = any(c.arguments is not None for c in way.captured)
         left = max(sum(e.bytes for e in way.events), 0) if training else 0
         return self.resident.total - self.resident.inputs + left
 

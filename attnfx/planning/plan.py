@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import cache
 from os import PathLike, fspath
 from typing import Any
 
@@ -123,7 +123,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
         notes = _covered(first)
         first = [c for c in first if not c.problem]
         resident = _resident(model, inputs, keeps, training, device.kind == "cpu")
-        more = lru_cache(lambda: [c for c in captured(inputs, replace(decided, rewrite="always")) if not c.problem])
+        more = cache(lambda: [c for c in captured(inputs, replace(decided, rewrite="always")) if not c.problem])
 
         def ways(
             graphs: Sequence[Captured] = first, rewritten: Callable[[], Sequence[Captured]] = more
@@ -132,6 +132,7 @@ def plan(model: Callable[..., Any], *, target: str | Target = "auto", memory_bud
 
         way = fitting(ways(), limit, resident, device, training)
 
+        @cache
         def limits() -> Limits:
             lowest = None
             if limit is not None:

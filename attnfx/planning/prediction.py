@@ -48,10 +48,6 @@ class Prediction:
     notes: list[str]
     limited: Callable[[], Limits]
 
-    @cached_property
-    def _limits(self) -> Limits:
-        return self.limited()
-
     @property
     def peak_bytes(self) -> int:
         return total(self.strategy.events, self.resident, self.target)
@@ -92,11 +88,11 @@ class Prediction:
 
     @property
     def max_batch(self) -> int | None:
-        return self._limits.batch
+        return self.limited().batch
 
     @property
     def max_length(self) -> int | None:
-        return self._limits.length
+        return self.limited().length
 
     def bytes_at(self, batch: int, length: int | None = None) -> int | None:
         """Return the peak in bytes at other sizes, under a budget with as much recomputed as possible; None if unknown.
@@ -104,7 +100,7 @@ class Prediction:
         The length is by default the given one, and is ignored if the inputs lack one. Raises RuntimeError for a
         negative size.
         """
-        return self._limits.bytes_at(batch, length)
+        return self.limited().bytes_at(batch, length)
 
     def parts(self) -> dict[str, int]:
         """Return the bytes allocated at the peak, by kind."""

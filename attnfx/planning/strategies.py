@@ -85,16 +85,14 @@ class Strategy:
         return {name: size for m in self.marks for name, size in m.dropped.items()}
 
 
-def strategies(captured: Sequence[Captured], target: Target, inlining: bool = True,
-            more: Callable[[], Sequence[Captured]] | None = None) -> Iterator[Strategy]:  # fmt: skip
+def strategies(captured: Sequence[Captured], target: Target, inlining: bool,
+               more: Callable[[], Sequence[Captured]]) -> Iterator[Strategy]:  # fmt: skip
     """Yield the ways to compile, in order of the time they cost. Each has a smaller peak than all before it; only the
     way that releases dead memory at once is always included. `more` captures the graphs with every site rewritten."""
     best = as_decided(captured, target, inlining)
     yield best
     least = best.peak
-    if more is not None and any(
-        s.decision is not None and s.decision.tier == "kept" for c in captured for s in c.report
-    ):
+    if any(s.decision is not None and s.decision.tier == "kept" for c in captured for s in c.report):
         again = more()
         if len(again) == len(captured):
             other = as_decided(again, target, inlining)
@@ -140,10 +138,10 @@ def as_decided(captured: Sequence[Captured], target: Target, inlining: bool) -> 
     """Return the strategy with the graphs as they are, and with the saved values chosen by PyTorch."""
     cpu, parts = target.kind == "cpu", []
     for c in captured:
-        if c.joint is None:
+        if c.arguments is None:
             parts.append(Part(read(near_readers(c.graph) if inlining else c.graph, cpu)))
         else:
-            forward, backward = partition(c.joint, c.arguments)
+            forward, backward = partition(c.graph, c.arguments)
             parts.append(Part(read(forward, cpu), read(backward, cpu), c.arguments["num_fwd_outputs"]))
     return Strategy(captured, parts, [Marks()] * len(parts), target, inlining)
 
@@ -154,8 +152,8 @@ def _recomputing(base: Strategy) -> Iterator[tuple[list[Marks], list[Part]]]:
     solutions: list[list[Solution]] = []
     for n, (captured, part) in enumerate(zip(base.captured, base.parts)):
         solutions.append([])
-        if captured.joint is not None and part.backward is not None:
-            joints[n], fixed = joint_records(captured.joint, captured.arguments, base.target.kind == "cpu")
+        if captured.arguments is not None and part.backward is not None:
+            joints[n], fixed = joint_records(captured.graph, captured.arguments, base.target.kind == "cpu")
             solutions[n] = Trades(joints[n], _prices(joints[n], fixed, part, base.target)).solutions()
     parts, marks = list(base.parts), list(base.marks)
     for n, found in together(solutions):

@@ -95,14 +95,14 @@ class Net(nn.Module):
 @pytest.mark.parametrize("how", [{"rewrite": "always"}, {"rewrite": "never"}, {"inner": "aot_eager"}], ids=str)
 def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     (captured,) = capture(Net(), [torch.randn(2, 128, 64)], {}, Options.make({"target": "a100-80gb", **how}), True)
-    joint, fixed = joint_records(captured.joint, captured.arguments, True)
+    joint, fixed = joint_records(captured.graph, captured.arguments, True)
     found = Trades(joint, lambda op: None if op.name in fixed else 1.0 + op.flops).solutions()
     assert len(found) >= 3
     constants = {op.name for op in joint.graph.ops if not op.reads}  # an overwritten value is not read
     for s in found:
         part = joint.split(s.saved)
         again = {x for op in part.backward.ops if op.name not in joint.later for x in (op.name, *op.parts)}
-        marked = GraphModule(captured.joint, copied(captured.joint.graph))
+        marked = GraphModule(captured.graph, copied(captured.graph.graph))
         if again - s.saved:
             mark(marked, s.saved, again - s.saved)
         graphs = partition(marked, captured.arguments)
