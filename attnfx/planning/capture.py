@@ -119,11 +119,9 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
         held = node.meta.get("example_value")
         if isinstance(held, FakeTensor):  # has the sizes that Dynamo specialized
             inputs[n] = held
-    copy_ = GraphModule(gm, copied(gm.graph))
-    copy_.meta.update(gm.meta)
     # the lowering's entries in its tracing context must not reach the following compilation
     with tracing(TracingContext(mode)), _quiet(), suppress(Done):
-        lower(copy_, inputs, made, options.inner)
+        lower(copied(gm), inputs, made, options.inner)
     return made
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from torch.fx import Graph, GraphModule, Node
 
 from attnfx.passes.fx.nodes import argument, op_name
-from attnfx.passes.joint.mark_recompute import copied
 from attnfx.passes.joint.read_graph import attention_workspace
 
 OPERATORS = ("attnfx::attention", "attnfx::attention_backward")
@@ -18,15 +17,16 @@ TIER = "chunked"
 def limit(gm: GraphModule, elements: int) -> None:
     """Limit the chunked tier to `elements` scores at once, in each call that this tier was chosen for."""
     for module in gm.modules():
-        if isinstance(module, GraphModule) and _limit(module.graph, elements):
+        if isinstance(module, GraphModule) and (calls := list(_calls(module.graph))):
+            for n in calls:
+                others = str(_argument(n, "tier")).split(",")[1:]
+                n.update_arg(_position(n, "tier"), ",".join([f"{TIER}:{elements}", *(t for t in others if t != TIER)]))
             module.recompile()
 
 
 def workspaces(gm: GraphModule, elements: int, cpu: bool) -> dict[str, int]:
     """Return the bytes that each call of the chunked tier would take under this limit, by the node's name."""
-    graph = copied(gm.graph)
-    changed = _limit(graph, elements)
-    return {n.name: attention_workspace(n, cpu) for n in graph.nodes if n.name in changed}
+    return {n.name: attention_workspace(n, cpu, chunk=elements) for n in _calls(gm.graph)}
 
 
 def draws(gm: GraphModule) -> bool:
@@ -34,16 +34,6 @@ def draws(gm: GraphModule) -> bool:
     capture."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
     return any(isinstance(_argument(n, "seed"), Node) for graph in graphs for n in _calls(graph))
-
-
-def _limit(graph: Graph, elements: int) -> set[str]:
-    """Limit the calls in one graph; return the names of the changed nodes."""
-    changed = set()
-    for n in _calls(graph):
-        others = str(_argument(n, "tier")).split(",")[1:]
-        n.update_arg(_position(n, "tier"), ",".join([f"{TIER}:{elements}", *(t for t in others if t != TIER)]))
-        changed.add(n.name)
-    return changed
 
 
 def _calls(graph: Graph) -> Iterator[Node]:

@@ -54,23 +54,23 @@ def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None
             n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def copied(graph: Graph) -> Graph:
+def copied(gm: GraphModule) -> GraphModule:
     """Return a copy with the names and the meta of the original."""
-    made, old = Graph(), graph.output_node()
+    made, old = Graph(), gm.graph.output_node()
     values: dict[Node, Node] = {}
-    made.graph_copy(graph, values)
+    made.graph_copy(gm.graph, values)
     new = made.output(map_arg(old.args[0], lambda n: values[n]))
     new.meta.update(old.meta)
     for before, after in values.items():
         after.meta = dict(before.meta)
         if hasattr(before, "_dynamo_source"):  # tells a compiler which inputs are parameters
             after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
-    return made
+    module = GraphModule(gm, made)
+    module.meta.update(gm.meta)
+    return module
 
 
 def partition(joint: GraphModule, arguments: Mapping[str, Any]) -> tuple[GraphModule, GraphModule]:
     """Return the forward and backward graphs of a copy of `joint`. `arguments` are a partitioner's arguments."""
-    made = GraphModule(joint, copied(joint.graph))
-    made.meta.update(joint.meta)
     given = dict(arguments)
-    return min_cut_rematerialization_partition(made, given.pop("joint_inputs"), **given)
+    return min_cut_rematerialization_partition(copied(joint), given.pop("joint_inputs"), **given)

@@ -108,7 +108,7 @@ def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
 def near_readers(gm: GraphModule) -> GraphModule:
     """Return a copy in which each operation comes right before its first reader. Inductor orders inference graphs this
     way (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality)."""
-    made = GraphModule(gm, copied(gm.graph))
+    made = copied(gm)
     seen: set[Node] = set()
     for n in reversed(made.graph.nodes):
         seen.add(n)

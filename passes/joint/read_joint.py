@@ -17,9 +17,9 @@ from attnfx.passes.joint.read_graph import read
 def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -> tuple[Joint, frozenset[str]]:
     """Return the records of a joint graph, and the names of operations that would return another result if run again.
     `arguments` are a partitioner's arguments besides the graph. The graph is not changed."""
-    graph = copied(joint.graph)
-    graph.eliminate_dead_code()
-    made = GraphModule(joint, fx_graph_cse(graph))  # as the partitioner does first
+    made = copied(joint)
+    made.graph.eliminate_dead_code()
+    made.graph = fx_graph_cse(made.graph)  # as the partitioner does first
     records = read(made, cpu)
     held = {r.name for op in records.ops for r in op.results}
     outputs = tree_leaves(made.graph.output_node().args[0])[: arguments["num_fwd_outputs"]]

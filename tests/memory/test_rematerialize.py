@@ -6,7 +6,6 @@ from itertools import combinations, pairwise
 import pytest
 import torch
 from torch import nn
-from torch.fx import GraphModule
 
 import attnfx
 from attnfx.memory.partition import Joint
@@ -102,7 +101,7 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     for s in found:
         part = joint.split(s.saved)
         again = {x for op in part.backward.ops if op.name not in joint.later for x in (op.name, *op.parts)}
-        marked = GraphModule(captured.graph, copied(captured.graph.graph))
+        marked = copied(captured.graph)
         if again - s.saved:
             mark(marked, s.saved, again - s.saved)
         graphs = partition(marked, captured.arguments)
