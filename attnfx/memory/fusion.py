@@ -86,12 +86,8 @@ class _Loop:
     alone: bool  # whether it never fuses, like a kernel
 
 
-def fused(graph: Graph, cpu: bool) -> list[Kernel]:
-    """Return the kernels of a graph, in an order in which they can run."""
-    return _merged(_stored(graph, cpu), graph, cpu)
-
-
 def _stored(graph: Graph, cpu: bool) -> list[_Loop]:
+    """Return the loops and kernels whose results Inductor stores."""
     base = graph.bases()
     readers: dict[str, list[Op]] = defaultdict(list)  # name -> direct readers
     for op in graph.ops:
@@ -170,8 +166,9 @@ def _fits(a: list[_Loop], b: list[_Loop]) -> bool:
     return counts <= {outer, outer * inner} if last else counts <= {outer}
 
 
-def _merged(loops: list[_Loop], graph: Graph, cpu: bool) -> list[Kernel]:
-    base = graph.bases()
+def fused(graph: Graph, cpu: bool) -> list[Kernel]:
+    """Return the kernels of a graph, in an order in which they can run."""
+    loops, base = _stored(graph, cpu), graph.bases()
     size = {r.name: r.bytes for op in graph.ops for r in op.results}
     owner = {r.name: n for n, x in enumerate(loops) for r in x.op.results}
     readers: dict[str, list[int]] = defaultdict(list)

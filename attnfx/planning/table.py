@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from itertools import groupby
 from os import PathLike
 from typing import Any
 
 from attnfx.memory.byte_size import text
 from attnfx.planning.prediction import Prediction
+from attnfx.report.records import Site
 
 ROWS = 16  # of modules, in a table
 
@@ -63,18 +65,18 @@ def table(plan: Prediction) -> Any:
 
 def _sites(plan: Prediction) -> list[tuple[str, tuple[str, str, str]]]:
     """Return rows (names, (where, tier, reason)); consecutive sites with the same decision share a row."""
-    rows: list[tuple[list[str], tuple[str, str, str]]] = []
-    for site in plan.sites:
+
+    def row(site: Site) -> tuple[str, str, str]:
         chosen = site.decision
         tier = chosen.tier if chosen else "kept"
         if tier == "chunked" and plan.strategy.chunk:
             tier += f", {plan.strategy.chunk} scores at once"
-        row = site.where, tier, chosen.reason if chosen else str(site.refusal or "")
-        if rows and rows[-1][1] == row:
-            rows[-1][0].append(site.name)
-        else:
-            rows.append(([site.name], row))
-    return [(names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})", row) for names, row in rows]
+        return site.where, tier, chosen.reason if chosen else str(site.refusal or "")
+
+    rows = [([site.name for site in same], found) for found, same in groupby(plan.sites, row)]
+    return [
+        (names[0] if len(names) == 1 else f"{names[0]} to {names[-1]} ({len(names)})", found) for names, found in rows
+    ]
 
 
 def by_module(plan: Prediction) -> dict[str, tuple[int, int]]:

@@ -7,7 +7,7 @@ computed from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -42,15 +42,14 @@ def forward_nodes(joint: GraphModule) -> dict[str, Node]:
     return out
 
 
-def mark(joint: GraphModule, saved: Iterable[str], again: Iterable[str]) -> None:
+def mark(joint: GraphModule, saved: Collection[str], again: Collection[str]) -> None:
     """Mark a joint graph's forward nodes: save the values `saved`, and recompute the values `again`."""
-    nodes, kept, redone = forward_nodes(joint), set(saved), set(again)
-    for name, n in nodes.items():
+    for name, n in forward_nodes(joint).items():
         if n.op != "call_function":
             continue
-        if name in kept or is_random(n):
+        if name in saved or is_random(n):
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
-        elif name in redone:
+        elif name in again:
             n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
