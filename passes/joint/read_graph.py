@@ -252,7 +252,9 @@ def kind_of(n: Node) -> Kind:
     if op_name(n) in KERNELS or n.target in fallbacks or n.target not in lowerings:
         return "kernel"
     pointwise = op_name(n) in ("max", "min") and len(n.all_input_nodes) > 1  # of two tensors
-    return "reduce" if op_name(n) in REDUCTIONS and not pointwise else "loop"
+    if op_name(n) in REDUCTIONS and not pointwise:
+        return "reduce"
+    return "loop" if isinstance(n.meta["val"], torch.Tensor) else "kernel"  # a loop has one result
 
 
 def _reduced(n: Node, outer: int) -> tuple[int, bool]:

@@ -1,9 +1,12 @@
-"""Count the workspace of a model's own fused attention."""
+"""Count the workspace of a model's own fused attention, and read operators with several results."""
 
 import pytest
 import torch
+from torch.fx.experimental.proxy_tensor import make_fx
 
-from attnfx.passes.joint.read_graph import attention_workspace
+from attnfx.memory.liveness import peak
+from attnfx.memory.step import Part, step
+from attnfx.passes.joint.read_graph import attention_workspace, read
 from attnfx.targets import sdpa_dispatch as fused
 
 
@@ -24,3 +27,11 @@ def test_the_models_own_call_counts_it_too(groups):
             assert attention_workspace(node, cpu=False) == (expected if suffix else 0)
             shorter = attention_workspace(node, cpu=False, shape=lambda x: [*x.meta["val"].shape[:2], 128, 64])
             assert shorter == (fused.workspace((2, 16, 128), (2, groups, 128, 64), 64, 4) if suffix else 0)
+
+
+@pytest.mark.parametrize("several", [lambda x: x.topk(64), lambda x: torch.nn.functional.max_pool1d_with_indices(x, 2)])
+def test_an_operator_with_several_results_stores_them(several):
+    """A value that one of them owns is allocated before it is released."""
+    graph = make_fx(lambda x: several(x * 2.0)[0].exp().sum(), tracing_mode="fake")(torch.randn(4, 16, 128))
+    events = step([Part(read(graph, cpu=True))], cpu=True).events()
+    assert peak(events) >= 4 * 16 * (128 * 4 + 64 * (4 + 8)) and sum(e.bytes for e in events) == 4
