@@ -15,8 +15,6 @@ from dataclasses import dataclass, field
 from attnfx.memory.fusion import Kernel
 from attnfx.memory.records import Result
 
-WORKSPACE = "workspace of "
-
 
 @dataclass(frozen=True)
 class Phase:
@@ -61,9 +59,9 @@ def events(phases: Sequence[Phase]) -> list[Event]:
     return [e for phase in phases for e in _Lines(phase).events()]
 
 
-def peak(found: Iterable[Event], start: int = 0) -> int:
-    """Return the most bytes alive at once, starting with `start` bytes."""
-    now = most = start
+def peak(found: Iterable[Event]) -> int:
+    """Return the most bytes alive at once."""
+    now = most = 0
     for e in found:
         now += e.bytes
         most = max(most, now)
@@ -148,7 +146,7 @@ class _Lines:
                 self.lines.append(_Line(w, at, k.where, old=old))
                 self.alive[w.name] = w
             if k.workspace:
-                room = Result(f"{WORKSPACE}{k.name}", k.workspace)
+                room = Result(f"workspace of {k.name}", k.workspace)
                 self.lines += [_Line(room, at, k.where), _Line(room, at, k.where, frees=True)]
             dying += [w.name for w in k.writes if last[w.name] == n and w.name not in phase.kept]
             late += [(self.alive.pop(v), k.where) for v in dying]

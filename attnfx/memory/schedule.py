@@ -74,9 +74,6 @@ class Schedule:
             out.append(now)
         return out
 
-    def peak(self) -> int:
-        return max(self.alive())
-
     def size(self) -> dict[str, int]:
         """Return the bytes of each value that the graph may free."""
         return dict(self.given) | {value: size for node in self.nodes for value, size in node.gives.items()}
@@ -89,7 +86,7 @@ def best(kernels: Sequence[Kernel], given: Mapping[str, int], kept: Iterable[str
     read = {value for node in nodes for value in node.reads}
     first = Schedule(nodes, {v: size for v, size in given.items() if v in read}, frozenset(kept))
     orders = [nodes, _least(first), _first_ready(nodes), _depth_first(first)]
-    return min((Schedule(order, first.given, first.kept) for order in orders), key=Schedule.peak)
+    return min((Schedule(order, first.given, first.kept) for order in orders), key=lambda s: max(s.alive()))
 
 
 def _nodes(kernels: Sequence[Kernel]) -> list[Node]:
