@@ -65,7 +65,6 @@ class Expr:
     free: frozenset[str]
 
     def __repr__(self) -> str:
-
         return show(self)
 
     def __reduce__(self):
@@ -114,7 +113,6 @@ def walk(root: Expr) -> tuple[Expr, ...]:
 
 _INFIX = {"add": " + ", "mul": " * ", "and": " and ", "or": " or ", "floordiv": " // ", "mod": " % ",
           "lt": " < ", "le": " <= ", "eq": " == "}  # fmt: skip
-_TIGHT = {"const", "var", "size", "load", "dot", "prob"}
 
 
 def show(e: Expr, names: dict[object, str] | None = None) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
-from attnfx.ir.algebra import add, const, div, ge, le, lt, mul, neg, power, sub, unary, where
+from attnfx.ir.algebra import add, const, div, ge, gt, le, lt, mul, neg, power, sub, unary, where
 from attnfx.ir.expr import FLOAT, Added, Expr, walk
 
 _ZERO, _ONE = const(0.0), const(1.0)
@@ -19,7 +20,7 @@ def gradient(root: Expr, leaves: list[Expr]) -> list[Expr]:
     order = list(walk(root))
     depends: set[Expr] = set(leaves)
     for at in order:
-        if at.op not in ("detach",) and any(a in depends for a in at.args):
+        if at.op != "detach" and any(a in depends for a in at.args):
             depends.add(at)
     slope: dict[Expr, Expr] = {root: _ONE}
     for at in reversed(order):
@@ -38,7 +39,6 @@ def _local(e: Expr) -> list[tuple[Expr, Expr]]:
     if e.kind != FLOAT:
         return []
     a = e.args
-    x = a[0] if a else None
     match e.op:
         case "add":
             return [(t, _ONE) for t in a]
@@ -48,63 +48,43 @@ def _local(e: Expr) -> list[tuple[Expr, Expr]]:
             return [(a[1], _ONE)]
         case "where":
             return [(a[1], where(a[0], _ONE, _ZERO)), (a[2], where(a[0], _ZERO, _ONE))]
-        case "half":
-            return [(a[0], _ONE)]
         case "min" | "max":
             better = le if e.op == "min" else ge
+            strictly = lt if e.op == "min" else gt
             out = []
             for n, t in enumerate(a):
-                rest = a[:n] + a[n + 1 :]
-                wins = [better(t, r) if n < a.index(r) else lt(t, r) if e.op == "min" else lt(r, t) for r in rest]
                 local = _ONE
-                for w in wins:
-                    local = where(w, local, _ZERO)
+                for m, r in enumerate(a):
+                    if m != n:
+                        local = where(better(t, r) if n < m else strictly(t, r), local, _ZERO)
                 out.append((t, local))
             return out
         case "pow":
             base, exponent = a
-            return [
-                (base, mul(exponent, power(base, sub(exponent, _ONE)))),
-                (exponent, mul(e, unary("log", base))),
-            ]
-    if x is None:
-        return []
-    local = _unary(e, x)
-    return [(x, local)] if local is not None else []
+            local = mul(exponent, power(base, sub(exponent, _ONE)))
+            return [(base, local), (exponent, mul(e, unary("log", base)))]
+    if e.op not in _UNARY:
+        return []  # floor, ceil, round, trunc, sign: zero almost everywhere
+    return [(a[0], _UNARY[e.op](e, a[0]))]
 
 
-def _unary(e: Expr, x: Expr) -> Expr | None:
-    match e.op:
-        case "recip":
-            return neg(mul(e, e))
-        case "exp":
-            return e
-        case "expm1":
-            return add(e, _ONE)
-        case "exp2":
-            return mul(const(math.log(2.0)), e)
-        case "log":
-            return unary("recip", x)
-        case "log2":
-            return mul(const(1 / math.log(2.0)), unary("recip", x))
-        case "log1p":
-            return unary("recip", add(_ONE, x))
-        case "tanh":
-            return sub(_ONE, mul(e, e))
-        case "sigmoid":
-            return mul(e, sub(_ONE, e))
-        case "softplus":
-            return unary("sigmoid", x)
-        case "sqrt":
-            return div(const(0.5), e)
-        case "sin":
-            return unary("cos", x)
-        case "cos":
-            return neg(unary("sin", x))
-        case "atan":
-            return unary("recip", add(_ONE, mul(x, x)))
-        case "erf":
-            return mul(const(2 / math.sqrt(math.pi)), unary("exp", neg(mul(x, x))))
-        case "abs":
-            return unary("sign", x)
-    return None  # floor, ceil, round, trunc, sign: zero almost everywhere
+# operator -> the derivative of e = op(x)
+_UNARY: dict[str, Callable[[Expr, Expr], Expr]] = {
+    "recip": lambda e, x: neg(mul(e, e)),
+    "exp": lambda e, x: e,
+    "expm1": lambda e, x: add(e, _ONE),
+    "exp2": lambda e, x: mul(const(math.log(2.0)), e),
+    "log": lambda e, x: unary("recip", x),
+    "log2": lambda e, x: mul(const(1 / math.log(2.0)), unary("recip", x)),
+    "log1p": lambda e, x: unary("recip", add(_ONE, x)),
+    "tanh": lambda e, x: sub(_ONE, mul(e, e)),
+    "sigmoid": lambda e, x: mul(e, sub(_ONE, e)),
+    "softplus": lambda e, x: unary("sigmoid", x),
+    "sqrt": lambda e, x: div(const(0.5), e),
+    "sin": lambda e, x: unary("cos", x),
+    "cos": lambda e, x: neg(unary("sin", x)),
+    "atan": lambda e, x: unary("recip", add(_ONE, mul(x, x))),
+    "erf": lambda e, x: mul(const(2 / math.sqrt(math.pi)), unary("exp", neg(mul(x, x)))),
+    "abs": lambda e, x: unary("sign", x),
+    "half": lambda e, x: _ONE,
+}

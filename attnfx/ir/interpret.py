@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 import struct
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from attnfx.ir.expr import Expr
 
@@ -40,21 +42,23 @@ def _sigmoid(x: float) -> float:
     return 1.0 / (1.0 + _exp(-x)) if x >= 0 else _exp(x) / (1.0 + _exp(x))
 
 
-UNARY: dict[str, Callable[[float], float]] = {
+_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "recip": _recip, "exp": _exp, "exp2": lambda x: _exp(x * math.log(2.0)), "expm1": lambda x: _exp(x) - 1.0,
     "log": _log, "log2": lambda x: _log(x) / math.log(2.0), "log1p": lambda x: _log(1.0 + x), "tanh": math.tanh,
     "sigmoid": _sigmoid, "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan, "sin": math.sin, "cos": math.cos,
     "erf": math.erf, "floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc, "atan": math.atan,
     "softplus": lambda x: x if x > 30 else math.log1p(_exp(x)), "abs": abs, "half": _half, "detach": lambda x: x,
-    "sign": lambda x: (x > 0) - (x < 0), "float": float, "int": int, "not": lambda x: not x,
+    "sign": lambda x: (x > 0) - (x < 0), "float": float, "int": int, "not": operator.not_,
     "ge0": lambda x: x >= 0, "eq0": lambda x: x == 0,
+    "add": lambda *x: sum(x), "mul": lambda *x: math.prod(x), "min": min, "max": max, "pow": operator.pow,
+    "floordiv": operator.floordiv, "mod": operator.mod, "lt": operator.lt, "le": operator.le, "eq": operator.eq,
+    "and": lambda *x: all(x), "or": lambda *x: any(x),
 }  # fmt: skip
-_ATEN: dict[str, Callable[..., Number]] = {
-    **UNARY, "to": float, "add": lambda x, y: x + y, "sub": lambda x, y: x - y, "rsub": lambda x, y: y - x,
-    "mul": lambda x, y: x * y, "div": lambda x, y: x * _recip(y), "neg": lambda x: -x, "pow": lambda x, y: x**y,
-    "reciprocal": _recip, "rsqrt": lambda x: _recip(math.sqrt(x)), "relu": lambda x: max(x, 0.0),
-    "square": lambda x: x * x,
-    "clamp_min": max, "clamp_max": min, "minimum": min, "maximum": max, "min": min, "max": max,
+_ATEN: dict[str, Callable[..., Any]] = {
+    **_FUNCTIONS, "to": float, "sub": operator.sub, "rsub": lambda x, y: y - x, "div": lambda x, y: x * _recip(y),
+    "neg": operator.neg, "reciprocal": _recip, "rsqrt": lambda x: _recip(math.sqrt(x)),
+    "relu": lambda x: max(x, 0.0), "square": lambda x: x * x, "clamp_min": max, "clamp_max": min, "minimum": min,
+    "maximum": max,
 }  # fmt: skip
 
 
@@ -74,34 +78,7 @@ def evaluate(e: Expr, env: Mapping[str, Number], load: Loader | None = None) -> 
         values = [evaluate(body, {**env, str(e.value): n}, load) for n in range(int(evaluate(extent, env, load)))]
         return sum(values) if e.op == "rsum" else max(values, default=-math.inf)
     x = [evaluate(a, env, load) for a in e.args]
-    match e.op:
-        case "aten":
-            return _ATEN[str(e.value).split(":")[0]](*x)
-        case "load":
-            assert load is not None
-            return load(e.value, tuple(int(v) for v in x))
-        case "add":
-            return sum(x)
-        case "mul":
-            return math.prod(x)
-        case "floordiv":
-            return x[0] // x[1]
-        case "mod":
-            return x[0] % x[1]
-        case "pow":
-            return x[0] ** x[1]
-        case "min":
-            return min(x)
-        case "max":
-            return max(x)
-        case "lt":
-            return x[0] < x[1]
-        case "le":
-            return x[0] <= x[1]
-        case "eq":
-            return x[0] == x[1]
-        case "and":
-            return all(x)
-        case "or":
-            return any(x)
-    return UNARY[e.op](x[0])
+    if e.op == "load":
+        assert load is not None
+        return load(e.value, tuple(int(v) for v in x))
+    return _ATEN[str(e.value).split(":")[0]](*x) if e.op == "aten" else _FUNCTIONS[e.op](*x)
