@@ -88,13 +88,7 @@ def floordiv(x: Expr, y: Expr) -> Expr:
     if not rest:
         return from_poly(whole)
     inner = from_poly(rest)
-    low, high = poly.bounds(inner)
-    divisor = poly.of(y)
-    if (
-        poly.nonnegative(low)
-        and high is not None
-        and poly.nonnegative(poly.plus(divisor, poly.plus(high, {(): 1}), -1))
-    ):
+    if poly.is_index(inner, y):
         return from_poly(whole)
     if inner.op == "floordiv" and inner.args[1].op == "const" and y.op == "const":
         nested = floordiv(inner.args[0], mul(inner.args[1], y))
@@ -110,31 +104,25 @@ def mod(x: Expr, y: Expr) -> Expr:
     if not rest:
         return ZERO
     inner = from_poly(rest)
-    low, high = poly.bounds(inner)
-    if poly.nonnegative(low) and high is not None:
-        if poly.nonnegative(poly.plus(poly.of(y), poly.plus(high, {(): 1}), -1)):
-            return inner
-    return node("mod", INT, (inner, y))
+    return inner if poly.is_index(inner, y) else node("mod", INT, (inner, y))
 
 
 def _split(x: Expr, y: Expr) -> tuple[Poly, Poly | None]:
     """Split x = whole * y + rest, with all multiples of y in whole; rest=None if y may be zero or negative."""
     divisor = poly.of(y)
-    if not poly.nonnegative(poly.plus(divisor, {(): 1}, -1)):
+    if not poly.positive(divisor):
         return {}, None
     whole: Poly = {}
     rest: Poly = {}
     for index, coefficient in poly.by_index(poly.of(x)).items():
-        quotient = poly.divide(coefficient, divisor)
-        left: Poly = {}
-        if quotient is None and set(coefficient) <= {()} and set(divisor) <= {()}:
-            # a constant coefficient: take out multiples of the divisor, leave a remainder in [0, divisor)
-            q, r = divmod(coefficient[()], divisor[()])
-            quotient, left = ({(): q} if q else {}), {(): r}
-            if index and 2 * r > divisor[()]:
-                quotient, left = {}, coefficient
+        quotient, left = poly.divide(coefficient, divisor), Poly()
         if quotient is None:
             quotient, left = {}, coefficient
+            if set(coefficient) <= {()} and set(divisor) <= {()}:
+                # a constant coefficient: take out multiples of the divisor, leave a remainder in [0, divisor)
+                q, r = divmod(coefficient[()], divisor[()])
+                if not index or 2 * r <= divisor[()]:
+                    quotient, left = {(): q}, {(): r}
         index_poly: Poly = {index: 1}
         whole = poly.plus(whole, poly.times(quotient, index_poly))
         rest = poly.plus(rest, poly.times(left, index_poly))
@@ -368,9 +356,9 @@ def unary(op: str, x: Expr) -> Expr:
     if op == "abs":
         return _absolute(x)
     if op == "sign":
-        return (
-            where(gt(x, ZERO), ONE, where(lt(x, ZERO), const(-1), ZERO)) if x.kind == INT else node("sign", FLOAT, (x,))
-        )
+        if x.kind != INT:
+            return node("sign", FLOAT, (x,))
+        return where(gt(x, ZERO), ONE, where(lt(x, ZERO), const(-1), ZERO))
     assert op in FLOAT_UNARY, op
     if x.kind == INT and op in ("floor", "ceil", "round", "trunc"):
         return x
@@ -410,10 +398,9 @@ def _nonnegative(x: Expr) -> bool:
 
 def _absolute(x: Expr) -> Expr:
     if x.kind == INT:
-        low, high = poly.bounds(x)
-        if poly.nonnegative(low):
+        if poly.at_least(x, 0):
             return x
-        if high is not None and poly.nonnegative(poly.plus({}, high, -1)):
+        if poly.at_most(x, 0):
             return neg(x)
         return node("abs", INT, (_positive(x),))
     whole = as_integer(x)
@@ -446,28 +433,26 @@ def _extreme(op: str, xs: tuple[Expr, ...]) -> Expr:
         rest = [best, *rest]
     if xs[0].kind == INT and len(rest) == 2:
         gap = sub(rest[0], rest[1])
-        low, high = poly.bounds(gap)
-        if poly.nonnegative(low):
+        if poly.at_least(gap, 0):
             return rest[0] if op == "max" else rest[1]
-        if high is not None and poly.nonnegative(poly.plus({}, high, -1)):
+        if poly.at_most(gap, 0):
             return rest[1] if op == "max" else rest[0]
     return rest[0] if len(rest) == 1 else node(op, xs[0].kind, tuple(rest))
 
 
 def power(x: Expr, y: Expr) -> Expr:
     exponent = _number(y)
-    if exponent is not None and x.kind == INT and exponent == int(exponent) and 0 <= exponent <= 4:
+    if x.kind == INT and exponent in (0, 1, 2, 3, 4):
         return mul(ONE, *([x] * int(exponent)))
-    if exponent is not None:
-        if exponent == int(exponent) and 1 <= exponent <= 4:
-            return mul(*([to_float(x)] * int(exponent)))
-        if exponent == -1:
-            return unary("recip", to_float(x))
-        if exponent == 0.5:
-            return unary("sqrt", to_float(x))
-        if exponent == -0.5:
-            return unary("recip", unary("sqrt", to_float(x)))
     x, y = to_float(x), to_float(y)
+    if exponent in (1, 2, 3, 4):
+        return mul(*([x] * int(exponent)))
+    if exponent == -1:
+        return unary("recip", x)
+    if exponent == 0.5:
+        return unary("sqrt", x)
+    if exponent == -0.5:
+        return unary("recip", unary("sqrt", x))
     if x.op == "const" and y.op == "const":
         try:
             return const(float(x.value) ** float(y.value))  # type: ignore[arg-type]
@@ -484,10 +469,9 @@ def ge0(x: Expr) -> Expr:
     if divisor > 1:
         p = {m: c // divisor for m, c in p.items()}  # floor of the constant: x/g >= -c/g
         x = from_poly({m: c for m, c in p.items() if c})
-    low, high = poly.bounds(x)
-    if poly.nonnegative(low):
+    if poly.at_least(x, 0):
         return TRUE
-    if high is not None and poly.nonnegative(poly.plus({(): -1}, high, -1)):
+    if poly.at_most(x, -1):
         return FALSE
     return node("ge0", BOOL, (x,))
 
@@ -503,11 +487,7 @@ def eq0(x: Expr) -> Expr:
     if divisor > 1:
         p = {m: c // divisor for m, c in p.items()}
     x = from_poly(p)
-    low, high = poly.bounds(x)
-    one = {(): 1}
-    if (low is not None and poly.nonnegative(poly.plus(low, one, -1))) or (
-        high is not None and poly.nonnegative(poly.plus(poly.plus({}, one, -1), high, -1))
-    ):
+    if poly.at_least(x, 1) or poly.at_most(x, -1):
         return FALSE
     return node("eq0", BOOL, (_positive(x),))
 
@@ -610,18 +590,15 @@ def _logic(op: str, xs: Sequence[Expr], neutral: Expr, final: Expr) -> Expr:
 def where(c: Expr, x: Expr, y: Expr) -> Expr:
     c = to_bool(c)
     if x.kind != y.kind:
-        if FLOAT in (x.kind, y.kind):
-            x, y = to_float(x), to_float(y)
-        else:
-            x, y = to_int(x), to_int(y)
+        convert = to_float if FLOAT in (x.kind, y.kind) else to_int
+        x, y = convert(x), convert(y)
     if x is y or c is TRUE:
         return x
     if c is FALSE:
         return y
     if x.kind == BOOL:
-        return (
-            or_(and_(c, x), and_(not_(c), y)) if x.op == "const" or y.op == "const" else node("where", BOOL, (c, x, y))
-        )
+        some = x.op == "const" or y.op == "const"
+        return or_(and_(c, x), and_(not_(c), y)) if some else node("where", BOOL, (c, x, y))
     # canonical order: a constant comes last; if both branches are constants or neither is, the condition decides
     swap = x.op == "const" and y.op != "const"
     if (x.op == "const") == (y.op == "const"):

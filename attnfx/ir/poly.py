@@ -6,13 +6,14 @@ does not expand: variables, sizes, floor divisions, remainders, loads.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 
 from attnfx.ir.expr import Expr
 
 Monomial = tuple[Expr, ...]
 Poly = dict[Monomial, int]
+ONE: Poly = {(): 1}
 
 
 def by_digest(e: Expr) -> bytes:
@@ -111,41 +112,53 @@ def nonnegative(p: Poly | None) -> bool:
     return all(c >= 0 for c in shifted.values())
 
 
-def bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
-    """Return lower and upper bound of an integer expression as polynomials in the sizes, each None if unknown."""
-    return _bounds(e)
+def positive(p: Poly) -> bool:
+    """Prove p >= 1 for all sizes >= 1; False means unproven."""
+    return nonnegative(plus(p, ONE, -1))
+
+
+def at_least(e: Expr, least: int) -> bool:
+    """Prove that an integer expression is at least a number; False means unproven."""
+    low, _ = bounds(e)
+    return low is not None and nonnegative(plus(low, {(): least}, -1))
+
+
+def at_most(e: Expr, most: int) -> bool:
+    """Prove that an integer expression is at most a number; False means unproven."""
+    _, high = bounds(e)
+    return high is not None and nonnegative(plus({(): most}, high, -1))
+
+
+def is_index(e: Expr, size: Expr) -> bool:
+    """Prove 0 <= e < size; False means unproven."""
+    low, high = bounds(e)
+    return nonnegative(low) and high is not None and positive(plus(of(size), high, -1))
 
 
 def _atom_bounds(a: Expr) -> tuple[Poly | None, Poly | None]:
-    if a.op == "var":
-        return {}, plus(of(a.args[0]), {(): 1}, -1)
+    if a.op == "var" or (a.op == "mod" and positive(of(a.args[1]))):
+        return {}, plus(of(a.args[-1]), ONE, -1)
     if a.op == "size":
         return {(a,): 1}, {(a,): 1}
-    if a.op == "mod":
-        if nonnegative(plus(of(a.args[1]), {(): 1}, -1)):
-            return {}, plus(of(a.args[1]), {(): 1}, -1)
-        return None, None
     if a.op == "floordiv":
-        low, high = _bounds(a.args[0])
+        low, high = bounds(a.args[0])
         divisor = of(a.args[1])
-        if low is not None and high is not None and nonnegative(low) and nonnegative(plus(divisor, {(): 1}, -1)):
-            # floor(high / d): exact if d divides high + 1, else high itself is a bound
-            whole = divide(plus(high, {(): 1}), divisor)
-            if whole is not None:
-                return {}, plus(whole, {(): 1}, -1)
-            if set(high) <= {()} and set(divisor) <= {()}:
-                top = high.get((), 0) // divisor[()]
-                return {}, ({(): top} if top else {})
-            return {}, high
-        return None, None
+        if high is None or not nonnegative(low) or not positive(divisor):
+            return None, None
+        # floor(high / d): exact if d divides high + 1, else high itself is a bound
+        whole = divide(plus(high, ONE), divisor)
+        if whole is not None:
+            return {}, plus(whole, ONE, -1)
+        if set(high) <= {()} and set(divisor) <= {()}:
+            return {}, plus({}, {(): high.get((), 0) // divisor[()]})
+        return {}, high
     if a.op == "abs":
-        low, high = _bounds(a.args[0])
+        low, high = bounds(a.args[0])
         if low is None or high is None:
             return {}, None
-        span = plus(high, low, -1)
-        return {}, span if nonnegative(high) and nonnegative(plus({}, low, -1)) else None
+        return {}, plus(high, low, -1) if nonnegative(high) and nonnegative(plus({}, low, -1)) else None
     if a.op in ("where", "min", "max"):
-        pairs = [_bounds(x) for x in (a.args[1:] if a.op == "where" else a.args)]
+        pairs = [bounds(x) for x in (a.args[1:] if a.op == "where" else a.args)]
         return _extreme([p[0] for p in pairs], -1), _extreme([p[1] for p in pairs], 1)
     return None, None
 
@@ -159,24 +172,24 @@ def _extreme(values: list[Poly | None], sign: int) -> Poly | None:
 
 
 @lru_cache(maxsize=20_000)
-def _bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
+def bounds(e: Expr) -> tuple[Poly | None, Poly | None]:
+    """Return lower and upper bound of an integer expression as polynomials in the sizes, each None if unknown."""
     low: Poly | None = {}
     high: Poly | None = {}
     for monomial, coefficient in of(e).items():
-        a: Poly | None = {(): abs(coefficient)}
-        b: Poly | None = {(): abs(coefficient)}
+        a: Poly | None = {(): coefficient}
+        b: Poly | None = {(): coefficient}
         for atom in monomial:
             la, ha = _atom_bounds(atom)
-            # only products of nonnegative ranges have known bounds
-            ok = la is not None and nonnegative(la)
-            if len(monomial) == 1 and not ok:
-                a = None if la is None else times(a or {}, la)
-                b = None if ha is None else times(b or {}, ha)
-            else:
-                a = times(a, la) if ok and a is not None and la is not None else None
-                b = times(b, ha) if ok and b is not None and ha is not None else None
+            if len(monomial) > 1 and not nonnegative(la):  # only products of nonnegative ranges have known bounds
+                la = ha = None
+            a, b = _known(times, a, la), _known(times, b, ha)
         if coefficient < 0:
-            a, b = (None if b is None else plus({}, b, -1)), (None if a is None else plus({}, a, -1))
-        low = plus(low, a) if low is not None and a is not None else None
-        high = plus(high, b) if high is not None and b is not None else None
+            a, b = b, a
+        low, high = _known(plus, low, a), _known(plus, high, b)
     return low, high
+
+
+def _known(operation: Callable[[Poly, Poly], Poly], a: Poly | None, b: Poly | None) -> Poly | None:
+    """Return a sum or product, None if an operand is unknown."""
+    return None if a is None or b is None else operation(a, b)
