@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ from attnfx.compiler.choices import SHIELD, SHIELD_RISKY, Attention, Choice, Who
 from attnfx.compiler.context import Context
 from attnfx.compiler.faults import Exercised
 from attnfx.compiler.find import Found, Place
+from attnfx.ir.reach import reach
 from attnfx.kernels import operators
 from attnfx.kernels.operators.exercise import Like, exercise
 from attnfx.passes.fx.copies import carried
@@ -38,8 +39,8 @@ class Outcome:
     """The result of a choice: the choice that was applied, the nodes it replaced, and whether the graph changed."""
 
     choice: Choice
-    replaced: Replaced
-    changed: bool
+    replaced: Replaced = field(default_factory=list)
+    changed: bool = False
 
 
 def apply(
@@ -54,13 +55,11 @@ def apply(
     out: list[Outcome] = []
     for choice in reversed(choices):
         place = choice.place
-        outcome = Outcome(choice, [], False)
         together = isinstance(choice.action, WholeRows) and any(
             old is choice.finding.final for o in out for old, _ in o.replaced
         )  # a later attention's region has the same rows, and computes this one too
-        if context.fault(place.part) is None and not together:
-            run = partial(_carried_out, graph, before, choice, context.exercise)
-            outcome = context.attempt(place.part, run, outcome)
+        run = partial(_carried_out, graph, before, choice, context.exercise)
+        outcome = Outcome(choice) if together else context.attempt(place.part, run, Outcome(choice))
         if outcome.choice.action is None:
             outcome = _shielded(graph, outcome.choice)
         if outcome.changed:
@@ -74,7 +73,7 @@ def apply(
 def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> Outcome:
     action = choice.action
     if action is None:
-        return Outcome(choice, [], False)
+        return Outcome(choice)
     try:
         if isinstance(action, WholeRows):
             replaced = replace_region(graph, action.region, operators.ROWS, action.compiled)
@@ -88,7 +87,7 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
     except CannotEmit as problem:
         if choice.otherwise is not None:
             return _carried_out(graph, before, choice.otherwise, exercised)
-        return Outcome(choice.kept(None, refusal("layout", str(problem), choice.finding.final), SHIELD), [], False)
+        return Outcome(choice.kept(None, refusal("layout", str(problem), choice.finding.final), SHIELD))
     if exercised:
         _exercise(replaced, training)
     return Outcome(choice, replaced, True)
@@ -97,31 +96,28 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
 def _shielded(graph: Graph, choice: Choice) -> Outcome:
     refused = choice.site.refusal
     if choice.shield not in (SHIELD, SHIELD_RISKY) or (refused is not None and refused.code == "mutated"):
-        return Outcome(choice, [], False)  # in-place writes: do not influence the values that the compiler saves
+        return Outcome(choice)  # in-place writes: do not influence the values that the compiler saves
     if not shield(graph.gm, choice.finding, choice.shield == SHIELD_RISKY):
-        return Outcome(choice, [], False)
-    return Outcome(choice.noted("Inductor's own attention rewriting is switched off here"), [], True)
+        return Outcome(choice)
+    return Outcome(choice.noted("Inductor's own attention rewriting is switched off here"), changed=True)
 
 
 def _exercise(replaced: Replaced, training: bool) -> None:
     """Run each new call once on tiny tensors. Raises Exercised if one fails."""
-    stack, seen = [new for _, new in replaced], set()
-    while stack:
-        n = stack.pop()
+
+    def following(n: Node) -> list[Node]:
         name = op_name(n)
-        if n in seen or name in SDPA or name == "sym_size":
-            continue
-        seen.add(n)
-        if not name.startswith("attnfx::"):
-            stack.extend(n.all_input_nodes)
-            continue
-        if n.target is operators.MASK_SUMMARY:
-            continue
-        try:
-            exercise(n.target, _likes(n.args), training and torch.is_grad_enabled())
-        except Exception as problem:
-            raise Exercised from problem
-        stack.extend(a for a in n.all_input_nodes if op_name(a) == "getitem")
+        if name in SDPA or name == "sym_size" or n.target is operators.MASK_SUMMARY:
+            return []
+        called = name.startswith("attnfx::")
+        return [a for a in n.all_input_nodes if not called or op_name(a) == "getitem"]
+
+    for n in reach([new for _, new in replaced], following):
+        if op_name(n).startswith("attnfx::") and n.target is not operators.MASK_SUMMARY:
+            try:
+                exercise(n.target, _likes(n.args), training and torch.is_grad_enabled())
+            except Exception as problem:
+                raise Exercised from problem
 
 
 def _likes(args: Any) -> Any:

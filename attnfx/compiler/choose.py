@@ -36,9 +36,6 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
     for place in found.places:
         told = context.told.get((found.path, place.number))
         kept = Choice(place, None, place.site, LEAVE if place.finding.loose else SHIELD)
-        if context.fault(place.part) is not None:
-            chosen.append(kept)
-            continue
         choosing = _Choosing(found, options, told, kept, context.exercise)
         chosen.append(context.attempt(place.part, choosing.choice, kept))
     return chosen
@@ -80,8 +77,8 @@ class _Choosing:
     def _attention(self, match: Match) -> Choice:
         place, keep = self.place, self.keeping
         query = value(match.query.node)
-        prepare(match.spec, place.sizes)
-        here = refusals(match, place.sizes, query.device)
+        prepare(match.spec, place.site.sizes)
+        here = refusals(match, place.site.sizes, query.device)
         question = self._question(match, here)
         decision, notes = (self.told, ()) if self.told else self._decided(question, match, here)
         keep = keep.noted(*notes)
@@ -97,10 +94,10 @@ class _Choosing:
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
-            refused = refusals(match, place.sizes, device, target.capability)
+            refused = refusals(match, place.site.sizes, device, target.capability)
         return cost.Question(
             match.spec,
-            place.sizes,
+            place.site.sizes,
             str(query.dtype).removeprefix("torch."),
             device.type,
             training=torch.is_grad_enabled() and match.training,

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
-from attnfx.compiler.faults import Fault, Faults, Part
+from attnfx.compiler.faults import Fault
 from attnfx.options import Options
 from attnfx.passes.fx.examples import Untraceable
 from attnfx.report.records import Decision
@@ -22,7 +22,7 @@ class Context:
     report    receives the results
     stages    whether the report records the graph's stages as data
     told      given decisions, in the form of `Report.decided`; other places are decided as usual
-    faults    the parts that failed before and are left out
+    faults    the parts that failed before and are left out, by name
     exercise  whether each new call is run once on tiny tensors
     path      the path from the graph to the body; empty for the graph itself
     passes    with `dump_dir`, (pass, the graph's code after it) for each pass that changed the graph
@@ -32,17 +32,29 @@ class Context:
     report: Report
     stages: bool = False
     told: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
-    faults: Faults = field(default_factory=lambda: Faults((Untraceable,)))
+    faults: Mapping[str, Fault] = field(default_factory=dict)
     exercise: bool = False
     path: str = ""
     passes: list[tuple[str, str]] = field(default_factory=list)
 
     def attempt(self, name: str, run: Callable[[], T], otherwise: T) -> T:
-        """Return the result of `run`, or `otherwise` if the part of this name has failed before."""
-        return self.faults.attempt(Part(self.path, name), run, otherwise)
+        """Return the result of `run`, or `otherwise` if the part of this name has failed before. Raises Fault if it
+        fails now; that a graph is untraceable does not count as a failure."""
+        part = self._part(name)
+        if part in self.faults:
+            return otherwise
+        try:
+            return run()
+        except (Fault, Untraceable):
+            raise
+        except Exception as problem:
+            raise Fault(part, problem) from problem
 
     def fault(self, name: str) -> Fault | None:
-        return self.faults.found.get(Part(self.path, name))
+        return self.faults.get(self._part(name))
+
+    def _part(self, name: str) -> str:
+        return f"{name} in the body {self.path.rstrip('/')}" if self.path else name
 
     def body(self, name: str) -> Context:
         """Return the context for the body in the attribute `name`."""

@@ -11,7 +11,7 @@ from torch.fx import Node
 
 from attnfx.compiler.context import Context
 from attnfx.compiler.faults import Fault, described
-from attnfx.compiler.sites import describe_site, hints, numeric_dims
+from attnfx.compiler.sites import bare_site, describe_site, hints
 from attnfx.passes.fx import flops
 from attnfx.passes.fx.graph_breaks import Break
 from attnfx.passes.fx.nodes import refusal, where_in_source
@@ -32,7 +32,6 @@ class Place:
     """A place that looks like attention.
 
     number  its index among the places of the graph
-    sizes   B, H, G, T, S, D, Dv and the spec's own sizes, from the example inputs
     site    its entry in the report, still without a decision
     reader  a node that needs the weights themselves, if there is one
     scored  whether other nodes need the scores
@@ -40,7 +39,6 @@ class Place:
 
     number: int
     finding: Finding
-    sizes: dict[str, int]
     site: Site
     reader: Node | None = None
     scored: bool = False
@@ -95,10 +93,9 @@ def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, 
     known = hints(graph.gm.graph)
     places = []
     for number, finding in enumerate(findings):
-        describe = partial(_described, finding, known)
-        sizes, site = context.attempt(part_of(finding.final), describe, ({}, _bare(finding)))
-        final = finding.final
-        places.append(Place(number, finding, sizes, site, readers.get(final), final in scored))
+        describe, final = partial(describe_site, finding, known), finding.final
+        site = context.attempt(part_of(final), describe, bare_site(finding))
+        places.append(Place(number, finding, site, readers.get(final), final in scored))
     anchors = frozenset(a for f in findings if not f.loose for a in f.anchors)
     left = context.attempt("the pass unmatched", lambda: tuple(others(finder, anchors, ended)), ())
     operations = context.attempt("the count of operations", partial(flops.total, graph.gm), 0)
@@ -114,11 +111,6 @@ def _raise(problem: Exception) -> None:
     raise problem
 
 
-def _described(finding: Finding, known: dict[str, int]) -> tuple[dict[str, int], Site]:
-    sizes = numeric_dims(finding, known)
-    return sizes, describe_site(finding, sizes)
-
-
 def _kept(finding: Finding, fault: Fault) -> Finding:
     """Refuse a place because attnfx failed on it."""
     trial = fault.code == "exercise"
@@ -126,8 +118,3 @@ def _kept(finding: Finding, fault: Fault) -> Finding:
     message = f"{what} ({described(fault.problem)})"
     why = refusal(fault.code, message, *finding.anchors, finding.final)
     return Finding(finding.final, refusal=why, anchors=finding.anchors)
-
-
-def _bare(finding: Finding) -> Site:
-    place = next((p for p in map(where_in_source, [*finding.anchors, finding.final]) if p), "")
-    return Site("", place, refusal=finding.refusal)

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import count
 from typing import Any
 
 from torch._ops import HigherOrderOperator
@@ -22,7 +23,7 @@ from attnfx.compiler.apply import Outcome, apply
 from attnfx.compiler.choices import LEAVE, SHIELD, Choice
 from attnfx.compiler.choose import choose
 from attnfx.compiler.context import Context
-from attnfx.compiler.faults import Fault, Faults
+from attnfx.compiler.faults import Fault
 from attnfx.compiler.find import Found, Place, find
 from attnfx.compiler.prefilter import worth_tracing
 from attnfx.compiler.trace_log import publish, readable, said, traces
@@ -120,7 +121,7 @@ def run(
     told      decisions to take over, from a report on the same graph at other sizes
     exercise  run each new call of a site once on tiny tensors
     """
-    faults = Faults((Untraceable,))
+    faults: dict[str, Fault] = {}
     stages = stages or options.dump_dir is not None or traces()
     while True:
         context = Context(options, Report(), stages, told or {}, faults, exercise)
@@ -130,10 +131,10 @@ def run(
             if options.strict:
                 raise fault.problem from fault
             log.warning("%s: compiled without it", fault, exc_info=fault.problem)
-            faults.add(fault)
+            faults[fault.part] = fault
             continue
         result.passes = context.passes
-        result.faults = [str(f) for f in faults.found.values()]
+        result.faults = [str(f) for f in faults.values()]
         result.report.notes.extend(
             f"attnfx failed in a part of the graph and left that part out: {f}" for f in result.faults
         )
@@ -146,7 +147,7 @@ def again(result: Result, options: Options, inputs: Sequence[Any] | None = None)
     found = result.found
     if found is None:
         return replace(result, report=Report(notes=list(result.report.notes)))
-    context = Context(options, Report(notes=list(result.report.notes)), faults=Faults(), exercise=True)
+    context = Context(options, Report(notes=list(result.report.notes)), exercise=True)
     return _decided(found, context, inputs, keep=True)
 
 
@@ -167,19 +168,14 @@ def _attempt(gm: GraphModule, context: Context, inputs: Sequence[Any] | None) ->
     try:
         found = _searched(gm, context, ended)
     except Untraceable as problem:
-        return _left(gm, report, problem)
+        _file_untraced(report, gm, problem, "the graph")
+        if isinstance(problem, Transformed):
+            report.notes.append(f"{problem}; the graph is compiled without a rewrite")
+            return Result(None, report)
+        report.notes.append(f"the graph could not be traced and is compiled without a rewrite: {problem}")
+        log.info("untraceable: %s", problem)
+        return Result(None, report, str(problem))
     return _decided(found, context, inputs, keep=options.memory_budget is not None)
-
-
-def _left(gm: GraphModule, report: Report, problem: Untraceable) -> Result:
-    if isinstance(problem, Transformed):
-        report.notes.append(f"{problem}; the graph is compiled without a rewrite")
-        _file_others(report, unread(gm, "functorch", str(problem)))
-        return Result(None, report)
-    report.notes.append(f"the graph could not be traced and is compiled without a rewrite: {problem}")
-    _file_others(report, unread(gm, "untraceable", f"the graph could not be traced: {problem}"))
-    log.info("untraceable: %s", problem)
-    return Result(None, report, str(problem))
 
 
 # -- prepare and find ---------------------------------------------------------------------------------
@@ -240,12 +236,11 @@ def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
                 continue
             try:
                 searched = context.attempt(f"the body {name}", partial(_searched, body, context.body(name)), None)
-            except Transformed as problem:
-                _file_others(context.report, unread(body, "functorch", str(problem)))
-                continue
             except Untraceable as problem:
-                context.report.notes.append(f"the body of {n.target.name()} is compiled without a rewrite: {problem}")
-                _file_others(context.report, unread(body, "untraceable", f"the body could not be traced: {problem}"))
+                _file_untraced(context.report, body, problem, "the body")
+                if not isinstance(problem, Transformed):
+                    name = n.target.name()
+                    context.report.notes.append(f"the body of {name} is compiled without a rewrite: {problem}")
                 continue
             if searched is not None:
                 found[name] = searched
@@ -253,16 +248,16 @@ def _bodies(gm: GraphModule, context: Context) -> dict[str, Found]:
 
 
 # -- choose, verify, apply ----------------------------------------------------------------------------
-Chosen = list[tuple[Found, list[Choice]]]  # for each body and the graph itself, in the order of `Found.walk`
+Chosen = dict[str, list[Choice]]  # for each body and the graph itself, by path in the order of `Found.walk`
 
 
 def _decided(found: Found, context: Context, inputs: Sequence[Any] | None, keep: bool) -> Result:
     """Choose, verify and apply. `keep`: apply the choices to a copy, so that `again` can reuse the search."""
     options, report = context.options, context.report
-    chosen = _named([(part, choose(part, replace(context, path=part.path), options)) for part in found.walk()])
+    chosen = _named({part.path: choose(part, replace(context, path=part.path), options) for part in found.walk()})
     if options.verify == "first" and inputs is not None:
         chosen = _verified(found, chosen, inputs, context)
-    gm, changed = _applied(found, _by_path(chosen), context, keep)
+    gm, changed = _applied(found, chosen, context, keep)
     if "lifted" in report.stages:
         publish("lifted", report.stages["lifted"].listing)
     publish("report", report.to_json, "json")
@@ -270,22 +265,16 @@ def _decided(found: Found, context: Context, inputs: Sequence[Any] | None, keep:
     return Result(gm if changed else None, report, found=found if keep else None)
 
 
-def _by_path(chosen: Chosen) -> dict[str, list[Choice]]:
-    return {part.path: choices for part, choices in chosen}
-
-
 def _named(chosen: Chosen) -> Chosen:
     """Name the sites that the report will list, in the report's order."""
-    number, out = 0, []
-    for part, choices in chosen:
-        named = []
-        for choice in choices:
-            if _is_filed(choice):
-                choice = replace(choice, site=replace(choice.site, name=f"attention_{number}"))
-                number += 1
-            named.append(choice)
-        out.append((part, named))
-    return out
+    number = count()
+
+    def named(choice: Choice) -> Choice:
+        if not _is_filed(choice):
+            return choice
+        return replace(choice, site=replace(choice.site, name=f"attention_{next(number)}"))
+
+    return {path: [named(c) for c in choices] for path, choices in chosen.items()}
 
 
 def _is_filed(choice: Choice) -> bool:
@@ -294,7 +283,7 @@ def _is_filed(choice: Choice) -> bool:
 
 def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Context) -> Chosen:
     """Compare each rewrite with the original, and keep the original if the results differ."""
-    notes, failures = verify.compare(_trial(found, _by_path(chosen), context), inputs, context.options)
+    notes, failures = verify.compare(_trial(found, chosen, context), inputs, context.options)
 
     def judged(path: str, choice: Choice) -> Choice:
         name = f"{path}{choice.finding.final.name}"
@@ -306,10 +295,10 @@ def _verified(found: Found, chosen: Chosen, inputs: Sequence[Any], context: Cont
         shield = LEAVE if op_name(choice.finding.final) in SDPA else SHIELD
         return choice.kept(Decision("kept", "", reason=reason, code="mismatch"), None, shield).noted(notes[name])
 
-    return [(part, [judged(part.path, c) for c in choices]) for part, choices in chosen]
+    return {path: [judged(path, c) for c in choices] for path, choices in chosen.items()}
 
 
-def _trial(found: Found, chosen: Mapping[str, list[Choice]], context: Context) -> Trial:
+def _trial(found: Found, chosen: Chosen, context: Context) -> Trial:
     """Pair each site with its rewrite, by applying the choices to a copy of the graph."""
     graph, copies = found.graph.copy()
     facts, names = graph.facts, {new: old.name for old, new in copies.items()}
@@ -322,9 +311,7 @@ def _trial(found: Found, chosen: Mapping[str, list[Choice]], context: Context) -
     return Trial(found.graph.gm, pairs, bodies)
 
 
-def _applied(
-    found: Found, chosen: Mapping[str, list[Choice]], context: Context, keep: bool
-) -> tuple[GraphModule, bool]:  # fmt: skip
+def _applied(found: Found, chosen: Chosen, context: Context, keep: bool) -> tuple[GraphModule, bool]:
     """Apply the choices to a graph and its bodies, and file their sites; return the graph and whether it changed."""
     report, graph, choices = context.report, found.graph, chosen[found.path]
     places = [c.place for c in choices]
@@ -363,7 +350,7 @@ def _applied(
 def _file(found: Found, places: Sequence[Place], done: Sequence[Outcome], report: Report) -> dict[int, Site]:
     """File the sites of a graph and its other softmaxes in the report; return the sites by number."""
     filed: dict[int, Site] = {}
-    dropped = [(f, f.refusal) for f in found.finder.doubtful]
+    dropped = []
     for place, outcome in zip(places, done, strict=True):
         site = replace(outcome.choice.site)
         if site.decision is not None:
@@ -373,11 +360,20 @@ def _file(found: Found, places: Sequence[Place], done: Sequence[Outcome], report
             report.file_site(site)
             log.info("%s at %s: %s", site.name, site.where, said(site))
         else:
-            dropped.insert(len(dropped) - len(found.finder.doubtful), (place.finding, site.refusal))
+            dropped.append((place.finding, site.refusal))
+    dropped.extend((f, f.refusal) for f in found.finder.doubtful)
     left = [*found.left, *unread_bodies(found.graph.gm, BODIES)]
     kept = [p.finding for p in places if p.number in filed]
     _file_others(report, with_reasons(found.finder, left, dropped, kept))
     return filed
+
+
+def _file_untraced(report: Report, gm: GraphModule, problem: Untraceable, what: str) -> None:
+    """File the softmaxes of a graph or body that could not be traced."""
+    if isinstance(problem, Transformed):
+        _file_others(report, unread(gm, "functorch", str(problem)))
+    else:
+        _file_others(report, unread(gm, "untraceable", f"{what} could not be traced: {problem}"))
 
 
 def _file_others(report: Report, found: Iterable[tuple[Node, Refusal]]) -> None:

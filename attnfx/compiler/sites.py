@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,32 +18,40 @@ from attnfx.report.records import Site
 from attnfx.spec import UNKNOWN_SIZE
 
 
-def describe_site(finding: Finding, sizes: dict[str, int]) -> Site:
-    """Build the site of a finding, without a name and a decision; `sizes` come from `numeric_dims`."""
-    final = finding.final
-    place = next((p for p in map(where_in_source, [*finding.anchors, final]) if p), "")
-    site = Site("", place, refusal=finding.refusal, sizes=sizes)
-    if finding.match is not None:
-        scores = sizes["B"] * sizes["H"] * sizes["T"] * sizes["S"]
-        site.flops = 2 * scores * (sizes["D"] + sizes["Dv"])
-        site.spec = finding.match.spec
-        symbolic = dimensions(finding.match)
-        if _heads_alone(finding.match):
-            batch = symbolic["B"]
-            symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
-        site.dims = {k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()}  # type: ignore[call-overload]
-        site.mask = describe(site.spec, sizes)
-        mask = mask_of(site.spec.score)
-        if mask is not None and mask.assumption:
-            site.notes = (f"assumes that {mask.assumption}",)
-        if finding.match.chunks > 1:
-            site.notes = (*site.notes, f"joined from {finding.match.chunks} chunks of queries")
-        if finding.match.steps > 1:
-            site.notes = (
-                *site.notes,
-                f"joined from {finding.match.steps} steps of a loop over heads or batch elements",
-            )
-    return site
+def bare_site(finding: Finding) -> Site:
+    """Build the site of a finding with its source line and refusal alone."""
+    place = next((p for p in map(where_in_source, [*finding.anchors, finding.final]) if p), "")
+    return Site("", place, refusal=finding.refusal)
+
+
+def describe_site(finding: Finding, known: dict[str, int]) -> Site:
+    """Build the site of a finding, without a name and a decision; `known` are the example values of symbolic sizes."""
+    site, match = bare_site(finding), finding.match
+    if match is None:
+        return site
+    symbolic = dimensions(match)
+    sizes = {k: cost.evaluate(v, known) for k, v in symbolic.items()}
+    sizes |= {own: known.get(name, UNKNOWN_SIZE) for own, name in zip(match.spec.sizes, match.sizes, strict=True)}
+    if _heads_alone(match):
+        batch = symbolic["B"]
+        symbolic |= {"B": A.ONE, "H": A.mul(batch, symbolic["H"]), "G": A.mul(batch, symbolic["G"])}
+    mask = mask_of(match.spec.score)
+    notes = []
+    if mask is not None and mask.assumption:
+        notes.append(f"assumes that {mask.assumption}")
+    if match.chunks > 1:
+        notes.append(f"joined from {match.chunks} chunks of queries")
+    if match.steps > 1:
+        notes.append(f"joined from {match.steps} steps of a loop over heads or batch elements")
+    return replace(
+        site,
+        spec=match.spec,
+        dims={k: int(v.value) if v.op == "const" else str(v) for k, v in symbolic.items()},  # type: ignore[call-overload]
+        mask=describe(match.spec, sizes),
+        notes=tuple(notes),
+        sizes=sizes,
+        flops=2 * sizes["B"] * sizes["H"] * sizes["T"] * sizes["S"] * (sizes["D"] + sizes["Dv"]),
+    )
 
 
 def _heads_alone(match: Match) -> bool:
@@ -53,16 +62,6 @@ def _heads_alone(match: Match) -> bool:
     outer = [(n, x.free) for n, x in zip(dims(match.final), match.out_index) if not inner & x.free]
     first = next((d for d, (_, names) in enumerate(outer) if match.kv_axes[0].value in names), 0)
     return first > 0 and all(n is A.ONE for n, _ in outer[:first])
-
-
-def numeric_dims(finding: Finding, hints: dict[str, int]) -> dict[str, int]:
-    """Evaluate B, H, G, T, S, D, Dv and the spec's own sizes at the example inputs."""
-    if finding.match is None:
-        return {}
-    out = {k: cost.evaluate(v, hints) for k, v in dimensions(finding.match).items()}
-    for canonical, name in zip(finding.match.spec.sizes, finding.match.sizes, strict=True):
-        out[canonical] = hints.get(name, UNKNOWN_SIZE)
-    return out
 
 
 def hints(graph: Graph) -> dict[str, int]:
