@@ -15,7 +15,7 @@ def fingerprint(device: torch.device) -> dict[str, object]:
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
-        "versions": {name: _version(name) for name in ("attnfx", "torch", "triton")},
+        "versions": {name: version_of(name) or "none" for name in ("attnfx", "torch", "triton")},
     }
 
 
@@ -40,8 +40,9 @@ def processor() -> str:
 
 
 @lru_cache(maxsize=8)
-def _version(name: str) -> str:
+def version_of(name: str) -> str | None:
+    """Return the version of a package, or None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:
-        return "none"
+        return None

@@ -10,7 +10,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Literal, TypeAlias, get_args
+from typing import Literal, TypeAlias, TypeVar, get_args
 
 from attnfx.errors import OptionError
 from attnfx.memory.byte_size import check as check_budget
@@ -25,6 +25,7 @@ Tune: TypeAlias = Literal[False, True, "known", "again"]
 
 TIERS: tuple[Tier, ...] = get_args(Tier)
 
+T = TypeVar("T")
 SIMILAR = 0.6  # smallest difflib ratio of an unknown name and an option that is suggested for it
 _SWITCH = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 
@@ -77,8 +78,7 @@ class Options:
             OptionError: A name is unknown, or a value is not valid or not available in this version. The message
                 names the nearest valid one, and the environment variable if the value came from one.
         """
-        if given is None:
-            given = {}
+        given = {} if given is None else given
         if not isinstance(given, Mapping):
             raise OptionError(
                 f"options must be a mapping of names to values, such as {{'strict': True}}, not {given!r}"
@@ -109,11 +109,12 @@ def _parse(name: str, text: str) -> object:
     if name in ("memory_budget", "dump_dir") and text.lower() == "none":
         return None
     if name == "memory_budget":
-        return _number(text)
+        return number(text)
     return text
 
 
-def _number(text: str) -> int | float | str:
+def number(text: str) -> int | float | str:
+    """Convert text to an int or float if possible; else return it unchanged."""
     for kind in (int, float):
         try:
             return kind(text)
@@ -149,25 +150,17 @@ def _inductor_options() -> list[str]:
     return torch._inductor.list_options()
 
 
-def _nearest(value: object, valid: Iterable[str]) -> str:
-    text = str(value).lower()
-    return max(valid, key=lambda candidate: difflib.SequenceMatcher(None, text, candidate).ratio())
+def _choice(*valid: T) -> Callable[[str, object], T]:
+    """Make a check for one of several strings or truth values."""
 
-
-def _choice(*valid: str) -> Callable[[str, object], str]:
-    """Make a check for one of several strings."""
-
-    def check(source: str, value: object) -> str:
-        if isinstance(value, str) and value in valid:
-            return value
-        nearest = _nearest(value, valid)
-        raise OptionError(_invalid(source, value, nearest, valid))
+    def check(source: str, value: object) -> T:
+        if isinstance(value, str | bool) and value in valid:
+            return value  # pyright: ignore[reportReturnType]
+        text = str(bool(value) if isinstance(value, int) and value in (0, 1) else value).lower()
+        nearest = max(valid, key=lambda x: difflib.SequenceMatcher(None, text, str(x).lower()).ratio())
+        raise OptionError(f"{source}: {value!r} is not valid; did you mean {nearest!r}? Valid values: {_listed(valid)}")
 
     return check
-
-
-def _invalid(source: str, value: object, nearest: object, valid: Iterable[object]) -> str:
-    return f"{source}: {value!r} is not valid; did you mean {nearest!r}? Valid values: {_listed(valid)}"
 
 
 def _listed(values: Iterable[object]) -> str:
@@ -209,22 +202,6 @@ def _tiers(source: str, value: object) -> tuple[str, ...]:
     return tuple(tier for tier in TIERS if tier in names or tier == "kept")
 
 
-def _strict(source: str, value: object) -> bool:
-    if isinstance(value, bool):
-        return value
-    nearest = _nearest(value, ("true", "false")) == "true" if isinstance(value, str) else value == 1
-    raise OptionError(_invalid(source, value, nearest, (False, True)))
-
-
-def _tune(source: str, value: object) -> object:
-    valid = get_args(Tune)
-    if isinstance(value, bool) or value in ("known", "again"):
-        return value
-    by_text = {str(v).lower(): v for v in valid}
-    nearest = by_text[_nearest(bool(value) if value in (0, 1) else value, by_text)]
-    raise OptionError(_invalid(source, value, nearest, valid))
-
-
 def _dump_dir(source: str, value: object) -> Path | None:
     if value is None:
         return None
@@ -245,9 +222,9 @@ _CHECKS: dict[str, Callable[[str, object], object]] = {
     "tiers": _tiers,
     "memory_budget": check_budget,
     "verify": _choice(*get_args(Verify)),
-    "strict": _strict,
+    "strict": _choice(False, True),
     "dump_dir": _dump_dir,
     "inner": _choice(*get_args(Inner)),
-    "tune": _tune,
+    "tune": _choice(*get_args(Tune)),
 }
 assert [field.name for field in fields(Options)] == list(_CHECKS)

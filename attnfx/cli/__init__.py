@@ -6,27 +6,19 @@ import importlib
 
 import click
 
-COMMANDS: dict[str, str] = {
-    "bench": "bench:command",
-    "cache": "cache:command",
-    "env": "env:command",
-    "explain": "explain:command",
-    "plan": "plan:plan",
-    "targets": "targets:command",
-}  # name -> "module:function" in this package
+COMMANDS = ("bench", "cache", "env", "explain", "plan", "targets")  # each a module with a function `command`
 
 
 class Commands(click.Group):
     """A command group that imports a command on first use, because importing torch takes seconds."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return sorted(COMMANDS)
+        return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
-        module, function = COMMANDS[cmd_name].split(":")
-        return getattr(importlib.import_module(f"{__name__}.{module}"), function)
+        return importlib.import_module(f"{__name__}.{cmd_name}").command
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})

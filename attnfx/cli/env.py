@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import os
 import platform
@@ -15,7 +14,7 @@ from rich.table import Table
 
 from attnfx import cache
 from attnfx.cli.loading import EXIT_CODES
-from attnfx.fingerprint import processor
+from attnfx.fingerprint import processor, version_of
 
 PACKAGES = ("attnfx", "torch", "triton", "islpy", "transformers")
 PATHS = ("ATTNFX_DUMP_DIR", "ATTNFX_TARGET")  # variables whose values may contain the user's paths
@@ -41,7 +40,7 @@ def command(as_json: bool) -> None:
 def environment() -> dict[str, Any]:
     """Collect the description as JSON values."""
     return {
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: version_of(name) or "not installed" for name in PACKAGES},
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
@@ -55,13 +54,6 @@ def environment() -> dict[str, Any]:
             if name.startswith("ATTNFX_") and name != "ATTNFX_CACHE_DIR"
         },
     }
-
-
-def _version(name: str) -> str:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def _gpus() -> list[str]:

@@ -12,6 +12,7 @@ from rich.console import Console
 from torch.utils._pytree import tree_map_only
 
 import attnfx
+from attnfx.cli import huggingface
 from attnfx.cli import output as pages
 from attnfx.cli.loading import ARGUMENT_HELP, Refused, exit_codes, load, tracing
 from attnfx.errors import OptionError
@@ -59,7 +60,7 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     pages.free(html, force)
     waiting = Console(stderr=True)
     with waiting.status("building the model"):
-        model, args, kwargs = load(factory) if factory is not None else _of_transformers(str(hf), size)
+        model, args, kwargs = load(factory) if factory is not None else huggingface.made(str(hf), **size)
     given = {"target": target, "rewrite": rewrite}
     with waiting.status("explaining"):
         report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
@@ -68,12 +69,6 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     refused = [s for s in report.sites if s.refusal is not None]
     if strict and refused:
         raise Refused(f"{refused[0].where or refused[0].name}: {refused[0].refusal}")
-
-
-def _of_transformers(model_type: str, size: dict[str, int]) -> tuple[Callable[..., Any], tuple[Any, ...], dict]:
-    from attnfx.cli import huggingface
-
-    return huggingface.made(model_type, **size)
 
 
 def _explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool,
@@ -89,13 +84,14 @@ def _explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[st
 
 def prepared(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool) -> tuple[Any, Any]:
     """Set a module's mode; in training, make a plain function's floating-point inputs require gradients."""
+
+    def learning(x: torch.Tensor) -> torch.Tensor:
+        return x.detach().requires_grad_() if x.is_floating_point() else x
+
     if isinstance(model, torch.nn.Module):
         model.train(train)
     elif train:
-        learn: Callable[[torch.Tensor], torch.Tensor] = lambda x: (  # noqa: E731
-            x.detach().requires_grad_() if x.is_floating_point() else x
-        )
-        return tree_map_only(torch.Tensor, learn, (args, kwargs))
+        return tree_map_only(torch.Tensor, learning, (args, kwargs))
     return args, kwargs
 
 

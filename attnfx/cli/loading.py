@@ -69,7 +69,8 @@ def load(text: str) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]
         UsersError: The file does not import, the factory raises, or it returns something else.
     """
     place, _, name = text.rpartition(":")
-    if not place or not name:
+    relative = place.startswith(".") and not place.endswith(".py")
+    if not place or not name or relative:
         raise click.UsageError(f"{text!r} is not of the form FILE.py:FACTORY or module:factory")
     module = _file(place) if place.endswith(".py") else _module(place)
     factory = getattr(module, name, None)
@@ -183,23 +184,13 @@ def _file(place: str) -> ModuleType:
 
 def _module(place: str) -> ModuleType:
     _make_importable(Path.cwd())
-    try:
-        there = importlib.util.find_spec(place) is not None
-    except (ImportError, ValueError, AttributeError):  # the parent is not a package, or does not import
-        there = _is_there(place.partition(".")[0])
-    except Exception:  # the import below shows the parent package's error
-        there = True
-    if not there:
-        raise click.UsageError(f"the module {place!r} does not exist; to name a file, include its .py")
     with users_code(f"{place} could not be imported"):
-        return importlib.import_module(place)
-
-
-def _is_there(top: str) -> bool:
-    try:
-        return importlib.util.find_spec(top) is not None
-    except (ImportError, ValueError):
-        return False
+        try:
+            return importlib.import_module(place)
+        except ModuleNotFoundError as problem:
+            if not f"{place}.".startswith(f"{problem.name}."):  # a module that the user's module imports
+                raise
+            raise click.UsageError(f"the module {place!r} does not exist; to name a file, include its .py") from None
 
 
 def _make_importable(folder: Path) -> None:

@@ -11,6 +11,7 @@ import click
 from attnfx.cli import output as pages
 from attnfx.cli.loading import Refused, exit_codes, load, tracing
 from attnfx.errors import BudgetError, OptionError
+from attnfx.options import number
 
 
 @click.command(epilog=exit_codes("no plan fits the memory budget"))
@@ -23,38 +24,28 @@ from attnfx.errors import BudgetError, OptionError
 @click.option("--optimizer", default="none", show_default=True, help="none, sgd, momentum, adam, adamw, adam8bit, ...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 @pages.options
-def plan(factory: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
-         html: Path | None, force: bool) -> None:  # fmt: skip
+def command(factory: str, target: str, memory_budget: str | None, train: bool | None, optimizer: str, as_json: bool,
+            html: Path | None, force: bool) -> None:  # fmt: skip
     """Predict a model step's memory and time, and the sizes that fit.
 
     FACTORY is FILE.py:FACTORY or module:factory and names a function without arguments that returns (model, inputs).
     None of the model's tensor operators runs. If the function builds the model on the "meta" device, nothing is
     allocated at full size.
     """
-    from attnfx.planning.plan import plan as make
+    from attnfx.planning.plan import plan
 
     pages.free(html, force)
     built, args, kwargs = load(factory)
-    asked = {"target": target, "memory_budget": number(memory_budget), "train": train, "optimizer": optimizer}
+    budget = None if memory_budget is None else number(memory_budget)
     with tracing():
         try:
-            made = make(built, **asked)(*args, **kwargs)
+            made = plan(built, target=target, memory_budget=budget, train=train, optimizer=optimizer)(*args, **kwargs)
         except OptionError as problem:
             raise click.UsageError(str(problem)) from None
         except BudgetError as problem:
             raise Refused(str(problem)) from None
     pages.write(made, html, force)
     click.echo(json.dumps(as_data(made), indent=1) if as_json else str(made))
-
-
-def number(given: str | None) -> int | float | str | None:
-    """Convert text to an int or float if possible; else return it unchanged."""
-    for kind in (int, float):
-        try:
-            return kind(given) if given is not None else None
-        except ValueError:
-            continue
-    return given
 
 
 def as_data(plan: Any) -> dict[str, Any]:

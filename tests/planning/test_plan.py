@@ -345,11 +345,12 @@ def test_values_that_depend_on_data_are_planned_around():
 
 @pytest.mark.slow
 def test_the_command_prints_numbers():
-    from attnfx.cli.plan import as_data, number
+    from attnfx.cli.plan import as_data
+    from attnfx.options import number
 
     found = plan(optimizer="adamw", target=SMALL)  # an earlier plan may already have searched the largest sizes
     assert json.loads(json.dumps(as_data(found)))["peak_bytes"] == found.peak_bytes
-    assert (number("16GiB"), number("5"), number("0.5"), number(None)) == ("16GiB", 5, 0.5, None)
+    assert (number("16GiB"), number("5"), number("0.5")) == ("16GiB", 5, 0.5)
 
 
 def test_a_plan_for_a_detected_gpu_decides_for_that_gpu_and_times_nothing(monkeypatch):
