@@ -54,7 +54,7 @@ from attnfx.passes.prepare import (
 )
 from attnfx.passes.prepare.inline_checkpoints import unmark
 from attnfx.passes.rewrite.record_stages import Recorder
-from attnfx.passes.rewrite.site_pairs import Trial, pair
+from attnfx.passes.rewrite.subgraph import Trial, pair
 from attnfx.report.records import Decision, Refusal, Site
 from attnfx.report.report import Report
 from attnfx.verify import verify

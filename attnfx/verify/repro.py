@@ -13,7 +13,7 @@ from torch.fx import GraphModule, symbolic_trace
 
 from attnfx.kernels import operators  # noqa: F401  (the import registers the operators that a script calls)
 from attnfx.passes.fx.dropout import drops, without_dropout
-from attnfx.passes.rewrite.site_pairs import Pair
+from attnfx.passes.rewrite.subgraph import Pair
 from attnfx.verify.compare import Difference, compare, compare_dropout
 
 SCRIPT = '''\

@@ -24,7 +24,7 @@ from attnfx import cache
 from attnfx.options import Options
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import number
-from attnfx.passes.rewrite.site_pairs import Pair, Trial, weight
+from attnfx.passes.rewrite.subgraph import Pair, Trial, weight
 from attnfx.targets.available import free_on
 from attnfx.verify import repro
 from attnfx.verify.compare import Difference
@@ -229,7 +229,7 @@ def _script(
 def _require_memory(pair: Pair, inputs: Sequence[Any], training: bool) -> None:
     """Raise CannotVerify if the original's values in float64 would exceed the free memory: on a CPU, running out of
     memory would kill the process."""
-    elements, largest = weight(pair.original, number)
+    elements, largest = weight(pair.original)
     needed = 8 * (elements if training else 4 * largest)
     device = next((x.device for x in inputs if isinstance(x, Tensor)), torch.device("cpu"))
     free = free_on(device)
