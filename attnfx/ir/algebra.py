@@ -51,14 +51,7 @@ def load(slot: object, index: Sequence[Expr], kind: str) -> Expr:
 def from_poly(p: Poly) -> Expr:
     if any(a.op == "mod" for m in p for a in m):
         p = _rejoin(p)
-    terms = []
-    for monomial, coefficient in sorted(p.items(), key=lambda t: tuple(a.digest for a in t[0])):
-        if not monomial:
-            terms.append(const(coefficient))
-        elif coefficient == 1:
-            terms.append(monomial[0] if len(monomial) == 1 else node("mul", INT, monomial))
-        else:
-            terms.append(node("mul", INT, (const(coefficient), *monomial)))
+    terms = [_product(c, m, INT) for m, c in sorted(p.items(), key=lambda t: tuple(a.digest for a in t[0]))]
     if not terms:
         return ZERO
     return terms[0] if len(terms) == 1 else node("add", INT, tuple(terms))
@@ -169,11 +162,13 @@ def add(*xs: Expr) -> Expr:
 def _sum_terms(x: Expr) -> list[tuple[float, tuple[Expr, ...]]]:
     if x.op == "add" and not _cancels(x):
         return [t for a in x.args for t in _sum_terms(a)]
-    if x.op == "const":
-        return [(float(x.value), ())]  # type: ignore[arg-type]
-    if x.op == "mul" and x.args[0].op == "const":
-        return [(float(x.args[0].value), x.args[1:])]  # type: ignore[arg-type]
-    return [(1.0, x.args if x.op == "mul" else (x,))]
+    return [_factors(x)]
+
+
+def _factors(x: Expr) -> tuple[float, tuple[Expr, ...]]:
+    """Return the constant coefficient of a product, and its other factors."""
+    factors = x.args if x.op == "mul" else (x,)
+    return (float(factors[0].value), factors[1:]) if factors[0].op == "const" else (1.0, factors)  # type: ignore[arg-type]
 
 
 def _cancels(x: Expr) -> bool:
@@ -181,10 +176,9 @@ def _cancels(x: Expr) -> bool:
     return any(abs(c) > LARGE for t in x.args for c, _ in _sum_terms(t))
 
 
-def _product(c: float, atoms: tuple[Expr, ...]) -> Expr:
-    if c == 1.0:
-        return atoms[0] if len(atoms) == 1 else node("mul", FLOAT, atoms)
-    return node("mul", FLOAT, (const(c), *atoms))
+def _product(c: float, atoms: tuple[Expr, ...], kind: str = FLOAT) -> Expr:
+    factors = atoms if atoms and c == 1 else (const(c), *atoms)
+    return factors[0] if len(factors) == 1 else node("mul", kind, factors)
 
 
 def mul(*xs: Expr) -> Expr:
@@ -197,14 +191,9 @@ def mul(*xs: Expr) -> Expr:
     coefficient = 1.0
     atoms: list[Expr] = []
     for x in xs:
-        if x.op == "const":
-            coefficient *= float(x.value)  # type: ignore[arg-type]
-        elif x.op == "mul":
-            head, tail = (x.args[0], x.args[1:]) if x.args[0].op == "const" else (None, x.args)
-            coefficient *= float(head.value) if head is not None else 1.0  # type: ignore[arg-type]
-            atoms.extend(tail)
-        else:
-            atoms.append(x)
+        factor, others = _factors(x)
+        coefficient *= factor
+        atoms.extend(others)
     if not atoms:
         return _combined(coefficient, xs)
     if coefficient != 1.0 and len(atoms) == 1:
@@ -281,7 +270,7 @@ def to_float(x: Expr) -> Expr:
         terms = []
         for monomial, c in poly.of(x).items():
             atoms = tuple(sorted((node("float", FLOAT, (a,)) for a in monomial), key=by_digest))
-            terms.append(_product(float(c), atoms) if atoms else const(float(c)))
+            terms.append(_product(float(c), atoms))
         return add(*terms) if len(terms) > 1 else terms[0]
     return node("float", FLOAT, (x,))
 
@@ -465,7 +454,7 @@ def power(x: Expr, y: Expr) -> Expr:
 def ge0(x: Expr) -> Expr:
     """Compare x >= 0 for an integer expression."""
     p = poly.of(x)
-    divisor = math.gcd(*(c for m, c in p.items() if m)) if any(p) else 0
+    divisor = math.gcd(*(c for m, c in p.items() if m))
     if divisor > 1:
         p = {m: c // divisor for m, c in p.items()}  # floor of the constant: x/g >= -c/g
         x = from_poly({m: c for m, c in p.items() if c})
@@ -481,7 +470,7 @@ def eq0(x: Expr) -> Expr:
     if x.op == "const":
         return const(x.value == 0)
     p = poly.of(x)
-    divisor = math.gcd(*(c for m, c in p.items() if m)) if any(p) else 1
+    divisor = math.gcd(*(c for m, c in p.items() if m)) or 1
     if p.get((), 0) % divisor:
         return FALSE
     if divisor > 1:
@@ -499,8 +488,7 @@ def _positive(x: Expr) -> Expr:
 
 def _leading(x: Expr) -> float:
     """Return the coefficient of a sum's first term that is not a constant."""
-    first = next((t for t in (x.args if x.op == "add" else (x,)) if t.op != "const"), x)
-    return float(first.args[0].value) if first.op == "mul" and first.args[0].op == "const" else 1.0  # type: ignore[arg-type]
+    return _factors(next((t for t in (x.args if x.op == "add" else (x,)) if t.op != "const"), x))[0]
 
 
 def _compare(op: str, x: Expr, y: Expr) -> Expr:

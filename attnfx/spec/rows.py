@@ -120,15 +120,9 @@ def from_json(text: str) -> RowProgram:
         calls = [
             Call(op, _made(args), tuple((k, _made(v)) for k, v in named.items())) for op, args, named in d["calls"]
         ]
-        return RowProgram(
-            tuple(d["inputs"]),
-            tuple(d["grads"]),
-            _made(d["weight"]),
-            tuple(calls),
-            tuple(Result(v, row, _made(shape), dtype, tuple(order)) for v, row, shape, dtype, order in d["results"]),
-            d["compiled"],
-            d["live"] and Live(tuple(d["live"][0]), *d["live"][1:]),
-        )  # fmt: skip
+        results, live = (Result(*_made(r)) for r in d["results"]), d["live"] and Live(*_made(d["live"]))
+        inputs, grads, weight = (_made(d[name]) for name in ("inputs", "grads", "weight"))
+        return RowProgram(inputs, grads, weight, tuple(calls), tuple(results), d["compiled"], live)
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"the text is not a row program: {problem!r}") from problem
 

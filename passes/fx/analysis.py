@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ class Facts:
     """Facts about one graph, valid while the graph does not change.
 
     position        each node's position in the graph
-    mutations       memory -> positions of the nodes that write it in place
+    mutations       memory -> the nodes that write it in place
     written         nodes whose memory is written in place
     given           memory of the placeholders and attributes
     regions         node -> (grad mode set in the graph, None before the first; changes by autocast regions)
@@ -62,12 +63,12 @@ class Facts:
     def __init__(self, gm: GraphModule):
         self.gm = gm
         self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
-        self.mutations: dict[int, list[int]] = {}
+        self.mutations: dict[int | None, list[Node]] = {}
         for n in gm.graph.nodes:
             for at in written_operands(n):
                 key = storage(at)
                 if key is not None:
-                    self.mutations.setdefault(key, []).append(self.position[n])
+                    self.mutations.setdefault(key, []).append(n)
         self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
         self.given = {storage(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
         self.regions = _regions(gm)
@@ -113,16 +114,13 @@ class Facts:
     def input_writer(self, base: Node) -> Node | None:
         """Return the first node that writes to the memory of `base` in place, if an input owns it; else None."""
         key = storage(base)
-        if key is None or key not in self.mutations or key not in self.given:
-            return None
-        at = self.mutations[key][0]
-        return next(n for n, position in self.position.items() if position == at)
+        return self.mutations[key][0] if key in self.mutations and key in self.given else None
 
     def changed_before(self, base: Node, final: Node, sources: Collection[Node]) -> Node | None:
         """Return the first write to the memory of `base` between its first read and `final`, or None. Reads count if
         they are between `sources` and `final`, through any view of the memory."""
         key = storage(base)
-        if key is None or key not in self.mutations:
+        if key not in self.mutations:
             return None
         cone = set(reach([final], lambda n: [] if n in sources else n.all_input_nodes))
         reads = [
@@ -133,14 +131,12 @@ class Facts:
             if u in cone and storage(u) != key and not written_operands(u)
         ]
         first = min(reads, default=self.position[base])
-        writes = [at for at in self.mutations[key] if first < at < self.position[final]]
-        return next(n for n, at in self.position.items() if at == writes[0]) if writes else None
+        return next((n for n in self.mutations[key] if first < self.position[n] < self.position[final]), None)
 
     def changed_after(self, node: Node, before: Node | None = None) -> bool:
         """Return whether the memory of a node is written in place after the node, and before the node `before`."""
-        first, last = self.position[node], None if before is None else self.position[before]
-        writes = self.mutations.get(storage(node), ())  # type: ignore[arg-type]
-        return any(first < at and (last is None or at < last) for at in writes)
+        first, last = self.position[node], math.inf if before is None else self.position[before]
+        return any(first < self.position[n] < last for n in self.mutations.get(storage(node), ()))
 
     def casts(self, n: Node) -> bool:
         """Return whether autocast would round the operands of a product in the node's place."""
