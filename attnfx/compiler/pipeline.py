@@ -342,8 +342,9 @@ def _applied(found: Found, chosen: Chosen, context: Context, keep: bool) -> tupl
         publish("rewritten", lambda: readable(graph.gm))
     if record is not None:
         text = readable(graph.gm) if found.text and changed else ""
-        for stage in record.stages({n: site.name for n, site in filed.items()}, text):
-            report.stage(stage.name).add(stage, found.path)
+        names = {str(p.number): filed[p.number].name if p.number in filed else "" for p in places}
+        for stage in record.stages(filed, text):
+            report.stage(stage.name).add(stage, found.path, names)
     return graph.gm, changed
 
 

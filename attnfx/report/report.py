@@ -9,14 +9,14 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
+from attnfx.report import to_json
 from attnfx.report.records import Decision, Refusal, Site, share
+from attnfx.report.stages import Stage
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from rich.console import RenderableType
-
-    from attnfx.report.stages import Stage
 
 
 @dataclass
@@ -70,8 +70,6 @@ class Report:
 
     def stage(self, name: str) -> Stage:
         """Return the stage of this name, creating it if needed."""
-        from attnfx.report.stages import Stage
-
         return self.stages.setdefault(name, Stage(name))
 
     def undo(self, code: str, message: str) -> None:
@@ -102,9 +100,7 @@ class Report:
 
     def to_data(self) -> dict[str, Any]:
         """Return the whole report as JSON-ready values."""
-        from attnfx.report.to_json import data
-
-        return data(self.sites, self.others, self.notes, self.graphs, self.flops, self.stages)
+        return to_json.data(self.sites, self.others, self.notes, self.graphs, self.flops, self.stages)
 
     def to_html(self, path: str | Path, force: bool = False) -> None:
         """Write the report as one self-contained HTML page.
@@ -121,9 +117,7 @@ class Report:
 
         Raises ValueError for text that is not JSON, and for another version of the schema.
         """
-        from attnfx.report.to_json import fields
-
-        return Report(**fields(text))
+        return Report(**to_json.fields(text))
 
 
 _filed: deque[Report] = deque(maxlen=1000)

@@ -36,10 +36,6 @@ class GraphNode:
     module: str = ""
     site: str = ""
 
-    def of(self, site: str) -> GraphNode:
-        """Return the same node as a part of a site."""
-        return self if site == self.site else replace(self, site=site)
-
 
 @dataclass(frozen=True)
 class Place:
@@ -163,28 +159,19 @@ def collapse(traced: Stage, places: Iterable[Place]) -> Stage:
     for p in at.values():
         edges.update({(home.get(a, a), p.final): None for a in p.reads or () if home.get(a, a) != p.final})
     nodes = [n for n in traced.nodes if home.get(n.id, n.id) == n.id]
-    dead, edges = _unread(nodes, edges, readers)
-    made = [replace(n, label=at[n.id].site, kind="site", site=at[n.id].site) if n.id in at else n.of("") for n in nodes]
-    return Stage("lifted", [n for n in made if n.id not in dead], list(edges))
-
-
-def _unread(
-    nodes: list[GraphNode], edges: dict[tuple[str, str], None], before: dict[str, list[str]]
-) -> tuple[set[str], dict[tuple[str, str], None]]:
-    """Find the operators that lost all users they had `before`; return them and the edges that remain."""
-    count: dict[str, int] = defaultdict(int)
-    for a, _ in edges:
-        count[a] += 1
-    into: dict[str, list[str]] = defaultdict(list)
+    users: dict[str, set[str]] = defaultdict(set)
     for a, b in edges:
-        into[b].append(a)
+        users[a].add(b)
     dead: set[str] = set()
     for n in reversed(nodes):
-        if n.kind == "operator" and before[n.id] and not count[n.id]:
+        if n.kind == "operator" and readers[n.id] and users[n.id] <= dead:
             dead.add(n.id)
-            for a in into[n.id]:
-                count[a] -= 1
-    return dead, {(a, b): None for a, b in edges if b not in dead}
+    lifted = Stage("lifted", edges=[(a, b) for a, b in edges if b not in dead])
+    for n in nodes:
+        site = at[n.id].site if n.id in at else ""
+        if n.id not in dead:
+            lifted.nodes.append(replace(n, site=site, label=site or n.label, kind="site" if site else n.kind))
+    return lifted
 
 
 def _quoted(text: str) -> str:

@@ -48,20 +48,16 @@ def fields(text: str) -> dict[str, Any]:
     if found["version"] != VERSION:
         raise ValueError(f"the report has JSON version {found['version']}, but only version {VERSION} can be read")
     try:
-        return _fields(found)
+        return {
+            "sites": [_read_site(s) for s in found["sites"]],
+            "others": [_read_site(s) for s in found["others"]],
+            "notes": found["notes"],
+            "graphs": found["graphs"],
+            "flops": found["flops"],
+            "stages": {name: Stage.from_data(stage) for name, stage in found["stages"].items()},
+        }
     except (KeyError, TypeError, AttributeError) as problem:
         raise ValueError(f"the JSON of the report is incomplete: {problem!r}") from problem
-
-
-def _fields(found: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "sites": [_read_site(s) for s in found["sites"]],
-        "others": [_read_site(s) for s in found["others"]],
-        "notes": found["notes"],
-        "graphs": found["graphs"],
-        "flops": found["flops"],
-        "stages": {name: Stage.from_data(stage) for name, stage in found["stages"].items()},
-    }
 
 
 def _site(site: Site, flops: int) -> dict[str, Any]:
@@ -88,11 +84,8 @@ def _site(site: Site, flops: int) -> dict[str, Any]:
 
 def _decision(decision: Decision) -> dict[str, Any]:
     original = decision.original
-    return {**asdict(decision), "original": None if original is None else asdict(_plain(original))}
-
-
-def _plain(candidate: Candidate) -> Candidate:
-    return Candidate(**{name: getattr(candidate, name) for name in Candidate.__dataclass_fields__})
+    plain = None if original is None else {name: getattr(original, name) for name in Candidate.__dataclass_fields__}
+    return {**asdict(decision), "original": plain}
 
 
 def tile_picture(spec: AttentionSpec, sizes: dict[str, int]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Reads graphs, changes nothing. Needs `meta["val"]` to show shapes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from itertools import islice
 
 import torch
@@ -26,41 +26,35 @@ class Recorder:
 
     def __init__(self, gm: GraphModule, findings: Sequence[Finding], text: str = ""):
         """Needs the graph that the findings are in, before any rewriting. `text` is its readable code."""
-        self.gm, self.findings, self.text = gm, findings, text
-        self.of: dict[Node, int] = {}
+        self.gm = gm
+        self.of: dict[Node, str] = {}
+        self.places = []
         for number, finding in enumerate(findings):
+            reads = None if finding.match is None else tuple(n.name for n in finding.match.read)
+            self.places.append(Place(str(number), finding.final.name, reads))
             for n in _members(finding):
-                self.of.setdefault(n, number)
-        self.of.update({f.final: number for number, f in enumerate(findings)})
-        self.nodes = [(_node(n), self.of.get(n)) for n in gm.graph.nodes]
-        self.edges = [(a.name, n.name) for n in gm.graph.nodes for a in n.all_input_nodes]
-        self.reads = [_reads(f) for f in findings]
-        self.finals = [f.final.name for f in findings]
+                self.of.setdefault(n, str(number))
+        self.of.update({f.final: str(number) for number, f in enumerate(findings)})
+        self.traced = self._stage("traced", text)
         self.known = set(gm.graph.nodes)
 
     def rewritten(self, number: int) -> None:
         """Assign the new nodes to this site."""
         for n in self.gm.graph.nodes:
             if n not in self.known:
-                self.of[n] = number
+                self.of[n] = str(number)
                 self.known.add(n)
 
-    def stages(self, names: Mapping[int, str], text: str = "") -> list[Stage]:
-        """Return the three stages. `names` are the names of the filed sites, `text` is the rewritten code."""
-        traced = Stage("traced", [n.of(names.get(s, "") if s is not None else "") for n, s in self.nodes], self.edges)
-        traced.text = self.text
-        places = [Place(name, self.finals[s], self.reads[s]) for s, name in names.items()]
-        after = Stage("rewritten", text=text)
-        for n in self.gm.graph.nodes:
-            after.nodes.append(_node(n).of(names.get(self.of[n], "") if n in self.of else ""))
-            after.edges.extend((a.name, n.name) for a in n.all_input_nodes)
-        return [traced, collapse(traced, places), after]
+    def stages(self, filed: Collection[int], text: str = "") -> list[Stage]:
+        """Return the three stages, with numbers as the sites. The lifted stage collapses the `filed` sites; `text` is
+        the rewritten code."""
+        places = [p for p in self.places if int(p.site) in filed]
+        return [self.traced, collapse(self.traced, places), self._stage("rewritten", text)]
 
-
-def _reads(finding: Finding) -> tuple[str, ...] | None:
-    """Return the nodes that a matched site reads: query, key, value and captures; None for a refused site."""
-    m = finding.match
-    return None if m is None else tuple(n.name for n in m.read)
+    def _stage(self, name: str, text: str) -> Stage:
+        nodes = self.gm.graph.nodes
+        edges = [(a.name, n.name) for n in nodes for a in n.all_input_nodes]
+        return Stage(name, [_node(n, self.of.get(n, "")) for n in nodes], edges, text)
 
 
 def _members(finding: Finding) -> set[Node]:
@@ -73,7 +67,7 @@ def _members(finding: Finding) -> set[Node]:
     return set(islice(calls, LARGEST))
 
 
-def _node(n: Node) -> GraphNode:
+def _node(n: Node, site: str) -> GraphNode:
     held = value(n)
     shape, dtype = None, ""
     if isinstance(held, torch.Tensor):
@@ -83,7 +77,7 @@ def _node(n: Node) -> GraphNode:
     label = op_name(n).lstrip(".") if n.op == "call_function" else str(n.target)
     if written_operands(n):
         label += " (in place)"
-    return GraphNode(n.name, label, kind, shape, dtype, where_in_source(n), _module(n))
+    return GraphNode(n.name, label, kind, shape, dtype, where_in_source(n), _module(n), site)
 
 
 def _module(n: Node) -> str:
