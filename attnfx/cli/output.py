@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import click
 
-
-class Drawn(Protocol):
-    def to_html(self, path: Path, force: bool = False) -> None: ...
+if TYPE_CHECKING:
+    from attnfx.planning.plan import Plan
+    from attnfx.report.report import Report
 
 
 def options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -28,7 +28,7 @@ def free(html: Path | None, force: bool) -> None:
         raise click.UsageError(f"{str(html)!r} exists; add --force to overwrite it")
 
 
-def write(drawn: Drawn, html: Path | None, force: bool) -> None:
+def write(drawn: Report | Plan, html: Path | None, force: bool) -> None:
     if html is not None:
         try:
             drawn.to_html(html, force=force)

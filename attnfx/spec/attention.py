@@ -128,22 +128,21 @@ def additive(score: Expr) -> tuple[float | Expr, Expr, Expr | None] | None:
     b, h, i and j (a scalar or a load). The fill is drowning: `fill_of(score)`.
     """
     keep = None
-    if score.op == "where" and A.drowning(score.args[2]):
+    if fill_of(score) is not None:
         keep, score = score.args[0], score.args[1]
-    if any(e.op == "dot" for e in walk(keep)) if keep is not None else False:
-        return None
-    terms = score.args if score.op == "add" else (score,)
+        if A.DOT in walk(keep):
+            return None
     scale: float | Expr | None = None
     bias: list[Expr] = []
-    for term in terms:
-        if not any(e.op == "dot" for e in walk(term)):
+    for term in score.args if score.op == "add" else (score,):
+        if A.DOT not in walk(term):
             bias.append(term)
             continue
-        factors = [f for f in (term.args if term.op == "mul" else (term,)) if f is not A.DOT]
-        if scale is not None or A.DOT not in (term.args if term.op == "mul" else (term,)):
+        factors = term.args if term.op == "mul" else (term,)
+        if scale is not None or A.DOT not in factors:
             return None
-        factor = A.mul(*factors) if factors else A.const(1.0)
-        if {"i", "j", "h", "b"} & factor.free or any(e.op == "dot" for e in walk(factor)):
+        factor = A.mul(A.const(1.0), *(f for f in factors if f is not A.DOT))
+        if AXES.keys() & factor.free or A.DOT in walk(factor):
             return None
         scale = float(factor.value) if factor.op == "const" else factor  # type: ignore[arg-type]
     return None if scale is None else (scale, A.add(*bias) if bias else A.const(0.0), keep)
@@ -158,12 +157,7 @@ def fill_of(score: Expr) -> float | None:
 
 def loads(spec: AttentionSpec) -> list[Expr]:
     """Return the distinct loads of the spec's programs."""
-    found: dict[Expr, None] = {}
-    for program in spec.programs:
-        for e in walk(program):
-            if e.op == "load":
-                found[e] = None
-    return list(found)
+    return list(dict.fromkeys(e for program in spec.programs for e in walk(program) if e.op == "load"))
 
 
 def canonical(spec: AttentionSpec) -> tuple[AttentionSpec, list[object], list[str]]:

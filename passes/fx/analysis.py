@@ -76,9 +76,8 @@ class Facts:
         self.differentiable = self._differentiable()
 
     def _differentiable(self) -> set[Node]:
-        """Return the nodes whose value may require a gradient. Example values are snapshots that do not tell.
-
-        A write of such a value into a tensor makes all nodes that share its memory differentiable."""
+        """Return the nodes whose value may require a gradient. A write of such a value into a tensor makes all nodes
+        that share its memory differentiable."""
         memory: set[int | None] = set()
         while True:
             out = self._learned(memory)
@@ -91,19 +90,17 @@ class Facts:
         """Return the differentiable nodes, if those in `memory` are."""
         out: set[Node] = set()
         for n in self.gm.graph.nodes:
-            held = n.meta.get("example_value") if n.op == "placeholder" else value(n)
-            if n.op == "get_attr":
-                held = getattr(self.gm, str(n.target), None)
             if n.op in ("placeholder", "get_attr"):
+                held = getattr(self.gm, str(n.target), None) if n.op == "get_attr" else n.meta.get("example_value")
                 if isinstance(held, torch.Tensor) and held.requires_grad:
                     out.add(n)
             elif (
                 (any(a in out for a in n.all_input_nodes) or (memory and storage(n) in memory))
-                and (self.regions[n][0] is not False or returns_operand(n))
+                and n not in self.frozen
                 and "detach" not in op_name(n)
+                and _may_learn(n)
             ):
-                if not isinstance(held, torch.Tensor) or held.is_floating_point() or held.is_complex():
-                    out.add(n)
+                out.add(n)
         return out
 
     def descends(self, node: Node, origin: Node) -> bool:

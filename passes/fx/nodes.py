@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 import os
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -120,18 +121,13 @@ def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
     return A.size(str(e))
 
 
+_FRAME = re.compile(r'^\s*File "([^"]*)", line (\d+)', re.MULTILINE)  # of a stack trace
+
+
 def where_in_source(node: Node) -> str:
     """Return the user's line as "file.py:88", or "" if the graph does not record it. Skips the files of torch.nn."""
-    best = ""
-    for line in (node.meta.get("stack_trace") or "").splitlines():
-        line = line.strip()
-        if line.startswith("File "):
-            parts = line.split('"')
-            if len(parts) >= 3 and "line " in parts[2]:
-                found = f"{os.path.basename(parts[1])}:{parts[2].split('line ')[1].split(',')[0]}"
-                if "/torch/nn/" not in parts[1]:
-                    best = found
-    return best
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/nn/" not in f[0]]
+    return f"{os.path.basename(frames[-1][0])}:{frames[-1][1]}" if frames else ""
 
 
 def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
