@@ -10,11 +10,11 @@ The canonical form, and why it is sound:
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 
 from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, FLOAT, FLOAT_UNARY, INT, Added, Expr, node, walk
+from attnfx.ir.interpret import to_half
 from attnfx.ir.poly import Poly, by_digest
 
 LARGE = 256.0  # a coefficient beyond this does not move into or out of a sum: cancellation would lose digits
@@ -318,9 +318,7 @@ def half(x: Expr) -> Expr:
         return x
     value = _number(x)
     if value is not None:
-        if not math.isfinite(value) or abs(value) >= 65520:
-            return const(math.copysign(math.inf, value) if value == value else value)
-        return const(struct.unpack("e", struct.pack("e", value))[0])
+        return const(to_half(value))
     if x.op == "where":
         return where(x.args[0], half(x.args[1]), half(x.args[2]))
     return node("half", FLOAT, (x,))

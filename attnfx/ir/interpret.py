@@ -14,7 +14,8 @@ Number = bool | int | float
 Loader = Callable[[object, tuple[int, ...]], Number]
 
 
-def _half(x: float) -> float:
+def to_half(x: float) -> float:
+    """Round to float16; a value beyond its range becomes infinite."""
     if math.isnan(x) or math.isinf(x):
         return x
     try:
@@ -47,7 +48,7 @@ _FUNCTIONS: dict[str, Callable[..., Any]] = {
     "log": _log, "log2": lambda x: _log(x) / math.log(2.0), "log1p": lambda x: _log(1.0 + x), "tanh": math.tanh,
     "sigmoid": _sigmoid, "sqrt": lambda x: math.sqrt(x) if x >= 0 else math.nan, "sin": math.sin, "cos": math.cos,
     "erf": math.erf, "floor": math.floor, "ceil": math.ceil, "round": round, "trunc": math.trunc, "atan": math.atan,
-    "softplus": lambda x: x if x > 30 else math.log1p(_exp(x)), "abs": abs, "half": _half, "detach": lambda x: x,
+    "softplus": lambda x: x if x > 30 else math.log1p(_exp(x)), "abs": abs, "half": to_half, "detach": lambda x: x,
     "sign": lambda x: (x > 0) - (x < 0), "float": float, "int": int, "not": operator.not_,
     "ge0": lambda x: x >= 0, "eq0": lambda x: x == 0,
     "add": lambda *x: sum(x), "mul": lambda *x: math.prod(x), "min": min, "max": max, "pow": operator.pow,
