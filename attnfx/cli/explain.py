@@ -15,7 +15,6 @@ import attnfx
 from attnfx.cli import huggingface
 from attnfx.cli import output as pages
 from attnfx.cli.loading import ARGUMENT_HELP, Refused, exit_codes, load, tracing
-from attnfx.errors import OptionError
 from attnfx.options import Rewrite
 from attnfx.report.report import Report
 
@@ -61,25 +60,15 @@ def command(factory: str | None, hf: str | None, train: bool, target: str | None
     waiting = Console(stderr=True)
     with waiting.status("building the model"):
         model, args, kwargs = load(factory) if factory is not None else huggingface.made(str(hf), **size)
-    given = {"target": target, "rewrite": rewrite}
-    with waiting.status("explaining"):
-        report = _explained(model, args, kwargs, train, {k: v for k, v in given.items() if v is not None})
+    options = {k: v for k, v in {"target": target, "rewrite": rewrite}.items() if v is not None}
+    args, kwargs = prepared(model, args, kwargs, train)
+    with waiting.status("explaining"), tracing(), torch.set_grad_enabled(train):
+        report = attnfx.explain(model, **options)(*args, **kwargs)
     pages.write(report, html, force)
     _print(report, as_json)
     refused = [s for s in report.sites if s.refusal is not None]
     if strict and refused:
         raise Refused(f"{refused[0].where or refused[0].name}: {refused[0].refusal}")
-
-
-def _explained(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool,
-               options: dict[str, Any]) -> Report:  # fmt: skip
-    try:
-        explained = attnfx.explain(model, **options)
-    except OptionError as problem:
-        raise click.UsageError(str(problem)) from None
-    args, kwargs = prepared(model, args, kwargs, train)
-    with tracing(), torch.set_grad_enabled(train):
-        return explained(*args, **kwargs)
 
 
 def prepared(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], train: bool) -> tuple[Any, Any]:

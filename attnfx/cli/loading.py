@@ -21,7 +21,7 @@ import click
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 
-from attnfx.errors import RefusalError
+from attnfx.errors import BudgetError, OptionError, RefusalError
 
 FAILED, REFUSED, BROKEN = 1, 3, 4  # exit codes besides 0 and click's 2 for wrong usage
 
@@ -111,8 +111,9 @@ def users_code(what: str) -> Iterator[None]:
 def tracing() -> Iterator[None]:
     """Run `explain` or `plan` on the user's model, and sort its errors by their origin.
 
-    An error of the model is shown as the user's own (exit code 1), an error of attnfx as a failure of attnfx (exit code
-    4), and a refusal under `strict` as a refusal (exit code 3).
+    An error of the model is shown as the user's own (exit code 1), a bad option as wrong use (exit code 2), a refusal
+    under `strict` or a budget that no plan fits as a refusal (exit code 3), and an error of attnfx as its own (exit
+    code 4).
     """
     # PyTorch also logs the traceback of an operator that fails during tracing; show the error only once
     log = logging.getLogger("torch._subclasses.fake_tensor")
@@ -127,7 +128,9 @@ def tracing() -> Iterator[None]:
             raise Refused(str(cause)) from problem
         told = "".join(traceback.format_exception(cause)).rstrip()
         raise Broken(f"attnfx itself failed; please report this to its issue tracker:\n\n{told}") from problem
-    except RefusalError as problem:
+    except OptionError as problem:
+        raise click.UsageError(str(problem)) from None
+    except (RefusalError, BudgetError) as problem:
         raise Refused(str(problem)) from problem
     except Exception as problem:
         raise UsersError(f"the model failed while it was traced:\n\n{users_traceback(problem)}") from problem

@@ -9,8 +9,7 @@ from typing import Any
 import click
 
 from attnfx.cli import output as pages
-from attnfx.cli.loading import Refused, exit_codes, load, tracing
-from attnfx.errors import BudgetError, OptionError
+from attnfx.cli.loading import exit_codes, load, tracing
 from attnfx.options import number
 
 
@@ -38,12 +37,7 @@ def command(factory: str, target: str, memory_budget: str | None, train: bool | 
     built, args, kwargs = load(factory)
     budget = None if memory_budget is None else number(memory_budget)
     with tracing():
-        try:
-            made = plan(built, target=target, memory_budget=budget, train=train, optimizer=optimizer)(*args, **kwargs)
-        except OptionError as problem:
-            raise click.UsageError(str(problem)) from None
-        except BudgetError as problem:
-            raise Refused(str(problem)) from None
+        made = plan(built, target=target, memory_budget=budget, train=train, optimizer=optimizer)(*args, **kwargs)
     pages.write(made, html, force)
     click.echo(json.dumps(as_data(made), indent=1) if as_json else str(made))
 
