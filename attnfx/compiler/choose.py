@@ -113,7 +113,7 @@ class _Choosing:
     ) -> tuple[Decision, tuple[str, ...]]:
         """Decide by prediction, or by measured times if the options ask for them; also return the target's notes."""
         present, options = value(match.query.node).device, self.options
-        target, _ = target_of(options, present)
+        target = target_of(options, present)
         at_hand = options.target == "auto"
         corrections = calibrate.corrections(present) if at_hand else None
         decision = cost.select(question, options, torch.get_num_threads(), target, corrections)
@@ -133,12 +133,11 @@ class _Choosing:
         query = value(match.query.node)
         reductions = () if self.place.reader is not None else tuple(match.reductions)
         tiers = tiers_of(chosen, here, query.device, reductions)
-        target, _ = target_of(self.options, query.device)
-        tier = tiers[0].partition(":")[0]
-        known = summarized and target is not None and tier not in here
-        summary = cost.summary(question, target, tier) if known and target is not None else None
-        call = None if tier in here else fused_call(match, tier)
-        return Attention(match, reductions, tuple(tiers), summary, call)
+        target, tier = target_of(self.options, query.device), tiers[0].partition(":")[0]
+        if tier in here:
+            return Attention(match, reductions, tuple(tiers), None, None)
+        summary = cost.summary(question, target, tier) if summarized and target is not None else None
+        return Attention(match, reductions, tuple(tiers), summary, fused_call(match, tier))
 
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:
         target, tiers = self.options.target, action.tiers
@@ -183,13 +182,13 @@ class _Choosing:
             site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
         length = number(held.shape[region.rows[region.final]])
         training = torch.is_grad_enabled() and region.final in self.found.graph.facts.differentiable
-        target, device = target_of(self.options, held.device)
+        target = target_of(self.options, held.device)
         live = 1.0
         if region.narrowed is not None:
             live = cost.live_share(region.narrowed.score, length, number(region.keys))
         asked = cost.Rows(
             region.work, number(region.weight) * length, held.dtype.itemsize, number(held.shape[-1]), training,
-            device.type, live,
+            held.device.type if target is None else target.kind, live,
         )  # fmt: skip
         threads = torch.get_num_threads()
         decision = self.told or cost.select_rows(asked, self.options, region.gives_scores, threads, target)

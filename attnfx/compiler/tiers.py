@@ -18,13 +18,11 @@ from attnfx.report.records import Candidate
 from attnfx.targets import Target, detect
 
 
-def target_of(options: Options, present: torch.device) -> tuple[Target | None, torch.device]:
-    """Return (the target to decide for, a device of its kind). A CPU or an unknown device has the target None."""
+def target_of(options: Options, present: torch.device) -> Target | None:
+    """Return the target to decide for; None for a present CPU or an unknown device."""
     if isinstance(options.target, Target):
-        return options.target, torch.device(options.target.kind)
-    if present.type == "cuda" and torch.cuda.is_available():
-        return detect(present), present
-    return None, present
+        return options.target
+    return detect(present) if present.type == "cuda" and torch.cuda.is_available() else None
 
 
 def refusals(

@@ -113,7 +113,7 @@ def test_more_batches_than_a_launch_has_programs_for_run_in_blocks():
 
 def test_a_device_that_is_known_by_its_architecture_alone_is_said_to_be(monkeypatch):
     guessed = replace(Target.by_name("rtx4090"), note="it has no record")
-    monkeypatch.setattr(deciding, "target_of", lambda options, device: (guessed, torch.device("cuda")))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: guessed)
     assert "it has no record" in site("auto").notes
 
 
@@ -127,6 +127,6 @@ def test_what_the_device_at_hand_cannot_run_is_followed_by_what_it_can():
 
 
 def test_auto_is_the_device_at_hand():
-    assert deciding.target_of(Options(), torch.device("cpu")) == (None, torch.device("cpu"))
+    assert deciding.target_of(Options(), torch.device("cpu")) is None
     given = Options(target=Target.by_name("l4"))
-    assert deciding.target_of(given, torch.device("cpu")) == (Target.by_name("l4"), torch.device("cuda"))
+    assert deciding.target_of(given, torch.device("cpu")) == Target.by_name("l4")

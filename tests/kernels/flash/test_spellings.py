@@ -27,7 +27,7 @@ INF = math.inf
 def on_kernels(monkeypatch):
     """Let the CPU stand in for a GPU whose only tiers are the Triton kernels, without a fallback."""
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
-    monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: Target.by_name("h100-sxm"))
     absent = operator.TIERS["chunked"]._replace(supports=lambda call: "it is not of this test")
     monkeypatch.setitem(operator.TIERS, "chunked", absent)
 

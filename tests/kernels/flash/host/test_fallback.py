@@ -107,7 +107,7 @@ def test_decoding_falls_back_to_the_forward_kernel(refuse):
 @pytest.mark.filterwarnings("ignore:attnfx")
 def test_the_report_of_a_site_says_what_could_not_run(refuse, monkeypatch):
     monkeypatch.setitem(operator.AUTO, "cpu", ("flash",))
-    monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: Target.by_name("h100-sxm"))
     refuse(TOO_LARGE)
     with new_reports() as filed:
         fast = compiled(lambda q, k, v: (q @ k.mT * 0.25).softmax(-1) @ v)

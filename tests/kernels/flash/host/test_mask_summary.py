@@ -196,7 +196,7 @@ def passes(monkeypatch):
     monkeypatch.setattr(tier, "summarise", lambda *some: seen.append(1) or original(*some))
     monkeypatch.setitem(operator.AUTO, "cpu", ("decode", "flash"))
     monkeypatch.setattr(gpu, "EMPTY", math.inf)
-    monkeypatch.setattr(deciding, "target_of", lambda options, device: (Target.by_name("h100-sxm"), device))
+    monkeypatch.setattr(deciding, "target_of", lambda options, device: Target.by_name("h100-sxm"))
     return seen
 
 
