@@ -80,7 +80,7 @@ class _Choosing:
         prepare(match.spec, place.site.sizes)
         here = refusals(match, place.site.sizes, query.device)
         question = self._question(match, here)
-        decision, notes = (self.told, ()) if self.told else self._decided(question, match, here)
+        decision, notes = (self.told, ()) if self.told else self._decided(question, match)
         keep = keep.noted(*notes)
         if decision.tier == "kept":
             return keep.kept(decision, None, LEAVE if question.native else SHIELD_RISKY)
@@ -108,9 +108,7 @@ class _Choosing:
             refused=refused,
         )
 
-    def _decided(
-        self, question: cost.Question, match: Match, here: Mapping[str, str]
-    ) -> tuple[Decision, tuple[str, ...]]:
+    def _decided(self, question: cost.Question, match: Match) -> tuple[Decision, tuple[str, ...]]:
         """Decide by prediction, or by measured times if the options ask for them; also return the target's notes."""
         present, options = value(match.query.node).device, self.options
         target = target_of(options, present)
