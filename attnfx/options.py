@@ -133,21 +133,17 @@ def check_names(given: Iterable[object], others: Iterable[str] = ()) -> None:
 
 def _unknown(name: object, valid: Sequence[str]) -> str:
     """Describe an unknown option and name a similar one; say so if it belongs to torch.compile or Inductor."""
+    import torch._inductor  # only for an error message: this module otherwise avoids importing torch
+
     if name == "mode":
         whose = " (mode is an argument of torch.compile itself)"
-    elif name in _inductor_options():
+    elif name in torch._inductor.list_options():
         whose = " (Inductor's settings belong in torch._inductor.config)"
     else:
         whose = ""
     similar = difflib.get_close_matches(str(name).lower(), valid, 1, SIMILAR)
     meant = f"; did you mean {similar[0]!r}? Valid" if similar else "; valid"
     return f"unknown option {name!r}{whose}{meant} options: {', '.join(valid)}"
-
-
-def _inductor_options() -> list[str]:
-    import torch._inductor  # only for an error message: this module otherwise avoids importing torch
-
-    return torch._inductor.list_options()
 
 
 def _choice(*valid: T) -> Callable[[str, object], T]:

@@ -76,12 +76,8 @@ def rewrite(
     q = emit.shaped(q, [*axes, match.row, match.width], [n["B"], n["H"], n["T"], n["D"]])
     k = emit.shaped(k, [*kv, match.column, match.width], [n["B"], n["G"], n["S"], n["D"]])
     v = emit.shaped(v, [*kv, match.column, match.value_width], [n["B"], n["G"], n["S"], n["Dv"]])
-    dtypes = [value(x).dtype for x in (q, k, v)]  # type: ignore[union-attr]
-    if len(set(dtypes)) > 1:
-        wide = max(dtypes, key=lambda t: torch.finfo(t).bits)
-        q, k, v = (
-            x if t == wide else emit.call(aten.to.dtype, x, wide) for x, t in zip((q, k, v), dtypes, strict=True)
-        )
+    wide = max((value(x).dtype for x in (q, k, v)), key=lambda t: torch.finfo(t).bits)
+    q, k, v = (x if value(x).dtype == wide else emit.call(aten.to.dtype, x, wide) for x in (q, k, v))
     full = [*kv, *match.group_axes, match.row, match.value_width]
     if fused is not None:
         assert not reductions

@@ -80,15 +80,12 @@ def _site(site: Mapping[str, Any]) -> dict[str, Any]:
         why = decision["reason"] if decision is not None else ""
     share = f" {site['share']:.0%} of the graph's FLOPs." if site["share"] else ""
     return {
+        **site,
         "name": site["name"] or "softmax",
-        "rewritten": site["rewritten"],
         "tier": decision["tier"] if decision is not None else "kept",
-        "where": site["where"],
-        "mask": site["mask"],
         "what": f"{site['summary']}.{share}" if site["summary"] else "",
         "why": why,
         "notes": [*site["notes"], *site["fallbacks"]],
-        "program": site["program"],
         "picture": picture.tiles(tiles["picture"], tiles["tile"]) if tiles and tiles["picture"] else None,
         "candidates": [] if decision is None else [
             _candidate(c, chosen=n == 0) for n, c in enumerate([decision, *decision["alternatives"]])
@@ -99,8 +96,7 @@ def _site(site: Mapping[str, Any]) -> dict[str, Any]:
 def _candidate(c: Mapping[str, Any], chosen: bool) -> dict[str, Any]:
     tile = "" if c["tile"] is None else f"{c['tile'][0]} x {c['tile'][1]}, {c['warps']} warps, {c['stages']} stages"
     return {
-        "tier": c["tier"],
-        "kernel": c["kernel"],
+        **c,
         "tile": tile,
         "chosen": chosen,
         "time": f"{c['predicted_ms']:.3g} ms" if c["predicted_ms"] else "",
