@@ -75,11 +75,11 @@ def _aligned(graph: Graph, n: Node) -> Node | None:
 
 def _padded(x: Node) -> Node | None:
     """Return the tensor that an operand pads and views, or None."""
-    at, padded = x, False
-    while op_name(at) in PADS or (op_name(at) in VIEWS and "dropout" not in op_name(at)):
-        padded |= op_name(at) in PADS
-        at = at.args[0]  # type: ignore[assignment]
-    return at if padded and is_tensor(at) else None
+    padded = False
+    while op_name(x) in PADS or (op_name(x) in VIEWS and "dropout" not in op_name(x)):
+        padded |= op_name(x) in PADS
+        x = x.args[0]  # type: ignore[assignment]
+    return x if padded and is_tensor(x) else None
 
 
 def _start(lifted: Expr, column: Expr, load: Expr, key: Expr) -> Expr | None:
