@@ -139,7 +139,8 @@ def layer_norm(c: Context, x: Tensor) -> Tensor:
 
 @neighbor()
 def batch_norm(c: Context, x: Tensor) -> Tensor:
-    return c.model.batch(x.transpose(1, 2)).transpose(1, 2)
+    # contiguous: of such a tensor, PyTorch's fake kernel returns other strides than the real one on a CPU
+    return c.model.batch(x.transpose(1, 2)).transpose(1, 2).contiguous()
 
 
 @neighbor(pure=True)

@@ -132,8 +132,11 @@ def largest(x: Tensor) -> Tensor:
     return x.double().nan_to_num(0, 0, 0).abs().max() if x.numel() else torch.zeros((), dtype=torch.double)
 
 
-def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse: bool) -> list[Difference]:
-    """List the differences of `got` from `want`. `truth` runs the program in float64, only if numbers differ."""
+def differences(
+    got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse: bool, times: float = 1.0
+) -> list[Difference]:
+    """List the differences of `got` from `want`. `truth` runs the program in float64, only if numbers differ. `times`
+    multiplies the rounding that is allowed."""
     if got.raised:
         return [Difference("program", "raises", got.raised)]
     found: list[Difference] = []
@@ -143,13 +146,15 @@ def differences(got: Seen, want: Seen, truth: Callable[[], Seen | None], coarse:
         x, y = got.values.get(name), want.values.get(name)
         kind = "gradient" if "gradient" in name else name.split()[2] if "output" not in name else name.split()[-1]
         kind = "values" if kind.isdigit() else kind
-        told = _differs(x, y, name, truth, coarse, scale if kind == "gradient" else 0.0)
+        told = _differs(x, y, name, truth, coarse, scale if kind == "gradient" else 0.0, times)
         if told:
             found.append(Difference(name, kind, told))
     return found
 
 
-def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse: bool, scale: float) -> str:
+def _differs(
+    x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse: bool, scale: float, times: float
+) -> str:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor):
         one = next((t for t in (x, y) if isinstance(t, Tensor)), None)
         if one is not None and "gradient" in name and (x is None or y is None):  # None equals a gradient of zeros
@@ -161,7 +166,7 @@ def _differs(x: Any, y: Any, name: str, truth: Callable[[], Seen | None], coarse
         return "" if torch.equal(x, y) else f"{int((x != y).sum())} of {x.numel()} differ"
     # a backward pass that recomputes cancels dp - delta, which a saturated softmax rounds at the scale of dp
     exactly = 5e-5 if "gradient" in name else 1e-5
-    rounding = 3e-2 if coarse or y.dtype in COARSE else exactly
+    rounding = times * (3e-2 if coarse or y.dtype in COARSE else exactly)
     least = max(scale / 2, 1e-2)
     apart = error(x, y, least)
     if apart <= rounding / 4:
