@@ -2,28 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 
 import torch
 from torch.fx import Node
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import PRODUCTS, SDPA, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 
+def chain(x: Node, through: Callable[[Node], bool] = lambda n: True) -> Iterator[Node]:
+    """Yield a node, and the first operand of each yielded node that `through` accepts."""
+    return reach([x], lambda n: [a for a in n.args[:1] if isinstance(a, Node) and through(n)])
+
+
 def of_batch(x: Node) -> bool:
     """Return whether a matrix is one of a batch, or is a batch of matrices itself."""
-    while len(shape(x)) < 3:
-        if op_name(x) not in (*VIEWS, "mul", "div") or not isinstance(x.args[0], Node) or not is_tensor(x.args[0]):
-            return False
-        x = x.args[0]
-    return True
+    matrices = chain(x, lambda n: op_name(n) in (*VIEWS, "mul", "div") and is_tensor(n.args[0]))
+    return any(len(shape(n)) > 2 for n in matrices)
 
 
 def parameter(x: Node) -> bool:
     """Return whether a node is a parameter of the model, or a view or cast of one."""
-    while op_name(x) in (*VIEWS, "to", "_to_copy") and isinstance(x.args[0], Node):
-        x = x.args[0]
+    *_, x = chain(x, lambda n: op_name(n) in (*VIEWS, "to", "_to_copy"))
     return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
 
 
@@ -78,18 +81,13 @@ ANCHORS = ("softmax", "_softmax", "_safe_softmax", "log_softmax", "exp", "exp2",
 NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "rms_norm", "mm", "addmm", "attention")
 
 
-def near_normalizer(nodes: Collection[Node]) -> set[Node]:
+def near_normalizer(nodes: Iterable[Node]) -> set[Node]:
     """Return nodes that lead to a normalizer or come from one, without a product or a layer in between."""
     layers = (*PRODUCTS, *NORMS)
-    before: set[Node] = set()
-    after: set[Node] = set()
-    for n in reversed(list(nodes)):
-        if any(op_name(u) in ANCHORS or (u in before and op_name(u) not in layers) for u in n.users):
-            before.add(n)
-    for n in nodes:
-        if op_name(n) in ANCHORS or (op_name(n) not in layers and not after.isdisjoint(n.all_input_nodes)):
-            after.add(n)
-    return before | after
+    anchors = [n for n in nodes if op_name(n) in ANCHORS]
+    before = reach(anchors, lambda n: [] if op_name(n) in layers else n.all_input_nodes)
+    after = reach(anchors, lambda n: [u for u in n.users if op_name(u) not in layers])
+    return {*before, *after}
 
 
 PART = 16  # most nodes from a part back to the product that it comes from
@@ -97,14 +95,7 @@ PART = 16  # most nodes from a part back to the product that it comes from
 
 def comes_from(at: Node, wanted: Callable[[Node], bool], most: int) -> bool:
     """Return whether a node or one of the first operands before it, of `most` nodes, is wanted."""
-    for _ in range(most):
-        if wanted(at):
-            return True
-        source = at.args[0] if at.op == "call_function" and at.args else None
-        if not isinstance(source, Node):
-            return False
-        at = source
-    return False
+    return any(map(wanted, islice(chain(at), most)))
 
 
 def of_products(found: list[Node]) -> bool:
