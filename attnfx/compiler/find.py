@@ -21,7 +21,7 @@ from attnfx.passes.match.merge_parts import merge
 from attnfx.passes.match.results import Finding
 from attnfx.passes.match.unmatched import others
 from attnfx.passes.match.weight_reductions import find_reductions
-from attnfx.passes.match.weight_uses import needed, scores_needed
+from attnfx.passes.match.weight_uses import needed
 from attnfx.report.records import Refusal, Site
 
 log = logging.getLogger(__name__)
@@ -88,8 +88,8 @@ def find(graph: Graph, context: Context, ended: Break | None, bodies: dict[str, 
     matches = [f.match for f in findings if f.match is not None]
     log.info("lifted %d of %d places that look like attention", len(matches), len(findings))
     context.attempt("the pass weight_reductions", partial(find_reductions, finder, matches), None)
-    readers = context.attempt("the pass weight_uses", partial(needed, matches), {})
-    scored = context.attempt("the pass weight_uses", partial(scores_needed, finder.descent, matches), frozenset())
+    uses = partial(needed, finder.descent, matches)
+    readers, scored = context.attempt("the pass weight_uses", uses, ({}, frozenset()))
     known = hints(graph.gm.graph)
     places = []
     for number, finding in enumerate(findings):

@@ -1,19 +1,21 @@
 """Find the nodes that descend from normalizers, and the normalizers that descend from products of queries with keys.
 
 The matcher tries a product only if one of its operands descends from a normalizer that comes from a product. The paths
-contain only operators that a score program may contain; `loose` accepts paths through any operators.
+contain only operators that a score program may contain; in `loose`, paths contain any operators.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import islice
 
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.lift.products import ANCHORS, NORMS, batched, meeting, of_batch, parameter
+from attnfx.passes.lift.products import ANCHORS, NORMS, batched, chain, meeting, of_batch, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
 
 SORTING = ("sort", "topk", "argsort")
@@ -25,98 +27,91 @@ REDUCING = ("sum", "amax", "max", "logsumexp", "mean")
 class Descent:
     """The ancestry of weights and scores in one graph.
 
+    known     operators that are pointwise, views, lookups or reductions, which weights and scores pass through
     weights   nodes that descend from a normalizer -> the nearest normalizers
     scores    nodes that descend from a product -> the nearest products
     met       softmaxes of values in which rows of two batches are combined without a product
-    near      softmaxes and sorts that come from a product by any operators and have its shape (set by `loose`)
+    near      softmaxes and sorts that come from a product by any operators and have its shape
+    loose     products that weights reach by any operators -> those that may have normalized these weights
     """
 
     def __init__(self, gm: GraphModule):
-        self.gm = gm
-        self.near: frozenset[Node] = frozenset()
-        self.weights = self.descendants(n for n in gm.graph.nodes if op_name(n) in ANCHORS or shared(n))
-        self.scores = self.descendants((n for n in gm.graph.nodes if batched(n)), unknown=True)
-        self.met = self._met()
-
-    def descendants(self, seeds: Iterable[Node], unknown: bool = False) -> dict[Node, list[Node]]:
-        """Map each node that descends from a seed through pointwise, view and reducing operators to the nearest seeds.
-        With `unknown`, operators that are not understood count too if they keep the shape, so that the refusal can name
-        them, and a reduction of the rows or keys does not."""
-        out: dict[Node, list[Node]] = {}
-        seeds = set(seeds)
-        for n in self.gm.graph.nodes:
-            if n.op != "call_function":
-                continue
-            name = op_name(n)
-            if n in seeds:
-                out[n] = [n]
-            elif name in POINTWISE or name in VIEWS or name in INDEXING or name in REDUCING:
-                found = [s for a in n.all_input_nodes for s in out.get(a, ())]
-                if unknown and name in REDUCING:
-                    held = value(n) if is_tensor(n) else value(n)[0]
-                    found = [s for s in found if not _plane(s) - Counter(map(size_expr, held.shape))]
-                if found:
-                    out[n] = list(dict.fromkeys(found))[:8]
-            elif unknown and is_tensor(n) and name not in NORMS:
-                found = [s for a in n.all_input_nodes if is_tensor(a) and dims(a) == dims(n) for s in out.get(a, ())]
-                if found:
-                    out[n] = list(dict.fromkeys(found))[:8]
-        return out
-
-    def _met(self) -> frozenset[Node]:
-        """Return softmaxes of values computed from nodes that combine rows of two batches without a product."""
-        met: set[Node] = set()
-        for n in self.gm.graph.nodes:
-            if meeting(n) or (not batched(n) and any(a in met for a in n.all_input_nodes)):
-                met.add(n)
-        return frozenset(n for n in met if "softmax" in op_name(n) and not self.from_scores(n))
-
-    def _loosely(self, seeds: Iterable[Node]) -> dict[Node, dict[Node, int]]:
-        """Map each node that descends from a seed through any operators but products to {seed: distance}. On the way,
-        the seed's last two dimensions must be kept or soon come back, as after a threshold for each row. The distance
-        counts the nodes since they were last kept."""
-        out: dict[Node, dict[Node, int]] = {n: {n: 0} for n in seeds}
-        for n in self.gm.graph.nodes:
-            if n.op != "call_function" or n in out or batched(n) or op_name(n) == "sym_size":
-                continue
-            found: dict[Node, int] = {}
-            for a in n.all_input_nodes:
-                for s, far in out.get(a, {}).items():
-                    kept = not is_tensor(n) or not _plane(s) - Counter(dims(n))
-                    found[s] = min(found.get(s, NEAR), 0 if kept else far + 1)
-            found = {s: far for s, far in found.items() if far < NEAR}
-            if found:
-                out[n] = dict(list(found.items())[:8])
-        return out
-
-    def loose(self) -> dict[Node, list[Node]]:
-        """Map each product that weights reach by any path to the operators that may have normalized these weights."""
-        if not any("softmax" in op_name(n) or op_name(n) in SORTING for n in self.gm.graph.nodes):
-            return {}
-        scores = self._loosely(n for n in self.gm.graph.nodes if batched(n))
-        seeds = [
-            n
-            for n in self.gm.graph.nodes
-            if ("softmax" in op_name(n) or op_name(n) in SORTING) and any(a in scores for a in n.all_input_nodes)
-        ]
+        nodes = list(gm.graph.nodes)
+        products = list(filter(batched, nodes))
+        self.known = list(filter(_known, nodes))
+        self.weights = descendants((n for n in nodes if op_name(n) in ANCHORS or shared(n)), self.known)
+        shaped = [n for n in nodes if _known(n) or (is_tensor(n) and op_name(n) not in NORMS)]
+        self.scores = descendants(products, shaped, _shape_kept)
+        pairs = reach(filter(meeting, nodes), lambda n: [u for u in n.users if not batched(u)])
+        self.met = frozenset(n for n in pairs if "softmax" in op_name(n) and not self.from_scores(n))
+        others = [n for n in nodes if not batched(n) and op_name(n) != "sym_size"]
+        scores = descendants(products, others, _plane_kept, NEAR)
+        normalizers = (n for n in nodes if "softmax" in op_name(n) or op_name(n) in SORTING)
+        seeds = [n for n in normalizers if sources(scores, n)]
         self.near = frozenset(n for n in seeds if any(0 in scores.get(a, {}).values() for a in n.all_input_nodes))
-        weights = self._loosely(seeds)
-        found = {
-            n: [s for a in n.all_input_nodes for s in weights.get(a, ())] for n in self.gm.graph.nodes if batched(n)
-        }
-        return {n: list(dict.fromkeys(s)) for n, s in found.items() if s}
+        weights = descendants(seeds, others, _plane_kept, NEAR)
+        self.loose = {n: found for n in products if (found := sources(weights, n))}
 
     def from_pairs(self, n: Node, anchors: Iterable[Node]) -> bool:
         """Return whether an operand of a product has a weight for each pair of two batches' rows, which their products
         score: neither side is a layer's weight."""
-        products = {s for x in anchors for a in x.all_input_nodes for s in self.scores.get(a, ())}
+        products = sources(self.scores, *anchors)
         sides = [x for s in products for x in s.all_input_nodes if is_tensor(x)]
         weights = [w for w in n.all_input_nodes if w in self.weights]
-        paired = all(any(not _plane(s) - Counter(dims(w)) for w in weights) for s in products)
+        paired = all(any(_has_plane(dims(w), s) for w in weights) for s in products)
         return bool(products) and paired and all(of_batch(x) and not parameter(x) for x in sides)
 
     def from_scores(self, anchor: Node) -> bool:
         return any(a in self.scores for a in anchor.all_input_nodes)
+
+
+Descendants = dict[Node, dict[Node, int]]  # node -> the nearest seeds, at most 8, with their distances
+
+
+def descendants(
+    seeds: Iterable[Node], through: Iterable[Node], kept: Callable[..., bool] | None = None, near: int = 1
+) -> Descendants:
+    """Map each node that descends from a seed to the nearest seeds. Paths contain only the nodes `through`, in graph
+    order. The distance counts the nodes since `kept(node, operand, seed)` held, and is less than `near`."""
+    out: Descendants = {n: {n: 0} for n in seeds}
+    for n in through:
+        found: dict[Node, int] = {}
+        for a in n.all_input_nodes if n not in out else ():
+            for s, before in out.get(a, {}).items():
+                far = 0 if kept is None or kept(n, a, s) else before + 1
+                if far < near:
+                    found[s] = min(found.get(s, far), far)
+        if found:
+            out[n] = dict(islice(found.items(), 8))
+    return out
+
+
+def sources(found: Descendants, *nodes: Node) -> list[Node]:
+    """Return the nearest seeds that the operands of the nodes descend from."""
+    return list(dict.fromkeys(s for n in nodes for a in n.all_input_nodes for s in found.get(a, ())))
+
+
+def _known(n: Node) -> bool:
+    return any(op_name(n) in names for names in (POINTWISE, VIEWS, INDEXING, REDUCING))
+
+
+def _shape_kept(n: Node, operand: Node, seed: Node) -> bool:
+    """Return whether a reduction keeps the rows and keys. Operators that are not understood must keep the shape: they
+    are followed only so that the refusal can name them."""
+    if op_name(n) in REDUCING:
+        held = value(n) if is_tensor(n) else value(n)[0]
+        return _has_plane(map(size_expr, held.shape), seed)
+    return _known(n) or (is_tensor(operand) and dims(operand) == dims(n))
+
+
+def _plane_kept(n: Node, operand: Node, seed: Node) -> bool:
+    return not is_tensor(n) or _has_plane(dims(n), seed)
+
+
+def _has_plane(sizes: Iterable[Expr], seed: Node) -> bool:
+    """Return whether the sizes include the last two dimensions of a seed, or of its operand if it returns a tuple."""
+    plane = dims(seed if is_tensor(seed) else seed.all_input_nodes[0])[-2:]
+    return not Counter(plane) - Counter(sizes)
 
 
 def shared(n: Node) -> bool:
@@ -124,19 +119,8 @@ def shared(n: Node) -> bool:
     for each row, not by a length or a deviation."""
     if op_name(n) not in ("div", "true_divide") or not all(is_tensor(x) for x in n.args[:2]):
         return False
-    at: object = n.args[1]
-    for _ in range(NEAR):
-        if not isinstance(at, Node) or at.op != "call_function" or not is_tensor(at):
-            return False
-        total = op_name(at) == "sum" or (op_name(at) in ("linalg_vector_norm", "norm") and 1 in at.args[1:2])
-        if total:
+    guards = chain(n.args[1], lambda at: op_name(at) in (*VIEWS, *KEEPING) and is_tensor(at.args[0]))  # type: ignore[arg-type]
+    for at in islice(guards, NEAR):
+        if op_name(at) == "sum" or (op_name(at) in ("linalg_vector_norm", "norm") and 1 in at.args[1:2]):
             return is_tensor(at.args[0]) and dims(at.args[0]) == dims(n) != dims(at)  # type: ignore[arg-type]
-        if op_name(at) not in VIEWS and op_name(at) not in KEEPING:
-            return False
-        at = at.args[0]
     return False
-
-
-def _plane(n: Node) -> Counter[Expr]:
-    """Return the last two dimensions of a node, or of the operand of a node that returns a tuple."""
-    return Counter(dims(n if is_tensor(n) else n.all_input_nodes[0])[-2:])

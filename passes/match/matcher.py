@@ -32,7 +32,7 @@ from attnfx.passes.lift.lifter import broadcast
 from attnfx.passes.lift.products import batched, of_batch, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.candidates import Descent, shared
+from attnfx.passes.match.candidates import Descent, shared, sources
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.match.sdpa_call import library_call
 from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, batch_and_heads, every_row_live
@@ -57,45 +57,41 @@ class Finder:
 
     def find(self) -> list[Finding]:
         findings: list[Finding] = []
-        descent = self.descent
-        loose = descent.loose()
         for n in self.gm.graph.nodes:
-            if n.op != "call_function":
-                continue
-            name = op_name(n)
-            if name in SDPA:
+            if n.op == "call_function" and op_name(n) in SDPA:
                 findings.append(self._attempt(n, lambda at: self._match(library_call(self.lifter, at)), [n]))
-            elif batched(n):
-                seeds = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if descent.from_scores(s)]
-                if seeds:
-                    found = self._attempt(n, self._written_out, list(dict.fromkeys(seeds)))
-                    # a gate or an exponential between two products is not an attention until proved
-                    proved = found.match is not None and not _layers(found.match)
-                    proved |= found.refusal is not None and found.refusal.code in PROVED
-                    if proved or any("softmax" in op_name(s) for s in seeds):
-                        findings.append(found)
-                        continue
-                    if found.refusal is not None and (found.refusal.code == "normaliser" or any(map(shared, seeds))):
-                        # exponentials over nearly their sum (plus a small constant): a loose finding
-                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
-                        continue
-                    if found.refusal is not None and descent.from_pairs(n, seeds):
-                        findings.append(Finding(n, refusal=found.refusal, anchors=found.anchors, loose=True))
-                        continue
-                    self.doubtful.append(found)
-                met = [s for a in n.all_input_nodes for s in descent.weights.get(a, ()) if s in descent.met]
-                if n in loose:
-                    odd = self._unsupported(n, loose[n])
-                    what = f"the operator {label(odd[0])}" if odd else "an operator"
-                    message = f"{what} between the scores and the values cannot be computed for each score by itself"
-                    why = refusal("not_lifted", message, *odd, n, *loose[n])
-                    findings.append(Finding(n, refusal=why, anchors=loose[n], loose=True))
-                elif met and not seeds:
-                    message = "queries and keys are combined without a product"
-                    findings.append(
-                        Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
-                    )
+            elif batched(n) and (found := self._at_product(n)) is not None:
+                findings.append(found)
         return findings
+
+    def _at_product(self, n: Node) -> Finding | None:
+        """Try a product as the end of an attention; return None if it does not look like one."""
+        descent = self.descent
+        weights = sources(descent.weights, n)
+        seeds = [s for s in weights if descent.from_scores(s)]
+        if seeds:
+            found = self._attempt(n, self._written_out, seeds)
+            why = found.refusal
+            # a gate or an exponential between two products is not an attention until proved
+            proved = found.match is not None and not _layers(found.match)
+            proved |= why is not None and why.code in PROVED
+            if proved or any("softmax" in op_name(s) for s in seeds):
+                return found
+            # exponentials over nearly their sum (plus a small constant), or weights for each pair of rows
+            nearly = why is not None and (why.code == "normaliser" or any(map(shared, seeds)))
+            if nearly or (why is not None and descent.from_pairs(n, seeds)):
+                return replace(found, loose=True)
+            self.doubtful.append(found)
+        met = [s for s in weights if s in descent.met]
+        if anchors := descent.loose.get(n):
+            odd = self._unsupported(n, anchors)
+            what = f"the operator {label(odd[0])}" if odd else "an operator"
+            message = f"{what} between the scores and the values cannot be computed for each score by itself"
+            return Finding(n, refusal=refusal("not_lifted", message, *odd, n, *anchors), anchors=anchors, loose=True)
+        if met and not seeds:
+            message = "queries and keys are combined without a product"
+            return Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
+        return None
 
     def _attempt(self, n: Node, how: Callable[[Node], Match], anchors: list[Node]) -> Finding:
         try:
@@ -103,19 +99,19 @@ class Finder:
             match.anchors = anchors
             return Finding(match.final, match=match, anchors=anchors)
         except Refused as r:
-            products = [s for x in anchors for a in x.all_input_nodes for s in self.descent.scores.get(a, ())]
-            odd = [s for s in products if value(s).is_complex()]
-            if odd and r.refusal.code == "no_product":
+            why = r.refusal
+            odd = [s for s in sources(self.descent.scores, *anchors) if value(s).is_complex()]
+            if odd and why.code == "no_product":
                 message = f"the scores are complex: {label(odd[0])} returns {value(odd[0]).dtype}"
-                return Finding(n, refusal=refusal("dtype", message, *odd), anchors=anchors)
-            return Finding(n, refusal=r.refusal, anchors=anchors)
+                why = refusal("dtype", message, *odd)
         except (Opaque, N.NotNormalised) as problem:
             code = getattr(problem, "code", "not_lifted")
             message = getattr(problem, "message", "an operand of the attention is not a function of its indices")
-            return Finding(n, refusal=refusal(code, message, *anchors, n), anchors=anchors)
+            why = refusal(code, message, *anchors, n)
         except Exception as problem:  # a failure at one site must not lose the others
             self.failed[n] = problem
-            return Finding(n, refusal=refusal("fault", "attnfx failed on this attention", *anchors, n), anchors=anchors)
+            why = refusal("fault", "attnfx failed on this attention", *anchors, n)
+        return Finding(n, refusal=why, anchors=anchors)
 
     def _unsupported(self, final: Node, anchors: list[Node]) -> list[Node]:
         """Return the operators between the scores that lead to the anchors and `final` that cannot be lifted."""
@@ -141,7 +137,7 @@ class Finder:
                 message = f"{label(final)} is not a sum over the keys of weight times value"
                 raise Refused("contraction", message, [final])
             for c in (whole, whole.turned):
-                if not any(self.descent.from_scores(w) for w in self.descent.weights.get(c.left, ())):
+                if not any(map(self.descent.from_scores, self.descent.weights.get(c.left, ()))):
                     continue
                 try:
                     weight = self.lifter.lift(c.left, c.left_index)

@@ -6,6 +6,7 @@ Reads a graph that was searched, or a Dynamo graph that was not; changes nothing
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
+from functools import partial
 
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
@@ -14,6 +15,7 @@ from attnfx.ir.reach import reach
 from attnfx.passes.fx.graph_breaks import Break, begun_by
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
 from attnfx.passes.lift.products import batched
+from attnfx.passes.match.candidates import descendants, sources
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
 from attnfx.report.records import Refusal
@@ -25,22 +27,22 @@ NAMES = ("softmax", "scaled_dot_product", "multi_head_attention")  # parts of na
 
 def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> Iterator[tuple[Node, Refusal]]:
     """Yield the softmaxes outside `anchors`, each with the reason. `ended` is the break at the graph's end."""
-    products = [n for n in finder.gm.graph.nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
-    flat = [p for p in products if not batched(p)]
-    of_flat = finder.descent.descendants(flat)
-    meeting = {s for p in products for a in p.all_input_nodes for s in finder.descent.weights.get(a, ())}
-    for n in finder.gm.graph.nodes:
+    descent, nodes = finder.descent, finder.gm.graph.nodes
+    products = [n for n in nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
+    of_flat = descendants((p for p in products if not batched(p)), descent.known)
+    meeting = sources(descent.weights, *products)
+    leaving = sources(descent.weights, *(n for n in nodes if n.op == "output"))
+    for n in nodes:
         if n.op != "call_function" or op_name(n) not in SOFTMAXES or n in anchors:
             continue
-        if finder.descent.from_scores(n) or n in finder.descent.near:
-            if ended is not None and _leaves(finder, n):
+        flat_scores = [s for s in sources(of_flat, n) if dims(s)[-1] in dims(n)]
+        begun = begun_by(n)
+        if descent.from_scores(n) or n in descent.near:
+            if ended is not None and n in leaving:
                 yield n, _broken(n, ended, "the weights from the values")
             else:
                 yield n, refusal("no_values", "the weights are not multiplied by values", n)
-            continue
-        begun = begun_by(n)
-        flat_scores = [s for a in n.all_input_nodes for s in of_flat.get(a, ()) if dims(s)[-1] in dims(n)]
-        if begun is not None and n in meeting and _from_input(n):
+        elif begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the softmax from the scores")
         elif flat_scores and n in meeting:
             yield n, refusal("shared_keys", "the keys are one matrix, which the whole batch shares", n)
@@ -58,9 +60,8 @@ def with_reasons(
     """Return `left` without the softmaxes of filed sites, and with the reasons of sites that were dropped earlier:
     these say more than that the weights meet no values. Adds the dropped hand-written softmaxes."""
     reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
-    made_of = finder.descent.weights  # node -> the softmaxes that it is computed from
     anchors = [a for f in filed for a in f.anchors]
-    seen = set(reach(anchors, lambda n: [s for a in n.all_input_nodes for s in made_of.get(a, ())]))
+    seen = set(reach(anchors, partial(sources, finder.descent.weights)))  # and softmaxes that these are computed from
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
     byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
@@ -92,18 +93,7 @@ def _broken(n: Node, at: Break, what: str) -> Refusal:
     return Refusal("graph_break", message, (n.name,), at.hint, at.where)
 
 
-def _leaves(finder: Finder, n: Node) -> bool:
-    """Return whether the weights, or values computed from them, are an output of the graph."""
-    output = next(x for x in finder.gm.graph.nodes if x.op == "output")
-    return any(n in finder.descent.weights.get(a, ()) for a in output.all_input_nodes)
-
-
 def _from_input(n: Node) -> bool:
     """Return whether a softmax comes from a graph input as large as itself, by operators of one such operand."""
-    at = n
-    while at.op == "call_function":
-        same = [a for a in at.all_input_nodes if is_tensor(a) and dims(a) == dims(n)]
-        if not same:
-            return False
-        at = same[0]
-    return at.op == "placeholder"
+    same = reach([n], lambda x: [a for a in x.all_input_nodes if is_tensor(a) and dims(a) == dims(n)][:1])
+    return any(x.op == "placeholder" for x in same)

@@ -25,6 +25,7 @@ from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, v
 from attnfx.passes.lift.access import extent, flat, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
+from attnfx.passes.match.candidates import sources
 from attnfx.passes.match.matcher import Finder, over_dot
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
@@ -58,8 +59,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     of: dict[Node, dict[Match, None]] = {}  # normalizer or product before it -> its matches
     for match in matches:
         for anchor in match.anchors:
-            products = (s for a in anchor.all_input_nodes for s in finder.descent.scores.get(a, ()))
-            for n in (anchor, *products):
+            for n in (anchor, *sources(finder.descent.scores, anchor)):
                 of.setdefault(n, {})[match] = None
     asked: dict[Match, list[tuple[Node, Node, str]]] = {}  # (node, weights, kind of reduction)
     for n in finder.gm.graph.nodes if of else ():

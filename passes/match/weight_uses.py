@@ -12,27 +12,19 @@ from torch.fx import Node
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.nodes import op_name
-from attnfx.passes.match.candidates import Descent
+from attnfx.passes.match.candidates import Descent, sources
 from attnfx.passes.match.results import Match, Reduction
 
 
-def needed(matches: Iterable[Match]) -> dict[Node, Node]:
-    """Map each match whose weights have other readers than attentions and known reductions, by `final`, to a reader."""
+def needed(descent: Descent, matches: Iterable[Match]) -> tuple[dict[Node, Node], frozenset[Node]]:
+    """Return the matches whose weights have other readers than attentions and known reductions, as `final` -> a reader,
+    and the ends of the matches whose scores have such readers."""
     matches = list(matches)
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
     # a call of PyTorch's operator, which is its own anchor, does not expose its weights
-    found = ((m, read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors)
-    return {m.final: n for m, n in found if n is not None}
-
-
-def scores_needed(descent: Descent, matches: Iterable[Match]) -> frozenset[Node]:
-    """Return the ends of the matches whose scores have other readers than attentions and known reductions."""
-    matches = list(matches)
-    ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
-    products = {
-        m.final: [s for x in m.anchors for a in x.all_input_nodes for s in descent.scores.get(a, ())] for m in matches
-    }
-    return frozenset(n for n, starts in products.items() if read_beside(starts, ends) is not None)
+    found = ((m.final, read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors)
+    scored = (m.final for m in matches if read_beside(sources(descent.scores, *m.anchors), ends) is not None)
+    return {final: n for final, n in found if n is not None}, frozenset(scored)
 
 
 def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node | None:
