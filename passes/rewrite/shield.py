@@ -9,16 +9,19 @@ value, costs nothing in a fused kernel, and no pattern matches across it.
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 from torch.fx import GraphModule, Node
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import between
 from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
 from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.match.results import Finding
 
 aten = torch.ops.aten
+LARGEST = 200  # nodes from the softmax back to the products
 
 
 def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
@@ -41,17 +44,14 @@ def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
 def _cone(finding: Finding) -> set[Node]:
     """Return the nodes between the operands of the scores and the weighted values."""
     below = between(set(finding.anchors), finding.final) - {finding.final}
-    above = list(finding.anchors)
-    while above:  # from the softmax back to the products, and one step into their operands
-        n = above.pop()
-        for a in n.all_input_nodes:
-            if a not in below and a.op == "call_function" and len(below) < 200:
-                below.add(a)
-                if op_name(a) not in PRODUCTS:
-                    above.append(a)
-                else:
-                    below.update(x for x in a.all_input_nodes if op_name(x) == "permute")
-    return below
+
+    def before(n: Node) -> list[Node]:
+        found = [] if op_name(n) in PRODUCTS else n.all_input_nodes
+        return [a for a in found if a.op == "call_function" and a not in below]
+
+    above = set(islice(reach(finding.anchors, before), LARGEST))
+    products = (n for n in above if op_name(n) in PRODUCTS)
+    return below | above | {x for n in products for x in n.all_input_nodes if op_name(x) == "permute"}
 
 
 def _risky(n: Node) -> bool:
