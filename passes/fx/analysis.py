@@ -160,18 +160,13 @@ def between(origins: Collection[Node], end: Node) -> set[Node]:
 
 def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
     """Return the `inputs` that the ends are computed from, but that receive no gradient from the ends."""
-    ends = list(ends)
-    far = set(inputs) - _behind(ends, inputs, lambda n: "detach" not in op_name(n))
-    return far & _behind(ends, inputs, lambda n: True) if far else far
-
-
-def _behind(ends: Iterable[Node], inputs: Collection[Node], through: Callable[[Node], bool]) -> set[Node]:
-    """Return the floating-point ancestors of the ends. Stops at `inputs` and at nodes that `through` rejects."""
 
     def before(n: Node) -> list[Node]:
-        return [a for a in n.all_input_nodes if _may_learn(a)] if n not in inputs and through(n) else []
+        return [a for a in n.all_input_nodes if _may_learn(a)] if n not in inputs else []
 
-    return set(reach(ends, before))
+    ends = list(ends)
+    near = set(reach(ends, lambda n: [] if "detach" in op_name(n) else before(n)))
+    return set(inputs).intersection(reach(ends, before)) - near
 
 
 def _may_learn(n: Node) -> bool:
