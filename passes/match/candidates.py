@@ -31,7 +31,8 @@ class Descent:
     weights   nodes that descend from a normalizer -> the nearest normalizers
     scores    nodes that descend from a product -> the nearest products
     met       softmaxes of values in which rows of two batches are combined without a product
-    near      softmaxes and sorts that come from a product by any operators and have its shape
+    anyhow    nodes that descend from a product by any operators -> the nearest products
+    near      softmaxes and sorts in `anyhow` that have the product's shape
     loose     products that weights reach by any operators -> those that may have normalized these weights
     """
 
@@ -45,10 +46,10 @@ class Descent:
         pairs = reach(filter(meeting, nodes), lambda n: [u for u in n.users if not batched(u)])
         self.met = frozenset(n for n in pairs if "softmax" in op_name(n) and not self.from_scores(n))
         others = [n for n in nodes if not batched(n) and op_name(n) != "sym_size"]
-        scores = descendants(products, others, _plane_kept, NEAR)
+        self.anyhow = descendants(products, others, _plane_kept, NEAR)
         normalizers = (n for n in nodes if "softmax" in op_name(n) or op_name(n) in SORTING)
-        seeds = [n for n in normalizers if sources(scores, n)]
-        self.near = frozenset(n for n in seeds if any(0 in scores.get(a, {}).values() for a in n.all_input_nodes))
+        seeds = [n for n in normalizers if sources(self.anyhow, n)]
+        self.near = frozenset(n for n in seeds if any(0 in self.anyhow.get(a, {}).values() for a in n.all_input_nodes))
         weights = descendants(seeds, others, _plane_kept, NEAR)
         self.loose = {n: found for n in products if (found := sources(weights, n))}
 

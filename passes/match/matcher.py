@@ -35,7 +35,7 @@ from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared, sources
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.match.sdpa_call import library_call
-from attnfx.passes.match.spec_builder import Parts, Reader, Reading, Refused, batch_and_heads, every_row_live
+from attnfx.passes.match.spec_builder import Parts, Reader, Refused
 from attnfx.spec import fill_of
 
 SPLITS = ("split", "split_with_sizes", "chunk", "tensor_split")
@@ -115,14 +115,11 @@ class Finder:
 
     def _unsupported(self, final: Node, anchors: list[Node]) -> list[Node]:
         """Return the operators between the scores that lead to the anchors and `final` that cannot be lifted."""
-
-        def operands(n: Node) -> list[Node]:
-            return [a for a in n.all_input_nodes if a.op == "call_function" and not batched(a)]
-
-        starts = [n for n in reach(anchors, operands) if any(map(batched, n.all_input_nodes))]
-        follow = set(reach(starts, lambda n: [u for u in n.users if not batched(u)]))
-        found = [n for n in reach(operands(final), operands) if n in follow and not _lifted(op_name(n))]
-        return sorted(found, key=self.facts.position.__getitem__)
+        made_of = self.descent.anyhow
+        above = reach([final], lambda n: [a for a in n.all_input_nodes if not batched(a)])
+        products = set(sources(made_of, *anchors))
+        found = (n for n in above if n is not final and not products.isdisjoint(made_of.get(n, ())))
+        return sorted(n for n in found if not _lifted(op_name(n)))
 
     # -- decomposed attention -------------------------------------------------------------------
     def _written_out(self, final: Node) -> Match:
@@ -278,28 +275,23 @@ class Finder:
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
         query, key, val = read.operands
-        taught = any(x.node in self.facts.differentiable for x in read.operands)
-        taught = taught or any(c.grad for c in read.spec.captures)
-        if not taught or _rows_live(read, parts):  # adding a fill then equals replacing the score by it
-            read = replace(read, spec=replace(read.spec, score=A.in_place(read.spec.score)))
-        if parts.found.by_log and fill_of(read.spec.score) not in (None, -math.inf) and not _rows_live(read, parts):
-            message = "in a fully masked row, the finite fill makes each weight exp(score - log(sum)) equal to 1"
-            raise Refused("masked_rows", message, [parts.final])
         assert parts.value_width is not None
-        return Match(
+        match = Match(
             parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
             parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
-            training=taught,
         )  # fmt: skip
+        learns = (x.node in self.facts.differentiable for x in read.operands)
+        match.training = any(learns) or any(c.grad for c in read.spec.captures)
+        if not match.training or match.every_row_live:  # adding a fill then equals replacing the score by it
+            match.spec = replace(match.spec, score=A.in_place(match.spec.score))
+        if parts.found.by_log and fill_of(match.spec.score) not in (None, -math.inf) and not match.every_row_live:
+            message = "in a fully masked row, the finite fill makes each weight exp(score - log(sum)) equal to 1"
+            raise Refused("masked_rows", message, [parts.final])
+        return match
 
 
 def _lifted(name: str) -> bool:
     return any(name in table for table in (POINTWISE, VIEWS, INDEXING, REDUCTIONS))
-
-
-def _rows_live(read: Reading, parts: Parts) -> bool:
-    batch, heads = batch_and_heads(read.kv_axes, read.group_axes)
-    return every_row_live(read.spec, {"B": batch, "H": heads, "T": [parts.row], "S": [parts.column]}, read.sizes)
 
 
 def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
