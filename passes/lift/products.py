@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from itertools import islice
 
 import torch
@@ -18,6 +18,12 @@ def chain(x: Node, through: Callable[[Node], bool] = lambda n: True) -> Iterator
     return reach([x], lambda n: [a for a in n.args[:1] if isinstance(a, Node) and through(n)])
 
 
+def skip(x: Node, names: Collection[str]) -> Node:
+    """Return the first node that is not an operator of these names, from `x` on by first operands."""
+    *_, x = chain(x, lambda n: op_name(n) in names)
+    return x
+
+
 def of_batch(x: Node) -> bool:
     """Return whether a matrix is one of a batch, or is a batch of matrices itself."""
     matrices = chain(x, lambda n: op_name(n) in (*VIEWS, "mul", "div") and is_tensor(n.args[0]))
@@ -26,7 +32,7 @@ def of_batch(x: Node) -> bool:
 
 def parameter(x: Node) -> bool:
     """Return whether a node is a parameter of the model, or a view or cast of one."""
-    *_, x = chain(x, lambda n: op_name(n) in (*VIEWS, "to", "_to_copy"))
+    x = skip(x, (*VIEWS, "to", "_to_copy"))
     return isinstance(x.meta.get("example_value", value(x)), torch.nn.Parameter)
 
 

@@ -31,7 +31,7 @@ from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.lift.products import batched
+from attnfx.passes.lift.products import batched, skip
 from attnfx.passes.lift.tables import Index
 
 aten = torch.ops.aten
@@ -81,13 +81,7 @@ def _of_exponentials(n: Node) -> bool:
     """Return whether a node is a product with an operand that is an exponential, or a cast of one."""
     if n.op != "call_function" or not batched(n) or op_name(n) == "baddbmm":
         return False
-    return any(op_name(_uncast(x)) in EXPONENTIALS for x in n.all_input_nodes)
-
-
-def _uncast(x: Node) -> Node:
-    while op_name(x) in CASTS and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return x
+    return any(op_name(skip(x, CASTS)) in EXPONENTIALS for x in n.all_input_nodes)
 
 
 def _candidates(gm: GraphModule) -> list[Node]:
@@ -166,8 +160,8 @@ def _chunk(lifter: Lifter, t: Term, out: Index) -> Chunk | None:
     c = contraction(load.value, out)  # type: ignore[arg-type]
     if c is None or c.left is c.right:
         return None
-    c = c if op_name(_uncast(c.left)) in EXPONENTIALS else c.turned
-    weights = _uncast(c.left)
+    c = c if op_name(skip(c.left, CASTS)) in EXPONENTIALS else c.turned
+    weights = skip(c.left, CASTS)
     inside = weights.args[0]
     scores = inside.args[0] if op_name(inside) == "sub" and len(inside.args) == 2 else inside  # type: ignore[union-attr,arg-type]
     if not is_tensor(scores) or dims(scores) != dims(weights):  # type: ignore[arg-type]

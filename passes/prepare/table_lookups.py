@@ -22,6 +22,7 @@ from attnfx.passes.lift.access import free
 from attnfx.passes.lift.contraction import contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import LookedUp
+from attnfx.passes.lift.products import skip
 from attnfx.passes.lift.tables import VIEWS
 
 aten = torch.ops.aten
@@ -38,9 +39,7 @@ def run(graph: Graph) -> int:
 
 
 def _looked_up(x: Node) -> bool:
-    while op_name(x) in VIEWS and isinstance(x.args[0], Node):
-        x = x.args[0]
-    return op_name(x) in LOOKUPS
+    return op_name(skip(x, VIEWS)) in LOOKUPS
 
 
 def _small(graph: Graph, n: Node) -> LookedUp | None:
