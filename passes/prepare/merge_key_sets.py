@@ -11,12 +11,14 @@ to common axes and concatenated. Needs `meta["val"]`; changes the graph in place
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import islice
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr, walk
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.nodes import CATS, argument, dims, is_tensor, op_name, take_place, value
 from attnfx.passes.lift.access import variables
@@ -28,6 +30,7 @@ from attnfx.passes.lift.products import NEAR, batched, comes_from, reaches_softm
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 aten = torch.ops.aten
+LARGEST = 96  # nodes from a part of the scores back to its product and other operands
 
 
 def run(graph: Graph) -> int:
@@ -100,21 +103,16 @@ def _copied(nodes: Sequence[Node], made: dict[Node, Node], at: Node) -> dict[Nod
 def _chain(part: Node, facts: Facts) -> list[Node]:
     """Return the one product that a part comes from, then the pointwise operators and views up to the part, in order.
     Empty if there is more or less than one product, or if one of these nodes is written in place."""
-    found, stack, products = {part}, [part], set()
-    while stack:
-        n = stack.pop()
-        if n.op == "call_function" and batched(n):
-            products.add(n)
-        elif n.op == "call_function" and (op_name(n) in POINTWISE or op_name(n) in VIEWS):
-            fresh = [a for a in n.all_input_nodes if a not in found and is_tensor(a)]
-            found.update(fresh)
-            stack += fresh
-        if len(found) > 8 * NEAR:
-            return []
-    if len(products) != 1:
+
+    def before(n: Node) -> list[Node]:
+        known = not batched(n) and (op_name(n) in POINTWISE or op_name(n) in VIEWS)
+        return list(filter(is_tensor, n.all_input_nodes)) if known else []
+
+    found = list(islice(reach([part], before), LARGEST + 1))
+    products = list(filter(batched, found))
+    if len(found) > LARGEST or len(products) != 1:
         return []
-    (product,) = products
-    between = [n for n in found if facts.descends(n, product)]
+    between = [n for n in found if facts.descends(n, products[0])]
     if len({facts.regions[n] for n in between}) != 1 or written(facts, between):
         return []
     return sorted(between, key=facts.position.__getitem__)
