@@ -78,7 +78,8 @@ class _Walk:
         found.scores = self._scores()
         if not found.scores:
             raise self.problem or NotSeparable("known operators do not lead to a product of queries and keys")
-        self._descend()
+        computed = reach(found.scores, lambda n: [u for u in n.users if op_name(u) != "sym_size"])
+        self.descendants = set(computed)
         self._collect([self.final])
         self._grow()
         self._check()
@@ -135,13 +136,6 @@ class _Walk:
         c = contracted(self.final)
         pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
         return next((at.index(c.reduced) for node, at in pairs if node is x and c.reduced in at), None)  # type: ignore[union-attr]
-
-    def _descend(self) -> None:
-        out = self.descendants
-        out.update(self.found.scores)
-        for n in self.final.graph.nodes:
-            if op_name(n) != "sym_size" and any(a in out for a in n.all_input_nodes):
-                out.add(n)
 
     def _grow(self) -> None:
         """Add values that readers compute row by row from large values, such as a row's maximum or its entropy."""
