@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -48,10 +48,14 @@ def returns_operand(n: Node) -> bool:
     return isinstance(x, Node) and is_tensor(x) and storage(n) == storage(x) and dims(n) == dims(x)
 
 
+GIVEN = ("placeholder", "get_attr")  # kinds of nodes whose values the graph does not compute
+
+
 class Facts:
     """Facts about one graph, valid while the graph does not change.
 
     position        each node's position in the graph
+    families        memory -> the nodes whose values it holds
     mutations       memory -> the nodes that write it in place
     written         nodes whose memory is written in place
     given           memory of the placeholders and attributes
@@ -63,14 +67,15 @@ class Facts:
     def __init__(self, gm: GraphModule):
         self.gm = gm
         self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
+        self.families: dict[int | None, list[Node]] = {}
         self.mutations: dict[int | None, list[Node]] = {}
         for n in gm.graph.nodes:
-            for at in written_operands(n):
-                key = storage(at)
-                if key is not None:
-                    self.mutations.setdefault(key, []).append(n)
-        self.written = frozenset(n for n in gm.graph.nodes if self.mutations and storage(n) in self.mutations)
-        self.given = {storage(n) for n in gm.graph.nodes if n.op in ("placeholder", "get_attr")}
+            if (key := storage(n)) is not None:
+                self.families.setdefault(key, []).append(n)
+            for key in {storage(x) for x in written_operands(n)} - {None}:
+                self.mutations.setdefault(key, []).append(n)
+        self.written = frozenset(n for key in self.mutations for n in self.families[key])
+        self.given = {storage(n) for n in gm.graph.nodes if n.op in GIVEN}
         self.regions = _regions(gm)
         self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False and not returns_operand(n))
         self.differentiable = self._differentiable()
@@ -78,30 +83,20 @@ class Facts:
     def _differentiable(self) -> set[Node]:
         """Return the nodes whose value may require a gradient. A write of such a value into a tensor makes all nodes
         that share its memory differentiable."""
-        memory: set[int | None] = set()
-        while True:
-            out = self._learned(memory)
-            more = {storage(x) for n in out for x in written_operands(n)} - memory - {None}
-            if not more:
-                return out
-            memory |= more
 
-    def _learned(self, memory: Collection[int | None]) -> set[Node]:
-        """Return the differentiable nodes, if those in `memory` are."""
-        out: set[Node] = set()
+        def learns(n: Node) -> bool:
+            return n.op not in GIVEN and n not in self.frozen and "detach" not in op_name(n) and _may_learn(n)
+
+        def after(n: Node) -> Iterator[Node]:
+            shared = (x for at in written_operands(n) for x in self.families.get(storage(at), ()))
+            return filter(learns, (*n.users, *shared))
+
+        starts = []
         for n in self.gm.graph.nodes:
-            if n.op in ("placeholder", "get_attr"):
-                held = getattr(self.gm, str(n.target), None) if n.op == "get_attr" else n.meta.get("example_value")
-                if isinstance(held, torch.Tensor) and held.requires_grad:
-                    out.add(n)
-            elif (
-                (any(a in out for a in n.all_input_nodes) or (memory and storage(n) in memory))
-                and n not in self.frozen
-                and "detach" not in op_name(n)
-                and _may_learn(n)
-            ):
-                out.add(n)
-        return out
+            held = getattr(self.gm, str(n.target), None) if n.op == "get_attr" else n.meta.get("example_value")
+            if n.op in GIVEN and isinstance(held, torch.Tensor) and held.requires_grad:
+                starts.append(n)
+        return set(reach(starts, after))
 
     def descends(self, node: Node, origin: Node) -> bool:
         """Return whether `node` is computed from `origin`. Visits only the nodes between the two."""

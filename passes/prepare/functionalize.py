@@ -54,11 +54,7 @@ def run(graph: Graph) -> int:
     if not writes:
         return 0
     facts, near = graph.facts, near_normalizer(nodes)
-    families: dict[int, list[Node]] = {}
-    for n in nodes:
-        key = storage(n)
-        if key is not None:
-            families.setdefault(key, []).append(n)
+    families = {key: list(found) for key, found in facts.families.items()}
     position = facts.position
     changed = 0
     for node in writes:
