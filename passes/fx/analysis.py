@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -151,6 +152,32 @@ def between(origins: Collection[Node], end: Node) -> set[Node]:
         if any(a in found for a in n.all_input_nodes):
             found.add(n)
     return found
+
+
+Descendants = dict[Node, dict[Node, int]]  # node -> the nearest seeds, at most 8, with their distances
+
+
+def descendants(
+    seeds: Iterable[Node], through: Iterable[Node], kept: Callable[..., bool] | None = None, near: int = 1
+) -> Descendants:
+    """Map each node that descends from a seed to the nearest seeds. Paths contain only the nodes `through`, in graph
+    order. The distance counts the nodes since `kept(node, operand, seed)` held, and is less than `near`."""
+    out: Descendants = {n: {n: 0} for n in seeds}
+    for n in through:
+        found: dict[Node, int] = {}
+        for a in n.all_input_nodes if n not in out else ():
+            for s, before in out.get(a, {}).items():
+                far = 0 if kept is None or kept(n, a, s) else before + 1
+                if far < near:
+                    found[s] = min(found.get(s, far), far)
+        if found:
+            out[n] = dict(islice(found.items(), 8))
+    return out
+
+
+def seeds_of(found: Descendants, *nodes: Node) -> list[Node]:
+    """Return the nearest seeds that the operands of the nodes descend from."""
+    return list(dict.fromkeys(s for n in nodes for a in n.all_input_nodes for s in found.get(a, ())))
 
 
 def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:

@@ -7,13 +7,14 @@ contain only operators that a score program may contain; in `loose`, paths conta
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from itertools import islice
 
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.expr import Expr
 from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import descendants, seeds_of
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
 from attnfx.passes.lift.products import ANCHORS, NORMS, batched, chain, meeting, of_batch, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
@@ -48,15 +49,15 @@ class Descent:
         others = [n for n in nodes if not batched(n) and op_name(n) != "sym_size"]
         self.anyhow = descendants(products, others, _plane_kept, NEAR)
         normalizers = (n for n in nodes if "softmax" in op_name(n) or op_name(n) in SORTING)
-        seeds = [n for n in normalizers if sources(self.anyhow, n)]
+        seeds = [n for n in normalizers if seeds_of(self.anyhow, n)]
         self.near = frozenset(n for n in seeds if any(0 in self.anyhow.get(a, {}).values() for a in n.all_input_nodes))
         weights = descendants(seeds, others, _plane_kept, NEAR)
-        self.loose = {n: found for n in products if (found := sources(weights, n))}
+        self.loose = {n: found for n in products if (found := seeds_of(weights, n))}
 
     def from_pairs(self, n: Node, anchors: Iterable[Node]) -> bool:
         """Return whether an operand of a product has a weight for each pair of two batches' rows, which their products
         score: neither side is a layer's weight."""
-        products = sources(self.scores, *anchors)
+        products = seeds_of(self.scores, *anchors)
         sides = [x for s in products for x in s.all_input_nodes if is_tensor(x)]
         weights = [w for w in n.all_input_nodes if w in self.weights]
         paired = all(any(_has_plane(dims(w), s) for w in weights) for s in products)
@@ -64,32 +65,6 @@ class Descent:
 
     def from_scores(self, anchor: Node) -> bool:
         return any(a in self.scores for a in anchor.all_input_nodes)
-
-
-Descendants = dict[Node, dict[Node, int]]  # node -> the nearest seeds, at most 8, with their distances
-
-
-def descendants(
-    seeds: Iterable[Node], through: Iterable[Node], kept: Callable[..., bool] | None = None, near: int = 1
-) -> Descendants:
-    """Map each node that descends from a seed to the nearest seeds. Paths contain only the nodes `through`, in graph
-    order. The distance counts the nodes since `kept(node, operand, seed)` held, and is less than `near`."""
-    out: Descendants = {n: {n: 0} for n in seeds}
-    for n in through:
-        found: dict[Node, int] = {}
-        for a in n.all_input_nodes if n not in out else ():
-            for s, before in out.get(a, {}).items():
-                far = 0 if kept is None or kept(n, a, s) else before + 1
-                if far < near:
-                    found[s] = min(found.get(s, far), far)
-        if found:
-            out[n] = dict(islice(found.items(), 8))
-    return out
-
-
-def sources(found: Descendants, *nodes: Node) -> list[Node]:
-    """Return the nearest seeds that the operands of the nodes descend from."""
-    return list(dict.fromkeys(s for n in nodes for a in n.all_input_nodes for s in found.get(a, ())))
 
 
 def _known(n: Node) -> bool:

@@ -24,6 +24,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import seeds_of
 from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, label, op_name, refusal, slot_node, value
 from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
@@ -32,7 +33,7 @@ from attnfx.passes.lift.lifter import broadcast
 from attnfx.passes.lift.products import batched, of_batch, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.candidates import Descent, shared, sources
+from attnfx.passes.match.candidates import Descent, shared
 from attnfx.passes.match.results import Finding, Match
 from attnfx.passes.match.sdpa_call import library_call
 from attnfx.passes.match.spec_builder import Parts, Reader, Refused
@@ -67,7 +68,7 @@ class Finder:
     def _at_product(self, n: Node) -> Finding | None:
         """Try a product as the end of an attention; return None if it does not look like one."""
         descent = self.descent
-        weights = sources(descent.weights, n)
+        weights = seeds_of(descent.weights, n)
         seeds = [s for s in weights if descent.from_scores(s)]
         if seeds:
             found = self._attempt(n, self._written_out, seeds)
@@ -100,7 +101,7 @@ class Finder:
             return Finding(match.final, match=match, anchors=anchors)
         except Refused as r:
             why = r.refusal
-            odd = [s for s in sources(self.descent.scores, *anchors) if value(s).is_complex()]
+            odd = [s for s in seeds_of(self.descent.scores, *anchors) if value(s).is_complex()]
             if odd and why.code == "no_product":
                 message = f"the scores are complex: {label(odd[0])} returns {value(odd[0]).dtype}"
                 why = refusal("dtype", message, *odd)
@@ -117,7 +118,7 @@ class Finder:
         """Return the operators between the scores that lead to the anchors and `final` that cannot be lifted."""
         made_of = self.descent.anyhow
         above = reach([final], lambda n: [a for a in n.all_input_nodes if not batched(a)])
-        products = set(sources(made_of, *anchors))
+        products = set(seeds_of(made_of, *anchors))
         found = (n for n in above if n is not final and not products.isdisjoint(made_of.get(n, ())))
         return sorted(n for n in found if not _lifted(op_name(n)))
 

@@ -12,10 +12,10 @@ from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
 from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import descendants, seeds_of
 from attnfx.passes.fx.graph_breaks import Break, begun_by
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
 from attnfx.passes.lift.products import batched
-from attnfx.passes.match.candidates import descendants, sources
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
 from attnfx.report.records import Refusal
@@ -30,12 +30,12 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
     descent, nodes = finder.descent, finder.gm.graph.nodes
     products = [n for n in nodes if n.op == "call_function" and op_name(n) in (*PRODUCTS, "linear")]
     of_flat = descendants((p for p in products if not batched(p)), descent.known)
-    meeting = sources(descent.weights, *products)
-    leaving = sources(descent.weights, *(n for n in nodes if n.op == "output"))
+    meeting = seeds_of(descent.weights, *products)
+    leaving = seeds_of(descent.weights, *(n for n in nodes if n.op == "output"))
     for n in nodes:
         if n.op != "call_function" or op_name(n) not in SOFTMAXES or n in anchors:
             continue
-        flat_scores = [s for s in sources(of_flat, n) if dims(s)[-1] in dims(n)]
+        flat_scores = [s for s in seeds_of(of_flat, n) if dims(s)[-1] in dims(n)]
         begun = begun_by(n)
         if descent.from_scores(n) or n in descent.near:
             if ended is not None and n in leaving:
@@ -61,7 +61,7 @@ def with_reasons(
     these say more than that the weights meet no values. Adds the dropped hand-written softmaxes."""
     reasons = {a: why for f, why in reversed(dropped) if why is not None for a in f.anchors}
     anchors = [a for f in filed for a in f.anchors]
-    seen = set(reach(anchors, partial(sources, finder.descent.weights)))  # and softmaxes that these are computed from
+    seen = set(reach(anchors, partial(seeds_of, finder.descent.weights)))  # and softmaxes that these are computed from
     out = [(n, reasons.pop(n, why) if why.code == "no_values" else why) for n, why in left if n not in seen]
     byhand = [f for f, _ in dropped if f.refusal is not None and f.refusal.code in BY_HAND]
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]

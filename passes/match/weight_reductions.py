@@ -21,11 +21,11 @@ from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import ZERO, Term, addends, summed, without_zeros
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import seeds_of
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import extent, flat, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.candidates import sources
 from attnfx.passes.match.matcher import Finder, over_dot
 from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.match.spec_builder import Parts, Reading, Refused, batch_and_heads
@@ -59,7 +59,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
     of: dict[Node, dict[Match, None]] = {}  # normalizer or product before it -> its matches
     for match in matches:
         for anchor in match.anchors:
-            for n in (anchor, *sources(finder.descent.scores, anchor)):
+            for n in (anchor, *seeds_of(finder.descent.scores, anchor)):
                 of.setdefault(n, {})[match] = None
     asked: dict[Match, list[tuple[Node, Node, str]]] = {}  # (node, weights, kind of reduction)
     for n in finder.gm.graph.nodes if of else ():

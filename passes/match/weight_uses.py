@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from torch.fx import Node
 
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.analysis import written_operands
+from attnfx.passes.fx.analysis import seeds_of, written_operands
 from attnfx.passes.fx.nodes import op_name
-from attnfx.passes.match.candidates import Descent, sources
+from attnfx.passes.match.candidates import Descent
 from attnfx.passes.match.results import Match, Reduction
 
 
@@ -23,7 +23,7 @@ def needed(descent: Descent, matches: Iterable[Match]) -> tuple[dict[Node, Node]
     ends = {m.final for m in matches} | {r.final for m in matches for r in m.reductions}
     # a call of PyTorch's operator, which is its own anchor, does not expose its weights
     found = ((m.final, read_beside(m.anchors, ends)) for m in matches if m.final not in m.anchors)
-    scored = (m.final for m in matches if read_beside(sources(descent.scores, *m.anchors), ends) is not None)
+    scored = (m.final for m in matches if read_beside(seeds_of(descent.scores, *m.anchors), ends) is not None)
     return {final: n for final, n in found if n is not None}, frozenset(scored)
 
 

@@ -23,7 +23,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.exponentials import Term, exponent, split_shift, summed, terms, without_zeros
 from attnfx.ir.expr import FLOAT, Expr, walk
-from attnfx.passes.fx.analysis import written
+from attnfx.passes.fx.analysis import descendants, written
 from attnfx.passes.fx.cleanup import clean
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name, slot_node, take_place, value
 from attnfx.passes.lift.access import variables
@@ -86,18 +86,10 @@ def _of_exponentials(n: Node) -> bool:
 
 def _candidates(gm: GraphModule) -> list[Node]:
     """Return the nodes that may combine two or more products of exponentials, the last first."""
-    reached: dict[Node, frozenset[Node]] = {}
-    out = []
-    for n in gm.graph.nodes:
-        if n.op != "call_function" or not is_tensor(n):
-            continue
-        if _of_exponentials(n):
-            reached[n] = frozenset([n])
-            continue
-        reached[n] = below = frozenset().union(*(reached.get(a, frozenset()) for a in n.all_input_nodes))
-        if len(below) > 1 and op_name(n) in LAST and all(dims(n) == dims(p) for p in below):
-            out.append(n)
-    return out[::-1]
+    nodes = [n for n in gm.graph.nodes if n.op == "call_function" and is_tensor(n)]
+    products = descendants(filter(_of_exponentials, nodes), nodes)
+    last = [n for n in reversed(nodes) if op_name(n) in LAST and len(products.get(n, ())) > 1]
+    return [n for n in last if all(dims(n) == dims(p) for p in products[n])]
 
 
 def _gathered(graph: Graph, n: Node) -> bool:

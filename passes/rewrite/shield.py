@@ -30,15 +30,13 @@ def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
     if only_risky and not any(_risky(n) for n in cone):
         return False
     final = finding.final
-    changed = False
-    for operand in final.all_input_nodes:
-        if operand in cone and operand.op == "call_function" and value(operand).dtype.is_floating_point:  # type: ignore[union-attr]
-            emit = Emitter(gm, final)
-            final.replace_input_with(operand, emit.call(aten.clamp_max.default, operand, math.inf))
-            changed = True
-    if changed:
+    computed = [x for x in final.all_input_nodes if x in cone and x.op == "call_function"]
+    operands = [x for x in computed if value(x).dtype.is_floating_point]  # type: ignore[union-attr]
+    for x in operands:
+        final.replace_input_with(x, Emitter(gm, final).call(aten.clamp_max.default, x, math.inf))
+    if operands:
         gm.recompile()
-    return changed
+    return bool(operands)
 
 
 def _cone(finding: Finding) -> set[Node]:
