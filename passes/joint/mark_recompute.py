@@ -17,6 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 from torch.utils.checkpoint import CheckpointPolicy
 
+from attnfx.ir.reach import reach
 from attnfx.passes.fx.nodes import op_name
 
 SEEDS = frozenset(["prims::inductor_seed", "prims::inductor_seeds", "prims::inductor_lookup_seed"])
@@ -31,15 +32,10 @@ def is_random(n: Node) -> bool:
 
 def forward_nodes(joint: GraphModule) -> dict[str, Node]:
     """Return the nodes that do not depend on a gradient of the outputs, by name, in graph order."""
-    later: set[Node] = set()
-    out = {}
-    for n in joint.graph.nodes:
-        tangent = n.op == "placeholder" and "tangents" in str(n.target)
-        if n.op == "output" or tangent or any(x in later for x in n.all_input_nodes):
-            later.add(n)
-        else:
-            out[n.name] = n
-    return out
+    nodes = joint.graph.nodes
+    starts = (n for n in nodes if n.op == "output" or (n.op == "placeholder" and "tangents" in str(n.target)))
+    later = set(reach(starts, lambda n: n.users))
+    return {n.name: n for n in nodes if n not in later}
 
 
 def mark(joint: GraphModule, saved: Collection[str], again: Collection[str]) -> None:
