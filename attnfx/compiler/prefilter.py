@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch.fx import GraphModule
 
-from attnfx.passes.fx.nodes import PRODUCTS
+from attnfx.passes.fx.nodes import PRODUCTS, calls
 from attnfx.passes.lift.products import GATES
 
 # A graph whose operator names contain none of these words lacks a normalizer, so it is not traced. Many graphs have
@@ -17,13 +17,7 @@ HINTS = ("softmax", "softmin", "exp", "sort", "scaled_dot_product", "multi_head"
 
 def worth_tracing(gm: GraphModule) -> bool:
     """Return whether a graph may hold an attention, judged by the names of its operators."""
-    names = [
-        str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
-        for module in gm.modules()
-        if isinstance(module, GraphModule)
-        for n in module.graph.nodes
-        if n.op in ("call_function", "call_method")
-    ]
+    names = [name for _, name in calls(gm)]
 
     def some(words: Iterable[str]) -> bool:
         return any(word in name for name in names for word in words)

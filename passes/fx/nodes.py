@@ -15,7 +15,7 @@ import torch
 from torch._dispatch.python import enable_python_dispatcher
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr
@@ -36,6 +36,14 @@ def op_name(node: Node) -> str:
     if target is operator.getitem:
         return "getitem"
     return "." + getattr(target, "__name__", str(target))
+
+
+def calls(gm: GraphModule) -> Iterator[tuple[Node, str]]:
+    """Yield each call in a Dynamo graph and in the bodies in it, with the name of the called function or method."""
+    nodes = (n for module in gm.modules() if isinstance(module, GraphModule) for n in module.graph.nodes)
+    for n in nodes:
+        if n.op in ("call_function", "call_method"):
+            yield n, str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", str(n.target))
 
 
 def label(node: Node) -> str:

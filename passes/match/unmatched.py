@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import descendants, seeds_of
 from attnfx.passes.fx.graph_breaks import Break, begun_by
-from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, refusal
+from attnfx.passes.fx.nodes import PRODUCTS, calls, dims, is_tensor, op_name, refusal
 from attnfx.passes.lift.products import batched
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
@@ -69,12 +69,9 @@ def with_reasons(
 
 def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
     """Yield the softmaxes of a Dynamo graph that was not searched, each with the same refusal."""
-    for module in gm.modules():
-        if isinstance(module, GraphModule):
-            for n in module.graph.nodes:
-                name = str(n.target) if n.op == "call_method" else getattr(n.target, "__name__", "")
-                if n.op in ("call_function", "call_method") and any(part in name for part in NAMES):
-                    yield n, refusal(code, message, n)
+    for n, name in calls(gm):
+        if any(part in name for part in NAMES):
+            yield n, refusal(code, message, n)
 
 
 def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node, Refusal]]:
