@@ -67,7 +67,7 @@ def meeting(n: Node) -> bool:
     return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
 
 
-NEAR = 12  # most nodes between parts and their softmax, or between a softmax and its weights
+NEAR = 16  # most nodes between a part and its product, or between a part or a product and a softmax
 
 
 def reaches_softmax(n: Node, anyhow: bool = False) -> bool:
@@ -96,14 +96,11 @@ def near_normalizer(nodes: Iterable[Node]) -> set[Node]:
     return {*before, *after}
 
 
-PART = 16  # most nodes from a part back to the product that it comes from
-
-
-def comes_from(at: Node, wanted: Callable[[Node], bool], most: int) -> bool:
-    """Return whether a node or one of the first operands before it, of `most` nodes, is wanted."""
-    return any(map(wanted, islice(chain(at), most)))
+def comes_from(at: Node, wanted: Callable[[Node], bool]) -> bool:
+    """Return whether a node or one of the first operands closely before it is wanted."""
+    return any(map(wanted, islice(chain(at), NEAR)))
 
 
 def of_products(found: list[Node]) -> bool:
     """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
-    return all(comes_from(x, lambda n: batched(n) or op_name(n) in SDPA, PART) for x in found)
+    return all(comes_from(x, lambda n: batched(n) or op_name(n) in SDPA) for x in found)

@@ -26,7 +26,7 @@ from attnfx.passes.lift.emitter import CannotEmit
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.parts import Term, common, joined, product, terms, united
-from attnfx.passes.lift.products import NEAR, batched, comes_from, reaches_softmax
+from attnfx.passes.lift.products import batched, comes_from, reaches_softmax
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 aten = torch.ops.aten
@@ -160,7 +160,7 @@ def _values(graph: Graph, at: Node) -> int:
         along = [one.reduced, other.reduced]
         total = joined(along)
         whole = united(lifter, [one.left, other.left], along, total)
-        if whole is None or not comes_from(whole.node, lambda n: "softmax" in op_name(n), NEAR):
+        if whole is None or not comes_from(whole.node, lambda n: "softmax" in op_name(n)):
             continue
         try:
             made = product(graph.emitter(at), [[whole], [one.right, other.right]], along, total, total, out)
