@@ -19,11 +19,14 @@ def move_before(facts: Facts, nodes: Iterable[Node], before: Node, beside: Colle
     stay where they are, as do `beside` and everything computed from them. `facts` are those of the present graph.
     """
     first = facts.position[before]
-    late = [n for n in reach(nodes, lambda n: [a for a in n.all_input_nodes if facts.position[a] >= first])]
-    late = sorted((n for n in late if facts.position[n] >= first), key=facts.position.__getitem__)
-    if any(n in beside or not _movable(facts, n, before) for n in late):
+
+    def late(some: Iterable[Node]) -> list[Node]:
+        return [n for n in some if facts.position[n] >= first]
+
+    moved = sorted(reach(late(nodes), lambda n: late(n.all_input_nodes)), key=facts.position.__getitem__)
+    if any(n in beside or not _movable(facts, n, before) for n in moved):
         return False
-    for n in late:
+    for n in moved:
         before.prepend(n)
     return True
 

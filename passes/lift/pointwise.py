@@ -9,7 +9,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
-from attnfx.passes.fx.nodes import Opaque, argument, kind_of, value
+from attnfx.passes.fx.nodes import Opaque, argument, kind_of, op_name, value
 from attnfx.passes.lift.lifter import Lifter, exact_node
 from attnfx.passes.lift.tables import POINTWISE, Index, rule
 
@@ -299,14 +299,9 @@ def _full(lifter: Lifter, at: Node, index: Index) -> Expr:
     return lifter.operand(argument(at, 2 if "new_full" in str(at.target) else 1, "fill_value"), ())
 
 
-@rule(POINTWISE, "ones", "ones_like", "new_ones")
-def _ones(lifter: Lifter, at: Node, index: Index) -> Expr:
-    return A.const(1)
-
-
-@rule(POINTWISE, "zeros", "zeros_like", "new_zeros")
-def _zeros(lifter: Lifter, at: Node, index: Index) -> Expr:
-    return A.const(0)
+@rule(POINTWISE, "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros")
+def _same_everywhere(lifter: Lifter, at: Node, index: Index) -> Expr:
+    return A.const(int("ones" in op_name(at)))
 
 
 @rule(POINTWISE, "scalar_tensor")
@@ -334,20 +329,11 @@ def _linspace(lifter: Lifter, at: Node, index: Index) -> Expr:
     raise Opaque
 
 
-@rule(POINTWISE, "tril", "tril_")
-def _tril(lifter: Lifter, at: Node, index: Index) -> Expr:
-    return _triangle(lifter, at, index, True)
-
-
-@rule(POINTWISE, "triu", "triu_")
-def _triu(lifter: Lifter, at: Node, index: Index) -> Expr:
-    return _triangle(lifter, at, index, False)
-
-
-def _triangle(lifter: Lifter, at: Node, index: Index, lower: bool) -> Expr:
+@rule(POINTWISE, "tril", "tril_", "triu", "triu_")
+def _triangle(lifter: Lifter, at: Node, index: Index) -> Expr:
     x = lifter.operand(at.args[0], index)
     diagonal = lifter.operand(argument(at, 1, "diagonal", 0), ())
     gap = A.sub(index[-1], index[-2])
-    keep = A.le(gap, diagonal) if lower else A.ge(gap, diagonal)
+    keep = A.le(gap, diagonal) if "tril" in op_name(at) else A.ge(gap, diagonal)
     zero = A.const(0.0) if x.kind == FLOAT else A.ZERO if x.kind == INT else A.FALSE
     return A.where(keep, x, zero)

@@ -46,27 +46,21 @@ def run(graph: Graph) -> int:
 
 def _aligned(graph: Graph, n: Node) -> Node | None:
     out = variables(n)
-    c = contraction(n, out)
-    if c is None:
-        return None
-    for skewed, at, table, table_at in (
-        (c.left, c.left_index, c.right, c.right_index),
-        (c.right, c.right_index, c.left, c.left_index),
-    ):
-        weights = _padded(skewed)
-        width = [v for v in table_at if v is not c.reduced and v is not A.ZERO]
-        rows = at[:-1]
+    found = contraction(n, out)
+    for c in (found, found.turned) if found is not None else ():
+        weights, at, rows = _padded(c.left), c.left_index, c.left_index[:-1]
+        width = [v for v in c.right_index if v is not c.reduced and v is not A.ZERO]
         if weights is None or len(dims(weights)) != len(at) or at[-1] is not c.reduced or len(width) != 1:
             continue
         if set(out) != {*rows, *width} or len(out) != len(rows) + 1:
             continue
         key = A.var(f"keys_{n.name}", dims(weights)[-1])
-        lifted = Lifter(graph.facts.written | {weights}, graph.facts.frozen).lift(skewed, at)
+        lifted = Lifter(graph.facts.written | {weights}, graph.facts.frozen).lift(c.left, at)
         start = _start(lifted, c.reduced, A.load(weights, (*rows, key), "f"), key)
         if start is not None:
             try:
                 return _product(
-                    graph.emitter(n), weights, (*rows, key), Operand(table, table_at), c.reduced, start, out
+                    graph.emitter(n), weights, (*rows, key), Operand(c.right, c.right_index), c.reduced, start, out
                 )
             except CannotEmit:
                 return None

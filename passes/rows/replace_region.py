@@ -31,8 +31,7 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
     position = facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
-    late = [n for n, _ in found.inputs if position[n] >= position[before]]
-    if late and not move_before(facts, late, before, found.calls):
+    if not move_before(facts, [n for n, _ in found.inputs], before, found.calls):
         raise CannotEmit("an operand is computed after a result of the attention is first read")
     emit = graph.emitter(before)
     program, inputs, sizes = _program(emit, found, facts, compiled)
