@@ -301,12 +301,11 @@ def backward(
     sums: list[Tensor] = []  # the gradients of query, key and value
     if run.layout.blocks[0][:4] != (0, call.query.shape[2], 0, call.key.shape[2]):
         compute = torch.promote_types(call.query.dtype, torch.float32)
-        sums = [torch.empty(call.query.shape, dtype=call.query.dtype)]
+        sums = [torch.zeros(call.query.shape, dtype=call.query.dtype)]
         sums += [torch.zeros(x.shape, dtype=compute) for x in like[1:]]
     for r in run.layout.blocks:
         rows, keys = slice(r.i0, r.i1), slice(r.j0, r.j1)
         if r.j0 >= r.j1:
-            sums[0][:, :, rows] = 0.0
             continue
         parts = list(_backward(
             grad[:, :, rows], run.query[:, :, rows], run.key[:, :, keys], run.value[:, :, keys], out[:, :, rows],
@@ -315,10 +314,8 @@ def backward(
         if not sums:  # one call computes everything; each part is freed once copied
             sums = [parts.pop(0)[..., : x.shape[3]].contiguous() for x in like]
             break
-        dq, dk, dv = (part[..., : x.shape[3]] for part, x in zip(parts, like))
-        sums[0][:, :, rows] = dq
-        sums[1][:, :, keys] += dk
-        sums[2][:, :, keys] += dv
+        for total, at, x in zip(sums, (rows, keys, keys), like):
+            total[:, :, at] += parts.pop(0)[..., : x.shape[3]]
     query, key, value = (total.to(x.dtype) for total, x in zip(sums, like))
     if rest is None:
         return query, key, value, []

@@ -150,8 +150,13 @@ def like(emit: Emitter, out: Node, final: Node) -> Node:
 
 
 def own(emit: Emitter, facts: Facts, out: Node, final: Node) -> Node:
-    """Copy `out` if the graph writes in place to the replaced value: an operator may have saved its output."""
-    return emit.call(aten.clone.default, out) if facts.changed_after(final) else out
+    """Return `out` with the gradient and the memory of the value that it replaces: detached if that requires no
+    gradient, copied if the graph writes to it in place, because an operator may have saved its output. `facts` are
+    those of the graph before any rewriting."""
+    learns = final in facts.differentiable or final not in facts.position or not value(final).is_floating_point()
+    if not learns and torch.is_grad_enabled():
+        out = emit.call(aten.detach.default, out)
+    return emit.call(aten.clone.default, out) if final in facts.position and facts.changed_after(final) else out
 
 
 LOOKAHEAD = 40  # nodes after a site within which a changed layout must disappear

@@ -66,7 +66,7 @@ def find_reductions(finder: Finder, matches: Iterable[Match]) -> None:
         if (found := _asked(n)) is None:
             continue
         weights, kind = found
-        starts = finder.descent.scores if kind == "logsumexp" else finder.descent.weights
+        starts = finder.descent.anyhow if kind == "logsumexp" else finder.descent.weights
         for match in {m: None for s in starts.get(weights, ()) for m in of.get(s, ())}:
             if kind != "logsumexp" or read_beside([n], ends):  # else only the attention's own softmax reads it
                 asked.setdefault(match, []).append((n, weights, kind))

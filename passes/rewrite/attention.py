@@ -134,16 +134,10 @@ def _loads_whole(x: torch.Tensor) -> bool:
 
 def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> list[tuple[Node, Node]]:
     """Let the users of each old node read its new one; return the pairs."""
-    replaced = [(old, own(emit, facts, _without_gradient(emit, facts, new, old), old)) for old, new in replaced]
+    replaced = [(old, own(emit, facts, new, old)) for old, new in replaced]
     for old, new in replaced:
         take_place(new, old)
     return replaced
-
-
-def _without_gradient(emit: Emitter, facts: Facts, new: Node, old: Node) -> Node:
-    """Detach a result that requires no gradient in the original graph, such as a sum of detached weights."""
-    learns = old in facts.differentiable or old not in facts.position or not value(old).is_floating_point()
-    return new if learns or not torch.is_grad_enabled() else emit.call(aten.detach.default, new)
 
 
 def _arguments(emit: Emitter, source: Match | Reduction) -> tuple[list[Node], list[int | Node]]:
