@@ -131,7 +131,7 @@ class Finder:
             for view in reversed(path):
                 _, index = VIEWS[op_name(view)](view, index)
             whole = contraction(final, index)
-            if whole is None:
+            if whole is None or op_name(final) == "baddbmm":  # which adds another tensor
                 message = f"{label(final)} is not a sum over the keys of weight times value"
                 raise Refused("contraction", message, [final])
             for c in (whole, whole.turned):

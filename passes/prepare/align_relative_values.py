@@ -22,7 +22,7 @@ from attnfx.ir.expr import Expr, walk
 from attnfx.passes.fx.nodes import PRODUCTS, dims, is_tensor, op_name, take_place, value
 from attnfx.passes.lift.access import Operand, variables
 from attnfx.passes.lift.contraction import contraction
-from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.tables import VIEWS, Index
@@ -36,9 +36,10 @@ def run(graph: Graph) -> int:
     """Align the weights of each such product; return how many were aligned."""
     changed = 0
     for n in list(graph.gm.graph.nodes):
-        made = _aligned(graph, n) if op_name(n) in PRODUCTS and is_tensor(n) else None
+        product = op_name(n) in PRODUCTS and op_name(n) != "baddbmm" and is_tensor(n)
+        made = _aligned(graph, n) if product else None
         if made is not None:
-            take_place(made, n)
+            take_place(like(graph.emitter(n), made, n), n)
             graph.changed()
             changed += 1
     return changed

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import assert_right, check, qkv, rand
+from tests.support import assert_right, check, compiled, qkv, rand
 
 T = 24
 
@@ -39,6 +39,14 @@ def test_the_weights_and_their_diagonals_are_not_materialized(product, shapes_le
     args = *qkv(t=T), rand(1, 1, 2 * T - 1, 8), keep
     check(fn, *args, sites=2)
     assert not [s for s in shapes_left if len(s) > 2 and s[-2:] in ((T, T), (T, 2 * T - 1), (T, 2 * T))]
+
+
+def test_the_product_with_the_table_keeps_its_strides():
+    def fn(q, k, table):
+        return skewed((q @ k.mT * 0.3).softmax(-1)) @ table
+
+    args = rand(2, 3, T, 8), rand(2, 3, T, 8), rand(2 * T - 1, 8)
+    assert compiled(fn, inner="eager")(*args).stride() == fn(*args).stride()
 
 
 def test_diagonals_that_run_the_other_way_are_as_in_eager():

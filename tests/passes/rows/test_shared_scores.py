@@ -45,6 +45,14 @@ def test_a_maximum_of_each_row_of_scores_is_computed_beside(shapes_left):
     assert not large(shapes_left)
 
 
+def test_a_tensor_that_the_last_product_adds_is_kept():
+    def fn(q, k, v, r):
+        return torch.baddbmm(r, (torch.bmm(q, k.mT) * 0.3).softmax(-1), v, beta=0.5, alpha=2.0)
+
+    (site,) = check(fn, rand(2, T, 8), rand(2, S, 8), rand(2, S, 8), rand(2, T, 8))
+    assert site.decision.kernel == "rows"
+
+
 def test_scores_that_are_returned_leave_the_attention_as_it_is():
     def fn(q, k, v):
         s = q @ k.mT * 0.3
