@@ -59,8 +59,8 @@ def _logarithm(e: Expr) -> Expr | None:
 
 # -- sums as terms --------------------------------------------------------------------------------
 def terms(e: Expr, core: Core = lambda e: False) -> list[Term] | None:
-    """Return the terms of a sum without those that are zero, or None if it has others. Factors of a product that are
-    sums are multiplied out if they hold a possible core."""
+    """Return the nonzero terms of a sum, or None if one has another form. Factors of a product that are sums are
+    multiplied out if they hold a possible core."""
     products = [factors for factors in _expanded(e, core) if ZERO not in factors]
     found = [t for t in map(term, products) if t is not None]
     return found if len(found) == len(products) else None
