@@ -29,9 +29,27 @@ def gradient(root: Expr, leaves: list[Expr]) -> list[Expr]:
             continue
         for operand, local in _local(at):
             if operand in depends and local is not _ZERO:
-                term = mul(outer, local)
-                slope[operand] = add(slope[operand], term) if operand in slope else term
+                term = _times(outer, local)
+                slope[operand] = _plus(slope[operand], term) if operand in slope else term
     return [slope.get(leaf, _ZERO) if leaf in depends else _ZERO for leaf in leaves]
+
+
+def _guard(e: Expr) -> bool:
+    return e.op == "where" and _ZERO in e.args[1:]
+
+
+def _times(x: Expr, y: Expr) -> Expr:
+    """Multiply slopes. A branch that is zero stays zero, also if the other factor is not finite there."""
+    if _guard(x):
+        return where(x.args[0], *(a if a is _ZERO else _times(a, y) for a in x.args[1:]))
+    return _times(y, x) if _guard(y) else mul(x, y)
+
+
+def _plus(x: Expr, y: Expr) -> Expr:
+    """Add slopes. Terms with the same condition stay below it."""
+    if _guard(x) and _guard(y) and x.args[0] is y.args[0] and x.args.index(_ZERO) == y.args.index(_ZERO):
+        return where(x.args[0], *(_ZERO if a is _ZERO else _plus(a, b) for a, b in zip(x.args[1:], y.args[1:])))
+    return add(x, y)
 
 
 def _local(e: Expr) -> list[tuple[Expr, Expr]]:

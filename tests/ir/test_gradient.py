@@ -66,3 +66,13 @@ def test_distinct_loads_of_one_capture_are_distinct_leaves():
 
 def test_what_does_not_occur_has_slope_zero():
     assert gradient(A.DOT, [ROW, A.PROB]) == [A.const(0.0), A.const(0.0)]
+
+
+def test_a_masked_score_has_no_slope_even_if_a_factor_of_it_is_infinite():
+    kept = A.le(J, I)
+    filled = A.where(kept, A.DOT, A.const(-math.inf))
+    squared = A.where(kept, A.mul(filled, filled), A.const(-1.0))
+    for root in (squared, A.unary("sigmoid", squared), A.mul(A.unary("sigmoid", filled), squared)):
+        slope = gradient(root, [A.DOT])[0]
+        assert evaluate(slope, environment(0, i=2, j=3)) == 0.0
+        assert math.isfinite(evaluate(slope, environment(0, i=3, j=2)))
