@@ -250,10 +250,15 @@ def _combined(value: float, parts: Sequence[Expr]) -> Expr:
 
 
 def in_place(e: Expr) -> Expr:
-    """Turn added fills into fills that replace the values they swallow."""
-    if not any(type(x.value) is Added for x in walk(e)):
+    """Turn added fills into fills that replace the values they swallow. A positive fill keeps a weight, and with it the
+    gradient of the value."""
+
+    def swallows(x: Expr) -> bool:
+        return type(x.value) is Added and x.value < 0
+
+    if not any(map(swallows, walk(e))):
         return e
-    return rebuild(e, lambda old, args: const(float(old.value)) if type(old.value) is Added else None)  # type: ignore[arg-type]
+    return rebuild(e, lambda old, args: const(float(old.value)) if swallows(old) else None)  # type: ignore[arg-type]
 
 
 # -- conversions ------------------------------------------------------------------------------

@@ -126,9 +126,10 @@ class Facts:
         first = min(reads, default=self.position[base])
         return next((n for n in self.mutations[key] if first < self.position[n] < self.position[final]), None)
 
-    def changed_after(self, node: Node, before: Node | None = None) -> bool:
-        """Return whether the memory of a node is written in place after the node, and before the node `before`."""
-        first, last = self.position[node], math.inf if before is None else self.position[before]
+    def changed_after(self, node: Node, before: Node | None = None, after: Node | None = None) -> bool:
+        """Return whether the memory of a node is written in place after the node, or after the node `after`, and before
+        the node `before`."""
+        first, last = self.position[after or node], math.inf if before is None else self.position[before]
         return any(first < self.position[n] < last for n in self.mutations.get(storage(node), ()))
 
     def casts(self, n: Node) -> bool:

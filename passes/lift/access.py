@@ -114,7 +114,8 @@ def best(candidates: list[Access], batch: frozenset[str], upcast: bool = True) -
         if (access.upcast and not upcast) or (chosen is not None and access.gain <= chosen[0].gain):
             continue
         splits = needed_splits(access.index, batch)
-        if splits is not None and all(radix(apply_splits(x, splits)) is not None for x in access.index):
+        inside = (_inside(apply_splits(x, splits or []), n) for x, n in zip(access.index, dims(access.node)))
+        if splits is not None and all(inside):
             names = [v for x in access.index for v in apply_splits(x, splits).free]
             if len(names) == len(set(names)):
                 chosen = access, splits
@@ -196,6 +197,18 @@ def radix(e: Expr) -> tuple[Expr, list[tuple[Expr, Expr]]] | None:
                 return None
         expected = A.mul(pick[1], pick[0].args[0])
     return A.from_poly(offset), ordered
+
+
+def _inside(e: Expr, extent: Expr) -> bool:
+    """Return whether views can express an index. A part of a `cat` may be read beyond its own end."""
+    found = radix(e)
+    return found is not None and (not found[1] or A.le(end(*found), extent) is not A.FALSE)
+
+
+def end(offset: Expr, terms: list[tuple[Expr, Expr]]) -> Expr:
+    """Return one more than the largest index of a mixed-radix number."""
+    total = A.mul(*(v.args[0] for v, _ in terms))
+    return A.add(offset, A.mul(terms[-1][1], A.add(total, A.const(-1))), A.ONE)
 
 
 def split_axes(axes: list[Expr], splits: list[Split]) -> list[Expr]:

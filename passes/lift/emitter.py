@@ -12,7 +12,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import MARKS, STACK, dims, fake_mode, is_tensor, label, size_expr, value
-from attnfx.passes.lift.access import Operand, radix
+from attnfx.passes.lift.access import Operand, end, radix
 
 aten = torch.ops.aten
 
@@ -103,9 +103,7 @@ class Emitter:
             total = A.mul(*(v.args[0] for v, _ in terms))
             step = terms[-1][1]
             if offset is not A.ZERO or total is not extent or step is not A.ONE:
-                last = A.add(offset, A.mul(step, A.add(total, A.const(-1))), A.ONE)
-                if A.le(last, extent) is A.FALSE:  # a part of a `cat`, read beyond its own end
-                    raise CannotEmit(f"{label(source.node)} is read beyond its end")
+                last = end(offset, terms)
                 node = self.call(aten.slice.Tensor, node, d, self.size(offset), self.size(last), self.size(step))
             parts.insert(0, [v for v, _ in terms])
         flat = [v for group in parts for v in group]

@@ -75,12 +75,17 @@ def product(
     emit: Emitter, sides: Sequence[Sequence[Access]], along: Sequence[Expr], axis: Expr, reduced: Expr, out: Index
 ) -> Node:
     """Emit the sum over `reduced` of two operands, at `out`. An operand in parts is concatenated along `axis`, which is
-    a variable of `out` or `reduced`; one without parts is over `axis` itself. Raises CannotEmit."""
+    a variable of `out` or `reduced`; one without parts is over `axis` itself. Raises CannotEmit, also if no
+    dimension of the other operand is missing in all parts: they would be expanded along its rows."""
     every = [*out, reduced] if reduced not in out else [*out]
     spans = []
     for side in sides:
         names = frozenset().union(*(free(x.index) for x in side))
         spans.append([v for v in every if v.value in names or (v is axis and len(side) > 1)])
+    for whole, side in ((spans[0], sides[1]), (spans[1], sides[0])):
+        rows = [{v for v in whole if v.value not in free(x.index) and v is not axis} for x in side]
+        if all(rows) and not frozenset.intersection(*map(frozenset, rows)):
+            raise CannotEmit("the parts would be expanded along the rows of the other operand")
     missing = [v for v in out if v not in spans[0] and v not in spans[1]]
     if any(v.args[0] is not A.ONE for v in missing):
         raise CannotEmit("a dimension is in none of the operands")

@@ -231,10 +231,19 @@ def _dropout(use: Use) -> None:
 @rule(RULES, "softmax", "log_softmax", "_softmax", "_log_softmax", "_safe_softmax", "cumsum", "cumprod", "logcumsumexp",
       "cummax", "cummin", "sort", "argsort", "topk", "flip", "roll", "gather", "scatter", "scatter_add",
       "take_along_dim", "cat", "concat", "concatenate", "split", "split_with_sizes", "chunk", "unbind",
-      "tensor_split")  # fmt: skip
+      "tensor_split", "slice_scatter")  # fmt: skip
 def _keeps_shape(use: Use) -> None:
     along = use.named()
     use.apart(along, along)
+
+
+@rule(RULES, "select_scatter")
+def _select_scatter(use: Use) -> None:
+    (along,) = use.named()
+    if along in use.asked:
+        raise use.refuse("writes one of the rows")
+    use.given["self"] = use.read(use["self"], {d: d for d in use.asked})
+    use.given["src"] = use.read(use["src"], {d: d - (d > along) for d in use.asked})
 
 
 @rule(RULES, "sum", "mean", "amax", "amin", "max", "min", "logsumexp", "prod", "var", "std", "var_mean", "std_mean",

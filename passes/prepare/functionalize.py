@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, storage, written_operands
-from attnfx.passes.fx.nodes import dims, op_name, value
+from attnfx.passes.fx.nodes import argument, dims, op_name, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import near_normalizer, of_products
@@ -71,7 +71,9 @@ def run(graph: Graph) -> int:
         renewed = [target, *(v.args[0] for v in views)]
         aliases = [n for n in families[key] if n is not node and n not in renewed]
         stale = [
-            n for n in aliases if position[n] < position[node] and any(position[u] > position[node] for u in n.users)
+            n
+            for n in aliases
+            if position[n] < position[node] and any(position.get(u, -1) > position[node] for u in n.users)
         ]
         if stale or not _same_gradients(facts, node, views):
             continue
@@ -149,6 +151,10 @@ def _whole(view: Node) -> bool:
 
 
 def _called(emit: Emitter, node: Node) -> Node | None:
+    if op_name(node) == "fill_diagonal_" and value(node).ndim == 2 and argument(node, 2, "wrap") is not True:
+        x, fill = node.args[:2]
+        part = emit.call(aten.fill.Scalar, emit.call(aten.diagonal.default, x), fill)
+        return emit.call(aten.diagonal_scatter.default, x, part)
     pure = _pure(node)
     if pure is None:
         return None

@@ -67,9 +67,9 @@ def _scores(graph: Graph, at: Node) -> int:
     found: list[tuple[int, Term, Expr]] = []
     chains = [_chain(x, facts) for x in given]
     for n, part in enumerate(given):
-        known = _of_part(lifter, part, dim % len(dims(at))) if chains[n] else None
-        if known is not None and (not found or _alike(lifter, found[0][1:], known)):
-            found.append((n, *known))
+        options = _of_part(lifter, part, dim % len(dims(at))) if chains[n] else []
+        alike = (known for known in options if not found or _alike(lifter, found[0][1:], known))
+        found += [(n, *known) for known in islice(alike, 1)]
     if len(found) < 2:
         return 0
     _, first, axis = found[0]
@@ -118,18 +118,21 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
     return sorted(between, key=facts.position.__getitem__)
 
 
-def _of_part(lifter: Lifter, part: Node, dim: int) -> tuple[Term, Expr] | None:
-    """Return the product of a part, with the queries on the left, and the variable of its keys; or None."""
+def _of_part(lifter: Lifter, part: Node, dim: int) -> list[tuple[Term, Expr]]:
+    """Return the product of a part, with the queries on the left, and the variable of its keys. A set of one key may be
+    along any dimension of size 1: return each reading, the last dimension first. Empty if there is no product."""
     at = tuple(A.var(f"p{d}", n) for d, n in enumerate(dims(part)))
     for e in walk(lifter.lift(part, at)):
         if e.op != "load" or not isinstance(e.value, Node) or not batched(e.value):
             continue
         places = [d for d, x in enumerate(e.args) if at[dim].free & x.free]
-        if len(places) == 1 and e.args[places[0]] is at[dim]:
-            here = variables(e.value)
-            own = here[places[0]]
-            return next(((t, own) for t in terms(e.value, here) if own.value in t.alone[1]), None)
-    return None
+        if at[dim].args[0] is A.ONE:
+            places = [d for d, n in enumerate(dims(e.value)) if n is A.ONE and e.args[d] is A.ZERO][::-1]
+        elif len(places) != 1 or e.args[places[0]] is not at[dim]:
+            continue
+        here = variables(e.value)
+        return [(t, here[d]) for d in places for t in terms(e.value, here) if here[d].value in t.alone[1]]
+    return []
 
 
 def _alike(lifter: Lifter, one: tuple[Term, Expr], other: tuple[Term, Expr]) -> bool:

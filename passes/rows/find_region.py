@@ -124,8 +124,9 @@ class _Walk:
             return [(x, None) for x in rows]  # a value without keys may be computed from one with keys
         try:
             made = split(n, row, extent, (key, dims(n)[key]))
-        except NotSeparable:  # a softmax mixes keys, but keeps their dimension
-            return [(x, key if dims(n) == dims(x.node) else None) for x in rows]
+        except NotSeparable:  # a softmax or a join of keys mixes keys, but keeps their dimension
+            others = [(*dims(x)[:key], *dims(x)[key + 1 :]) for x in (n, *(x.node for x in rows))]
+            return [(x, key if same == others[0] else None) for x, same in zip(rows, others[1:])]
         return [(x, x.keys) for x in made.operands() if x.dim != NONE]
 
     def _has_keys(self, x: Along, key: int | None) -> bool:
@@ -213,7 +214,8 @@ class _Walk:
             if other:
                 raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
-        return x.node.op == "call_function" and not other and self.found.large(x.node, x.dim)
+        inside = x.node.op == "call_function" and not other and x.node not in self.facts.written
+        return inside and self.found.large(x.node, x.dim)
 
     def _read(self, n: Node, dim: int | None) -> None:
         self.found.inputs[(n, dim)] = None
@@ -227,7 +229,7 @@ class _Walk:
             if facts.regions[n] != region:
                 raise NotSeparable(f"{label(n)} is in another autocast or no_grad region", n)
         for n in [*order, *(n for n, _ in found.inputs)]:
-            if n in facts.written:
+            if n in facts.written and (n in found.calls or self._changed_since_read(n)):
                 raise NotSeparable(f"{label(n)} is changed in place", n)
             held = value(n)
             if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):
@@ -249,6 +251,11 @@ class _Walk:
                 )
         if not any(d is not None for _, d in found.inputs):
             raise NotSeparable("none of the inputs has rows")
+
+    def _changed_since_read(self, n: Node) -> bool:
+        """Return whether an input is written after the first node of the region that reads it."""
+        readers = [u for u in n.users if u in self.found.calls]
+        return self.facts.changed_after(n, after=min(readers, key=self.facts.position.__getitem__))
 
     def _made_of_a_product(self, n: Node) -> bool:
         """Return whether a large operand comes from a product through other large ones: it would stay as large."""

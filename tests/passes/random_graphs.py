@@ -9,6 +9,7 @@ their own, and prints the seeds that failed with their errors.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import random
@@ -168,6 +169,7 @@ SCORES: dict[str, Edit] = {
     "other heads": lambda s, x: s.flip(1),
     "windows of heads": lambda s, x: torch.cat([s[:, :1], s[:, 1:].masked_fill((I - J).abs() > 2, LOW)], 1),
 }
+FACTORS = {"times -1.0", *(f"times {n}" for n in SHAPES)}  # of -inf: NaN scores or gradients in eager
 NORMALISERS: dict[str, Edit] = {
     "softmax": lambda s, x: s.softmax(-1),
     "over queries": lambda s, x: s.softmax(-2),
@@ -227,6 +229,8 @@ class Chosen:
 
         query, product = rng.choice(list(QUERIES)), rng.choice(list(PRODUCTS))
         edits = rng.choices(list(scores), k=rng.randint(0, 4))
+        masked = next((n for n, name in enumerate(edits) if name.endswith("-inf")), len(edits))
+        edits = [n for at, n in enumerate(edits) if at < masked or n not in FACTORS]
         normaliser, weighted, results = mostly_first(NORMALISERS), mostly_first(weights), mostly_first(RESULTS)
         self.names = ", ".join([query, product, *edits, normaliser, weighted, results])
         self.query, self.product, self.edits = QUERIES[query], PRODUCTS[product], [scores[n] for n in edits]
@@ -497,11 +501,16 @@ def tensors() -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
 def hold(seed: int) -> bool:
     """Compare a seed's program with eager and float64, forward and backward; return whether all its sites are
     rewritten. Raise AssertionError if results differ, and any exception that compiling or running it raises."""
-    from tests.support import assert_right
+    from tests.support import assert_right, cast
 
     made = program(seed)
+    check = functools.partial(assert_right, made.call, dynamic=made.dynamic, inner="eager")
     torch._dynamo.reset()
-    sites = assert_right(made.call, *tensors(), dynamic=made.dynamic, inner="eager")
+    try:
+        sites = check(*tensors())
+    except AssertionError:  # rounding is small, and gone if both run in float64
+        sites = check(*tensors(), tolerance=1e-3)
+        check(*cast(tensors(), torch.float64))
     return bool(sites) and all(s.rewritten for s in sites)
 
 

@@ -80,3 +80,14 @@ def test_rows_over_their_length_are_no_shares():
         return (x / x.norm(dim=-1, keepdim=True)) @ k.mT, (x / x.square().sum(-1, keepdim=True).sqrt()) @ k.mT
 
     check(fn, *qkv())
+
+
+def test_an_added_fill_that_wins_keeps_the_gradient_of_what_it_swallows():
+    """Times -1, the fill is the largest score: its keys have all weights, and the sum passes their gradient on."""
+
+    def fn(q, k, v):
+        i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+        s = (q @ k.mT + (j > i) * torch.finfo(q.dtype).min) * -1.0
+        return s.softmax(-1) @ v, s.clamp_min(-9.0)
+
+    check(fn, *qkv())

@@ -191,6 +191,37 @@ def test_the_cost_rule_leaves_small_scores_and_weights_that_are_returned():
             assert not site.rewritten or site.decision.kernel == "rows compiled"
 
 
+# -- operands written in place -------------------------------------------------------------------------
+def written_operands(q, k, v):
+    q, keep = q * 1.0, torch.zeros(T, S, dtype=torch.bool)
+    q[..., :4] += q[..., 4:] * 0.5
+    keep[:, :9] = True
+    keep.fill_diagonal_(True)
+    return talking_heads(q, k, v), scores_of(q, k).masked_fill(~keep, float("-inf")).sort(-1).values.softmax(-1) @ v
+
+
+def written_scores(q, k, v):
+    s = scores_of(q, k)
+    s[..., :5] += 1.0
+    s[..., 7] = s[..., 8] * 0.5
+    return s.sort(-1).values.softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("fn", "sites"), [(written_operands, 2), (written_scores, 1)])
+def test_writes_before_the_first_read_are_read(fn, sites):
+    check(fn, *inputs(), sites=sites)
+
+
+def test_a_write_after_the_first_read_is_refused():
+    def fn(q, k, v):
+        q = q * 1.0
+        s = scores_of(q, k)
+        q[..., :4] += 1.0
+        return s.sort(-1).values.softmax(-1) @ v, q
+
+    assert_kept(fn, *inputs(), code="rows_mixed", train=False)
+
+
 # -- rows that mix -----------------------------------------------------------------------------------
 def reversed_rows(s):
     return s.flip(-2).softmax(-1)
