@@ -3,8 +3,6 @@
     index_put(x, [.., mask], c)                  becomes   masked_fill(x, mask, c)
     sum(x[.., None, :] * y[.., None, :, :], d)   becomes   an einsum
     einsum(.., x, y, z)                          becomes   einsums of two operands
-    tensordot, inner                             become    einsums
-    hstack, vstack of matrices                   become    cat
 
 Needs `meta["val"]`, and in-place operators removed (the pass `functionalize`); changes the graph in place; promises the
 same results up to rounding.
@@ -36,8 +34,7 @@ def run(graph: Graph) -> int:
     """Rewrite each operator that another one expresses; return how many were rewritten."""
     gm = graph.gm
     rules = {
-        "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs, "tensordot": _tensordot,
-        "inner": _tensordot, "linalg_matmul": _matmul, "hstack": _joined, "vstack": _joined,
+        "index_put": _masked_write, "sum": _broadcast_product, "einsum": _pairs,
     }  # fmt: skip
     found = [n for n in gm.graph.nodes if n.op == "call_function" and op_name(n) in rules and is_tensor(n)]
     if not found:
@@ -101,33 +98,6 @@ def _unexpanded(facts: Facts, x: Any) -> Any:
     while isinstance(x, Node) and op_name(x) in EXPANDS and x not in facts.frozen:
         x = x.args[0]
     return x
-
-
-def _matmul(emit: Emitter, facts: Facts, n: Node) -> Node | None:
-    return emit.call(aten.matmul.default, *n.args)
-
-
-def _joined(emit: Emitter, facts: Facts, n: Node) -> Node | None:
-    """Rewrite hstack or vstack of parts with two or more dimensions as cat."""
-    if any(len(shape(x)) < 2 for x in n.args[0]):  # type: ignore[union-attr,arg-type]
-        return None
-    return emit.call(aten.cat.default, n.args[0], 1 if op_name(n) == "hstack" else 0)
-
-
-def _tensordot(emit: Emitter, facts: Facts, n: Node) -> Node | None:
-    """Rewrite a product over some dimensions of both operands as an einsum; `inner` sums over the last ones."""
-    x, y = n.args[:2]
-    ranks = [len(shape(a)) for a in (x, y)]  # type: ignore[arg-type]
-    given = [n.args[2], n.args[3]] if op_name(n) == "tensordot" else [[-1], [-1]]
-    over = [[int(d) % rank for d in dims_] for dims_, rank in zip(given, ranks, strict=True)]  # type: ignore[union-attr]
-    if not over[0] or 0 in ranks or sum(ranks) > len(ascii_lowercase):
-        return None
-    left, right = list(ascii_lowercase[: ranks[0]]), list(ascii_lowercase[ranks[0] : sum(ranks)])
-    for a, b in zip(*over, strict=True):
-        right[b] = left[a]
-    out = [c for c in left if c not in right] + [c for c in right if c not in left]
-    equation = f"{''.join(left)},{''.join(right)}->{''.join(out)}"
-    return emit.call(aten.einsum.default, equation, [x, y])
 
 
 def _pairs(emit: Emitter, facts: Facts, n: Node) -> Node | None:

@@ -9,11 +9,12 @@ regions were inlined before (the pass `inline_checkpoints`).
 from __future__ import annotations
 
 import operator
+from functools import partial
 from typing import Any
 
 import torch
 import torch.fx.traceback as fx_traceback
-from torch._ops import HigherOrderOperator
+from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
@@ -32,6 +33,22 @@ DIRECT = {
     operator.truediv: aten.div.Tensor, operator.neg: aten.neg.default, torch.rsqrt: aten.rsqrt.default,
     torch.tanh: aten.tanh.default, torch.matmul: aten.matmul.default, torch.nn.functional.linear: aten.linear.default,
 }  # fmt: skip
+
+
+def _unless_cast(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
+    """Decompose an operator outside autocast, which may treat its parts in another way than the operator."""
+    return NotImplemented if torch._C._is_any_autocast_enabled() else op.decompose(*args, **kwargs)
+
+
+# Composite operators that later passes read as the operators that they consist of.
+STACKING = (
+    aten.hstack.default, aten.vstack.default, aten.atleast_1d.default, aten.atleast_1d.Sequence,
+    aten.atleast_2d.default, aten.atleast_2d.Sequence,
+)  # fmt: skip
+DECOMPOSITIONS = {
+    **{op: op.decompose for op in (*STACKING, aten.linalg_matmul.default)},
+    **{op: partial(_unless_cast, op) for op in (aten.inner.default, aten.tensordot.default)},
+}
 
 
 class _Retrace(Interpreter):
@@ -151,7 +168,7 @@ def run(graph: Graph) -> int:
     if uses_functorch(gm):
         raise Transformed("the graph contains a functorch transform that cannot be expanded")
     retrace = _Retrace(gm, graph.mode)
-    make = make_fx(retrace.run, pre_dispatch=True, tracing_mode="symbolic", _allow_non_fake_inputs=True)
+    make = make_fx(retrace.run, DECOMPOSITIONS, tracing_mode="symbolic", pre_dispatch=True, _allow_non_fake_inputs=True)
     try:
         with fx_traceback.preserve_node_meta():
             traced = make(*inputs)
