@@ -8,10 +8,9 @@ import torch
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
-from attnfx.passes.fx.nodes import number, op_name, value
+from attnfx.passes.fx.einsum import einsum
+from attnfx.passes.fx.nodes import Opaque, Product, number, op_name, value
 
-ADDING = ("addmm", "baddbmm", "addmv")  # the last two operands are multiplied
-PRODUCTS = ("matmul", "mm", "bmm", "mv", "dot", "linear", *ADDING)
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d", "convolution")
 FUSED = ("scaled_dot_product_attention",)
 
@@ -29,14 +28,17 @@ def flops(n: Node) -> int:
     if name in FUSED:
         query, key, val = shapes[:3]
         return 2 * math.prod(query[:-1]) * key[-2] * (query[-1] + val[-1])
-    out = math.prod(_numbers(n))
-    if name in PRODUCTS:
-        return 2 * out * shapes[-2][-1] if len(shapes) > 1 and name in ADDING else 2 * out * shapes[0][-1]
     if name in CONVOLUTIONS:
-        return 2 * out * math.prod(shapes[1][1:])
-    if name == "einsum":
-        return 2 * _einsum(str(n.args[0]), shapes)
-    return 0
+        return 2 * math.prod(_numbers(n)) * math.prod(shapes[1][1:])
+    try:
+        product = einsum(Product(n))
+    except Opaque:
+        return 0
+    sizes: dict[str, int] = {}
+    for term, x in zip(product.terms, product.operands, strict=True):
+        for letter, size in zip(term, _numbers(x), strict=True):
+            sizes[letter] = max(size, sizes.get(letter, 0))
+    return 2 * math.prod(sizes.values())
 
 
 def total(gm: GraphModule) -> int:
@@ -45,16 +47,3 @@ def total(gm: GraphModule) -> int:
 
 def _numbers(n: Node) -> list[int]:
     return [number(x) for x in value(n).shape]
-
-
-def _einsum(equation: str, shapes: list[list[int]]) -> int:
-    """Return the product of the sizes of all letters: the multiply-adds of a contraction of two operands."""
-    sizes: dict[str, int] = {}
-    rest = 1
-    for letters, extents in zip(equation.replace(" ", "").split("->")[0].split(","), shapes):
-        head, dots, tail = letters.partition("...")
-        sizes.update(zip(head, extents))
-        sizes.update(zip(tail, extents[len(extents) - len(tail) :]))
-        if dots:
-            rest = max(rest, math.prod(extents[len(head) : len(extents) - len(tail)]))
-    return math.prod(sizes.values()) * rest

@@ -162,12 +162,12 @@ def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None
     return dim % max(rank, 1)
 
 
-PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "einsum", "__matmul__")
+PRODUCTS = ("matmul", "bmm", "mm", "baddbmm", "addmm", "einsum", "__matmul__")
 
 
 @dataclass(frozen=True)
 class Product:
-    """Load slot for the product alone of a node that also adds something (baddbmm)."""
+    """Load slot for the product alone of a node that also adds something (baddbmm, addmm)."""
 
     node: Node
 

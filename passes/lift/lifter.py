@@ -21,7 +21,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import FLOAT, INT, Expr, node, walk
 from attnfx.passes.fx.nodes import PRODUCTS, Opaque, dims, is_tensor, kind_of, op_name, size_expr, slot_node, value
-from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
+from attnfx.passes.lift.tables import ADDING, INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 
 MAX_DEPTH = 400
 
@@ -89,7 +89,7 @@ class Lifter:
                     pass
                 else:
                     return self.lift(source, inner)
-            for table in (POINTWISE, INDEXING, REDUCTIONS):
+            for table in (POINTWISE, INDEXING, REDUCTIONS, ADDING):
                 rule = table.get(name)
                 if rule is not None:
                     try:

@@ -39,13 +39,13 @@ class Term:
         return left - right, right - left
 
 
-def terms(node: Node, index: Index, factor: Expr = UNIT) -> list[Term]:
-    """Return the term of `factor` * node[index] twice, with each operand on the left; empty if it is not a product."""
-    c = contraction(node, index)
+def terms(slot: object, index: Index, factor: Expr = UNIT) -> list[Term]:
+    """Return the term of `factor` * slot[index] twice, with each operand on the left; empty if it is not a product."""
+    c = contraction(slot, index)
     if c is None:
         return []
     left, right = Access(c.left, c.left_index), Access(c.right, c.right_index)
-    return [Term(node, replace(x, factor=factor), y, c.reduced) for x, y in ((left, right), (right, left))]
+    return [Term(c.node, replace(x, factor=factor), y, c.reduced) for x, y in ((left, right), (right, left))]
 
 
 def common(lifter: Lifter, found: Sequence[Access | Operand]) -> list[Access] | None:

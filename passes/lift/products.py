@@ -9,7 +9,8 @@ import torch
 from torch.fx import Node
 
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.nodes import PRODUCTS, SDPA, is_tensor, op_name, shape, spanned, value
+from attnfx.passes.fx.einsum import einsum
+from attnfx.passes.fx.nodes import PRODUCTS, SDPA, Opaque, Product, is_tensor, op_name, shape, spanned, value
 from attnfx.passes.lift.tables import POINTWISE, VIEWS
 
 
@@ -44,10 +45,12 @@ def batched(n: Node) -> bool:
 
     Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not.
     """
-    if n.op != "call_function" or op_name(n) not in PRODUCTS or not is_tensor(n):
+    if n.op != "call_function" or op_name(n) not in (*PRODUCTS, "linear") or not is_tensor(n):
         return False
-    operands = [x for x in n.all_input_nodes if is_tensor(x)]
-    operands = operands[-2:] if op_name(n) == "baddbmm" else operands
+    try:
+        operands = einsum(n if op_name(n) == "linear" else Product(n)).operands
+    except Opaque:  # such as a layer with a bias
+        return False
     if all(len(shape(x)) == 2 for x in operands):
         return not any(map(parameter, operands))
     return all(len(shape(x)) > 2 for x in operands)

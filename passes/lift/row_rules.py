@@ -23,9 +23,9 @@ from torch.fx.node import map_aggregate
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.analysis import written_operands
-from attnfx.passes.fx.nodes import Opaque, dims, is_tensor, label, op_name, shape, value, where_in_source
+from attnfx.passes.fx.einsum import MULTIPLYING, einsum, of_matrices
+from attnfx.passes.fx.nodes import Opaque, Product, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.access import variables
-from attnfx.passes.lift.contraction import terms
 from attnfx.passes.lift.tables import VIEWS, rule
 from attnfx.spec.rows import Ref
 
@@ -307,31 +307,23 @@ def _triangle(use: Use) -> None:
 
 
 # -- products --------------------------------------------------------------------------------------
-@rule(RULES, "matmul", "__matmul__", "bmm", "mm", "cdist", "_cdist_forward", "baddbmm", "addmm")
+@rule(RULES, *(name for name in MULTIPLYING if name != "linear"), "cdist", "_cdist_forward")
 def _product(use: Use) -> None:
-    *added, left, right = (name for name, x in use.given.items() if is_tensor(x))
-    factors = use[left], use[right]
-    if len(shape(factors[0])) < 2:
-        raise use.refuse("of a vector is not known to keep rows separate")
-    product = "...ik,...kj->...ij" if len(shape(factors[1])) > 1 else "...ik,k->...i"
-    equation = "...ik,...jk->...ij" if "cdist" in use.op else product
-    use.given |= zip((left, right), _by_letter(use, equation, factors))
-    use.given |= {name: use.broadcast(use[name]) for name in added}
-
-
-@rule(RULES, "einsum")
-def _einsum(use: Use) -> None:
-    use.given["tensors"] = _by_letter(use, use["equation"], use["tensors"])
-
-
-def _by_letter(use: Use, equation: str, operands: Sequence[Node]) -> list[Along | Node]:
+    given = [name for name, x in use.given.items() if is_tensor(x)]
     try:
-        inputs, out = terms(equation, [len(shape(x)) for x in operands])
+        product = of_matrices([use[x] for x in given], True) if "cdist" in use.op else einsum(Product(use.at))
     except Opaque:
-        raise use.refuse("does not name each dimension") from None
-    if any(len(set(t)) != len(t) for t in (*inputs, out)):
-        raise use.refuse("reads a diagonal")
-    return [use.read(x, {out.index(c): d for d, c in enumerate(term) if c in out}) for x, term in zip(operands, inputs)]
+        raise use.refuse("does not name each dimension once") from None
+    out = product.out
+    read = [
+        use.read(x, {out.index(c): d for d, c in enumerate(term) if c in out})
+        for x, term in zip(product.operands, product.terms)
+    ]
+    if "tensors" in use.given:
+        use.given["tensors"] = read
+    else:
+        use.given |= zip(given[-2:], read)
+        use.given |= {name: use.broadcast(use[name]) for name in given[:-2]}
 
 
 @rule(RULES, "linear", "embedding")

@@ -1,7 +1,7 @@
 """Hold the tables of lifting rules, by the operator's name; the rule modules fill them.
 
-A rule of POINTWISE, INDEXING or REDUCTIONS takes the lifter, a node and the index at which it is read. It returns the
-expression of that element, or raises Opaque.
+A rule of all tables but VIEWS takes the lifter, a node and the index at which it is read. It returns the expression of
+that element, or raises Opaque.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ R = TypeVar("R", bound=Callable[..., Any])
 POINTWISE: dict[str, Rule] = {}
 INDEXING: dict[str, Rule] = {}
 REDUCTIONS: dict[str, Rule] = {}
+ADDING: dict[str, Rule] = {}  # operators that multiply two operands, and add a third
 # Operators that read one tensor at another index, for walks that follow a single value: name -> map of the index.
 VIEWS: dict[str, Callable[[Node, Index], tuple[Node, Index]]] = {}
 

@@ -131,7 +131,7 @@ class Finder:
             for view in reversed(path):
                 _, index = VIEWS[op_name(view)](view, index)
             whole = contraction(final, index)
-            if whole is None or op_name(final) == "baddbmm":  # which adds another tensor
+            if whole is None:
                 message = f"{label(final)} is not a sum over the keys of weight times value"
                 raise Refused("contraction", message, [final])
             for c in (whole, whole.turned):
@@ -247,7 +247,7 @@ class Finder:
                 continue
             node = slot_node(e.value)
             c = (
-                contraction(node, e.args)
+                contraction(e.value, e.args)
                 if batched(node) and not self.facts.changed_after(node, before=final)
                 else None
             )

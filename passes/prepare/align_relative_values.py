@@ -36,7 +36,7 @@ def run(graph: Graph) -> int:
     """Align the weights of each such product; return how many were aligned."""
     changed = 0
     for n in list(graph.gm.graph.nodes):
-        product = op_name(n) in PRODUCTS and op_name(n) != "baddbmm" and is_tensor(n)
+        product = op_name(n) in PRODUCTS and is_tensor(n)
         made = _aligned(graph, n) if product else None
         if made is not None:
             take_place(like(graph.emitter(n), made, n), n)

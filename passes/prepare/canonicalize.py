@@ -20,8 +20,8 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.passes.fx.analysis import Facts, written_operands
+from attnfx.passes.fx.einsum import einsum
 from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, number, op_name, shape, spanned, value
-from attnfx.passes.lift.contraction import terms
 from attnfx.passes.lift.emitter import Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import reaches_softmax
@@ -103,22 +103,21 @@ def _unexpanded(facts: Facts, x: Any) -> Any:
 def _pairs(emit: Emitter, facts: Facts, n: Node) -> Node | None:
     """Split an einsum of three or more operands into pairs, starting with the pair whose result saves the most memory,
     as opt_einsum's greedy search does."""
-    equation, operands = n.args[:2]
     try:
-        inputs, output = terms(equation, [len(shape(x)) for x in operands])  # type: ignore[arg-type,union-attr]
+        product = einsum(n)
     except Opaque:
         return None
-    letters = "".join(dict.fromkeys("".join(inputs)))
-    if len(inputs) < 3 or len(letters) > len(ascii_letters) or any(len(set(t)) != len(t) for t in (*inputs, output)):
+    letters = "".join(dict.fromkeys("".join(product.terms)))
+    if len(product.terms) < 3 or len(letters) > len(ascii_letters):
         return None
     names = str.maketrans(letters, ascii_letters[: len(letters)])  # "..." has become other letters
-    inputs, output = [t.translate(names) for t in inputs], output.translate(names)
+    inputs, output = [t.translate(names) for t in product.terms], product.out.translate(names)
     sizes: dict[str, int] = {}
-    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+    for term, x in zip(inputs, product.operands, strict=True):  # type: ignore[arg-type]
         for letter, size in zip(term, shape(x), strict=True):
             sizes[letter] = max(sizes.get(letter, 1), number(size))
     left: list[tuple[str, Any]] = []
-    for term, x in zip(inputs, operands, strict=True):  # type: ignore[arg-type]
+    for term, x in zip(inputs, product.operands, strict=True):  # type: ignore[arg-type]
         single = [d for d, c in enumerate(term) if sizes[c] != 1 and dims(x)[d] is A.ONE]  # broadcast by the einsum
         squeezed = emit.call(aten.squeeze.dims, x, single) if single else x
         left.append(("".join(c for d, c in enumerate(term) if d not in single), squeezed))

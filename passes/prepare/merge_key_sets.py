@@ -53,7 +53,7 @@ def run(graph: Graph) -> int:
 
 
 def _of_products(n: Node) -> bool:
-    alone = (isinstance(x, Node) and batched(x) and op_name(x) != "baddbmm" for x in n.args)
+    alone = (isinstance(x, Node) and batched(x) for x in n.args)
     return len(n.args) == 2 and not n.kwargs and all(alone)
 
 

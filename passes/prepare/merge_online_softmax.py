@@ -79,7 +79,7 @@ def run(graph: Graph) -> int:
 
 def _of_exponentials(n: Node) -> bool:
     """Return whether a node is a product with an operand that is an exponential, or a cast of one."""
-    if n.op != "call_function" or not batched(n) or op_name(n) == "baddbmm":
+    if n.op != "call_function" or not batched(n):
         return False
     return any(op_name(skip(x, CASTS)) in EXPONENTIALS for x in n.all_input_nodes)
 

@@ -23,7 +23,7 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.parts import Term, joined, product, terms
 from attnfx.passes.lift.products import batched, reaches_softmax
 
-SUMS = ("add", "sub", "baddbmm")
+SUMS = ("add", "sub", "baddbmm", "addmm")
 
 
 def run(graph: Graph) -> int:
@@ -70,7 +70,7 @@ def _addends(e: Expr, at: Node) -> list[list[Term]]:
         node = slot_node(loads[0].value)
         if not batched(node) or value(node).dtype != value(at).dtype:
             return []
-        out.append(terms(node, loads[0].args, A.const(math.prod(numbers, start=1.0))))
+        out.append(terms(loads[0].value, loads[0].args, A.const(math.prod(numbers, start=1.0))))
     return out
 
 

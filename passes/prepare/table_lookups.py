@@ -45,7 +45,7 @@ def _looked_up(x: Node) -> bool:
 def _small(graph: Graph, n: Node) -> LookedUp | None:
     facts, out = graph.facts, tuple(A.var(f"o{d}", size) for d, size in enumerate(dims(n)))
     whole = contraction(n, out)
-    if whole is None or op_name(n) == "baddbmm" or not value(n).is_floating_point():
+    if whole is None or not value(n).is_floating_point():
         return None
     for c in (whole, whole.turned):
         if not _looked_up(c.left) or c.reduced not in c.right_index:

@@ -23,7 +23,7 @@ from attnfx.ir.expr import Expr, walk
 from attnfx.mask import mask_of
 from attnfx.passes.fx.nodes import dims, is_tensor, op_name
 from attnfx.passes.lift.access import variables
-from attnfx.passes.lift.contraction import contracted
+from attnfx.passes.lift.contraction import contracted, contraction
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.row_rules import NONE, Along, Made, NotSeparable, Use, split
 from attnfx.passes.lift.tables import VIEWS
@@ -127,7 +127,7 @@ class _Walk:
             return all(x in self.zero for x in n.args)
         if name == "div":  # a divisor of each key may be zero itself
             return n.args[0] in self.zero and n.args[1] not in self.at
-        multiplies = name == "mul" or (name != "baddbmm" and contracted(n) is not None)
+        multiplies = name == "mul" or contraction(n, variables(n)) is not None
         return multiplies and any(x in self.zero for x in held)
 
     def _masked(self, x: Node) -> None:

@@ -21,6 +21,31 @@ def test_attention_of_matrices_that_are_inputs():
     check(lambda q, k, v: (q @ k.T).softmax(-1) @ v, rand(24, 8), rand(30, 8), rand(30, 12))
 
 
+def test_products_written_as_layers_without_a_bias():
+    check(lambda q, k, v: F.linear(F.linear(q, k).softmax(-1), v.T), rand(24, 8), rand(30, 8), rand(30, 12))
+
+
+def test_a_tensor_that_is_added_to_the_product_of_matrices():
+    def fn(q, k, v, bias):
+        return torch.addmm(bias, q, k.T, beta=0.5, alpha=2).softmax(-1) @ v
+
+    (site,) = check(fn, rand(24, 8), rand(30, 8), rand(30, 12), rand(30))
+    assert str(site.spec) == "score   (2 * dot) + (0.5 * c0[j])"
+
+
+def test_a_tensor_that_is_added_to_the_weighted_values_is_not_lost():
+    assert_right(lambda q, k, v, x: torch.addmm(x, (q @ k.T).softmax(-1), v), rand(24, 8), rand(30, 8), rand(30, 12),
+                 rand(24, 12))  # fmt: skip
+
+
+def test_one_key_in_an_einsum():
+    def fn(q, k, v):
+        return torch.einsum("bhij,bhje->bhie", (torch.einsum("bhid,bhjd->bhij", q, k) * 0.5).softmax(-1), v)
+
+    (site,) = check(fn, rand(2, 3, 6, 4), rand(2, 3, 1, 4), rand(2, 3, 1, 5))
+    assert str(site.spec) == "score   0.5 * dot"
+
+
 def test_attention_of_matrices_with_symbolic_sizes():
     check(lambda q, k, v: (q @ k.T).softmax(-1) @ v, rand(24, 8), rand(30, 8), rand(30, 12), dynamic=True)
 
