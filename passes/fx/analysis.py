@@ -181,19 +181,24 @@ def seeds_of(found: Descendants, *nodes: Node) -> list[Node]:
     return list(dict.fromkeys(s for n in nodes for a in n.all_input_nodes for s in found.get(a, ())))
 
 
-def detached(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
-    """Return the `inputs` that the ends are computed from, but that receive no gradient from the ends."""
+def learning(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
+    """Return the `inputs` that receive a gradient from the ends; another one gets None in eager, not zeros."""
+    return set(inputs).intersection(reach(ends, lambda n: [] if n in inputs else taught_operands(n)))
 
-    def before(n: Node) -> list[Node]:
-        return [a for a in n.all_input_nodes if _may_learn(a)] if n not in inputs else []
 
-    ends = list(ends)
-    near = set(reach(ends, lambda n: [] if "detach" in op_name(n) else before(n)))
-    return set(inputs).intersection(reach(ends, before)) - near
+def taught_operands(n: Node) -> list[Node]:
+    """Return the operands that a gradient of a node may flow to: not one of which only the shape is read."""
+    name = op_name(n)
+    if "detach" in name or name.endswith("_like") or name.startswith("new_"):
+        return []
+    return [a for a in (n.args[:1] if name.endswith("_as") else n.all_input_nodes) if _may_learn(a)]
 
 
 def _may_learn(n: Node) -> bool:
-    return not is_tensor(n) or value(n).is_floating_point() or value(n).is_complex()
+    held = value(n)
+    if isinstance(held, torch.Tensor):
+        return held.is_floating_point() or held.is_complex()
+    return not isinstance(held, int | float | torch.SymInt | torch.SymFloat | torch.SymBool)
 
 
 Autocast = frozenset[tuple[str, torch.dtype | None]]

@@ -17,7 +17,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.runtime_summary import Summary
-from attnfx.passes.fx.analysis import Facts, detached
+from attnfx.passes.fx.analysis import Facts, learning
 from attnfx.passes.fx.nodes import dims, is_tensor, take_place, value
 from attnfx.passes.lift.access import Operand, extent, radix
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
@@ -64,11 +64,11 @@ def rewrite(
     n = dimensions(match)
     kv, axes = match.kv_axes, match.axes
     sources = {n for x in match.operands for n in x.nodes}
-    cut_off = detached([final, *(r.final for r in reductions)], sources)
+    taught = learning([final, *(r.final for r in reductions)], sources)
 
     def operand(source: Operand, axes: list[Expr]) -> Node:
         made = emit.operand(source, axes)  # a detached operand must not get a gradient of zeros
-        return emit.call(aten.detach.default, made) if cut_off.issuperset(source.nodes) else made
+        return emit.call(aten.detach.default, made) if taught.isdisjoint(source.nodes) else made
 
     q = operand(match.query, [*axes, match.row, match.width])
     k = operand(match.key, [*kv, match.column, match.width])

@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
-from attnfx.passes.fx.analysis import Facts, detached
+from attnfx.passes.fx.analysis import Facts, learning
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, take_place, value
 from attnfx.passes.fx.order import move_before
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
@@ -98,12 +98,11 @@ def _program(
         shape = [ROWS if d == row else size(s) for d, s in enumerate(value(n).shape)]
         results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), _order(n)))
     weight = size(found.weight)
-    learning = facts.differentiable - detached(found.results, inputs)
-    grads = [n in learning and value(n).dtype.is_floating_point for n in inputs]
+    taught = facts.differentiable & learning(found.results, inputs)
     rows = tuple(None if x.dim == NONE else x.dim for x in read)
     keys = tuple(None if x.keys == NONE else x.keys for x in read)
     live = Live(keys, to_json([narrowed.score]), narrowed.least) if narrowed else None
-    program = RowProgram(rows, tuple(grads), weight, calls, tuple(results), compiled, live)
+    program = RowProgram(rows, tuple(n in taught for n in inputs), weight, calls, tuple(results), compiled, live)
     return program, inputs, [emit.size(e) for e in sizes]
 
 

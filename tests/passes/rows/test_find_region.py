@@ -361,3 +361,16 @@ def test_a_view_of_the_scores_that_is_returned_has_its_strides_for_symbolic_size
     q, k, v = inputs(h=2)
     got, want = compiled(fn, dynamic=True)(q, k, v)[1], fn(q, k, v)[1]
     assert got.stride() == want.stride()
+
+
+def test_an_input_that_is_only_compared_or_measured_takes_no_gradient():
+    def fn(q, k, v, gate, mix):
+        s = torch.where(gate > 0, scores_of(q, k), 0.0).softmax(-1)
+        return torch.einsum("bhqk,hg->bgqk", s, torch.ones_like(mix)) @ v
+
+    args = *inputs(), rand(T, S), rand(4, 4)
+    (site,) = check(fn, *args)
+    assert site.decision.kernel == "rows"
+    leaves = [x.clone().requires_grad_() for x in args]
+    compiled(fn)(*leaves).sum().backward()
+    assert [x.grad is None for x in leaves] == [False, False, False, True, True]
