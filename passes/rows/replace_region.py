@@ -27,26 +27,24 @@ from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> list[tuple[Node, Node]]:
     """Insert one call of `attnfx::attention_rows` (`target`), and let all users of the region's results read it. Return
     each result with its replacement. Raises CannotEmit before changing users."""
-    facts, carriers = graph.facts, graph.carriers
-    position = facts.position
+    facts, position = graph.facts, graph.facts.position
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users], key=position.__getitem__)
     if not move_before(facts, [n for n, _ in found.inputs], before, found.calls):
         raise CannotEmit("an operand is computed after a result of the attention is first read")
-    emit = graph.emitter(before)
+    # a size that is read off the region's own values would depend on the call that replaces them
+    carriers = {e: carrier for e, carrier in graph.carriers.items() if carrier[0] not in found.calls}
+    emit = Emitter(graph.gm, before, carriers)
+    for n in list(found.calls):
+        for user in [u for u in n.users if op_name(u) == "sym_size"]:
+            size: Any = Emitter(graph.gm, user, carriers).size(dims(n)[user.args[1]])  # type: ignore[index]
+            user.replace_all_uses_with(size, propagate_meta=False)
     program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None
     made = emit.call(target, inputs, sizes, seed, program.to_json())
     replaced = []
     for at, old in enumerate(found.results):
         replaced.append((old, own(emit, facts, like(emit, emit.call(operator.getitem, made, at), old), old)))
-    sizes_of = {u: u.args[1] for n in found.calls for u in n.users if op_name(u) == "sym_size"}
-    for user, d in sizes_of.items():
-        source: Any = user.args[0]
-        if source not in found.results and user not in emit.sizes.values():
-            at = Emitter(graph.gm, user, carriers).size(dims(source)[d])  # type: ignore[index]
-            if at is not user:
-                user.replace_all_uses_with(at, propagate_meta=False)  # type: ignore[arg-type]
     inside = set(found.calls)
     for old, new in replaced:
         take_place(new, old, lambda u: u not in inside)

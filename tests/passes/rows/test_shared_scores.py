@@ -32,6 +32,19 @@ def test_results_with_as_many_rows_as_keys_are_not_scores():
     check(several_products, *qkv(t=T), rand(2, T, 4, 3, 5), rand(2, T, T, 6), sites=3)
 
 
+def test_a_second_product_that_takes_its_sizes_from_the_weights():
+    """The padded weights leave the region, and the first tensor with one key more is among its own values."""
+
+    def fn(q, k, v, e):
+        w = (q @ k.mT * 0.3).softmax(-1)
+        b, h, t, s = w.shape
+        skewed = F.pad(w, (1, 0)).reshape(b, h, s + 1, t)[:, :, 1:].reshape(b, h, t, s)
+        return w @ v, skewed @ e
+
+    (site,) = check(fn, *qkv(t=T, s=S), rand(S, 8), dynamic=True)
+    assert site.decision.kernel == "rows"
+
+
 def test_a_maximum_of_each_row_of_scores_is_computed_beside(shapes_left):
     """Both directions from one product of scores (Seo et al. 2017): the second softmax runs over the rows' maxima."""
 
