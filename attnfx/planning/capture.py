@@ -30,8 +30,8 @@ from attnfx.compiler.faults import described
 from attnfx.compiler.private_code import private_code
 from attnfx.inductor import Partitioner, compile_rest
 from attnfx.options import Options
+from attnfx.passes.fx.copies import copied
 from attnfx.passes.fx.stand_ins import stand_ins
-from attnfx.passes.joint.mark_recompute import copied
 from attnfx.report.report import Report
 
 
@@ -121,7 +121,7 @@ def capture_graph(gm: GraphModule, example_inputs: Sequence[Any], options: Optio
             inputs[n] = held
     # the lowering's entries in its tracing context must not reach the following compilation
     with tracing(TracingContext(mode)), _quiet(), suppress(Done):
-        lower(copied(gm), inputs, made, options.inner)
+        lower(copied(gm)[0], inputs, made, options.inner)
     return made
 
 

@@ -29,6 +29,20 @@ def written_operands(n: Node) -> list[Node]:
     return out
 
 
+def is_random(op: object) -> bool:
+    """Return whether an operator draws random numbers, so that a second call returns another result."""
+    return torch.Tag.nondeterministic_seeded in getattr(op, "tags", ())
+
+
+def pure(n: Node) -> bool:
+    """Return whether a node only computes a value from its operands: it does not write in place, set a mode or hold a
+    graph of its own. It may still be random."""
+    if n.op != "call_function":
+        return n.op in ("get_attr", "call_method")
+    known = isinstance(n.target, torch._ops.OpOverload) or getattr(n.target, "__module__", "") == "_operator"
+    return known and not written_operands(n)
+
+
 def storage(n: Node) -> int | None:
     """Return an id of the memory that holds a node's value, None without strided memory. Aliases share it."""
     held = value(n)

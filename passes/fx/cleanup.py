@@ -7,7 +7,7 @@ from collections.abc import Collection
 import torch
 from torch.fx import GraphModule, Node
 
-from attnfx.passes.fx.analysis import written_operands
+from attnfx.passes.fx.analysis import is_random, pure
 
 UNREAD = "attnfx_unread"  # marks a random operator whose result nothing read when the graph was traced
 
@@ -16,9 +16,9 @@ def mark_unread_draws(gm: GraphModule) -> None:
     """Mark random operators whose result nothing reads: removing one would change all later random numbers."""
     dead: set[Node] = set()
     for n in reversed(gm.graph.nodes):
-        if not _impure(n) and all(u in dead for u in n.users):
+        if pure(n) and all(u in dead for u in n.users):
             dead.add(n)
-            if torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+            if is_random(n.target):
                 n.meta[UNREAD] = True
 
 
@@ -26,16 +26,9 @@ def clean(gm: GraphModule, keep: Collection[Node] = ()) -> None:
     """Eliminate dead code in this graph alone. In-place operators, regions, the user's unread random operators and the
     nodes `keep` stay. The bodies of higher-order operators stay too, which FX's own elimination would enter."""
     for n in reversed(list(gm.graph.nodes)):
-        if not n.users and not _impure(n) and UNREAD not in n.meta and n not in keep:
+        if not n.users and pure(n) and UNREAD not in n.meta and n not in keep:
             gm.graph.erase_node(n)
     gm.recompile()
-
-
-def _impure(n: Node) -> bool:
-    if n.op in ("placeholder", "output") or written_operands(n):
-        return True
-    known = isinstance(n.target, torch._ops.OpOverload) or getattr(n.target, "__module__", "") == "_operator"
-    return n.op == "call_function" and not known
 
 
 def check(gm: GraphModule) -> None:

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 
-import torch
 from torch.fx import Node
 
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import op_name
+from attnfx.passes.fx.analysis import Facts, is_random, pure, written
 
 
 def move_before(facts: Facts, nodes: Iterable[Node], before: Node, beside: Collection[Node] = ()) -> bool:
@@ -34,8 +32,5 @@ def move_before(facts: Facts, nodes: Iterable[Node], before: Node, beside: Colle
 def _movable(facts: Facts, n: Node, before: Node) -> bool:
     if n.op == "get_attr":
         return True
-    plain = isinstance(n.target, torch._ops.OpOverload) or op_name(n) == "getitem"
-    if n.op != "call_function" or not plain or written_operands(n) or facts.regions[n] != facts.regions[before]:
-        return False
-    random = torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ())
-    return not random and not any(x in facts.written for x in (n, *n.all_input_nodes))
+    fixed = is_random(n.target) or written(facts, [n]) or facts.regions[n] != facts.regions[before]
+    return pure(n) and not fixed

@@ -10,24 +10,19 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-import torch
 from torch._functorch.partitioners import min_cut_rematerialization_partition
-from torch._ops import OpOverload
-from torch.fx import Graph, GraphModule, Node
-from torch.fx.node import map_arg
+from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
 from attnfx.ir.reach import reach
+from attnfx.passes.fx.analysis import is_random
+from attnfx.passes.fx.copies import copied
 from attnfx.passes.fx.nodes import op_name
 
-SEEDS = frozenset(["prims::inductor_seed", "prims::inductor_seeds", "prims::inductor_lookup_seed"])
 
-
-def is_random(n: Node) -> bool:
+def redraws(n: Node) -> bool:
     """Return whether the node would return another result if it ran again."""
-    if op_name(n) in SEEDS:
-        return True
-    return isinstance(n.target, OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
+    return is_random(n.target) or op_name(n) == "prims::inductor_lookup_seed"
 
 
 def forward_nodes(joint: GraphModule) -> dict[str, Node]:
@@ -43,29 +38,13 @@ def mark(joint: GraphModule, saved: Collection[str], again: Collection[str]) -> 
     for name, n in forward_nodes(joint).items():
         if n.op != "call_function":
             continue
-        if name in saved or is_random(n):
+        if name in saved or redraws(n):
             n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
         elif name in again:
             n.meta["recompute"] = CheckpointPolicy.MUST_RECOMPUTE
 
 
-def copied(gm: GraphModule) -> GraphModule:
-    """Return a copy with the names and the meta of the original."""
-    made, old = Graph(), gm.graph.output_node()
-    values: dict[Node, Node] = {}
-    made.graph_copy(gm.graph, values)
-    new = made.output(map_arg(old.args[0], lambda n: values[n]))
-    new.meta.update(old.meta)
-    for before, after in values.items():
-        after.meta = dict(before.meta)
-        if hasattr(before, "_dynamo_source"):  # tells a compiler which inputs are parameters
-            after._dynamo_source = before._dynamo_source  # type: ignore[attr-defined]
-    module = GraphModule(gm, made)
-    module.meta.update(gm.meta)
-    return module
-
-
 def partition(joint: GraphModule, arguments: Mapping[str, Any]) -> tuple[GraphModule, GraphModule]:
     """Return the forward and backward graphs of a copy of `joint`. `arguments` are a partitioner's arguments."""
     given = dict(arguments)
-    return min_cut_rematerialization_partition(copied(joint), given.pop("joint_inputs"), **given)
+    return min_cut_rematerialization_partition(copied(joint)[0], given.pop("joint_inputs"), **given)

@@ -22,8 +22,8 @@ from torch.utils._pytree import tree_leaves
 from attnfx.memory.records import Graph, Kind, Op, Result
 from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
 from attnfx.passes.fx.analysis import written_operands
+from attnfx.passes.fx.copies import copied
 from attnfx.passes.fx.nodes import number, op_name
-from attnfx.passes.joint.mark_recompute import copied
 from attnfx.spec import from_json
 from attnfx.targets import sdpa_dispatch as fused
 
@@ -108,7 +108,7 @@ def operand(x: torch.Tensor, shape: Sequence[int] | None = None) -> Operand:
 def near_readers(gm: GraphModule) -> GraphModule:
     """Return a copy in which each operation comes right before its first reader. Inductor orders inference graphs this
     way (torch/_inductor/fx_passes/post_grad.py, reorder_for_locality)."""
-    made = copied(gm)
+    made, _ = copied(gm)
     seen: set[Node] = set()
     for n in reversed(made.graph.nodes):
         seen.add(n)

@@ -10,14 +10,15 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from attnfx.memory.partition import Joint
-from attnfx.passes.joint.mark_recompute import copied, is_random
+from attnfx.passes.fx.copies import copied
+from attnfx.passes.joint.mark_recompute import redraws
 from attnfx.passes.joint.read_graph import read
 
 
 def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -> tuple[Joint, frozenset[str]]:
     """Return the records of a joint graph, and the names of operations that would return another result if run again.
     `arguments` are a partitioner's arguments besides the graph. The graph is not changed."""
-    made = copied(joint)
+    made, _ = copied(joint)
     made.graph.eliminate_dead_code()
     made.graph = fx_graph_cse(made.graph)  # as the partitioner does first
     records = read(made, cpu)
@@ -26,7 +27,7 @@ def joint_records(joint: GraphModule, arguments: Mapping[str, Any], cpu: bool) -
     callers = sum(isinstance(o, Node) and o.name in held for o in outputs)
     arriving = {n.name for n in made.graph.nodes if n.op == "placeholder" and "tangents" in str(n.target)}
     changed = _changed(made.graph)
-    fixed = {n.name for n in made.graph.nodes if is_random(n) or not changed.isdisjoint(n.all_input_nodes)}
+    fixed = {n.name for n in made.graph.nodes if redraws(n) or not changed.isdisjoint(n.all_input_nodes)}
     return Joint(records, callers, frozenset(arriving)), frozenset(fixed)
 
 

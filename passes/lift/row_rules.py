@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.analysis import written_operands
+from attnfx.passes.fx.analysis import is_random, written_operands
 from attnfx.passes.fx.einsum import MULTIPLYING, einsum, of_matrices
 from attnfx.passes.fx.nodes import Opaque, Product, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.access import variables
@@ -182,7 +182,7 @@ def _split(at: Node, asked: Mapping[int, Expr]) -> Made:
     use = Use(at, asked)
     if name in RULES:
         RULES[name](use)
-    elif torch.Tag.pointwise in at.target.tags and torch.Tag.nondeterministic_seeded not in at.target.tags:
+    elif torch.Tag.pointwise in at.target.tags and not is_random(at.target):
         _pointwise(use)
     elif name in VIEWS:
         _view(use)

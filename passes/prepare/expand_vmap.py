@@ -22,6 +22,7 @@ from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from attnfx.passes.fx.analysis import is_random
 from attnfx.passes.fx.examples import example
 from attnfx.passes.lift.graph import Graph
 
@@ -131,4 +132,4 @@ def _written_out(graph: Graph, level: list[Node]) -> tuple[GraphModule, list[Nod
 
 def _changes_or_draws(n: Node) -> bool:
     op = n.target
-    return isinstance(op, OpOverload) and (op._schema.is_mutable or torch.Tag.nondeterministic_seeded in op.tags)
+    return isinstance(op, OpOverload) and (op._schema.is_mutable or is_random(op))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.fx import Node
 
-from attnfx.passes.fx.analysis import Facts, storage, written_operands
+from attnfx.passes.fx.analysis import Facts, is_random, storage, written_operands
 from attnfx.passes.fx.nodes import argument, dims, op_name, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
@@ -42,8 +42,8 @@ def _pure(node: Node) -> Any:
     if packet is None or name in STORAGE or target._overloadname not in packet.overloads():
         return None
     pure = getattr(packet, target._overloadname)
-    draws = torch.Tag.nondeterministic_seeded in pure.tags and not name.endswith("dropout")
-    return None if pure._schema.is_mutable or draws else pure
+    random = is_random(pure) and not name.endswith("dropout")
+    return None if pure._schema.is_mutable or random else pure
 
 
 def run(graph: Graph) -> int:

@@ -13,12 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch._ops import HigherOrderOperator
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from attnfx.passes.fx.analysis import Facts, cone, written_operands
+from attnfx.passes.fx.analysis import Facts, cone, is_random, pure
 from attnfx.passes.fx.dropout import DROPOUTS
 from attnfx.passes.fx.nodes import is_tensor, number, op_name, value
 from attnfx.passes.lift.tables import VIEWS
@@ -130,11 +129,7 @@ def pair(
 
 def _outside(n: Node) -> bool:
     """Return whether a node is not computed again: it is random, writes in place, or holds a graph of its own."""
-    if n.op != "call_function":
-        return n.op != "call_method"
-    tags = getattr(n.target, "tags", ())
-    draws = torch.Tag.nondeterministic_seeded in tags and op_name(n) not in DROPOUTS
-    return draws or isinstance(n.target, HigherOrderOperator) or bool(written_operands(n))
+    return not pure(n) or (is_random(n.target) and op_name(n) not in DROPOUTS)
 
 
 def _module(
