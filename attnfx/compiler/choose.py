@@ -76,7 +76,7 @@ class _Choosing:
     # -- one call of the operator -------------------------------------------------------------------
     def _attention(self, match: Match) -> Choice:
         place, keep = self.place, self.keeping
-        query = value(match.query.node)
+        query = value(match.query)
         prepare(match.spec, place.site.sizes)
         here = refusals(match, place.site.sizes, query.device)
         question = self._question(match, here)
@@ -90,7 +90,7 @@ class _Choosing:
 
     def _question(self, match: Match, here: Mapping[str, str]) -> cost.Question:
         place, target = self.place, self.options.target
-        query, reader = value(match.query.node), place.reader
+        query, reader = value(match.query), place.reader
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
@@ -110,7 +110,7 @@ class _Choosing:
 
     def _decided(self, question: cost.Question, match: Match) -> tuple[Decision, tuple[str, ...]]:
         """Decide by prediction, or by measured times if the options ask for them; also return the target's notes."""
-        present, options = value(match.query.node).device, self.options
+        present, options = value(match.query).device, self.options
         target = target_of(options, present)
         at_hand = options.target == "auto"
         corrections = calibrate.corrections(present) if at_hand else None
@@ -128,7 +128,7 @@ class _Choosing:
     def _action(
         self, match: Match, chosen: Candidate, here: Mapping[str, str], question: cost.Question, summarized: bool = True
     ) -> Attention:
-        query = value(match.query.node)
+        query = value(match.query)
         reductions = () if self.place.reader is not None else tuple(match.reductions)
         tiers = tiers_of(chosen, here, query.device, reductions)
         target, tier = target_of(self.options, query.device), tiers[0].partition(":")[0]
@@ -139,7 +139,7 @@ class _Choosing:
 
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:
         target, tiers = self.options.target, action.tiers
-        present = value(action.match.query.node).device.type
+        present = value(action.match.query).device.type
         cannot = tiers[0].partition(":")[0] in here
         if self.compiles and isinstance(target, Target) and (cannot or target.kind != present):
             instead = next(t for t in tiers if t.partition(":")[0] not in here)

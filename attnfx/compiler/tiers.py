@@ -29,7 +29,7 @@ def refusals(
     match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None
 ) -> dict[str, str]:
     """Map each tier that cannot run a match to the reason, for `device` or any device of `capability`."""
-    dtype, extents = value(match.query.node).dtype, dimensions(match)
+    dtype, extents = value(match.query).dtype, dimensions(match)
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
     if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
         found = {"decode": why, "flash": why, **found}
@@ -47,7 +47,7 @@ def refusals(
 def fused_call(match: Match, tier: str) -> cuda.Fused | None:
     """Return the call of PyTorch's fused operator that replaces a match directly: only for a GPU's library tier."""
     call = cuda.call_of(match.spec)
-    gpu = value(match.query.node).device.type == "cuda"
+    gpu = value(match.query).device.type == "cuda"
     return call if gpu and tier == "library" and isinstance(call, cuda.Fused) else None
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
+from torch.utils._pytree import tree_leaves
 
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.nodes import argument, dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import arguments, dims, is_tensor, op_name, value
 
 
 def written_operands(n: Node) -> list[Node]:
@@ -19,14 +20,9 @@ def written_operands(n: Node) -> list[Node]:
     schema = getattr(n.target, "_schema", None)
     if n.op != "call_function" or schema is None or not schema.is_mutable:
         return []
-    out = []
-    for position, arg in enumerate(schema.arguments):
-        if arg.alias_info is not None and arg.alias_info.is_write:
-            given = n.args[position] if position < len(n.args) else n.kwargs.get(arg.name)
-            for x in given if isinstance(given, list | tuple) else [given]:
-                if isinstance(x, Node):
-                    out.append(x)
-    return out
+    given = arguments(n)
+    written = [given[a.name] for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    return [x for x in tree_leaves(written) if isinstance(x, Node)]
 
 
 def is_random(op: object) -> bool:
@@ -56,7 +52,8 @@ IDENTITIES = ("contiguous", "to", "type_as", "flatten", "positive", "real", "res
 def returns_operand(n: Node) -> bool:
     """Return whether an operator returns its first operand itself, not a view or a copy of it."""
     if op_name(n) in ("dropout", "feature_dropout"):
-        return argument(n, 2, "train") is False or argument(n, 1, "p") == 0
+        given = arguments(n)
+        return given["train"] is False or given["p"] == 0
     if written := written_operands(n):
         return is_tensor(n) and n.args[:1] == (written[0],)
     x = n.args[0] if op_name(n) in IDENTITIES else None
@@ -205,7 +202,8 @@ def taught_operands(n: Node) -> list[Node]:
     name = op_name(n)
     if "detach" in name or name.endswith("_like") or name.startswith("new_"):
         return []
-    return [a for a in (n.args[:1] if name.endswith("_as") else n.all_input_nodes) if _may_learn(a)]
+    operands = n.all_input_nodes[:1] if name.endswith("_as") else n.all_input_nodes
+    return list(filter(_may_learn, operands))
 
 
 def _may_learn(n: Node) -> bool:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from torch.fx import Graph, GraphModule, Node
 
-from attnfx.passes.fx.nodes import SDPA, argument, op_name
+from attnfx.passes.fx.nodes import SDPA, arguments, op_name, set_argument
 from attnfx.spec import from_json
 from attnfx.spec import rows as rowprogram
 
@@ -21,9 +21,8 @@ def drops(gm: GraphModule) -> bool:
 def _probability(n: Node) -> float:
     if n.op != "call_function" or op_name(n) not in (*DROPOUTS, *SDPA):
         return 0.0
-    p = argument(n, 4 if op_name(n) in SDPA else 1, "dropout_p" if op_name(n) in SDPA else "p")
-    trains = op_name(n) in SDPA or argument(n, 2, "train")
-    return float(p or 0.0) if trains else 0.0  # type: ignore[arg-type]
+    given = arguments(n)
+    return float(given.get("dropout_p", given.get("p"))) if given.get("train", True) else 0.0  # type: ignore[arg-type]
 
 
 def without_dropout(gm: GraphModule) -> GraphModule:
@@ -38,12 +37,12 @@ def without_dropout(gm: GraphModule) -> GraphModule:
             n.replace_all_uses_with(n.args[0], propagate_meta=False)  # type: ignore[arg-type]
             graph.erase_node(n)
         elif op_name(n) in SDPA and _probability(n):
-            n.update_arg(4, 0.0) if len(n.args) > 4 else n.update_kwarg("dropout_p", 0.0)
+            set_argument(n, "dropout_p", 0.0)
         elif op_name(n).startswith("attnfx::"):
-            names = [a.name for a in n.target._schema.arguments]  # type: ignore[union-attr]
+            given = arguments(n)
             for name, calm in (("spec", _calm_spec), ("program", _calm_rows)):
-                if name in names:
-                    n.update_arg(names.index(name), calm(str(n.args[names.index(name)])))
+                if name in given:
+                    set_argument(n, name, calm(str(given[name])))
     return GraphModule(gm, graph)
 
 

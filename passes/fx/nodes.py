@@ -154,6 +154,17 @@ def argument(at: Node, position: int, name: str, default: object = None) -> obje
     return at.args[position] if len(at.args) > position else default
 
 
+def arguments(at: Node) -> dict[str, Any]:
+    """Return the arguments of a call by name, with the defaults of the operator's schema."""
+    schema = at.target._schema.arguments  # type: ignore[union-attr]
+    return {a.name: a.default_value for a in schema} | {a.name: x for a, x in zip(schema, at.args)} | dict(at.kwargs)
+
+
+def set_argument(at: Node, name: str, x: Any) -> None:
+    position = [a.name for a in at.target._schema.arguments].index(name)  # type: ignore[union-attr]
+    at.update_arg(position, x) if position < len(at.args) else at.update_kwarg(name, x)
+
+
 def axis(at: Node, position: int = 1, name: str = "dim", rank: int | None = None) -> int:
     dim = argument(at, position, name)
     rank = len(shape(at.args[0])) if rank is None else rank  # type: ignore[arg-type]

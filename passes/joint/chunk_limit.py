@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 from torch.fx import Graph, GraphModule, Node
 
-from attnfx.passes.fx.nodes import argument, op_name
+from attnfx.passes.fx.nodes import arguments, op_name, set_argument
 from attnfx.passes.joint.read_graph import attention_workspace
 
 OPERATORS = ("attnfx::attention", "attnfx::attention_backward")
@@ -19,8 +18,8 @@ def limit(gm: GraphModule, elements: int) -> None:
     for module in gm.modules():
         if isinstance(module, GraphModule) and (calls := list(_calls(module.graph))):
             for n in calls:
-                others = str(_argument(n, "tier")).split(",")[1:]
-                n.update_arg(_position(n, "tier"), ",".join([f"{TIER}:{elements}", *(t for t in others if t != TIER)]))
+                others = [t for t in _tiers(n)[1:] if t != TIER]
+                set_argument(n, "tier", ",".join([f"{TIER}:{elements}", *others]))
             module.recompile()
 
 
@@ -33,21 +32,15 @@ def draws(gm: GraphModule) -> bool:
     """Return whether the chunked tier applies dropout: it reads the seed on the host, which CUDA graphs cannot
     capture."""
     graphs = (module.graph for module in gm.modules() if isinstance(module, GraphModule))
-    return any(isinstance(_argument(n, "seed"), Node) for graph in graphs for n in _calls(graph))
+    return any(isinstance(arguments(n)["seed"], Node) for graph in graphs for n in _calls(graph))
 
 
 def _calls(graph: Graph) -> Iterator[Node]:
     """Yield each call whose first tier is the chunked one."""
     for n in graph.nodes:
-        if n.op == "call_function" and op_name(n) in OPERATORS:
-            if str(_argument(n, "tier")).partition(",")[0].partition(":")[0] == TIER:
-                yield n
+        if n.op == "call_function" and op_name(n) in OPERATORS and _tiers(n)[0].partition(":")[0] == TIER:
+            yield n
 
 
-def _position(n: Node, name: str) -> int:
-    """Return the position of an argument in the operator's schema."""
-    return [a.name for a in n.target._schema.arguments].index(name)  # type: ignore[union-attr]
-
-
-def _argument(n: Node, name: str) -> Any:
-    return argument(n, _position(n, name), name)
+def _tiers(n: Node) -> list[str]:
+    return str(arguments(n)["tier"]).split(",")

@@ -23,7 +23,7 @@ from attnfx.memory.records import Graph, Kind, Op, Result
 from attnfx.memory.workspace import Operand, Use, fused_kernel, workspace
 from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.copies import copied
-from attnfx.passes.fx.nodes import number, op_name
+from attnfx.passes.fx.nodes import arguments, is_tensor, number, op_name
 from attnfx.spec import from_json
 from attnfx.targets import sdpa_dispatch as fused
 
@@ -80,15 +80,15 @@ def attention_workspace(n: Node, cpu: bool, shape: Callable[[Node], Sequence[int
         return fused_kernel(query[-2], key[-2], query[-1], element, backward, torch.get_num_threads())
     if not name.startswith("attnfx::attention"):
         return 0
-    nodes = [x for x in n.args if isinstance(x, Node) and isinstance(x.meta.get("val"), torch.Tensor)]
-    operands = [operand(x.meta["val"], None if shape is None else shape(x)) for x in nodes]
-    texts = [a for a in n.args if isinstance(a, str)]
-    backward = name.endswith("backward")
-    if name not in ("attnfx::attention", "attnfx::attention_backward") or len(texts) != 2:
-        return max((x.bytes for x in operands), default=0)  # blocks of whole rows: about as much as an operand
-    grad, query, key, value = operands[:4] if backward else (None, *operands[:3])
-    use = Use(from_json(texts[0]), query, key, value, grad, cpu, torch.get_num_threads())
-    tier = texts[1].split(",")[0]
+    given = arguments(n)
+    nodes = [x for x in n.args if isinstance(x, Node) and is_tensor(x)]
+    operands = {x: operand(x.meta["val"], None if shape is None else shape(x)) for x in nodes}
+    if name not in ("attnfx::attention", "attnfx::attention_backward"):
+        return max((x.bytes for x in operands.values()), default=0)  # blocks of whole rows: about as much as an operand
+    query, key, value = (operands[given[role]] for role in ("query", "key", "value"))
+    grad = operands.get(given.get("grad_out"))  # type: ignore[arg-type]
+    use = Use(from_json(given["spec"]), query, key, value, grad, cpu, torch.get_num_threads())
+    tier = given["tier"].split(",")[0]
     return workspace(use, f"chunked:{chunk}" if chunk and tier.partition(":")[0] == "chunked" else tier)
 
 

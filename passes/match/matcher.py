@@ -275,11 +275,10 @@ class Finder:
 
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
-        query, key, val = read.operands
         assert parts.value_width is not None
         match = Match(
-            parts.final, read.spec, query, key, val, read.captures, read.sizes, read.kv_axes, read.group_axes,
-            parts.row, parts.column, parts.width, parts.value_width, read.out, parts.found.draw,
+            **vars(read), final=parts.final, row=parts.row, column=parts.column, width=parts.width,
+            value_width=parts.value_width, draw=parts.found.draw,
         )  # fmt: skip
         learns = (x.node in self.facts.differentiable for x in read.operands)
         match.training = any(learns) or any(c.grad for c in read.spec.captures)
@@ -303,9 +302,7 @@ def over_dot(found: N.Normalised, load: Expr, dot: Contraction) -> N.Normalised:
 
 def _layers(match: Match) -> bool:
     """Return whether keys and values are both parameters or plain input matrices: linear layers, or experts."""
-    return all(
-        parameter(x.node) or (x.node.op == "placeholder" and not of_batch(x.node)) for x in (match.key, match.value)
-    )
+    return all(parameter(x.node) or (x.node.op == "placeholder" and not of_batch(x.node)) for x in match.operands[1:])
 
 
 def _plain(c: Contraction) -> bool:

@@ -123,11 +123,11 @@ class Parts:
     def whole(self, like: Match, general: Form, **changes: object) -> Match:
         """Return the match of all parts, which has a form over b, h, i and j and is otherwise as `like`."""
         out, (score, weight, *extra), *indices = general
-        query, key, val = (replace(x[0], index=index) for x, index in zip(self.operands, indices, strict=True))
+        operands = tuple(replace(x[0], index=index) for x, index in zip(self.operands, indices, strict=True))
         spec, captures, sizes = renumbered(replace(like.spec, weight=weight), [score, *extra], *self.matches)
         return replace(
-            like, final=self.final, spec=spec, query=query, key=key, value=val, captures=captures, sizes=sizes,
-            out_index=out, draw=None, training=any(m.training for m in self.matches), reductions=[], **changes,
+            like, final=self.final, spec=spec, operands=operands, captures=captures, sizes=sizes, out_index=out,
+            draw=None, training=any(m.training for m in self.matches), reductions=[], **changes,
         )  # fmt: skip
 
 
@@ -143,12 +143,10 @@ def _merged(finder: Finder, final: Node, dim: int, matches: list[Match]) -> Matc
     facts = finder.facts
     if any(facts.regions[m.final][0] != facts.regions[final][0] for m in matches) or not _alike(matches):
         return None
-    operands: list[list[Operand]] = []
-    for name in ("query", "key", "value"):
-        found = _together(finder.lifter, [getattr(m, name) for m in matches])
-        if found is None:
-            return None
-        operands.append(found)
+    of_role = zip(*(m.operands for m in matches), strict=True)
+    operands = [found for parts in of_role if (found := _together(finder.lifter, parts)) is not None]
+    if len(operands) != len(matches[0].operands):
+        return None
     read = [*(n for found in operands for x in found for n in x.nodes), *(c for m in matches for c in m.captures)]
     if any(x in facts.written for x in read):
         return None  # two parts may have read different values
@@ -176,7 +174,7 @@ def _alike(matches: list[Match]) -> bool:
     return True
 
 
-def _together(lifter: Lifter, found: list[Operand]) -> list[Operand] | None:
+def _together(lifter: Lifter, found: Sequence[Operand]) -> list[Operand] | None:
     """Return the parts' operands as read at the nearest node that all come from, else in one stack of all. None if they
     are of different sizes."""
     read = None if any(x.parts for x in found) else common(lifter, found)

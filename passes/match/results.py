@@ -6,39 +6,31 @@ from dataclasses import dataclass, field
 
 from torch.fx import Node
 
+from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.passes.lift.access import Operand
+from attnfx.mask import rows_live
+from attnfx.mask.predicate import kept
+from attnfx.passes.lift.access import extent
 from attnfx.passes.lift.tables import Index
-from attnfx.passes.match.spec_builder import batch_and_heads, every_row_live
+from attnfx.passes.match.spec_builder import Reading, batch_and_heads
 from attnfx.report.records import Refusal
 from attnfx.spec import AXES, AttentionSpec
 
 
 @dataclass(eq=False)
-class Match:
-    """A matched site: everything that the rewriter needs.
+class Match(Reading):
+    """A matched site: everything that the rewriter needs. Its operands are query, key and value.
 
-    final                   the node that the operator replaces
-    kv_axes, group_axes     the batch axes
+    final                   the node that the operator replaces; `out_index` has an index for each dimension of it
     row, column             the variables i and j
     width, value_width      the variables d and e
-    out_index               for each dimension of `final`, its index over the axes
     """
 
     final: Node
-    spec: AttentionSpec
-    query: Operand
-    key: Operand
-    value: Operand
-    captures: list[Node]
-    sizes: list[str]
-    kv_axes: list[Expr]
-    group_axes: list[Expr]
     row: Expr
     column: Expr
     width: Expr
     value_width: Expr
-    out_index: Index
     draw: object = None  # the name of the node that applies the dropout
     reductions: list[Reduction] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
@@ -47,8 +39,8 @@ class Match:
     steps: int = 1  # number of merged steps of a loop over heads or batch elements
 
     @property
-    def operands(self) -> tuple[Operand, Operand, Operand]:
-        return self.query, self.key, self.value
+    def query(self) -> Node:
+        return self.operands[0].node
 
     @property
     def read(self) -> list[Node]:
@@ -56,19 +48,20 @@ class Match:
         return [*(n for x in self.operands for n in x.nodes), *self.captures]
 
     @property
-    def every_row_live(self) -> bool:
-        """Return whether every row provably has a live key."""
-        return every_row_live(self.spec, dict(zip(AXES.values(), self.letters.values(), strict=True)), self.sizes)
-
-    @property
-    def axes(self) -> list[Expr]:
-        return [*self.kv_axes, *self.group_axes]
-
-    @property
     def letters(self) -> dict[str, list[Expr]]:
         """Return the axes that the operator's b, h, i and j consist of."""
         batch, heads = batch_and_heads(self.kv_axes, self.group_axes)
         return {"b": batch, "h": heads, "i": [self.row], "j": [self.column]}
+
+    @property
+    def every_row_live(self) -> bool:
+        """Return whether every row provably has a live key. Under a mask, this needs constant sizes."""
+        if kept(self.spec) is A.TRUE:
+            return True
+        extents = {AXES[letter]: extent(axes) for letter, axes in self.letters.items()}
+        if self.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & self.spec.score.free:
+            return False
+        return rows_live(self.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
 
 
 @dataclass(frozen=True)

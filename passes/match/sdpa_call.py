@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.passes.fx.nodes import dims
+from attnfx.passes.fx.nodes import arguments, dims
 from attnfx.passes.lift.lifter import Lifter, broadcast
 from attnfx.passes.match import softmax as N
-from attnfx.passes.match.spec_builder import Parts, Refused
+from attnfx.passes.match.spec_builder import ROLES, Parts, Refused
 
 
 def library_call(lifter: Lifter, at: Node) -> Parts:
     """Return the parts of the attention that the call computes. Raises Refused."""
-    names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal", "scale", "enable_gqa")
-    given: dict[str, Any] = dict(zip(names, at.args, strict=False)) | dict(at.kwargs)
-    nodes = [given[n] for n in names[:3]]
-    p, mask, scale = given.get("dropout_p", 0.0), given.get("attn_mask"), given.get("scale")
+    given = arguments(at)
+    nodes = [given[name] for name in ROLES]
+    p, mask, scale = given["dropout_p"], given["attn_mask"], given["scale"]
     if not isinstance(p, int | float) or not 0 <= p < 1:
         raise Refused("dropout", f"dropout_p is {p}, not a Python number in [0, 1)", [at])
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
@@ -27,7 +24,7 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     pairs = []
     for x, last in zip(nodes, ((row, d), (j, d), (j, e)), strict=True):
         inner = list(heads)
-        if given.get("enable_gqa", False) and dims(x)[-3] is not dims(nodes[0])[-3]:
+        if given["enable_gqa"] and dims(x)[-3] is not dims(nodes[0])[-3]:
             inner[-1] = A.floordiv(heads[-1], A.floordiv(dims(nodes[0])[-3], dims(x)[-3]))
         pairs.append((x, broadcast(x, (*inner, *last))))
     if scale is None:
@@ -35,7 +32,7 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     else:
         factor = A.to_float(lifter.operand(scale, ()))
     score = A.mul(factor, A.DOT)
-    if given.get("is_causal", False):
+    if given["is_causal"]:
         score = A.where(A.le(j, row), score, A.const(float("-inf")))
     if mask is not None:
         m = lifter.lift(mask, broadcast(mask, (*heads, row, j)))

@@ -7,7 +7,7 @@ over the axes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -18,8 +18,6 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.ir.reach import reach
-from attnfx.mask import rows_live
-from attnfx.mask.predicate import kept
 from attnfx.passes.fx.analysis import Facts
 from attnfx.passes.fx.nodes import Product, kind_of, label, refusal, slot_node, value
 from attnfx.passes.lift.access import (
@@ -29,7 +27,6 @@ from attnfx.passes.lift.access import (
     accesses,
     apply_splits,
     best,
-    extent,
     free,
     program_splits,
     split_axes,
@@ -59,9 +56,9 @@ class Parts:
     product: Node | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Reading:
-    """The parts after the choice of nodes and axes. `operands` correspond to the parts' pairs, and `out` to their
+    """The parts after the choice of nodes and axes. `operands` correspond to the parts' pairs, and `out_index` to their
     `out`. The batch axes are split into `kv_axes`, which key or value depend on, and `group_axes`, which only the query
     has."""
 
@@ -71,7 +68,11 @@ class Reading:
     operands: tuple[Operand, ...]
     kv_axes: list[Expr]
     group_axes: list[Expr]
-    out: Index
+    out_index: Index
+
+    @property
+    def axes(self) -> list[Expr]:
+        return [*self.kv_axes, *self.group_axes]
 
 
 ROLES = ("query", "key", "value")  # of the pairs of `Parts`, in order
@@ -244,17 +245,6 @@ class Reader:
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:
     """Return the axes of the operator's b and h: the last key axis is a head, unless it is the only one."""
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
-
-
-def every_row_live(spec: AttentionSpec, axes: Mapping[str, Sequence[Expr]], sizes: Collection[str]) -> bool:
-    """Return whether every row provably has a live key. Under a mask, this needs constant sizes. `axes` are the axes
-    that B, H, T and S consist of, `sizes` the spec's own."""
-    if kept(spec) is A.TRUE:
-        return True
-    extents = {name: extent(of) for name, of in axes.items()}
-    if sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & spec.score.free:
-        return False
-    return rows_live(spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]
 
 
 def _merge(lists: list[list[Split]]) -> list[Split]:

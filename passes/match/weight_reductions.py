@@ -22,7 +22,7 @@ from attnfx.ir.exponentials import ZERO, Term, addends, summed, without_zeros
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import seeds_of
-from attnfx.passes.fx.nodes import Opaque, argument, dims, is_tensor, op_name, value
+from attnfx.passes.fx.nodes import Opaque, arguments, dims, is_tensor, op_name, value
 from attnfx.passes.lift.access import extent, flat, unflatten, variables
 from attnfx.passes.lift.tables import VIEWS, Index
 from attnfx.passes.match import softmax as N
@@ -136,13 +136,13 @@ def _reduction(
     axes = {letter: [v for a in of for v in common.made_of[a]] for letter, of in match.letters.items()}
     programs = [of_nodes(p, match) for p in (match.spec.score, *match.spec.extra)]
     weight = substitute(over_axes(reading.spec.weight, reading, common.ours), over_letters(axes))
-    index = [substitute(x, common.ours) for x in reading.out]
+    index = [substitute(x, common.ours) for x in reading.out_index]
     count, start, over = None, 0, "j"
     if kind == "logsumexp":
         return Reduction(final, match.spec, [], [], axes, tuple(index[:-1]), kind=kind)
     dimensions = variables(weights)
     if kind == "sum":
-        asked = argument(final, 1, "dim")
+        asked = arguments(final).get("dim")
         asked = [asked] if isinstance(asked, int) else asked
         gone = {d % len(dimensions) for d in asked} if asked else set(range(len(dimensions)))  # type: ignore[union-attr]
         kept = [x for d, x in enumerate(index) if d not in gone]
@@ -160,7 +160,7 @@ def _reduction(
         *programs, weight = (substitute(p, {S.I: A.add(S.I, A.const(start))}) for p in (*programs, weight))
     else:
         at = final.args[0] if op_name(final) == "getitem" else final
-        dim = argument(at, 1, "dim")  # type: ignore[arg-type]
+        dim = arguments(at)["dim"]  # type: ignore[arg-type]
         dim = dim[0] if isinstance(dim, (list, tuple)) and len(dim) == 1 else dim
         plain = match.spec.normaliser == "softmax" and weight is A.PROB
         if not isinstance(dim, int) or not plain or index[dim] not in (match.column, match.row):
@@ -207,9 +207,8 @@ def _split(match: Match, common: Common) -> None:
     score, weight, *extra = (
         over_axes(p, match, theirs) for p in (match.spec.score, match.spec.weight, *match.spec.extra)
     )
-    for name in ("query", "key", "value"):
-        operand = getattr(match, name)
-        setattr(match, name, replace(operand, index=tuple(substitute(x, theirs) for x in operand.index)))
+    at = (tuple(substitute(x, theirs) for x in operand.index) for operand in match.operands)
+    match.operands = tuple(replace(operand, index=index) for operand, index in zip(match.operands, at))
     match.out_index = tuple(substitute(x, theirs) for x in match.out_index)
     match.kv_axes = [v for a in match.kv_axes for v in common.made_of[a]]
     match.group_axes = [v for a in match.group_axes for v in common.made_of[a]]
@@ -228,7 +227,7 @@ def over_letters(axes: dict[str, list[Expr]]) -> dict[Expr, Expr]:
 
 
 def renumbered(
-    draft: AttentionSpec, named: list[Expr], *sources: Match | Reading
+    draft: AttentionSpec, named: list[Expr], *sources: Reading
 ) -> tuple[AttentionSpec, list[Node], list[str]]:
     """Return the spec with another score and extra logits. All its programs load nodes of the graph; `sources` have the
     captures of these."""
@@ -252,7 +251,7 @@ def _same_scores(
             row = finder.row(found.score, load, dot, j, out, frozenset())
             whole, pairs = over_dot(found, load, dot), ((dot.left, dot.left_index), (dot.right, dot.right_index))
             parts = Parts(final, dimensions, row, j, dot.reduced, None, pairs, whole, dot.node)
-            reading = finder.reader.read(parts, (match.query.node, match.key.node))
+            reading = finder.reader.read(parts, tuple(x.node for x in match.operands[:2]))
             common = _common(match, reading, parts)
             if common is not None and _agrees(match, reading, common):
                 return reading, common
@@ -279,7 +278,7 @@ class Common:
 
 
 def _common(match: Match, reading: Reading, parts: Parts) -> Common | None:
-    ours, theirs = [*reading.kv_axes, *reading.group_axes], match.axes
+    ours, theirs = reading.axes, match.axes
     inner = list(zip((parts.row, parts.column, parts.width), (match.row, match.column, match.width), strict=True))
     if any(x.args[0] is not y.args[0] for x, y in inner):
         return None
@@ -309,7 +308,7 @@ def _least(ours: list[Expr], theirs: list[Expr]) -> tuple[list[Expr], list[Expr]
 
 def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     """Return whether the two are one softmax of one score of the same operands."""
-    for mine, other in zip(reading.operands, (match.query, match.key), strict=True):
+    for mine, other in zip(reading.operands, match.operands[:2], strict=True):
         if [substitute(x, common.ours) for x in mine.index] != [substitute(x, common.theirs) for x in other.index]:
             return False
     ours, theirs = reading.spec, match.spec
@@ -325,14 +324,14 @@ def _agrees(match: Match, reading: Reading, common: Common) -> bool:
     return [A.in_place(x) for x in mine] == other and (not match.training or match.every_row_live)
 
 
-def over_axes(program: Expr, source: Reading | Match, to_common: dict[Expr, Expr]) -> Expr:
+def over_axes(program: Expr, source: Reading, to_common: dict[Expr, Expr]) -> Expr:
     """Return a program over the common axes, with the captures and sizes of the graph again."""
     batch, heads = batch_and_heads(source.kv_axes, source.group_axes)
     by = {S.B: flat(batch), S.H: flat(heads)}
     return substitute(substitute(of_nodes(program, source), by), to_common)
 
 
-def of_nodes(program: Expr, source: Reading | Match) -> Expr:
+def of_nodes(program: Expr, source: Reading) -> Expr:
     names = dict(zip(source.spec.sizes, source.sizes, strict=True))
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:

@@ -70,9 +70,10 @@ def rewrite(
         made = emit.operand(source, axes)  # a detached operand must not get a gradient of zeros
         return emit.call(aten.detach.default, made) if taught.isdisjoint(source.nodes) else made
 
-    q = operand(match.query, [*axes, match.row, match.width])
-    k = operand(match.key, [*kv, match.column, match.width])
-    v = operand(match.value, [*kv, match.column, match.value_width])
+    query, key, val = match.operands
+    q = operand(query, [*axes, match.row, match.width])
+    k = operand(key, [*kv, match.column, match.width])
+    v = operand(val, [*kv, match.column, match.value_width])
     q = emit.shaped(q, [*axes, match.row, match.width], [n["B"], n["H"], n["T"], n["D"]])
     k = emit.shaped(k, [*kv, match.column, match.width], [n["B"], n["G"], n["S"], n["D"]])
     v = emit.shaped(v, [*kv, match.column, match.value_width], [n["B"], n["G"], n["S"], n["Dv"]])
