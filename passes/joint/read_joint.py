@@ -10,6 +10,7 @@ from torch.fx import Graph, GraphModule, Node
 from torch.utils._pytree import tree_leaves
 
 from attnfx.memory.partition import Joint
+from attnfx.passes.fx.analysis import written_operands
 from attnfx.passes.fx.copies import copied
 from attnfx.passes.joint.mark_recompute import redraws
 from attnfx.passes.joint.read_graph import read
@@ -36,5 +37,5 @@ def _changed(graph: Graph) -> set[Node]:
     output = graph.output_node()
     told = {getattr(d, "mutated_input", None) for d in tree_leaves(output.meta.get("desc", []))} - {None}
     inputs = {n for n in graph.nodes if n.op == "placeholder"}
-    written = {n for n in inputs if any("copy_" in str(u.target) and u.args[0] is n for u in n.users)}
-    return written | {n for n in inputs if n.meta.get("desc") in told}
+    written = {x for n in graph.nodes for x in written_operands(n)}
+    return (inputs & written) | {n for n in inputs if n.meta.get("desc") in told}

@@ -89,23 +89,20 @@ class _Walk:
     def _scores(self) -> list[Node]:
         """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
         The walk follows the dimension of the keys, because another dimension may have the same size."""
-        seen = {self.final}
-        stack: list[tuple[Node, int, int | None, int]] = [(self.final, self.found.rows[self.final], None, 0)]
-        out: list[Node] = []
+        seen, out = {self.final}, []
+        ends = self._operands(self.final, self.found.rows[self.final], None)
+        stack = [(x, self._summed(x.node), 0) for x, _ in ends]
         while stack:
-            n, row, key, far = stack.pop()
-            for x, at in self._operands(n, row, key):
-                at = self._summed(x.node) if n is self.final else at
-                small = 0 if self._has_keys(x, at) else far + 1
-                if x.node in seen or small > NEAR:
-                    continue
-                seen.add(x.node)
-                if (batched(x.node) or meeting(x.node)) and not small and not any(
-                    self._has_keys(*a) for a in self._operands(x.node, x.dim, at)
-                ):  # fmt: skip
-                    out.append(x.node)
-                else:
-                    stack.append((x.node, x.dim, at, small))
+            x, key, far = stack.pop()
+            far = 0 if self._has_keys(x, key) else far + 1
+            if x.node in seen or far > NEAR:
+                continue
+            seen.add(x.node)
+            operands = self._operands(x.node, x.dim, key)
+            if (batched(x.node) or meeting(x.node)) and not far and not any(self._has_keys(*a) for a in operands):
+                out.append(x.node)
+            else:
+                stack.extend((a, at, far) for a, at in operands)
         return out
 
     def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:
