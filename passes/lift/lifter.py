@@ -20,10 +20,32 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import FLOAT, INT, Expr, node, walk
-from attnfx.passes.fx.nodes import PRODUCTS, Opaque, dims, is_tensor, kind_of, op_name, size_expr, slot_node, value
+from attnfx.passes.fx.nodes import (
+    PRODUCTS,
+    Opaque,
+    dims,
+    is_tensor,
+    kind_of,
+    label,
+    op_name,
+    size_expr,
+    slot_node,
+    value,
+)
 from attnfx.passes.lift.tables import ADDING, INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 
-MAX_DEPTH = 400
+Key = tuple[Node, Index, bool]  # a node, an index into it, and whether its operators stay as they were
+MAX_DEPTH = 400  # most operators from the lifted value down to a value that is read; a value beyond is loaded
+MAX_FACTORS, MAX_TERMS = 64, 256  # of a product, and of a sum of products of integers: repeated squares double both
+NESTED = 40  # most calls of `lift` inside each other: each takes about six frames of Python's stack
+
+
+class _Deeper(Exception):
+    """Ask for the value `key`, which lies `depth` operators deep, to be lifted first."""
+
+    def __init__(self, key: Key, depth: int):
+        super().__init__()
+        self.key, self.depth = key, depth
 
 
 @dataclass(frozen=True)
@@ -46,6 +68,7 @@ class Lifter:
     frozen      nodes computed under no_grad: gradients do not flow through them
     tables      products that are loaded as elements of smaller ones
     reductions  reduction -> the node and the index that it was lifted from
+    cut         nodes that were loaded because they lie deeper than MAX_DEPTH
     """
 
     def __init__(
@@ -58,24 +81,55 @@ class Lifter:
         self.frozen = frozen
         self.tables = tables or {}
         self.reductions: dict[Expr, tuple[Node, Index]] = {}
-        self.memo: dict[tuple[Node, Index, bool], Expr] = {}
+        self.memo: dict[Key, Expr | Opaque] = {}
         self.exact = False  # inside a float computation that decides an integer: operators stay as they were
-        self.depth = 0
+        self.cut: set[Node] = set()
+        self.depth = self.nested = 0
 
     def lift(self, at: Node, index: Index) -> Expr:
-        """Return the expression of `at[index]`."""
+        """Return the expression of `at[index]`. Raises Opaque if it is not a tensor."""
         key = (at, index, self.exact)
-        found = self.memo.get(key)
-        if found is None:
-            self.depth += 1
-            try:
-                found = self.load(at, index) if self.depth > MAX_DEPTH else self._lift(at, index)
-                if at in self.frozen:
-                    found = A.detach(found)
-            finally:
-                self.depth -= 1
-            self.memo[key] = found
+        if key not in self.memo:
+            if self.nested >= NESTED:
+                raise _Deeper(key, self.depth)
+            if self.nested:
+                self._enter(key, self.depth)
+            else:
+                self._start(key)
+        found = self.memo[key]
+        if isinstance(found, Opaque):
+            raise Opaque
         return found
+
+    def _start(self, key: Key) -> None:
+        """Lift a value and, before it, the values below it that are too deep for Python's stack. The memo keeps each
+        lifted value, so that a second attempt at a value goes straight to the missing one."""
+        waiting = [(key, 0)]
+        while waiting:
+            try:
+                self._enter(*waiting[-1])
+                waiting.pop()
+            except _Deeper as below:
+                waiting.append((below.key, below.depth))
+
+    def _enter(self, key: Key, depth: int) -> None:
+        """Lift a value that lies `depth` operators deep into the memo."""
+        at, index, exact = key
+        before = self.depth, self.nested, self.exact
+        self.depth, self.nested, self.exact = depth + 1, self.nested + 1, exact
+        try:
+            if self.depth > MAX_DEPTH:
+                self.cut.add(at)
+            found = self.load(at, index) if self.depth > MAX_DEPTH else self._lift(at, index)
+            self.memo[key] = A.detach(found) if at in self.frozen else found
+        except Opaque as problem:
+            self.memo[key] = problem
+        finally:
+            self.depth, self.nested, self.exact = before
+
+    def obstacle(self, at: Node, otherwise: str) -> str:
+        """Return why a value computed from scores was loaded: the depth, if that is the reason, or `otherwise`."""
+        return f"more than {MAX_DEPTH} operators lead from {label(at)} to the weights" if at in self.cut else otherwise
 
     def _lift(self, at: Node, index: Index) -> Expr:
         if at in self.tables:
@@ -95,6 +149,8 @@ class Lifter:
                     try:
                         out = rule(self, at, index)
                     except Opaque:
+                        break
+                    if _expanded(out):
                         break
                     if out.op in ("rsum", "rmax", "softmax"):
                         self.reductions.setdefault(out, (at, index))
@@ -150,6 +206,13 @@ class Lifter:
             return self.operand(x, index)
         finally:
             self.exact = before
+
+
+def _expanded(e: Expr) -> bool:
+    """Return whether an expression is a product, or an expanded product of sums, of too many factors or terms."""
+    if e.op == "mul":
+        return len(e.args) > MAX_FACTORS
+    return e.op == "add" and e.kind == INT and len(e.args) > MAX_TERMS
 
 
 def _literal(at: Node) -> bool | int | float | None:

@@ -257,7 +257,8 @@ class Finder:
                 found.append((e, c.turned if j.value in free(c.left_index) else c))
         if not found:
             raise self._no_product(final, score)
-        return sorted(found, key=lambda pair: (not _plain(pair[1]), -self.facts.position[pair[1].node]))
+        found.sort(key=lambda pair: pair[1].node, reverse=True)
+        return sorted(found, key=lambda pair: not _plain(pair[1]))
 
     def _no_product(self, final: Node, score: Expr) -> Refused:
         """Return the refusal of scores that load no product of queries with keys; it names the obstacle if it can."""
@@ -267,6 +268,7 @@ class Finder:
             return Refused("no_product", "the softmax is not computed from a product of queries and keys", [final])
         if not batched(odd):
             message = f"{label(odd)} between the scores and the softmax cannot be computed for each score by itself"
+            message = self.lifter.obstacle(odd, message)
         elif not value(odd).dtype.is_floating_point:
             message = f"the product of queries and keys, {label(odd)}, has the dtype {value(odd).dtype}"
         else:

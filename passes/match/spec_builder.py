@@ -216,7 +216,7 @@ class Reader:
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
             message = f"the scores pass through {label(at)}, which cannot be computed for each score by itself"
-            raise Refused("score_used", message, [at])
+            raise Refused("score_used", self.lifter.obstacle(at, message), [at])
         held = value(at)
         if not isinstance(held, torch.Tensor):
             return Capture(FLOAT, 0, False)  # a symbolic number
