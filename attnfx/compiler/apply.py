@@ -44,12 +44,16 @@ class Outcome:
 
 
 def apply(
-    graph: Graph, choices: Sequence[Choice], context: Context, after: Callable[[Place], None] | None = None
+    graph: Graph,
+    choices: Sequence[Choice],
+    context: Context,
+    after: Callable[[Place, Sequence[Node]], None] | None = None,
 ) -> list[Outcome]:
     """Apply the choices for a graph and return an outcome for each.
 
     They are applied from last to first: an operand may be the result of an earlier attention, which is replaced after
-    it. Replaced nodes stay in the graph without users. `after` is called with each place when it is done.
+    it. Replaced nodes stay in the graph without users. `after` is called with each
+    place when it is done, and with the new nodes.
     """
     before = graph.facts
     out: list[Outcome] = []
@@ -62,10 +66,10 @@ def apply(
         outcome = Outcome(choice) if together else context.attempt(place.part, run, Outcome(choice))
         if outcome.choice.action is None:
             outcome = _shielded(graph, outcome.choice)
-        if outcome.changed:
-            graph.changed(erased=False)
         if after is not None:
-            after(place)
+            after(place, graph.made)
+        if outcome.changed:
+            graph.grew()
         out.append(outcome)
     return out[::-1]
 
@@ -97,7 +101,7 @@ def _shielded(graph: Graph, choice: Choice) -> Outcome:
     refused = choice.site.refusal
     if choice.shield not in (SHIELD, SHIELD_RISKY) or (refused is not None and refused.code == "mutated"):
         return Outcome(choice)  # in-place writes: do not influence the values that the compiler saves
-    if not shield(graph.gm, choice.finding, choice.shield == SHIELD_RISKY):
+    if not shield(graph, choice.finding, choice.shield == SHIELD_RISKY):
         return Outcome(choice)
     return Outcome(choice.noted("Inductor's own attention rewriting is switched off here"), changed=True)
 

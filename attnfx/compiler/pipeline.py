@@ -329,7 +329,7 @@ def _applied(found: Found, chosen: Chosen, context: Context, keep: bool) -> tupl
     if context.stages:
         findings = [c.finding for c in choices]
         record = context.attempt("the record of stages", partial(Recorder, graph.gm, findings, found.text), None)
-    after = None if record is None else lambda place: record.rewritten(place.number)
+    after = None if record is None else lambda place, made: record.rewritten(place.number, made)
     done = apply(graph, choices, context, after)
     changed |= any(o.changed for o in done)
     report.flops += found.flops

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
@@ -64,9 +63,8 @@ GIVEN = ("placeholder", "get_attr")  # kinds of nodes whose values the graph doe
 
 
 class Facts:
-    """Facts about one graph, valid while the graph does not change.
+    """Facts about one graph, valid while it does not change, or changes only as `grow` describes.
 
-    position        each node's position in the graph
     families        memory -> the nodes whose values it holds
     mutations       memory -> the nodes that write it in place
     written         nodes whose memory is written in place
@@ -78,30 +76,54 @@ class Facts:
 
     def __init__(self, gm: GraphModule):
         self.gm = gm
-        self.position = {n: p for p, n in enumerate(gm.graph.nodes)}
         self.families: dict[int | None, list[Node]] = {}
         self.mutations: dict[int | None, list[Node]] = {}
         for n in gm.graph.nodes:
-            if (key := storage(n)) is not None:
-                self.families.setdefault(key, []).append(n)
-            for key in {storage(x) for x in written_operands(n)} - {None}:
-                self.mutations.setdefault(key, []).append(n)
-        self.written = frozenset(n for key in self.mutations for n in self.families[key])
+            self._remember(n)
+        self.written = {n for key in self.mutations for n in self.families[key]}
         self.given = {storage(n) for n in gm.graph.nodes if n.op in GIVEN}
         self.regions = _regions(gm)
-        self.frozen = frozenset(n for n, (grad, _) in self.regions.items() if grad is False and not returns_operand(n))
+        self.frozen = {n for n in self.regions if self._is_frozen(n)}
         self.differentiable = self._differentiable()
+
+    def _remember(self, n: Node) -> set[int | None]:
+        """Take up a node's memory, and the memory that it writes; return the latter."""
+        if (key := storage(n)) is not None:
+            self.families.setdefault(key, []).append(n)
+        written = {storage(x) for x in written_operands(n)} - {None}
+        for key in written:
+            self.mutations.setdefault(key, []).append(n)
+        return written
+
+    def _is_frozen(self, n: Node) -> bool:
+        return self.regions[n][0] is False and not returns_operand(n)
+
+    def grow(self, made: Iterable[Node]) -> None:
+        """Take up new nodes that compute values of old ones again, and that write to new memory alone. Their readers
+        may have been readers of the old nodes; none was erased. The time depends on the new nodes alone."""
+        for n in sorted(n for n in made if n not in self.regions and n.prev.next is n):
+            self.regions[n] = self.regions.get(n.prev, (None, frozenset()))
+            written = self._remember(n)
+            self.written.update(x for key in written for x in self.families[key])
+            if storage(n) in self.mutations:
+                self.written.add(n)
+            if self._is_frozen(n):
+                self.frozen.add(n)
+            if not self.differentiable.isdisjoint(n.all_input_nodes):
+                shared = (x for key in written for x in self.families[key])
+                self.differentiable.update(filter(self._learns, (n, *shared)))
+
+    def _learns(self, n: Node) -> bool:
+        """Return whether a node's value requires a gradient if an operand of it does."""
+        return n.op not in GIVEN and n not in self.frozen and "detach" not in op_name(n) and _may_learn(n)
 
     def _differentiable(self) -> set[Node]:
         """Return the nodes whose value may require a gradient. A write of such a value into a tensor makes all nodes
         that share its memory differentiable."""
 
-        def learns(n: Node) -> bool:
-            return n.op not in GIVEN and n not in self.frozen and "detach" not in op_name(n) and _may_learn(n)
-
         def after(n: Node) -> Iterator[Node]:
             shared = (x for at in written_operands(n) for x in self.families.get(storage(at), ()))
-            return filter(learns, (*n.users, *shared))
+            return filter(self._learns, (*n.users, *shared))
 
         starts = []
         for n in self.gm.graph.nodes:
@@ -112,8 +134,7 @@ class Facts:
 
     def descends(self, node: Node, origin: Node) -> bool:
         """Return whether `node` is computed from `origin`. Visits only the nodes between the two."""
-        first = self.position[origin]
-        return origin in reach([node], lambda n: [a for a in n.all_input_nodes if self.position.get(a, -1) >= first])
+        return origin in reach([node], lambda n: [a for a in n.all_input_nodes if not a < origin])
 
     def input_writer(self, base: Node) -> Node | None:
         """Return the first node that writes to the memory of `base` in place, if an input owns it; else None."""
@@ -128,20 +149,20 @@ class Facts:
             return None
         cone = set(reach([final], lambda n: [] if n in sources else n.all_input_nodes))
         reads = [
-            self.position[u]
+            u
             for n in cone
             if storage(n) == key
             for u in n.users
             if u in cone and storage(u) != key and not written_operands(u)
         ]
-        first = min(reads, default=self.position[base])
-        return next((n for n in self.mutations[key] if first < self.position[n] < self.position[final]), None)
+        first = min(reads, default=base)
+        return next((n for n in self.mutations[key] if first < n < final), None)
 
     def changed_after(self, node: Node, before: Node | None = None, after: Node | None = None) -> bool:
         """Return whether the memory of a node is written in place after the node, or after the node `after`, and before
         the node `before`."""
-        first, last = self.position[after or node], math.inf if before is None else self.position[before]
-        return any(first < self.position[n] < last for n in self.mutations.get(storage(node), ()))
+        writes = self.mutations.get(storage(node), ())
+        return any((after or node) < n and (before is None or n < before) for n in writes)
 
     def casts(self, n: Node) -> bool:
         """Return whether autocast would round the operands of a product in the node's place."""

@@ -16,12 +16,11 @@ def move_before(facts: Facts, nodes: Iterable[Node], before: Node, beside: Colle
     A random operator, one that touches memory which is written in place, and one in another autocast or no_grad region
     stay where they are, as do `beside` and everything computed from them. `facts` are those of the present graph.
     """
-    first = facts.position[before]
 
     def late(some: Iterable[Node]) -> list[Node]:
-        return [n for n in some if facts.position[n] >= first]
+        return [n for n in some if not n < before]
 
-    moved = sorted(reach(late(nodes), lambda n: late(n.all_input_nodes)), key=facts.position.__getitem__)
+    moved = sorted(reach(late(nodes), lambda n: late(n.all_input_nodes)))
     if any(n in beside or not _movable(facts, n, before) for n in moved):
         return False
     for n in moved:

@@ -41,17 +41,22 @@ def size_carriers(gm: GraphModule) -> Carriers:
 
 
 class Emitter:
-    """A builder that inserts nodes with example values before one node. Sizes are expressions."""
+    """A builder that inserts nodes with example values before one node, and appends them to `made`. Sizes are
+    expressions."""
 
-    def __init__(self, gm: GraphModule, before: Node, carriers: Carriers | None = None):
+    def __init__(
+        self, gm: GraphModule, before: Node, carriers: Carriers | None = None, made: list[Node] | None = None
+    ) -> None:
         self.gm, self.graph, self.before = gm, gm.graph, before
         self.carriers = carriers or {}
+        self.made = [] if made is None else made
         self.sizes: dict[Expr, Node] = {}
         self.kept = {k: v for k, v in before.meta.items() if k in (*STACK, *MARKS)}
 
     def call(self, target, *args: Any, **kwargs: Any) -> Node:  # type: ignore[no-untyped-def]
         with self.graph.inserting_before(self.before):
             node = self.graph.call_function(target, args, kwargs)
+        self.made.append(node)
         plain: Any = torch.fx.map_arg((args, kwargs), lambda n: n.meta["val"])
         with fake_mode(plain, self.before.meta.get("val")):
             node.meta = {**self.kept, "val": target(*plain[0], **plain[1])}  # type: ignore[index]
@@ -151,10 +156,10 @@ def own(emit: Emitter, facts: Facts, out: Node, final: Node) -> Node:
     """Return `out` with the gradient and the memory of the value that it replaces: detached if that requires no
     gradient, copied if the graph writes to it in place, because an operator may have saved its output. `facts` are
     those of the graph before any rewriting."""
-    learns = final in facts.differentiable or final not in facts.position or not value(final).is_floating_point()
+    learns = final in facts.differentiable or final not in facts.regions or not value(final).is_floating_point()
     if not learns and torch.is_grad_enabled():
         out = emit.call(aten.detach.default, out)
-    return emit.call(aten.clone.default, out) if final in facts.position and facts.changed_after(final) else out
+    return emit.call(aten.clone.default, out) if final in facts.regions and facts.changed_after(final) else out
 
 
 LOOKAHEAD = 40  # nodes after a site within which a changed layout must disappear

@@ -21,12 +21,14 @@ class Graph:
     dynamo   the module as Dynamo made it
     traced   whether `trace` has replaced it
     tables   products that are loaded as elements of smaller ones (the pass `table_lookups`)
+    made     nodes that were emitted since the facts were last brought up to date
     """
 
     def __init__(self, gm: GraphModule, traced: bool = False):
         self.gm = self.dynamo = gm
         self.traced = traced
         self.tables: dict[Node, LookedUp] = {}
+        self.made: list[Node] = []
 
     @cached_property
     def mode(self) -> FakeTensorMode:
@@ -46,10 +48,19 @@ class Graph:
     def carriers(self) -> Carriers:
         return size_carriers(self.gm)
 
-    def changed(self, erased: bool = True) -> None:
-        """Discard the cached analyses after a change. The size carriers stay valid if no node was erased."""
-        for name in ("facts", "lifter", *(["carriers"] if erased else [])):
+    def changed(self) -> None:
+        """Discard the cached analyses after a change."""
+        for name in ("facts", "lifter", "carriers"):
             self.__dict__.pop(name, None)
+        self.made.clear()
+
+    def grew(self) -> None:
+        """Bring the cached analyses up to date after emitted nodes took the place of others, and none was erased. A
+        pass over many places calls this after each, so that its time stays linear in the nodes."""
+        if "facts" in self.__dict__:
+            self.facts.grow(self.made)
+        self.__dict__.pop("lifter", None)
+        self.made.clear()
 
     def copy(self) -> tuple[Graph, dict[Node, Node]]:
         """Return a copy, and a map from each node to its copy."""
@@ -60,4 +71,4 @@ class Graph:
 
     def emitter(self, before: Node) -> Emitter:
         """Return an emitter that inserts nodes before a node."""
-        return Emitter(self.gm, before, self.carriers)
+        return Emitter(self.gm, before, self.carriers, self.made)

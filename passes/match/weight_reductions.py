@@ -100,7 +100,7 @@ def _same_weights(finder: Finder, match: Match, final: Node, weights: Node, kind
         at = tuple(dict.fromkeys((*dimensions, j)))
         if found := _same_scores(finder, match, final, at, way, j):
             sources = [*match.read, *found[0].captures]  # all that the attention needs
-            return found if all(facts.position[x] < facts.position[final] for x in sources) else None
+            return found if all(x < final for x in sources) else None
     return None
 
 

@@ -30,8 +30,11 @@ def needed(descent: Descent, matches: Iterable[Match]) -> tuple[dict[Node, Node]
 def drawn_for_others(match: Match, reductions: Iterable[Reduction] = ()) -> Node | None:
     """Return a node through which other values computed from the dropped-out weights leave the graph, or None. They
     would have another dropout mask than the attention."""
-    names = {match.draw} if match.spec.dropout else set()
-    dropped = [n for n in match.final.graph.nodes if n.name in names]
+    if not match.spec.dropout or not match.anchors:
+        return None
+    first = min(match.anchors)
+    since = reach([match.final], lambda n: [a for a in n.all_input_nodes if not a < first])
+    dropped = [n for n in since if n.name == match.draw]
     return read_beside(dropped, {match.final, *(r.final for r in reductions)})
 
 

@@ -40,7 +40,7 @@ def run(graph: Graph) -> int:
         made = _aligned(graph, n) if product else None
         if made is not None:
             take_place(like(graph.emitter(n), made, n), n)
-            graph.changed()
+            graph.grew()
             changed += 1
     return changed
 

@@ -55,7 +55,7 @@ def run(graph: Graph) -> int:
         return 0
     facts, near = graph.facts, near_normalizer(nodes)
     families = {key: list(found) for key, found in facts.families.items()}
-    position = facts.position
+    position = {n: p for p, n in enumerate(nodes)}
     changed = 0
     for node in writes:
         target: Node = node.args[0]  # type: ignore[assignment]
@@ -107,14 +107,14 @@ def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:
     """Return whether the overwritten value keeps the gradient that it had."""
     target: Node = node.args[0]  # type: ignore[assignment]
     base: Node = views[-1].args[0] if views else target  # type: ignore[assignment]
-    taught = base not in facts.position or base in facts.differentiable
+    taught = base not in facts.regions or base in facts.differentiable
     if taught and facts.regions[node][0] is False:
         return False  # autograd does not record a write under no_grad: the target keeps its history
     if not taught or op_name(node) != "copy_" or not all(map(_whole, views)):
         return True
     # the overwritten value has a gradient of zeros; out of place, it would be None
     source: Node = node.args[1]  # type: ignore[assignment]
-    return base in facts.position and source in facts.position and facts.descends(source, base)
+    return base in facts.regions and source in facts.regions and facts.descends(source, base)
 
 
 def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] | None:

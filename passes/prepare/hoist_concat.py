@@ -83,7 +83,7 @@ def _written_in_parts(graph: Graph, base: Node) -> bool:
         return False
     last, views = writes[-1].copy, {n for w in writes for n in w.views}
     ours = {base, *views, *(w.copy for w in writes)}
-    if any(n not in ours and facts.position[n] < facts.position[last] for n in (*family, *base.users)):
+    if any(n not in ours and n < last for n in (*family, *base.users)):
         return False
     if any(u not in ours for n in views for u in n.users):
         return False  # a view that is read elsewhere would stay empty

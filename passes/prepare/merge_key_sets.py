@@ -47,7 +47,7 @@ def run(graph: Graph) -> int:
             continue
         made = how(graph, n)
         if made:
-            graph.changed()
+            graph.grew()
             changed += made
     return changed
 
@@ -86,17 +86,18 @@ def _scores(graph: Graph, at: Node) -> int:
     for n, term, own in found:
         end = A.add(start, own.args[0])
         piece = emit.call(aten.slice.Tensor, made, out.index(total), emit.size(start), emit.size(end))
-        given[n], start = _copied(chains[n], {term.node: piece}, at)[given[n]], end
+        given[n], start = _copied(graph, chains[n], {term.node: piece}, at)[given[n]], end
     at.args = (given, *at.args[1:])
     return len(found) - 1
 
 
-def _copied(nodes: Sequence[Node], made: dict[Node, Node], at: Node) -> dict[Node, Node]:
+def _copied(graph: Graph, nodes: Sequence[Node], made: dict[Node, Node], at: Node) -> dict[Node, Node]:
     """Copy before `at` each node that is not in `made`, with operands from `made`; return `made` with the copies."""
     for n in nodes:
         if n not in made:
             with at.graph.inserting_before(at):
                 made[n] = at.graph.node_copy(n, lambda x: made.get(x, x))
+            graph.made.append(made[n])
     return made
 
 
@@ -115,7 +116,7 @@ def _chain(part: Node, facts: Facts) -> list[Node]:
     between = [n for n in found if facts.descends(n, products[0])]
     if len({facts.regions[n] for n in between}) != 1 or written(facts, between):
         return []
-    return sorted(between, key=facts.position.__getitem__)
+    return sorted(between)
 
 
 def _of_part(lifter: Lifter, part: Node, dim: int) -> list[tuple[Term, Expr]]:

@@ -99,7 +99,7 @@ def _gathered(graph: Graph, n: Node) -> bool:
     nodes = [x for c in chunks for x in (c.product.left, c.weights, c.product.node)]
     if not chunks or written(facts, nodes) or len({facts.regions[x] for x in (n, *nodes)}) > 1:
         return False
-    chunks.sort(key=lambda c: facts.position[c.product.node])
+    chunks.sort(key=lambda c: c.product.node)
     if not _finite(chunks[0]):
         return False
     emit = graph.emitter(n)

@@ -35,7 +35,7 @@ def _merged(graph: Graph, n: Node) -> bool:
     made = _united(graph, n) if len(dims(n)) > 2 and reaches_softmax(n) else None
     if made is not None:
         take_place(made, n)
-        graph.changed()
+        graph.grew()
     return made is not None
 
 

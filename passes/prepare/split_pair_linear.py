@@ -54,7 +54,7 @@ def run(graph: Graph) -> int:
         except CannotEmit:
             continue
         take_place(made, n)
-        graph.changed()
+        graph.grew()
         changed += 1
     return changed
 

@@ -5,7 +5,7 @@ Reads graphs, changes nothing. Needs `meta["val"]` to show shapes.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -36,14 +36,10 @@ class Recorder:
                 self.of.setdefault(n, str(number))
         self.of.update({f.final: str(number) for number, f in enumerate(findings)})
         self.traced = self._stage("traced", text)
-        self.known = set(gm.graph.nodes)
 
-    def rewritten(self, number: int) -> None:
+    def rewritten(self, number: int, made: Iterable[Node]) -> None:
         """Assign the new nodes to this site."""
-        for n in self.gm.graph.nodes:
-            if n not in self.known:
-                self.of[n] = str(number)
-                self.known.add(n)
+        self.of.update((n, str(number)) for n in made)
 
     def stages(self, filed: Collection[int], text: str = "") -> list[Stage]:
         """Return the three stages, with numbers as the sites. The lifted stage collapses the `filed` sites; `text` is

@@ -12,19 +12,19 @@ import math
 from itertools import islice
 
 import torch
-from torch.fx import GraphModule, Node
+from torch.fx import Node
 
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import between
 from attnfx.passes.fx.nodes import PRODUCTS, op_name, value
-from attnfx.passes.lift.emitter import Emitter
+from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.results import Finding
 
 aten = torch.ops.aten
 LARGEST = 200  # nodes from the softmax back to the products
 
 
-def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
+def shield(graph: Graph, finding: Finding, only_risky: bool = False) -> bool:
     """Shield a kept site; return whether the graph changed. `only_risky` skips sites that are not known to go wrong."""
     cone = _cone(finding)
     if only_risky and not any(_risky(n) for n in cone):
@@ -33,9 +33,7 @@ def shield(gm: GraphModule, finding: Finding, only_risky: bool = False) -> bool:
     computed = [x for x in final.all_input_nodes if x in cone and x.op == "call_function"]
     operands = [x for x in computed if value(x).dtype.is_floating_point]  # type: ignore[union-attr]
     for x in operands:
-        final.replace_input_with(x, Emitter(gm, final).call(aten.clamp_max.default, x, math.inf))
-    if operands:
-        gm.recompile()
+        final.replace_input_with(x, graph.emitter(final).call(aten.clamp_max.default, x, math.inf))
     return bool(operands)
 
 

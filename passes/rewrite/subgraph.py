@@ -113,7 +113,7 @@ def pair(
 
     inputs, old = cone(ends, given)
     held = {n: {"val": value(n)} for n in (*sources, *inputs)}
-    at = max((*held, min(ends, key=facts.position.__getitem__)), key=facts.position.__getitem__)
+    at = max((*held, min(ends)))
     learns = facts.regions[final][0] is not False
     return Pair(
         f"{path}{names[final]}",

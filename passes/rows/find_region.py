@@ -13,7 +13,7 @@ from torch.fx import Node
 
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
-from attnfx.ir.reach import reach
+from attnfx.ir.reach import postorder, reach
 from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free, variables
@@ -70,7 +70,7 @@ class _Walk:
     def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
         self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
         self.found = Region(final, dims(final)[row], columns, {final: row})
-        self.descendants: set[Node] = set()  # nodes computed from the scores
+        self.known: dict[Node, bool] = {}  # whether a node is computed from the scores
         self.problem: NotSeparable | None = None
 
     def region(self) -> Region:
@@ -78,13 +78,21 @@ class _Walk:
         found.scores = self._scores()
         if not found.scores:
             raise self.problem or NotSeparable("known operators do not lead to a product of queries and keys")
-        computed = reach(found.scores, lambda n: [u for u in n.users if op_name(u) != "sym_size"])
-        self.descendants = set(computed)
+        self.known = dict.fromkeys(found.scores, True)
         self._collect([self.final])
         self._grow()
         self._check()
         found.narrowed = find_columns(self.lifter, found)
         return found
+
+    def _computed(self, x: Node) -> bool:
+        """Return whether a node is computed from the scores. Visits only the nodes between."""
+        first = min(self.found.scores)
+        unknown = postorder([x], lambda n: [a for a in n.all_input_nodes if a not in self.known and not a < first])
+        for n in unknown if x not in self.known else ():
+            sources = n.all_input_nodes if op_name(n) != "sym_size" else ()
+            self.known[n] = any(self.known.get(a, False) for a in sources)
+        return self.known[x]
 
     def _scores(self) -> list[Node]:
         """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
@@ -98,6 +106,8 @@ class _Walk:
             if x.node in seen or far > NEAR:
                 continue
             seen.add(x.node)
+            if key == NONE and batched(x.node):
+                continue  # queries that another attention computes
             operands = self._operands(x.node, x.dim, key)
             if (batched(x.node) or meeting(x.node)) and not far and not any(self._has_keys(*a) for a in operands):
                 out.append(x.node)
@@ -161,9 +171,9 @@ class _Walk:
                     read = split(n, d, found.extent).operands()
                 except NotSeparable:
                     continue
-                if all(found.rows.get(x.node) == x.dim for x in read if x.node in self.descendants):
+                if all(found.rows.get(x.node) == x.dim for x in read if self._computed(x.node)):
                     before = set(found.calls)
-                    self.descendants.update((n, *given))
+                    self.known.update(dict.fromkeys((n, *given), True))
                     found.rows[one] = d
                     self._collect([one])
                     return [x for x in found.calls if x not in before]
@@ -178,7 +188,7 @@ class _Walk:
             try:
                 made = split(n, row, found.extent)
             except NotSeparable:
-                if n in self.descendants:
+                if self._computed(n):
                     raise
                 del found.rows[n]
                 self._read(n, row)
@@ -193,11 +203,11 @@ class _Walk:
                 raise NotSeparable(f"more than {LARGEST} operators are between the scores and the output")
             for x in made.operands():
                 if x.dim == NONE:
-                    if x.node in self.descendants:
+                    if self._computed(x.node):
                         raise NotSeparable(f"{label(n)} needs all rows of {label(x.node)}", n)
                     if is_tensor(x.node):
                         self._read(x.node, None)
-                elif (n not in found.scores or x.node in self.descendants) and self._inside(x):
+                elif (n not in found.scores or self._computed(x.node)) and self._inside(x):
                     if x.node not in found.rows:
                         found.rows[x.node] = x.dim
                         stack.append(x.node)
@@ -207,7 +217,7 @@ class _Walk:
     def _inside(self, x: Along) -> bool:
         """Return whether an operand belongs to the region: computed from scores, or as large as they are."""
         other = self.found.rows.get(x.node, x.dim) != x.dim
-        if x.node in self.descendants:
+        if self._computed(x.node):
             if other:
                 raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
@@ -219,7 +229,7 @@ class _Walk:
 
     def _check(self) -> None:
         found, facts = self.found, self.facts
-        order = sorted(found.calls, key=facts.position.__getitem__)
+        order = sorted(found.calls)
         found.calls = {n: found.calls[n] for n in order}
         region = facts.regions[self.final]
         for n in order:
@@ -236,7 +246,7 @@ class _Walk:
         for n in order:
             outside = [u for u in n.users if u not in found.calls and op_name(u) != "sym_size" and _read_by(u)]
             # a value that is not computed from scores stays in the graph for other readers
-            if n is self.final or (outside and n in self.descendants):
+            if n is self.final or (outside and self._computed(n)):
                 if not is_tensor(n):
                     raise NotSeparable(f"the tuple that {label(n)} returns is read outside the attention", n)
                 found.results.append(n)
@@ -252,7 +262,7 @@ class _Walk:
     def _changed_since_read(self, n: Node) -> bool:
         """Return whether an input is written after the first node of the region that reads it."""
         readers = [u for u in n.users if u in self.found.calls]
-        return self.facts.changed_after(n, after=min(readers, key=self.facts.position.__getitem__))
+        return self.facts.changed_after(n, after=min(readers))
 
     def _made_of_a_product(self, n: Node) -> bool:
         """Return whether a large operand comes from a product through other large ones: it would stay as large."""

@@ -27,9 +27,9 @@ from attnfx.spec.rows import Call, Live, Ref, Result, RowProgram
 def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> list[tuple[Node, Node]]:
     """Insert one call of `attnfx::attention_rows` (`target`), and let all users of the region's results read it. Return
     each result with its replacement. Raises CannotEmit before changing users."""
-    facts, position = graph.facts, graph.facts.position
+    facts = graph.facts
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
-    before = min([found.final, *users], key=position.__getitem__)
+    before = min([found.final, *users])
     if not move_before(facts, [n for n, _ in found.inputs], before, found.calls):
         raise CannotEmit("an operand is computed after a result of the attention is first read")
     # a size that is read off the region's own values would depend on the call that replaces them
