@@ -210,6 +210,8 @@ class Finder:
         in_values = free(values_at)
         in_weights = free(dot.left_index) | free(dot.right_index) | found.score.free | found.weight.free
         width = [v for v in out if v.value in in_values and v.value not in in_weights]
+        if not width and out[-1].args[0] is A.ONE:
+            width = [out[-1]]  # values of width 1: an index into a dimension of size 1 is zero
         if len(width) != 1:
             message = f"the values have {len(width)} dimensions that the weights lack, and must have exactly one"
             raise Refused("values", message, [values])

@@ -34,10 +34,10 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
         raise CannotEmit("an operand is computed after a result of the attention is first read")
     # a size that is read off the region's own values would depend on the call that replaces them
     carriers = {e: carrier for e, carrier in graph.carriers.items() if carrier[0] not in found.calls}
-    emit = Emitter(graph.gm, before, carriers)
+    emit = Emitter(graph.gm, before, carriers, graph.made)
     for n in list(found.calls):
         for user in [u for u in n.users if op_name(u) == "sym_size"]:
-            size: Any = Emitter(graph.gm, user, carriers).size(dims(n)[user.args[1]])  # type: ignore[index]
+            size: Any = Emitter(graph.gm, user, carriers, graph.made).size(dims(n)[user.args[1]])  # type: ignore[index]
             user.replace_all_uses_with(size, propagate_meta=False)
     program, inputs, sizes = _program(emit, found, facts, compiled)
     seed = emit.seed(value(found.final).device) if found.random else None

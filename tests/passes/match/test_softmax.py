@@ -91,3 +91,10 @@ def test_an_added_fill_that_wins_keeps_the_gradient_of_what_it_swallows():
         return s.softmax(-1) @ v, s.clamp_min(-9.0)
 
     check(fn, *qkv())
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_values_of_width_one_are_fused(rows):
+    """A dimension of size 1 is read at index zero, which leaves no variable for the width."""
+    (site,) = check(lambda q, k, v: (q[:, :, :rows] @ k.mT).softmax(-1) @ v[..., :1], *qkv())
+    assert site.spec is not None and site.dims["Dv"] == 1
