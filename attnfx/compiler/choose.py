@@ -68,7 +68,9 @@ class _Choosing:
         apart = drawn_for_others(match, [] if reader is not None else match.reductions)
         if apart is not None:
             message = f"the weights after dropout are also read outside the attention, by way of {label(apart)}"
-            why = refusal("one_draw", message, *finding.anchors, apart)
+            reader = "the other reader" if apart.name == match.draw else f"`{label(apart)}`"
+            rate = f"{match.spec.dropout:g}"
+            why = refusal("one_draw", message, *finding.anchors, apart, p=rate, reader=reader)
             return self._whole_rows(keep.kept(None, why, SHIELD), lean=True)
         chosen = self._attention(match)
         return self._whole_rows(chosen, lean=True) if reader is not None or place.scored else chosen
@@ -165,7 +167,8 @@ class _Choosing:
         region = find_region(self.found.graph, finding)
         if not isinstance(region, Region):
             if refused is not None and refused.code in THEN_ROWS and region.code == "rows_mixed":
-                why = replace(region, message=f"{refused.message}, and {region.message}")
+                facts = region.facts if {"operator", "most"} & region.facts.keys() else refused.facts
+                why = replace(region, message=f"{refused.message}, and {region.message}", hint="", facts=facts)
                 return otherwise.kept(None, why, otherwise.shield)
             return otherwise
         if lean and region.gives_scores:

@@ -51,22 +51,32 @@ def select(
     allowed = [c for c in others if c.tier in options.tiers]
     if not allowed:
         why = "; ".join(f"{tier}: {reason}" for tier, reason in ask.refused.items() if tier in options.tiers)
+        able = dict.fromkeys(c.tier for c in others)
         none = "the option `tiers` allows only kept" if options.tiers == ("kept",) else "none suits these sizes"
-        return _of(kept, f"no allowed tier can run this attention ({why or none})", every, "no_tier")
+        return _of(
+            kept,
+            f"no allowed tier can run this attention ({why or none})",
+            every,
+            "no_tier",
+            able=" or ".join(f'"{t}"' for t in able),
+        )
     best = likeliest(allowed)
     if options.rewrite == "always":
         return _of(best, "", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates")
+        return _of(
+            kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates", device=ask.device
+        )
     if ask.weights_read:
         why = f"the weights themselves are read at {ask.weights_read}, so they are computed in any case"
-        return _of(kept, why, every, "weights_read")
+        return _of(kept, why, every, "weights_read", reader=ask.weights_read)
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
     told = f"{ratio:.2f} x the original's time" + (", calibrated on this device" if corrections else "")
     most = NATIVE_GAIN if ask.native and on_gpu else GAIN
     if ratio <= most:
         return _of(best, f"predicted {told}", every)
-    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", every, "slower")
+    sizes = f"{ask.dims['T']} queries and {ask.dims['S']} keys"
+    return _of(kept, f"a rewrite is predicted to take {told} (the limit is {most:g} x)", every, "slower", sizes=sizes)
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
@@ -96,7 +106,9 @@ def select_rows(
     if options.rewrite == "always":
         return _of(best, "whole rows", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates")
+        return _of(
+            kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates", device=ask.device
+        )
     if weights_read:
         return _of(kept, "a tensor as large as the scores is read outside the attention", every, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
@@ -108,11 +120,12 @@ def select_rows(
         return _of(best, f"whole rows: {why}; predicted {told}", every)
     if ratio <= GAIN:
         return _of(best, f"whole rows: the scores take {size} MiB; predicted {told}", every)
+    sizes = f"{ask.bytes / 2**20:.3g} MiB of scores"
     why = f"chunks of rows are predicted to take {told}"
     if ask.bytes < rows.CACHE and not on_gpu:
         limit = f"chunks of rows usually pay off only from {rows.CACHE >> 20} MiB of scores"
-        return _of(kept, f"{why}: {limit}, and these take {ask.bytes / 2**20:.3g} MiB", every, "slower")
-    return _of(kept, f"{why}, but less memory", every, "slower")
+        return _of(kept, f"{why}: {limit}, and these take {ask.bytes / 2**20:.3g} MiB", every, "slower", sizes=sizes)
+    return _of(kept, f"{why}, but less memory", every, "slower", sizes=sizes)
 
 
 def _memory() -> int:
@@ -120,6 +133,7 @@ def _memory() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def _of(chosen: Candidate, reason: str, every: list[Candidate], code: str = "") -> Decision:
+def _of(chosen: Candidate, reason: str, every: list[Candidate], code: str = "", **facts: str) -> Decision:
+    """Return the decision for one of the candidates; `facts` are those that the advice of `code` needs."""
     alternatives = tuple(c for c in every if c is not chosen)
-    return Decision(**vars(chosen), reason=reason, alternatives=alternatives, code=code)
+    return Decision(**vars(chosen), reason=reason, alternatives=alternatives, code=code, facts=facts)

@@ -330,6 +330,9 @@ def page() -> str:
         error; from a compiled call it arrives as `torch._dynamo.exc.BackendCompilerFailed`: see
         [Options](options.md#errors). The codes are stable; the sentences may change.
 
+        The report works out the closest form and the advice for each site: it names your operator, line, sizes and
+        dimensions, or respells your line. Without such facts it gives the texts below.
+
         A site that no score program can express is also tried as [whole rows](how-it-works.md#whole-rows). It is
         refused only if that is not possible either, or if the option `tiers` excludes `chunked`.
     """

@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import threading
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from attnfx.report.advice import Advice, advise
 from attnfx.report.codes import known
 from attnfx.spec import AttentionSpec
+
+
+def advice_on(code: str, facts: Mapping[str, str]) -> Advice:
+    """Return the advice for a site with these facts, or the code's own where they do not suffice."""
+    own = known(code)
+    return advise(code, facts) or Advice(own.closest, own.edit)
 
 
 @dataclass(frozen=True)
@@ -17,8 +25,9 @@ class Refusal:
     code     stable, one of `attnfx.report.codes.CODES`
     message  the first condition that failed, a sentence
     nodes    the graph nodes that failed it
-    hint     the smallest edit that would help; defaults to the code's own
+    hint     the smallest edit that would help; by default worked out from the facts, or the code's own
     where    the user's line ("file.py:88") that the nodes came from
+    facts    what `attnfx.report.advice` works out the advice from, as text
 
     Raises ValueError for an unknown code.
     """
@@ -28,16 +37,17 @@ class Refusal:
     nodes: tuple[str, ...] = ()
     hint: str = ""
     where: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        edit = known(self.code).edit
+        known(self.code)
         if not self.hint:
-            object.__setattr__(self, "hint", edit)
+            object.__setattr__(self, "hint", advice_on(self.code, self.facts).edit)
 
     @property
     def closest(self) -> str:
-        """Return the nearest form that is rewritten."""
-        return known(self.code).closest
+        """Return the nearest form that is rewritten, for this site if the facts tell it."""
+        return advice_on(self.code, self.facts).closest
 
     def __str__(self) -> str:
         place = f" ({self.where})" if self.where and self.where not in self.message else ""
@@ -80,6 +90,7 @@ class Decision(Candidate):
     reason        why it was chosen; may be empty with rewrite="always"
     alternatives  the other candidates, including those of tiers that the options exclude
     code          why the site is kept, one of `attnfx.report.codes.CODES`; empty if rewritten
+    facts         of a kept site, what `attnfx.report.advice` works out the advice from, as text
 
     Raises ValueError for an unknown code.
     """
@@ -87,10 +98,21 @@ class Decision(Candidate):
     reason: str = ""
     alternatives: tuple[Candidate, ...] = ()
     code: str = ""
+    facts: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         if self.code:
             known(self.code)
+
+    @property
+    def hint(self) -> str:
+        """Return the smallest edit by which a kept site would be rewritten; empty if it is."""
+        return advice_on(self.code, self.facts).edit if self.code else ""
+
+    @property
+    def closest(self) -> str:
+        """Return the nearest form that is rewritten; empty if the site is."""
+        return advice_on(self.code, self.facts).closest if self.code else ""
 
     @property
     def original(self) -> Candidate | None:

@@ -85,7 +85,7 @@ def _site(site: Site, flops: int) -> dict[str, Any]:
 def _decision(decision: Decision) -> dict[str, Any]:
     original = decision.original
     plain = None if original is None else {name: getattr(original, name) for name in Candidate.__dataclass_fields__}
-    return {**asdict(decision), "original": plain}
+    return {**asdict(decision), "hint": decision.hint, "closest": decision.closest, "original": plain}
 
 
 def tile_picture(spec: AttentionSpec, sizes: dict[str, int]) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _read_site(found: dict[str, Any]) -> Site:
 
 
 def _read_decision(found: dict[str, Any]) -> Decision:
-    rest = {k: v for k, v in found.items() if k not in ("alternatives", "original")}
+    rest = {k: v for k, v in found.items() if k not in ("alternatives", "original", "hint", "closest")}
     return Decision(**_tile(rest), alternatives=tuple(Candidate(**_tile(c)) for c in found["alternatives"]))
 
 

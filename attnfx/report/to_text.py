@@ -15,7 +15,6 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from attnfx.report.codes import CODES
 from attnfx.report.records import Candidate, Site, share
 
 WIDTH = 120
@@ -96,7 +95,7 @@ def _said(site: Site) -> str:
         made = site.decision
         reason = f"{made.tier}: {made.reason}"
         if made.code:
-            reason += f" [{made.code}]. {CODES[made.code].edit}"
+            reason += f" [{made.code}]. {made.hint} Closest form that is rewritten: {made.closest}."
     notes = "; ".join((*site.notes, *site.fallbacks))
     return f"{reason} Note: {notes}." if reason.endswith(".") and notes else "; ".join(filter(None, (reason, notes)))
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -129,19 +129,43 @@ def _from_sympy(e) -> Expr:  # type: ignore[no-untyped-def]
     return A.size(str(e))
 
 
-_FRAME = re.compile(r'^\s*File "([^"]*)", line (\d+)', re.MULTILINE)  # of a stack trace
+# of a stack trace: the file, the line's number, and the line itself
+_FRAME = re.compile(r'^\s*File "([^"]*)", line (\d+)(?:, in [^\n]*\n[ \t]*([^\n]*))?', re.MULTILINE)
+
+
+def _frame(node: Node) -> tuple[str, str, str]:
+    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/nn/" not in f[0]]
+    return frames[-1] if frames else ("", "", "")
 
 
 def where_in_source(node: Node) -> str:
     """Return the user's line as "file.py:88", or "" if the graph does not record it. Skips the files of torch.nn."""
-    frames = [f for f in _FRAME.findall(node.meta.get("stack_trace") or "") if "/torch/nn/" not in f[0]]
-    return f"{os.path.basename(frames[-1][0])}:{frames[-1][1]}" if frames else ""
+    file, number, _ = _frame(node)
+    return f"{os.path.basename(file)}:{number}" if file else ""
 
 
-def refusal(code: str, message: str, *nodes: Node, hint: str = "") -> Refusal:
-    """Return a refusal with the names of its nodes and the first user's line that a node has."""
+def refusal(code: str, message: str, *nodes: Node, hint: str = "", **facts: object) -> Refusal:
+    """Return a refusal with the names of its nodes and the first user's line that a node has. Its facts, as
+    `attnfx.report.advice` lists them, are read off the nodes; the given ones come first."""
     place = next((p for p in map(where_in_source, nodes) if p), "")
-    return Refusal(code, message, tuple(n.name for n in nodes), hint, place)
+    known: dict[str, object] = {**facts_of(nodes[0]), "end": where_in_source(nodes[-1])} if nodes else {}
+    told = {name: str(fact) for name, fact in {**known, **facts}.items() if fact is not None and str(fact)}
+    return Refusal(code, message, tuple(n.name for n in nodes), hint, place, told)
+
+
+def facts_of(n: Node) -> dict[str, object]:
+    """Return a node's operator, place, line, shape, dtype and plain arguments."""
+    found: dict[str, object] = {"operator": label(n), "place": where_in_source(n), "source": _frame(n)[2]}
+    if is_tensor(n):
+        found |= {"shape": shape_text(dims(n)), "dtype": value(n).dtype}
+    schema = getattr(n.target, "_schema", None)
+    given = {} if schema is None else {a.name: x for a, x in zip(schema.arguments, n.args, strict=False)} | n.kwargs
+    return {**{name: x for name, x in given.items() if isinstance(x, bool | int | float | str)}, **found}
+
+
+def shape_text(shape: Iterable[Expr | str]) -> str:
+    """Return a shape as text, as in "(2, s0, 8)"."""
+    return f"({', '.join(map(str, shape))})"
 
 
 class Opaque(Exception):

@@ -26,7 +26,6 @@ from attnfx.passes.fx.nodes import (
     dims,
     is_tensor,
     kind_of,
-    label,
     op_name,
     size_expr,
     slot_node,
@@ -127,9 +126,9 @@ class Lifter:
         finally:
             self.depth, self.nested, self.exact = before
 
-    def obstacle(self, at: Node, otherwise: str) -> str:
-        """Return why a value computed from scores was loaded: the depth, if that is the reason, or `otherwise`."""
-        return f"more than {MAX_DEPTH} operators lead from {label(at)} to the weights" if at in self.cut else otherwise
+    def most(self, at: Node) -> int | None:
+        """Return MAX_DEPTH if a value was loaded because it lies deeper, else None."""
+        return MAX_DEPTH if at in self.cut else None
 
     def _lift(self, at: Node, index: Index) -> Expr:
         if at in self.tables:

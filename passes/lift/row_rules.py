@@ -36,11 +36,12 @@ Dims = Collection[int]
 
 
 class NotSeparable(Exception):
-    """The rows cannot be computed one by one; the message gives the reason, and `node` the operator, if any."""
+    """The rows cannot be computed one by one; the message gives the reason, and `node` the operator, if any. `cause` is
+    the operator to change, if it is another one. `facts` are others that the advice needs."""
 
-    def __init__(self, message: str, node: Node | None = None):
+    def __init__(self, message: str, node: Node | None = None, cause: Node | None = None, **facts: object):
         super().__init__(message)
-        self.node = node
+        self.node, self.cause, self.facts = node, cause or node, facts
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,19 @@ from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import seeds_of
-from attnfx.passes.fx.nodes import SDPA, Opaque, dims, is_tensor, label, op_name, refusal, slot_node, value
+from attnfx.passes.fx.nodes import (
+    SDPA,
+    Opaque,
+    dims,
+    is_tensor,
+    label,
+    op_name,
+    refusal,
+    shape_text,
+    slot_node,
+    value,
+    where_in_source,
+)
 from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
@@ -108,7 +120,8 @@ class Finder:
         except (Opaque, N.NotNormalised) as problem:
             code = getattr(problem, "code", "not_lifted")
             message = getattr(problem, "message", "an operand of the attention is not a function of its indices")
-            why = refusal(code, message, *anchors, n)
+            places = ", ".join(dict.fromkeys(filter(None, map(where_in_source, anchors))))
+            why = refusal(code, message, *anchors, n, **{"places": places, **getattr(problem, "facts", {})})
         except Exception as problem:  # a failure at one site must not lose the others
             self.failed[n] = problem
             why = refusal("fault", "attnfx failed on this attention", *anchors, n)
@@ -214,7 +227,10 @@ class Finder:
             width = [out[-1]]  # values of width 1: an index into a dimension of size 1 is zero
         if len(width) != 1:
             message = f"the values have {len(width)} dimensions that the weights lack, and must have exactly one"
-            raise Refused("values", message, [values])
+            shared = [size_of for size_of, x in zip(dims(values), values_at, strict=True) if x.free & in_weights]
+            wide = [v.args[0] for v in width]
+            wanted = shape_text([*shared, A.mul(*wide) if wide else A.ONE])
+            raise Refused("values", message, [values], count=len(width), wanted=wanted)
         row = self.row(found.score, load, dot, j, out, in_values)
         pairs = ((dot.left, dot.left_index), (dot.right, dot.right_index), (values, values_at))
         found = over_dot(found, load, dot)
@@ -230,7 +246,9 @@ class Finder:
             if ones:
                 return ones[-1]
             message = "every dimension of the scores also belongs to the keys or values: each query has its own keys"
-            raise Refused("rows", message, [dot.node])
+            *before, last = dims(dot.left)
+            queries, wanted = shape_text([*before, last]), shape_text([*before, A.ONE, last])
+            raise Refused("rows", message, [dot.node], queries=queries, wanted=wanted)
         compared = frozenset().union(*(e.free for e in walk(score) if e.op in COMPARISONS and j.value in e.free))
         alone = [v for v in alone if v.value in compared] or alone
         order = {v: n for n, v in enumerate(out)}
@@ -268,14 +286,17 @@ class Finder:
         odd = next((n for n in loads if n in self.descent.scores), None)
         if odd is None:
             return Refused("no_product", "the softmax is not computed from a product of queries and keys", [final])
+        integer = None
         if not batched(odd):
             message = f"{label(odd)} between the scores and the softmax cannot be computed for each score by itself"
-            message = self.lifter.obstacle(odd, message)
+            if (most := self.lifter.most(odd)) is not None:
+                message = f"more than {most} operators lead from {label(odd)} to the weights"
         elif not value(odd).dtype.is_floating_point:
+            integer = value(odd).dtype
             message = f"the product of queries and keys, {label(odd)}, has the dtype {value(odd).dtype}"
         else:
             message = f"{label(odd)} is not a product in which one operand alone has the dimension of the keys"
-        return Refused("no_product", message, [odd, final])
+        return Refused("no_product", message, [odd, final], integer=integer, most=self.lifter.most(odd))
 
     def _match(self, parts: Parts) -> Match:
         read = self.reader.read(parts)
@@ -290,7 +311,7 @@ class Finder:
             match.spec = replace(match.spec, score=A.in_place(match.spec.score))
         if parts.found.by_log and fill_of(match.spec.score) not in (None, -math.inf) and not match.every_row_live:
             message = "in a fully masked row, the finite fill makes each weight exp(score - log(sum)) equal to 1"
-            raise Refused("masked_rows", message, [parts.final])
+            raise Refused("masked_rows", message, [parts.final], fill=f"{fill_of(match.spec.score):g}")
         return match
 
 

@@ -17,7 +17,7 @@ def library_call(lifter: Lifter, at: Node) -> Parts:
     nodes = [given[name] for name in ROLES]
     p, mask, scale = given["dropout_p"], given["attn_mask"], given["scale"]
     if not isinstance(p, int | float) or not 0 <= p < 1:
-        raise Refused("dropout", f"dropout_p is {p}, not a Python number in [0, 1)", [at])
+        raise Refused("dropout", f"dropout_p is {p}, not a Python number in [0, 1)", [at], p=p)
     out = tuple(A.var(f"o{d}", n) for d, n in enumerate(dims(at)))
     *heads, row, e = out
     j, d = (A.var(name, n) for name, n in zip(("k_j", "k_d"), dims(nodes[1])[-2:], strict=True))

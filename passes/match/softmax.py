@@ -36,11 +36,11 @@ class Normalised:
 
 
 class NotNormalised(Exception):
-    """The weight has an unknown form: (code, sentence)."""
+    """The weight has an unknown form: (code, sentence), with facts for the advice."""
 
-    def __init__(self, code: str, message: str):
+    def __init__(self, code: str, message: str, **facts: object):
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code, self.message, self.facts = code, message, facts
 
 
 def normalise(weight: Expr, j: Expr) -> Normalised:
@@ -60,7 +60,7 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
             raise NotNormalised("no_normaliser", "the weights are neither a softmax nor a supported gate of the scores")
         return _gated(weight, dropout, draw)
     if len(found) > 1:
-        raise NotNormalised("several_softmaxes", f"the weights combine {len(found)} softmaxes")
+        raise NotNormalised("several_softmaxes", f"the weights combine {len(found)} softmaxes", count=len(found))
     made = found[0]
     body, extent, at = made.args
     name, safe = made.value  # type: ignore[misc]
@@ -92,14 +92,18 @@ def _take_dropout(weight: Expr) -> tuple[Expr, float, object]:
     if not drops:
         return weight, 0.0, None
     if len(drops) > 1:
-        raise NotNormalised("several_dropouts", "dropout is applied to the weights more than once")
+        rates = [float(e.value[0]) for e in drops]  # type: ignore[index]
+        whole, given = 1 - math.prod(1 - p for p in rates), " and ".join(f"{p:g}" for p in rates)
+        message = "dropout is applied to the weights more than once"
+        raise NotNormalised("several_dropouts", message, whole=f"{whole:.6g}", given=given)
     # only products and zero fills commute with dropout
-    at = weight
+    at, rate = weight, drops[0].value[0]  # type: ignore[index]
     while at is not drops[0]:
         inner = [a for a in at.args if any(e is drops[0] for e in walk(a))]
         plain = at.op in ("mul", "half") or (at.op == "where" and at.args[2] is ZERO and inner == [at.args[1]])
         if not plain or len(inner) != 1:
-            raise NotNormalised("dropout_place", "the weights are changed after dropout by more than a multiplication")
+            message = "the weights are changed after dropout by more than a multiplication"
+            raise NotNormalised("dropout_place", message, given=f"{rate:g}")
         at = inner[0]
     p, draw = drops[0].value  # type: ignore[misc]
     return substitute(weight, {drops[0]: drops[0].args[0]}), float(p), draw
@@ -127,9 +131,10 @@ def _columns(body: Expr, variable: Expr, extent: Expr, j: Expr, start: int) -> t
     count = int(more.value)  # type: ignore[call-overload]
     if count > MAX_EXTRA:
         why = f"the softmax runs over {count} columns beside the keys, and at most {MAX_EXTRA} are supported"
-        raise NotNormalised("columns", why)
+        raise NotNormalised("columns", why, columns=extent, keys=j.args[0])
     if count < 0 or not 0 <= start <= count:
-        raise NotNormalised("columns", "the weights of some keys are not columns of the softmax")
+        message = "the weights of some keys are not columns of the softmax"
+        raise NotNormalised("columns", message, columns=extent, keys=j.args[0])
     before = [A.const(n) for n in range(start)]
     after = [A.add(j.args[0], A.const(start + n)) for n in range(count - start)]
     return tuple(substitute(body, {variable: at}) for at in (*before, *after))

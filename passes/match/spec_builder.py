@@ -18,8 +18,8 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import FLOAT, Expr, walk
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.nodes import Product, kind_of, label, refusal, slot_node, value
+from attnfx.passes.fx.analysis import Facts, between
+from attnfx.passes.fx.nodes import Product, dims, kind_of, label, op_name, refusal, shape_text, slot_node, value
 from attnfx.passes.lift.access import (
     Access,
     Operand,
@@ -34,7 +34,7 @@ from attnfx.passes.lift.access import (
 )
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.products import of_batch
-from attnfx.passes.lift.tables import Index
+from attnfx.passes.lift.tables import REDUCTIONS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.spec import AttentionSpec, Capture
 
@@ -79,9 +79,11 @@ ROLES = ("query", "key", "value")  # of the pairs of `Parts`, in order
 
 
 class Refused(Exception):
-    def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), hint: str = ""):
+    """A refusal of `code`, with the nodes that failed and the facts that its advice needs."""
+
+    def __init__(self, code: str, message: str, nodes: Iterable[Node] = (), **facts: object):
         super().__init__(message)
-        self.refusal = refusal(code, message, *nodes, hint=hint)
+        self.refusal = refusal(code, message, *nodes, **facts)
 
 
 class Reader:
@@ -108,7 +110,9 @@ class Reader:
         group_axes = [a for a in axes if a.value not in in_kv]
         if group_axes and not kv_axes and not of_batch(chosen[1].node):
             message = "the keys are one matrix, which the whole batch shares"
-            raise Refused("shared_keys", message, [parts.final])
+            keys, one = shape_text(dims(chosen[1].node)), A.ONE
+            wanted = shape_text([*(v.args[0] for v in batch), *(n for n in dims(chosen[1].node) if n is not one)])
+            raise Refused("shared_keys", message, [parts.final], keys=keys, wanted=wanted)
         programs = self._rename(found, splits, kv_axes, group_axes, parts.row, parts.column)
         spec, captures, sizes = self._spec(parts, programs, found, [x.node for x in chosen])
         out = tuple(apply_splits(v, splits) for v in parts.out)
@@ -125,7 +129,9 @@ class Reader:
             chosen = [best(candidates, batch, upcast or sources is not None) for candidates in lists]
             for name, c, (node, _) in zip(ROLES, chosen, parts.pairs, strict=False):
                 if c is None:
-                    raise Refused("layout", f"the {name} is read at positions that views cannot express", [node])
+                    raise Refused(
+                        "layout", f"the {name} is read at positions that views cannot express", [node], role=name
+                    )
             found = [c for c in chosen if c is not None]
             if len({value(a.node).dtype for a, _ in found}) == 1:
                 break
@@ -173,6 +179,11 @@ class Reader:
                     return node, tuple(substitute(x, by) for x in index)
         return None
 
+    def _reductions(self, parts: Parts) -> list[Node]:
+        """Return the operators that reduce the scores, apart from the softmax, in the order of the graph."""
+        found = between({parts.product}, parts.final) if parts.product is not None else set()
+        return sorted(n for n in found if op_name(n) in REDUCTIONS and "softmax" not in op_name(n))
+
     def _spec(
         self, parts: Parts, programs: list[Expr], found: N.Normalised, sources: Sequence[Node]
     ) -> tuple[AttentionSpec, list[Node], list[str]]:
@@ -184,13 +195,13 @@ class Reader:
         whole = [e for program in (score, weight, *extra) for e in walk(program)]
         if any(e.op in ("rsum", "rmax", "softmax", "dropout") for e in whole):
             message = "a sum, mean or maximum over a row of scores changes the scores before the softmax"
-            raise Refused("reduction", message, [parts.final])
+            raise Refused("reduction", message, [*self._reductions(parts), parts.final])
         for e in whole:
             stray = sorted(e.free - set(S.AXES))
             if stray:
                 length = next(v.args[0] for v in walk(e) if v.op == "var" and v.value == stray[0])
                 message = f"the scores depend on an index of size {length} beside batch, head, query and key"
-                raise Refused("axes", message, [parts.final])
+                raise Refused("axes", message, [parts.final], length=length)
             if e.op == "load":
                 slots[e.value] = self._capture(e.value, parts, programs, sources)
         for program in extra:
@@ -216,7 +227,9 @@ class Reader:
         at = slot_node(slot)
         if isinstance(slot, Product) or (parts.product is not None and self.facts.descends(at, parts.product)):
             message = f"the scores pass through {label(at)}, which cannot be computed for each score by itself"
-            raise Refused("score_used", self.lifter.obstacle(at, message), [at])
+            if (most := self.lifter.most(at)) is not None:
+                message = f"more than {most} operators lead from {label(at)} to the weights"
+            raise Refused("score_used", message, [at, parts.final], most=most)
         held = value(at)
         if not isinstance(held, torch.Tensor):
             return Capture(FLOAT, 0, False)  # a symbolic number
@@ -231,15 +244,13 @@ class Reader:
         writer = self.facts.changed_before(base, final, sources)
         if writer is not None:
             message = f"{label(writer)} changes {what} in place before the attention has read it for the last time"
-            raise Refused("mutated", message, [writer, base])
+            raise Refused("mutated", message, [writer, base], earlier="move the line before the scores")
         learns = torch.is_grad_enabled() and final in self.facts.differentiable
         if learns and (writer := self.facts.input_writer(base)) is not None:
             # AOTAutograd writes inputs at the end of the forward pass. Its partitioner may save the value from before
             # the write, or recompute a copy from the value after it: the operator would keep more of it than eager
             message = f"{label(writer)} changes an input of the graph in place: {what}, which the backward pass reads"
-            raise Refused(
-                "mutated", message, [writer, base], "Use the out-of-place operator: `k = k + x` for `k.add_(x)`."
-            )
+            raise Refused("mutated", message, [writer, base])
 
 
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:

@@ -14,7 +14,7 @@ from torch.fx import GraphModule, Node
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import descendants, seeds_of
 from attnfx.passes.fx.graph_breaks import Break, begun_by
-from attnfx.passes.fx.nodes import PRODUCTS, calls, dims, is_tensor, op_name, refusal
+from attnfx.passes.fx.nodes import PRODUCTS, calls, dims, is_tensor, op_name, refusal, shape_text
 from attnfx.passes.lift.products import batched
 from attnfx.passes.match.matcher import Finder
 from attnfx.passes.match.results import Finding
@@ -45,7 +45,10 @@ def others(finder: Finder, anchors: Collection[Node], ended: Break | None) -> It
         elif begun is not None and n in meeting and _from_input(n):
             yield n, _broken(n, begun, "the softmax from the scores")
         elif flat_scores and n in meeting:
-            yield n, refusal("shared_keys", "the keys are one matrix, which the whole batch shares", n)
+            *batch, _, keys = dims(n)
+            found = [keys, dims(flat_scores[0].all_input_nodes[0])[-1]]
+            message = "the keys are one matrix, which the whole batch shares"
+            yield n, refusal("shared_keys", message, n, keys=shape_text(found), wanted=shape_text([*batch, *found]))
         else:
             message = "known operators do not lead from a product of queries and keys to this softmax"
             yield n, refusal("not_attention", message, n)
@@ -67,11 +70,11 @@ def with_reasons(
     return out + [(f.anchors[0], f.refusal) for f in byhand if f.refusal and not seen & set(f.anchors)]
 
 
-def unread(gm: GraphModule, code: str, message: str) -> Iterator[tuple[Node, Refusal]]:
+def unread(gm: GraphModule, code: str, message: str, **facts: object) -> Iterator[tuple[Node, Refusal]]:
     """Yield the softmaxes of a Dynamo graph that was not searched, each with the same refusal."""
     for n, name in calls(gm):
         if any(part in name for part in NAMES):
-            yield n, refusal(code, message, n)
+            yield n, refusal(code, message, n, **facts)
 
 
 def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node, Refusal]]:
@@ -81,13 +84,14 @@ def unread_bodies(gm: GraphModule, read: Collection[str]) -> Iterator[tuple[Node
             for x in n.all_input_nodes:
                 body = getattr(gm, str(x.target), None) if x.op == "get_attr" else None
                 if isinstance(body, GraphModule):
-                    yield from unread(body, "higher_order", f"the body of {n.target.name()} is not searched")
+                    name = n.target.name()
+                    yield from unread(body, "higher_order", f"the body of {name} is not searched", holder=name)
 
 
 def _broken(n: Node, at: Break, what: str) -> Refusal:
     why = f": {at.reason}" if at.reason else ""
     message = f"a graph break at {at.where} separates {what}{why}"
-    return Refusal("graph_break", message, (n.name,), at.hint, at.where)
+    return Refusal("graph_break", message, (n.name,), at.hint, at.where, {"place": at.where})
 
 
 def _from_input(n: Node) -> bool:

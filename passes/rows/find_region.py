@@ -15,7 +15,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.reach import postorder, reach
 from attnfx.passes.fx.analysis import Facts, written_operands
-from attnfx.passes.fx.nodes import dims, is_tensor, label, number, op_name, refusal, value
+from attnfx.passes.fx.nodes import dims, facts_of, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free, variables
 from attnfx.passes.lift.contraction import contracted
 from attnfx.passes.lift.graph import Graph
@@ -44,9 +44,11 @@ def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
             problem = problem or p
     reason = str(problem) if problem else "the output lacks a dimension of the queries"
     culprits = [problem.node] if problem is not None and problem.node is not None else []
-    return refusal(
-        "rows_mixed", f"the rows (one for each query) cannot be computed separately: {reason}", *culprits, final
-    )
+    facts: dict[str, object] = {"operator": None}  # the output itself is not to blame
+    if problem is not None:
+        facts = {**(facts_of(problem.cause) if problem.cause is not None else facts), **problem.facts}
+    message = f"the rows (one for each query) cannot be computed separately: {reason}"
+    return refusal("rows_mixed", message, *culprits, final, **facts)
 
 
 def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
@@ -200,11 +202,12 @@ class _Walk:
                         found.rows[other] = row
                         stack.append(other)
             if len(found.calls) > LARGEST:
-                raise NotSeparable(f"more than {LARGEST} operators are between the scores and the output")
+                why = f"more than {LARGEST} operators are between the scores and the output"
+                raise NotSeparable(why, most=LARGEST)
             for x in made.operands():
                 if x.dim == NONE:
                     if self._computed(x.node):
-                        raise NotSeparable(f"{label(n)} needs all rows of {label(x.node)}", n)
+                        raise NotSeparable(f"{label(n)} needs all rows of {label(x.node)}", n, x.node)
                     if is_tensor(x.node):
                         self._read(x.node, None)
                 elif (n not in found.scores or self._computed(x.node)) and self._inside(x):

@@ -205,6 +205,12 @@ def weights_rolled(q, k, v):
     return weights @ v
 
 
+@obstacle("not_lifted", **NO_ROWS)
+def inverted_weights(q, k, v):
+    weights = scores(q, k).softmax(-1)
+    return torch.linalg.inv(weights) @ v  # here
+
+
 @obstacle("contraction", **ALWAYS)
 def sum_over_keys_and_heads(q, k, v):
     weights = scores(q, k).softmax(-1)

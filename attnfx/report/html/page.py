@@ -75,9 +75,10 @@ def _script(value: object) -> Markup:
 def _site(site: Mapping[str, Any]) -> dict[str, Any]:
     decision, refusal, tiles = site["decision"], site["refusal"], site["tiles"]
     if refusal is not None:
-        why = f"{refusal['message']} [{refusal['code']}]. {refusal['hint']}"
+        why = f"{refusal['message']} [{refusal['code']}]. {_advice(refusal)}"
     else:
         why = decision["reason"] if decision is not None else ""
+        why += f" [{decision['code']}]. {_advice(decision)}" if decision is not None and decision["code"] else ""
     share = f" {site['share']:.0%} of the graph's FLOPs." if site["share"] else ""
     return {
         **site,
@@ -91,6 +92,10 @@ def _site(site: Mapping[str, Any]) -> dict[str, Any]:
             _candidate(c, chosen=n == 0) for n, c in enumerate([decision, *decision["alternatives"]])
         ],
     }  # fmt: skip
+
+
+def _advice(kept: Mapping[str, Any]) -> str:
+    return f"{kept['hint']} Closest form that is rewritten: {kept['closest']}."
 
 
 def _candidate(c: Mapping[str, Any], chosen: bool) -> dict[str, Any]:
