@@ -114,7 +114,8 @@ class _Walk:
             if (batched(x.node) or meeting(x.node)) and not far and not any(self._has_keys(*a) for a in operands):
                 out.append(x.node)
             else:
-                stack.extend((a, at, far) for a, at in operands)
+                known = sorted(operands, key=lambda a: a[1] not in (None, NONE))  # visited first, from the end
+                stack.extend((a, at, far) for a, at in known)
         return out
 
     def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:
