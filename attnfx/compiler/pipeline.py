@@ -39,8 +39,8 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.unmatched import unread, unread_bodies, with_reasons
 from attnfx.passes.prepare import (
     align_relative_values,
-    canonicalize,
     detach_no_grad,
+    distribute_products,
     expand_vmap,
     functionalize,
     hoist_concat,
@@ -48,8 +48,6 @@ from attnfx.passes.prepare import (
     merge_key_sets,
     merge_online_softmax,
     merge_score_terms,
-    split_pair_linear,
-    table_lookups,
     trace,
 )
 from attnfx.passes.prepare.inline_checkpoints import unmark
@@ -68,13 +66,11 @@ PREPARE = (
     trace,
     functionalize,
     detach_no_grad,
-    split_pair_linear,
-    canonicalize,
+    distribute_products,
     hoist_concat,
     merge_online_softmax,
     merge_key_sets,
     merge_score_terms,
-    table_lookups,
     align_relative_values,
 )
 CHECK_EACH = False  # verify the graph after each pass; `strict` and `dump_dir` do so too
@@ -201,7 +197,7 @@ def _passed(step: Any, graph: Graph, strict: bool) -> int:
     if changes:
         graph.changed()
         if graph.traced:
-            clean(graph.gm, {x.node for x in graph.tables.values()})
+            clean(graph.gm)
             if strict:
                 check(graph.gm)
     return changes

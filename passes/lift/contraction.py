@@ -33,37 +33,40 @@ class Contraction:
         return Contraction(self.node, self.right, self.right_index, self.left, self.left_index, self.reduced)
 
 
-def variable(at: Node, extent: Expr) -> Expr:
-    return A.var(f"k_{at.name}", extent)
-
-
 def contraction(slot: object, index: Index) -> Contraction | None:
     """Return the contraction that a node computes at `index`, or None. A node that adds a tensor to its product is not
     one; its slot `Product` is."""
     try:
-        product = einsum(slot)
+        operands, reduced = factors(slot, index)
     except Opaque:
         return None
+    if len(operands) != 2 or len(reduced) != 1 or any(reduced[0] not in at for _, at in operands):
+        return None
+    (left, left_index), (right, right_index) = operands
+    return Contraction(slot_node(slot), left, left_index, right, right_index, reduced[0])
+
+
+def factors(slot: object, index: Index) -> tuple[list[tuple[Node, Index]], list[Expr]]:
+    """Return the operands of a product at `index`, each with the index at which it is read, and the variables over
+    which their products are summed. Raises Opaque as `einsum` does."""
+    at, product = slot_node(slot), einsum(slot)
     extents: dict[str, Expr] = {}
     for term, x in zip(product.terms, product.operands, strict=True):
         for letter, n in zip(term, dims(x), strict=True):
             if extents.get(letter, A.ONE) is A.ONE:
                 extents[letter] = n
-    at = slot_node(slot)
     at_letter = dict(zip(product.out, index, strict=True))
-    summed = [c for c in extents if c not in at_letter]
-    if len(product.terms) != 2 or len(summed) != 1 or any(summed[0] not in term for term in product.terms):
-        return None
-    r = at_letter[summed[0]] = variable(at, extents[summed[0]])
-    kept = (*product.matrix, summed[0])
-    left, right = (
-        tuple(
-            at_letter[c] if n is not A.ONE or (c in kept and extents[c] is A.ONE) else A.ZERO
-            for c, n in zip(term, dims(x), strict=True)
-        )
-        for term, x in zip(product.terms, product.operands, strict=True)
-    )
-    return Contraction(at, product.operands[0], left, product.operands[1], right, r)
+    reduced = {c: A.var(f"k{ord(c)}_{at.name}", n) for c, n in extents.items() if c not in at_letter}
+    at_letter |= reduced
+    kept = (*product.matrix, *reduced)
+
+    def place(c: str, n: Expr) -> Expr:
+        broadcast = n is A.ONE and not (c in kept and extents[c] is A.ONE)
+        return A.ZERO if broadcast else at_letter[c]
+
+    given = zip(product.operands, product.terms, strict=True)
+    operands = [(x, tuple(place(c, n) for c, n in zip(term, dims(x), strict=True))) for x, term in given]
+    return operands, list(reduced.values())
 
 
 def contracted(at: Node) -> Contraction | None:

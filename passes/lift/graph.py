@@ -9,9 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import GraphModule, Node
 
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.copies import carried, copied
+from attnfx.passes.fx.copies import copied
 from attnfx.passes.lift.emitter import Carriers, Emitter, size_carriers
-from attnfx.passes.lift.lifter import Lifter, LookedUp
+from attnfx.passes.lift.lifter import Lifter
 
 
 class Graph:
@@ -20,14 +20,12 @@ class Graph:
     gm       the module: Dynamo's until the pass `trace` replaces it by an ATen graph
     dynamo   the module as Dynamo made it
     traced   whether `trace` has replaced it
-    tables   products that are loaded as elements of smaller ones (the pass `table_lookups`)
     made     nodes that were emitted since the facts were last brought up to date
     """
 
     def __init__(self, gm: GraphModule, traced: bool = False):
         self.gm = self.dynamo = gm
         self.traced = traced
-        self.tables: dict[Node, LookedUp] = {}
         self.made: list[Node] = []
 
     @cached_property
@@ -42,7 +40,7 @@ class Graph:
 
     @cached_property
     def lifter(self) -> Lifter:
-        return Lifter(self.facts.written, self.facts.frozen, self.tables)
+        return Lifter(self.facts.written, self.facts.frozen)
 
     @cached_property
     def carriers(self) -> Carriers:
@@ -65,9 +63,7 @@ class Graph:
     def copy(self) -> tuple[Graph, dict[Node, Node]]:
         """Return a copy, and a map from each node to its copy."""
         gm, copies = copied(self.gm)
-        graph = Graph(gm, self.traced)
-        graph.tables = carried(self.tables, copies)
-        return graph, copies
+        return Graph(gm, self.traced), copies
 
     def emitter(self, before: Node) -> Emitter:
         """Return an emitter that inserts nodes before a node."""

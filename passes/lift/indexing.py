@@ -129,10 +129,22 @@ def _index(lifter: Lifter, at: Node, index: Index) -> Expr:
     return lifter.lift(x, tuple(inner))
 
 
+def by_mask(at: Node) -> tuple[int, Node] | None:
+    """Return the first indexed dimension and the mask of x[.., mask, ..] = number, or None for another index_put."""
+    given = [(d, t) for d, t in enumerate(at.args[1]) if t is not None]  # type: ignore[arg-type]
+    masked = len(given) == 1 and value(given[0][1]).dtype == torch.bool and value(at.args[2]).numel() == 1
+    return given[0] if masked and not argument(at, 3, "accumulate", False) else None  # type: ignore[return-value]
+
+
 @rule(INDEXING, "index_put")
 def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """Read what x[.., i, j, ..] = value leaves, for integer tensors that are affine in one of their own dimensions."""
+    """Read what x[.., i, j, ..] = value leaves, for a number under a mask, or for integer tensors that are affine in
+    one of their own dimensions."""
     x, written = source(at), at.args[2]
+    if (masked := by_mask(at)) is not None:
+        first, mask = masked
+        number = lifter.operand(written, (A.ZERO,) * len(shape(written)))  # type: ignore[arg-type]
+        return A.where(lifter.lift(mask, index[first : first + len(shape(mask))]), number, lifter.lift(x, index))
     if argument(at, 3, "accumulate", False):
         raise Opaque
     tensors, rank, first = _index_tensors(at)

@@ -11,14 +11,10 @@ Needs a graph with `meta["val"]` on each node, without in-place operators on the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
-from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import FLOAT, INT, Expr, node, walk
 from attnfx.passes.fx.nodes import (
     PRODUCTS,
@@ -47,38 +43,18 @@ class _Deeper(Exception):
         self.key, self.depth = key, depth
 
 
-@dataclass(frozen=True)
-class LookedUp:
-    """A float node's value at `out`, a tuple of variables, as the element `index` of another node, `node`."""
-
-    node: Node
-    out: Index
-    index: Index
-
-    def load(self, at: Index) -> Expr:
-        there = dict(zip(self.out, at, strict=True))
-        return A.load(self.node, tuple(substitute(x, there) for x in self.index), FLOAT)
-
-
 class Lifter:
     """A translator of one graph's nodes to expressions, which it memoizes.
 
     written     nodes whose memory is written in place: they are loaded as they are
     frozen      nodes computed under no_grad: gradients do not flow through them
-    tables      products that are loaded as elements of smaller ones
     reductions  reduction -> the node and the index that it was lifted from
     cut         nodes that were loaded because they lie deeper than MAX_DEPTH
     """
 
-    def __init__(
-        self,
-        written: frozenset[Node] = frozenset(),
-        frozen: frozenset[Node] = frozenset(),
-        tables: Mapping[Node, LookedUp] | None = None,
-    ) -> None:
+    def __init__(self, written: frozenset[Node] = frozenset(), frozen: frozenset[Node] = frozenset()) -> None:
         self.written = written
         self.frozen = frozen
-        self.tables = tables or {}
         self.reductions: dict[Expr, tuple[Node, Index]] = {}
         self.memo: dict[Key, Expr | Opaque] = {}
         self.exact = False  # inside a float computation that decides an integer: operators stay as they were
@@ -131,8 +107,6 @@ class Lifter:
         return MAX_DEPTH if at in self.cut else None
 
     def _lift(self, at: Node, index: Index) -> Expr:
-        if at in self.tables:
-            return self.tables[at].load(index)
         if at.op == "call_function" and at not in self.written:
             name = op_name(at)
             if name in VIEWS:

@@ -26,6 +26,7 @@ from attnfx.passes.fx.analysis import is_random, written_operands
 from attnfx.passes.fx.einsum import MULTIPLYING, einsum, of_matrices
 from attnfx.passes.fx.nodes import Opaque, Product, dims, is_tensor, label, op_name, shape, value, where_in_source
 from attnfx.passes.lift.access import variables
+from attnfx.passes.lift.indexing import by_mask
 from attnfx.passes.lift.tables import VIEWS, rule
 from attnfx.spec.rows import Ref
 
@@ -422,6 +423,17 @@ def _index(use: Use) -> None:
         i if i is None else use.read(i, {end - n: len(shape(i)) - n for n in range(1, len(shape(i)) + 1)})
         for i in indices
     ]
+
+
+@rule(RULES, "index_put")
+def _masked_write(use: Use) -> None:
+    """Separate x[:, mask] = number; the mask begins at the first dimension that it indexes."""
+    if (masked := by_mask(use.at)) is None:
+        raise use.refuse("writes at places that tensors give")
+    first, mask = masked
+    where = {d: d - first for d in use.asked if first <= d < first + len(shape(mask))}
+    use.given["self"] = use.broadcast(use["self"])
+    use.given["indices"] = [use.read(mask, where) if d == first else None for d in range(first + 1)]
 
 
 # -- new tensors -----------------------------------------------------------------------------------
