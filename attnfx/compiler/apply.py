@@ -91,7 +91,9 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
     except CannotEmit as problem:
         if choice.otherwise is not None:
             return _carried_out(graph, before, choice.otherwise, exercised)
-        return Outcome(choice.kept(None, refusal("layout", str(problem), choice.finding.final), SHIELD))
+        return Outcome(
+            choice.kept(None, refusal("layout", str(problem), choice.finding.final, **problem.facts), SHIELD)
+        )
     if exercised:
         _exercise(replaced, training)
     return Outcome(choice, replaced, True)

@@ -37,9 +37,15 @@ class Advice:
 
 
 _LINE = "`{respelled}`"
-_FEWER = Advice(
-    "fewer than {most} operators before {end}",
-    "Compute the weights of {end} with fewer than {most} operators: the search ends there.",
+_FEWER = (
+    Advice(
+        "at most {most} operators between the scores and the product at {end}",
+        "Compute the weights of {end} with at most {most} operators: the search goes no further.",
+    ),
+    Advice(
+        "at most {most} operators between the scores and the output",
+        "Compute the weights with at most {most} operators: the search goes no further.",
+    ),
 )
 # Of each code, the first advice whose facts are known is given. Without one, the code's own text is.
 ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
@@ -109,7 +115,11 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
         ),
     ),
     "score_used": (
-        _FEWER,
+        *_FEWER,
+        Advice(
+            "each score a function of its own element of `{product}` at {place}",
+            "Read `{product}` at {place} at the score's own position, instead of other scores too.",
+        ),
         Advice(
             "elementwise functions of the scores in place of `{operator}` at {place}",
             "Write `{operator}` at {place} as elementwise functions, or apply it to the queries or the keys.",
@@ -122,7 +132,7 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
         ),
     ),
     "rows_mixed": (
-        _FEWER,
+        *_FEWER,
         Advice(_LINE, "Let `{operator}` treat each query's row separately: write `{respelled}` at {place}."),
         Advice(
             "`{operator}` with its running statistics at {place}",
@@ -136,7 +146,7 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
         ),
     ),
     "no_product": (
-        _FEWER,
+        *_FEWER,
         Advice(
             "floating-point queries and keys in the product at {place}",
             "Convert the operands of `{operator}` at {place} to a floating-point dtype before the product: its dtype "
@@ -181,6 +191,16 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
             "the {role} read through views at {place}",
             "Read the {role} ({operator}, shaped {shape}, at {place}) through views: gather with an index that does "
             "not depend on the query.",
+        ),
+        Advice(
+            "a comparison with a tensor in place of the number {unread}, in the attention that ends at {place}",
+            "Compare with the tensor itself instead of the number {unread} that `.item()` reads from it, in the "
+            "attention that ends at {place}.",
+        ),
+        Advice(
+            "`{operator}` at {place} of operands read through views, permutes, slices and expands",
+            "Read the operands of `{operator}` at {place} through views, without gathers, and order the dimensions of "
+            "its result, {shape}, as theirs.",
         ),
     ),
     "axes": (

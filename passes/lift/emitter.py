@@ -18,7 +18,11 @@ aten = torch.ops.aten
 
 
 class CannotEmit(Exception):
-    """The views that an operand needs cannot be expressed; the site is kept."""
+    """The views that an operand needs cannot be expressed; the site is kept, with `facts` for the advice."""
+
+    def __init__(self, message: str, **facts: object):
+        super().__init__(message)
+        self.facts = facts
 
 
 Carriers = dict[Expr, tuple[Node, int | None]]
@@ -88,7 +92,7 @@ class Emitter:
                 out = self.call(operator.add if e.op == "add" else operator.mul, out, p)
             assert isinstance(out, Node)
             return out
-        raise CannotEmit(f"the size {e} cannot be read off a tensor")
+        raise CannotEmit(f"the size {e} cannot be read off a tensor", unread=e)
 
     def operand(self, source: Operand, axes: list[Expr]) -> Node:
         """Emit the operand with one dimension per axis, in this order (size 1 if it does not depend on the axis)."""

@@ -33,7 +33,7 @@ from attnfx.passes.lift.access import (
     unflatten,
 )
 from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.lift.products import of_batch
+from attnfx.passes.lift.products import batched, of_batch
 from attnfx.passes.lift.tables import REDUCTIONS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.spec import AttentionSpec, Capture
@@ -138,7 +138,7 @@ class Reader:
         nodes = [access.node for access, _ in found]
         for name, x in zip(ROLES, nodes, strict=False):
             self._unchanged(x, parts.final, nodes, f"the {name}")
-        return [access for access, _ in found], _merge([splits for _, splits in found])
+        return [access for access, _ in found], _merge(parts.final, [splits for _, splits in found])
 
     def _rename(self, found: N.Normalised, splits: list[Split], kv: list[Expr], group: list[Expr],
                 row: Expr, j: Expr) -> list[Expr]:  # fmt: skip
@@ -229,7 +229,8 @@ class Reader:
             message = f"the scores pass through {label(at)}, which cannot be computed for each score by itself"
             if (most := self.lifter.most(at)) is not None:
                 message = f"more than {most} operators lead from {label(at)} to the weights"
-            raise Refused("score_used", message, [at, parts.final], most=most)
+            product = label(at) if batched(at) else None
+            raise Refused("score_used", message, [at, parts.final], most=most, product=product)
         held = value(at)
         if not isinstance(held, torch.Tensor):
             return Capture(FLOAT, 0, False)  # a symbolic number
@@ -258,14 +259,14 @@ def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list
     return (kv[:-1], [*kv[-1:], *group]) if len(kv) > 1 else (kv, group)
 
 
-def _merge(lists: list[list[Split]]) -> list[Split]:
+def _merge(final: Node, lists: list[list[Split]]) -> list[Split]:
     out: list[Split] = []
     for splits in lists:
         for split in splits:
             if split in out:
                 continue
             if any(set(split) & set(s) for s in out):
-                raise Refused("layout", "query, key and value split a batch dimension in different ways")
+                raise Refused("layout", "query, key and value split a batch dimension in different ways", [final])
             out.append(split)
     return out
 

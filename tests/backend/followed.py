@@ -26,6 +26,7 @@ def with_options(name, options):
 
 with_options("short_sequence", ALWAYS)
 with_options("tier_not_allowed", {"rewrite": "always", "tiers": ["decode", "chunked"]})
+with_options("scores_beside_the_last", ALWAYS)
 with_options("scores_of_their_own_rank", ALWAYS)
 
 

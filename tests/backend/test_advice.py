@@ -40,6 +40,7 @@ TOLD = {  # what only this site's advice says, beside its line
     "smoothed_over_queries": "`conv2d`",
     "batch_norm_in_training": "training=True, `batch_norm`",
     "scores_of_their_own_rank": "`sort`",
+    "scores_beside_the_last": "`matmul`",
     "scores_less_their_mean": "`mean`",
     "complex_scores": "`matmul`",
     "integer_scores": "torch.int64",
@@ -115,8 +116,27 @@ def test_a_program_that_follows_the_advice_is_rewritten(name):
     fn, _, options = FOLLOWED[name]
     report = explained(fn, options)
     assert report.sites and report.rewritten == report.sites, str(report)
-    if OBSTACLES[name].options == obstacles.NO_ROWS and name != "scores_of_their_own_rank":
+    if OBSTACLES[name].options == obstacles.NO_ROWS and fn is not OBSTACLES[name].fn:
         assert all(site.spec is not None for site in report.sites), "rewritten as whole rows, as the obstacle is too"
+
+
+def test_a_length_that_is_read_as_a_number_is_named_and_compares_as_a_tensor():
+    def fn(q, k, v, length):
+        n = length.item()
+        torch._check(n >= 2)
+        torch._check(n <= k.shape[2])
+        return obstacles.scores(q, k).masked_fill(torch.arange(T) >= n, -obstacles.INF).softmax(-1) @ v
+
+    def followed(q, k, v, length):
+        return obstacles.scores(q, k).masked_fill(torch.arange(T) >= length, -obstacles.INF).softmax(-1) @ v
+
+    args = (*qkv(B, H, T, T, D), torch.tensor(13))
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        (kept,) = attnfx.explain(fn, rewrite="always")(*args)
+        (site,) = attnfx.explain(followed, rewrite="always")(*args)
+    assert kept.code == "layout" and "instead of the number" in kept.refusal.hint and "test_advice" in kept.refusal.hint
+    assert kept.refusal.facts["unread"] in kept.refusal.closest
+    assert site.rewritten
 
 
 def test_the_advised_einsum_returns_the_same():

@@ -71,6 +71,7 @@ def test_scores_that_are_too_deep_are_given_up_in_the_report(name):
     report, _ = rewritten(getattr(graphs, name)(2000))
     (site,) = report.sites
     assert site.code == "rows_mixed" and "more than 400 operators" in site.refusal.message
+    assert "at most 400 operators" in site.refusal.hint
 
 
 def test_scores_below_the_largest_depth_are_lifted():
