@@ -144,13 +144,13 @@ def where_in_source(node: Node) -> str:
     return f"{os.path.basename(file)}:{number}" if file else ""
 
 
-def refusal(code: str, message: str, *nodes: Node, hint: str = "", **facts: object) -> Refusal:
+def refusal(code: str, message: str, *nodes: Node, **facts: object) -> Refusal:
     """Return a refusal with the names of its nodes and the first user's line that a node has. Its facts, as
     `attnfx.report.advice` lists them, are read off the nodes; the given ones come first."""
     place = next((p for p in map(where_in_source, nodes) if p), "")
     known: dict[str, object] = {**facts_of(nodes[0]), "end": where_in_source(nodes[-1])} if nodes else {}
     told = {name: str(fact) for name, fact in {**known, **facts}.items() if fact is not None and str(fact)}
-    return Refusal(code, message, tuple(n.name for n in nodes), hint, place, told)
+    return Refusal(code, message, tuple(n.name for n in nodes), "", place, told)
 
 
 def facts_of(n: Node) -> dict[str, object]:

@@ -11,6 +11,8 @@ Needs a graph with `meta["val"]` on each node, without in-place operators on the
 
 from __future__ import annotations
 
+from collections.abc import Set
+
 import torch
 from torch.fx import Node
 
@@ -52,7 +54,7 @@ class Lifter:
     cut         nodes that were loaded because they lie deeper than MAX_DEPTH
     """
 
-    def __init__(self, written: frozenset[Node] = frozenset(), frozen: frozenset[Node] = frozenset()) -> None:
+    def __init__(self, written: Set[Node] = frozenset(), frozen: Set[Node] = frozenset()) -> None:
         self.written = written
         self.frozen = frozen
         self.reductions: dict[Expr, tuple[Node, Index]] = {}
