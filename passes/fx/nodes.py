@@ -69,8 +69,12 @@ def is_tensor(node: object) -> bool:
 
 def take_place(new: Node, old: Node, of: Callable[[Node], bool] = lambda reader: True) -> None:
     """Let users of a node, all or the ones that `of` accepts, read a new node, which takes over the meta that it
-    lacks."""
+    lacks. Its example value then has the memory that the views of the old one share, if its layout is the same."""
+    mine, held = value(new), value(old)
     new.meta = {**old.meta, **new.meta}
+    if all(isinstance(x, torch.Tensor) and x.layout == torch.strided for x in (mine, held)):
+        layouts = [(x.dtype, *map(size_expr, (*x.shape, *x.stride()))) for x in (mine, held)]
+        new.meta["val"] = held if layouts[0] == layouts[1] else mine
     old.replace_all_uses_with(new, delete_user_cb=of, propagate_meta=False)
 
 

@@ -93,7 +93,7 @@ NORMS = ("linear", "layer_norm", "batch_norm", "group_norm", "instance_norm", "r
 def near_normalizer(nodes: Iterable[Node]) -> set[Node]:
     """Return nodes that lead to a normalizer or come from one, without a product or a layer in between."""
     layers = (*PRODUCTS, *NORMS)
-    anchors = [n for n in nodes if op_name(n) in ANCHORS]
+    anchors = [n for n in nodes if op_name(n).removesuffix("_") in ANCHORS]
     before = reach(anchors, lambda n: [] if op_name(n) in layers else n.all_input_nodes)
     after = reach(anchors, lambda n: [u for u in n.users if op_name(u) not in layers])
     return {*before, *after}

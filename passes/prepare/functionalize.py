@@ -159,6 +159,10 @@ def _called(emit: Emitter, node: Node) -> Node | None:
     if pure is None:
         return None
     out = emit.call(pure, *node.args, **node.kwargs)
+    if op_name(node) == "masked_fill_" and value(out).stride() != value(node).stride():
+        x, mask, fill = node.args  # masked_fill returns a contiguous tensor, where one with the strides of its operand
+        which = aten.where.self if isinstance(fill, Node) else aten.where.ScalarSelf
+        out = emit.call(which, mask, fill, x)
     to = value(node).dtype
     return out if value(out).dtype == to else emit.call(aten.to.dtype, out, to)
 

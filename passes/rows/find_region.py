@@ -149,9 +149,10 @@ class _Walk:
         return next((at.index(c.reduced) for node, at in pairs if node is x and c.reduced in at), None)  # type: ignore[union-attr]
 
     def _grow(self) -> None:
-        """Add values that readers compute row by row from large values, such as a row's maximum or its entropy."""
+        """Add values that readers compute row by row from large values, such as a row's maximum or its entropy. Readers
+        of values that are not computed from scores, such as a mask, stay outside: their results may be inputs."""
         found, seen = self.found, set(self.found.calls)
-        waiting = [n for n in found.calls if n is not self.final]
+        waiting = [n for n in found.calls if n is not self.final and self._computed(n)]
         while waiting:
             n = waiting.pop()
             for u in n.users if self.found.large(n, found.rows[n]) else ():
@@ -225,8 +226,9 @@ class _Walk:
             if other:
                 raise NotSeparable(f"the rows of {label(x.node)} are read along two dimensions", x.node)
             return True
-        inside = x.node.op == "call_function" and not other and x.node not in self.facts.written
-        return inside and self.found.large(x.node, x.dim)
+        if x.node.op != "call_function" or op_name(x.node) == "getitem" or x.node in self.facts.written:
+            return False
+        return not other and self.found.large(x.node, x.dim)
 
     def _read(self, n: Node, dim: int | None) -> None:
         self.found.inputs[(n, dim)] = None
@@ -240,7 +242,8 @@ class _Walk:
             if facts.regions[n] != region:
                 raise NotSeparable(f"{label(n)} is in another autocast or no_grad region", n)
         for n in [*order, *(n for n, _ in found.inputs)]:
-            if n in facts.written and (n in found.calls or self._changed_since_read(n)):
+            inside = n in found.calls and n is not self.final  # a result that is written later is copied
+            if n in facts.written and (inside or (n not in found.calls and self._changed_since_read(n))):
                 raise NotSeparable(f"{label(n)} is changed in place", n)
             held = value(n)
             if isinstance(held, torch.Tensor) and (held.is_complex() or held.layout != torch.strided):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, assert_right, check, qkv
+from tests.support import assert_kept, assert_right, check, qkv, rand
 
 T = 20
 
@@ -109,3 +109,30 @@ def test_several_writes_under_no_grad_keep_the_gradient():
         return x * 1.5 + torch.stack([x, k]).softmax(0).sum(0)
 
     assert_right(fn, *qkv(), inner="eager")
+
+
+def test_exponentials_in_place_are_a_softmax():
+    def fn(q, k, v):
+        e = scores(q, k).exp_()
+        return (e / e.sum(-1, keepdim=True)) @ v
+
+    check(fn, *qkv(t=T))
+
+
+def test_scores_with_other_strides_are_filled():
+    def fn(q, k, v):
+        s = torch.einsum("ibnd,jbnd->ijbn", q, k)
+        s.masked_fill_(torch.ones(len(q), len(k)).triu(1).bool()[:, :, None, None], -65000)
+        return torch.einsum("ijbn,jbnd->ibnd", s.softmax(1), v)
+
+    check(fn, *(rand(T, 2, 3, 8) for _ in range(3)))
+
+
+def test_an_output_of_several_values_may_be_written_through_a_view():
+    def fn(q, k, v, k2, v2, new):
+        w = torch.cat([q @ k2.mT, q @ k.mT], -1).softmax(-1)
+        out = w[..., :4] @ v2 + w[..., 4:] @ v
+        out[:, :4] = new
+        return out
+
+    check(fn, *(rand(2, n, 8) for n in (T, T, T, 4, 4, 4)))

@@ -222,6 +222,36 @@ def test_a_write_after_the_first_read_is_refused():
     assert_kept(fn, *inputs(), code="rows_mixed", train=False)
 
 
+def written_result(q, k, v):
+    w = torch.cat([q @ k[:, :, :4].mT, q @ k.mT], -1).softmax(-1)
+    out = w[..., 4:] @ v
+    out.mul_(2)
+    return out
+
+
+def one_of_several(q, k, v):
+    bias, factor = torch.stack([q[0, :2, :, :1] * 0.1, q[0, :2, :, 1:2].sigmoid()]).expand(2, 2, T, S).unbind(0)
+    w = (scores_of(q, k)[:, :2] + bias).softmax(-1) * factor
+    return (w / w.sum(-1, keepdim=True)) @ v[:, :2]
+
+
+def sums_of_a_mask(q, k, v):
+    keep = torch.ones(T, S).tril(-3).bool()
+    w = scores_of(q, k).masked_fill(~keep, -1e9).softmax(-1)
+    return w.masked_fill(keep.sum(-1, keepdim=True) < 1, 0.0) @ v
+
+
+def decays_divided_by_their_sums(q, k, v):
+    decay = torch.ones(T, S, dtype=q.dtype).tril()
+    s = scores_of(q, k) * (decay / decay.sum(-1, keepdim=True).sqrt())
+    return (s / s.abs().sum(-1, keepdim=True).clamp(min=1)) @ v
+
+
+@pytest.mark.parametrize("fn", [written_result, one_of_several, sums_of_a_mask, decays_divided_by_their_sums])
+def test_what_is_made_beside_the_scores_stays_outside(fn):
+    check(fn, *inputs())
+
+
 # -- rows that mix -----------------------------------------------------------------------------------
 def reversed_rows(s):
     return s.flip(-2).softmax(-1)
