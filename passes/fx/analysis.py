@@ -215,7 +215,13 @@ def seeds_of(found: Descendants, *nodes: Node) -> list[Node]:
 
 def learning(ends: Iterable[Node], inputs: Collection[Node]) -> set[Node]:
     """Return the `inputs` that receive a gradient from the ends; another one gets None in eager, not zeros."""
-    return set(inputs).intersection(reach(ends, lambda n: [] if n in inputs else taught_operands(n)))
+    ends = list(ends)
+    found = set(reach(ends, lambda n: [] if n in inputs else taught_operands(n)))
+    if behind := [n for n in inputs if n not in found and _may_learn(n)]:
+        # an input may also be a step on the way to another one, as values that are the scores too
+        first = min(behind)
+        found.update(reach(ends, lambda n: [a for a in taught_operands(n) if not a < first]))
+    return found.intersection(inputs)
 
 
 def taught_operands(n: Node) -> list[Node]:

@@ -98,3 +98,16 @@ def test_values_of_width_one_are_fused(rows):
     """A dimension of size 1 is read at index zero, which leaves no variable for the width."""
     (site,) = check(lambda q, k, v: (q[:, :, :rows] @ k.mT).softmax(-1) @ v[..., :1], *qkv())
     assert site.spec is not None and site.dims["Dv"] == 1
+
+
+@pytest.mark.parametrize("depth", [2, 3, 30])
+def test_the_gradients_are_right_where_the_scores_are_the_values_too(depth):
+    """The values are a step on the way from the weights to queries and keys: these must get their gradient as well."""
+
+    def fn(q, k, v):
+        s = q @ k.mT
+        for _ in range(depth):
+            s = s.softmax(-1) @ s
+        return s.softmax(-1) @ v
+
+    check(fn, *qkv(t=8), sites=depth + 1)
