@@ -32,13 +32,14 @@ THEN_ROWS = ("not_lifted", "score_used", "reduction", "normaliser", "no_product"
 
 def choose(found: Found, context: Context, options: Options) -> list[Choice]:
     """Make one choice for each place of a graph. `options` may differ from the context's."""
-    chosen = []
-    for place in found.places:
+    chosen: list[Choice] = []
+    regions: list[Region] = []
+    for place in reversed(found.places):  # the last of several products with the same weights replaces all of them
         told = context.told.get((found.path, place.number))
         kept = Choice(place, None, place.site, LEAVE if place.finding.loose else SHIELD)
-        choosing = _Choosing(found, options, told, kept, context.exercise)
+        choosing = _Choosing(found, options, told, kept, context.exercise, regions)
         chosen.append(context.attempt(place.part, choosing.choice, kept))
-    return chosen
+    return chosen[::-1]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class _Choosing:
     told      a decision given in advance
     keeping   the choice to keep the place
     compiles  whether the graph will run, and not only be explained
+    regions   the regions of whole rows that were found so far
     """
 
     found: Found
@@ -55,6 +57,7 @@ class _Choosing:
     told: Decision | None
     keeping: Choice
     compiles: bool
+    regions: list[Region]
 
     @property
     def place(self) -> Place:
@@ -164,13 +167,14 @@ class _Choosing:
                 return otherwise
             allowed = 'Or add "chunked" to the option `tiers`: that tier may compute the attention row by row.'
             return otherwise.kept(None, replace(refused, hint=f"{refused.hint} {allowed}"), otherwise.shield)
-        region = find_region(self.found.graph, finding)
+        region = find_region(self.found.graph, finding, self.regions)
         if not isinstance(region, Region):
             if refused is not None and refused.code in THEN_ROWS and region.code == "rows_mixed":
                 facts = region.facts if {"operator", "most"} & region.facts.keys() else refused.facts
                 why = replace(region, message=f"{refused.message}, and {region.message}", hint="", facts=facts)
                 return otherwise.kept(None, why, otherwise.shield)
             return otherwise
+        self.regions.append(region)
         if lean and region.gives_scores:
             return otherwise
         return self._region(region, otherwise, lean)

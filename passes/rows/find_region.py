@@ -8,6 +8,9 @@ none of its inputs is as large as the scores and computed from scores.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from dataclasses import replace
+
 import torch
 from torch.fx import Node
 
@@ -31,13 +34,17 @@ LARGEST = 400  # nodes of one region
 NEAR = 3  # most consecutive small nodes before the scores (indices of the best keys, a threshold)
 
 
-def find_region(graph: Graph, finding: Finding) -> Region | Refusal:
-    """Return the region of a refused finding, or a refusal."""
+def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) -> Region | Refusal:
+    """Return the region of a refused finding, or a refusal. One of the `known` regions with this result is not searched
+    for again: products of the same weights are computed together."""
     final = finding.final
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
     problem: NotSeparable | None = None
     for row, columns in _candidates(graph.facts, finding):
+        for region in known:
+            if final in region.results and region.rows[final] == row and region.columns is columns:
+                return replace(region, final=final)
         try:
             return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:

@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 
+from attnfx.passes.rows import find_region
 from tests.support import assert_kept, check, compare, qkv, rand
 
 T, S = 40, 56
@@ -26,6 +27,14 @@ def test_products_of_one_set_of_weights_are_one_region(shapes_left):
     sites = check(several_products, *args, sites=3)
     assert {s.decision.kernel for s in sites} == {"rows"}
     assert not [s for s in large(shapes_left) if len(s) == 4 and s != (2, T, S, 6)]
+
+
+def test_the_region_of_several_products_is_searched_for_once(monkeypatch):
+    searches = []
+    search = find_region._Walk.region
+    monkeypatch.setattr(find_region._Walk, "region", lambda walk: searches.append(walk) or search(walk))
+    check(several_products, *qkv(t=T, s=S), rand(2, S, 4, 3, 5), rand(2, T, S, 6), sites=3)
+    assert len({walk.final for walk in searches}) == 1
 
 
 def test_results_with_as_many_rows_as_keys_are_not_scores():
