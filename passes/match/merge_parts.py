@@ -92,7 +92,7 @@ Form = list[Index]  # the index of the result, the programs, then the indices of
 
 
 @dataclass(frozen=True)
-class Parts:
+class Joined:
     """Attentions that `final` joins along dimension `dim`.
 
     starts     the places in this dimension where the parts begin
@@ -144,7 +144,7 @@ def _merged(finder: Finder, final: Node, dim: int, matches: list[Match]) -> Matc
     if any(facts.regions[m.final][0] != facts.regions[final][0] for m in matches) or not _alike(matches):
         return None
     of_role = zip(*(m.operands for m in matches), strict=True)
-    operands = [found for parts in of_role if (found := _together(finder.lifter, parts)) is not None]
+    operands = [found for each in of_role if (found := _together(finder.lifter, each)) is not None]
     if len(operands) != len(matches[0].operands):
         return None
     read = [*(n for found in operands for x in found for n in x.nodes), *(c for m in matches for c in m.captures)]
@@ -153,7 +153,7 @@ def _merged(finder: Finder, final: Node, dim: int, matches: list[Match]) -> Matc
     starts = [A.ZERO]
     for m in matches:
         starts.append(A.add(starts[-1], A.ONE if op_name(final) == "stack" else dims(m.final)[dim]))
-    given = Parts(final, dim, matches, starts[:-1], operands)
+    given = Joined(final, dim, matches, starts[:-1], operands)
     return _of_chunks(given) or _of_steps(given)
 
 
@@ -191,7 +191,7 @@ def _together(lifter: Lifter, found: Sequence[Operand]) -> list[Operand] | None:
 
 
 # -- chunks of queries ----------------------------------------------------------------------------
-def _of_chunks(given: Parts) -> Match | None:
+def _of_chunks(given: Joined) -> Match | None:
     """Return the match of all rows if the parts are chunks of queries, else None."""
     matches, dim = given.matches, given.dim
     if given.stacked or any(m.out_index[dim] is not m.row and m.row.args[0] is not A.ONE for m in matches):
@@ -210,7 +210,7 @@ def _of_chunks(given: Parts) -> Match | None:
     return None
 
 
-def _is_chunk(given: Parts, n: int, like: Match, general: Form, row: Expr) -> bool:
+def _is_chunk(given: Joined, n: int, like: Match, general: Form, row: Expr) -> bool:
     """Return whether part n is the rows of the general form that it computes in the result."""
     m = given.matches[n]
     # over the rows and keys of the part: equal expressions need variables of equal range
@@ -284,7 +284,7 @@ def numberings(name: str, count: int) -> list[Numbering]:
     return [one, *two]
 
 
-def _of_steps(given: Parts) -> Match | None:
+def _of_steps(given: Joined) -> Match | None:
     """Return the match of all steps if the parts are steps of a loop, else None."""
     matches, like = given.matches, given.matches[0]
     if any(m.row.args[0] is not like.row.args[0] or m.column.args[0] is not like.column.args[0] for m in matches):
