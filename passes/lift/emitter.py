@@ -73,6 +73,14 @@ class Emitter:
             made.meta.pop(mark, None)
         return made
 
+    def tensor(self, x: Node) -> Node:
+        """Return a symbolic number as the tensor that it was read from, or as a new one; a tensor as it is."""
+        if is_tensor(x):
+            return x
+        if x.op == "call_method" and x.target == "item":
+            return x.args[0]  # type: ignore[return-value]
+        return self.call(aten.scalar_tensor.default, x, dtype=torch.float64)
+
     def size(self, e: Expr) -> int | Node:
         """Return a size as an int, or as a node that computes it."""
         if e.op == "const":

@@ -18,7 +18,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.fx.analysis import Facts, learning
-from attnfx.passes.fx.nodes import dims, is_tensor, take_place, value
+from attnfx.passes.fx.nodes import dims, take_place, value
 from attnfx.passes.lift.access import Operand, extent, radix
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
@@ -142,7 +142,7 @@ def _instead(emit: Emitter, facts: Facts, replaced: list[tuple[Node, Node]]) -> 
 
 
 def _arguments(emit: Emitter, source: Match | Reduction) -> tuple[list[Node], list[int | Node]]:
-    return [_tensor(emit, c) for c in source.captures], [emit.size(A.size(name)) for name in source.sizes]
+    return [emit.tensor(c) for c in source.captures], [emit.size(A.size(name)) for name in source.sizes]
 
 
 def _total(emit: Emitter, made: Node, axes: list[Expr], r: Reduction) -> Node:
@@ -156,15 +156,6 @@ def _total(emit: Emitter, made: Node, axes: list[Expr], r: Reduction) -> Node:
     if r.count is not None:
         made = emit.call(aten.div.Scalar, made, emit.size(r.count))
     return _ordered(emit, made, axes, r.kept)
-
-
-def _tensor(emit: Emitter, capture: Node) -> Node:
-    """Return a capture as a tensor; for a symbolic number, the tensor that it was read from."""
-    if is_tensor(capture):
-        return capture
-    if capture.op == "call_method" and capture.target == "item":
-        return capture.args[0]  # type: ignore[return-value]
-    return emit.call(aten.scalar_tensor.default, capture, dtype=torch.float64)
 
 
 def _ordered(emit: Emitter, out: Node, axes: list[Expr], wanted: Index) -> Node:

@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch.fx import Node
 
 from attnfx.ir.expr import Expr
@@ -61,6 +62,12 @@ class Region:
     def large(self, n: Node, row: int) -> bool:
         """Return whether a node has an element for each row and each key."""
         return is_tensor(n) and any(x is self.columns for d, x in enumerate(dims(n)) if d != row)
+
+    @property
+    def numbers(self) -> list[Node]:
+        """Return the symbolic floats that the calls read."""
+        read = (x.node for call in self.calls.values() for x in call.operands())
+        return list(dict.fromkeys(n for n in read if isinstance(value(n), torch.SymFloat)))
 
     @property
     def random(self) -> bool:

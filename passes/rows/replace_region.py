@@ -30,7 +30,8 @@ def replace_region(graph: Graph, found: Region, target: Any, compiled: bool) -> 
     facts = graph.facts
     users = [u for n in found.results for u in n.users if u not in found.calls and op_name(u) != "sym_size"]
     before = min([found.final, *users])
-    if not move_before(facts, [n for n, _ in found.inputs], before, found.calls):
+    read = [*(n for n, _ in found.inputs), *found.numbers]
+    if not move_before(facts, read, before, found.calls):
         raise CannotEmit("an operand is computed after a result of the attention is first read")
     # a size that is read off the region's own values would depend on the call that replaces them
     carriers = {e: carrier for e, carrier in graph.carriers.items() if carrier[0] not in found.calls}
@@ -57,12 +58,8 @@ def _program(
     narrowed = found.narrowed
     made = list((narrowed or found).calls.values())
     read = list(dict.fromkeys(x for m in made for x in operands(m) if not found.holds(x)))
-    scalars = dict.fromkeys(x.node for m in made for x in m.operands() if isinstance(value(x.node), torch.SymFloat))
-    numbers: dict[Any, int] = {x: at for at, x in enumerate([*read, *scalars, *found.calls])}
-    for n in scalars:  # a computed float is passed as the tensor that it was read from
-        if n.op != "call_method" or n.target != "item":
-            raise CannotEmit(f"the number {n.name} cannot be read off a tensor")
-        read.append(Along(n.args[0], NONE))  # type: ignore[arg-type]
+    numbers: dict[Any, int] = {x: at for at, x in enumerate([*read, *found.numbers, *found.calls])}
+    read.extend(Along(emit.tensor(n), NONE) for n in found.numbers)
     inputs = [x.node for x in read]
     sizes: dict[Expr, int] = {}
 

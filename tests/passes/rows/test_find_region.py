@@ -404,3 +404,13 @@ def test_an_input_that_is_only_compared_or_measured_takes_no_gradient():
     leaves = [x.clone().requires_grad_() for x in args]
     compiled(fn)(*leaves).sum().backward()
     assert [x.grad is None for x in leaves] == [False, False, False, True, True]
+
+
+def test_a_number_that_is_computed_from_one_read_off_a_tensor_is_passed_as_a_tensor():
+    def fn(q, k, v, gain):
+        s = scores_of(q, k) * (1 / (gain.item() + 1))
+        return torch.einsum("bhqk,hg->bgqk", s.softmax(-1), torch.eye(4, dtype=q.dtype)) @ v
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        (site,) = check(fn, *inputs(), torch.tensor(1.7), train=False)
+    assert site.decision.kernel == "rows"
