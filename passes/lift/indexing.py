@@ -8,9 +8,9 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import INT, Expr
-from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape, value
+from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, is_tensor, op_name, shape, value
 from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.lift.tables import INDEXING, Index, rule
+from attnfx.passes.lift.tables import INDEXING, VIEWS, Index, rule
 from attnfx.passes.lift.views import source, whole
 
 
@@ -34,41 +34,34 @@ def _cat(lifter: Lifter, at: Node, index: Index) -> Expr:
     return out
 
 
-@rule(INDEXING, "slice_scatter")
-def _slice_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+@rule(INDEXING, "slice_scatter", "select_scatter", "diagonal_scatter")
+def _scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
+    """Read what a write through a view leaves: the written part at the places that the view reads."""
     part = at.args[1]
-    dim = axis(at, 2)
-    given, step = argument(at, 3, "start"), argument(at, 5, "step", 1)
-    start = A.ZERO if given is None else whole(given)
-    if step != 1 or not isinstance(part, Node) or (start.op != "const" and not poly.nonnegative(poly.bounds(start)[0])):
+    if not is_tensor(part):
         raise Opaque
-    if start.op == "const" and start.value < 0:  # type: ignore[operator]
-        start = A.maximum(A.add(start, dims(at)[dim]), A.ZERO)
-    here = A.sub(index[dim], start)
-    inside = A.and_(A.le(start, index[dim]), A.lt(here, dims(part)[dim]))
-    written = lifter.lift(part, (*index[:dim], here, *index[dim + 1 :]))
-    return A.where(inside, written, lifter.lift(source(at), index))
+    own = tuple(A.var(f"w{m}_{at.name}", n) for m, n in enumerate(dims(part)))  # type: ignore[arg-type]
+    x, places = VIEWS[op_name(at).removesuffix("_scatter")](at, own)
+    whole = [e in own and e.args[0] is n and places.count(e) == 1 for e, n in zip(places, dims(x), strict=True)]
+    solved, here = _inverse({d: e for d, e in enumerate(places) if not whole[d]}, own, index)
+    solved |= {e: index[d] for d, e in enumerate(places) if whole[d]}
+    return A.where(here, lifter.lift(part, tuple(solved[k] for k in own)), lifter.lift(x, index))  # type: ignore[arg-type]
 
 
-@rule(INDEXING, "select_scatter")
-def _select_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
-    dim, place = axis(at, 2), whole(at.args[3])
-    if place.op == "const" and place.value < 0:  # type: ignore[operator]
-        place = A.add(place, dims(at)[dim])
-    written = lifter.operand(at.args[1], (*index[:dim], *index[dim + 1 :]))
-    return A.where(A.eq(index[dim], place), written, lifter.lift(source(at), index))
-
-
-@rule(INDEXING, "diagonal_scatter")
-def _diagonal_scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
-    rank, offset = len(index), whole(argument(at, 2, "offset", 0))
-    a, b = (int(argument(at, n, name, n - 3)) % rank for n, name in ((3, "dim1"), (4, "dim2")))  # type: ignore[arg-type]
-    if offset.op != "const":
+def _inverse(places: dict[int, Expr], own: Index, index: Index) -> tuple[dict[Expr, Expr], Expr]:
+    """Solve places[d] = index[d] for the variables of `own` in the places, which must be affine in one of them. Return
+    the solution, and the condition under which it solves all equations and lies within the variables' sizes."""
+    solved = {k: A.ZERO for k in own if k.args[0] is A.ONE}
+    used = [k for k in own if any(k.value in e.free for e in places.values())]
+    rests = [(d, k, A.substitute(e, {k: A.ZERO})) for d, e in places.items() for k in used]
+    for d, k, rest in sorted(rests, key=lambda found: found[2] is not A.ZERO):
+        if places[d] is A.add(rest, k) and k.value not in rest.free:
+            solved.setdefault(k, A.sub(index[d], rest))
+    if any(k not in solved for k in used) or any(k.value in e.free for e in solved.values() for k in own):
         raise Opaque
-    place = index[a] if offset.value >= 0 else index[b]  # type: ignore[operator]
-    rest = (x for d, x in enumerate(index) if d not in (a, b))
-    written = lifter.operand(at.args[1], (*rest, place))
-    return A.where(A.eq(A.sub(index[b], index[a]), offset), written, lifter.lift(source(at), index))
+    here = [A.eq(A.substitute(e, solved), index[d]) for d, e in places.items()]
+    here += [A.and_(A.ge(solved[k], A.ZERO), A.lt(solved[k], k.args[0])) for k in used]
+    return solved, A.and_(*here)
 
 
 @rule(INDEXING, "copy", "fill")
@@ -154,19 +147,12 @@ def _index_put(lifter: Lifter, at: Node, index: Index) -> Expr:
             extents[m] = n if n is not A.ONE else extents[m]
     own = tuple(A.var(f"w{m}_{at.name}", n) for m, n in enumerate(extents))
     places = {d: _position(lifter.operand(t, own), dims(x)[d]) for d, t in tensors.items()}
-    solved = {k: A.ZERO for k in own if k.args[0] is A.ONE}
-    for d, e in places.items():
-        for k in own:
-            rest = A.substitute(e, {k: A.ZERO})
-            if e is A.add(rest, k) and k.value not in rest.free:
-                solved.setdefault(k, A.sub(index[d], rest))
-    if len(solved) != len(own) or any(k.value in e.free for e in solved.values() for k in own):
+    solved, here = _inverse(places, own, index)
+    if len(solved) != len(own):
         raise Opaque
-    here = [A.eq(A.substitute(e, solved), index[d]) for d, e in places.items()]
-    here += [A.and_(A.ge(solved[k], A.ZERO), A.lt(solved[k], k.args[0])) for k in own]
     left = [i for d, i in enumerate(index) if d not in tensors]
     put = lifter.operand(written, (*left[:first], *(solved[k] for k in own), *left[first:]))
-    return A.where(A.and_(*here), put, lifter.lift(x, index))
+    return A.where(here, put, lifter.lift(x, index))
 
 
 def _position(e: Expr, extent: Expr) -> Expr:

@@ -8,7 +8,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir import poly
 from attnfx.ir.expr import Expr
-from attnfx.passes.fx.nodes import Opaque, argument, axis, dims, op_name, shape, size_expr, value
+from attnfx.passes.fx.nodes import Opaque, argument, arguments, axis, dims, op_name, shape, size_expr, value
 from attnfx.passes.lift.lifter import broadcast
 from attnfx.passes.lift.tables import VIEWS, Index, rule
 
@@ -141,7 +141,8 @@ def _expand(at: Node, index: Index) -> tuple[Node, Index]:
 @rule(VIEWS, "select")
 def _select(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
-    dim, position = axis(at), whole(at.args[2])
+    given = arguments(at)
+    dim, position = int(given["dim"]) % len(dims(x)), whole(given["index"])
     if position.op == "const" and position.value < 0:  # type: ignore[operator]
         position = A.add(position, dims(x)[dim])
     return x, (*index[:dim], position, *index[dim:])
@@ -150,11 +151,11 @@ def _select(at: Node, index: Index) -> tuple[Node, Index]:
 @rule(VIEWS, "slice", "narrow")
 def _slice(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
-    dim = axis(at)
+    given = arguments(at)
+    dim = int(given["dim"]) % len(dims(x))
     extent = dims(x)[dim]
-    given = argument(at, 2, "start")
-    start = A.ZERO if given is None else whole(given)
-    step = whole(argument(at, 4, "step", 1)) if op_name(at) == "slice" else A.ONE
+    start = A.ZERO if given["start"] is None else whole(given["start"])
+    step = whole(given.get("step", 1))
     if start.op == "const":
         if start.value < 0:  # type: ignore[operator]
             start = A.maximum(A.add(start, extent), A.ZERO)
@@ -219,8 +220,9 @@ def _roll(at: Node, index: Index) -> tuple[Node, Index]:
 def _diagonal(at: Node, index: Index) -> tuple[Node, Index]:
     x = source(at)
     rank = len(shape(x))
-    offset = whole(argument(at, 1, "offset", 0))
-    a, b = (int(argument(at, n, name, n - 2)) % rank for n, name in ((2, "dim1"), (3, "dim2")))  # type: ignore[arg-type]
+    given = arguments(at)
+    offset = whole(given["offset"])
+    a, b = (int(given[name]) % rank for name in ("dim1", "dim2"))
     if offset.op != "const":
         raise Opaque
     row, column = (A.ZERO, offset) if offset.value >= 0 else (A.neg(offset), A.ZERO)  # type: ignore[operator]
