@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
+from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, FLOAT, INT, Expr, node
-from attnfx.passes.fx.nodes import Opaque, argument, kind_of, op_name, value
+from attnfx.passes.fx.nodes import Opaque, argument, arguments, op_name, value
 from attnfx.passes.lift.lifter import Lifter, exact_node
-from attnfx.passes.lift.tables import POINTWISE, Index, rule
+from attnfx.passes.lift.tables import POINTWISE, REDUCTIONS, Index, rule
 
 ROUNDING_ONLY = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # float16's range is kept by `half`
 NARROW = (torch.uint8, torch.int8, torch.int16)  # arithmetic on these may wrap around: not lifted
@@ -38,9 +41,18 @@ def _exact(lifter: Lifter, at: Node, name: str, xs: list[Expr]) -> Expr | None:
     return None
 
 
+def _name(at: Node) -> str:
+    """Return an operator's name without the underscores of its in-place or method form."""
+    return op_name(at).strip("_")
+
+
+def _number(e: Expr) -> Expr:
+    return A.to_int(e) if e.kind == BOOL else e
+
+
 @rule(POINTWISE, "add", "add_", "sub", "sub_", "rsub", "__add__", "__sub__")
 def _add(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1].strip("_")
+    name = _name(at)
     x, y = _operands(lifter, at, index)
     alpha = argument(at, 2, "alpha", 1)
     exact = _exact(lifter, at, name, [x, y])
@@ -57,24 +69,9 @@ def _add(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.add(_number(first), scaled) if name == "add" else A.sub(_number(first), scaled)
 
 
-def _number(e: Expr) -> Expr:
-    return A.to_int(e) if e.kind == BOOL else e
-
-
-@rule(POINTWISE, "mul", "mul_", "__mul__")
-def _mul(lifter: Lifter, at: Node, index: Index) -> Expr:
-    x, y = _operands(lifter, at, index)
-    exact = _exact(lifter, at, "mul", [x, y])
-    if exact is not None:
-        return exact
-    if x.kind == BOOL and y.kind == BOOL:
-        return A.and_(x, y)
-    return A.mul(_number(x), _number(y))
-
-
 @rule(POINTWISE, "div", "div_", "true_divide", "floor_divide")
 def _div(lifter: Lifter, at: Node, index: Index) -> Expr:
-    mode = "floor" if "floor_divide" in str(at.target) else argument(at, 2, "rounding_mode")
+    mode = "floor" if _name(at) == "floor_divide" else argument(at, 2, "rounding_mode")
     x, y = _operands(lifter, at, index)
     if mode is None:
         return _exact(lifter, at, "div", [x, y]) or A.div(x, y)
@@ -83,71 +80,30 @@ def _div(lifter: Lifter, at: Node, index: Index) -> Expr:
     raise Opaque
 
 
-def _nonnegative(x: Expr, y: Expr) -> bool:
-    from attnfx.ir import poly
-
-    return poly.nonnegative(poly.bounds(x)[0]) and poly.nonnegative(poly.bounds(y)[0])
+def _nonnegative(*xs: Expr) -> bool:
+    return all(poly.nonnegative(poly.bounds(x)[0]) for x in xs)
 
 
 @rule(POINTWISE, "remainder", "fmod")
 def _mod(lifter: Lifter, at: Node, index: Index) -> Expr:
     x, y = _operands(lifter, at, index)
-    if x.kind == INT and y.kind == INT and ("remainder" in str(at.target) or _nonnegative(x, y)):
+    if x.kind == INT and y.kind == INT and (_name(at) == "remainder" or _nonnegative(x, y)):
         return A.mod(x, y)
     raise Opaque
 
 
-@rule(POINTWISE, "neg", "neg_")
-def _neg(lifter: Lifter, at: Node, index: Index) -> Expr:
-    (x,) = _operands(lifter, at, index, 1)
-    return _exact(lifter, at, "neg", [x]) or A.neg(x)
+# -- functions of the operands alone ----------------------------------------------------------
+def _mul(x: Expr, y: Expr) -> Expr:
+    return A.and_(x, y) if x.kind == BOOL and y.kind == BOOL else A.mul(_number(x), _number(y))
 
 
-_UNARY = {
-    "exp": "exp", "exp2": "exp2", "expm1": "expm1", "log": "log", "log2": "log2", "log1p": "log1p", "tanh": "tanh",
-    "sigmoid": "sigmoid", "sqrt": "sqrt", "sin": "sin", "cos": "cos", "erf": "erf", "floor": "floor", "ceil": "ceil",
-    "round": "round", "trunc": "trunc", "reciprocal": "recip", "abs": "abs", "atan": "atan", "sign": "sign",
-    "sgn": "sign", "special_erf": "erf", "special_expm1": "expm1",
-}  # fmt: skip
-
-
-@rule(POINTWISE, *_UNARY, *(n + "_" for n in _UNARY))
-def _unary(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1].rstrip("_")
-    (x,) = _operands(lifter, at, index, 1)
-    if at.kwargs or len(at.args) > 1:
-        raise Opaque
-    return _exact(lifter, at, name, [x]) or A.unary(_UNARY[name], x)
-
-
-@rule(POINTWISE, "rsqrt", "relu", "relu_", "softplus", "square")
-def _composed(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1].rstrip("_")
-    (x,) = _operands(lifter, at, index, 1)
-    if len(at.args) > 1 or at.kwargs:
-        raise Opaque
-    exact = _exact(lifter, at, name, [x])
-    if exact is not None:
-        return exact
-    if name == "rsqrt":
-        return A.unary("recip", A.unary("sqrt", x))
-    if name == "softplus":
-        return A.unary("softplus", x)
-    if name == "square":
-        return A.power(x, A.const(2))
+def _relu(x: Expr) -> Expr:
     return A.maximum(x, A.ZERO if x.kind == INT else A.const(0.0))
 
 
-@rule(POINTWISE, "silu", "silu_", "gelu", "gelu_")
-def _smooth(lifter: Lifter, at: Node, index: Index) -> Expr:
-    """Lift silu, x sigmoid(x), and gelu, x times the normal distribution function or its tanh approximation."""
-    x = A.to_float(lifter.operand(at.args[0], index))
-    exact = _exact(lifter, at, str(at.target).split(".")[1].rstrip("_"), [x])
-    if exact is not None:
-        return exact
-    if "silu" in str(at.target):
-        return A.mul(x, A.unary("sigmoid", x))
-    if argument(at, 1, "approximate", "none") == "none":
+def _gelu(x: Expr, approximate: str = "none") -> Expr:
+    """Return x times the normal distribution function, or its approximation by tanh."""
+    if approximate == "none":
         inner = A.unary("erf", A.mul(A.const(math.sqrt(0.5)), x))
     else:
         inner = A.mul(A.const(math.sqrt(2 / math.pi)), A.add(x, A.mul(A.const(0.044715), x, x, x)))
@@ -155,46 +111,57 @@ def _smooth(lifter: Lifter, at: Node, index: Index) -> Expr:
     return A.mul(A.const(0.5), x, A.add(A.const(1.0), inner))
 
 
-@rule(POINTWISE, "pow", "pow_")
-def _pow(lifter: Lifter, at: Node, index: Index) -> Expr:
-    x, y = _operands(lifter, at, index)
-    exact = _exact(lifter, at, "pow", [x, y])
-    if exact is not None:
-        return exact
-    out = A.power(x, y)
-    if out.kind != kind_of(_arithmetic(at)) and out.kind == FLOAT:
+SAME = (
+    "exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sigmoid", "sqrt", "sin", "cos", "erf", "floor", "ceil",
+    "round", "trunc", "abs", "atan", "sign", "softplus",
+)  # fmt: skip
+OTHER = {"reciprocal": "recip", "sgn": "sign", "special_erf": "erf", "special_expm1": "expm1"}
+UNARY: dict[str, Callable[..., Expr]] = {
+    **{name: partial(A.unary, OTHER.get(name, name)) for name in (*SAME, *OTHER)},
+    "neg": A.neg,
+    "relu": _relu,
+    "rsqrt": lambda x: A.unary("recip", A.unary("sqrt", x)),
+    "square": lambda x: A.power(x, A.const(2)),
+    "silu": lambda x: A.mul(x, A.unary("sigmoid", x)),
+    "gelu": _gelu,
+}
+BINARY = {"mul": _mul, "pow": A.power, "minimum": A.minimum, "maximum": A.maximum, "min": A.minimum, "max": A.maximum,
+          "fmin": A.minimum, "fmax": A.maximum}  # fmt: skip
+
+
+@rule(POINTWISE, *UNARY, *(f"{name}_" for name in UNARY))
+def _unary(lifter: Lifter, at: Node, index: Index) -> Expr:
+    name = _name(at)
+    (x,) = _operands(lifter, at, index, 1)
+    if len(at.args) > 1 or (at.kwargs and name != "gelu"):
         raise Opaque
-    return out
+    return _exact(lifter, at, name, [x]) or UNARY[name](x, **at.kwargs)
 
 
-@rule(POINTWISE, "minimum", "maximum", "min", "max", "fmin", "fmax")
-def _extreme(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1]
-    if len(at.args) != 2 or not isinstance(at.args[1], Node):
-        from attnfx.passes.lift.reductions import reduce_max
-
-        if name != "max":
+@rule(POINTWISE, *BINARY, "mul_", "pow_", "__mul__")
+def _binary(lifter: Lifter, at: Node, index: Index) -> Expr:
+    name = _name(at)
+    if name in ("min", "max") and (len(at.args) != 2 or not isinstance(at.args[1], Node)):
+        if name == "min":
             raise Opaque
-        return reduce_max(lifter, at, index)
+        return REDUCTIONS["amax"](lifter, at, index)
     x, y = _operands(lifter, at, index)
-    return _exact(lifter, at, name, [x, y]) or (A.minimum if "min" in name else A.maximum)(x, y)
+    made = _exact(lifter, at, name, [x, y]) or BINARY[name](x, y)
+    if made.kind == FLOAT and not value(at).dtype.is_floating_point:  # type: ignore[union-attr]
+        raise Opaque
+    return made
 
 
 @rule(POINTWISE, "clamp", "clamp_", "clamp_min", "clamp_min_", "clamp_max", "clamp_max_", "clip")
 def _clamp(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1].rstrip("_")
-    dtype = _arithmetic(at)
+    dtype, given = _arithmetic(at), arguments(at)
     x = lifter.operand(at.args[0], index)
-    low = argument(at, 1, "min") if name != "clamp_max" else None
-    high = (
-        argument(at, 2, "max") if name in ("clamp", "clip") else argument(at, 1, "max") if name == "clamp_max" else None
-    )
-    for bound, op, aten in ((low, A.maximum, "clamp_min"), (high, A.minimum, "clamp_max")):
-        if bound is None:
+    for bound, op, name in (("min", A.maximum, "clamp_min"), ("max", A.minimum, "clamp_max")):
+        if given.get(bound) is None:
             continue
-        y = lifter.operand(bound, index)
+        y = lifter.operand(given[bound], index)
         if lifter.exact and dtype.is_floating_point and x.op != "const":
-            x = exact_node(at, aten, (x, y))
+            x = exact_node(at, name, (x, y))
         else:
             x = op(x, A.to_float(y) if dtype.is_floating_point else y)
     return x
@@ -220,7 +187,7 @@ def _masked_fill(lifter: Lifter, at: Node, index: Index) -> Expr:
 
 @rule(POINTWISE, "lt", "le", "gt", "ge", "eq", "ne", "lt_", "le_", "gt_", "ge_", "eq_", "ne_")
 def _compare(lifter: Lifter, at: Node, index: Index) -> Expr:
-    name = str(at.target).split(".")[1].rstrip("_")
+    name = _name(at)
     x, y = (lifter.integer_source(a, index) for a in at.args[:2])
     if name == "ne":
         return A.not_(A.eq(x, y))
@@ -236,7 +203,7 @@ _XOR = ("bitwise_xor", "__xor__", "logical_xor", "logical_xor_", "bitwise_xor_")
 def _logic(lifter: Lifter, at: Node, index: Index) -> Expr:
     if value(at).dtype != torch.bool:  # type: ignore[union-attr]
         raise Opaque
-    name = str(at.target).split(".")[1]
+    name = op_name(at)
     x, y = (A.to_bool(lifter.operand(a, index)) for a in at.args[:2])
     if name in _XOR:
         return A.not_(A.eq(x, y))
@@ -271,7 +238,7 @@ def _cast(lifter: Lifter, at: Node, index: Index) -> Expr:
 @rule(POINTWISE, "isnan", "isinf", "isneginf")
 def _is(lifter: Lifter, at: Node, index: Index) -> Expr:
     x = A.to_float(lifter.operand(at.args[0], index))
-    name = str(at.target).split(".")[1]
+    name = op_name(at)
     if name == "isnan":
         return A.not_(A.eq(x, x)) if x.op != "const" else A.const(x.value != x.value)
     inf = A.const(float("inf"))
@@ -296,7 +263,7 @@ def _dropout(lifter: Lifter, at: Node, index: Index) -> Expr:
 # -- constants --------------------------------------------------------------------------------
 @rule(POINTWISE, "full", "full_like", "new_full")
 def _full(lifter: Lifter, at: Node, index: Index) -> Expr:
-    return lifter.operand(argument(at, 2 if "new_full" in str(at.target) else 1, "fill_value"), ())
+    return lifter.operand(argument(at, 2 if op_name(at) == "new_full" else 1, "fill_value"), ())
 
 
 @rule(POINTWISE, "ones", "ones_like", "new_ones", "zeros", "zeros_like", "new_zeros")
