@@ -309,7 +309,7 @@ def _triangle(use: Use) -> None:
 
 
 # -- products --------------------------------------------------------------------------------------
-@rule(RULES, *(name for name in MULTIPLYING if name != "linear"), "cdist", "_cdist_forward")
+@rule(RULES, *MULTIPLYING, "cdist", "_cdist_forward")
 def _product(use: Use) -> None:
     given = [name for name, x in use.given.items() if is_tensor(x)]
     try:
@@ -324,14 +324,14 @@ def _product(use: Use) -> None:
     if "tensors" in use.given:
         use.given["tensors"] = read
     else:
-        use.given |= zip(given[-2:], read)
-        use.given |= {name: use.broadcast(use[name]) for name in given[:-2]}
+        factors = given[:2] if "bias" in use.defaults else given[-2:]
+        use.given |= zip(factors, read)
+        use.given |= {name: use.broadcast(use[name]) for name in given if name not in factors}
 
 
-@rule(RULES, "linear", "embedding")
-def _linear(use: Use) -> None:
-    last = [use.rank() - 1]
-    use.apart(last if "input" in use.given else (), last, "takes its rows from the weight")
+@rule(RULES, "embedding")
+def _embedding(use: Use) -> None:
+    use.apart((), [use.rank() - 1], "takes its rows from the weight")
 
 
 # -- views ----------------------------------------------------------------------------------------
@@ -352,32 +352,15 @@ def _view(use: Use) -> None:
 def _reshape(use: Use) -> None:
     if "dtype" in use.defaults:
         raise use.refuse("reinterprets the bits as another dtype")
-    x = use["self"]
-    use.given["self"] = use.read(x, {d: _same_place(use, x, d) for d in use.asked})
+    _view(use)
     if "other" in use.given:
         use.given["other"] = use.broadcast(use["other"])
     elif "start_dim" not in use.defaults:
         use.op = "reshape.default"
 
 
-def _same_place(use: Use, x: Node, row: int) -> int:
-    """Return the dimension of a reshaped operand that is the whole row dimension of the result."""
-    have, want = dims(x), dims(use.at)
-    before, after = A.mul(A.ONE, *want[:row]), A.mul(A.ONE, *want[row + 1 :])
-    for d, n in enumerate(have):
-        if n is want[row] and A.mul(A.ONE, *have[:d]) is before and A.mul(A.ONE, *have[d + 1 :]) is after:
-            return d
-    raise use.refuse("splits or merges the rows")
-
-
-@rule(RULES, "unflatten")
-def _unflatten(use: Use) -> None:
-    (dim,) = use.named()
-    use.apart([dim], range(dim, dim + len(use["sizes"])), "splits the rows")
-
-
-@rule(RULES, "unsqueeze", "stack")
-def _adds_a_dim(use: Use) -> None:
+@rule(RULES, "stack")
+def _stack(use: Use) -> None:
     use.apart((), use.named(use.rank()), "creates the dimension of the rows")
 
 
