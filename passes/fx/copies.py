@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass, replace
+from operator import attrgetter
 from typing import Any, TypeVar
 
 from torch.fx import Graph, GraphModule, Node
@@ -24,6 +25,24 @@ def copied(gm: GraphModule) -> tuple[GraphModule, dict[Node, Node]]:
         if hasattr(old, "_dynamo_source"):
             new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
     return made, copies
+
+
+def inlined(gm: GraphModule, before: Node, body: GraphModule, given: Iterable[Any]) -> tuple[Any, list[Node]]:
+    """Insert a copy of a body's nodes before a node, with `given` in place of the body's inputs. The module takes over
+    the attributes that they read. Return the body's results and the new nodes."""
+    values: dict[Node, Any] = dict(zip(body.graph.find_nodes(op="placeholder"), given, strict=True))
+    inputs = set(values)
+    with gm.graph.inserting_before(before):
+        results = gm.graph.graph_copy(body.graph, values)
+    made = [values[n] for n in body.graph.nodes if n in values and n not in inputs]
+    for n in made:
+        if n.op in ("get_attr", "call_module"):
+            held, name = attrgetter(str(n.target))(body), str(n.target).replace(".", "_")
+            while getattr(gm, name, held) is not held:
+                name += "_"
+            setattr(gm, name, held)
+            n.target = name
+    return results, made
 
 
 def carried(x: T, copies: Mapping[Node, Node]) -> T:

@@ -11,7 +11,6 @@ operators would mean something else outside.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from operator import attrgetter
 
 import torch
 import torch._functorch.predispatch as functorch
@@ -23,6 +22,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfx.passes.fx.analysis import is_random
+from attnfx.passes.fx.copies import copied, inlined
 from attnfx.passes.fx.examples import example
 from attnfx.passes.lift.graph import Graph
 
@@ -49,35 +49,21 @@ def run(graph: Graph) -> int:
     levels = [x for x in _outermost(gm.graph) if all(map(_understood, x))]
     if not levels or maybe_current_level() is not None:
         return 0
-    written = {}
-    for level in levels:
-        found = _written_out(graph, level)
-        if found is not None:
-            written[level[0]] = level, *found
-    if not written:
+    found = [(level, *body) for level in levels if (body := _written_out(graph, level)) is not None]
+    if not found:
         return 0
-    fresh, values, skipped, held = FxGraph(), {}, set(), {}
-    for n in gm.graph.nodes:
-        if n in written:
-            level, body, given, results = written[n]
-            skipped.update(level)
-            for x in body.graph.nodes:
-                if x.op == "get_attr":
-                    held[f"{n.name}{x.target}"] = attrgetter(str(x.target))(body)
-                    x.target = f"{n.name}{x.target}"
-            holders = (x for x in body.graph.nodes if x.op == "placeholder")
-            inner = dict(zip(holders, (values[x] for x in given), strict=True))
-            made = fresh.graph_copy(body.graph, inner)
-            for x, new in zip(results, made, strict=True):  # type: ignore[arg-type]
-                values[x] = new
-                new.meta["example_value"] = x.meta["example_value"]
-        elif n not in skipped and n.target is not PREPARE:
-            values[n] = fresh.node_copy(n, values.__getitem__)
-            if n.op in ("get_attr", "call_module"):
-                held[str(n.target)] = attrgetter(str(n.target))(gm)
-    graph.gm = GraphModule(held, fresh)
-    graph.gm.meta.update(gm.meta)
-    return len(written)
+    graph.gm, copies = copied(gm)
+    for level, body, given, results in found:
+        made, _ = inlined(graph.gm, copies[level[0]], body, (copies[x] for x in given))
+        for x, new in zip(results, made, strict=True):
+            copies[x].replace_all_uses_with(new, propagate_meta=False)
+            new.meta["example_value"] = x.meta["example_value"]
+        for x in reversed(level):
+            graph.gm.graph.erase_node(copies[x])
+    for n in graph.gm.graph.find_nodes(op="call_function", target=PREPARE):
+        graph.gm.graph.erase_node(n)
+    graph.gm.recompile()
+    return len(found)
 
 
 def _outermost(graph: FxGraph) -> Iterator[list[Node]]:

@@ -11,13 +11,12 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from operator import attrgetter, getitem
-from typing import Any
 
 import torch
-from torch.fx import Graph as FxGraph
 from torch.fx import GraphModule, Node
 from torch.utils.checkpoint import CheckpointPolicy
 
+from attnfx.passes.fx.copies import copied, inlined
 from attnfx.passes.fx.nodes import MARKS, POLICY, REGION, op_name
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.tables import VIEWS
@@ -25,14 +24,32 @@ from attnfx.passes.lift.tables import VIEWS
 
 def run(graph: Graph) -> int:
     """Inline the plain checkpointed regions of a Dynamo graph, in a new module; return how many there were."""
-    gm = graph.gm
-    found = sum(_body(gm, n) is not None for n in gm.graph.nodes)
-    if found:
-        made, held = FxGraph(), {}
-        made.output(_copied(gm, made, {}, held, {}, itertools.count(1)))
-        graph.gm = GraphModule(held, made)
-        graph.gm.meta.update(gm.meta)
-    return found
+    count = sum(_body(graph.gm, n) is not None for n in graph.gm.graph.nodes)
+    if count:
+        graph.gm, _ = copied(graph.gm)
+        regions = itertools.count(1)
+        for n in list(graph.gm.graph.nodes):
+            _inline(graph.gm, n, regions)
+        graph.gm.delete_all_unused_submodules()
+        graph.gm.recompile()
+    return count
+
+
+def _inline(gm: GraphModule, n: Node, regions: Iterator[int]) -> None:
+    """Put the nodes of a region, if the node is one, and of the regions in it in the node's place."""
+    body = _body(gm, n)
+    if body is None:
+        return
+    region, learns = next(regions), torch.is_grad_enabled()
+    results, made = inlined(gm, n, body, n.args[1:])
+    for x in list(n.users):
+        x.replace_all_uses_with(results[x.args[1]], propagate_meta=False)
+        gm.graph.erase_node(x)
+    gm.graph.erase_node(n)
+    for x in made:
+        if learns:
+            x.meta.update({REGION: region, POLICY: CheckpointPolicy.PREFER_RECOMPUTE})
+        _inline(gm, x, regions)
 
 
 def _body(gm: GraphModule, n: Node) -> GraphModule | None:
@@ -46,34 +63,6 @@ def _body(gm: GraphModule, n: Node) -> GraphModule | None:
     if len(given) != len(n.args) - 1 or not isinstance(results, tuple) or not all(isinstance(x, Node) for x in results):
         return None
     return body if all(u.target is getitem for u in n.users) else None
-
-
-def _copied(
-    gm: GraphModule, graph: FxGraph, values: dict[Node, Any], held: dict[str, Any], marks: dict[str, Any],
-    regions: Iterator[int],
-) -> Any:  # fmt: skip
-    """Copy all nodes but the output, and return the output's arguments over the copies. `values` has the placeholders
-    of a body, `held` collects the attributes of a module that the copies read."""
-    for n in gm.graph.nodes:
-        if n in values:
-            continue
-        if n.op == "output":
-            return torch.fx.map_arg(n.args[0], values.__getitem__)
-        if body := _body(gm, n):
-            given = (x for x in body.graph.nodes if x.op == "placeholder")
-            inner = dict(zip(given, (values.get(x, x) for x in n.args[1:]), strict=True))
-            mark = {REGION: next(regions), POLICY: CheckpointPolicy.PREFER_RECOMPUTE} if torch.is_grad_enabled() else {}
-            results = _copied(body, graph, inner, held, mark, regions)
-            values.update((u, results[u.args[1]]) for u in n.users)
-            continue
-        values[n] = graph.node_copy(n, values.__getitem__)
-        values[n].meta.update(marks)
-        if n.op in ("get_attr", "call_module"):
-            name, module = str(n.target), attrgetter(str(n.target))(gm)
-            while held.setdefault(name, module) is not module:
-                name += "_"
-            values[n].target = name
-    raise AssertionError("a graph without an output")
 
 
 def unmark(gm: GraphModule) -> None:
