@@ -18,7 +18,7 @@ from attnfx.targets import Target
 from attnfx.targets.target import key
 
 Rewrite: TypeAlias = Literal["cost", "always", "never"]
-Tier: TypeAlias = Literal["flash", "decode", "library", "chunked", "kept"]
+Tier: TypeAlias = Literal["flash", "decode", "library", "flex", "chunked", "kept"]
 Verify: TypeAlias = Literal["off", "first"]
 Inner: TypeAlias = Literal["inductor", "aot_eager", "eager"]
 Tune: TypeAlias = Literal[False, True, "known", "again"]
@@ -40,7 +40,7 @@ class Options:
         target: The device to decide for; "auto" is the device of the graph's tensors. A record's name or the path of
             a JSON file becomes its `Target`.
         tiers: The tiers that may be chosen, as names or as text such as "flash,library": "flash", "decode", "library",
-            "chunked", "kept". They are stored in this order; "kept" is always among them.
+            "flex", "chunked", "kept". They are stored in this order; "kept" is always among them.
         memory_budget: The largest allowed peak of the compiled step: bytes, "16GiB", a fraction of the device's
             memory, or "auto" for its free memory; None sets no limit.
         verify: "first" compares each rewritten site with the original subgraph when a graph is compiled, on the

@@ -7,7 +7,9 @@ heads and transposed inside the function. A point is measured in one process, th
 as for the table that the rule is fitted to, the clock is the thread's own time, on which other programs have little
 influence. --fit fits the rule's rates to the file and prints the cost of the resulting choices.
 
-results/grid_held_out.json (--held-out) has held-out points, whose shapes are not in the grid.
+results/grid_held_out.json (--held-out) has held-out points, whose shapes are not in the grid. results/grid_flex.json
+(--flex) has points with the tier "flex" as well, measured on another machine: the rates of that tier are fitted to
+its time in proportion to the fastest other contender of the same run, whose time the rule predicts.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 HELD_OUT_FILE = HERE / "results" / "grid_held_out.json"
+FLEX_FILE = HERE / "results" / "grid_flex.json"
 TIERS = ("library", "chunked")
 
 
@@ -107,6 +110,30 @@ def points() -> Iterator[Point]:
             yield Point(program, 1, 12, 12, t, s, 64, "float32", False)
 
 
+# The points with the tier "flex", forward passes: program -> lengths, in float32 and in bfloat16
+FLEX = {
+    "plain_upcast": (128, 512, 2048),
+    "causal": (256, 2048),
+    "window": (2048,),
+    "padding_upcast": (512, 2048),
+    "alibi": (512, 2048),
+    "relative": (512,),
+    "softcap": (256, 2048),
+    "masked": (512,),
+}
+FLEX_HALVES = {"causal": (512, 2048), "plain_upcast": (512,)}
+
+
+def flex_points() -> Iterator[Point]:
+    for table, dtype in ((FLEX, "float32"), (FLEX_HALVES, "bfloat16")):
+        for program, lengths in table.items():
+            yield from (Point(program, 1, 8, 8, t, t, 64, dtype, False) for t in lengths)
+    for program in ("plain_upcast", "causal"):
+        yield Point(program, 8, 8, 8, 256, 256, 64, "float32", False)
+        yield Point(program, 1, 8, 8, 1024, 1024, 128, "float32", False)
+    yield Point("plain_upcast", 1, 8, 8, 1, 2048, 64, "float32", False)
+
+
 # Held-out points, whose shapes are not in the grid: B, H, G, T, S, D.
 HELD_OUT = {
     ("float32", False): {
@@ -151,7 +178,7 @@ def held_out() -> Iterator[Point]:
             yield from (Point(program, *shape, dtype, train) for shape in shapes)
 
 
-def measure(point: Point, threads: int) -> dict[str, object]:
+def measure(point: Point, threads: int, tiers: Sequence[str] = TIERS) -> dict[str, object]:
     """Measure each tier for one point, and the largest difference of their results from Inductor's."""
     import torch
     from measure import interleaved
@@ -185,7 +212,7 @@ def measure(point: Point, threads: int) -> dict[str, object]:
 
     compiled = {"kept": torch.compile(function, dynamic=False)}
     site = None
-    for tier in TIERS:
+    for tier in tiers:
         options: dict[str, Any] = {"rewrite": "always", "tiers": [tier]}
         with torch.set_grad_enabled(point.train):
             (found,) = attnfx.explain(function, **options)(*operands).sites
@@ -215,13 +242,13 @@ def measure(point: Point, threads: int) -> dict[str, object]:
     }  # fmt: skip
 
 
-def work(threads: int) -> None:
+def work(threads: int, tiers: Sequence[str]) -> None:
     """Measure the points given on standard input, one line of JSON each."""
     import torch
 
     torch.set_num_threads(threads)
     for line in sys.stdin:
-        print(json.dumps(measure(Point(**json.loads(line)), threads)), flush=True)
+        print(json.dumps(measure(Point(**json.loads(line)), threads, tiers)), flush=True)
 
 
 def groups(some: Sequence[Point]) -> list[list[Point]]:
@@ -242,7 +269,7 @@ def question(got: dict[str, Any]) -> Any:
     from attnfx.cost import Question
     from attnfx.spec import from_json
 
-    refused = {tier: "not measured" for tier in ("flash", "decode", *TIERS) if tier not in got["times"]}
+    refused = {tier: "not measured" for tier in ("flash", "decode", "flex", *TIERS) if tier not in got["times"]}
     native = got["program"].startswith("fused")
     return Question(from_json(got["spec"]), got["dims"], got["dtype"], training=got["train"], native=native,
                     refused=refused)  # fmt: skip
@@ -278,6 +305,29 @@ def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
         way: cpu.Rates(**dict(zip(names, not_negative(found))), repeated=before[way].repeated)
         for way, found in rows.items()
     }
+
+
+def in_proportion(got: dict[str, Any]) -> float:
+    """Return the ms of the tier "flex" on the machine of the grid: as many times the predicted ms of the fastest other
+    contender as it took of the measured ones."""
+    from attnfx.cost import cpu
+
+    ms, way = min((ms, way) for way, ms in ways(got))
+    return got["times"]["flex"]["min_ms"] / ms * cpu.time(question(got), way, 1)
+
+
+def fit_flex(points: Sequence[dict[str, Any]]) -> tuple[Any, float]:
+    """Fit the Rates of the tier "flex", and return them with their mean error."""
+    from attnfx.cost import cpu
+
+    names = [field.name for field in fields(cpu.Rates) if field.name not in ("repeated", "spilled", "draw")]
+    rows = []
+    for got in points:
+        todo, ms = cpu.work(question(got), "flex"), in_proportion(got)
+        rows.append([getattr(todo, name) / (ms * 1e6) for name in names])
+    found = not_negative(rows)
+    errors = [abs(sum(x * r for x, r in zip(row, found)) - 1) for row in rows]
+    return cpu.Rates(**dict(zip(names, found))), sum(errors) / len(errors)
 
 
 def not_negative(rows: list[list[float]], rounds: int = 3000) -> list[float]:
@@ -357,6 +407,12 @@ def report_fit(points: list[dict[str, Any]]) -> None:
     say("regret by the rates below", regret(points))
     if HELD_OUT_FILE.exists():
         say("regret on the held-out points", regret(json.loads(HELD_OUT_FILE.read_text())["points"]))
+    if FLEX_FILE.exists():
+        measured = json.loads(FLEX_FILE.read_text())["points"]
+        cpu.FORWARD["flex"], wrong = fit_flex(measured)
+        given = ", ".join(f"{k}={v:g}" for k, v in vars(cpu.FORWARD["flex"]).items() if v)
+        print(f'# {len(measured)} points, mean error {wrong:.0%}\n"flex": Rates({given}),')
+        say("regret on the points with flex, by the contenders of their machine", regret(measured))
     for name, table in (("FORWARD", cpu.FORWARD), ("TRAINING", cpu.TRAINING)):
         print(f"{name} = {{")
         for way, rates in table.items():
@@ -381,6 +437,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--out", type=Path, help="default: results/grid.json, or grid_held_out.json beside it")
     parser.add_argument("--held-out", action="store_true", help="measure the held-out points")
+    parser.add_argument("--flex", action="store_true", help='measure the points with the tier "flex"')
     parser.add_argument("--program", action="append", help="only this one (repeatable)")
     parser.add_argument("--fresh", action="store_true", help="measure again what the file already holds")
     parser.add_argument("--fit", action="store_true", help="measure nothing: fit the cost rule to the file")
@@ -388,19 +445,22 @@ def main() -> None:
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
-        return work(options.threads)
-    options.out = options.out or (HELD_OUT_FILE if options.held_out else HERE / "results" / "grid.json")
+        return work(options.threads, (*TIERS, "flex") if options.flex else TIERS)
+    default = FLEX_FILE if options.flex else HELD_OUT_FILE if options.held_out else HERE / "results" / "grid.json"
+    options.out = options.out or default
     if options.fit:
         return report_fit(json.loads(options.out.read_text())["points"])
     done: dict[str, dict[str, object]] = {}
     if options.out.exists() and not options.fresh:
         done = {key_of(got): got for got in json.loads(options.out.read_text())["points"]}
-    missing = [p for p in (held_out() if options.held_out else points()) if key_of(asdict(p)) not in done]
+    wanted = flex_points() if options.flex else held_out() if options.held_out else points()
+    missing = [p for p in wanted if key_of(asdict(p)) not in done]
     missing = [p for p in missing if p.program in (options.program or [p.program])]
     record: dict[str, object] = {"what": __doc__, "machine": machine(), "threads": options.threads}
     environment = os.environ | {"TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1", "PYTHONWARNINGS": "ignore"}
     environment |= {"OMP_NUM_THREADS": str(options.threads), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
     command = [sys.executable, str(HERE / "grid.py"), "--work", f"--threads={options.threads}"]
+    command += ["--flex"] if options.flex else []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("grid", total=len(missing))

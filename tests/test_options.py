@@ -28,7 +28,7 @@ def test_the_defaults_are_those_of_the_contract():
     assert dataclasses.asdict(Options.make()) == {
         "rewrite": "cost",
         "target": "auto",
-        "tiers": ("flash", "decode", "library", "chunked", "kept"),
+        "tiers": ("flash", "decode", "library", "flex", "chunked", "kept"),
         "memory_budget": None,
         "verify": "off",
         "strict": False,

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 from torch.utils._pytree import tree_map
 
@@ -85,7 +86,7 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
         else:
             replaced = rewrite(
                 graph, before, action.match, OPERATORS, ",".join(action.tiers), action.reductions,
-                summary=action.summary, fused=action.fused,
+                summary=action.summary, fused=action.fused, flex=action.flex,
             )  # fmt: skip
             training = action.match.training
     except CannotEmit as problem:
@@ -113,7 +114,8 @@ def _exercise(replaced: Replaced, training: bool) -> None:
 
     def following(n: Node) -> list[Node]:
         name = op_name(n)
-        if name in SDPA or name == "sym_size" or n.target is operators.MASK_SUMMARY:
+        other = isinstance(n.target, HigherOrderOperator) or n.target is operators.MASK_SUMMARY
+        if other or name in SDPA or name == "sym_size":
             return []
         called = name.startswith("attnfx::")
         return [a for a in n.all_input_nodes if not called or op_name(a) == "getitem"]

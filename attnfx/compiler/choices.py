@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from attnfx.compiler.find import Place
+from attnfx.kernels.flex import tier as flex
 from attnfx.kernels.library import cuda
 from attnfx.mask.runtime_summary import Summary
 from attnfx.passes.match.results import Finding, Match, Reduction
@@ -16,13 +17,15 @@ SHIELD, SHIELD_RISKY, LEAVE = "shield", "shield where risky", "leave"
 
 @dataclass(frozen=True)
 class Attention:
-    """Replace a match by a call of attnfx's operator or, with `fused`, of PyTorch's fused operator."""
+    """Replace a match by a call of attnfx's operator, with `fused` of PyTorch's fused operator, or with `flex` of its
+    `flex_attention`."""
 
     match: Match
     reductions: tuple[Reduction, ...]
     tiers: tuple[str, ...]
     summary: Summary | None
     fused: cuda.Fused | None
+    flex: flex.Call | None = None
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from attnfx.compiler.apply import cut_out
 from attnfx.compiler.choices import LEAVE, SHIELD, SHIELD_RISKY, Attention, Choice, WholeRows
 from attnfx.compiler.context import Context
 from attnfx.compiler.find import Found, Place
-from attnfx.compiler.tiers import fused_call, refusals, target_of, tiers_of
+from attnfx.compiler.tiers import flex_call, fused_call, refusals, target_of, tiers_of
 from attnfx.kernels.library import cuda
 from attnfx.mask import prepare
 from attnfx.options import Options
@@ -110,6 +110,7 @@ class _Choosing:
             sums=0 if reader is not None else sum(r.kind not in ("rows", "logsumexp") for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
             cudnn=isinstance(target, Target) or cuda.prefers_cudnn(),
+            compiled=self.options.inner == "inductor",
             refused=refused,
         )
 
@@ -140,7 +141,8 @@ class _Choosing:
         if tier in here:
             return Attention(match, reductions, tuple(tiers), None, None)
         summary = cost.summary(question, target, tier) if summarized and target is not None else None
-        return Attention(match, reductions, tuple(tiers), summary, fused_call(match, tier))
+        direct = fused_call(match, tier), flex_call(match, tier)
+        return Attention(match, reductions, tuple(tiers), summary, *direct)
 
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:
         target, tiers = self.options.target, action.tiers

@@ -51,6 +51,7 @@ from attnfx.passes.prepare import (
     trace,
 )
 from attnfx.passes.prepare.inline_checkpoints import unmark
+from attnfx.passes.rewrite.flex import SHARED
 from attnfx.passes.rewrite.record_stages import Recorder
 from attnfx.passes.rewrite.subgraph import Trial, pair
 from attnfx.report.records import Decision, Refusal, Site
@@ -331,7 +332,7 @@ def _applied(found: Found, chosen: Chosen, context: Context, keep: bool) -> tupl
     report.flops += found.flops
     filed = _file(found, places, done, report)
     if changed:
-        context.attempt("the pass share", partial(share, graph.gm, operators.MASK_SUMMARY), None)
+        context.attempt("the pass share", partial(share, graph.gm, _is_shared), None)
         clean(graph.gm)
         context.attempt("the pass unmark", partial(unmark, graph.gm), None)
         check(graph.gm)
@@ -342,6 +343,11 @@ def _applied(found: Found, chosen: Chosen, context: Context, keep: bool) -> tupl
         for stage in record.stages(filed, text):
             report.stage(stage.name).add(stage, found.path, names)
     return graph.gm, changed
+
+
+def _is_shared(n: Node) -> bool:
+    """Return whether a call describes a mask: sites with equal masks share it."""
+    return n.target is operators.MASK_SUMMARY or bool(n.meta.get(SHARED))
 
 
 def _file(found: Found, places: Sequence[Place], done: Sequence[Outcome], report: Report) -> dict[int, Site]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from attnfx.kernels.flash import tier as flash
+from attnfx.kernels.flex import tier as flex
 from attnfx.kernels.library import cuda
 from attnfx.kernels.operators import attention as operator
 from attnfx.kernels.operators import configuration
@@ -41,7 +42,21 @@ def refusals(
             )
         elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
             found["library"] = why
+    if (why := _refused_by_flex(match, sizes, device, capability)) is not None:
+        found["flex"] = why
     return found
+
+
+def _refused_by_flex(
+    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None
+) -> str | None:  # fmt: skip
+    spec, dtype, live = match.spec, value(match.query).dtype, match.every_row_live
+    why = flex.expresses(
+        spec, dtype, device, sizes["D"], sizes["Dv"], capability, live=live,
+        training=torch.is_grad_enabled() and match.training, summed=bool(match.reductions),
+    )  # fmt: skip
+    known = not match.sizes and all(n.op == "const" for n in dimensions(match).values())
+    return why or flex.takes(spec, live, sizes, known)
 
 
 def fused_call(match: Match, tier: str) -> cuda.Fused | None:
@@ -51,17 +66,24 @@ def fused_call(match: Match, tier: str) -> cuda.Fused | None:
     return call if gpu and tier == "library" and isinstance(call, cuda.Fused) else None
 
 
+def flex_call(match: Match, tier: str) -> flex.Call | None:
+    """Return the call of PyTorch's `flex_attention` that replaces a match with this tier, else None."""
+    device = value(match.query).device
+    return flex.call_of(match.spec, match.every_row_live, device) if tier == "flex" else None
+
+
 def tiers_of(
     chosen: Candidate, here: Mapping[str, str], present: torch.device, reductions: Sequence[Reduction] = ()
 ) -> list[str]:
     """Return the operator's tiers for a decision, in the order to try them.
 
     `here` holds the tiers that the present device cannot run. If the chosen tier is among them, as the decision is for
-    another device, tiers that can run follow it. "chunked" comes last, for conditions known only at the call: most
-    tiers cannot run empty tensors, for example. Sums of dropped weights use "chunked" alone: it computes them in
-    blocks, and other tiers would drop other weights.
+    another device, tiers that can run follow it; "flex", which the operator does not know, is left out. "chunked" comes
+    last, for conditions known only at the call: most tiers cannot run empty tensors, for example. Sums of dropped
+    weights use "chunked" alone: it computes them in blocks, and other tiers would drop other weights.
     """
     if any(r.spec.random and r.kind != "logsumexp" for r in reductions):
         return ["chunked"]
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
-    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))
+    first = [] if chosen.tier == "flex" and chosen.tier in here else [str(configuration.of(chosen))]
+    return list(dict.fromkeys([*first, *others, "chunked"]))

@@ -15,7 +15,7 @@ from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
 from attnfx.mask import visited
 from attnfx.report.records import Candidate
-from attnfx.spec import AttentionSpec, I, J, additive
+from attnfx.spec import AttentionSpec, I, J, additive, fill_of
 
 
 @dataclass(frozen=True)
@@ -66,6 +66,8 @@ FORWARD = {
     "library": Rates(call=224000, operand=0.576, copied=0.0904, score=0.735, width=0.0424, program=1.24, narrow=0.0483),
     # 74 points, mean error 14%
     "chunked": Rates(call=123000, operand=0.818, score=1.7, width=0.0576, program=0.743, function=1.87, narrow=0.0696),
+    # 22 points of grid_flex.json in proportion to the fastest other contender, mean error 11%
+    "flex": Rates(operand=0.958, copied=1.19, width=0.143, function=4.57, narrow=0.0774),
     # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=400000, score=2.5, width=0.02),
 }  # fmt: skip
@@ -91,6 +93,7 @@ TRAINING = {
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
 COLD = 4.0  # further time of a repeated element beyond the shared cache, in its time within
+TILE = 128  # rows and keys of a tile of flex_attention
 BLOCK = 256  # queries in a block of kernels/library/cpu.py; kernels/chunked/blocks.py cuts some blocks in two
 KEYS = 512  # keys that PyTorch's operator computes at a time: with is_causal it skips whole groups of this size
 # Inductor's patterns match some spellings of a site and not others, and the spec does not record the spelling. If every
@@ -112,6 +115,10 @@ def work(ask: Question, way: str) -> Rates:
         repeated *= 1.0 + COLD * _beyond_cache(repeated * ask.element)
     if way == "inductor":  # scores and weights are alive at the same time
         spilled = scores * _beyond_cache(2.0 * scores * ask.element)
+    elif way == "flex":
+        computed = scores * _visited(ask.spec, tuple(ask.dims.items()))
+        if fill_of(ask.spec.score) is not None:  # the mask is evaluated in a few tiles
+            operations = _operations(ask.spec.score.args[1])
     elif way != "fused":
         computed = scores * _live(ask.spec, tuple(ask.dims.items()), way == "library")
     if way == "library":
@@ -157,7 +164,18 @@ def candidates(ask: Question, threads: int) -> tuple[Candidate, list[Candidate]]
     if ask.can("chunked"):
         block = min(scores, 1 << 20) * 4 * 3
         out.append(Candidate("chunked", "blocks", time(ask, "chunked", threads) + again, block))
+    if ask.can("flex") and not (ask.training and ask.compiled):
+        out.append(_flex(ask, threads))
     return _kept(ask, threads, out), out
+
+
+def _flex(ask: Question, threads: int) -> Candidate:
+    """Return the candidate of PyTorch's flex_attention, which only Inductor compiles. As dense operators, it stores the
+    scores a few times over: it never is the fastest, and may be the only tier that is allowed."""
+    if ask.compiled:
+        return Candidate("flex", "cpp", time(ask, "flex", threads), 4 * threads * TILE * (TILE + ask.dims["Dv"]))
+    slow = time(ask, "chunked", threads) + time(ask, "inductor", threads)
+    return Candidate("flex", "dense", slow, 3 * 4 * ask.scores)
 
 
 def _kept(ask: Question, threads: int, others: list[Candidate]) -> Candidate:
@@ -217,6 +235,13 @@ def _mask(spec: AttentionSpec) -> _Mask:
     tiled = any("i" in e.free for e in rest)
     added = 0.0 if not rest else 0.25 if not tiled else 2.0 if any({"b", "h"} & e.free for e in rest) else 1.0
     return _Mask(CAUSAL in conjuncts and not tiled, added, tiled)
+
+
+@lru_cache(maxsize=1024)
+def _visited(spec: AttentionSpec, items: tuple[tuple[str, int], ...]) -> float:
+    """Return the share of the scores in the tiles that flex_attention visits."""
+    dims = dict(items)
+    return visited(spec, dims, TILE, TILE).scores / max(dims["T"] * dims["S"], 1)
 
 
 @lru_cache(maxsize=1024)

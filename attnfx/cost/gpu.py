@@ -47,6 +47,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
         out += site.decode()
     if ask.can("library") and not ask.native and (found := site.fused("library")) is not None:
         out.append(found)
+    if ask.can("flex"):
+        out.append(site.flex())
     if ask.can("chunked"):
         out.append(site.chunked())
     return site.original(), out

@@ -23,6 +23,8 @@ from attnfx.targets import sdpa_dispatch as fused
 PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
 LAUNCHES, BACKWARD_LAUNCHES = 3, 6
 PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes reach; an estimate
+FLEX = 0.75  # share of FlashAttention-2's rate that flex_attention reaches; an estimate
+FLEX_TILE = 128  # rows and keys of its block mask
 EAGER_PASSES = 6  # over float32 scores in a block of eager operators, besides one per operation of the score program
 BLOCK = 1 << 26  # scores of a block, as in kernels/chunked/blocks.py
 BLOCK_ROWS = 128
@@ -97,6 +99,28 @@ class Operators:
             time += 2.5 * self.products(live) + 2 * self.copied(4 * live * passes) + 2 * blocks * self.launched(passes)
         block = min(dims["B"] * dims["H"] * dims["T"] * dims["S"], BLOCK)
         return Candidate("chunked", "blocks", time, 3 * 4 * block, 4 * self.rows if ask.training else 0)
+
+    def flex(self) -> Candidate:
+        """Return the candidate of PyTorch's flex_attention, which Inductor compiles in Triton. It reaches FLEX of the
+        rate of FlashAttention-2 on the tiles of its block mask, beside its score program; an estimate."""
+        ask, dims = self.ask, self.dims
+        if not ask.compiled:  # as dense operators, which are never the fastest
+            slow = self.chunked().predicted_ms + self.original().predicted_ms
+            return Candidate("flex", "dense", slow, 3 * 4 * ask.scores)
+        part = work(ask.spec, self.sizes, FLEX_TILE, FLEX_TILE)
+        scores = part.total * FLEX_TILE**2 * self.heads
+        if ask.dtype == "float32":  # exact products, without tensor cores, at half of the plain rate
+            busy = 2 * scores * (padded(dims["D"]) + padded(dims["Dv"])) / self.float_rate
+        else:
+            one = other(fused.FLASH, self.target, ask.dtype, fused.rounded(max(dims["D"], dims["Dv"])))
+            tiles = work(ask.spec, self.sizes, one.rows, one.keys)
+            busy = one.milliseconds(self.target, tiles, self.heads, one.keys * self.pair)
+        busy = busy / FLEX + scores * self.extra.always / self.float_rate
+        time = max(busy, self.fetched(part, FLEX_TILE)) + self.launched()
+        held = 8 * self.rows  # the log-sum-exp and the largest score
+        if ask.training:
+            time += max(3 * busy, 2 * self.copied(self.operands)) + self.launched(2)
+        return Candidate("flex", "triton", time, held, held if ask.training else 0)
 
     def products(self, scores: float) -> float:
         """Return the ms of the two products of dense scores."""

@@ -20,6 +20,7 @@ class Question:
     sums          number of sums of the weights to recompute
     weights_read  source line or node that uses the weights: they then exist with any decision
     cudnn         whether PyTorch's fused operator prefers cuDNN's kernel, on GPUs that allow it
+    compiled      whether Inductor compiles the rewritten graph
     refused       the reason for each tier that cannot run the site
     """
 
@@ -32,6 +33,7 @@ class Question:
     sums: int = 0
     weights_read: str = ""
     cudnn: bool = True
+    compiled: bool = True
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def can(self, tier: str) -> bool:

@@ -43,8 +43,13 @@ class Program:
     extras: tuple[tuple[tuple[Expr, Expr], ...], ...]
 
 
+def split_scale(score: Expr) -> tuple[float, Expr]:
+    """Return (the constant factor of every occurrence of dot, else 1; the score over a dot that includes it)."""
+    scale = _scale(score)
+    return scale, _unscaled(score, scale)
+
+
 def _scale(score: Expr) -> float:
-    """Return the constant factor of every occurrence of dot, which is applied to the queries instead; else 1."""
     scales: set[float] = set()
     for e in walk(score):
         if A.DOT in e.args:
@@ -88,8 +93,7 @@ def program_of(spec: AttentionSpec) -> Program:
                 wanted[e] = None
             if e.op in ("rsum", "rmax") and any(has_gradient(spec, x) for x in walk(e)):
                 raise ValueError(f"the chunked tier cannot differentiate a reduction of a captured tensor: {e}")
-    scale = _scale(spec.score)
-    score = _unscaled(spec.score, scale)
+    scale, score = split_scale(spec.score)
     masked = fill_of(score) is not None and spec.normaliser == "softmax"
     keep, kept = (score.args[0], score.args[1]) if masked else (None, score)
     found = mask_of(spec.score)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from torch.fx import Node
 
 from attnfx.ir import algebra as A
+from attnfx.ir.algebra import substitute
 from attnfx.ir.expr import Expr
 from attnfx.mask import rows_live
 from attnfx.mask.predicate import kept
@@ -14,7 +15,7 @@ from attnfx.passes.lift.access import extent
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.spec_builder import Reading, batch_and_heads
 from attnfx.report.records import Refusal
-from attnfx.spec import AXES, AttentionSpec
+from attnfx.spec import AXES, AttentionSpec, I, J
 
 
 @dataclass(eq=False)
@@ -55,10 +56,13 @@ class Match(Reading):
 
     @property
     def every_row_live(self) -> bool:
-        """Return whether every row provably has a live key. Under a mask, this needs constant sizes."""
-        if kept(self.spec) is A.TRUE:
+        """Return whether every row provably has a live key. Unless a mask keeps the diagonal, needs constant sizes."""
+        keep = kept(self.spec)
+        if keep is A.TRUE:
             return True
         extents = {AXES[letter]: extent(axes) for letter, axes in self.letters.items()}
+        if extents["T"] is extents["S"] and substitute(keep, {J: I}) is A.TRUE:
+            return True
         if self.sizes or any(n.op != "const" for n in extents.values()) or {"b", "h"} & self.spec.score.free:
             return False
         return rows_live(self.spec, {name: int(n.value) for name, n in extents.items()})  # type: ignore[call-overload]

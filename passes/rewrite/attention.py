@@ -24,6 +24,7 @@ from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.tables import Index
 from attnfx.passes.match.results import Match, Reduction
+from attnfx.passes.rewrite.flex import flex as emit_flex
 from attnfx.spec import AXES
 
 aten = torch.ops.aten
@@ -49,13 +50,14 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 def rewrite(
     graph: Graph, facts: Facts, match: Match, operators: Operators, tier: str, reductions: Sequence[Reduction],
-    summary: Summary | None = None, fused: tuple[float, bool] | None = None,
+    summary: Summary | None = None, fused: tuple[float, bool] | None = None, flex: Any = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator, and let all users of `match.final` read it. Return each replaced node with its replacement,
     `match.final` first. Raises CannotEmit before changing users.
 
     Users of `reductions` read reductions of the weights, which further calls compute. With `summary`, the mask is
     summarized first. With `fused`, (scale, causal), PyTorch's own operator is called instead; it cannot return them.
+    With `flex`, an `attnfx.kernels.flex.tier.Call`, PyTorch's `flex_attention` is called.
 
     `facts` are the facts of the graph before any rewriting. The caller supplies `operators`: passes import no kernels.
     """
@@ -86,16 +88,22 @@ def rewrite(
         return _instead(emit, facts, [(final, like(emit, _ordered(emit, out, full, match.out_index), final))])
     seed = emit.seed(value(q).device) if match.spec.random else None
     captures, given = _arguments(emit, match)
-    states = []
-    if summary is not None:
-        named = dict(zip(match.spec.sizes, given))
-        sizes = [*(emit.size(n[size]) for size in AXES.values()), *(named[name] for name in summary.names)]
-        states = [emit.call(operators.summary, [captures[s] for s in summary.slots], sizes, summary.spec.to_json())]
-    made = emit.call(operators.attention, q, k, v, captures, given, seed, match.spec.to_json(), tier, *states)
-    out = emit.call(operator.getitem, made, 0)
+    named = dict(zip(match.spec.sizes, given))
+    logsumexp: Node | None = None
+    if flex is not None:
+        sizes = {size: emit.size(n[size]) for size in AXES.values()} | named
+        out, logsumexp = emit_flex(emit, flex, q, k, v, captures, sizes, bool(reductions))
+    else:
+        states = []
+        if summary is not None:
+            counts = [*(emit.size(n[size]) for size in AXES.values()), *(named[name] for name in summary.names)]
+            held = [captures[s] for s in summary.slots]
+            states = [emit.call(operators.summary, held, counts, summary.spec.to_json())]
+        made = emit.call(operators.attention, q, k, v, captures, given, seed, match.spec.to_json(), tier, *states)
+        out = emit.call(operator.getitem, made, 0)
+        logsumexp = emit.call(operator.getitem, made, 1) if reductions else None
     replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]
     for r in reductions:
-        logsumexp = emit.call(operator.getitem, made, 1)
         if r.kind == "logsumexp":
             rows = [a for letter in "bhi" for a in r.axes[letter]]
             replaced.append((r.final, like(emit, _ordered(emit, logsumexp, rows, r.kept), r.final)))

@@ -26,6 +26,9 @@ from attnfx.report.records import Site
 ENTER, EXIT = torch.amp.autocast_mode._enter_autocast, torch.amp.autocast_mode._exit_autocast
 
 
+OWN = "attnfx_own"  # marks a constant or a subgraph that a rewrite added, which is cut out with the site
+
+
 def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captures: Sequence[Node]) -> GraphModule:
     """Return a graph module that computes `ends`, with placeholders that carry fakes in `meta["example_value"]`.
 
@@ -36,7 +39,7 @@ def cut(gm: GraphModule, ends: Sequence[Node], operands: Collection[Node], captu
     facts = Facts(gm)
 
     def given(n: Node) -> bool:
-        known = n in operands or n in captures or n.op in ("placeholder", "get_attr")
+        known = n in operands or n in captures or n.op == "placeholder" or (n.op == "get_attr" and OWN not in n.meta)
         return n not in ends and (known or isinstance(value(n), torch.SymInt))
 
     nodes, inside = cone(ends, given)
@@ -148,7 +151,8 @@ def _module(
     for region in reversed(entered):
         graph.call_function(EXIT, (region,))
     graph.output(tuple(copies[n] for n in ends))
-    return GraphModule(torch.nn.Module(), graph)
+    owner = ends[0].graph.owning_module
+    return GraphModule(torch.nn.Module() if owner is None else owner, graph)
 
 
 def weight(gm: GraphModule) -> tuple[int, int]:

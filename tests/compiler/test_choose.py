@@ -43,7 +43,7 @@ def test_explain_decides_for_the_gpu_that_is_named():
     found = site("H100 SXM", 2048, fn=capped)
     assert found.decision.tier == "flash" and found.decision.tile and found.decision.warps and found.decision.stages
     by_tier = {c.tier for c in (found.decision, *found.decision.alternatives)}
-    assert by_tier == {"flash", "kept", "chunked"}
+    assert by_tier == {"flash", "kept", "flex", "chunked"}
     assert all(c.predicted_ms > 0 for c in found.decision.alternatives)
     assert not any(note.startswith("decided for") for note in found.notes)  # explain runs nothing
     assert site("h100-sxm", 8192, queries=1, fn=plain).decision.tier == "decode"

@@ -1,0 +1,1 @@
+"""Express specs as calls of PyTorch's flex_attention operator."""

@@ -1,0 +1,217 @@
+"""Express specs as calls of PyTorch's `flex_attention` operator, which the rewritten graph makes itself.
+
+Inductor compiles the operator for the device: in C++ on a CPU, for inference alone; in Triton on a GPU. Any other inner
+compiler runs it as dense operators, which store the scores.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnfx.ir import algebra as A
+from attnfx.ir.expr import Expr, walk
+from attnfx.kernels.evaluate import Axis, Evaluator
+from attnfx.kernels.flex.blocks import block_mask
+from attnfx.kernels.flex.element import Program, Size, function, program_of
+from attnfx.kernels.flex.form import TILE, Form, form_of
+from attnfx.kernels.gpu import capability
+from attnfx.mask import visited
+from attnfx.spec import AttentionSpec
+
+LEAST_WIDTH = 16  # of a head on a GPU: Triton's matrix products are no narrower
+LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
+LEAST_CAPABILITY = 80  # as in kernels/flash/tier.py
+ARGUMENTS = (
+    "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_mod_other_buffers",
+    "mask_mod_other_buffers",
+)  # fmt: skip
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Return why this PyTorch's operator cannot be called, or None."""
+    operator = getattr(torch.ops.higher_order, "flex_attention", None)
+    if operator is None:
+        return "this PyTorch lacks the flex_attention operator"
+    taken = tuple(inspect.signature(type(operator).__call__).parameters)[1:]
+    return None if taken == ARGUMENTS else "the flex_attention operator of this PyTorch takes other arguments"
+
+
+def expresses(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    device: torch.device,
+    head_dim: int,
+    value_width: int,
+    target: int | None = None,
+    *,
+    live: bool,
+    training: bool,
+    summed: bool,
+) -> str | None:
+    """Return why the operator cannot run such calls, as one sentence, or None. With `target`, answer for a GPU of that
+    compute capability. `live`: each row provably has a live key. `training`: a backward pass follows. `summed`: the
+    graph reads the log-sum-exp, itself or to compute weights from it."""
+    form, name = form_of(spec, live), str(dtype).removeprefix("torch.")
+    if isinstance(form, str):
+        return form
+    if (why := missing()) is not None:
+        return why
+    if spec.compute != "float32" or spec.out_dtype != name:
+        needs = f"the attention needs {spec.compute} and {spec.out_dtype}"
+        return f"PyTorch's flex_attention computes in float32 and returns {name}, and {needs}"
+    if device.type not in ("cpu", "cuda"):
+        return f"PyTorch's flex_attention does not run on {device.type}"
+    if device.type == "cpu" and (why := _on_cpu(spec, training, summed)) is not None:
+        return why
+    if form.low and (training or summed):
+        return "a row may lack a live key, and the log-sum-exp of flex_attention cannot tell its weights apart"
+    return None if device.type == "cpu" else _on_gpu(device, head_dim, value_width, target)
+
+
+def _on_gpu(device: torch.device, head_dim: int, value_width: int, target: int | None) -> str | None:
+    if min(head_dim, value_width) < LEAST_WIDTH:
+        return f"PyTorch's flex_attention needs heads of width {LEAST_WIDTH} on a GPU"
+    capable = target if target is not None or not torch.cuda.is_available() else capability(device)
+    if capable is not None and capable < LEAST_CAPABILITY:
+        return f"Triton's kernels need compute capability 8.0, and the GPU has {capable // 10}.{capable % 10}"
+    return None
+
+
+def _on_cpu(spec: AttentionSpec, training: bool, summed: bool) -> str | None:
+    if training and any(c.grad for c in spec.captures):
+        return "a tensor that the program loads from needs a gradient, and flex_attention has none on a CPU"
+    if training:
+        return "PyTorch's flex_attention has no backward pass on a CPU"
+    if summed or spec.extra:
+        what = "the softmax has columns beside the keys" if spec.extra else "parts of the weights are read"
+        return f"{what}, and PyTorch's flex_attention does not return the log-sum-exp on a CPU"
+    if not torch.cpu._is_avx2_supported() or os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+        return "PyTorch's flex_attention needs a CPU with AVX2"
+    return None
+
+
+def takes(spec: AttentionSpec, live: bool, sizes: Mapping[str, int], known: bool) -> str | None:
+    """Return why the operator is not called for a spec that it expresses, with these sizes, or None. `known`: they are
+    constants."""
+    form = form_of(spec, live)
+    if not known and isinstance(form, Form) and form.tables:
+        return "an integer is computed through floats, and a table of it for flex_attention needs constant sizes"
+    for letter, what in {"T": "queries", "S": "keys", "B": "batch", "H": "heads", "D": "width", "Dv": "width"}.items():
+        if not sizes[letter]:
+            return f"PyTorch's flex_attention takes no empty tensors, and the number of {what} is 0"
+    bounded = {k: n for k, n in sizes.items() if k not in ("G", "D", "Dv")}
+    if known and not visited(spec, bounded, TILE, TILE).total:
+        return "the mask keeps no score, so the softmax has no weights for PyTorch's flex_attention"
+    return None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of the operator, in parts that a rewrite traces into its graph. `gpu`: the operator returns the
+    log-sum-exp and has a backward pass."""
+
+    spec: AttentionSpec
+    form: Form
+    gpu: bool
+
+    @property
+    def dead(self) -> bool:
+        """Return whether a row whose scores are all -inf is NaN, as in eager. The operator returns zeros."""
+        return not self.spec.safe and not self.spec.extra
+
+    @property
+    def compute(self) -> torch.dtype:
+        return getattr(torch, self.spec.compute)
+
+    @cached_property
+    def masked(self) -> bool:
+        return self.form.keep is not A.TRUE
+
+    def learns(self, slot: int) -> bool:
+        return slot < len(self.spec.captures) and self.spec.captures[slot].grad
+
+    @property
+    def unit(self) -> float:
+        """Return the factor from the operator's log-sum-exp to natural units."""
+        return _unit()
+
+    @staticmethod
+    def arguments(tiles: Sequence[Any], lengths: Sequence[Any], mask_mod: Any) -> tuple[Any, ...]:
+        """Return the operator's argument `block_mask`, in the form of this PyTorch. `tiles` are as `block_mask` returns
+        them."""
+        from torch.nn.attention.flex_attention import BlockMask
+
+        names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
+        names += tuple(n.replace("kv", "q") for n in names)
+        given = dict.fromkeys(names) | dict(zip(names, tiles))
+        made = BlockMask(seq_lengths=tuple(lengths), BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod, **given)  # type: ignore[arg-type]
+        return made.as_tuple()
+
+    def score(self, sizes: Mapping[str, Size]) -> tuple[Program, Callable[..., Tensor]]:
+        program = program_of(self.form.score, self.learns, sizes)
+        made = function(program, ("b", "h", "i", "j"), sizes, self.compute, scored=True)
+        return program, _halved(made) if self.gpu and self.form.low else made
+
+    def mask(self, sizes: Mapping[str, Size]) -> tuple[Program, Callable[..., Tensor]]:
+        program = program_of(self.form.keep, lambda _: False, sizes)
+        return program, function(program, ("b", "h", "i", "j"), sizes, self.compute)
+
+    def table(self, number: int, sizes: Mapping[str, int]) -> Tensor:
+        """Compute a table with eager operators on the CPU."""
+        table = self.form.tables[number]
+        extent = {"i": sizes["T"], "j": sizes["S"]}.get(str(table.variable.value), sizes["T"] + sizes["S"] - 1)
+        axes = {str(table.variable.value): Axis(0, extent, -1)}
+        return Evaluator([], sizes, axes, self.compute, torch.device("cpu")).tensor(table.body).contiguous()
+
+    def slots(self, *programs: Expr) -> list[int]:
+        """Return the slots that programs load from, in order."""
+        return sorted({int(e.value) for p in programs for e in walk(p) if e.op == "load"})  # type: ignore[call-overload]
+
+    def tiles(self, captures: Sequence[Tensor], sizes: Mapping[str, Size], device: torch.device, backward: bool
+              ) -> list[Tensor | None]:  # fmt: skip
+        """Compute the block mask. `captures` has the tensors of all slots that the tiles depend on."""
+        return block_mask(self.form.tiles, self.masked, self.form.average, captures, sizes, device, backward)
+
+    def by_row(self, e: Expr, captures: Sequence[Tensor], sizes: Mapping[str, Size], device: torch.device) -> Tensor:
+        """Compute an expression of the row, as a tensor that broadcasts over (batch, heads, rows)."""
+        axes = {"b": Axis(0, sizes["B"], -3), "h": Axis(0, sizes["H"], -2), "i": Axis(0, sizes["T"], -1)}  # type: ignore[arg-type]
+        return Evaluator(captures, sizes, axes, self.compute, device).tensor(e)  # type: ignore[arg-type]
+
+
+def _halved(score: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Halve the scores that a GPU's kernel cannot convert to base 2, so that they stay finite. The largest of a row
+    decides it only where all are lost, and then eager's scores are equal, as these are."""
+
+    def made(*given: Tensor) -> Tensor:
+        found = score(*given)
+        low = (found < LOWEST) & (found > -math.inf)
+        return torch.where(low, found - (0.5 * found).detach(), found)
+
+    return made
+
+
+@lru_cache(maxsize=1)
+def _unit() -> float:
+    """Return the natural logarithm of the base of the operator's log-sum-exp, from one score of this PyTorch."""
+    one = torch.ones(1, 1, 1, 1)
+    tiles = block_mask(A.TRUE, False, False, [], dict(B=1, H=1, T=1, S=1), one.device, False)
+    known = Call.arguments(tiles, [1, 1], lambda b, *_: b >= 0)
+    with torch.no_grad():
+        found = torch.ops.higher_order.flex_attention(one, one, one, lambda score, *_: score, known, 1.0, {})
+    return min((1.0, math.log(2.0)), key=lambda x: abs(x - 1.0 / float(found[1])))
+
+
+def call_of(spec: AttentionSpec, live: bool, device: torch.device) -> Call | None:
+    """Return the call for a spec on a device, or None if there is none. `live`: each row provably has a live key."""
+    form = form_of(spec, live)
+    return None if isinstance(form, str) else Call(spec, form, device.type != "cpu")
