@@ -583,7 +583,7 @@ def files() -> str:
             "`attention-one-thread.json`, `usual-one-thread.json`",
             "`python benchmarks/run.py attention usual --threads 1`",
         ],
-        ["`grid.json`, `grid_held_out.json`", "`python benchmarks/grid.py`, with `--held-out`"],
+        ["`grid.json`, `grid_held_out.json`, `grid_flex.json`", "`python benchmarks/grid.py`, `--held-out`, `--flex`"],
         ["`choice.json`", "`python benchmarks/choice.py`"],
         ["`rows.json`", "`python benchmarks/rows.py`"],
         ["`plan.json`, `plan_targets.json`", "`python benchmarks/plan.py`, `plan_targets.py`"],

@@ -150,7 +150,7 @@ def row(site: Site, decision: Decision) -> dict[str, object]:
 def table(rows: list[dict[str, object]], name: str) -> Table:
     out = Table(title=f"attention on {name}: ms per call, measured (predicted)", title_justify="left")
     out.add_column("site", overflow="fold")
-    tiers = [t for t in ("kept", "library", "flash", "decode", "chunked") if any(_best(r, t) for r in rows)]
+    tiers = [t for t in ("kept", "library", "flash", "decode", "flex", "chunked") if any(_best(r, t) for r in rows)]
     for tier in tiers:
         out.add_column(tier, justify="right")
     for r in rows:

@@ -42,6 +42,7 @@ def refusals(
             )
         elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
             found["library"] = why
+    found.pop("flex", None)
     if (why := _refused_by_flex(match, sizes, device, capability)) is not None:
         found["flex"] = why
     return found
@@ -78,12 +79,11 @@ def tiers_of(
     """Return the operator's tiers for a decision, in the order to try them.
 
     `here` holds the tiers that the present device cannot run. If the chosen tier is among them, as the decision is for
-    another device, tiers that can run follow it; "flex", which the operator does not know, is left out. "chunked" comes
-    last, for conditions known only at the call: most tiers cannot run empty tensors, for example. Sums of dropped
-    weights use "chunked" alone: it computes them in blocks, and other tiers would drop other weights.
+    another device, tiers that can run follow it. "chunked" comes last, for conditions known only at the call: most
+    tiers cannot run empty tensors, for example. Sums of dropped weights use "chunked" alone: it computes them in
+    blocks, and other tiers would drop other weights.
     """
     if any(r.spec.random and r.kind != "logsumexp" for r in reductions):
         return ["chunked"]
     others = [t for t in operator.AUTO.get(present.type, ()) if t not in here] if chosen.tier in here else []
-    first = [] if chosen.tier == "flex" and chosen.tier in here else [str(configuration.of(chosen))]
-    return list(dict.fromkeys([*first, *others, "chunked"]))
+    return list(dict.fromkeys([str(configuration.of(chosen)), *others, "chunked"]))

@@ -89,7 +89,7 @@ def workspace(use: Use, tier: str) -> int:
             return _library(use)
         shapes = use.query.shape[:3], use.key.shape
         return fused.workspace(*shapes, use.value.shape[3], use.query.element) if use.grad_out else 0
-    if tier in ("flash", "decode"):
+    if tier in ("flash", "decode", "flex"):
         # the backward pass stores row sums of out * grad_out in float32; a split stores partial results in float32
         return 4 * use.rows if use.grad_out else (4 * use.rows * (use.value.shape[3] + 2) if tier == "decode" else 0)
     return _chunked(use, int(tile or 0) if tier == "chunked" else 0)

@@ -58,9 +58,10 @@ class Refusal:
 class Candidate:
     """A way to compute a site, with its predicted cost. docs/targets.md explains the cost model.
 
-    tier              "flash", "decode", "library", "chunked", or "kept" for the original code
-    kernel            "triton" for flash and decode; "blocks", "rows" or "rows compiled" for chunked; the name of
-                      PyTorch's kernel for library; "inductor", or "aten" for PyTorch's fused operator, for kept
+    tier              "flash", "decode", "library", "flex", "chunked", or "kept" for the original code
+    kernel            "triton" for flash and decode; "triton", "cpp" or "dense" for flex; "blocks", "rows" or "rows
+                      compiled" for chunked; the name of PyTorch's kernel for library; "inductor", or "aten" for
+                      PyTorch's fused operator, for kept
     predicted_ms      milliseconds of a call: forward, plus backward in training; 0 if not predicted
     predicted_bytes   bytes allocated at the peak of a call, without the inputs and the output
     saved_bytes       bytes saved for the backward pass, without the operands and the output

@@ -54,10 +54,13 @@ class Tier(NamedTuple):
     backward: Callable[..., tuple[Tensor, Tensor, Tensor, list[Tensor]]]
 
 
+_ELSEWHERE = "only the rewritten graph calls flex_attention"
 TIERS: dict[str, Tier] = {
     "library": Tier(lambda *of: library.expresses(*of[:5]), library.supports, library.forward, library.backward),
     "decode": Tier(flash.expresses, flash.supports_decode, flash.forward_decode, flash.backward),
     "flash": Tier(flash.expresses, flash.supports, flash.forward, flash.backward),
+    # a graph calls PyTorch's flex_attention itself: here it only names a decision for another device
+    "flex": Tier(lambda *_: _ELSEWHERE, lambda _: _ELSEWHERE, chunked.forward, chunked.backward),
     "chunked": Tier(lambda *_: None, lambda _: None, chunked.forward, chunked.backward),
 }
 AUTO = {"cpu": ("library", "chunked"), "cuda": ("decode", "flash", "chunked")}  # by device, in order of preference
