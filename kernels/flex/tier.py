@@ -30,6 +30,7 @@ from attnfx.spec import AttentionSpec
 LEAST_WIDTH = 16  # of a head on a GPU: Triton's matrix products are no narrower
 LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
 LEAST_CAPABILITY = 80  # as in kernels/flash/tier.py
+DEEPEST = 100  # operators in each other: tracing a program takes some eight frames of Python's stack for each
 ARGUMENTS = (
     "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_mod_other_buffers",
     "mask_mod_other_buffers",
@@ -66,6 +67,8 @@ def expresses(
         return form
     if (why := missing()) is not None:
         return why
+    if (deep := _depth(spec.score)) > DEEPEST:
+        return f"the score program nests {deep} operators, and at most {DEEPEST} are traced for flex_attention"
     if spec.compute != "float32" or spec.out_dtype != name:
         needs = f"the attention needs {spec.compute} and {spec.out_dtype}"
         return f"PyTorch's flex_attention computes in float32 and returns {name}, and {needs}"
@@ -76,6 +79,13 @@ def expresses(
     if form.low and (training or summed):
         return "a row may lack a live key, and the log-sum-exp of flex_attention cannot tell its weights apart"
     return None if device.type == "cpu" else _on_gpu(device, head_dim, value_width, target)
+
+
+def _depth(root: Expr) -> int:
+    depth: dict[Expr, int] = {}
+    for e in walk(root):
+        depth[e] = 1 + max((depth[a] for a in e.args), default=0)
+    return depth[root]
 
 
 def _on_gpu(device: torch.device, head_dim: int, value_width: int, target: int | None) -> str | None:
