@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NoReturn
 
 import torch
@@ -33,13 +34,13 @@ def explain(model: Callable[..., Any], *inputs: NoReturn, **options: Any) -> Cal
     """
     if inputs:
         raise TypeError("call attnfx.explain(model, **options)(*inputs): the inputs go to the function that it returns")
-    chosen = Options.make(options).without_timing()
+    chosen = replace(Options.make(options).without_timing(), verify="off")
 
     def run(*args: Any, **kwargs: Any) -> Report:
         total = Report(graphs=0)
 
         def backend(gm: GraphModule, example_inputs: Any) -> Callable[..., Any]:
-            total.take(pipeline.run(gm, chosen, stages=True).report)
+            total.take(pipeline.run(gm, chosen, example_inputs, stages=True).report)
             return stand_ins(gm, zeros)
 
         with private_code(model) as traced:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.fx import GraphModule, Node
@@ -13,6 +14,7 @@ from attnfx.compiler.apply import cut_out
 from attnfx.compiler.choices import LEAVE, SHIELD, SHIELD_RISKY, Attention, Choice, WholeRows
 from attnfx.compiler.context import Context
 from attnfx.compiler.find import Found, Place
+from attnfx.compiler.mask_values import share_of_tiles
 from attnfx.compiler.tiers import flex_call, fused_call, refusals, target_of, tiers_of
 from attnfx.kernels.library import cuda
 from attnfx.mask import prepare
@@ -37,7 +39,8 @@ def choose(found: Found, context: Context, options: Options) -> list[Choice]:
     for place in reversed(found.places):  # the last of several products with the same weights replaces all of them
         told = context.told.get((found.path, place.number))
         kept = Choice(place, None, place.site, LEAVE if place.finding.loose else SHIELD)
-        choosing = _Choosing(found, options, told, kept, context.exercise, regions)
+        inputs = () if found.path else context.inputs
+        choosing = _Choosing(found, options, told, kept, context.exercise, regions, inputs)
         chosen.append(context.attempt(place.part, choosing.choice, kept))
     return chosen[::-1]
 
@@ -50,6 +53,7 @@ class _Choosing:
     keeping   the choice to keep the place
     compiles  whether the graph will run, and not only be explained
     regions   the regions of whole rows that were found so far
+    inputs    the values of the graph's inputs, if they are known
     """
 
     found: Found
@@ -58,6 +62,7 @@ class _Choosing:
     keeping: Choice
     compiles: bool
     regions: list[Region]
+    inputs: Sequence[Any] = ()
 
     @property
     def place(self) -> Place:
@@ -86,6 +91,9 @@ class _Choosing:
         here = refusals(match, place.site.sizes, query.device)
         question = self._question(match, here)
         decision, notes = (self.told, ()) if self.told else self._decided(question, match)
+        if question.tiles < 1:
+            told = f"at the values of the first call, its mask in tensors leaves {question.tiles:.0%} of the tiles"
+            notes = (*notes, told)
         keep = keep.noted(*notes)
         if decision.tier == "kept":
             return keep.kept(decision, None, LEAVE if question.native else SHIELD_RISKY)
@@ -100,6 +108,9 @@ class _Choosing:
         if isinstance(target, Target):
             device = torch.device(target.kind)
             refused = refusals(match, place.site.sizes, device, target.capability)
+        tiles = 1.0
+        if device.type == "cpu" and "flex" not in refused:
+            tiles = share_of_tiles(self.found.graph.gm, self.inputs, match, place.site.sizes)
         return cost.Question(
             match.spec,
             place.site.sizes,
@@ -111,6 +122,7 @@ class _Choosing:
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
             cudnn=isinstance(target, Target) or cuda.prefers_cudnn(),
             compiled=self.options.inner == "inductor",
+            tiles=tiles,
             refused=refused,
         )
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from attnfx.compiler.faults import Fault
 from attnfx.options import Options
@@ -24,6 +24,7 @@ class Context:
     told      given decisions, in the form of `Report.decided`; other places are decided as usual
     faults    the parts that failed before and are left out, by name
     exercise  whether each new call is run once on tiny tensors
+    inputs    the values of the graph's inputs, if they are known
     path      the path from the graph to the body; empty for the graph itself
     passes    with `dump_dir`, (pass, the graph's code after it) for each pass that changed the graph
     """
@@ -34,6 +35,7 @@ class Context:
     told: Mapping[tuple[str, int], Decision] = field(default_factory=dict)
     faults: Mapping[str, Fault] = field(default_factory=dict)
     exercise: bool = False
+    inputs: Sequence[Any] = ()
     path: str = ""
     passes: list[tuple[str, str]] = field(default_factory=list)
 
@@ -58,4 +60,4 @@ class Context:
 
     def body(self, name: str) -> Context:
         """Return the context for the body in the attribute `name`."""
-        return replace(self, path=f"{self.path}{name}/")
+        return replace(self, path=f"{self.path}{name}/", inputs=())

@@ -121,7 +121,7 @@ def run(
     faults: dict[str, Fault] = {}
     stages = stages or options.dump_dir is not None or traces()
     while True:
-        context = Context(options, Report(), stages, told or {}, faults, exercise)
+        context = Context(options, Report(), stages, told or {}, faults, exercise, inputs or ())
         try:
             result = _attempt(gm, context, inputs)
         except Fault as fault:
@@ -144,7 +144,7 @@ def again(result: Result, options: Options, inputs: Sequence[Any] | None = None)
     found = result.found
     if found is None:
         return replace(result, report=Report(notes=list(result.report.notes)))
-    context = Context(options, Report(notes=list(result.report.notes)), exercise=True)
+    context = Context(options, Report(notes=list(result.report.notes)), exercise=True, inputs=inputs or ())
     return _decided(found, context, inputs, keep=True)
 
 

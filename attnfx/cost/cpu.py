@@ -116,7 +116,7 @@ def work(ask: Question, way: str) -> Rates:
     if way == "inductor":  # scores and weights are alive at the same time
         spilled = scores * _beyond_cache(2.0 * scores * ask.element)
     elif way == "flex":
-        computed = scores * _visited(ask.spec, tuple(ask.dims.items()))
+        computed = scores * min(ask.tiles, _visited(ask.spec, tuple(ask.dims.items())))
         if fill_of(ask.spec.score) is not None:  # the mask is evaluated in a few tiles
             operations = _operations(ask.spec.score.args[1])
     elif way != "fused":

@@ -21,6 +21,7 @@ class Question:
     weights_read  source line or node that uses the weights: they then exist with any decision
     cudnn         whether PyTorch's fused operator prefers cuDNN's kernel, on GPUs that allow it
     compiled      whether Inductor compiles the rewritten graph
+    tiles         share of the tiles of flex_attention that the values of a mask in tensors leave, at the first call
     refused       the reason for each tier that cannot run the site
     """
 
@@ -34,6 +35,7 @@ class Question:
     weights_read: str = ""
     cudnn: bool = True
     compiled: bool = True
+    tiles: float = 1.0
     refused: Mapping[str, str] = field(default_factory=dict)
 
     def can(self, tier: str) -> bool:

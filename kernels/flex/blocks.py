@@ -213,8 +213,8 @@ def block_mask(tiles: Expr, masked: bool, average: bool, captures: Sequence[Tens
             elif single:
                 out += [None, None]
             else:
-                sizes = (*shape[:2], *counts[:: -1 if swapped else 1])
-                out += [torch.zeros(n, dtype=torch.int32, device=device) for n in (sizes[:3], sizes)]
+                empty = (*shape[:2], *counts[:: -1 if swapped else 1])
+                out += [torch.zeros(n, dtype=torch.int32, device=device) for n in (empty[:3], empty)]
     return out
 
 

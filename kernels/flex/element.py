@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.evaluate import Evaluator, Value
 from attnfx.spec import AXES
 
-Size = int | torch.SymInt
+Size: TypeAlias = Any  # an int or a torch.SymInt
 
 
 @dataclass(frozen=True)

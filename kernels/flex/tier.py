@@ -187,7 +187,7 @@ class Call:
         """Return the slots that programs load from, in order."""
         return sorted({int(e.value) for p in programs for e in walk(p) if e.op == "load"})  # type: ignore[call-overload]
 
-    def tiles(self, captures: Sequence[Tensor], sizes: Mapping[str, Size], device: torch.device, backward: bool
+    def tiles(self, captures: Any, sizes: Mapping[str, Size], device: torch.device, backward: bool
               ) -> list[Tensor | None]:  # fmt: skip
         """Compute the block mask. `captures` has the tensors of all slots that the tiles depend on."""
         return block_mask(self.form.tiles, self.masked, self.form.average, captures, sizes, device, backward)

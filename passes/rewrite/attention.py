@@ -105,6 +105,7 @@ def rewrite(
     replaced = [(final, like(emit, _ordered(emit, out, full, match.out_index), final))]
     for r in reductions:
         if r.kind == "logsumexp":
+            assert logsumexp is not None
             rows = [a for letter in "bhi" for a in r.axes[letter]]
             replaced.append((r.final, like(emit, _ordered(emit, logsumexp, rows, r.kept), r.final)))
             continue

@@ -231,7 +231,8 @@ class _Site:
         held = call.arguments([value(n) for n in tiles], [value(n) for n in lengths], _mask)
         score, loaded = self._body("flex_score", call.score(self.known), True)
         mask, masking = self._body("flex_mask", call.mask(self.known), False)
-        options = library._apply_kernel_options(*fakes, lse, {} if call.gpu else dict(CPU_OPTIONS))
+        own: Any = {} if call.gpu else dict(CPU_OPTIONS)
+        options: Any = library._apply_kernel_options(fakes[0], fakes[1], fakes[2], lse, own)
         target, rest = torch.ops.higher_order.flex_attention, (call.form.scale, options)
         listed = (*(stands.get(id(x), x) for x in held[:-1]), mask)
         with self.emit.graph.inserting_before(self.emit.before):

@@ -236,6 +236,24 @@ def test_rows_that_see_their_own_position_are_masked_by_a_finite_fill_as_by_infi
     assert len(operands) == 1 and any(n.target is torch.ops.aten.eq.Scalar for n in mask.graph.nodes)
 
 
+@pytest.mark.parametrize(("each", "tier_"), [(100, "flex"), (2048, "library")])
+def test_a_mask_in_a_tensor_is_priced_by_its_values_at_the_first_call(each, tier_):
+    at = torch.arange(2048)
+    keep = at[:, None] // each == at // each
+    result = rewritten(dense, *qkv(1, 4, 2048, d=64), keep, rewrite="cost", tiers=["library", "flex", "chunked"])
+    (site,) = result.report.sites
+    assert site.decision.tier == tier_
+    assert any("leaves 18% of the tiles" in note for note in site.notes) == (each == 100), site.notes
+
+
+def test_values_that_are_not_known_when_a_graph_is_compiled_count_as_all_tiles():
+    def fn(q, k, v, keep):
+        return dense(q, k, v, keep & (torch.rand(300, 300) < 2))
+
+    result = rewritten(fn, *heads(300), holes(300), rewrite="cost", tiers=["flex"])
+    assert not any("of the tiles" in note for site in result.report.sites for note in site.notes)
+
+
 def test_no_tensor_of_all_scores_is_in_the_graph():
     gm = rewritten(documents, *heads(300), doc(300)).gm
     held = (n.meta.get("val") for n in gm.graph.nodes)
