@@ -414,3 +414,13 @@ def test_a_number_that_is_computed_from_one_read_off_a_tensor_is_passed_as_a_ten
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
         (site,) = check(fn, *inputs(), torch.tensor(1.7), train=False)
     assert site.decision.kernel == "rows"
+
+
+def test_rows_that_are_the_weight_of_a_linear_layer():
+    def fn(q, k, v):
+        s = q @ k.T
+        w = s.masked_fill(s < s.topk(4, -1).values[..., -1:], float("-inf")).softmax(-1)
+        return F.linear(v.T, w)
+
+    (site,) = check(fn, rand(T, 8), rand(20, 8), rand(20, 6))
+    assert site.spec is None
