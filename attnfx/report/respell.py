@@ -22,6 +22,8 @@ def respell(code: str, source: str, facts: Facts) -> str:
         tree = ast.parse(source.strip())
     except SyntaxError:  # a part of a statement that covers several lines
         return ""
+    if len(tree.body) != 1:  # several statements, or a comment
+        return ""
     edited = edit(tree, facts)
     return ast.unparse(tree) if edited else ""
 

@@ -155,6 +155,7 @@ LINES = [
     ("mutated", "k += 1", {}, "k = k + 1"),
     ("mutated", "k.mul_(x)", {}, "k = k.mul(x)"),
     ("mutated", "k[:, 0] = 1", {}, ""),
+    ("mutated", "x = q * k; k.mul_(x)", {}, ""),
     ("mutated", "self.k.add_(1)", {}, ""),
     ("rows_mixed", "x = torch.cumsum(w, dim=-2)", {"operator": "cumsum"}, "x = torch.cumsum(w, dim=-1)"),
     ("rows_mixed", "x = w.inverse()", {"operator": "linalg_inv"}, ""),
