@@ -24,6 +24,7 @@ NATIVE_GAIN = 0.8
 # A configuration must be predicted to take at most this share of the time of its kernel's default, which comes first:
 # the model orders tiles less reliably than tiers.
 TILE_GAIN = 0.9
+COMPILED = 1.0  # ms of a call that C++ must save over another tier: g++ compiles it for seconds, at every new shape
 
 
 def evaluate(e: Expr, sizes: Mapping[str, int]) -> int:
@@ -80,13 +81,22 @@ def select(
 
 
 def likeliest(some: list[Candidate]) -> Candidate:
-    """Return the candidate with the shortest predicted time. Within a tier, the default (first) configuration wins
-    unless another is much faster (TILE_GAIN)."""
+    """Return the candidate with the shortest predicted time, unless it is C++ that hardly pays for its compilation.
+    Within a tier, the default (first) configuration wins unless another is much faster (TILE_GAIN)."""
     tiers: dict[str, Candidate] = {}
     for c in sorted(some, key=lambda c: c.predicted_ms):
         default = next(d for d in some if d.tier == c.tier)
         tiers.setdefault(c.tier, c if c.predicted_ms <= TILE_GAIN * default.predicted_ms else default)
-    return min(tiers.values(), key=lambda c: c.predicted_ms)
+    return _worth_compiling(min(tiers.values(), key=lambda c: c.predicted_ms), list(tiers.values()))
+
+
+def _worth_compiling(best: Candidate, others: list[Candidate]) -> Candidate:
+    """Return the best candidate, or the next one if C++ that compiles for seconds saves less than COMPILED a call."""
+    rest = [c for c in others if c.kernel != "cpp"]
+    if best.kernel != "cpp" or not rest:
+        return best
+    second = min(rest, key=lambda c: c.predicted_ms)
+    return second if second.predicted_ms - best.predicted_ms < COMPILED else best
 
 
 def line(tier: str, training: bool) -> str:

@@ -172,7 +172,7 @@ class _Site:
             ones = emit.call(aten.new_ones.default, val, size)
             val = emit.call(aten.cat.default, [val, ones], 3)
         lse = summed or bool(call.spec.extra) or (call.dead and call.gpu)
-        made = self._operator(self._apart(query, True), self._apart(key, True), self._apart(val), lse)
+        made = self._operator(*map(self._whole, (query, key, val)), lse)
         out, logsumexp = emit.call(operator.getitem, made, 0), None
         if lse:
             logsumexp = emit.call(aten.mul.Tensor, emit.call(operator.getitem, made, 1), call.unit)
@@ -202,19 +202,40 @@ class _Site:
         found = self.emit.call(aten.sym_size.int, node, dim)
         return self.emit.call(operator.add, found, more) if more else found
 
-    def _apart(self, operand: Node, whole: bool = False) -> Node:
-        """Return an operand, copied on a CPU where PyTorch's generated code needs that: it names an operand by its
-        memory, so two views of one memory clash, and it reads the sizes of query and key (`whole`) off that memory."""
-        first = self.memory.setdefault(value(operand).untyped_storage()._cdata, operand)
-        if self.call.gpu or (first is operand and not (whole and _is_view(operand))):
+    def _apart(self, capture: Node) -> Node:
+        """Return a capture, copied on a CPU if it views the memory of another operand: PyTorch's generated code names an
+        operand by its memory."""
+        first = self.memory.setdefault(value(capture).untyped_storage()._cdata, capture)
+        if self.call.gpu or first is capture:
+            return capture
+        if capture not in self.copies:
+            self.copies[capture] = self._copied(capture)
+        return self.copies[capture]
+
+    def _whole(self, operand: Node) -> Node:
+        """Return query, key or value in memory of its own on a CPU, without gaps. PyTorch's generated code reads the
+        sizes off that memory and needs a dense last dim, and Inductor may store a computed operand in another order: a
+        view by strides fixes the order."""
+        base, held = base_of(operand), value(operand)
+        first = self.memory.setdefault(held.untyped_storage()._cdata, operand) is operand
+        if self.call.gpu:
             return operand
-        if operand not in self.copies:
-            self.copies[operand] = self._copied(operand)
-        return self.copies[operand]
+        given = base.op != "call_function" and len(dims(base)) == 4
+        if first and given and held.stride(-1) == 1 and held.storage_offset() == value(base).storage_offset():
+            return operand
+        own = torch.Tag.pointwise in getattr(base.target, "tags", ()) or base.target is aten.cat.default
+        plain = first and operand is base and own and held.is_contiguous()
+        made = operand if plain else self._copied(operand)
+        sizes = [self._size(made, d) for d in range(4)]
+        steps: list[Any] = [1]
+        for n in sizes[:0:-1]:
+            known = isinstance(n, int) and isinstance(steps[0], int)
+            steps.insert(0, operator.mul(n, steps[0]) if known else self.emit.call(operator.mul, n, steps[0]))
+        return self.emit.call(aten.as_strided.default, made, sizes, steps)
 
     def _copied(self, n: Node) -> Node:
         """Copy a tensor by an operator that changes no value: Inductor removes a clone with equal strides."""
-        kind = value(n).dtype
+        kind, n = value(n).dtype, self.emit.call(aten.contiguous.default, n)
         if kind == torch.bool:
             return self.emit.call(aten.logical_or.default, n, n)
         lowest = float("-inf") if kind.is_floating_point else torch.iinfo(kind).min
@@ -266,13 +287,6 @@ class _Site:
             both = emit.call(aten.logaddexp.default, both, logit)
         share = emit.call(aten.exp.default, emit.call(aten.sub.Tensor, logsumexp, both))
         return self._times(out, emit.call(aten.unsqueeze.default, share, -1)), both  # type: ignore[return-value]
-
-
-def _is_view(n: Node) -> bool:
-    """Return whether a tensor of four dims may be a view of memory with other dims, such as a matrix product's."""
-    base = base_of(n)
-    made = base.op == "call_function" and torch.Tag.pointwise not in getattr(base.target, "tags", ())
-    return len(dims(base)) != 4 or made
 
 
 def _score(score: torch.Tensor, *_: Any) -> torch.Tensor:

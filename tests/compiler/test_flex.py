@@ -177,6 +177,11 @@ def test_symbolic_sizes_make_the_block_mask_in_the_graph(name):
 
 # several tiles a side, which only the generated code divides
 COMPILED = {
+    "views of one tensor": (lambda x: capped(x[:, :, 5:], x[:, :, 2:147], x[:, :, 1:146]), lambda: (heads()[0],)),
+    "transposed, few keys": (
+        lambda x, gate, experts: (x @ gate).softmax(-1) @ experts,
+        lambda: (rand(192, 64), rand(64, 8), rand(8, 64)),
+    ),
     "documents": (documents, lambda: (*heads(300), doc(300))),
     "padded, average": (padded, lambda: (*heads(300), seen(300))),
     "padded, NaN": (hidden, lambda: (*heads(300), seen(300))),
