@@ -203,7 +203,7 @@ class _Site:
         return self.emit.call(operator.add, found, more) if more else found
 
     def _apart(self, capture: Node) -> Node:
-        """Return a capture, copied on a CPU if it views the memory of another operand: PyTorch's generated code names an
+        """Return a capture, copied on a CPU if it views memory of another operand: PyTorch's generated code names an
         operand by its memory."""
         first = self.memory.setdefault(value(capture).untyped_storage()._cdata, capture)
         if self.call.gpu or first is capture:
