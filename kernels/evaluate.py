@@ -298,7 +298,8 @@ class Evaluator:
                 shape = torch.broadcast_shapes(*(self.tensor(a).shape for a in e.args))
                 found = tensor.new_zeros(shape)
             else:
-                found = tensor[self._indices(e, tensor.shape)]
+                # not tensor[..], which reads an index without dims on the host
+                found = torch.ops.aten.index.Tensor(tensor, list(self._indices(e, tensor.shape)))
         return found.to(self.compute if e.kind == FLOAT else torch.int64 if e.kind == INT else torch.bool)
 
     def add_gradient(self, e: Expr, slope: Tensor, total: Tensor) -> None:

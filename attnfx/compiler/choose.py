@@ -88,7 +88,7 @@ class _Choosing:
         place, keep = self.place, self.keeping
         query = value(match.query)
         prepare(match.spec, place.site.sizes)
-        here = refusals(match, place.site.sizes, query.device)
+        here = refusals(match, place.site.sizes, query.device, compiled=self.options.inner == "inductor")
         question = self._question(match, here)
         decision, notes = (self.told, ()) if self.told else self._decided(question, match)
         if question.tiles < 1:
@@ -107,7 +107,8 @@ class _Choosing:
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
-            refused = refusals(match, place.site.sizes, device, target.capability)
+            compiled = self.options.inner == "inductor"
+            refused = refusals(match, place.site.sizes, device, target.capability, compiled)
         tiles = 1.0
         if device.type == "cpu" and "flex" not in refused:
             tiles = share_of_tiles(self.found.graph.gm, self.inputs, match, place.site.sizes)

@@ -23,7 +23,7 @@ MOST_ELEMENTS = 1 << 26  # of each tensor among them
 
 def share_of_tiles(gm: GraphModule, inputs: Sequence[Any], match: Match, sizes: Mapping[str, int]) -> float:
     """Return the share of the tiles of `flex_attention` that the mask's values leave; 1.0 if unknown. `inputs` are the
-    values of the graph's placeholders, `sizes` those of the site."""
+    values of the graph's placeholders, `sizes` the sizes of the site."""
     call = flex.call_of(match.spec, match.every_row_live, torch.device("cpu"))
     slots = [] if call is None else [s for s in call.slots(call.form.tiles) if s < len(match.captures)]
     if call is None or not slots or len(slots) < len(call.slots(call.form.tiles)):

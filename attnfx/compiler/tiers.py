@@ -27,9 +27,10 @@ def target_of(options: Options, present: torch.device) -> Target | None:
 
 
 def refusals(
-    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None
+    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None, compiled: bool = True
 ) -> dict[str, str]:
-    """Map each tier that cannot run a match to the reason, for `device` or any device of `capability`."""
+    """Map each tier that cannot run a match to the reason, for `device` or any device of `capability`. `compiled`:
+    Inductor compiles the graph."""
     dtype, extents = value(match.query).dtype, dimensions(match)
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
     if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
@@ -43,13 +44,13 @@ def refusals(
         elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
             found["library"] = why
     found.pop("flex", None)
-    if (why := _refused_by_flex(match, sizes, device, capability)) is not None:
+    if (why := _refused_by_flex(match, sizes, device, capability, compiled)) is not None:
         found["flex"] = why
     return found
 
 
 def _refused_by_flex(
-    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None
+    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None, compiled: bool
 ) -> str | None:  # fmt: skip
     spec, dtype, live = match.spec, value(match.query).dtype, match.every_row_live
     why = flex.expresses(
@@ -57,6 +58,8 @@ def _refused_by_flex(
         training=torch.is_grad_enabled() and match.training, summed=bool(match.reductions),
     )  # fmt: skip
     known = not match.sizes and all(n.op == "const" for n in dimensions(match).values())
+    if compiled and device.type == "cpu" and not known:
+        why = why or "PyTorch's C++ code of flex_attention does not compile with symbolic sizes"
     return why or flex.takes(spec, live, sizes, known)
 
 

@@ -1,4 +1,4 @@
-"""Compute the block mask of a predicate without its T x S values: the tiles that are partial, and those that are full.
+"""Compute the block mask of a predicate without its T x S values: its partial tiles and its full tiles.
 
 A part of the predicate that depends on the queries alone, or on the keys alone, is evaluated at each of them. A part
 that loads by query and key is evaluated at every pair, in one reduction of the loaded tensor. The rest is interval
@@ -31,7 +31,7 @@ DENSE = 4  # a part of the predicate is evaluated at every pair if the scores ar
 
 @dataclass(frozen=True)
 class Truth:
-    """What is known of a predicate in each tile, as tensors that broadcast over (batch, heads, rows, keys) of tiles.
+    """The state of a predicate in each tile, as tensors that broadcast over (batch, heads, rows, keys) of tiles.
 
     some   it may hold for some score
     fails  it may fail for some score
@@ -192,8 +192,8 @@ def block_mask(tiles: Expr, masked: bool, average: bool, captures: Sequence[Tens
 
     Returns the number and the indices of partial key tiles for each row tile, (batch, heads, row tiles) and (batch,
     heads, row tiles, key tiles) in int32; the same for the full ones; with `backward`, the same four with rows and keys
-    swapped. `batch` and `heads` are 1 if all share the tiles. With a single tile of keys, there are no lists of full
-    tiles (None): a compiler would merge their indices, all zeros, with those of the partial ones.
+    swapped. `batch` and `heads` are 1 if all share the tiles. With a single tile of keys, the lists of full tiles
+    are None: a compiler would merge their indices, all zeros, with the indices of the partial ones.
     """
     counts = [(sizes[n] + TILE - 1) // TILE for n in ("T", "S")]
     found = _Tiles(captures, sizes, device).truth(tiles)
@@ -219,7 +219,7 @@ def block_mask(tiles: Expr, masked: bool, average: bool, captures: Sequence[Tens
 
 
 def _listed(kind: Tensor) -> list[Tensor]:
-    """Return the number of marked tiles in each row, and their indices before those of the others."""
+    """Return the number of marked tiles in each row, and the indices of all tiles, marked ones first."""
     marks = kind.to(torch.int32)
     order = torch.argsort(marks, dim=-1, descending=True, stable=True)
     return [marks.sum(-1, dtype=torch.int32), order.to(torch.int32).contiguous()]

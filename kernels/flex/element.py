@@ -12,6 +12,7 @@ from torch import Tensor
 from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild
 from attnfx.ir.expr import Expr, walk
+from attnfx.ir.reach import reach
 from attnfx.kernels.evaluate import Evaluator, Value
 from attnfx.spec import AXES
 
@@ -47,7 +48,8 @@ def program_of(body: Expr, learns: Callable[[int], bool], sizes: Mapping[str, Si
                 slots.append(slot)
             place[e] = numbers[key]
     made = rebuild(body, lambda old, args: A.load(place[old], args, old.kind) if old.op == "load" else None)
-    named = sorted({str(e.value) for e in walk(made) if e.op == "size"})
+    read = reach([made], lambda e: () if e.op == "var" else e.args)  # the extent of a variable is not read
+    named = sorted({str(e.value) for e in read if e.op == "size"})
     return Program(made, tuple(slots), tuple(n for n in named if not isinstance(sizes[n], int)))
 
 

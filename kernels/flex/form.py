@@ -61,7 +61,7 @@ class Form:
 
 @lru_cache(maxsize=1024)
 def form_of(spec: AttentionSpec, live: bool) -> Form | str:
-    """Return the parts of the call, or the reason why there is none. `live`: each row provably has a live key."""
+    """Return the parts of the call, or why there cannot be one. `live`: each row provably has a live key."""
     if spec.normaliser != "softmax":
         return "the weights are not a softmax"
     if spec.random:

@@ -27,7 +27,7 @@ from attnfx.kernels.gpu import capability
 from attnfx.mask import visited
 from attnfx.spec import AttentionSpec
 
-LEAST_WIDTH = 16  # of a head on a GPU: Triton's matrix products are no narrower
+LEAST_WIDTH = 16  # of a head on a GPU: the least width of Triton's matrix products
 LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
 LEAST_CAPABILITY = 80  # as in kernels/flash/tier.py
 DEEPEST = 100  # operators in each other: tracing a program takes some eight frames of Python's stack for each
@@ -222,6 +222,6 @@ def _unit() -> float:
 
 
 def call_of(spec: AttentionSpec, live: bool, device: torch.device) -> Call | None:
-    """Return the call for a spec on a device, or None if there is none. `live`: each row provably has a live key."""
+    """Return the call for a spec on a device, or None if it cannot be one. `live`: each row provably has a live key."""
     form = form_of(spec, live)
     return None if isinstance(form, str) else Call(spec, form, device.type != "cpu")

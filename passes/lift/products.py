@@ -65,11 +65,20 @@ def meeting(n: Node) -> bool:
         return False
     if op_name(n) in DISTANCES:
         return True
-    x, y = operands = (*n.all_input_nodes, None, None)[:2]
+    operands = (*n.all_input_nodes, None, None)[:2]
     if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
         return False
-    left, right = (spanned(a, len(shape(n))) for a in (x, y))  # type: ignore[arg-type]
-    return bool(left - right and right - left) and of_batch(x) and of_batch(y)  # type: ignore[arg-type]
+    left, right = (spanned(a, len(shape(n))) for a in operands)  # type: ignore[arg-type]
+    return bool(left - right and right - left) and all(of_batch(a) or _of_layer(a) for a in operands[:2])
+
+
+def _of_layer(x: Node) -> bool:
+    """Return whether a matrix comes from a product of activations, such as a layer on the nodes of one graph."""
+
+    def layer(n: Node) -> bool:
+        return op_name(n) in (*PRODUCTS, "linear") and not parameter(n.args[0])  # type: ignore[arg-type]
+
+    return comes_from(x, layer)
 
 
 NEAR = 16  # most nodes between a part and its product, or between a part or a product and a softmax

@@ -43,7 +43,7 @@ from attnfx.passes.fx.nodes import (
 )
 from attnfx.passes.lift.access import EXPANSIONS, Operand, free, radix, variables
 from attnfx.passes.lift.contraction import factors
-from attnfx.passes.lift.emitter import CannotEmit, Emitter
+from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.products import reaches_softmax, skip
@@ -65,7 +65,7 @@ def run(graph: Graph) -> int:
             except (Opaque, CannotEmit):
                 continue
             if made is not None:
-                take_place(made, n)
+                take_place(like(graph.emitter(n), made, n), n)
                 graph.grew()
                 changed += 1
     return changed

@@ -39,9 +39,13 @@ def _pure(node: Node) -> Any:
     name = target._overloadpacket.__name__
     name = {"__iand__": "bitwise_and", "__ior__": "bitwise_or"}.get(name, name.removesuffix("_"))
     packet = getattr(aten, name, None)
-    if packet is None or name in STORAGE or target._overloadname not in packet.overloads():
+    if packet is None or name in STORAGE:
         return None
-    pure = getattr(packet, target._overloadname)
+    kinds = [str(a.type) for a in target._schema.arguments]
+    overloads = (getattr(packet, x) for x in packet.overloads())
+    pure = next((x for x in overloads if [str(a.type) for a in x._schema.arguments] == kinds), None)
+    if pure is None:
+        return None
     random = is_random(pure) and not name.endswith("dropout")
     return None if pure._schema.is_mutable or random else pure
 

@@ -101,7 +101,7 @@ class _Site:
         for name in program.symbolic:
             number = {"dtype": torch.int64, "device": self.device}
             operands.append(self.emit.call(aten.scalar_tensor.default, self.sizes[name], **number))
-        if not scored:  # a mask has no gradient
+        if not scored:  # masks stop gradients
             operands = [self.emit.call(aten.detach.default, n) for n in operands]
         with fake_mode(value(self.query)):
             kinds = [value(self.query).dtype] * scored + [torch.int32] * 4
@@ -166,13 +166,13 @@ class _Site:
     # -- the call ----------------------------------------------------------------------------------------
     def attention(self, query: Node, key: Node, val: Node, summed: bool) -> tuple[Node, Node | None]:
         emit, call = self.emit, self.call
-        counted = call.dead and not call.gpu  # there is no log-sum-exp on a CPU, but a column of ones sums the weights
+        counted = call.dead and not call.gpu  # on a CPU, without the log-sum-exp, a column of ones sums the weights
         if counted:
             size = [self.sizes["B"], self._size(val, 1), self.sizes["S"], 1]
             ones = emit.call(aten.new_ones.default, val, size)
             val = emit.call(aten.cat.default, [val, ones], 3)
         lse = summed or bool(call.spec.extra) or (call.dead and call.gpu)
-        made = self._operator(*map(self._whole, (query, key, val)), lse)
+        made = self._operator(self._whole(query), self._whole(key), self._whole(val), lse)
         out, logsumexp = emit.call(operator.getitem, made, 0), None
         if lse:
             logsumexp = emit.call(aten.mul.Tensor, emit.call(operator.getitem, made, 1), call.unit)
@@ -226,11 +226,12 @@ class _Site:
         own = torch.Tag.pointwise in getattr(base.target, "tags", ()) or base.target is aten.cat.default
         plain = first and operand is base and own and held.is_contiguous()
         made = operand if plain else self._copied(operand)
-        sizes = [self._size(made, d) for d in range(4)]
+        sizes: list[Any] = [self._size(made, d) for d in range(4)]
         steps: list[Any] = [1]
         for n in sizes[:0:-1]:
-            known = isinstance(n, int) and isinstance(steps[0], int)
-            steps.insert(0, operator.mul(n, steps[0]) if known else self.emit.call(operator.mul, n, steps[0]))
+            last: Any = steps[0]
+            known = isinstance(n, int) and isinstance(last, int)
+            steps.insert(0, n * last if known else self.emit.call(operator.mul, n, last))
         return self.emit.call(aten.as_strided.default, made, sizes, steps)
 
     def _copied(self, n: Node) -> Node:

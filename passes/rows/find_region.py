@@ -41,12 +41,12 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
     problem: NotSeparable | None = None
-    for row, columns in _candidates(graph.facts, finding):
+    for row, columns, in_values in _candidates(graph.facts, finding):
         for region in known:
             if final in region.results and region.rows[final] == row and region.columns is columns:
                 return replace(region, final=final)
         try:
-            return _Walk(graph, final, row, columns).region()
+            return _Walk(graph, final, row, columns, in_values).region()
         except NotSeparable as p:
             problem = problem or p
     reason = str(problem) if problem else "the output lacks a dimension of the queries"
@@ -58,9 +58,9 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
     return refusal("rows_mixed", message, *culprits, final, **facts)
 
 
-def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
-    """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
-    first, then the dimensions that the values have too, in which each row has its own values."""
+def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr, bool]]:
+    """Return (dimension of the rows, number of keys, whether the values have it) to try: the dimensions that only the
+    weights have, the largest first, then the dimensions that the values have too, in which each row has its own."""
     final = finding.final
     c = contracted(final)
     if c is None:
@@ -72,14 +72,16 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
         for d, v in enumerate(variables(final))
         if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
     )
-    return [(-d, c.reduced.args[0]) for _, _, d in found]
+    return [(-d, c.reduced.args[0], in_values) for in_values, _, d in found]
 
 
 class _Walk:
-    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
+    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr, in_values: bool):
         self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
         self.found = Region(final, dims(final)[row], columns, {final: row})
+        self.in_values = in_values
         self.known: dict[Node, bool] = {}  # whether a node is computed from the scores
+        self.own: list[Node] = []  # scores of keys that each row has of its own, which belong to the region
         self.problem: NotSeparable | None = None
 
     def region(self) -> Region:
@@ -105,8 +107,9 @@ class _Walk:
 
     def _scores(self) -> list[Node]:
         """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
-        The walk follows the dimension of the keys, because another dimension may have the same size."""
-        seen, out = {self.final}, []
+        The walk follows the dimension of the keys, because another dimension may have the same size. Without such a
+        product, the first one whose keys each row has of its own (keys plus edges), if the values lack the rows."""
+        seen, out, own = {self.final}, [], []
         ends = self._operands(self.final, self.found.rows[self.final], None)
         stack = [(x, self._summed(x.node), 0) for x, _ in ends]
         while stack:
@@ -118,12 +121,16 @@ class _Walk:
             if key == NONE and batched(x.node):
                 continue  # queries that another attention computes
             operands = self._operands(x.node, x.dim, key)
-            if (batched(x.node) or meeting(x.node)) and not far and not any(self._has_keys(*a) for a in operands):
+            having = sum(self._has_keys(*a) for a in operands)
+            if (batched(x.node) or meeting(x.node)) and not far and not having:
                 out.append(x.node)
             else:
+                own += [x.node] * (not far and _within(x.node))
                 known = sorted(operands, key=lambda a: a[1] not in (None, NONE))  # visited first, from the end
                 stack.extend((a, at, far) for a, at in known)
-        return out
+        later = {n for n in own for m in own if n is not m and self.facts.descends(n, m)}
+        self.own = [] if out or self.in_values else [n for n in own if n not in later]
+        return out or self.own
 
     def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:
         """Return the operands that have the rows, each with the dimension of its keys, which lie along the dimension
@@ -142,7 +149,7 @@ class _Walk:
         try:
             made = split(n, row, extent, (key, dims(n)[key]))
         except NotSeparable:  # a softmax or a join of keys mixes keys, but keeps their dimension
-            others = [(*dims(x)[:key], *dims(x)[key + 1 :]) for x in (n, *(x.node for x in rows))]
+            others = [(len(dims(x)), *dims(x)[:key], *dims(x)[key + 1 :]) for x in (n, *(x.node for x in rows))]
             return [(x, key if same == others[0] else None) for x, same in zip(rows, others[1:])]
         return [(x, x.keys) for x in made.operands() if x.dim != NONE]
 
@@ -219,7 +226,7 @@ class _Walk:
                         raise NotSeparable(f"{label(n)} needs all rows of {label(x.node)}", n, x.node)
                     if is_tensor(x.node):
                         self._read(x.node, None)
-                elif (n not in found.scores or self._computed(x.node)) and self._inside(x):
+                elif (n not in found.scores or n in self.own or self._computed(x.node)) and self._inside(x):
                     if x.node not in found.rows:
                         found.rows[x.node] = x.dim
                         stack.append(x.node)
@@ -287,3 +294,9 @@ class _Walk:
 
 def _read_by(n: Node) -> bool:
     return bool(n.users) or n.op == "output" or bool(written_operands(n))
+
+
+def _within(n: Node) -> bool:
+    """Return whether a node multiplies a tensor with one that has all of its dimensions: one key for each score."""
+    c = contracted(n) if batched(n) else None
+    return c is not None and (free(c.left_index) <= free(c.right_index) or free(c.right_index) <= free(c.left_index))

@@ -119,7 +119,7 @@ def doc(t=LENGTH, each=70):
 
 
 def seen(t=LENGTH):
-    """Hide the first keys of the second batch, so that its first rows have no live key."""
+    """Hide the first keys of the second batch, so that its first rows lack a live key."""
     out = torch.ones(2, t, dtype=torch.bool)
     out[1, : t // 3] = False
     return out
@@ -375,6 +375,22 @@ def test_dropout_is_refused():
 def test_symbolic_sizes_without_a_table_are_refused():
     (site,) = assert_kept(bucketed, *heads(), rand(32, 4), train=False, dynamic=True, code="no_tier", tiers=["flex"])
     assert "a table of it" in site.decision.reason
+
+
+def test_generated_code_with_symbolic_sizes_is_refused():
+    (site,) = check(capped, *heads(300), train=False, dynamic=True, inner="inductor")
+    refused = {c.tier: c.reason for c in site.decision.alternatives if c.tier == "flex"}
+    assert site.decision.tier != "flex" and not refused
+
+
+def test_a_mask_is_read_at_a_constant_and_a_computed_index():
+    def fn(q, k, v, mask):
+        return (q @ k.mT).masked_fill(mask.flip(-1), -math.inf).softmax(-1) @ v
+
+    mask = torch.zeros(1, 1, heads()[0].shape[2], heads()[0].shape[2]).bool()
+    mask[..., 3:7] = True
+    (site,) = check(fn, *heads(), mask, train=False, tiers=["flex"])
+    assert site.decision.tier == "flex"
 
 
 def test_an_average_of_a_lost_row_is_not_trained(gpu):

@@ -136,3 +136,12 @@ def test_an_output_of_several_values_may_be_written_through_a_view():
         return out
 
     check(fn, *(rand(2, n, 8) for n in (T, T, T, 4, 4, 4)))
+
+
+def test_powers_in_place_are_powers():
+    def fn(q, k, v):
+        s = scores(q, k)
+        s.pow_(2)
+        return s.softmax(-1) @ v
+
+    check(fn, *qkv(t=T))

@@ -200,6 +200,17 @@ def written_operands(q, k, v):
     return talking_heads(q, k, v), scores_of(q, k).masked_fill(~keep, float("-inf")).sort(-1).values.softmax(-1) @ v
 
 
+def one_key_written(q, k, v):
+    s = scores_of(q, k)
+    s[..., -1] += q[..., 0]
+    return s.softmax(-1) @ v
+
+
+def row_and_itself(q, k, v):
+    s = torch.cat([scores_of(q, k), (q * v[:, :, :T]).sum(-1, keepdim=True)], -1).softmax(-1)
+    return s[..., :-1] @ v + s[..., -1:] * v[:, :, :T]
+
+
 def written_scores(q, k, v):
     s = scores_of(q, k)
     s[..., :5] += 1.0
@@ -207,7 +218,9 @@ def written_scores(q, k, v):
     return s.sort(-1).values.softmax(-1) @ v
 
 
-@pytest.mark.parametrize(("fn", "sites"), [(written_operands, 2), (written_scores, 1)])
+@pytest.mark.parametrize(
+    ("fn", "sites"), [(written_operands, 2), (written_scores, 1), (one_key_written, 1), (row_and_itself, 1)]
+)
 def test_writes_before_the_first_read_are_read(fn, sites):
     check(fn, *inputs(), sites=sites)
 

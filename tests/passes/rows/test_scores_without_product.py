@@ -86,3 +86,27 @@ def test_rows_that_are_normalized_together_are_refused():
         return (s - s.mean((-1, -2), keepdim=True)).softmax(-1) @ v
 
     check(fn, *qkv(), rand(8), sites=0)
+
+
+# -- keys of each row's own, and matrices without a batch ------------------------------------------
+def of_edges(q, k, v, e):
+    return torch.einsum("bid,bijd->bij", q, k[:, None] + e).softmax(-1) @ v
+
+
+def of_three_operands(q, k, v, e):
+    return torch.einsum("bid,bjd,bijd->bij", q, k, e).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fn", [of_edges, of_three_operands])
+def test_keys_with_edges_are_computed_row_by_row(fn, dynamic, shapes_left):
+    check(fn, *(rand(2, 36, 8) for _ in range(3)), rand(2, 36, 36, 8), dynamic=dynamic)
+    assert dynamic or shapes_left.count((2, 36, 36, 8)) == 1  # the edges alone
+
+
+def test_scores_of_a_graph_without_a_batch():
+    def fn(h, left, right, adjacent):
+        e = F.leaky_relu(h @ left + (h @ right).T)
+        return torch.where(adjacent > 0, e, -9e15).softmax(1) @ h
+
+    check(fn, rand(21, 8), rand(8, 1), rand(8, 1), rand(21, 21))
