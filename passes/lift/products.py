@@ -69,7 +69,7 @@ def meeting(n: Node) -> bool:
     if op_name(n) not in POINTWISE or not all(is_tensor(a) and value(a).is_floating_point() for a in operands):
         return False
     left, right = (spanned(a, len(shape(n))) for a in operands)  # type: ignore[arg-type]
-    return bool(left - right and right - left) and all(of_batch(a) or _of_layer(a) for a in operands[:2])
+    return bool(left - right and right - left) and all(of_batch(a) or _of_layer(a) for a in operands if a is not None)
 
 
 def _of_layer(x: Node) -> bool:

@@ -41,12 +41,12 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
     problem: NotSeparable | None = None
-    for row, columns, in_values in _candidates(graph.facts, finding):
+    for row, columns in _candidates(graph.facts, finding):
         for region in known:
             if final in region.results and region.rows[final] == row and region.columns is columns:
                 return replace(region, final=final)
         try:
-            return _Walk(graph, final, row, columns, in_values).region()
+            return _Walk(graph, final, row, columns).region()
         except NotSeparable as p:
             problem = problem or p
     reason = str(problem) if problem else "the output lacks a dimension of the queries"
@@ -58,9 +58,9 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
     return refusal("rows_mixed", message, *culprits, final, **facts)
 
 
-def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr, bool]]:
-    """Return (dimension of the rows, number of keys, whether the values have it) to try: the dimensions that only the
-    weights have, the largest first, then the dimensions that the values have too, in which each row has its own."""
+def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
+    """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
+    first, then the dimensions that the values have too, in which each row has its own values."""
     final = finding.final
     c = contracted(final)
     if c is None:
@@ -72,14 +72,13 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr, bool]]:
         for d, v in enumerate(variables(final))
         if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
     )
-    return [(-d, c.reduced.args[0], in_values) for in_values, _, d in found]
+    return [(-d, c.reduced.args[0]) for _, _, d in found]
 
 
 class _Walk:
-    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr, in_values: bool):
+    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
         self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
         self.found = Region(final, dims(final)[row], columns, {final: row})
-        self.in_values = in_values
         self.known: dict[Node, bool] = {}  # whether a node is computed from the scores
         self.own: list[Node] = []  # scores of keys that each row has of its own, which belong to the region
         self.problem: NotSeparable | None = None
@@ -108,7 +107,7 @@ class _Walk:
     def _scores(self) -> list[Node]:
         """Return the products that the weights come from: one factor has the rows, and the keys come from the other.
         The walk follows the dimension of the keys, because another dimension may have the same size. Without such a
-        product, the first one whose keys each row has of its own (keys plus edges), if the values lack the rows."""
+        product, the first one whose keys each row has of its own (keys plus edges)."""
         seen, out, own = {self.final}, [], []
         ends = self._operands(self.final, self.found.rows[self.final], None)
         stack = [(x, self._summed(x.node), 0) for x, _ in ends]
@@ -129,7 +128,7 @@ class _Walk:
                 known = sorted(operands, key=lambda a: a[1] not in (None, NONE))  # visited first, from the end
                 stack.extend((a, at, far) for a, at in known)
         later = {n for n in own for m in own if n is not m and self.facts.descends(n, m)}
-        self.own = [] if out or self.in_values else [n for n in own if n not in later]
+        self.own = [] if out else [n for n in own if n not in later]
         return out or self.own
 
     def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:

@@ -169,7 +169,7 @@ SCORES: dict[str, Edit] = {
     "other heads": lambda s, x: s.flip(1),
     "windows of heads": lambda s, x: torch.cat([s[:, :1], s[:, 1:].masked_fill((I - J).abs() > 2, LOW)], 1),
 }
-FACTORS = {"times -1.0", *(f"times {n}" for n in SHAPES)}  # of -inf: NaN scores or gradients in eager
+FACTORS = {"square", "times -1.0", *(f"times {n}" for n in SHAPES)}  # of -inf: NaN scores or gradients in eager
 NORMALISERS: dict[str, Edit] = {
     "softmax": lambda s, x: s.softmax(-1),
     "over queries": lambda s, x: s.softmax(-2),

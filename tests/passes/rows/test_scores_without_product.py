@@ -97,8 +97,13 @@ def of_three_operands(q, k, v, e):
     return torch.einsum("bid,bjd,bijd->bij", q, k, e).softmax(-1) @ v
 
 
+def of_edges_in_values_too(q, k, v, e):
+    s = torch.einsum("bid,bijd->bij", q, k[:, None] + e) * 0.3
+    return torch.einsum("bij,bijd->bid", s.softmax(-1), v[:, None] + e)
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [of_edges, of_three_operands])
+@pytest.mark.parametrize("fn", [of_edges, of_edges_in_values_too, of_three_operands])
 def test_keys_with_edges_are_computed_row_by_row(fn, dynamic, shapes_left):
     check(fn, *(rand(2, 36, 8) for _ in range(3)), rand(2, 36, 36, 8), dynamic=dynamic)
     assert dynamic or shapes_left.count((2, 36, 36, 8)) == 1  # the edges alone
