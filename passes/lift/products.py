@@ -41,11 +41,9 @@ DISTANCES = ("cdist", "_cdist_forward")
 
 
 def batched(n: Node) -> bool:
-    """Return whether a node multiplies two batches of matrices, two plain matrices that are not parameters, or one such
-    matrix and a batch of matrices.
+    """Return whether a node multiplies two batches of matrices, or two plain matrices that are not parameters.
 
-    Scores and weighted values are such products. A batch times a parameter (a linear layer, a router's gate) is not,
-    and neither is a matrix that mixes the heads of a batch.
+    Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not.
     """
     if n.op != "call_function" or op_name(n) not in (*PRODUCTS, "linear") or not is_tensor(n):
         return False
@@ -53,9 +51,9 @@ def batched(n: Node) -> bool:
         operands = einsum(n if op_name(n) == "linear" else Product(n)).operands
     except Opaque:  # such as a layer with a bias
         return False
-    ranks = [len(shape(x)) for x in operands]
-    alone = any(rank == 2 and parameter(x) for rank, x in zip(ranks, operands))
-    return min(ranks) > 1 and not alone and (2 not in ranks or max(ranks) < 4)
+    if all(len(shape(x)) == 2 for x in operands):
+        return not any(map(parameter, operands))
+    return all(len(shape(x)) > 2 for x in operands)
 
 
 def meeting(n: Node) -> bool:

@@ -88,8 +88,6 @@ class Finder:
             # a gate or an exponential between two products is not an attention until proved
             proved = found.match is not None and not _layers(found.match)
             proved |= why is not None and why.code in PROVED
-            if why is not None and why.code == "shared_keys":
-                return replace(found, loose=True)  # a router, or a memory of the whole batch
             if proved or any("softmax" in op_name(s) for s in seeds):
                 return found
             # exponentials over nearly their sum (plus a small constant), or weights for each pair of rows

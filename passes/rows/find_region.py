@@ -29,7 +29,7 @@ from attnfx.passes.rows.live_keys import find_columns
 from attnfx.passes.rows.region import Region
 from attnfx.report.records import Refusal
 
-NEVER = ("mutated", "region", "dtype", "shared_keys")  # refusal codes that hold for every rewrite
+NEVER = ("mutated", "region", "dtype")  # refusal codes that hold for every rewrite
 LARGEST = 400  # nodes of one region
 NEAR = 3  # most consecutive small nodes before the scores (indices of the best keys, a threshold)
 

@@ -235,7 +235,7 @@ def weights_alone(q, k, v):
 
 
 # -- the operands ------------------------------------------------------------------------------------
-@obstacle("rows", **ALWAYS)
+@obstacle("rows", **NO_ROWS)
 def keys_gathered_for_each_query(q, k, v):
     near = (torch.arange(T)[:, None] + torch.arange(6)) % T
     s = torch.einsum("bhid,bhijd->bhij", q, k[:, :, near])  # here

@@ -47,7 +47,7 @@ def said(*arguments, code=0):
 def test_bench_gives_every_tier_its_measured_and_predicted_time(small):
     first, second = json.loads(said("bench", "--device", "cpu", "--json"))["sites"]
     assert first["site"] == "causal, 1 x 2 x 16 x 8, float32, forward"
-    assert {c["tier"] for c in first["candidates"]} == {"kept", "library", "chunked"}
+    assert {c["tier"] for c in first["candidates"]} == {"kept", "library", "chunked", "flex"}
     assert {c["tier"] for c in second["candidates"]} == {"kept", "chunked"}  # library operators lack a soft cap
     assert all(c["measured_ms"] > 0 and c["predicted_ms"] > 0 for c in first["candidates"] + second["candidates"])
     assert first["fastest"] == min(first["candidates"], key=lambda c: c["measured_ms"])["tier"]
@@ -61,7 +61,7 @@ def test_bench_prints_a_table(small):
 
 def test_calibrating_keeps_a_factor_for_each_tier_and_direction(steady):
     found = json.loads(said("bench", "--device", "cpu", "--calibrate", "--json"))
-    names = {"kept/forward", "library/forward", "chunked/forward", "kept/training", "chunked/training"}
+    names = {"kept/forward", "library/forward", "chunked/forward", "flex/forward", "kept/training", "chunked/training"}
     assert set(found["corrections"]) == names
     assert calibration.CORRECTIONS.entries() != {}
     assert "corrections" in said("bench", "--device", "cpu", "--calibrate")

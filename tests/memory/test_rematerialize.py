@@ -101,7 +101,7 @@ def test_the_records_are_split_as_pytorch_splits_the_graph(how):
     for s in found:
         part = joint.split(s.saved)
         again = {x for op in part.backward.ops if op.name not in joint.later for x in (op.name, *op.parts)}
-        marked = copied(captured.graph)
+        marked = copied(captured.graph)[0]
         if again - s.saved:
             mark(marked, s.saved, again - s.saved)
         graphs = partition(marked, captured.arguments)

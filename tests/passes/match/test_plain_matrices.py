@@ -1,6 +1,5 @@
 """Match attention without a batch dimension, and leave layers that look like it alone."""
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -53,16 +52,6 @@ def test_attention_of_matrices_with_symbolic_sizes():
 
 def test_the_fused_operator_on_matrices():
     check(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), *(rand(24, 8) for _ in range(3)))
-
-
-@pytest.mark.parametrize("scores", [torch.matmul, lambda q, kt: torch.einsum("nd,bdm->bnm", q, kt)])
-def test_queries_that_the_whole_batch_shares(scores):
-    check(lambda q, k, v: scores(q, k.mT).softmax(-1) @ v, rand(6, 8), rand(2, 20, 8), rand(2, 20, 8))
-
-
-def test_values_that_the_whole_batch_shares():
-    """Expected coordinates."""
-    check(lambda q, k, grid: (q @ k.mT).softmax(-1) @ grid, rand(2, 20, 8), rand(2, 22, 8), rand(22, 2))
 
 
 def test_layers_of_input_matrices_are_not_attention():
