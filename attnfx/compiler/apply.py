@@ -53,8 +53,8 @@ def apply(
     """Apply the choices for a graph and return an outcome for each.
 
     They are applied from last to first: an operand may be the result of an earlier attention, which is replaced after
-    it. Replaced nodes stay in the graph without users. `after` is called with each
-    place when it is done, and with the new nodes.
+    it. Replaced nodes stay in the graph without users. `after` is called with each place when it is done, and with the
+    new nodes.
     """
     before = graph.facts
     out: list[Outcome] = []
@@ -92,9 +92,8 @@ def _carried_out(graph: Graph, before: Any, choice: Choice, exercised: bool) -> 
     except CannotEmit as problem:
         if choice.otherwise is not None:
             return _carried_out(graph, before, choice.otherwise, exercised)
-        return Outcome(
-            choice.kept(None, refusal("layout", str(problem), choice.finding.final, **problem.facts), SHIELD)
-        )
+        why = refusal("layout", str(problem), choice.finding.final, **problem.facts)
+        return Outcome(choice.kept(None, why, SHIELD))
     if exercised:
         _exercise(replaced, training)
     return Outcome(choice, replaced, True)

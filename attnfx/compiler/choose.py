@@ -65,6 +65,11 @@ class _Choosing:
     inputs: Sequence[Any] = ()
 
     @property
+    def inductor(self) -> bool:
+        """Return whether Inductor compiles the rewritten graph."""
+        return self.options.inner == "inductor"
+
+    @property
     def place(self) -> Place:
         return self.keeping.place
 
@@ -88,7 +93,7 @@ class _Choosing:
         place, keep = self.place, self.keeping
         query = value(match.query)
         prepare(match.spec, place.site.sizes)
-        here = refusals(match, place.site.sizes, query.device, compiled=self.options.inner == "inductor")
+        here = refusals(match, place.site.sizes, query.device, compiled=self.inductor)
         question = self._question(match, here)
         decision, notes = (self.told, ()) if self.told else self._decided(question, match)
         if question.tiles < 1:
@@ -107,8 +112,7 @@ class _Choosing:
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
-            compiled = self.options.inner == "inductor"
-            refused = refusals(match, place.site.sizes, device, target.capability, compiled)
+            refused = refusals(match, place.site.sizes, device, target.capability, self.inductor)
         tiles = 1.0
         if device.type == "cpu" and "flex" not in refused:
             tiles = share_of_tiles(self.found.graph.gm, self.inputs, match, place.site.sizes)
@@ -122,7 +126,7 @@ class _Choosing:
             sums=0 if reader is not None else sum(r.kind not in ("rows", "logsumexp") for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
             cudnn=isinstance(target, Target) or cuda.prefers_cudnn(),
-            compiled=self.options.inner == "inductor",
+            compiled=self.inductor,
             tiles=tiles,
             refused=refused,
         )

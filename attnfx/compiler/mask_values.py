@@ -5,7 +5,7 @@ Only a mask in tensors needs this. Its values may differ in later calls, which c
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,8 +25,8 @@ def share_of_tiles(gm: GraphModule, inputs: Sequence[Any], match: Match, sizes: 
     """Return the share of the tiles of `flex_attention` that the mask's values leave; 1.0 if unknown. `inputs` are the
     values of the graph's placeholders, `sizes` the sizes of the site."""
     call = flex.call_of(match.spec, match.every_row_live, torch.device("cpu"))
-    slots = [] if call is None else [s for s in call.slots(call.form.tiles) if s < len(match.captures)]
-    if call is None or not slots or len(slots) < len(call.slots(call.form.tiles)):
+    slots = [] if call is None else call.slots(call.form.tiles)
+    if call is None or not slots or any(s >= len(match.captures) for s in slots):
         return 1.0
     with torch.no_grad(), unset_fake_temporarily():
         found = _values(gm, [match.captures[s] for s in slots], inputs)
@@ -57,7 +57,7 @@ def _values(gm: GraphModule, nodes: Sequence[Node], inputs: Sequence[Any]) -> li
     return [known[n] for n in nodes]
 
 
-def _are_real(values: Collection[Any] | Any) -> bool:
+def _are_real(values: Iterable[Any]) -> bool:
     """Return whether all values are numbers, or tensors of the CPU that hold elements."""
     return all(
         type(x) in (int, float, bool) or (isinstance(x, Tensor) and not isinstance(x, FakeTensor) and x.is_cpu)

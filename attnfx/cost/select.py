@@ -65,9 +65,7 @@ def select(
     if options.rewrite == "always":
         return _of(best, "", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(
-            kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates", device=ask.device
-        )
+        return _without_rates(kept, every, ask.device)
     if ask.weights_read:
         why = f"the weights themselves are read at {ask.weights_read}, so they are computed in any case"
         return _of(kept, why, every, "weights_read", reader=ask.weights_read)
@@ -116,9 +114,7 @@ def select_rows(
     if options.rewrite == "always":
         return _of(best, "whole rows", every)
     if ask.device != "cpu" and not on_gpu:
-        return _of(
-            kept, f"this version of attnfx has no compute rates for {ask.device}", every, "no_rates", device=ask.device
-        )
+        return _without_rates(kept, every, ask.device)
     if weights_read:
         return _of(kept, "a tensor as large as the scores is read outside the attention", every, "weights_read")
     ratio = best.predicted_ms / max(kept.predicted_ms, 1e-9)
@@ -141,6 +137,10 @@ def select_rows(
 def _memory() -> int:
     """Return this machine's memory in bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _without_rates(kept: Candidate, every: list[Candidate], device: str) -> Decision:
+    return _of(kept, f"this version of attnfx has no compute rates for {device}", every, "no_rates", device=device)
 
 
 def _of(chosen: Candidate, reason: str, every: list[Candidate], code: str = "", **facts: str) -> Decision:

@@ -67,14 +67,24 @@ def is_tensor(node: object) -> bool:
     return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
 
 
+def shares_memory(new: Node, old: Node) -> bool:
+    """Return whether a new value has the layout of an old one. If so, let its example value have that memory, so that
+    views of the old value count as views of the new one."""
+    mine, held = value(new), value(old)
+    if any(not isinstance(x, torch.Tensor) or x.layout != torch.strided for x in (mine, held)):
+        return False
+    layouts = [(x.dtype, *map(size_expr, (*x.shape, *x.stride()))) for x in (mine, held)]
+    if layouts[0] != layouts[1]:
+        return False
+    new.meta["val"] = held
+    return True
+
+
 def take_place(new: Node, old: Node, of: Callable[[Node], bool] = lambda reader: True) -> None:
     """Let users of a node, all or the ones that `of` accepts, read a new node, which takes over the meta that it
-    lacks. Its example value then has the memory that the views of the old one share, if its layout is the same."""
-    mine, held = value(new), value(old)
+    lacks, and the memory of the old one if the layout is the same."""
     new.meta = {**old.meta, **new.meta}
-    if all(isinstance(x, torch.Tensor) and x.layout == torch.strided for x in (mine, held)):
-        layouts = [(x.dtype, *map(size_expr, (*x.shape, *x.stride()))) for x in (mine, held)]
-        new.meta["val"] = held if layouts[0] == layouts[1] else mine
+    shares_memory(new, old)
     old.replace_all_uses_with(new, delete_user_cb=of, propagate_meta=False)
 
 

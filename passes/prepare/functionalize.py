@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, is_random, storage, written_operands
-from attnfx.passes.fx.nodes import argument, dims, op_name, value
+from attnfx.passes.fx.nodes import argument, dims, op_name, shares_memory, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import near_normalizer, of_products
@@ -59,7 +59,6 @@ def run(graph: Graph) -> int:
         return 0
     facts, near = graph.facts, near_normalizer(nodes)
     families = {key: list(found) for key, found in facts.families.items()}
-    position = {n: p for p, n in enumerate(nodes)}
     changed = 0
     for node in writes:
         target: Node = node.args[0]  # type: ignore[assignment]
@@ -74,11 +73,7 @@ def run(graph: Graph) -> int:
         # aliases from before the write that are read after it, besides the tensors that get a new value below
         renewed = [target, *(v.args[0] for v in views)]
         aliases = [n for n in families[key] if n is not node and n not in renewed]
-        stale = [
-            n
-            for n in aliases
-            if position[n] < position[node] and any(position.get(u, -1) > position[node] for u in n.users)
-        ]
+        stale = any(n < node and any(node < u for u in n.users) for n in aliases)
         if stale or not _same_gradients(facts, node, views):
             continue
         before = node.prev
@@ -93,13 +88,12 @@ def run(graph: Graph) -> int:
         learned = facts.differentiable.intersection((*fresh, *node.all_input_nodes))
         for old, current in fresh.items():
             for user in list(old.users):
-                if position.get(user, -1) > position[node]:
+                if node < user:
                     user.replace_input_with(old, current)
         node.replace_all_uses_with(fresh[target], propagate_meta=False)
         gm.graph.erase_node(node)
         families[key] = [n for n in families[key] if n is not node]
         for n in dict.fromkeys(fresh.values()):
-            position[n] = position[node]
             families[key].append(n)
             if learned:
                 facts.differentiable.add(n)
@@ -124,18 +118,9 @@ def _same_gradients(facts: Facts, node: Node, views: list[Node]) -> bool:
 def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] | None:
     """Map the written tensor and the bases of its views to their values after the write, computed out of place. Return
     None if an operator for that is missing or returns other strides."""
-
-    def stands_for(new: Node, old: Node) -> bool:
-        """Return whether a new value has the layout of an old one; if so, record that both share memory."""
-        mine, other = value(new), value(old)
-        if (mine.dtype, mine.shape, mine.stride()) != (other.dtype, other.shape, other.stride()):
-            return False
-        new.meta["val"] = other
-        return True
-
     parts = [v for v in views if not _whole(v)]
     out = _copied(emit, node, clone=not parts) if op_name(node) == "copy_" else _called(emit, node)
-    if out is None or not (parts or stands_for(out, node)):
+    if out is None or not (parts or shares_memory(out, node)):
         return None
     fresh: dict[Node, Node] = {node.args[0]: out}  # type: ignore[dict-item]
     for view in views:
@@ -143,7 +128,7 @@ def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] 
         part = fresh[view]
         if view in parts:
             part = emit.call(SCATTERS[op_name(view)], base, part, *view.args[1:], **view.kwargs)
-            if not stands_for(part, base):
+            if not shares_memory(part, base):
                 return None
         fresh[base] = part
     return fresh

@@ -68,8 +68,9 @@ def _scores(graph: Graph, at: Node) -> int:
     chains = [_chain(x, facts) for x in given]
     for n, part in enumerate(given):
         options = _of_part(lifter, part, dim % len(dims(at))) if chains[n] else []
-        alike = (known for known in options if not found or _alike(lifter, found[0][1:], known))
-        found += [(n, *known) for known in islice(alike, 1)]
+        known = next((x for x in options if not found or _alike(lifter, found[0][1:], x)), None)
+        if known is not None:
+            found.append((n, *known))
     if len(found) < 2:
         return 0
     _, first, axis = found[0]

@@ -120,15 +120,16 @@ class _Walk:
             if key == NONE and batched(x.node):
                 continue  # queries that another attention computes
             operands = self._operands(x.node, x.dim, key)
-            having = sum(self._has_keys(*a) for a in operands)
+            having = any(self._has_keys(*a) for a in operands)
             if (batched(x.node) or meeting(x.node)) and not far and not having:
                 out.append(x.node)
             else:
-                own += [x.node] * (not far and _within(x.node))
+                if not far and _within(x.node):
+                    own.append(x.node)
                 known = sorted(operands, key=lambda a: a[1] not in (None, NONE))  # visited first, from the end
                 stack.extend((a, at, far) for a, at in known)
-        later = {n for n in own for m in own if n is not m and self.facts.descends(n, m)}
-        self.own = [] if out else [n for n in own if n not in later]
+        if not out:
+            self.own = [n for n in own if not any(n is not m and self.facts.descends(n, m) for m in own)]
         return out or self.own
 
     def _operands(self, n: Node, row: int, key: int | None) -> list[tuple[Along, int | None]]:
