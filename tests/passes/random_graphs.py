@@ -425,7 +425,8 @@ def pooled_query(c: Chosen, q: Tensor, k: Tensor, v: Tensor, x: dict[str, Tensor
     """Ask all tokens by one pooled token, and one pooled token by all."""
     one = q.mean(2, keepdim=True)
     down = (one @ k.mT + x["batches"]).softmax(-1) @ v
-    up = (c.edited(c.scored(q, k), x)[..., :1]).softmax(-1) @ down
+    scores = c.edited(c.scored(q, k), x)[..., :1].clamp_min(LOW)  # no row of -inf alone: see docs/limits.md
+    up = scores.softmax(-1) @ down
     return down, up
 
 
@@ -518,9 +519,8 @@ def hold(seed: int) -> bool:
 def serve(first: int, count: int) -> None:
     """Compare programs and print a line of JSON for each."""
     sys.path[:] = [p for p in sys.path if p and Path(p).resolve() != Path(__file__).resolve().parent]
-    tests = types.ModuleType(
-        "tests"
-    )  # importable without the root on sys.path, whose folder `kernels` hides the package
+    # importable without the root on sys.path, whose folder `kernels` hides the package
+    tests = types.ModuleType("tests")
     tests.__path__ = [str(ROOT / "tests")]
     sys.modules["tests"] = tests
     for seed in range(first, first + count):
