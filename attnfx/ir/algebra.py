@@ -251,14 +251,17 @@ def _combined(value: float, parts: Sequence[Expr]) -> Expr:
 
 def in_place(e: Expr) -> Expr:
     """Turn added fills into fills that replace the values they swallow. A positive fill keeps a weight, and with it the
-    gradient of the value."""
+    gradient of the value. In a product, a factor of unknown sign may make a fill positive."""
 
     def swallows(x: Expr) -> bool:
         return type(x.value) is Added and x.value < 0
 
-    if not any(map(swallows, walk(e))):
-        return e
-    return rebuild(e, lambda old, args: const(float(old.value)) if swallows(old) else None)  # type: ignore[arg-type]
+    def replaced(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
+        if old.op == "mul" and any(map(swallows, walk(old))):
+            return old
+        return const(float(old.value)) if swallows(old) else None  # type: ignore[arg-type]
+
+    return rebuild(e, replaced) if any(map(swallows, walk(e))) else e
 
 
 # -- conversions ------------------------------------------------------------------------------

@@ -169,7 +169,7 @@ SCORES: dict[str, Edit] = {
     "other heads": lambda s, x: s.flip(1),
     "windows of heads": lambda s, x: torch.cat([s[:, :1], s[:, 1:].masked_fill((I - J).abs() > 2, LOW)], 1),
 }
-FACTORS = {"square", "times -1.0", *(f"times {n}" for n in SHAPES)}  # of -inf: NaN scores or gradients in eager
+FACTORS = {"square", "times -1.0", *(f"times {n}" for n in SHAPES)}  # of a mask: NaN or noise in eager
 NORMALISERS: dict[str, Edit] = {
     "softmax": lambda s, x: s.softmax(-1),
     "over queries": lambda s, x: s.softmax(-2),
@@ -229,7 +229,7 @@ class Chosen:
 
         query, product = rng.choice(list(QUERIES)), rng.choice(list(PRODUCTS))
         edits = rng.choices(list(scores), k=rng.randint(0, 4))
-        masked = next((n for n, name in enumerate(edits) if name.endswith("-inf")), len(edits))
+        masked = next((n for n, name in enumerate(edits) if name.endswith(("-inf", " adds"))), len(edits))
         edits = [n for at, n in enumerate(edits) if at < masked or n not in FACTORS]
         normaliser, weighted, results = mostly_first(NORMALISERS), mostly_first(weights), mostly_first(RESULTS)
         self.names = ", ".join([query, product, *edits, normaliser, weighted, results])
@@ -509,8 +509,8 @@ def hold(seed: int) -> bool:
     torch._dynamo.reset()
     try:
         sites = check(*tensors())
-    except AssertionError:  # rounding is small, and gone if both run in float64
-        sites = check(*tensors(), tolerance=1e-3)
+    except AssertionError:  # rounding, such as that of a gradient of zero, is small, and gone if both run in float64
+        sites = check(*tensors(), tolerance=5e-3)
         check(*cast(tensors(), torch.float64))
     return bool(sites) and all(s.rewritten for s in sites)
 

@@ -82,15 +82,17 @@ def test_rows_over_their_length_are_no_shares():
     check(fn, *qkv())
 
 
-def test_an_added_fill_that_wins_keeps_the_gradient_of_what_it_swallows():
+@pytest.mark.parametrize("factor", [-1.0, torch.tensor(-0.7), torch.linspace(-1, 1, 40)[:, None]])
+def test_an_added_fill_that_wins_keeps_the_gradient_of_what_it_swallows(factor):
     """Times -1, the fill is the largest score: its keys have all weights, and the sum passes their gradient on."""
 
     def fn(q, k, v):
         i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
-        s = (q @ k.mT + (j > i) * torch.finfo(q.dtype).min) * -1.0
+        s = (q @ k.mT + (j > i) * torch.finfo(torch.float32).min) * factor
         return s.softmax(-1) @ v, s.clamp_min(-9.0)
 
     check(fn, *qkv())
+    check(lambda *operands: fn(*operands)[0], *qkv())
 
 
 @pytest.mark.parametrize("rows", [1, 40])
