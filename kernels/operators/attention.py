@@ -8,7 +8,7 @@ operator, so that AOTAutograd can trace it. The tier's name selects the implemen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -117,48 +117,58 @@ def require(good: bool, message: str) -> None:
 
 
 def check(call: Call) -> None:
+    for problem in _problems(call):
+        require(False, problem)
+
+
+def _problems(call: Call) -> Iterator[str]:
+    """Yield what is wrong with a call; each text is made only then, since decoding calls this thousands of times."""
     spec, query, key, value, captures, sizes, seed, summary = (getattr(call, f.name) for f in fields(call))
     for name, x in (("query", query), ("key", key), ("value", value)):
-        require(x.ndim == 4, f"{name} has {x.ndim} dims, expected 4")
-        require(x.dtype in _FLOATS, f"{name} is {x.dtype}, expected a floating type")
-        require(x.dtype == query.dtype, f"{name} is {x.dtype}, but query is {query.dtype}")
-        require(x.device == query.device, f"{name} is on {x.device}, but query is on {query.device}")
-    require(key.shape[0] == query.shape[0], f"key has batch {key.shape[0]}, but query has {query.shape[0]}")
-    require(key.shape[3] == query.shape[3], f"key has head_dim {key.shape[3]}, but query has {query.shape[3]}")
-    require(
-        value.shape[:3] == key.shape[:3],
-        f"value has batch, heads and length {tuple(value.shape[:3])}, but key has {tuple(key.shape[:3])}",
-    )
+        if x.ndim != 4:
+            yield f"{name} has {x.ndim} dims, expected 4"
+        if x.dtype not in _FLOATS:
+            yield f"{name} is {x.dtype}, expected a floating type"
+        if x.dtype != query.dtype:
+            yield f"{name} is {x.dtype}, but query is {query.dtype}"
+        if x.device != query.device:
+            yield f"{name} is on {x.device}, but query is on {query.device}"
+    if key.shape[0] != query.shape[0]:
+        yield f"key has batch {key.shape[0]}, but query has {query.shape[0]}"
+    if key.shape[3] != query.shape[3]:
+        yield f"key has head_dim {key.shape[3]}, but query has {query.shape[3]}"
+    if value.shape[:3] != key.shape[:3]:
+        shapes = tuple(value.shape[:3]), tuple(key.shape[:3])
+        yield f"value has batch, heads and length {shapes[0]}, but key has {shapes[1]}"
     heads, groups = query.shape[1], key.shape[1]
-    require(
-        heads == groups == 0 or (groups > 0 and heads % groups == 0),
-        f"query has {heads} heads, not a multiple of key's {groups}",
-    )
-    require(
-        len(captures) == len(spec.captures),
-        f"captures has {len(captures)} tensors, expected {len(spec.captures)}",
-    )
+    if not (heads == groups == 0 or (groups > 0 and heads % groups == 0)):
+        yield f"query has {heads} heads, not a multiple of key's {groups}"
+    if len(captures) != len(spec.captures):
+        yield f"captures has {len(captures)} tensors, expected {len(spec.captures)}"
     for n, (x, c) in enumerate(zip(captures, spec.captures)):
-        require(x.ndim == c.ndim, f"captures[{n}] has {x.ndim} dims, expected {c.ndim}")
-        require(x.device == query.device, f"captures[{n}] is on {x.device}, but query is on {query.device}")
-        require(
-            not c.grad or x.dtype in _FLOATS,
-            f"captures[{n}] is {x.dtype}, but only a floating type can have a gradient",
-        )
-    require(len(sizes) == len(spec.sizes), f"sizes has {len(sizes)} numbers, expected {len(spec.sizes)}")
-    if spec.random:
-        require(seed is not None, "seed is None, but the spec has dropout")
-        require(
-            seed.dtype == torch.int64 and seed.numel() == 1,  # type: ignore[union-attr]
-            f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one element",  # type: ignore[union-attr]
-        )
+        if x.ndim != c.ndim:
+            yield f"captures[{n}] has {x.ndim} dims, expected {c.ndim}"
+        if x.device != query.device:
+            yield f"captures[{n}] is on {x.device}, but query is on {query.device}"
+        if c.grad and x.dtype not in _FLOATS:
+            yield f"captures[{n}] is {x.dtype}, but only a floating type can have a gradient"
+    if len(sizes) != len(spec.sizes):
+        yield f"sizes has {len(sizes)} numbers, expected {len(spec.sizes)}"
+    if spec.random and seed is None:
+        yield "seed is None, but the spec has dropout"
+    elif spec.random and (seed.dtype != torch.int64 or seed.numel() != 1):
+        yield f"seed is {seed.dtype} with {seed.numel()} elements, expected int64 with one element"
     if summary is not None:
         found = mask_summary.of(spec)
-        require(found is not None, "summary is given, but the spec has no mask in a captured tensor")
+        if found is None:
+            yield "summary is given, but the spec has no mask in a captured tensor"
         want = mask_summary.shape(found.spec, call.sizes)  # type: ignore[union-attr]
-        require(summary.dtype == torch.uint8, f"summary is {summary.dtype}, expected torch.uint8")
-        require(summary.device == query.device, f"summary is on {summary.device}, but query is on {query.device}")
-        require(tuple(summary.shape) == want, f"summary has shape {tuple(summary.shape)}, expected {want}")
+        if summary.dtype != torch.uint8:
+            yield f"summary is {summary.dtype}, expected torch.uint8"
+        if summary.device != query.device:
+            yield f"summary is on {summary.device}, but query is on {query.device}"
+        if tuple(summary.shape) != want:
+            yield f"summary has shape {tuple(summary.shape)}, expected {want}"
 
 
 _FLOATS = frozenset((torch.float16, torch.bfloat16, torch.float32, torch.float64))

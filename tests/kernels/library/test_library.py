@@ -154,7 +154,34 @@ def test_causality_is_a_question_of_the_sizes(calls):
     compare(spec, tensors(T=20, S=20))
     compare(spec, tensors(T=1, S=20))
     compare(spec, tensors(T=10, S=20))
-    assert calls == [(20, 20, True, None), (1, 20, False, None), (10, 20, False, (1, 1, 10, 20))]
+    # the single queries of a group's two heads are rows of one call
+    assert calls == [(20, 20, True, None), (2, 20, False, None), (10, 20, False, (1, 1, 10, 20))]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+@pytest.mark.parametrize("name", CASES)
+def test_few_queries_of_grouped_heads_are_right(name, queries):
+    fields, captures = CASES[name]
+    captures = tuple(x[:, :queries] if name == "dense_bias" else x for x in captures)
+    compare(
+        AttentionSpec(**fields, **DOUBLE), tensors(T=queries, groups=2), captures, (3,) if name == "named_size" else ()
+    )
+
+
+@pytest.mark.parametrize("fill", [-INF, FINITE])
+def test_dead_rows_of_grouped_heads_are_right(fill):
+    dead = torch.zeros(2, 41, dtype=torch.bool)
+    dead[1, 3:] = True
+    compare(AttentionSpec(score=masked(PAD, fill), captures=pad_capture, **DOUBLE), tensors(T=1, groups=1), (dead,))
+
+
+def test_only_scores_that_are_alike_for_all_heads_share_a_call(calls):
+    padded = AttentionSpec(score=masked(PAD), captures=pad_capture, **DOUBLE)
+    library.forward(Call(padded, *tensors(T=3, groups=2), (pad_rows(),)))
+    sloped = AttentionSpec(score=A.add(DOT, slope), captures=(Capture("f", 1),), **DOUBLE)
+    library.forward(Call(sloped, *tensors(T=1, groups=2), (torch.randn(4).double(),)))
+    library.forward(Call(AttentionSpec(score=masked(CAUSAL), **DOUBLE), *tensors(T=3, groups=2, S=3)))
+    assert [rows for rows, *_ in calls] == [6, 1, 3]
 
 
 def test_a_window_reads_only_its_keys_and_full_blocks_have_no_mask(calls):
