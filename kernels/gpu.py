@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+LEAST_CAPABILITY = 80  # of Triton's kernels: the first with asynchronous copies and bfloat16
 
 
 def lasting(make: Callable[[], T], device: torch.device) -> T:
@@ -34,3 +35,10 @@ def capability(device: torch.device) -> int:
         return 0
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def too_old(found: int) -> str | None:
+    """Return why Triton's kernels do not run on a GPU of this compute capability, or None."""
+    if found < LEAST_CAPABILITY:
+        return f"Triton's kernels need compute capability 8.0, and the GPU has {found // 10}.{found % 10}"
+    return None

@@ -13,6 +13,7 @@ from functools import lru_cache
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import FLOAT_UNARY, Expr, walk
+from attnfx.mask import FLEX_TILE as TILE
 from attnfx.mask import visited
 from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, additive, fill_of
@@ -93,7 +94,6 @@ TRAINING = {
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
 SHARED_CACHE = 32 << 20  # bytes
 COLD = 4.0  # further time of a repeated element beyond the shared cache, in its time within
-TILE = 128  # rows and keys of a tile of flex_attention
 BLOCK = 256  # queries in a block of kernels/library/cpu.py; kernels/chunked/blocks.py cuts some blocks in two
 KEYS = 512  # keys that PyTorch's operator computes at a time: with is_causal it skips whole groups of this size
 # Inductor's patterns match some spellings of a site and not others, and the spec does not record the spelling. If every

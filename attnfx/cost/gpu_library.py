@@ -9,8 +9,8 @@ from attnfx.cost.gpu_occupancy import float_lanes, matrix_rate
 from attnfx.cost.operation_counts import DROPOUT, operations
 from attnfx.cost.query import Question
 from attnfx.ir import algebra as A
+from attnfx.mask import FLEX_TILE, visited
 from attnfx.mask import runtime_summary as mask_summary
-from attnfx.mask import visited
 from attnfx.mask.predicate import kept
 from attnfx.report.records import Candidate
 from attnfx.spec import AttentionSpec, I, J, reads_pairs
@@ -24,7 +24,6 @@ PASSES, BACKWARD_PASSES, DROPOUT_PASSES = 4, 7, 2
 LAUNCHES, BACKWARD_LAUNCHES = 3, 6
 PRODUCTS = 0.75  # share of the rates that batched products of attention's shapes reach; an estimate
 FLEX = 0.75  # share of FlashAttention-2's rate that flex_attention reaches; an estimate
-FLEX_TILE = 128  # rows and keys of its block mask
 EAGER_PASSES = 6  # over float32 scores in a block of eager operators, besides one per operation of the score program
 BLOCK = 1 << 26  # scores of a block, as in kernels/chunked/blocks.py
 BLOCK_ROWS = 128

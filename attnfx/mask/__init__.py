@@ -9,9 +9,9 @@ reported dead, and a key that may be dead is never reported live.
 from attnfx.mask.describe import describe
 from attnfx.mask.key_ranges import KeyRange, key_ranges, key_span, rows_live
 from attnfx.mask.predicate import Mask, live, mask_of
-from attnfx.mask.tiles import ANALYSED, Tiles, Visited, prepare, tiles, visited
+from attnfx.mask.tiles import ANALYSED, FLEX_TILE, Tiles, Visited, prepare, tiles, visited
 
 __all__ = [
-    "ANALYSED", "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live", "mask_of",
-    "prepare", "rows_live", "tiles", "visited",
+    "ANALYSED", "FLEX_TILE", "KeyRange", "Mask", "Tiles", "Visited", "describe", "key_ranges", "key_span", "live",
+    "mask_of", "prepare", "rows_live", "tiles", "visited",
 ]  # fmt: skip

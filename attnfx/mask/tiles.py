@@ -18,6 +18,7 @@ from attnfx.mask.row_intervals import spans
 from attnfx.spec import AXES
 
 ANALYSED = 64  # rows of the blocks in which `prepare` analyzes a mask
+FLEX_TILE = 128  # rows and keys of flex_attention's block mask: PyTorch's default, which its kernels' tiles divide
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,9 @@ from torch import Tensor
 from attnfx.kernels.call import Call
 from attnfx.kernels.chunked import attention as chunked
 from attnfx.kernels.flash.host.tiles import Tile
-from attnfx.kernels.gpu import capability
+from attnfx.kernels.gpu import capability, too_old
 from attnfx.spec import AttentionSpec
 
-LEAST_CAPABILITY = 80  # the first with asynchronous copies and bfloat16
 MOST_PROGRAMS = 65535  # limit of a grid's second and third dim, heads and batches (CUDA programming guide)
 
 
@@ -32,9 +31,7 @@ def missing(device: torch.device, target: int | None = None) -> str | None:
     if device.type != "cuda" or (target is None and torch.version.hip is not None):
         return f"the kernels need an NVIDIA GPU, and the tensors are on {device}"
     if target is not None or torch.cuda.is_available():
-        found = capability(device) if target is None else target
-        if found < LEAST_CAPABILITY:
-            return f"the kernels need compute capability 8.0, and the GPU has {found // 10}.{found % 10}"
+        return too_old(capability(device) if target is None else target)
     return None
 
 

@@ -23,7 +23,7 @@ from attnfx.ir import poly
 from attnfx.ir.expr import BOOL, INT, Expr, walk
 from attnfx.kernels.evaluate import Evaluator, block_axes
 from attnfx.kernels.flex.element import Size
-from attnfx.kernels.flex.form import TILE
+from attnfx.mask import FLEX_TILE
 from attnfx.spec import AXES
 
 DENSE = 4  # a part of the predicate is evaluated at every pair if the scores are at least this many times the pairs
@@ -76,9 +76,9 @@ class _Tiles:
                 found = found.unsqueeze(dim)
                 continue
             extent = self.sizes[AXES[name]]
-            count = (extent + TILE - 1) // TILE
-            at = torch.arange(count * TILE, device=self.device).clamp(max=extent - 1)
-            found = found.index_select(dim, at).unflatten(dim, (count, TILE))
+            count = (extent + FLEX_TILE - 1) // FLEX_TILE
+            at = torch.arange(count * FLEX_TILE, device=self.device).clamp(max=extent - 1)
+            found = found.index_select(dim, at).unflatten(dim, (count, FLEX_TILE))
         return found
 
     # -- predicates --------------------------------------------------------------------------------
@@ -195,7 +195,7 @@ def block_mask(tiles: Expr, masked: bool, average: bool, captures: Sequence[Tens
     swapped. `batch` and `heads` are 1 if all share the tiles. With a single tile of keys, the lists of full tiles
     are None: a compiler would merge their indices, all zeros, with the indices of the partial ones.
     """
-    counts = [(sizes[n] + TILE - 1) // TILE for n in ("T", "S")]
+    counts = [(sizes[n] + FLEX_TILE - 1) // FLEX_TILE for n in ("T", "S")]
     found = _Tiles(captures, sizes, device).truth(tiles)
     visited = found.some
     if average:

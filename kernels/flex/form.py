@@ -18,8 +18,6 @@ from attnfx.mask import mask_of
 from attnfx.mask.additive import DROWNED, addend
 from attnfx.spec import AttentionSpec
 
-TILE = 128  # rows and keys of the block mask: PyTorch's default, which its kernels' tiles divide
-
 
 @dataclass(frozen=True)
 class Table:

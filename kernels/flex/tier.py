@@ -22,14 +22,13 @@ from attnfx.ir.expr import Expr, walk
 from attnfx.kernels.evaluate import Axis, Evaluator
 from attnfx.kernels.flex.blocks import block_mask
 from attnfx.kernels.flex.element import Program, Size, function, program_of
-from attnfx.kernels.flex.form import TILE, Form, form_of
-from attnfx.kernels.gpu import capability
-from attnfx.mask import visited
+from attnfx.kernels.flex.form import Form, form_of
+from attnfx.kernels.gpu import capability, too_old
+from attnfx.mask import FLEX_TILE, visited
 from attnfx.spec import AttentionSpec
 
 LEAST_WIDTH = 16  # of a head on a GPU: the least width of Triton's matrix products
 LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
-LEAST_CAPABILITY = 80  # as in kernels/flash/tier.py
 DEEPEST = 100  # operators in each other: tracing a program takes some eight frames of Python's stack for each
 ARGUMENTS = (
     "query", "key", "value", "score_mod", "block_mask", "scale", "kernel_options", "score_mod_other_buffers",
@@ -92,9 +91,7 @@ def _on_gpu(device: torch.device, head_dim: int, value_width: int, target: int |
     if min(head_dim, value_width) < LEAST_WIDTH:
         return f"PyTorch's flex_attention needs heads of width {LEAST_WIDTH} on a GPU"
     capable = target if target is not None or not torch.cuda.is_available() else capability(device)
-    if capable is not None and capable < LEAST_CAPABILITY:
-        return f"Triton's kernels need compute capability 8.0, and the GPU has {capable // 10}.{capable % 10}"
-    return None
+    return None if capable is None else too_old(capable)
 
 
 def _on_cpu(spec: AttentionSpec, training: bool, summed: bool) -> str | None:
@@ -120,7 +117,7 @@ def takes(spec: AttentionSpec, live: bool, sizes: Mapping[str, int], known: bool
         if not sizes[letter]:
             return f"PyTorch's flex_attention takes no empty tensors, and the number of {what} is 0"
     bounded = {k: n for k, n in sizes.items() if k not in ("G", "D", "Dv")}
-    if known and not visited(spec, bounded, TILE, TILE).total:
+    if known and not visited(spec, bounded, FLEX_TILE, FLEX_TILE).total:
         return "the mask keeps no score, so the softmax has no weights for PyTorch's flex_attention"
     return None
 
@@ -164,7 +161,7 @@ class Call:
         names = ("kv_num_blocks", "kv_indices", "full_kv_num_blocks", "full_kv_indices")
         names += tuple(n.replace("kv", "q") for n in names)
         given = dict.fromkeys(names) | dict(zip(names, tiles))
-        made = BlockMask(seq_lengths=tuple(lengths), BLOCK_SIZE=(TILE, TILE), mask_mod=mask_mod, **given)  # type: ignore[arg-type]
+        made = BlockMask(seq_lengths=tuple(lengths), BLOCK_SIZE=(FLEX_TILE, FLEX_TILE), mask_mod=mask_mod, **given)  # type: ignore[arg-type]
         return made.as_tuple()
 
     def score(self, sizes: Mapping[str, Size]) -> tuple[Program, Callable[..., Tensor]]:

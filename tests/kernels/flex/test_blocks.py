@@ -7,7 +7,7 @@ import torch
 
 from attnfx.ir import algebra as A
 from attnfx.kernels.flex.blocks import block_mask
-from attnfx.kernels.flex.form import TILE
+from attnfx.mask import FLEX_TILE
 from attnfx.spec import B, H, I, J
 
 CPU = torch.device("cpu")
@@ -75,11 +75,11 @@ def marked(number, order, rows, keys):
 
 def tiles_of(dense):
     """Return for each tile whether a score is live, and whether all are."""
-    rows, keys = (-(-n // TILE) for n in dense.shape[2:])
+    rows, keys = (-(-n // FLEX_TILE) for n in dense.shape[2:])
     some, every = (torch.zeros(2, 4, rows, keys, dtype=torch.bool) for _ in range(2))
     for q in range(rows):
         for k in range(keys):
-            part = dense[:, :, q * TILE : (q + 1) * TILE, k * TILE : (k + 1) * TILE]
+            part = dense[:, :, q * FLEX_TILE : (q + 1) * FLEX_TILE, k * FLEX_TILE : (k + 1) * FLEX_TILE]
             some[:, :, q, k], every[:, :, q, k] = part.any(-1).any(-1), part.all(-1).all(-1)
     return some, every
 
@@ -104,7 +104,7 @@ def test_each_tile_with_a_live_score_is_visited_and_a_full_one_has_no_dead_score
     assert not (some & ~(partial | full)).any(), "a live score is not visited"
     assert not (partial & full).any() and not (full & ~every).any()
     lost = ~dense.any(-1)
-    hopeless = torch.stack([lost[:, :, q * TILE : (q + 1) * TILE].any(-1) for q in range(rows)], -1)
+    hopeless = torch.stack([lost[:, :, q * FLEX_TILE : (q + 1) * FLEX_TILE].any(-1) for q in range(rows)], -1)
     if average:
         assert (partial | full)[hopeless].all(), "a row without a live key does not visit every key"
     elif case.exact:
