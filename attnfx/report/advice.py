@@ -193,9 +193,9 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
             "not depend on the query.",
         ),
         Advice(
-            "a comparison with a tensor in place of the number {unread}, in the attention that ends at {place}",
-            "Compare with the tensor itself instead of the number {unread} that `.item()` reads from it, in the "
-            "attention that ends at {place}.",
+            "an input that has the size {unread}, for the attention that ends at {place}",
+            "Give the function the size {unread}, which the attention that ends at {place} reads, as an input of its "
+            "own, or as a dimension of one.",
         ),
         Advice(
             "`{operator}` at {place} of operands read through views, permutes, slices and expands",

@@ -29,18 +29,16 @@ Carriers = dict[Expr, tuple[Node, int | None]]
 
 
 def size_carriers(gm: GraphModule) -> Carriers:
-    """Map each symbolic size to its carrier: an input that is the size, or the first tensor with that dimension. A size
-    is bound before any tensor of that size, so the first carrier comes before every site that needs it."""
+    """Map each symbolic size to its carrier: the first node that is the size, or is a tensor with that dimension. A size
+    is bound before it is used, so the first carrier comes before every site that needs it."""
     found: Carriers = {}
     for n in gm.graph.nodes:
         held = value(n)
-        if n.op == "placeholder" and isinstance(held, torch.SymInt):
+        if isinstance(held, torch.SymInt):
             found.setdefault(size_expr(held), (n, None))
-    for n in gm.graph.nodes:
-        if is_tensor(n):
+        elif is_tensor(n):
             for d, extent in enumerate(dims(n)):
-                if extent.op != "const":
-                    found.setdefault(extent, (n, d))
+                found.setdefault(extent, (n, d))
     return found
 
 

@@ -120,23 +120,10 @@ def test_a_program_that_follows_the_advice_is_rewritten(name):
         assert all(site.spec is not None for site in report.sites), "rewritten as whole rows, as the obstacle is too"
 
 
-def test_a_length_that_is_read_as_a_number_is_named_and_compares_as_a_tensor():
-    def fn(q, k, v, length):
-        n = length.item()
-        torch._check(n >= 2)
-        torch._check(n <= k.shape[2])
-        return obstacles.scores(q, k).masked_fill(torch.arange(T) >= n, -obstacles.INF).softmax(-1) @ v
-
-    def followed(q, k, v, length):
-        return obstacles.scores(q, k).masked_fill(torch.arange(T) >= length, -obstacles.INF).softmax(-1) @ v
-
-    args = (*qkv(B, H, T, T, D), torch.tensor(13))
-    with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        (kept,) = attnfx.explain(fn, rewrite="always")(*args)
-        (site,) = attnfx.explain(followed, rewrite="always")(*args)
-    assert kept.code == "layout" and "instead of the number" in kept.refusal.hint and "test_advice" in kept.refusal.hint
-    assert kept.refusal.facts["unread"] in kept.refusal.closest
-    assert site.rewritten
+def test_a_size_that_nothing_in_the_graph_has_is_named():
+    given = advise("layout", {"unread": "s7 + 1", "place": "model.py:12", "operator": "matmul", "shape": "(2, 8)"})
+    assert given is not None and "`" not in given.edit
+    assert all(name in text for text in (given.closest, given.edit) for name in ("s7 + 1", "model.py:12"))
 
 
 def test_the_advised_einsum_returns_the_same():

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, check, compiled, error, new_reports, qkv, run
+from tests.support import check, compiled, error, new_reports, qkv, run
 
 SCALE = 0.3
 
@@ -85,7 +85,26 @@ def test_a_length_read_from_a_tensor_does_not_stop_the_compilation():
         return ((q @ k.mT) * SCALE).masked_fill(~keep, float("-inf")).softmax(-1) @ v
 
     with torch._dynamo.config.patch(capture_scalar_outputs=True):
-        assert_kept(fn, *qkv(), torch.tensor(13), code="layout", train=False)
+        check(fn, *qkv(), torch.tensor(13), train=False)
+
+
+def test_a_length_that_is_the_larger_of_two_is_served():
+    """A window of the last 8 positions, of which the cache may hold fewer."""
+
+    def fn(q, k, v):
+        t, s = q.shape[2], k.shape[2]
+        first = torch.sym_max(s - 8, 0)
+        i, j = torch.arange(t)[:, None] + (s - t), torch.arange(s - first) + first
+        keep = (j <= i) & (j > i - 6)
+        scores = (q @ k[:, :, first:].mT).masked_fill(~keep, -torch.inf)
+        return scores.softmax(-1) @ v[:, :, first:]
+
+    fast = compiled(fn, dynamic=True)
+    with new_reports() as filed:
+        for s in (5, 19, 8, 40):
+            args = qkv(t=3, s=s)
+            assert error(run(fast, args, False), run(fn, args, False)) < 1e-5
+    assert all(len(r.rewritten) == 1 for r in filed) and len(filed) <= 2
 
 
 def test_a_graph_break_by_item_gives_two_graphs_that_are_right():
