@@ -43,17 +43,30 @@ DISTANCES = ("cdist", "_cdist_forward")
 def batched(n: Node) -> bool:
     """Return whether a node multiplies two batches of matrices, or two plain matrices that are not parameters.
 
-    Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not.
+    Scores and weighted values are such products. A batch times one matrix (a linear layer, a router's gate) is not,
+    unless a softmax shows that it is (`of_one_matrix`).
     """
-    if n.op != "call_function" or op_name(n) not in (*PRODUCTS, "linear") or not is_tensor(n):
-        return False
-    try:
-        operands = einsum(n if op_name(n) == "linear" else Product(n)).operands
-    except Opaque:  # such as a layer with a bias
-        return False
+    operands = _multiplied(n)
     if all(len(shape(x)) == 2 for x in operands):
-        return not any(map(parameter, operands))
+        return bool(operands) and not any(map(parameter, operands))
     return all(len(shape(x)) > 2 for x in operands)
+
+
+def of_one_matrix(n: Node) -> bool:
+    """Return whether a node multiplies a batch of matrices with one matrix. Most such products are layers, but the
+    matrix may also hold the queries or the values of the whole batch."""
+    ranks = sorted(len(shape(x)) for x in _multiplied(n))
+    return len(ranks) == 2 and ranks[0] == 2 < ranks[1]
+
+
+def _multiplied(n: Node) -> tuple[Node, ...]:
+    """Return the operands of a product; none for another operator, such as a layer with a bias."""
+    if n.op != "call_function" or op_name(n) not in (*PRODUCTS, "linear") or not is_tensor(n):
+        return ()
+    try:
+        return einsum(n if op_name(n) == "linear" else Product(n)).operands
+    except Opaque:
+        return ()
 
 
 def meeting(n: Node) -> bool:

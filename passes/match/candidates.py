@@ -12,11 +12,14 @@ from itertools import islice
 
 from torch.fx import GraphModule, Node
 
-from attnfx.ir.expr import Expr
+from attnfx.ir.expr import Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import descendants, seeds_of
-from attnfx.passes.fx.nodes import dims, is_tensor, op_name, size_expr, value
-from attnfx.passes.lift.products import ANCHORS, NORMS, batched, chain, meeting, of_batch, parameter
+from attnfx.passes.fx.nodes import axis, dims, is_tensor, op_name, size_expr, slot_node, value
+from attnfx.passes.lift.access import free, variables
+from attnfx.passes.lift.contraction import contraction
+from attnfx.passes.lift.lifter import Lifter
+from attnfx.passes.lift.products import ANCHORS, NORMS, batched, chain, meeting, of_batch, of_one_matrix, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, VIEWS
 
 SORTING = ("sort", "topk", "argsort")
@@ -29,6 +32,7 @@ class Descent:
     """The ancestry of weights and scores in one graph.
 
     known     operators that are pointwise, views, lookups or reductions, which weights and scores pass through
+    products  products that may be scores
     weights   nodes that descend from a normalizer -> the nearest normalizers
     scores    nodes that descend from a product -> the nearest products
     met       softmaxes of values in which rows of two batches are combined without a product
@@ -37,10 +41,11 @@ class Descent:
     loose     products that weights reach by any operators -> those that may have normalized these weights
     """
 
-    def __init__(self, gm: GraphModule):
+    def __init__(self, gm: GraphModule, lifter: Lifter):
         nodes = list(gm.graph.nodes)
-        products = list(filter(batched, nodes))
         self.known = list(filter(_known, nodes))
+        self.products = {n for n in nodes if batched(n)} | self._of_shared_queries(nodes, lifter)
+        products = [n for n in nodes if n in self.products]
         self.weights = descendants((n for n in nodes if op_name(n) in ANCHORS or shared(n)), self.known)
         shaped = [n for n in nodes if _known(n) or (is_tensor(n) and op_name(n) not in NORMS)]
         self.scores = descendants(products, shaped, _shape_kept)
@@ -53,6 +58,30 @@ class Descent:
         self.near = frozenset(n for n in seeds if any(0 in self.anyhow.get(a, {}).values() for a in n.all_input_nodes))
         weights = descendants(seeds, others, _plane_kept, NEAR)
         self.loose = {n: found for n in products if (found := seeds_of(weights, n))}
+
+    def _of_shared_queries(self, nodes: list[Node], lifter: Lifter) -> set[Node]:
+        """Return the products of a batch of keys with one matrix of queries, which the whole batch shares: a softmax
+        normalizes over the rows of the batch. Over the rows of the matrix, it would be a router."""
+        below = descendants(filter(of_one_matrix, nodes), self.known)
+        found = set()
+        for n in nodes:
+            if "softmax" not in op_name(n) or not (products := seeds_of(below, n)):
+                continue
+            x: Node = n.args[0]  # type: ignore[assignment]
+            at = variables(x)
+            j = at[axis(n)]
+            for e in walk(lifter.lift(x, at)):
+                c = contraction(e.value, e.args) if e.op == "load" and slot_node(e.value) in products else None
+                if c is not None:
+                    found.update(
+                        c.node
+                        for keys, own, other in (
+                            (c.left, c.left_index, c.right_index),
+                            (c.right, c.right_index, c.left_index),
+                        )
+                        if len(dims(keys)) > 2 and j.value in free(own) - free(other)
+                    )
+        return found
 
     def from_pairs(self, n: Node, anchors: Iterable[Node]) -> bool:
         """Return whether an operand of a product has a weight for each pair of two batches' rows, which their products

@@ -42,7 +42,7 @@ from attnfx.passes.lift.access import free, radix
 from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import broadcast
-from attnfx.passes.lift.products import batched, of_batch, parameter
+from attnfx.passes.lift.products import batched, of_batch, of_one_matrix, parameter
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared
@@ -66,15 +66,16 @@ class Finder:
         self.failed: dict[Node, Exception] = {}
         self.facts, self.lifter = graph.facts, graph.lifter
         self.reader = Reader(self.facts, self.lifter)
-        self.descent = Descent(graph.gm)
+        self.descent = Descent(graph.gm, self.lifter)
 
     def find(self) -> list[Finding]:
         findings: list[Finding] = []
         for n in self.gm.graph.nodes:
             if n.op == "call_function" and op_name(n) in SDPA:
                 findings.append(self._attempt(n, lambda at: self._match(library_call(self.lifter, at)), [n]))
-            elif batched(n) and (found := self._at_product(n)) is not None:
-                findings.append(found)
+            elif batched(n) or of_one_matrix(n):
+                found = self._at_product(n) if batched(n) else self._at_shared_values(n)
+                findings.extend([found] if found is not None else [])
         return findings
 
     def _at_product(self, n: Node) -> Finding | None:
@@ -105,6 +106,15 @@ class Finder:
             message = "queries and keys are combined without a product"
             return Finding(n, refusal=refusal("no_product", message, n, *met), anchors=met, loose=True)
         return None
+
+    def _at_shared_values(self, n: Node) -> Finding | None:
+        """Try a product of weights with one matrix of values, which the whole batch shares; return None unless it is
+        proved, because it may be a layer."""
+        seeds = [
+            s for s in seeds_of(self.descent.weights, n) if "softmax" in op_name(s) and self.descent.from_scores(s)
+        ]
+        found = self._attempt(n, self._written_out, seeds) if seeds else None
+        return found if found is not None and found.match is not None else None
 
     def _attempt(self, n: Node, how: Callable[[Node], Match], anchors: list[Node]) -> Finding:
         try:
@@ -268,7 +278,7 @@ class Finder:
             node = slot_node(e.value)
             c = (
                 contraction(e.value, e.args)
-                if batched(node) and not self.facts.changed_after(node, before=final)
+                if node in self.descent.products and not self.facts.changed_after(node, before=final)
                 else None
             )
             if c is None or not all(value(x).dtype.is_floating_point for x in (c.left, c.right)):
@@ -287,7 +297,7 @@ class Finder:
         if odd is None:
             return Refused("no_product", "the softmax is not computed from a product of queries and keys", [final])
         integer = None
-        if not batched(odd):
+        if odd not in self.descent.products:
             message = f"{label(odd)} between the scores and the softmax cannot be computed for each score by itself"
             if (most := self.lifter.most(odd)) is not None:
                 message = f"more than {most} operators lead from {label(odd)} to the weights"

@@ -363,6 +363,14 @@ def memory(c: Chosen, q: Tensor, k: Tensor, v: Tensor, x: dict[str, Tensor]) -> 
     return F.linear(w, x["memory"].T), F.linear(s.softmax(-1), x["memory"].T)
 
 
+@form(plain=True)
+def shared(c: Chosen, q: Tensor, k: Tensor, v: Tensor, x: dict[str, Tensor]) -> Out:
+    """Share the queries, or the values, over the batch."""
+    s = c.edited(torch.matmul(c.query(q)[0, 0], k[:, 0].transpose(1, 2)), x)
+    t = q[:, 0] @ k[:, 1].mT
+    return c.weigh(s, x) @ v[:, 0], t.softmax(-1) @ v[0, 1]
+
+
 @form()
 def edges(c: Chosen, q: Tensor, k: Tensor, v: Tensor, x: dict[str, Tensor]) -> Out:
     """Give each query keys and values of its own."""
