@@ -111,6 +111,10 @@ def _gelu(x: Expr, approximate: str = "none") -> Expr:
     return A.mul(A.const(0.5), x, A.add(A.const(1.0), inner))
 
 
+def _prelu(x: Expr, slope: Expr) -> Expr:
+    return A.where(A.lt(A.ZERO, x), x, A.mul(slope, x))
+
+
 SAME = (
     "exp", "exp2", "expm1", "log", "log2", "log1p", "tanh", "sigmoid", "sqrt", "sin", "cos", "erf", "floor", "ceil",
     "round", "trunc", "abs", "atan", "sign", "softplus",
@@ -126,7 +130,7 @@ UNARY: dict[str, Callable[..., Expr]] = {
     "gelu": _gelu,
 }
 BINARY = {"mul": _mul, "pow": A.power, "minimum": A.minimum, "maximum": A.maximum, "min": A.minimum, "max": A.maximum,
-          "fmin": A.minimum, "fmax": A.maximum}  # fmt: skip
+          "fmin": A.minimum, "fmax": A.maximum, "prelu_kernel": _prelu}  # fmt: skip
 
 
 @rule(POINTWISE, *UNARY, *(f"{name}_" for name in UNARY))
@@ -138,7 +142,7 @@ def _unary(lifter: Lifter, at: Node, index: Index) -> Expr:
     return _exact(lifter, at, name, [x]) or UNARY[name](x, **at.kwargs)
 
 
-@rule(POINTWISE, *BINARY, "mul_", "pow_", "__mul__")
+@rule(POINTWISE, *BINARY, "mul_", "pow_", "__mul__", "_prelu_kernel")
 def _binary(lifter: Lifter, at: Node, index: Index) -> Expr:
     name = _name(at)
     if name in ("min", "max") and (len(at.args) != 2 or not isinstance(at.args[1], Node)):

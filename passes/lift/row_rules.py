@@ -205,7 +205,7 @@ def _result_of_tuple(at: Node, places: list[int]) -> Made:
 @rule(RULES, "to", "_to_copy", "detach", "__and__", "__or__", "floor_divide", "where",
       "masked_fill", "zeros_like", "ones_like", "full_like", "true_divide", "subtract", "multiply", "divide", "greater",
       "greater_equal", "less", "less_equal", "not_equal", "square", "float_power", "clip", "log_sigmoid", "fix",
-      "absolute", "negative", "leaky_relu", "expand", "expand_as", "broadcast_to")  # fmt: skip
+      "absolute", "negative", "leaky_relu", "_prelu_kernel", "expand", "expand_as", "broadcast_to")  # fmt: skip
 def _pointwise(use: Use) -> None:
     for name, x in use.given.items():
         if name != "other" or not use.op.startswith("to."):

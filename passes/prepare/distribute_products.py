@@ -1,6 +1,6 @@
 """Distribute products over the rows, sums and tables that their operands are made of, so that only small ones remain.
 
-    sum(q[.., None, :] * k[.., None, :, :], -1)   becomes   an einsum
+    sum(q[.., None, :] * k[.., None, :, :], -1)   becomes   an einsum, also if k has a vector for each pair of rows
     einsum(.., x, y, z)                           becomes   einsums of two operands
     linear(cat([q[:, :, None].expand(..), k[:, None].expand(..)], -1), w)
                                                   becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
@@ -45,8 +45,8 @@ from attnfx.passes.lift.access import EXPANSIONS, Operand, free, radix, variable
 from attnfx.passes.lift.contraction import factors
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.lifter import Lifter
-from attnfx.passes.lift.products import reaches_softmax, skip
+from attnfx.passes.lift.lifter import Lifter, broadcast
+from attnfx.passes.lift.products import comes_from, reaches_softmax, skip
 from attnfx.passes.lift.tables import VIEWS, Index
 
 aten = torch.ops.aten
@@ -72,31 +72,29 @@ def run(graph: Graph) -> int:
 
 
 def _distributed(graph: Graph, n: Node) -> Node | None:
-    out = variables(n)
-    given, reduced = (
-        _summed(n, out) if op_name(n) == "sum" else factors(Product(n) if op_name(n) == "linear" else n, out)
-    )
-    facts = graph.facts
-    spread = {x for x, _ in given if any(op_name(y) in SPREADING for y in reach([x], lambda y: _opened(facts, y)))}
+    facts, out, summed = graph.facts, variables(n), op_name(n) == "sum"
+    given, reduced = _summed(n, out) if summed else factors(Product(n) if op_name(n) == "linear" else n, out)
+    spread = {x for x, _ in given if summed or _spreads(facts, x)}
     if not spread and len(given) < 3:
         return None
     inside = {x: _opened(facts, x) for x in reach(spread, lambda y: _opened(facts, y))}
     leaves, within = [x for x in inside if not inside[x]], [x for x in inside if inside[x]]
     if len({facts.regions[x] for x in (n, *within)}) > 1 or any(facts.changed_before(x, n, leaves) for x in leaves):
         return None
-    if spread and (facts.casts(n) or not (op_name(n) == "sum" or reaches_softmax(n, anyhow=True))):
+    if spread and (facts.casts(n) or not (summed or reaches_softmax(n, anyhow=True))):
         return None  # autocast rounds the operands of a product, but leaves a sum as it is
     lifter = Lifter(facts.written.union(leaves, (x for x, _ in given if x not in spread)))
     cuts = _cuts(within, reduced)
     parts = [[_loads(lifter, *operand, by) for operand in given] for by in cuts]
-    operands = [[e for loads in of for e in loads] for of in zip(*parts, strict=True)]
-    if spread and not (any(_paired(loads, out) for loads in operands) or _tabulated(parts, n, out)):
-        return None
-    emit, dtype = graph.emitter(n), value(n).dtype
     products = [[e for loads in part for e in loads] for part in parts]
+    operands = products if summed else [[e for loads in of for e in loads] for of in zip(*parts, strict=True)]
+    if spread and not (any(_paired(loads, out) for loads in operands) or _tabulated(parts, n, out)):
+        if not (summed and len(products) == 1 and _of_edges(n, [x for x, _ in given], products[0], reduced[0])):
+            return None
+    emit, dtype = graph.emitter(n), value(n).dtype
     for loads, by in zip(products, cuts, strict=True):
-        summed = {v for r in reduced if r.args[0] is not A.ONE for v in by.get(r, r).free}
-        if not summed <= free(tuple(x for e in loads for x in e.args)):
+        over = {v for r in reduced if r.args[0] is not A.ONE for v in by.get(r, r).free}
+        if not over <= free(tuple(x for e in loads for x in e.args)):
             raise Opaque  # the sum repeats its terms
     wide = bool(spread) and dtype in NARROW and (len(products) > 1 or len(products[0]) > 2)
     total = None
@@ -112,21 +110,28 @@ def _distributed(graph: Graph, n: Node) -> Node | None:
 
 
 def _summed(n: Node, out: Index) -> tuple[Factors, list[Expr]]:
-    """Return the product that a sum over one dimension sums, as its one factor, and the variable of that dimension."""
+    """Return the factors of the product that a sum over one dimension sums, and the variable of that dimension."""
     whole, over = n.args[0], argument(n, 1, "dim")
     over = over if isinstance(over, list | tuple) else [over]
     if not isinstance(whole, Node) or op_name(whole) != "mul" or value(whole).dtype != value(n).dtype:
         raise Opaque
     if len(whole.users) > 1 or len(over) != 1 or not isinstance(over[0], int):
         raise Opaque
+    if any(not is_tensor(x) or value(x).dtype != value(n).dtype for x in whole.args):
+        raise Opaque
     dim = over[0] % len(dims(whole))
     r = A.var(f"k_{n.name}", dims(whole)[dim])
     after = dim + bool(argument(n, 2, "keepdim", False))
-    return [(whole, (*out[:dim], r, *out[after:]))], [r]
+    index = (*out[:dim], r, *out[after:])
+    return [(x, broadcast(x, index)) for x in whole.args], [r]  # type: ignore[arg-type,misc]
 
 
 # -- the tensors that an operand is made of -------------------------------------------------------
 SPREADING = ("mul", *EXPANSIONS, *LOOKUPS)
+
+
+def _spreads(facts: Facts, x: Node) -> bool:
+    return any(op_name(y) in SPREADING for y in reach([x], lambda y: _opened(facts, y)))
 
 
 def _opened(facts: Facts, x: Node) -> list[Node]:
@@ -173,6 +178,15 @@ def _paired(loads: list[Expr], out: Index) -> bool:
     """Return whether an operand is made of two tensors that each have rows of their own."""
     rows = [free(e.args).intersection(str(v.value) for v in out) for e in loads]
     return any(x - y and y - x for x, y in combinations(rows, 2))
+
+
+def _of_edges(n: Node, given: Sequence[Node], loads: list[Expr], r: Expr) -> bool:
+    """Return whether a sum over `r` multiplies queries, or weights, with a vector for each pair of a batch's rows."""
+    read = [free(e.args) for e in loads]
+    if max(len(e.args) for e in loads) < 4 or any(r.value not in names for names in read):
+        return False
+    of_weights = any(comes_from(x, lambda y: "softmax" in op_name(y)) for x in given)
+    return of_weights or (reaches_softmax(n) and any(names < max(read, key=len) for names in read))
 
 
 def _tabulated(parts: list[list[list[Expr]]], n: Node, out: Index) -> bool:

@@ -47,7 +47,7 @@ STACKING = (
 )  # fmt: skip
 DECOMPOSITIONS = {
     **{op: op.decompose for op in (*STACKING, aten.linalg_matmul.default)},
-    **{op: partial(_unless_cast, op) for op in (aten.inner.default, aten.tensordot.default)},
+    **{op: partial(_unless_cast, op) for op in (aten.inner.default, aten.tensordot.default, aten.prelu.default)},
 }
 
 

@@ -144,6 +144,7 @@ PLAIN_SCORES: dict[str, Edit] = {
     "square": lambda s, x: s**2,
     "in place": lambda s, x: s.mul(0.5).add_(0.25),
     "cap": lambda s, x: 4 * torch.tanh(s / 4),
+    "slope": lambda s, x: F.prelu(s, s.new_full((1,), 0.2)),
     "clamp": lambda s, x: s.clamp(-2, 2),
     "distance": lambda s, x: s - (I - J).abs() * 0.2,
     "roll": lambda s, x: s.roll(1, -1),

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tests.support import check, qkv
+from tests.support import check, qkv, rand
 
 
 def of_two(q, k, v):
@@ -113,3 +113,8 @@ def test_the_gradients_are_right_where_the_scores_are_the_values_too(depth):
         return s.softmax(-1) @ v
 
     check(fn, *qkv(t=8), sites=depth + 1)
+
+
+def test_a_learned_slope_is_part_of_the_score():
+    (site,) = check(lambda q, k, v, slope: F.prelu(q @ k.mT, slope).softmax(-1) @ v, *qkv(), rand(4))
+    assert site.spec is not None

@@ -20,6 +20,7 @@ SCORES = {
     "squared distance": lambda q, k, w: -(pairs(q, k)[0] - pairs(q, k)[1]).square().sum(-1),
     "distance": lambda q, k, w: -torch.cdist(q, k),
     "city-block distance": lambda q, k, w: -torch.cdist(q, k, p=1),
+    "by a layer with a learned slope": lambda q, k, w: F.prelu(sum(pairs(q, k)), w[:1]) @ w,
     "product over several layers": lambda q, k, w: (torch.tanh(pairs(q, k)[0] * pairs(q, k)[1]) * w).sum(-1),
 }
 
@@ -102,11 +103,51 @@ def of_edges_in_values_too(q, k, v, e):
     return torch.einsum("bij,bijd->bid", s.softmax(-1), v[:, None] + e)
 
 
+def summed(q, k, v, e):
+    s = (q.unsqueeze(2) * (k.unsqueeze(1) + e)).sum(-1).masked_fill(torch.ones(36, 36).triu(1) > 0, -INF)
+    return (s.softmax(-1).unsqueeze(-1) * (v.unsqueeze(1) + e)).sum(dim=-2)
+
+
+def summed_products(q, k, v, e):
+    return ((q[:, :, None] * k[:, None] * e).sum(-1, keepdim=True).squeeze(-1) * 0.3).softmax(-1) @ v
+
+
+def summed_values(q, k, v, e):
+    return ((q @ k.mT).softmax(-1)[..., None] * (v[:, None] * e)).sum(2)
+
+
+def weights_for_each_channel(q, k, v, e):
+    return ((q[:, :, None] - k[:, None] + e).softmax(2) * (v[:, None] + e)).sum(2)
+
+
+EDGES = [of_edges, of_edges_in_values_too, of_three_operands, summed, summed_products, summed_values,
+         weights_for_each_channel]  # fmt: skip
+
+
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("fn", [of_edges, of_edges_in_values_too, of_three_operands])
+@pytest.mark.parametrize("fn", EDGES)
 def test_keys_with_edges_are_computed_row_by_row(fn, dynamic, shapes_left):
     check(fn, *(rand(2, 36, 8) for _ in range(3)), rand(2, 36, 36, 8), dynamic=dynamic)
     assert dynamic or shapes_left.count((2, 36, 36, 8)) == 1  # the edges alone
+
+
+def test_queries_along_the_keys_of_edges():
+    def fn(q, k, v, e):
+        w = (q[:, None] * (k[:, None] + e)).sum(-1).softmax(-1)
+        return (w[..., None] * (v[:, :, None] + e)).sum(2)
+
+    check(fn, *(rand(2, 12, 8) for _ in range(3)), rand(2, 12, 12, 8))
+
+
+def test_sums_of_squares_stay_as_they_are():
+    """They belong to distances, and are the product of one tensor with itself."""
+
+    def fn(q, k, v):
+        norms = (q * q).sum(-1)[..., None], (k * k).sum(-1)[:, :, None]
+        return (2 * q @ k.mT - sum(norms)).softmax(-1) @ v
+
+    (site,) = check(fn, *qkv())
+    assert "dot" in str(site.spec)
 
 
 def test_scores_of_a_graph_without_a_batch():
