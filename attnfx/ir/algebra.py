@@ -603,15 +603,11 @@ def where(c: Expr, x: Expr, y: Expr) -> Expr:
         return where(c, x.args[1], y)
     if y.op == "where" and y.args[0] is c:
         return where(c, x, y.args[2])
-    if x.op == "where" and _one_fill(x.args[2], y):
-        return where(and_(c, x.args[0]), x.args[1], y if x.args[2] is y else in_place(y))
+    if x.op == "where" and x.args[2] is y:
+        return where(and_(c, x.args[0]), x.args[1], y)
     if y.op == "where" and y.args[1] is x:
         return where(or_(c, y.args[0]), x, y.args[2])
     return node("where", x.kind, (c, x, y))
-
-
-def _one_fill(x: Expr, y: Expr) -> bool:
-    return x is y or (drowning(x) and _number(x) == _number(y))
 
 
 # -- reductions -------------------------------------------------------------------------------

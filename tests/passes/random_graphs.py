@@ -230,7 +230,7 @@ class Chosen:
 
         query, product = rng.choice(list(QUERIES)), rng.choice(list(PRODUCTS))
         edits = rng.choices(list(scores), k=rng.randint(0, 4))
-        masked = next((n for n, name in enumerate(edits) if name.endswith(("-inf", " adds"))), len(edits))
+        masked = next((n for n, name in enumerate(edits) if name.endswith(("-inf", str(LOW), " adds"))), len(edits))
         edits = [n for at, n in enumerate(edits) if at < masked or n not in FACTORS]
         normaliser, weighted, results = mostly_first(NORMALISERS), mostly_first(weights), mostly_first(RESULTS)
         self.names = ", ".join([query, product, *edits, normaliser, weighted, results])

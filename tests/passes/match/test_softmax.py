@@ -91,8 +91,14 @@ def test_an_added_fill_that_wins_keeps_the_gradient_of_what_it_swallows(factor):
         s = (q @ k.mT + (j > i) * torch.finfo(torch.float32).min) * factor
         return s.softmax(-1) @ v, s.clamp_min(-9.0)
 
+    def filled_too(q, k, v):
+        i, j, low = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2]), torch.finfo(torch.float32).min
+        s = (q @ k.mT + (j > i) * low).masked_fill(j == 3, low) * factor
+        return s.softmax(-1) @ v
+
     check(fn, *qkv())
     check(lambda *operands: fn(*operands)[0], *qkv())
+    check(filled_too, *qkv())
 
 
 @pytest.mark.parametrize("rows", [1, 40])
