@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
-from attnfx.ir.expr import FLOAT, Expr, walk
+from attnfx.ir.expr import FLOAT, FLOAT_UNARY, Expr, walk
 from attnfx.ir.toeplitz import SPAN, toeplitz
 from attnfx.kernels.chunked.program import split_scale
 from attnfx.mask import mask_of
@@ -21,9 +21,10 @@ from attnfx.spec import AttentionSpec
 
 @dataclass(frozen=True)
 class Table:
-    """Values that eager operators compute at compile time, because their rounding decides an integer.
+    """Values that eager operators compute, at compile time if sizes are known: because their rounding decides an
+    integer, or because the operator would compute them again for each score of a head.
 
-    body  the values, over one variable: i, j, or `w` = j - i + T - 1
+    body  the values, over one variable: h, i, j, or `w` = j - i + T - 1
     """
 
     body: Expr
@@ -31,6 +32,11 @@ class Table:
     @property
     def variable(self) -> Expr:
         return next(x for x in walk(self.body) if x.op == "var")
+
+    @property
+    def exact(self) -> bool:
+        """Return whether the rounding of the values decides an integer."""
+        return self.body.kind != FLOAT
 
 
 @dataclass(frozen=True)
@@ -112,12 +118,12 @@ class _Untabulated(Exception):
 
 
 def _tabulated(root: Expr, first: int, tables: list[Table]) -> Expr:
-    """Replace each integer or truth value that contains exact operators by a load from a table. `first` is the slot of
-    the first table."""
+    """Replace each integer or truth value that contains exact operators, and each function of the head, by a load from
+    a table. `first` is the slot of the first table."""
     done: dict[Expr, Expr] = {}
 
     def replaced(e: Expr) -> Expr:
-        if not any(x.op == "aten" for x in walk(e)):
+        if not any(x.op == "aten" or (x.op in FLOAT_UNARY and x.free == {"h"}) for x in walk(e)):
             return e
         if e not in done:
             done[e] = _load(e, first, tables) or _inside(e)
@@ -134,10 +140,11 @@ def _tabulated(root: Expr, first: int, tables: list[Table]) -> Expr:
 
 def _load(e: Expr, first: int, tables: list[Table]) -> Expr | None:
     """Return a load of the expression's values from a table, or None if it depends on more than one variable."""
-    if e.kind == FLOAT or any(x.op in ("load", "dot", "prob") for x in walk(e)):
+    of_head = e.free == {"h"}
+    if (e.kind == FLOAT and not of_head) or any(x.op in ("load", "dot", "prob") for x in walk(e)):
         return None
-    body = toeplitz(e) or e
-    if len(body.free) != 1 or not body.free <= {"i", "j", SPAN}:
+    body = e if of_head else toeplitz(e) or e
+    if len(body.free) != 1 or not body.free <= {"h", "i", "j", SPAN}:
         return None
     table = Table(body)
     if table not in tables:

@@ -25,7 +25,7 @@ from attnfx.kernels.flex.element import Program, Size, function, program_of
 from attnfx.kernels.flex.form import Form, form_of
 from attnfx.kernels.gpu import capability, too_old
 from attnfx.mask import FLEX_TILE, visited
-from attnfx.spec import AttentionSpec
+from attnfx.spec import AXES, AttentionSpec
 
 LEAST_WIDTH = 16  # of a head on a GPU: the least width of Triton's matrix products
 LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
@@ -111,7 +111,7 @@ def takes(spec: AttentionSpec, live: bool, sizes: Mapping[str, int], known: bool
     """Return why the operator is not called for a spec that it expresses, with these sizes, or None. `known`: they are
     constants."""
     form = form_of(spec, live)
-    if not known and isinstance(form, Form) and form.tables:
+    if not known and isinstance(form, Form) and any(t.exact for t in form.tables):
         return "an integer is computed through floats, and a table of it for flex_attention needs constant sizes"
     for letter, what in {"T": "queries", "S": "keys", "B": "batch", "H": "heads", "D": "width", "Dv": "width"}.items():
         if not sizes[letter]:
@@ -173,12 +173,13 @@ class Call:
         program = program_of(self.form.keep, lambda _: False, sizes)
         return program, function(program, ("b", "h", "i", "j"), sizes, self.compute)
 
-    def table(self, number: int, sizes: Mapping[str, int]) -> Tensor:
-        """Compute a table with eager operators on the CPU."""
+    def table(self, number: int, sizes: Mapping[str, Size], device: torch.device) -> Tensor:
+        """Compute a table with eager operators."""
         table = self.form.tables[number]
-        extent = {"i": sizes["T"], "j": sizes["S"]}.get(str(table.variable.value), sizes["T"] + sizes["S"] - 1)
-        axes = {str(table.variable.value): Axis(0, extent, -1)}
-        return Evaluator([], sizes, axes, self.compute, torch.device("cpu")).tensor(table.body).contiguous()
+        letter = str(table.variable.value)
+        extent = sizes[AXES[letter]] if letter in AXES else sizes["T"] + sizes["S"] - 1
+        made = Evaluator([], sizes, {letter: Axis(0, extent, -1)}, self.compute, device).tensor(table.body)  # type: ignore[arg-type]
+        return made.contiguous()
 
     def slots(self, *programs: Expr) -> list[int]:
         """Return the slots that programs load from, in order."""

@@ -52,9 +52,16 @@ class _Site:
         self.known = {name: value(n) for name, n in sizes.items()}
 
     def _tables(self) -> list[Node]:
-        with torch.no_grad(), unset_fake_temporarily():
-            made = [self.call.table(n, self.sizes) for n in range(len(self.call.form.tables))]
-        return [self._constant("flex_table", x) for x in made]
+        names, cpu = list(self.sizes), torch.device("cpu")
+        out = []
+        for n, table in enumerate(self.call.form.tables):
+            if table.exact or all(isinstance(size, int) for size in self.sizes.values()):
+                with torch.no_grad(), unset_fake_temporarily():
+                    out.append(self._constant("flex_table", self.call.table(n, self.sizes, cpu)))
+            else:
+                made = lambda *sizes, n=n: [self.call.table(n, dict(zip(names, sizes)), self.device)]  # noqa: E731
+                out += self._inlined(made, list(self.sizes.values()), True)
+        return out
 
     # -- parts of the graph -------------------------------------------------------------------------
     def _name(self, prefix: str) -> str:

@@ -72,6 +72,12 @@ def alibi(q, k, v, slope):
     return (scores(q, k) + slope.view(-1, 1, 1) * far).masked_fill(~below(q, k), -math.inf).softmax(-1) @ v
 
 
+def slopes_by_head(q, k, v):
+    slope = torch.exp2(-8.0 * torch.arange(1, q.shape[1] + 1) / q.shape[1])[:, None, None]
+    i, j = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    return (scores(q, k) + slope * (j - i)).masked_fill(j > i, -math.inf).softmax(-1) @ v
+
+
 def distances(q, k, v, table):
     far = torch.arange(k.shape[2]) - torch.arange(q.shape[2])[:, None]
     return (scores(q, k) + table[far.clamp(-16, 16) + 16].permute(2, 0, 1)).softmax(-1) @ v
@@ -149,6 +155,7 @@ PROGRAMS = {
     "cross, other widths": (added, lambda: (rand(2, 4, 130, 16), rand(2, 4, 70, 16), rand(2, 4, 70, 24), rand(70))),
     "buckets through floats": (bucketed, lambda: (*heads(), rand(32, 4))),
     "slopes": (alibi, lambda: (*heads(), torch.logspace(0, -2, 4))),
+    "slopes by head": (slopes_by_head, lambda: heads()),
     "table": (distances, lambda: (*heads(), rand(33, 4))),
     "slices of one tensor": (sliced, lambda: (*heads(), rand(2 * LENGTH + 20))),
     "projected": (projected, lambda: (rand(2, LENGTH, 64), rand(64, 192) / 8)),
@@ -168,7 +175,9 @@ def test_a_program_is_said_exactly(name):
     assert (site.decision.tier, site.decision.kernel) == ("flex", "dense")
 
 
-@pytest.mark.parametrize("name", ["capped", "documents", "padded, average", "dense", "table", "slices of one tensor"])
+@pytest.mark.parametrize(
+    "name", ["capped", "documents", "padded, average", "dense", "slopes by head", "table", "slices of one tensor"]
+)
 def test_symbolic_sizes_make_the_block_mask_in_the_graph(name):
     fn, args = PROGRAMS[name]
     sites = assert_right(fn, *args(), train=False, dynamic=True, tiers=["flex"])
@@ -189,6 +198,7 @@ COMPILED = {
     "slices of one tensor": (sliced, lambda: (*heads(), rand(2 * LENGTH + 20))),
     "projected": PROGRAMS["projected"],
     "buckets through floats": PROGRAMS["buckets through floats"],
+    "slopes by head": PROGRAMS["slopes by head"],
     "one query, scores far below zero": PROGRAMS["one query, scores far below zero"],
 }
 
@@ -220,6 +230,13 @@ def test_sites_with_one_mask_share_its_tiles():
     calls = [n for n in nodes if n.target is OPERATOR]
     assert len(calls) == 2 and calls[0].args[4][:-1] == calls[1].args[4][:-1]
     assert sum("sort" in str(n.target) for n in nodes if n.meta.get(SHARED)) == 2  # of partial and of full tiles
+
+
+def test_functions_of_the_head_are_computed_once():
+    gm = rewritten(slopes_by_head, *heads(300)).gm
+    (call,) = (n for n in gm.graph.nodes if n.target is OPERATOR)
+    assert [getattr(gm, n.target).tolist() for n in call.args[7]] == [[2.0 ** (-8 * h / 4) for h in range(1, 5)]]
+    assert not any("exp2" in str(n.target) for n in getattr(gm, call.args[3].target).graph.nodes)
 
 
 def test_a_known_mask_is_a_constant_of_the_graph():
