@@ -2,8 +2,9 @@
 
     with torch.no_grad(): w = s.softmax(-1)        becomes        w = s.detach().softmax(-1)
 
-Applies to regions of pure ATen operators without products or layers, near a normalizer. Needs `meta["val"]`; changes
-the graph in place; promises the same results and gradients.
+Applies to regions of pure ATen operators that read or return values near a normalizer, without a product or a layer in
+between. An attention that is within a region as a whole stays there. Needs `meta["val"]`; changes the graph in place;
+promises the same results and gradients.
 """
 
 from __future__ import annotations
@@ -12,9 +13,9 @@ import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, storage
-from attnfx.passes.fx.nodes import PRODUCTS, op_name
+from attnfx.passes.fx.nodes import op_name
 from attnfx.passes.lift.graph import Graph
-from attnfx.passes.lift.products import NORMS, near_normalizer
+from attnfx.passes.lift.products import near_normalizer
 
 SET_GRAD = torch._C._set_grad_enabled
 
@@ -30,14 +31,16 @@ def run(graph: Graph) -> int:
     changed = 0
     for enter, nodes, leave in regions:
         outer = facts.regions.get(enter.prev, (None, None))[0]
-        if outer is False or near.isdisjoint(nodes) or not all(_plain(facts, n) for n in nodes):
+        inside = set(nodes)
+        leaving = [n for n in nodes if any(u not in inside for u in n.users)]
+        if outer is False or near.isdisjoint(leaving) or not all(_plain(facts, n) for n in nodes):
             continue
         read = dict.fromkeys(
-            x for n in nodes for x in n.all_input_nodes if x not in nodes and x in facts.differentiable
+            x for n in nodes for x in n.all_input_nodes if x not in inside and x in facts.differentiable
         )
         memory = {storage(x) for x in read}
         aliases = [n for n in nodes if storage(n) in memory or "dropout" in op_name(n)]
-        if any(u not in nodes for n in aliases for u in n.users):
+        if any(u not in inside for n in aliases for u in n.users):
             continue  # contiguous() or dropout(p=0) may return its operand itself; a view keeps requires_grad
         emit = graph.emitter(enter)
         for x in read:
@@ -60,8 +63,8 @@ def _until_switch(enter: Node) -> tuple[list[Node], Node]:
 
 
 def _plain(facts: Facts, n: Node) -> bool:
-    """Return whether a node is a constant, or an ATen operator that is pure and not a layer or a product."""
+    """Return whether a node is a constant, or an ATen operator that is pure."""
     if n.op == "get_attr":
         return n not in facts.differentiable
     known = isinstance(n.target, torch._ops.OpOverload) and n.target.namespace == "aten"
-    return known and n not in facts.written and op_name(n) not in (*PRODUCTS, *NORMS)
+    return known and n not in facts.written

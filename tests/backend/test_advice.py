@@ -56,7 +56,7 @@ TOLD = {  # what only this site's advice says, beside its line
     "break_before_the_softmax": "torch._dynamo.graph_break()",
     "break_after_the_softmax": "`print`",
     "mask_that_depends_on_data": "capture_scalar_outputs",
-    "scores_without_a_gradient": "(`matmul`)",
+    "scores_in_low_precision": "(`matmul`)",
     "draws_inside_vmap": "the function that holds",
     "inside_a_loop": "`while_loop`",
     "classifier": "(2, 8)",

@@ -32,8 +32,71 @@ def test_a_parameter_that_is_read_without_gradients():
     check(Model(), *qkv())
 
 
+def scores(q, k, v):
+    with torch.no_grad():
+        s = q @ k.mT * 0.3
+    return s.softmax(-1) @ v
+
+
+def weights(q, k, v):
+    with torch.no_grad():
+        w = (q @ k.mT * 0.3).softmax(-1)
+    return w @ v + q + k
+
+
+def another_product(q, k, v):
+    with torch.no_grad():
+        bias = k @ q.mT
+    return (q @ k.mT * 0.3 + bias).softmax(-1) @ v
+
+
+def product_and_weighted_sum_in_two_regions(q, k, v):
+    with torch.no_grad():
+        s = q @ k.mT * 0.3
+        with torch.enable_grad():
+            out = s.softmax(-1) @ v
+    return out
+
+
+def mask_of_products(q, k, v):
+    with torch.no_grad():
+        keep = (q @ k.mT > 0) | torch.eye(q.shape[2], dtype=torch.bool)
+    return (q @ k.mT * 0.3).masked_fill(~keep, float("-inf")).softmax(-1) @ v
+
+
+FORMS = [scores, weights, another_product, product_and_weighted_sum_in_two_regions, mask_of_products]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fn", FORMS)
+def test_products_without_gradients(fn, dynamic):
+    check(fn, *qkv(), dynamic=dynamic)
+
+
+@pytest.mark.parametrize("fn", [scores, weights])
+def test_operands_of_a_product_without_gradients_have_none(fn):
+    q, k, v = (x.requires_grad_() for x in qkv())
+    want = torch.autograd.grad(fn(q, k, v).sum(), (q, k, v), allow_unused=True)
+    got = torch.autograd.grad(compiled(fn)(q, k, v).sum(), (q, k, v), allow_unused=True)
+    assert [g is None for g in got] == [g is None for g in want]
+
+
+def test_a_layer_without_gradients_before_the_scores():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.temperature = nn.Linear(8, 8), nn.Parameter(rand(1))
+
+        def forward(self, q, k, v):
+            with torch.no_grad():
+                s = self.layer(q) @ k.mT * self.temperature
+            return (s * self.temperature).softmax(-1) @ self.layer(v)
+
+    check(Model(), *qkv())
+
+
 def test_a_frozen_part_of_a_model_stays_without_gradients():
-    """Products and layers under no_grad are not detached one by one."""
+    """An attention under no_grad is rewritten where it is."""
 
     class Model(nn.Module):
         def __init__(self):
