@@ -113,6 +113,18 @@ def number(n: Any) -> int:
     return int(hint) if hint is not None else UNKNOWN_SIZE
 
 
+def memory_order(x: Node) -> tuple[int, ...]:
+    """Return the dimensions in memory order, the slowest first; empty for a value that is contiguous or not dense."""
+    shape, strides = ([number(n) for n in found] for found in (value(x).shape, value(x).stride()))
+    order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d]))
+    step = 1
+    for d in reversed(order):
+        if shape[d] != 1 and strides[d] != step:
+            return ()
+        step *= shape[d]
+    return () if list(order) == sorted(order) else order
+
+
 def spanned(x: Node, rank: int) -> frozenset[int]:
     """Return the dimensions of a result of this rank along which an operand is not broadcast."""
     return frozenset(d for d, size in enumerate(dims(x), rank - len(dims(x))) if size is not A.ONE)

@@ -16,7 +16,7 @@ import torch
 from torch.fx import Node
 
 from attnfx.passes.fx.analysis import Facts, is_random, storage, written_operands
-from attnfx.passes.fx.nodes import argument, dims, op_name, shares_memory, value
+from attnfx.passes.fx.nodes import argument, dims, memory_order, op_name, shares_memory, value
 from attnfx.passes.lift.emitter import CannotEmit, Emitter
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.products import near_normalizer, of_products
@@ -148,10 +148,9 @@ def _called(emit: Emitter, node: Node) -> Node | None:
     if pure is None:
         return None
     out = emit.call(pure, *node.args, **node.kwargs)
-    if op_name(node) == "masked_fill_" and value(out).stride() != value(node).stride():
-        x, mask, fill = node.args  # masked_fill returns a contiguous tensor, where one with the strides of its operand
-        which = aten.where.self if isinstance(fill, Node) else aten.where.ScalarSelf
-        out = emit.call(which, mask, fill, x)
+    if value(out).stride() != value(node).stride() and (order := memory_order(node)):
+        out = emit.call(aten.contiguous.default, emit.call(aten.permute.default, out, order))
+        out = emit.call(aten.permute.default, out, [order.index(d) for d in range(len(order))])
     to = value(node).dtype
     return out if value(out).dtype == to else emit.call(aten.to.dtype, out, to)
 

@@ -14,7 +14,7 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.ir.serialize import to_json
 from attnfx.passes.fx.analysis import Facts, learning
-from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, size_expr, take_place, value
+from attnfx.passes.fx.nodes import dims, is_tensor, memory_order, op_name, size_expr, take_place, value
 from attnfx.passes.fx.order import move_before
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like, own
 from attnfx.passes.lift.graph import Graph
@@ -91,7 +91,9 @@ def _program(
     for n in found.results:
         row = found.rows[n]
         shape = [ROWS if d == row else size(s) for d, s in enumerate(value(n).shape)]
-        results.append(Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), _order(n)))
+        results.append(
+            Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), memory_order(n))
+        )
     weight = size(found.weight)
     taught = facts.differentiable & learning(found.results, inputs)
     rows = tuple(None if x.dim == NONE else x.dim for x in read)
@@ -99,15 +101,3 @@ def _program(
     live = Live(keys, to_json([narrowed.score]), narrowed.least) if narrowed else None
     program = RowProgram(rows, tuple(n in taught for n in inputs), weight, calls, tuple(results), compiled, live)
     return program, inputs, [emit.size(e) for e in sizes]
-
-
-def _order(n: Node) -> tuple[int, ...]:
-    """Return the dimensions in memory order, the slowest first; empty for a value that is contiguous or not dense."""
-    shape, strides = ([number(x) for x in found] for found in (value(n).shape, value(n).stride()))
-    order = tuple(sorted(range(len(shape)), key=lambda d: -strides[d]))
-    step = 1
-    for d in reversed(order):
-        if shape[d] != 1 and strides[d] != step:
-            return ()
-        step *= shape[d]
-    return () if list(order) == sorted(order) else order

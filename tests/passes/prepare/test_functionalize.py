@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.support import assert_kept, assert_right, check, qkv, rand
+from tests.support import assert_kept, assert_right, check, compiled, qkv, rand
 
 T = 20
 
@@ -145,3 +145,25 @@ def test_powers_in_place_are_powers():
         return s.softmax(-1) @ v
 
     check(fn, *qkv(t=T))
+
+
+@pytest.mark.parametrize("edit", [lambda s, m: s.masked_fill_(m, -1e4), lambda s, m: s.add_(m).mul_(0.5)])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_write_to_scores_with_heads_last(edit, dynamic):
+    """Out of place, an operator returns the strides of its mask, or contiguous ones."""
+    mask = (torch.arange(24) > 19)[:, None]
+
+    def fn(q, k, v):
+        s = edit(torch.einsum("bihd,bjhd->bijh", q, k) * 0.3, mask)
+        return torch.einsum("bijh,bjhd->bihd", s.softmax(-2), v)
+
+    check(fn, *(rand(2, 24, 3, 8) for _ in range(3)), dynamic=dynamic)
+
+
+def test_a_write_to_scores_with_heads_last_keeps_their_strides():
+    def fn(q, k, v):
+        s = (torch.einsum("bihd,bjhd->bijh", q, k) * 0.3).masked_fill_((torch.arange(24) > 19)[:, None], -1e4)
+        return torch.einsum("bijh,bjhd->bihd", s.softmax(-2), v), s
+
+    given = [rand(2, 24, 3, 8) for _ in range(3)]
+    assert compiled(fn)(*given)[1].stride() == fn(*given)[1].stride()
