@@ -126,6 +126,12 @@ def comes_from(at: Node, wanted: Callable[[Node], bool]) -> bool:
     return any(map(wanted, islice(chain(at), NEAR)))
 
 
+def of_softmax(x: Node) -> bool:
+    """Return whether a value comes closely from a softmax, through elementwise operators and views."""
+    before = chain(x, lambda n: op_name(n) in POINTWISE or op_name(n) in VIEWS)
+    return any("softmax" in op_name(n) for n in islice(before, NEAR))
+
+
 def of_products(found: list[Node]) -> bool:
     """Return whether each part comes from a product or an attention, so that joining them may be worth it."""
     return all(comes_from(x, lambda n: batched(n) or op_name(n) in SDPA) for x in found)

@@ -2,12 +2,13 @@
 
     sum(q[.., None, :] * k[.., None, :, :], -1)   becomes   an einsum, also if k has a vector for each pair of rows
     einsum(.., x, y, z)                           becomes   einsums of two operands
+    einsum("bnhxy,bxyhc->bnhc", w, v)             becomes   einsum("bnhx,bxhc->bnhc", w.flatten(3), v.flatten(1, 2))
     linear(cat([q[:, :, None].expand(..), k[:, None].expand(..)], -1), w)
                                                   becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
     q @ table[g(i, j)].mT                         becomes   (q @ table.mT)[.., g(i, j)]
 
-Each left side has an operand with a vector for each pair of rows. The operands are lifted, up to the tensors that they
-are spread from. If their product is a product of loads, for each part of a concatenation, then the same loads are
+Each other left side has an operand with a vector for each pair of rows. The operands are lifted, up to the tensors that
+they are spread from. If their product is a product of loads, for each part of a concatenation, then the same loads are
 multiplied before they are spread. Narrow dtypes are widened where a sum or another product follows, so that the result
 is rounded once. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
 """
@@ -27,7 +28,7 @@ from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import INT, Expr, walk
 from attnfx.ir.reach import reach
 from attnfx.passes.fx.analysis import Facts
-from attnfx.passes.fx.einsum import MULTIPLYING
+from attnfx.passes.fx.einsum import MULTIPLYING, einsum
 from attnfx.passes.fx.nodes import (
     CATS,
     Opaque,
@@ -46,7 +47,7 @@ from attnfx.passes.lift.contraction import factors
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter, broadcast
-from attnfx.passes.lift.products import comes_from, reaches_softmax, skip
+from attnfx.passes.lift.products import of_softmax, reaches_softmax, skip
 from attnfx.passes.lift.tables import VIEWS, Index
 
 aten = torch.ops.aten
@@ -61,7 +62,7 @@ def run(graph: Graph) -> int:
     for n in list(graph.gm.graph.nodes):
         if op_name(n) in (*MULTIPLYING, "sum") and is_tensor(n) and value(n).is_floating_point():
             try:
-                made = _distributed(graph, n)
+                made = _distributed(graph, n) or _flattened(graph, n)
             except (Opaque, CannotEmit):
                 continue
             if made is not None:
@@ -126,6 +127,42 @@ def _summed(n: Node, out: Index) -> tuple[Factors, list[Expr]]:
     return [(x, broadcast(x, index)) for x in whole.args], [r]  # type: ignore[arg-type,misc]
 
 
+# -- rows, keys or sums over several dimensions ---------------------------------------------------
+def _flattened(graph: Graph, n: Node) -> Node | None:
+    """Emit an einsum near a softmax with one dimension in place of several that follow one another wherever they stand:
+    in both operands, or in one and the result."""
+    if op_name(n) != "einsum" or len((found := einsum(n)).operands) != 2:
+        return None
+    if not (reaches_softmax(n) or any(map(of_softmax, found.operands))):
+        return None
+    terms = [*found.terms, found.out]
+    groups = dict.fromkeys(c for term in terms for c in _runs(term, terms) if len(c) > 1)
+    if not groups:
+        return None
+    sizes_of = [dict(zip(term, dims(x), strict=True)) for x, term in zip((*found.operands, n), terms, strict=True)]
+    if any(size[c] is not other[c] for size, other in combinations(sizes_of, 2) for c in size if c in other):
+        return None  # a dimension of size 1 is broadcast
+    emit, given = graph.emitter(n), []
+    for x, term, size in zip(found.operands, found.terms, sizes_of, strict=False):
+        sizes = [A.mul(*(size[c] for c in run)) for run in _runs(term, terms)]
+        given.append(emit.call(aten.reshape.default, x, [emit.size(e) for e in sizes]) if len(sizes) < len(term) else x)
+    left, right, out = ("".join(run[0] for run in _runs(term, terms)) for term in terms)
+    made = emit.call(aten.einsum.default, f"{left},{right}->{out}", given)
+    return emit.call(aten.reshape.default, made, [emit.size(e) for e in dims(n)]) if len(out) < len(found.out) else made
+
+
+def _runs(term: str, terms: Sequence[str]) -> list[str]:
+    """Split a term into the longest runs of letters that each other term has as a whole or lacks."""
+    runs = [term[:1]] if term else []
+    for one, other in pairwise(term):
+        having = [t for t in terms if one in t or other in t]
+        if len(having) == 2 and all(one + other in t for t in having):
+            runs[-1] += other
+        else:
+            runs.append(other)
+    return runs
+
+
 # -- the tensors that an operand is made of -------------------------------------------------------
 SPREADING = ("mul", *EXPANSIONS, *LOOKUPS)
 
@@ -185,8 +222,7 @@ def _of_edges(n: Node, given: Sequence[Node], loads: list[Expr], r: Expr) -> boo
     read = [free(e.args) for e in loads]
     if max(len(e.args) for e in loads) < 4 or any(r.value not in names for names in read):
         return False
-    of_weights = any(comes_from(x, lambda y: "softmax" in op_name(y)) for x in given)
-    return of_weights or (reaches_softmax(n) and any(names < max(read, key=len) for names in read))
+    return any(map(of_softmax, given)) or (reaches_softmax(n) and any(names < max(read, key=len) for names in read))
 
 
 def _tabulated(parts: list[list[list[Expr]]], n: Node, out: Index) -> bool:

@@ -143,3 +143,71 @@ def test_operands_that_are_read_along_their_diagonal():
         return scores.permute(2, 0, 1).softmax(-1) @ v[0, 0]
 
     assert_right(fn, *qkv(b=4, h=4))
+
+
+# -- rows, keys or sums over several dimensions -------------------------------------------------------
+def keys_of_a_grid(q, k, v):
+    s = torch.einsum("bijhc,bxyhc->bhijxy", q, k) * 0.3
+    w = s.flatten(2, 3).flatten(3).softmax(-1).view(s.shape)
+    return torch.einsum("bhijxy,bxyhc->bijhc", w, v)
+
+
+def with_decomposed_positions(q, k, v):
+    rows, columns = torch.linspace(-1, 1, 24).view(4, 1, 6, 1), torch.linspace(-1, 1, 15).view(3, 1, 5)
+    s = torch.einsum("bijhc,bxyhc->bhijxy", q, k) * 0.3 + rows + columns
+    return torch.einsum("bhijxy,bxyhc->bijhc", s.flatten(4).softmax(-1).view(s.size()), v)
+
+
+def causal_grid(q, k, v):
+    s = torch.einsum("bijhc,bxyhc->bhijxy", q, q).reshape(2, 3, 12, 12)
+    s = s.masked_fill(~causal(s, s), -INF)
+    return torch.einsum("bhijxy,bxyhc->bijhc", s.softmax(-1).view(2, 3, 4, 3, 4, 3), q)
+
+
+def points_of_several_numbers(q, k, v):
+    w = torch.einsum("bihc,bjhc->bhij", q.flatten(1, 2), k.flatten(1, 2)).softmax(-1)
+    return torch.einsum("bhij,bjhpc->bihpc", w, v.flatten(1, 2).unflatten(-1, (4, 2)))
+
+
+def along_one_side_of_the_grid(q, k, v):
+    return torch.einsum("bhijxy,bxyhc->bijxhc", torch.einsum("bijhc,bxyhc->bhijxy", q, k).softmax(-1), v)
+
+
+def grid():
+    return rand(2, 4, 3, 3, 8), rand(2, 6, 5, 3, 8), rand(2, 6, 5, 3, 8)
+
+
+ON_GRIDS = [keys_of_a_grid, points_of_several_numbers, along_one_side_of_the_grid]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fn", ON_GRIDS)
+def test_dimensions_that_follow_one_another_are_one(fn, dynamic):
+    check(fn, *grid(), dynamic=dynamic)
+
+
+@pytest.mark.parametrize("fn", [with_decomposed_positions, causal_grid])
+def test_scores_of_a_grid_with_positions_and_masks(fn):
+    check(fn, *grid())
+
+
+def summed_over_both_sides(q, k, v):
+    """The weights of each side sum to one: together, they are not a softmax."""
+    return torch.einsum("bhijxy,bxyhc->bijhc", torch.einsum("bijhc,bxyhc->bhijxy", q, k).softmax(-1), v)
+
+
+def flattened_in_another_order(q, k, v):
+    w = torch.einsum("bijhc,bxyhc->bhijyx", q, k).flatten(4).softmax(-1).view(2, 3, 4, 3, 5, 6)
+    return torch.einsum("bhijyx,bxyhc->bijhc", w, v)
+
+
+def a_dimension_of_size_one_is_broadcast(q, k, v):
+    w = torch.einsum("bihc,bxyhc->bhixy", q[:, :, 0], k[:, :1]).flatten(3).softmax(-1)
+    return torch.einsum("bhixy,bxyhc->bihc", w.view(2, 3, 4, 1, 5), v)
+
+
+@pytest.mark.parametrize(
+    "fn", [summed_over_both_sides, flattened_in_another_order, a_dimension_of_size_one_is_broadcast]
+)
+def test_dimensions_that_are_not_one_stay_apart(fn):
+    assert_right(fn, *grid())
