@@ -39,6 +39,7 @@ from attnfx.passes.lift.graph import Graph
 from attnfx.passes.match.unmatched import unread, unread_bodies, with_reasons
 from attnfx.passes.prepare import (
     align_relative_values,
+    delay_writes,
     detach_no_grad,
     distribute_products,
     expand_vmap,
@@ -66,6 +67,7 @@ PREPARE = (
     expand_vmap,
     trace,
     functionalize,
+    delay_writes,
     detach_no_grad,
     distribute_products,
     hoist_concat,

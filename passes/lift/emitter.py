@@ -29,8 +29,8 @@ Carriers = dict[Expr, tuple[Node, int | None]]
 
 
 def size_carriers(gm: GraphModule) -> Carriers:
-    """Map each symbolic size to its carrier: the first node that is the size, or a tensor with that dimension. A size
-    is bound before it is used, so the first carrier comes before every site that needs it."""
+    """Map each symbolic size to its carrier: the first node that is the size, or is a tensor with that dimension. A
+    size is bound before it is used, so the first carrier comes before every site that needs it."""
     found: Carriers = {}
     for n in gm.graph.nodes:
         held = value(n)

@@ -89,7 +89,7 @@ def test_a_length_read_from_a_tensor_does_not_stop_the_compilation():
 
 
 def test_a_length_that_is_the_larger_of_two_is_served():
-    """A window of the last 8 positions, of which the cache may hold fewer."""
+    """The keys are the last 8 positions of a cache, or all of a shorter one."""
 
     def fn(q, k, v):
         t, s = q.shape[2], k.shape[2]
