@@ -15,8 +15,7 @@ from attnfx.compiler.choices import LEAVE, SHIELD, SHIELD_RISKY, Attention, Choi
 from attnfx.compiler.context import Context
 from attnfx.compiler.find import Found, Place
 from attnfx.compiler.mask_values import share_of_tiles
-from attnfx.compiler.tiers import flex_call, fused_call, refusals, target_of, tiers_of
-from attnfx.kernels.library import cuda
+from attnfx.compiler.tiers import backends_of, flex_call, fused_call, refusals, target_of, tiers_of
 from attnfx.mask import prepare
 from attnfx.options import Options
 from attnfx.passes.fx.nodes import SDPA, label, number, op_name, refusal, value, where_in_source
@@ -112,7 +111,7 @@ class _Choosing:
         device, refused = query.device, here
         if isinstance(target, Target):
             device = torch.device(target.kind)
-            refused = refusals(match, place.site.sizes, device, target.capability, self.inductor)
+            refused = refusals(match, place.site.sizes, device, target, self.inductor)
         tiles = 1.0
         if device.type == "cpu" and "flex" not in refused:
             tiles = share_of_tiles(self.found.graph.gm, self.inputs, match, place.site.sizes)
@@ -125,7 +124,7 @@ class _Choosing:
             native=op_name(match.final) in SDPA,
             sums=0 if reader is not None else sum(r.kind not in ("rows", "logsumexp") for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
-            cudnn=isinstance(target, Target) or cuda.prefers_cudnn(),
+            backends=backends_of(target if isinstance(target, Target) else None),
             compiled=self.inductor,
             tiles=tiles,
             refused=refused,
@@ -146,7 +145,10 @@ class _Choosing:
                 return cut_out(self.found, replace(self.keeping, action=action))
 
             decision = tune.tune(question, decision, options, present, build)
-        return decision, (target.note,) if target is not None and target.note and at_hand else ()
+        notes = [target.note] if target is not None and at_hand else []
+        if target is not None and target.kind == "cuda" and "library" in options.tiers:
+            notes.append(cost.activation(question, target, decision))
+        return decision, tuple(filter(None, notes))
 
     def _action(
         self, match: Match, chosen: Candidate, here: Mapping[str, str], question: cost.Question, summarized: bool = True
@@ -158,7 +160,7 @@ class _Choosing:
         if tier in here:
             return Attention(match, reductions, tuple(tiers), None, None)
         summary = cost.summary(question, target, tier) if summarized and target is not None else None
-        direct = fused_call(match, tier), flex_call(match, tier)
+        direct = fused_call(match, self.place.site.sizes, tier, chosen.kernel), flex_call(match, tier)
         return Attention(match, reductions, tuple(tiers), summary, *direct)
 
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:

@@ -17,6 +17,8 @@ from attnfx.passes.match.results import Match, Reduction
 from attnfx.passes.rewrite.attention import dimensions
 from attnfx.report.records import Candidate
 from attnfx.targets import Target, detect
+from attnfx.targets.detection import present_backends
+from attnfx.targets.sdpa_dispatch import IMPLEMENTATIONS, Backends
 
 
 def target_of(options: Options, present: torch.device) -> Target | None:
@@ -26,27 +28,44 @@ def target_of(options: Options, present: torch.device) -> Target | None:
     return detect(present) if present.type == "cuda" and torch.cuda.is_available() else None
 
 
+def backends_of(target: Target | None) -> Backends:
+    """Return the kernels of PyTorch's fused operator on a target, or in this process."""
+    return present_backends() if target is None else Backends(target.cudnn, target.flash_attention)
+
+
 def refusals(
-    match: Match, sizes: Mapping[str, int], device: torch.device, capability: int | None = None, compiled: bool = True
+    match: Match, sizes: Mapping[str, int], device: torch.device, target: Target | None = None, compiled: bool = True
 ) -> dict[str, str]:
-    """Map each tier that cannot run a match to the reason, for `device` or any device of `capability`. `compiled`:
-    Inductor compiles the graph."""
-    dtype, extents = value(match.query).dtype, dimensions(match)
+    """Map each tier that cannot run a match to the reason, on the present `device` or on `target`. `compiled`: Inductor
+    compiles the graph."""
+    dtype, capability = value(match.query).dtype, None if target is None else target.capability
     found = operator.refusals(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability)
     if (why := flash.beyond(sizes["B"], sizes["H"])) is not None:
         found = {"decode": why, "flash": why, **found}
     if device.type == "cuda" and "library" not in found:
-        shape = {"grouped": extents["G"] is not extents["H"], "square": extents["T"] is extents["S"]}
+        kernels = _fused_kernels(match, sizes, device, target)
         if match.reductions:
             found["library"] = (
                 "parts of the weights are read, and PyTorch's operator does not return the log-sum-exp that these need"
             )
-        elif why := cuda.expresses(match.spec, dtype, device, sizes["D"], sizes["Dv"], capability, **shape):
-            found["library"] = why
+        elif isinstance(kernels, str):
+            found["library"] = kernels
     found.pop("flex", None)
     if (why := _refused_by_flex(match, sizes, device, capability, compiled)) is not None:
         found["flex"] = why
     return found
+
+
+def _fused_kernels(
+    match: Match, sizes: Mapping[str, int], device: torch.device, target: Target | None = None
+) -> tuple[str, ...] | str:
+    """Return the kernels of PyTorch's fused operator that can compute a match, or the reason against all."""
+    extents, training = dimensions(match), torch.is_grad_enabled() and match.training
+    capability = None if target is None else target.capability
+    return cuda.kernels(
+        match.spec, value(match.query).dtype, device, sizes["D"], sizes["Dv"], capability, backends_of(target),
+        grouped=extents["G"] is not extents["H"], square=extents["T"] is extents["S"], training=training,
+    )  # fmt: skip
 
 
 def _refused_by_flex(
@@ -63,11 +82,15 @@ def _refused_by_flex(
     return why or flex.takes(spec, live, sizes, known)
 
 
-def fused_call(match: Match, tier: str) -> cuda.Fused | None:
-    """Return the call of PyTorch's fused operator that replaces a match directly: only for a GPU's library tier."""
-    call = cuda.call_of(match.spec)
-    gpu = value(match.query).device.type == "cuda"
-    return call if gpu and tier == "library" and isinstance(call, cuda.Fused) else None
+def fused_call(match: Match, sizes: Mapping[str, int], tier: str, kernel: str) -> cuda.Fused | None:
+    """Return the call of PyTorch's fused operator that replaces a match directly: only for a GPU's library tier. It is
+    of the chosen kernel if the present device has it, else of the first one that it has."""
+    call, device = cuda.call_of(match.spec), value(match.query).device
+    if device.type != "cuda" or tier != "library" or isinstance(call, str):
+        return None
+    here = _fused_kernels(match, sizes, device)
+    name = kernel if kernel in here else here[0]
+    return call._replace(flash=name in IMPLEMENTATIONS.values())
 
 
 def flex_call(match: Match, tier: str) -> flex.Call | None:

@@ -1,6 +1,6 @@
 """Predict the cost of a site on each tier and choose one."""
 
-from attnfx.cost.gpu import summary
+from attnfx.cost.gpu import activation, summary
 from attnfx.cost.query import Question
 from attnfx.cost.row_chunks import COMPILED, Rows, live_share
 from attnfx.cost.row_chunks import KERNELS as ROW_KERNELS
@@ -11,6 +11,7 @@ __all__ = [
     "ROW_KERNELS",
     "Question",
     "Rows",
+    "activation",
     "evaluate",
     "line",
     "live_share",

@@ -23,6 +23,7 @@ from attnfx.mask.predicate import kept
 from attnfx.report.records import Candidate
 from attnfx.spec import I, J
 from attnfx.targets import Target
+from attnfx.targets import sdpa_dispatch as fused
 
 SINGLE_SHARE = 0.5  # share of the float32 rate that float32 tiles reach without matrix instructions; an estimate
 DECODE_ROWS = 64  # most queries times heads of a group: see kernels/flash/host/decode.py
@@ -33,6 +34,7 @@ WAVES, MOST_SPLITS = (2, 1, 4), 64  # programs per multiprocessor, the kernel's 
 # share of the kernels' predicted time. The number of empty tiles is known only at run time. A mask that empties at
 # least this share of them (less padding hardly needs a mask) makes the whole faster; any other costs at most the share.
 EMPTY = 1 / 8
+ACTIVATION_GAIN = 0.9  # share of the decision's time from which on another FlashAttention is worth a note
 SUMMARISED = 8  # instructions per score beside its mask: two bound tests, a selection and the reduction of a grain
 
 
@@ -45,8 +47,8 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
         out += site.flash()
     if ask.can("decode") and not ask.training:
         out += site.decode()
-    if ask.can("library") and not ask.native and (found := site.fused("library")) is not None:
-        out.append(found)
+    if ask.can("library") and not ask.native:
+        out += site.library()
     if ask.can("flex"):
         out.append(site.flex())
     if ask.can("chunked"):
@@ -61,6 +63,25 @@ def summary(ask: Question, target: Target, tier: str) -> mask_summary.Summary | 
     if tier in ("flash", "decode"):
         site.flash() if tier == "flash" else site.decode()
     return site.made
+
+
+def activation(ask: Question, target: Target, decision: Candidate) -> str:
+    """Return which implementation of FlashAttention, if PyTorch activated it, would be predicted to be the fastest
+    candidate by far, as a sentence; empty if none would."""
+    if not ask.can("library") or ask.native or ask.backends.flash != "FA2":
+        return ""
+    found: list[tuple[float, str, str]] = []
+    for name, kernel in fused.IMPLEMENTATIONS.items():
+        there = replace(ask, backends=replace(ask.backends, flash=name))
+        found += [(c.predicted_ms, name, kernel) for c in _Site(there, target).library() if c.kernel == kernel]
+    time, name, kernel = min(found, default=(math.inf, "", ""))
+    if name == "FA2" or time > ACTIVATION_GAIN * decision.predicted_ms:
+        return ""
+    return (
+        f"{kernel} is predicted to take {time / decision.predicted_ms:.2f} x the time of this decision; it is a "
+        f'candidate once `torch.nn.attention.activate_flash_attention_impl("{name}")` was called, or in a target with '
+        f'`flash_attention="{name}"`'
+    )
 
 
 class _Site(Operators):

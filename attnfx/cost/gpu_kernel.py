@@ -188,7 +188,7 @@ def other(name: str, target: Target, dtype: str, width: int) -> Kernel:
     scores = rows * keys
     flops = 4.0 * scores * width
     if "share" in row:
-        rate = matrix_rate(target, row.get("unit", dtype), single_warps=True) / row.get("products", 1)
+        rate = matrix_rate(target, row.get("unit", dtype), row.get("single_warps", True)) / row.get("products", 1)
         one = Step(flops / (row["share"] * rate), 0, 0, 0)
     else:
         special = target.exponentials / (target.multiprocessors * target.clock)

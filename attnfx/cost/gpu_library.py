@@ -132,8 +132,8 @@ class Operators:
     def original(self) -> Candidate:
         """Return the original: the graph under Inductor, or PyTorch's fused operator if the graph calls it."""
         ask = self.ask
-        if ask.native and (found := self.fused("kept")) is not None:
-            return found
+        if ask.native and (name := self.selected()) is not None:
+            return replace(self.fused(name), tier="kept", kernel="aten")
         size = ask.scores * ask.element
         drop = DROPOUT_PASSES if ask.spec.random else 0
         passes, launches = PASSES + drop, LAUNCHES
@@ -145,30 +145,39 @@ class Operators:
         saved = size * (1 + bool(drop)) if ask.training else 0
         return Candidate("kept", "inductor", time, 2 * size, saved)
 
-    def fused(self, tier: str) -> Candidate | None:
-        """Return the candidate of PyTorch's fused operator, or None if none of its kernels avoids storing the scores.
-        If the graph itself calls the operator, another kernel of it is assumed to be as fast. The operator does not
-        skip tiles by masks that are tensors."""
+    @property
+    def shape(self) -> fused.Shape:
+        """Return the shape of a call of PyTorch's fused operator. It does not skip tiles by masks that are tensors."""
+        dims, keep = self.dims, kept(self.ask.spec)
+        causal = dims["T"] == dims["S"] and keep is A.ge(I, J)
+        plain = not self.ask.spec.captures and (keep is A.TRUE or causal)
+        return fused.Shape(self.ask.dtype, self.target.capability, dims["D"], dims["Dv"], dims["H"] != dims["G"], plain)
+
+    def selected(self) -> str | None:
+        """Return the kernel of a graph's own call of PyTorch's fused operator, or None if PyTorch stores the scores. If
+        none of the known kernels takes it, another one is assumed to be as fast as FlashAttention-2."""
+        if self.target.kind != "cuda":
+            return None
+        half = self.ask.dtype in fused.DTYPES and self.target.capability >= fused.LEAST_CAPABILITY
+        return fused.kernel(self.shape, self.ask.backends) or (fused.FLASH if half else None)
+
+    def library(self) -> list[Candidate]:
+        """Return the candidates of PyTorch's fused operator, PyTorch's own selection first."""
+        names = () if self.target.kind != "cuda" else fused.offered(self.shape, self.ask.backends, self.ask.training)
+        return [] if isinstance(names, str) else [self.fused(name) for name in names]
+
+    def fused(self, name: str) -> Candidate:
+        """Return the candidate of one kernel of PyTorch's fused operator."""
         ask, dims, target = self.ask, self.dims, self.target
-        if target.kind != "cuda":
-            return None
-        grouped, keep = dims["H"] != dims["G"], kept(ask.spec)
-        square = dims["T"] == dims["S"]
-        plain = not ask.spec.captures and (keep is A.TRUE or (square and keep is A.ge(I, J)))
-        name = fused.kernel(ask.dtype, target.capability, dims["D"], dims["Dv"], ask.cudnn, grouped, plain)
-        if name is None and tier == "kept" and target.capability >= fused.LEAST_CAPABILITY:
-            name = fused.FLASH if ask.dtype in fused.DTYPES else None
-        if name is None:
-            return None
         width = fused.rounded(max(dims["D"], dims["Dv"]))
         one = other(name, target, ask.dtype, width)
         spec = AttentionSpec() if ask.spec.captures else ask.spec
         part = work(spec, self.sizes, one.rows, one.keys)
         time = max(one.milliseconds(target, part, self.heads, one.keys * self.pair), self.fetched(part, one.keys))
         if not ask.training:
-            return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), 4 * self.rows)
+            return Candidate("library", name, time + self.launched(), 4 * self.rows)
         time += other_backward(name, target, ask.dtype, width, time, self.rows * dims["Dv"], ask.element)
         saved = 4 * self.heads * fused.logsumexp(name, dims["T"]) + SEEDS
         query, key = (tuple(dims[n] for n in names) for names in (("B", "H", "T"), ("B", "G", "S", "D")))
         held = saved + fused.workspace(query, key, dims["Dv"], ask.element)
-        return Candidate(tier, name if tier == "library" else "aten", time + self.launched(), held, saved)
+        return Candidate("library", name, time + self.launched(), held, saved)

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from attnfx.spec import AttentionSpec
+from attnfx.targets.sdpa_dispatch import USUAL, Backends
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class Question:
     native        whether the graph itself calls PyTorch's fused operator
     sums          number of sums of the weights to recompute
     weights_read  source line or node that uses the weights: they then exist with any decision
-    cudnn         whether PyTorch's fused operator prefers cuDNN's kernel, on GPUs that allow it
+    backends      the kernels of PyTorch's fused operator on a GPU
     compiled      whether Inductor compiles the rewritten graph
     tiles         share of the tiles of flex_attention that the values of a mask in tensors leave, at the first call
     refused       the reason for each tier that cannot run the site
@@ -33,7 +34,7 @@ class Question:
     native: bool = False
     sums: int = 0
     weights_read: str = ""
-    cudnn: bool = True
+    backends: Backends = USUAL
     compiled: bool = True
     tiles: float = 1.0
     refused: Mapping[str, str] = field(default_factory=dict)

@@ -80,12 +80,13 @@ def select(
 
 def likeliest(some: list[Candidate]) -> Candidate:
     """Return the candidate with the shortest predicted time, unless it is C++ that hardly pays for its compilation.
-    Within a tier, the default (first) configuration wins unless another is much faster (TILE_GAIN)."""
-    tiers: dict[str, Candidate] = {}
+    Of a kernel, the default (first) configuration wins unless another is much faster (TILE_GAIN)."""
+    kernels: dict[tuple[str, str], Candidate] = {}
     for c in sorted(some, key=lambda c: c.predicted_ms):
-        default = next(d for d in some if d.tier == c.tier)
-        tiers.setdefault(c.tier, c if c.predicted_ms <= TILE_GAIN * default.predicted_ms else default)
-    return _worth_compiling(min(tiers.values(), key=lambda c: c.predicted_ms), list(tiers.values()))
+        default = next(d for d in some if (d.tier, d.kernel) == (c.tier, c.kernel))
+        best = c if c.predicted_ms <= TILE_GAIN * default.predicted_ms else default
+        kernels.setdefault((c.tier, c.kernel), best)
+    return _worth_compiling(min(kernels.values(), key=lambda c: c.predicted_ms), list(kernels.values()))
 
 
 def _worth_compiling(best: Candidate, others: list[Candidate]) -> Candidate:

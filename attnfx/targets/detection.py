@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from functools import lru_cache
 
@@ -10,6 +11,7 @@ import torch
 
 from attnfx.errors import OptionError
 from attnfx.targets import measure_cpu
+from attnfx.targets import sdpa_dispatch as fused
 from attnfx.targets.target import RANGES, Target, aliases, key, records, replaced
 
 
@@ -27,7 +29,38 @@ def detect(device: torch.device | str | None = None) -> Target:
         raise OptionError(f"the device {device} cannot be a target: only cuda and cpu devices can")
     if not torch.cuda.is_available():
         raise OptionError(f"this machine has no device {device} to detect; name a target, such as 'h100-sxm'")
-    return _present(torch.cuda.current_device() if device.index is None else device.index)
+    found = _present(torch.cuda.current_device() if device.index is None else device.index)
+    backends = present_backends()
+    return replaced(found, cudnn=backends.cudnn, flash_attention=backends.flash or "FA2")
+
+
+def present_backends() -> fused.Backends:
+    """Return the kernels of PyTorch's fused operator in this process."""
+    cuda = torch.backends.cuda
+    built = getattr(cuda, "is_flash_attention_available", lambda: True)()
+    flash = _flash() if built and cuda.flash_sdp_enabled() else ""
+    return fused.Backends(_cudnn(), flash, cuda.mem_efficient_sdp_enabled())
+
+
+def _flash() -> str:
+    """Return the implementation of FlashAttention that the process activated; "FA2" is PyTorch's own. One that attnfx
+    does not know counts as "FA2"."""
+    from torch.nn import attention
+
+    found = getattr(attention, "current_flash_attention_impl", lambda: None)()  # since PyTorch 2.11
+    return found if found in fused.IMPLEMENTATIONS else "FA2"
+
+
+def _cudnn() -> int:
+    """Return the version of cuDNN if PyTorch prefers its kernel in this process, else 0."""
+    version = torch.backends.cudnn.version() or 0
+    preferred = (
+        version > fused.PREFERRED
+        and torch.backends.cuda.cudnn_sdp_enabled()
+        and not torch.are_deterministic_algorithms_enabled()
+        and os.environ.get("TORCH_CUDNN_SDPA_DEPRIORITIZED") != "1"
+    )
+    return version if preferred else 0
 
 
 @lru_cache(maxsize=64)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from attnfx.errors import OptionError
+from attnfx.targets.sdpa_dispatch import ASSUMED, IMPLEMENTATIONS
 
 FOLDER = Path(__file__).with_name("records")
 _VENDORS = re.compile(r"\b(nvidia|amd|tesla|geforce|instinct|radeon)\b")
@@ -48,6 +49,8 @@ class Target:
     warps              most warps on a multiprocessor (threads of a core on a CPU)
     clock              GHz at which the rates are stated
     launch             microseconds from one kernel's start to the next
+    cudnn              version of cuDNN, 92000 for 9.20, if PyTorch prefers its kernel; 0 if it prefers none
+    flash_attention    the implementation of FlashAttention that is active in PyTorch: "FA2" (its own), "FA3" or "FA4"
     note               a remark on the numbers as a whole; empty for a record that follows its sources
     sources            field -> source of its number
 
@@ -70,6 +73,8 @@ class Target:
     warps: int
     clock: float
     launch: float
+    cudnn: int = ASSUMED
+    flash_attention: str = "FA2"
     note: str = ""
     sources: Mapping[str, str] = field(default_factory=dict, hash=False, repr=False)
 
@@ -81,6 +86,10 @@ class Target:
             raise OptionError(f"a target's field 'name' is {self.name!r}, expected a non-empty string")
         if self.kind not in KINDS:
             raise refuse("kind", self.kind, "one of " + ", ".join(map(repr, KINDS)))
+        if not isinstance(self.cudnn, int) or isinstance(self.cudnn, bool) or self.cudnn < 0:
+            raise refuse("cudnn", self.cudnn, "a version as a whole number, such as 92000 for 9.20, or 0")
+        if self.flash_attention not in IMPLEMENTATIONS:
+            raise refuse("flash_attention", self.flash_attention, "one of " + ", ".join(map(repr, IMPLEMENTATIONS)))
         for name in ("matrix", "sources"):
             value = getattr(self, name)
             if not isinstance(value, Mapping):
@@ -127,7 +136,7 @@ class Target:
     def from_json(source: str | PathLike[str]) -> Target:
         """Create a custom target from the path of a JSON file, or from JSON text.
 
-        It has the fields of this class; only `note` and `sources` are optional.
+        It has the fields of this class; `cudnn`, `flash_attention`, `note` and `sources` are optional.
 
         Raises OptionError, with the field's name, for a missing, unknown or absurd value, and for a file that cannot be
         read or is not JSON.

@@ -25,6 +25,7 @@ from attnfx.kernels.operators import configuration
 from attnfx.options import Options
 from attnfx.passes.joint.chunk_limit import draws
 from attnfx.report.records import Candidate, Decision
+from attnfx.targets.sdpa_dispatch import IMPLEMENTATIONS
 from attnfx.tuning import timing
 
 MOST = 8  # candidates that are timed, including the original
@@ -64,7 +65,8 @@ def tune(
 
 def label(c: Candidate) -> str:
     """Return a candidate's name in the cache: its tier, and any configuration that the tier does not choose itself."""
-    return str(configuration.of(c))
+    flash = f" {c.kernel}" if c.kernel in IMPLEMENTATIONS.values() else ""
+    return f"{configuration.of(c)}{flash}"
 
 
 def key_of(ask: Question, names: Mapping[str, Candidate], device: torch.device) -> str:

@@ -1,9 +1,10 @@
 """Express specs as calls of PyTorch's fused GPU attention, `aten.scaled_dot_product_attention`.
 
 The graph calls the operator directly, not through one of `torch.ops.attnfx`. PyTorch then chooses the kernel, saves
-tensors for the backward pass and differentiates as for any such call. A mask tensor is never passed: for a fully masked
-row the kernels return zeros, but eager returns NaN or an average. Dropout is not passed either: FlashAttention-2 rounds
-the keep probability to a multiple of 1/256.
+tensors for the backward pass and differentiates as for any such call. FlashAttention is called by its own operator,
+because PyTorch may prefer cuDNN's kernel. A mask tensor is never passed: for a fully masked row the kernels return
+zeros, but eager returns NaN or an average. Dropout is not passed either: FlashAttention-2 rounds the keep probability
+to a multiple of 1/256.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from attnfx.targets import sdpa_dispatch as fused
 
 
 class Fused(NamedTuple):
-    """The call softmax(scale * query @ key.mT) @ value; with `causal`, query i sees the keys up to i."""
+    """The call softmax(scale * query @ key.mT) @ value; with `causal`, query i sees the keys up to i. With `flash`,
+    FlashAttention computes it, else the kernel that PyTorch selects."""
 
     scale: float
     causal: bool
+    flash: bool = False
 
 
 @lru_cache(maxsize=1024)
@@ -46,19 +49,22 @@ def call_of(spec: AttentionSpec) -> Fused | str:
     return Fused(form.scale, bool(form.keep))
 
 
-def expresses(
+def kernels(
     spec: AttentionSpec,
     dtype: torch.dtype,
     device: torch.device,
     head_dim: int,
     value_width: int,
     target: int | None = None,
+    backends: fused.Backends = fused.USUAL,
     *,
     grouped: bool = False,
     square: bool = True,
-) -> str | None:
-    """Return why a spec cannot be such a call, as one sentence, or None. With `target`, answer for a GPU of that
-    compute capability. `grouped`: heads share keys. `square`: there are as many queries as keys."""
+    training: bool = False,
+) -> tuple[str, ...] | str:
+    """Return the names of the kernels that can compute a spec, PyTorch's own selection first, or the reason against
+    all, as one sentence. With `target`, answer for a GPU of that compute capability, which need not be present.
+    `grouped`: heads share keys. `square`: there are as many queries as keys. `training`: a backward pass follows."""
     call, name = call_of(spec), str(dtype).removeprefix("torch.")
     if isinstance(call, str):
         return call
@@ -68,29 +74,11 @@ def expresses(
     if device.type != "cuda" or (target is None and (torch.version.hip is not None or not torch.cuda.is_available())):
         return "PyTorch's kernels need an NVIDIA GPU"
     capable = capability(device) if target is None else target
-    cudnn = target is not None or prefers_cudnn()
-    plain = square or not call.causal
-    chosen = fused.kernel(name, capable, head_dim, value_width, cudnn, grouped, plain)
-    if chosen is None:
-        widths = f"{head_dim}" if head_dim == value_width else f"{head_dim} and {value_width}"
-        shared = " with heads that share keys" if grouped else ""
-        here = f"compute capability {capable // 10}.{capable % 10}"
-        return f"PyTorch lacks a kernel for {name} of width {widths}{shared} on {here}"
-    if chosen == fused.CUDNN and not plain:
-        return "cuDNN's causal kernel needs as many queries as keys"
-    cuda = torch.backends.cuda
-    if target is None and chosen == fused.FLASH and not cuda.flash_sdp_enabled():
-        return "FlashAttention is turned off in torch.backends.cuda"
-    if target is None and chosen == fused.EFFICIENT and not cuda.mem_efficient_sdp_enabled():
-        return "memory-efficient attention is turned off in torch.backends.cuda"
-    return None
+    shape = fused.Shape(name, capable, head_dim, value_width, grouped, square or not call.causal)
+    return fused.offered(shape, backends, training)
 
 
-def prefers_cudnn() -> bool:
-    """Return whether PyTorch prefers cuDNN's kernel in this process, on the devices that allow it."""
-    version = torch.backends.cudnn.version() or 0
-    return (
-        version > fused.PREFERRED
-        and torch.backends.cuda.cudnn_sdp_enabled()
-        and not torch.are_deterministic_algorithms_enabled()
-    )
+def expresses(*of: object, **shape: object) -> str | None:
+    """Return why a spec cannot be such a call, as one sentence, or None. It takes the arguments of `kernels`."""
+    found = kernels(*of, **shape)  # type: ignore[arg-type]
+    return found if isinstance(found, str) else None

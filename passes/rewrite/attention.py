@@ -50,14 +50,15 @@ def dimensions(match: Match) -> dict[str, Expr]:
 
 def rewrite(
     graph: Graph, facts: Facts, match: Match, operators: Operators, tier: str, reductions: Sequence[Reduction],
-    summary: Summary | None = None, fused: tuple[float, bool] | None = None, flex: Any = None,
+    summary: Summary | None = None, fused: tuple[float, bool, bool] | None = None, flex: Any = None,
 ) -> list[tuple[Node, Node]]:  # fmt: skip
     """Insert the operator, and let all users of `match.final` read it. Return each replaced node with its replacement,
     `match.final` first. Raises CannotEmit before changing users.
 
     Users of `reductions` read reductions of the weights, which further calls compute. With `summary`, the mask is
-    summarized first. With `fused`, (scale, causal), PyTorch's own operator is called instead; it cannot return them.
-    With `flex`, an `attnfx.kernels.flex.tier.Call`, PyTorch's `flex_attention` is called.
+    summarized first. With `fused`, (scale, causal, flash), PyTorch's own operator is called instead, which cannot
+    return them; `flash` asks for the operator of FlashAttention. With `flex`, an `attnfx.kernels.flex.tier.Call`,
+    PyTorch's `flex_attention` is called.
 
     `facts` are the facts of the graph before any rewriting. The caller supplies `operators`: passes import no kernels.
     """
@@ -128,10 +129,13 @@ def rewrite(
     return _instead(emit, facts, replaced)
 
 
-def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, grouped: bool) -> Node:
+def _fused(emit: Emitter, q: Node, k: Node, v: Node, scale: float, causal: bool, flash: bool, grouped: bool) -> Node:
     """Emit the call of PyTorch's fused operator. Its kernels need a last dim without gaps, and rows that start where
     they can load 16 bytes at once."""
     packed = (x if _loads_whole(value(x)) else emit.call(aten.contiguous.default, x) for x in (q, k, v))
+    if flash:
+        made = emit.call(aten._scaled_dot_product_flash_attention.default, *packed, 0.0, causal, False, scale=scale)
+        return emit.call(operator.getitem, made, 0)
     call = aten.scaled_dot_product_attention.default
     return emit.call(call, *packed, None, 0.0, causal, scale=scale, enable_gqa=grouped)
 

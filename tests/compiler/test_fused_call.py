@@ -14,6 +14,7 @@ from attnfx.ir import algebra as A
 from attnfx.kernels.library import cuda as call
 from attnfx.options import Options
 from attnfx.spec import AttentionSpec, I, J
+from attnfx.targets import Target
 from attnfx.targets import sdpa_dispatch as fused
 from tests.support import check, compiled, qkv, rand
 
@@ -34,7 +35,7 @@ def graphs(monkeypatch):
     """Make the library tier a call of PyTorch's operator, as on a GPU, and collect the rewritten graphs."""
     made = []
 
-    def written(match, tier):
+    def written(match, sizes, tier, kernel):
         found = call.call_of(match.spec)
         return found if tier == "library" and isinstance(found, call.Fused) else None
 
@@ -167,22 +168,104 @@ def test_rows_that_start_at_odd_places_are_copied_first(graphs):
     assert all(x.target is not torch.ops.aten.contiguous.default for x in made.args[:3])
 
 
-def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
-    """Fake tensors make a device possible that is not present."""
-    monkeypatch.setattr(call, "expresses", lambda *of, **shape: None)
-    options, made = Options.make({"target": "h100-sxm"}), []
+@pytest.fixture
+def flash_on_a_cpu():
+    """Let the operator of FlashAttention run on a CPU, for which PyTorch lacks a kernel."""
+    aten = torch.ops.aten
+
+    def forward(q, k, v, dropout=0.0, causal=False, debug=False, *, scale=None):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        out, logsumexp = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
+        lengths, seed = [torch.empty(0, dtype=torch.int32)] * 2, torch.zeros(2, dtype=torch.uint64)
+        return out, logsumexp, *lengths, q.shape[2], k.shape[2], seed, seed[0], torch.empty(0)
+
+    def backward(grad, q, k, v, out, logsumexp, _q, _k, _t, _s, dropout, causal, _seed, _offset, *, scale=None):
+        group = q.shape[1] // k.shape[1]
+        k, v = (x.repeat_interleave(group, 1) for x in (k, v))
+        given = grad, q, k, v, out, logsumexp, dropout, causal
+        dq, *rest = aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, scale=scale)
+        return dq, *(x.unflatten(1, (-1, group)).sum(2) for x in rest)
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("_scaled_dot_product_flash_attention", forward, "CPU")
+    library.impl("_scaled_dot_product_flash_attention_backward", backward, "CPU")
+    yield
+    library._destroy()
+
+
+@pytest.mark.parametrize("train", [False, True])
+@pytest.mark.parametrize(("fn", "args"), [
+    (plain, dict(t=5, s=33)), (causal, dict(t=33)), (grouped, dict(h=6, g=2)), (heads_last, {}),
+], ids=["plain", "causal", "grouped", "heads last"])  # fmt: skip
+def test_the_operator_of_flash_attention_gives_what_eager_gives(monkeypatch, graphs, flash_on_a_cpu, fn, args, train):
+    monkeypatch.setattr(deciding, "fused_call", lambda match, *_: call.call_of(match.spec)._replace(flash=True))
+    check(fn, *qkv(**args), train=train, tiers=("library",))
+    named = torch.ops.aten._scaled_dot_product_flash_attention.default
+    (made,) = [n for made in graphs for n in made.gm.graph.nodes if n.target is named]
+    assert made.args[3:] == (0.0, fn is not plain, False) and not calls(graphs)
+
+
+def on_an_h100(monkeypatch, options, fn, *shapes, backends=fused.USUAL, training=False):
+    """Return the rewritten graph for a GPU that is not present, and its site; fake tensors have its device."""
+    kernels, made = call.kernels, []
+
+    def as_present(spec, dtype, device, *widths_and_target, **shape):
+        widths, target = widths_and_target[:2], widths_and_target[2:]
+        known = target if target and target[0] is not None else (90, backends)
+        return kernels(spec, dtype, device, *widths, *known, **{**shape, "training": training})
 
     def backend(gm, _):
-        made.append(pipeline.run(gm, options))
+        made.append(pipeline.run(gm, Options.make(options)))
         return gm.forward
 
+    monkeypatch.setattr(call, "kernels", as_present)
+    torch._dynamo.reset()
     with FakeTensorMode(), torch.no_grad():
-        q, k = (torch.empty(4, h, 4096, 128, device="cuda", dtype=torch.bfloat16) for h in (8, 2))
-        torch.compile(lambda q, k, v: grouped(q, k, v), backend=backend)(q, k, k)
+        some = [torch.empty(shape, device="cuda", dtype=torch.bfloat16) for shape in shapes]
+        torch.compile(lambda *x: fn(*x), backend=backend)(*some)
     (site,) = made[0].report.sites
+    return made, site
+
+
+WIDE = (4, 8, 4096, 128), (4, 2, 4096, 128), (4, 2, 4096, 128)
+
+
+def test_on_a_gpu_the_decision_writes_the_call(monkeypatch):
+    made, site = on_an_h100(monkeypatch, {"target": "h100-sxm"}, grouped, *WIDE)
     assert (site.decision.tier, site.decision.kernel) == ("library", fused.CUDNN) and not site.notes
     (written,) = calls(made)
     assert written.args[1].meta["val"].shape == (4, 2, 4096, 128) and written.kwargs == {
         "scale": 0.3,
         "enable_gqa": True,
     }
+
+
+def flash_calls(made):
+    named = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return [n for n in made[0].gm.graph.nodes if n.target is named]
+
+
+@pytest.mark.parametrize("flash", ["FA3", "FA4"])
+def test_flash_attention_is_called_by_its_own_operator_as_pytorch_prefers_cudnn(monkeypatch, flash):
+    target = replace(Target.by_name("h100-sxm"), flash_attention=flash)
+    choice = {"target": target, "tiers": ("library",)}
+    shapes = [(2, 8, 4096, 64)] * 3
+    made, site = on_an_h100(monkeypatch, choice, plain, *shapes, backends=fused.Backends(flash=flash))
+    assert site.decision.kernel == fused.IMPLEMENTATIONS[flash]
+    assert fused.CUDNN in [c.kernel for c in site.decision.alternatives]
+    (written,) = flash_calls(made)
+    assert written.args[3:] == (0.0, False, False) and written.kwargs == {"scale": 0.125}
+    assert not calls(made)
+
+
+def test_training_never_calls_a_kernel_of_cudnn_off_the_list(monkeypatch):
+    """Neither where the decision knows it, nor where the target that was named has a cuDNN on the list."""
+    choice = {"target": "h100-sxm", "tiers": ("library",), "rewrite": "always"}
+    made, site = on_an_h100(monkeypatch, choice, grouped, *WIDE, training=True)
+    assert len(flash_calls(made)) == 1 and not calls(made)
+    monkeypatch.setattr(fused, "CUDNN_BACKWARD", {93100: "a test"})
+    choice["target"] = replace(Target.by_name("h100-sxm"), cudnn=93100)
+    made, site = on_an_h100(monkeypatch, choice, grouped, *WIDE, training=True)
+    assert site.decision.kernel == fused.CUDNN and len(flash_calls(made)) == 1 and not calls(made)
+    made, site = on_an_h100(monkeypatch, choice, grouped, *WIDE, training=True, backends=fused.Backends(93100))
+    assert len(calls(made)) == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attnfx import Target
-from attnfx.cost import Question, select
+from attnfx.cost import Question, activation, select
 from attnfx.ir import algebra as A
 from attnfx.memory.workspace import Operand, Use, workspace
 from attnfx.options import Options
@@ -109,7 +109,7 @@ def test_the_memory_efficient_kernel_takes_what_was_measured_of_it(device, dtype
 
 
 def test_an_older_cudnn_is_not_taken_first():
-    new, old = library(), library(cudnn=False)
+    new, old = library(), library(backends=fused.Backends(cudnn=0))
     assert (new.kernel, old.kernel) == (fused.CUDNN, fused.FLASH) and new.predicted_ms < 0.75 * old.predicted_ms
 
 
@@ -128,3 +128,63 @@ def test_a_plan_for_a_gpu_counts_the_same_workspace():
     use = Use(CAUSAL, query, query, query, cpu=False)
     assert workspace(use, "library") == 0
     assert workspace(replace(use, grad_out=query), "library") == 4 * 16 * 4096 * 129
+
+
+def kernels(target="h100-sxm", flash="FA2", **fields):
+    """Return the predicted ms of each kernel of PyTorch's operator that is a candidate, in order."""
+    dims = dict(B=1, H=16, G=16, T=8192, S=8192, D=128, Dv=128)
+    ask = Question(CAUSAL, dims, "bfloat16", "cuda", backends=fused.Backends(flash=flash), **fields)
+    decision = select(ask, Options(), device=Target.by_name(target))
+    return {c.kernel: c.predicted_ms for c in (decision, *decision.alternatives) if c.tier == "library"}
+
+
+def test_training_is_predicted_with_the_kernel_that_may_compute_its_gradients(monkeypatch):
+    assert list(kernels()) == [fused.CUDNN] and list(kernels(training=True)) == [fused.FLASH]
+    kept = select(
+        Question(CAUSAL, dict(B=1, H=16, G=16, T=4096, S=4096, D=128, Dv=128), "bfloat16", "cuda", training=True,
+                 native=True), Options(), device=Target.by_name("h100-sxm"))  # fmt: skip
+    assert kept.original.predicted_ms < library(training=True).predicted_ms  # a model's own call stays with cuDNN
+    monkeypatch.setattr(fused, "CUDNN_BACKWARD", {fused.ASSUMED: "a test"})
+    assert list(kernels(training=True)) == [fused.CUDNN]
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(("target", "flash", "name"), [
+    ("h100-sxm", "FA3", fused.FLASH3), ("h100-sxm", "FA4", fused.FLASH4), ("b200", "FA4", fused.FLASH4),
+])  # fmt: skip
+def test_an_activated_flash_attention_is_a_candidate_of_its_own(target, flash, name, training):
+    before, after = kernels(target, training=training), kernels(target, flash, training=training)
+    assert name not in before and name in after
+    assert after[name] < next(iter(before.values()))
+    assert set(after) == ({name} if training else {fused.CUDNN, name})
+
+
+@pytest.mark.parametrize(("target", "training", "name"), [
+    ("h100-sxm", True, fused.FLASH3), ("b200", False, fused.FLASH4), ("h100-sxm", False, ""), ("a100-80gb", True, ""),
+])  # fmt: skip
+def test_a_faster_flash_attention_that_is_not_active_is_named(target, training, name):
+    dims = dict(B=1, H=16, G=16, T=8192, S=8192, D=128, Dv=128)
+    ask, gpu = Question(CAUSAL, dims, "bfloat16", "cuda", training=training), Target.by_name(target)
+    chosen = select(ask, Options(tiers=("library",)), device=gpu)
+    told = activation(ask, gpu, chosen)
+    assert told.startswith(f"{name} is predicted to take 0.") if name else told == ""
+    for other in (replace(ask, native=True), replace(ask, refused={"library": "dropout"})):
+        assert activation(other, gpu, chosen) == ""
+    assert activation(replace(ask, backends=fused.Backends(flash="FA4")), gpu, chosen) == ""
+
+
+def test_kernels_on_a_b200_take_what_was_published_of_them():
+    """The sources are in attnfx/cost/others.json: 1613 TFLOP/s, and 1.3 times as fast as cuDNN."""
+    dims = dict(B=1, H=16, G=16, T=16384, S=16384, D=128, Dv=128)
+    ask = Question(PLAIN, dims, "bfloat16", "cuda", backends=fused.Backends(flash="FA4"))
+    found = select(ask, Options(), device=Target.by_name("b200"))
+    ms = {c.kernel: c.predicted_ms for c in (found, *found.alternatives) if c.tier == "library"}
+    assert 4 * 16 * 16384**2 * 128 / ms[fused.FLASH4] / 1e9 == pytest.approx(1613, rel=0.03)
+    assert ms[fused.CUDNN] / ms[fused.FLASH4] == pytest.approx(1.3, rel=0.02)
+
+
+def test_flash_attention_3_has_every_width_of_version_2():
+    dims = dict(B=1, H=16, G=16, T=4096, S=4096, D=256, Dv=256)
+    ask = Question(PLAIN, dims, "bfloat16", "cuda", training=True, backends=fused.Backends(flash="FA3"))
+    found = select(ask, Options(), device=Target.by_name("h100-sxm"))
+    assert (found.tier, found.kernel) == ("library", fused.FLASH3)

@@ -71,6 +71,9 @@ def test_a_file_and_its_text_give_the_same_target(tmp_path):
     target = Target.from_json(file)
     assert target == Target.from_json(file.read_text()) and target.name == "mine" and target.sources == {}
     assert hash(target) == hash(pickle.loads(pickle.dumps(target)))
+    assert (target.cudnn, target.flash_attention) == (92000, "FA2")
+    named = Target.from_json(own(cudnn=93100, flash_attention="FA3"))
+    assert (named.cudnn, named.flash_attention) == (93100, "FA3")
 
 
 @pytest.mark.parametrize(
@@ -88,6 +91,8 @@ def test_a_file_and_its_text_give_the_same_target(tmp_path):
         (own(matrix={"fp16": 1, "float32": 1}), "field 'matrix' is 'fp16', expected dtypes among"),
         (own(matrix={"float16": 1}), "expected a rate for 'float32' at least"),
         (own(kind="gpu"), "field 'kind' is 'gpu', expected one of 'cuda', 'hip', 'cpu'"),
+        (own(cudnn="9.20"), "field 'cudnn' is '9.20', expected a version as a whole number, such as 92000"),
+        (own(flash_attention="fa3"), "field 'flash_attention' is 'fa3', expected one of 'FA2', 'FA3', 'FA4'"),
         ("{", "is not valid JSON"),
         ("[]", "cannot be read"),
         ("missing.json", "'missing.json' cannot be read"),
