@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from attnfx.ir import algebra as A
+from attnfx.ir.algebra import DROWNS
 from attnfx.ir.expr import FLOAT, FLOAT_UNARY, Expr, walk
 from attnfx.ir.toeplitz import SPAN, toeplitz
 from attnfx.kernels.chunked.program import split_scale
@@ -18,13 +19,15 @@ from attnfx.mask import mask_of
 from attnfx.mask.additive import DROWNED, addend
 from attnfx.spec import AttentionSpec
 
+OF_HEAD = ({"b"}, {"h"})  # the variable by which functions of a head differ; without a batch, heads may be one
+
 
 @dataclass(frozen=True)
 class Table:
     """Values that eager operators compute, at compile time if sizes are known: because their rounding decides an
     integer, or because the operator would compute them again for each score of a head.
 
-    body  the values, over one variable: h, i, j, or `w` = j - i + T - 1
+    body  the values, over one variable: b, h, i, j, or `w` = j - i + T - 1
     """
 
     body: Expr
@@ -51,6 +54,7 @@ class Form:
     low      whether all scores of a row may be finite and as low as a fill
     factor   factor of the output, independent of j, or None
     tables   the tables that the programs load from
+    finite   whether every row has a live key whose score is finite if its product and the tables are
     """
 
     scale: float
@@ -61,6 +65,7 @@ class Form:
     low: bool
     factor: Expr | None
     tables: tuple[Table, ...]
+    finite: bool
 
 
 @lru_cache(maxsize=1024)
@@ -97,7 +102,23 @@ def form_of(spec: AttentionSpec, live: bool) -> Form | str:
         score, keep, tiles = (_tabulated(e, len(spec.captures), tables) for e in (score, keep, tiles))
     except _Untabulated:
         return "an integer is computed through floats from more than a position or a distance"
-    return Form(scale, score, keep, tiles, average, low, factor, tuple(tables))
+    finite = live and not low and _stays_finite(score, len(spec.captures))
+    return Form(scale, score, keep, tiles, average, low, factor, tuple(tables), finite)
+
+
+# Operators of finite values whose result is finite, unless it leaves the range of numbers
+BOUNDED = frozenset("var size dot add mul where float min max tanh sigmoid sin cos erf atan floor ceil round".split())
+
+
+def _stays_finite(score: Expr, captures: int) -> bool:
+    """Return whether a score is finite if its product and its loads beyond the captures, from tables, are."""
+
+    def stays(e: Expr) -> bool:
+        if e.op == "const":
+            return abs(float(e.value)) < DROWNS  # type: ignore[arg-type]
+        return e.op in BOUNDED or (e.op == "load" and int(e.value) >= captures)  # type: ignore[call-overload]
+
+    return all(e.kind != FLOAT or stays(e) for e in walk(score))
 
 
 def _learns(added: Expr, spec: AttentionSpec) -> bool:
@@ -123,7 +144,7 @@ def _tabulated(root: Expr, first: int, tables: list[Table]) -> Expr:
     done: dict[Expr, Expr] = {}
 
     def replaced(e: Expr) -> Expr:
-        if not any(x.op == "aten" or (x.op in FLOAT_UNARY and x.free == {"h"}) for x in walk(e)):
+        if not any(x.op == "aten" or (x.op in FLOAT_UNARY and x.free in OF_HEAD) for x in walk(e)):
             return e
         if e not in done:
             done[e] = _load(e, first, tables) or _inside(e)
@@ -140,11 +161,11 @@ def _tabulated(root: Expr, first: int, tables: list[Table]) -> Expr:
 
 def _load(e: Expr, first: int, tables: list[Table]) -> Expr | None:
     """Return a load of the expression's values from a table, or None if it depends on more than one variable."""
-    of_head = e.free == {"h"}
+    of_head = e.free in OF_HEAD
     if (e.kind == FLOAT and not of_head) or any(x.op in ("load", "dot", "prob") for x in walk(e)):
         return None
     body = e if of_head else toeplitz(e) or e
-    if len(body.free) != 1 or not body.free <= {"h", "i", "j", SPAN}:
+    if len(body.free) != 1 or not body.free <= {"b", "h", "i", "j", SPAN}:
         return None
     table = Table(body)
     if table not in tables:

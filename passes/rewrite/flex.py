@@ -26,6 +26,7 @@ SHARED = "attnfx_shared"  # marks the nodes of a block mask: all sites with the 
 # The partition of the keys for a single query on a CPU, which PyTorch compiles apart if tiles divide it. That kernel
 # loses rows whose scores are far below zero next to a partition without a live key.
 CPU_OPTIONS = {"PARTITION_SIZE": 64}
+LARGEST = 1e30  # product of a query and a key that leaves room for the program to multiply it
 
 
 def flex(
@@ -173,7 +174,10 @@ class _Site:
     # -- the call ----------------------------------------------------------------------------------------
     def attention(self, query: Node, key: Node, val: Node, summed: bool) -> tuple[Node, Node | None]:
         emit, call = self.emit, self.call
-        counted = call.dead and not call.gpu  # on a CPU, without the log-sum-exp, a column of ones sums the weights
+        on_cpu = call.dead and not call.gpu  # without the log-sum-exp
+        overflows = on_cpu and call.form.finite and self._tables_are_finite()
+        counted = on_cpu and not overflows  # a column of ones sums the weights
+        huge = self._huge(query, key) if overflows else None
         if counted:
             size = [self.sizes["B"], self._size(val, 1), self.sizes["S"], 1]
             ones = emit.call(aten.new_ones.default, val, size)
@@ -187,12 +191,28 @@ class _Site:
             width = self._size(val, 3, -1)
             total = emit.call(aten.slice.Tensor, out, 3, width)
             out = self._lost(emit.call(aten.slice.Tensor, out, 3, 0, width), emit.call(aten.eq.Scalar, total, 0.0))
+        elif huge is not None:
+            out = self._lost(out, self._inlined(_zero_if, [out, huge], False)[0])
         elif call.dead:
             dead = emit.call(aten.eq.Scalar, logsumexp, float("-inf"))
             out = self._lost(out, emit.call(aten.unsqueeze.default, dead, -1))
         if call.spec.extra:
             out, logsumexp = self._with_extra(out, logsumexp)
         return out if call.form.factor is None else self._times(out, self._by_row(call.form.factor)), logsumexp
+
+    def _tables_are_finite(self) -> bool:
+        tables = self.tensors[len(self.call.spec.captures) :]
+        return all(n.op == "get_attr" and bool(getattr(self.emit.gm, str(n.target)).isfinite().all()) for n in tables)
+
+    def _huge(self, query: Node, key: Node) -> Node:
+        """Emit whether a product may leave the range of numbers. Only then can all scores of a row with live keys be
+        -inf, and only a row of zeros has none above."""
+
+        def huge(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
+            norms = (torch.linalg.vector_norm(x, dtype=self.call.compute) for x in (q, k))  # Cauchy-Schwarz
+            return [~(next(norms) * next(norms) * max(1.0, abs(self.call.form.scale)) < LARGEST)]
+
+        return self._inlined(huge, [query, key], False)[0]
 
     def _lost(self, out: Node, dead: Node) -> Node:
         """Make the rows without a live key NaN, and their gradients, as in eager."""
@@ -295,6 +315,10 @@ class _Site:
             both = emit.call(aten.logaddexp.default, both, logit)
         share = emit.call(aten.exp.default, emit.call(aten.sub.Tensor, logsumexp, both))
         return self._times(out, emit.call(aten.unsqueeze.default, share, -1)), both  # type: ignore[return-value]
+
+
+def _zero_if(out: torch.Tensor, huge: torch.Tensor) -> list[torch.Tensor]:
+    return [huge & (out == 0).all(-1, keepdim=True)]
 
 
 def _score(score: torch.Tensor, *_: Any) -> torch.Tensor:

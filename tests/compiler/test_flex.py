@@ -200,7 +200,17 @@ COMPILED = {
     "buckets through floats": PROGRAMS["buckets through floats"],
     "slopes by head": PROGRAMS["slopes by head"],
     "one query, scores far below zero": PROGRAMS["one query, scores far below zero"],
+    "all products beyond float32": (slopes_by_head, lambda: (*(x * f for x, f in zip(ones(), (1e20, -1e20, 1.0))),)),
+    "some products beyond float32": (
+        lambda q, k, v: scores(q, k).masked_fill(~below(q, k), -math.inf).softmax(-1) @ v,
+        lambda: (torch.linspace(0, 1, 150)[:, None] ** 9 * 1e20 * ones()[0], -1e20 * ones()[1], ones()[2]),
+    ),
+    "values of zeros": (slopes_by_head, lambda: (*heads()[:2], torch.zeros_like(heads()[2]))),
 }
+
+
+def ones():
+    return tuple(torch.ones(2, 4, LENGTH, 16) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", COMPILED)
