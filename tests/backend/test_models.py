@@ -5,7 +5,7 @@ The models have random weights."""
 import pytest
 import torch
 
-from tests.support import check
+from tests.support import check, compiled, new_reports
 
 pytestmark = pytest.mark.slow
 
@@ -191,3 +191,24 @@ def test_grouped_heads_are_not_expanded():
     model, inputs, sites = llama(transformers)
     found = check(model.eval(), kwargs={**inputs, "return_dict": False}, train=False, sites=sites)
     assert [(site.dims["H"], site.dims["G"]) for site in found] == [(4, 2)] * 2
+
+
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_returns_eagers_tokens_and_rewrites_every_step(cache):
+    """A model with layers of both kinds, sliding and full, generates beyond its window from prompts of two lengths, the
+    second with padding on the left."""
+    config = transformers.Gemma2Config(
+        **GROUPED, sliding_window=7, query_pre_attn_scalar=8, attn_implementation="eager", eos_token_id=None
+    )
+    model = transformers.Gemma2ForCausalLM(config).eval()
+    hidden = torch.ones(2, 11, dtype=torch.long)
+    hidden[1, :4] = 0
+    prompts = [dict(input_ids=tokens(2, 5)), dict(input_ids=tokens(2, 11), attention_mask=hidden)]
+    how = dict(max_new_tokens=6, do_sample=False, cache_implementation=cache)
+    expected = [model.generate(**prompt, **how) for prompt in prompts]
+    model.forward = compiled(model.forward, inner="eager")
+    with new_reports() as filed:
+        found = [model.generate(**prompt, **how) for prompt in prompts]
+    assert all(a.equal(b) for a, b in zip(found, expected, strict=True))
+    sites = [site for report in filed for site in report.sites]
+    assert len(sites) >= 4 and all(site.rewritten for site in sites), "\n".join(map(str, filed))
