@@ -158,7 +158,7 @@ class Evaluator:
             case "detach" | "ge0" | "eq0":
                 return _SINGLE[e.op](x)
             case "not":
-                return ~x if isinstance(x, Tensor) else not x
+                return x.logical_not() if isinstance(x, Tensor) else not x
             case "float":
                 return self._tensor(x, e.args[0].kind).to(self.compute)
             case "int":

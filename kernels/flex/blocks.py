@@ -96,7 +96,7 @@ class _Tiles:
         if self.at_points(e) and e.op not in ("and", "or"):
             found = self.cut(e)
             by_row = found.any(5)
-            return Truth(by_row.any(3), (~found).any(5).any(3), by_row.all(3))
+            return Truth(by_row.any(3), found.logical_not().any(5).any(3), by_row.all(3))
         match e.op:
             case "ge0" | "eq0":
                 bounds = self.of(e.args[0])
@@ -119,7 +119,7 @@ class _Tiles:
 
     @staticmethod
     def _sure(some: Tensor, fails: Tensor) -> Truth:
-        return Truth(some, fails, ~fails)
+        return Truth(some, fails, fails.logical_not())
 
     # -- integers ----------------------------------------------------------------------------------
     def of(self, e: Expr) -> Bounds | None:
@@ -174,7 +174,7 @@ class _Tiles:
 
 
 def _both(x: Truth, y: Truth) -> Truth:
-    rows = (x.rows & ~y.fails) | (~x.fails & y.rows)
+    rows = (x.rows & y.fails.logical_not()) | (x.fails.logical_not() & y.rows)
     return Truth(x.some & y.some, x.fails | y.fails, rows)
 
 
@@ -199,11 +199,11 @@ def block_mask(tiles: Expr, masked: bool, average: bool, captures: Sequence[Tens
     found = _Tiles(captures, sizes, device).truth(tiles)
     visited = found.some
     if average:
-        visited = visited | ~found.rows.any(-1, keepdim=True)
+        visited = visited | found.rows.any(-1, keepdim=True).logical_not()
     some, fails = torch.broadcast_tensors(visited, found.fails)
     shape = (*some.shape[:2], *counts)
     single = isinstance(counts[1], int) and counts[1] == 1
-    partial, full = (some, None) if single else (some & fails, some & ~fails) if masked else (None, some)
+    partial, full = (some, None) if single else (some & fails, some & fails.logical_not()) if masked else (None, some)
     out: list[Tensor | None] = []
     for swapped in (False, True)[: 1 + backward]:
         for kind in (partial, full):
