@@ -12,7 +12,6 @@ if what it writes changes before the end, or if it is in another autocast or no_
 
 from __future__ import annotations
 
-from collections.abc import Set
 
 import torch
 from torch.fx import Node
@@ -38,7 +37,7 @@ def run(graph: Graph) -> int:
     return moved
 
 
-def _can_wait(facts: Facts, n: Node, end: Node, after: Set[Node]) -> bool:
+def _can_wait(facts: Facts, n: Node, end: Node, after: set[Node]) -> bool:
     """Return whether a node is a write to an input that may take place as the last one before the nodes `after`."""
     keys = {storage(x) for x in written_operands(n)}
     if not keys or None in keys or not keys <= facts.given or facts.regions[n] != facts.regions[end]:
