@@ -12,7 +12,6 @@ if what it writes changes before the end, or if it is in another autocast or no_
 
 from __future__ import annotations
 
-
 import torch
 from torch.fx import Node
 
