@@ -16,6 +16,7 @@ is rounded once. Needs `meta["val"]`; changes the graph in place; promises the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import combinations, pairwise
 from math import prod
 from string import ascii_letters
@@ -47,7 +48,7 @@ from attnfx.passes.lift.contraction import factors
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter, broadcast
-from attnfx.passes.lift.products import of_softmax, reaches_softmax, skip
+from attnfx.passes.lift.products import batched, of_softmax, reaches_softmax, skip
 from attnfx.passes.lift.tables import VIEWS, Index
 
 aten = torch.ops.aten
@@ -61,24 +62,28 @@ def run(graph: Graph) -> int:
     changed = 0
     for n in list(graph.gm.graph.nodes):
         if op_name(n) in (*MULTIPLYING, "sum") and is_tensor(n) and value(n).is_floating_point():
-            try:
-                made = _distributed(graph, n) or _flattened(graph, n)
-            except (Opaque, CannotEmit):
-                continue
-            if made is not None:
-                take_place(like(graph.emitter(n), made, n), n)
-                graph.grew()
-                changed += 1
+            for how in (partial(_distributed, lookups=True), partial(_distributed, lookups=False), _flattened):
+                try:
+                    made = how(graph, n)
+                except (Opaque, CannotEmit):
+                    continue
+                if made is not None:
+                    take_place(like(graph.emitter(n), made, n), n)
+                    graph.grew()
+                    changed += 1
+                    break
     return changed
 
 
-def _distributed(graph: Graph, n: Node) -> Node | None:
+def _distributed(graph: Graph, n: Node, lookups: bool) -> Node | None:
+    """Emit a product of what its operands are spread from; with `lookups`, of the table from which one is looked up."""
     facts, out, summed = graph.facts, variables(n), op_name(n) == "sum"
     given, reduced = _summed(n, out) if summed else factors(Product(n) if op_name(n) == "linear" else n, out)
-    spread = {x for x, _ in given if summed or _spreads(facts, x)}
+    opened = partial(_opened, facts, lookups)
+    spread = {x for x, _ in given if summed or any(op_name(y) in SPREADING for y in reach([x], opened))}
     if not spread and len(given) < 3:
         return None
-    inside = {x: _opened(facts, x) for x in reach(spread, lambda y: _opened(facts, y))}
+    inside = {x: opened(x) for x in reach(spread, opened)}
     leaves, within = [x for x in inside if not inside[x]], [x for x in inside if inside[x]]
     if len({facts.regions[x] for x in (n, *within)}) > 1 or any(facts.changed_before(x, n, leaves) for x in leaves):
         return None
@@ -89,7 +94,10 @@ def _distributed(graph: Graph, n: Node) -> Node | None:
     parts = [[_loads(lifter, *operand, by) for operand in given] for by in cuts]
     products = [[e for loads in part for e in loads] for part in parts]
     operands = products if summed else [[e for loads in of for e in loads] for of in zip(*parts, strict=True)]
-    if spread and not (any(_paired(loads, out) for loads in operands) or _tabulated(parts, n, out)):
+    tables = bool(spread) and any(radix(x) is None for loads in products for e in loads for x in e.args)
+    if tables and not _tabulated(parts, n, out):
+        return None
+    if spread and not (tables or any(_paired(loads, out) for loads in operands)):
         if not (summed and len(products) == 1 and _of_edges(n, [x for x, _ in given], products[0], reduced[0])):
             return None
     emit, dtype = graph.emitter(n), value(n).dtype
@@ -131,7 +139,7 @@ def _summed(n: Node, out: Index) -> tuple[Factors, list[Expr]]:
 def _flattened(graph: Graph, n: Node) -> Node | None:
     """Emit an einsum near a softmax with one dimension in place of several that follow one another wherever they stand:
     in both operands, or in one and the result."""
-    if op_name(n) != "einsum" or len((found := einsum(n)).operands) != 2:
+    if op_name(n) != "einsum" or not batched(n) or len((found := einsum(n)).operands) != 2:
         return None
     if not (reaches_softmax(n) or any(map(of_softmax, found.operands))):
         return None
@@ -167,12 +175,9 @@ def _runs(term: str, terms: Sequence[str]) -> list[str]:
 SPREADING = ("mul", *EXPANSIONS, *LOOKUPS)
 
 
-def _spreads(facts: Facts, x: Node) -> bool:
-    return any(op_name(y) in SPREADING for y in reach([x], lambda y: _opened(facts, y)))
-
-
-def _opened(facts: Facts, x: Node) -> list[Node]:
-    """Return the tensors that a node spreads, joins, multiplies for each pair of rows, or looks up; none for a leaf."""
+def _opened(facts: Facts, lookups: bool, x: Node) -> list[Node]:
+    """Return the tensors that a node spreads, joins, multiplies for each pair of rows, or with `lookups` looks up; none
+    for a leaf."""
     name = op_name(x)
     if x.op != "call_function" or not is_tensor(x) or x in facts.frozen or x in facts.written:
         return []
@@ -184,7 +189,7 @@ def _opened(facts: Facts, x: Node) -> list[Node]:
     if name in VIEWS and "dropout" not in name:
         return given[:1]
     joined = name in CATS and all(len(dims(a)) == len(dims(x)) for a in given)
-    return given if joined or name in LOOKUPS else []
+    return given if joined or (lookups and name in LOOKUPS) else []
 
 
 def _cuts(within: Sequence[Node], reduced: list[Expr]) -> list[dict[Expr, Expr]]:

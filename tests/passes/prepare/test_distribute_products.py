@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from tests.support import assert_right, check, compiled, qkv, rand
 
@@ -211,3 +212,20 @@ def a_dimension_of_size_one_is_broadcast(q, k, v):
 )
 def test_dimensions_that_are_not_one_stay_apart(fn):
     assert_right(fn, *grid())
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_pairs_of_rows_from_one_table_are_multiplied_as_they_are(train):
+    """Two lookups in one product: neither is left out."""
+
+    def fn(queries, keys, table):
+        q, k = F.embedding(queries, table), F.embedding(keys, table)
+        return (q[:, :, None] * k[:, None]).sum(-1).softmax(-1) @ k
+
+    def chosen(queries, keys, table):
+        q, k = table[queries], table.index_select(0, keys.flatten()).view(2, 21, 8)
+        return (q[:, :, None] * k[:, None] * 0.5).sum(-1).softmax(-1) @ k
+
+    queries, keys = torch.randint(0, 31, (2, 7)), torch.randint(0, 31, (2, 21))
+    for one in (fn, chosen):
+        check(one, queries, keys, rand(31, 8), train=train)
