@@ -223,6 +223,11 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
         ),
     ),
     "mutated": (
+        Advice(
+            "the attention under `{mode}`, or `{operator}` out of place at {place}",
+            "Run the model under `{mode}` if it needs no gradients; otherwise write the result of `{operator}` at "
+            "{place} to a new tensor.",
+        ),
         Advice(_LINE, "Use the out-of-place operator: write `{respelled}` at {place}."),
         Advice(
             "`{operator}` out of place at {place}, or before the scores",

@@ -251,7 +251,7 @@ class Reader:
             # AOTAutograd writes inputs at the end of the forward pass. Its partitioner may save the value from before
             # the write, or recompute a copy from the value after it: the operator would keep more of it than eager
             message = f"{label(writer)} changes an input of the graph in place: {what}, which the backward pass reads"
-            raise Refused("mutated", message, [writer, base])
+            raise Refused("mutated", message, [writer, base], mode="torch.no_grad()")
 
 
 def batch_and_heads(kv: list[Expr], group: list[Expr]) -> tuple[list[Expr], list[Expr]]:

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+import attnfx
 from tests.support import assert_kept, check, compiled, new_reports, qkv, rand
 
 
@@ -116,3 +117,16 @@ def test_a_write_under_no_grad_stays_there():
     (q, k, v), mean = qkv(), torch.ones(())
     compiled(fn)(q, k.requires_grad_(), v, mean).sum().backward()
     assert not mean.requires_grad and k.grad is not None
+
+
+def test_the_hint_on_a_cache_that_is_written_in_a_graph_with_gradients_names_no_grad():
+    def fn(q, k, v, keys):
+        keys.index_copy_(2, torch.tensor([7]), k)
+        return (q @ keys.mT).softmax(-1) @ v
+
+    q, keys, v = qkv()
+    (kept,) = attnfx.explain(fn, rewrite="always")(q.requires_grad_(), rand(2, 4, 1, 8), v, keys)
+    assert kept.code == "mutated" and "under `torch.no_grad()`" in kept.refusal.hint
+    with torch.no_grad():
+        (site,) = attnfx.explain(fn, rewrite="always")(q, rand(2, 4, 1, 8), v, keys)
+    assert site.rewritten
