@@ -15,7 +15,7 @@ from attnfx.compiler.choices import LEAVE, SHIELD, SHIELD_RISKY, Attention, Choi
 from attnfx.compiler.context import Context
 from attnfx.compiler.find import Found, Place
 from attnfx.compiler.mask_values import share_of_tiles
-from attnfx.compiler.tiers import backends_of, flex_call, fused_call, refusals, target_of, tiers_of
+from attnfx.compiler.tiers import backends_of, flex_call, flex_on_flash, fused_call, refusals, target_of, tiers_of
 from attnfx.mask import prepare
 from attnfx.options import Options
 from attnfx.passes.fx.nodes import SDPA, label, number, op_name, refusal, value, where_in_source
@@ -108,7 +108,7 @@ class _Choosing:
     def _question(self, match: Match, here: Mapping[str, str]) -> cost.Question:
         place, target = self.place, self.options.target
         query, reader = value(match.query), place.reader
-        device, refused = query.device, here
+        device, refused, known = query.device, here, target if isinstance(target, Target) else None
         if isinstance(target, Target):
             device = torch.device(target.kind)
             refused = refusals(match, place.site.sizes, device, target, self.inductor)
@@ -124,7 +124,8 @@ class _Choosing:
             native=op_name(match.final) in SDPA,
             sums=0 if reader is not None else sum(r.kind not in ("rows", "logsumexp") for r in match.reductions),
             weights_read="" if reader is None else where_in_source(reader) or reader.name,
-            backends=backends_of(target if isinstance(target, Target) else None),
+            backends=backends_of(known),
+            flex_flash=self.inductor and flex_on_flash(match, place.site.sizes, device, known),
             compiled=self.inductor,
             tiles=tiles,
             refused=refused,
@@ -160,8 +161,8 @@ class _Choosing:
         if tier in here:
             return Attention(match, reductions, tuple(tiers), None, None)
         summary = cost.summary(question, target, tier) if summarized and target is not None else None
-        direct = fused_call(match, self.place.site.sizes, tier, chosen.kernel), flex_call(match, tier)
-        return Attention(match, reductions, tuple(tiers), summary, *direct)
+        asked = match, self.place.site.sizes, tier, chosen.kernel
+        return Attention(match, reductions, tuple(tiers), summary, fused_call(*asked), flex_call(*asked))
 
     def _said(self, action: Attention, here: Mapping[str, str]) -> Iterator[str]:
         target, tiers = self.options.target, action.tiers

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 
+from attnfx.kernels import gpu
 from attnfx.kernels.flash import tier as flash
 from attnfx.kernels.flex import tier as flex
 from attnfx.kernels.library import cuda
@@ -18,7 +20,7 @@ from attnfx.passes.rewrite.attention import dimensions
 from attnfx.report.records import Candidate
 from attnfx.targets import Target, detect
 from attnfx.targets.detection import present_backends
-from attnfx.targets.sdpa_dispatch import IMPLEMENTATIONS, Backends
+from attnfx.targets.sdpa_dispatch import FLASH4, IMPLEMENTATIONS, Backends
 
 
 def target_of(options: Options, present: torch.device) -> Target | None:
@@ -76,7 +78,7 @@ def _refused_by_flex(
         spec, dtype, device, sizes["D"], sizes["Dv"], capability, live=live,
         training=torch.is_grad_enabled() and match.training, summed=bool(match.reductions),
     )  # fmt: skip
-    known = not match.sizes and all(n.op == "const" for n in dimensions(match).values())
+    known = _known(match)
     if compiled and device.type == "cpu" and not known:
         why = why or "PyTorch's C++ code of flex_attention does not compile with symbolic sizes"
     return why or flex.takes(spec, live, sizes, known)
@@ -93,10 +95,30 @@ def fused_call(match: Match, sizes: Mapping[str, int], tier: str, kernel: str) -
     return call._replace(flash=name in IMPLEMENTATIONS.values())
 
 
-def flex_call(match: Match, tier: str) -> flex.Call | None:
+def flex_call(match: Match, sizes: Mapping[str, int], tier: str, kernel: str) -> flex.Call | None:
     """Return the call of PyTorch's `flex_attention` that replaces a match with this tier, else None."""
     device = value(match.query).device
-    return flex.call_of(match.spec, match.every_row_live, device) if tier == "flex" else None
+    call = flex.call_of(match.spec, match.every_row_live, device) if tier == "flex" else None
+    flash = kernel == FLASH4 and flex_on_flash(match, sizes, device)
+    return replace(call, flash=True) if call is not None and flash else call
+
+
+def flex_on_flash(match: Match, sizes: Mapping[str, int], device: torch.device, target: Target | None = None) -> bool:
+    """Return whether FlashAttention-4 can run a match's `flex_attention`, on the present device or on `target`."""
+    there = flex.flash_installed() if target is None else target.flash_attention == "FA4"
+    if not there or device.type != "cuda" or (target is None and not torch.cuda.is_available()):
+        return False
+    why = flex.on_flash(
+        match.spec, value(match.query).dtype, sizes["D"], sizes["Dv"], sizes,
+        gpu.capability(device) if target is None else target.capability, live=match.every_row_live,
+        known=_known(match), training=torch.is_grad_enabled() and match.training, summed=bool(match.reductions),
+    )  # fmt: skip
+    return why is None
+
+
+def _known(match: Match) -> bool:
+    """Return whether all sizes of a match are constants."""
+    return not match.sizes and all(n.op == "const" for n in dimensions(match).values())
 
 
 def tiers_of(

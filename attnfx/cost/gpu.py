@@ -50,7 +50,7 @@ def candidates(ask: Question, target: Target) -> tuple[Candidate, list[Candidate
     if ask.can("library") and not ask.native:
         out += site.library()
     if ask.can("flex"):
-        out.append(site.flex())
+        out += [site.flex(name) for name in (fused.FLASH, fused.FLASH4)[: 1 + ask.flex_flash]]
     if ask.can("chunked"):
         out.append(site.chunked())
     return site.original(), out

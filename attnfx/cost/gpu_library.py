@@ -99,9 +99,10 @@ class Operators:
         block = min(dims["B"] * dims["H"] * dims["T"] * dims["S"], BLOCK)
         return Candidate("chunked", "blocks", time, 3 * 4 * block, 4 * self.rows if ask.training else 0)
 
-    def flex(self) -> Candidate:
-        """Return the candidate of PyTorch's flex_attention, which Inductor compiles in Triton. It reaches FLEX of the
-        rate of FlashAttention-2 on the tiles of its block mask, beside its score program; an estimate."""
+    def flex(self, name: str = fused.FLASH) -> Candidate:
+        """Return the candidate of PyTorch's flex_attention, which Inductor compiles in Triton or runs on
+        FlashAttention-4. It reaches FLEX of the rate of FlashAttention-2, or 4, on the tiles of its block mask, beside
+        its score program; an estimate."""
         ask, dims = self.ask, self.dims
         if not ask.compiled:  # as dense operators, which are never the fastest
             slow = self.chunked().predicted_ms + self.original().predicted_ms
@@ -111,7 +112,7 @@ class Operators:
         if ask.dtype == "float32":  # exact products, without tensor cores, at half of the plain rate
             busy = 2 * scores * (padded(dims["D"]) + padded(dims["Dv"])) / self.float_rate
         else:
-            one = other(fused.FLASH, self.target, ask.dtype, fused.rounded(max(dims["D"], dims["Dv"])))
+            one = other(name, self.target, ask.dtype, fused.rounded(max(dims["D"], dims["Dv"])))
             tiles = work(ask.spec, self.sizes, one.rows, one.keys)
             busy = one.milliseconds(self.target, tiles, self.heads, one.keys * self.pair)
         busy = busy / FLEX + scores * self.extra.always / self.float_rate
@@ -119,7 +120,8 @@ class Operators:
         held = 8 * self.rows  # the log-sum-exp and the largest score
         if ask.training:
             time += max(3 * busy, 2 * self.copied(self.operands)) + self.launched(2)
-        return Candidate("flex", "triton", time, held, held if ask.training else 0)
+        kernel = "triton" if name == fused.FLASH else name
+        return Candidate("flex", kernel, time, held, held if ask.training else 0)
 
     def products(self, scores: float) -> float:
         """Return the ms of the two products of dense scores."""

@@ -21,6 +21,7 @@ class Question:
     sums          number of sums of the weights to recompute
     weights_read  source line or node that uses the weights: they then exist with any decision
     backends      the kernels of PyTorch's fused operator on a GPU
+    flex_flash    whether FlashAttention-4 can run flex_attention for it
     compiled      whether Inductor compiles the rewritten graph
     tiles         share of the tiles of flex_attention that the values of a mask in tensors leave, at the first call
     refused       the reason for each tier that cannot run the site
@@ -35,6 +36,7 @@ class Question:
     sums: int = 0
     weights_read: str = ""
     backends: Backends = USUAL
+    flex_flash: bool = False
     compiled: bool = True
     tiles: float = 1.0
     refused: Mapping[str, str] = field(default_factory=dict)

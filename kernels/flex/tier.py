@@ -6,6 +6,7 @@ compiler runs it as dense operators, which store the scores.
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 import math
 import os
@@ -26,6 +27,7 @@ from attnfx.kernels.flex.form import Form, form_of
 from attnfx.kernels.gpu import capability, too_old
 from attnfx.mask import FLEX_TILE, visited
 from attnfx.spec import AXES, AttentionSpec
+from attnfx.targets import sdpa_dispatch as fused
 
 LEAST_WIDTH = 16  # of a head on a GPU: the least width of Triton's matrix products
 LOWEST = -2e38  # a smaller float32 overflows if it is multiplied by the logarithm of e to base 2
@@ -107,6 +109,55 @@ def _on_cpu(spec: AttentionSpec, training: bool, summed: bool) -> str | None:
     return None
 
 
+@lru_cache(maxsize=1)
+def flash_installed() -> bool:
+    """Return whether the operator can run on FlashAttention-4: this PyTorch can, and the package is installed."""
+    from torch.nn.attention import flex_attention as library
+
+    if "BACKEND" not in getattr(getattr(library, "FlexKernelOptions", None), "__annotations__", {}):
+        return False
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except Exception:  # it imports the package around, whose other versions may fail to load
+        return False
+
+
+def on_flash(
+    spec: AttentionSpec,
+    dtype: torch.dtype,
+    head_dim: int,
+    value_width: int,
+    sizes: Mapping[str, int],
+    target: int,
+    *,
+    live: bool,
+    known: bool,
+    training: bool,
+    summed: bool,
+) -> str | None:
+    """Return why FlashAttention-4 cannot run calls that the operator expresses, on a GPU with the compute capability
+    `target`, or None. `known`: the sizes are constants. The other arguments are those that `expresses` takes."""
+    form = form_of(spec, live)
+    if isinstance(form, str):
+        return form
+    if str(dtype).removeprefix("torch.") not in fused.DTYPES:
+        return "FlashAttention-4 takes float16 and bfloat16"
+    if head_dim != value_width or head_dim not in fused.FLASH4_WIDTHS:
+        return "FlashAttention-4 takes heads of width 64, 96 and 128"
+    masked = form.keep is not A.TRUE
+    if target // 10 != 9 and (masked or target // 10 != 10):
+        return "FlashAttention-4 needs compute capability 9.x, or 10.x without a mask: there its tiles have 256 rows"
+    if training or summed or spec.extra:
+        return "FlashAttention-4 runs flex_attention for inference here, and without the log-sum-exp"
+    if not known or any(not x.args for e in (form.score, form.keep) for x in walk(e) if x.op == "load"):
+        return "FlashAttention-4 takes constant sizes, and tensors with dimensions"
+    if not live or form.low:
+        return "a row may lack a live key, and FlashAttention-4 may skip such a row"
+    if masked and sizes["S"] <= FLEX_TILE:
+        return "FlashAttention-4 needs a list of full tiles, and one tile holds all keys"
+    return None
+
+
 def takes(spec: AttentionSpec, live: bool, sizes: Mapping[str, int], known: bool) -> str | None:
     """Return why the operator is not called for a spec that it expresses, with these sizes, or None. `known`: they are
     constants."""
@@ -125,11 +176,12 @@ def takes(spec: AttentionSpec, live: bool, sizes: Mapping[str, int], known: bool
 @dataclass(frozen=True)
 class Call:
     """One call of the operator, in parts that a rewrite traces into its graph. `gpu`: the operator returns the
-    log-sum-exp and has a backward pass."""
+    log-sum-exp and has a backward pass. `flash`: FlashAttention-4 runs it."""
 
     spec: AttentionSpec
     form: Form
     gpu: bool
+    flash: bool = False
 
     @property
     def dead(self) -> bool:
@@ -149,8 +201,8 @@ class Call:
 
     @property
     def unit(self) -> float:
-        """Return the factor from the operator's log-sum-exp to natural units."""
-        return _unit()
+        """Return the factor from the operator's log-sum-exp to natural units, in which FlashAttention-4 returns it."""
+        return 1.0 if self.flash else _unit()
 
     @staticmethod
     def arguments(tiles: Sequence[Any], lengths: Sequence[Any], mask_mod: Any) -> tuple[Any, ...]:

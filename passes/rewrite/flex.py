@@ -26,6 +26,7 @@ SHARED = "attnfx_shared"  # marks the nodes of a block mask: all sites with the 
 # The partition of the keys for a single query on a CPU, which PyTorch compiles apart if tiles divide it. That kernel
 # loses rows whose scores are far below zero next to a partition without a live key.
 CPU_OPTIONS = {"PARTITION_SIZE": 64}
+FLASH_OPTIONS = {"BACKEND": "FLASH"}
 LARGEST = 1e30  # product of a query and a key that leaves room for the program to multiply it
 
 
@@ -280,7 +281,7 @@ class _Site:
         held = call.arguments([value(n) for n in tiles], [value(n) for n in lengths], _mask)
         score, loaded = self._body("flex_score", call.score(self.known), True)
         mask, masking = self._body("flex_mask", call.mask(self.known), False)
-        own: Any = {} if call.gpu else dict(CPU_OPTIONS)
+        own: Any = dict(FLASH_OPTIONS if call.flash else {} if call.gpu else CPU_OPTIONS)
         options: Any = library._apply_kernel_options(fakes[0], fakes[1], fakes[2], lse, own)
         target, rest = torch.ops.higher_order.flex_attention, (call.form.scale, options)
         listed = (*(stands.get(id(x), x) for x in held[:-1]), mask)

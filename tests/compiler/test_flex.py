@@ -1,6 +1,7 @@
 """Rewrite attention as PyTorch's flex_attention. Without Inductor it runs densely, and block masks are not used."""
 
 import math
+import sys
 from dataclasses import replace
 
 import pytest
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attnfx
 from attnfx import Options
-from attnfx.compiler import pipeline
+from attnfx.compiler import pipeline, tiers
 from attnfx.kernels.flex import tier
 from attnfx.passes.rewrite.flex import SHARED
 from tests.support import assert_kept, assert_right, check, qkv, rand
@@ -305,6 +306,62 @@ def test_a_graph_for_an_absent_gpu_has_the_operator():
     assert (site.decision.tier, site.decision.kernel) == ("flex", "triton")
     (call,) = (n for n in result.gm.graph.nodes if n.target is OPERATOR)
     assert call.args[6]["OUTPUT_LOGSUMEXP"] and [x.device.type for x in call.meta["val"]] == ["cuda"] * 3
+
+
+def hopper(**changes):
+    return replace(attnfx.Target.by_name("h100-sxm"), **{"flash_attention": "FA4", **changes})
+
+
+def kernels(fn, *given, target=None):
+    """Return the kernels of flex_attention that are candidates for a target."""
+    torch._dynamo.reset()
+    (site,) = attnfx.explain(fn, target=target or hopper())(*given).sites
+    return {c.kernel for c in (site.decision, *site.decision.alternatives) if c.tier == "flex"}
+
+
+def bfloat16(*given):
+    return [x.to(torch.bfloat16) if x.is_floating_point() else x for x in given]
+
+
+def unmasked(q, k, v):
+    return torch.tanh(scores(q, k)).softmax(-1) @ v
+
+
+def test_flash_attention_4_is_a_candidate_for_calls_that_it_takes():
+    both, wide = {"triton", "flash-attention-4"}, bfloat16(*qkv(1, 4, 300, d=64))
+    assert kernels(capped, *wide) == both and kernels(documents, *wide, doc(300, 1)) == both
+    b200 = replace(attnfx.Target.by_name("b200"), flash_attention="FA4")
+    assert kernels(unmasked, *wide, target=b200) == both
+    for target in (hopper(flash_attention="FA2"), hopper(flash_attention="FA3"), b200, hopper(capability=89)):
+        assert kernels(capped, *wide, target=target) == {"triton"}
+    assert kernels(capped, *qkv(1, 4, 300, d=64)) == {"triton"}  # float32
+    assert kernels(capped, *bfloat16(*qkv(1, 4, 300, d=80))) == {"triton"}
+    assert kernels(capped, *bfloat16(*qkv(1, 4, 100, d=64))) == {"triton"}  # all keys in one tile
+    assert kernels(hidden, *wide, torch.ones(1, 300, dtype=torch.bool)) == {"triton"}  # a row may be empty
+    assert kernels(capped, *(x.requires_grad_() for x in wide)) == {"triton"}
+
+
+def test_a_call_on_flash_attention_4_asks_for_it(monkeypatch):
+    asked = tiers.flex_on_flash
+    monkeypatch.setattr(tiers, "flex_on_flash", lambda match, sizes, device: asked(match, sizes, device, hopper()))
+    with FakeTensorMode():
+        q = torch.empty(4, 8, 2048, 128, device="cuda", dtype=torch.bfloat16)
+        result = rewritten(lambda q: unmasked(q, q, q), q, target=hopper())
+    (site,) = result.report.sites
+    assert (site.decision.tier, site.decision.kernel) == ("flex", "flash-attention-4")
+    (call,) = (n for n in result.gm.graph.nodes if n.target is OPERATOR)
+    assert call.args[6]["BACKEND"] == "FLASH"
+    (unit,) = (n.args[1] for n in result.gm.graph.nodes if n.target is torch.ops.aten.mul.Tensor and n.args[1] == 1.0)
+    assert unit == 1.0  # its log-sum-exp is natural
+
+
+def test_flash_attention_4_is_looked_for_and_never_imported(monkeypatch):
+    tier.flash_installed.cache_clear()
+    assert not tier.flash_installed() and "flash_attn" not in sys.modules
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name)
+    tier.flash_installed.cache_clear()
+    assert tier.flash_installed()
+    tier.flash_installed.cache_clear()
 
 
 # -- as on a GPU: the operator returns the log-sum-exp and has a backward pass ---------------------------

@@ -65,6 +65,10 @@ def dense(q, k, v, keep):
     return (q @ k.mT * 0.1).masked_fill(keep.logical_not(), torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
+def unmasked(q, k, v):
+    return torch.tanh(q @ k.mT * 0.01).softmax(-1) @ v
+
+
 def grouped(q, k, v):
     return capped(q, *(x.repeat_interleave(4, 1) for x in (k, v)))
 
@@ -74,6 +78,7 @@ def programs():
         return torch.empty(2, h, t, 64, dtype=dtype, device="cuda")
 
     x = heads()
+    yield "unmasked", unmasked, (x, x, x)
     yield "capped", capped, (x, x, x)
     yield "alibi", alibi, (x, x, x, torch.empty(8, dtype=x.dtype, device="cuda"))
     yield "documents", documents, (x, x, x, torch.empty(2, 1024, dtype=torch.int64, device="cuda"))
@@ -151,8 +156,8 @@ def assume(capability):
             function.cache_clear()
 
 
-def sources(gm):
-    """Return Inductor's Triton code for a graph, by kernel."""
+def lowered(gm):
+    """Return Inductor's code for a graph."""
     given = [n.meta["val"] for n in gm.graph.find_nodes(op="placeholder")]
     mode = given[0].fake_mode
     graph = GraphLowering(gm, example_inputs=given, shape_env=mode.shape_env, is_inference=True)
@@ -160,8 +165,26 @@ def sources(gm):
     with context[0], context[1], context[2], context[3], tracing(TracingContext(mode)), torch.no_grad():
         graph.run(*given)
         code = graph.codegen()[0]
-    code = getattr(code, "value", code)
+    return getattr(code, "value", code)
+
+
+def sources(gm):
+    """Return Inductor's Triton code for a graph, by kernel."""
+    code = lowered(gm)
     return dict(re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL))
+
+
+def on_flash(gm):
+    """Return what FlashAttention-4 is given: Inductor's code in CuTe, which only the package itself can compile."""
+    from torch._inductor.kernel.flex import flex_flash_attention as library
+
+    library.ensure_flash_available = lambda: True
+    (call,) = gm.graph.find_nodes(op="call_function", target=OPERATOR)
+    call.args = (*call.args[:6], {**call.args[6], "BACKEND": "FLASH"}, *call.args[7:])
+    gm.recompile()
+    code = lowered(gm)
+    given = ("_flash_attn_fwd(", "def score_mod(", "def mask_mod(", "block_size=(128, 128)")
+    return [text for text in given if text in code]
 
 
 def compiled(name, source, capability, folder):
@@ -199,7 +222,8 @@ def main():
                 made = compiled(kernel, source, capability, folder)
                 matrix = [op for op in ("wgmma.mma_async", "mma.sync") if op in made.asm["ptx"]]
                 found.append(dict(name=name, kernel=kernel, matrix=matrix, shared=made.metadata.shared))
-    print(json.dumps(found))
+    flash = {name: on_flash(call) for name, call in calls.items()} if capability == 90 else {}
+    print(json.dumps([found, flash]))
 
 
 main()
