@@ -184,7 +184,7 @@ def _split(at: Node, asked: Mapping[int, Expr]) -> Made:
     use = Use(at, asked)
     if name in RULES:
         RULES[name](use)
-    elif torch.Tag.pointwise in at.target.tags and not is_random(at.target):
+    elif torch.Tag.pointwise in at.target.tags and not is_random(at.target) and is_tensor(at):
         _pointwise(use)
     elif name in VIEWS:
         _view(use)

@@ -231,6 +231,9 @@ def _diagonal(at: Node, index: Index) -> tuple[Node, Index]:
     return x, tuple(at_[d] if d in at_ else next(rest) for d in range(rank))
 
 
+SPLITTING = ("split", "split_with_sizes", "chunk", "unbind", "tensor_split", "unsafe_split", "unsafe_chunk", "hsplit")
+
+
 @rule(VIEWS, "getitem")
 def _getitem(at: Node, index: Index) -> tuple[Node, Index]:
     """Read an element of split, chunk or unbind as a part of the source."""
@@ -241,16 +244,7 @@ def _getitem(at: Node, index: Index) -> tuple[Node, Index]:
     name = op_name(parent)
     x = source(parent)
     results = value(parent)
-    if name not in (
-        "split",
-        "split_with_sizes",
-        "chunk",
-        "unbind",
-        "tensor_split",
-        "unsafe_split",
-        "unsafe_chunk",
-        "hsplit",
-    ):
+    if name not in SPLITTING:
         raise Opaque
     number %= len(results)  # type: ignore[arg-type]
     if name == "unbind":

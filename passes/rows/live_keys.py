@@ -27,11 +27,12 @@ from attnfx.passes.lift.contraction import contracted, contraction
 from attnfx.passes.lift.lifter import Lifter
 from attnfx.passes.lift.row_rules import NONE, Along, Made, NotSeparable, Use, split
 from attnfx.passes.lift.tables import VIEWS
+from attnfx.passes.lift.views import SPLITTING
 from attnfx.passes.rows.region import Columns, Region
 from attnfx.spec import I, J
 
 SOFTMAXES = ("softmax", "_softmax", "_safe_softmax")
-SAME = (*VIEWS, "to", "_to_copy", "contiguous", "clone", "detach", "alias", "dropout", "neg", "abs", "sqrt", "relu")
+SAME = (*VIEWS, *SPLITTING, "to", "_to_copy", "detach", "neg", "abs", "sqrt", "relu")
 LEAST = ("amax", "logsumexp", "topk")  # reductions that ignore -inf
 
 
@@ -127,7 +128,7 @@ class _Walk:
             return all(x in self.zero for x in n.args)
         if name == "div":  # a divisor of each key may be zero itself
             return n.args[0] in self.zero and n.args[1] not in self.at
-        multiplies = name == "mul" or contraction(n, variables(n)) is not None
+        multiplies = name == "mul" or (is_tensor(n) and contraction(n, variables(n)) is not None)
         return multiplies and any(x in self.zero for x in held)
 
     def _masked(self, x: Node) -> None:

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from attnfx.kernels.rows import run as rows
-from tests.support import check, qkv
+from tests.support import check, qkv, rand
 
 T, S = 40, 56
 
@@ -100,6 +100,40 @@ def least_of_the_past(q, k, v):
 def sorted_past(q, k, v):
     s = scores_of(q, k).masked_fill(~keep_causal(q, k), float("-inf"))
     return s.sort(-1).values.softmax(-1) @ v
+
+
+def pairs(b=2, t=T, s=S):
+    return rand(b, t, 8), rand(b, s, 8), rand(b, s, 8), rand(b, t, s, 2)
+
+
+def weights_of_pairs(q, k, v, e):
+    """Invariant point attention: the weights multiply a vector for each pair too, and parts of it are a bias."""
+    near, far = e.square().unbind(-1)
+    p = (scores_of(q, k) - near - far).masked_fill(~keep_causal(q[None], k[None]), float("-inf")).softmax(-1)
+    return p @ v, torch.einsum("bij,bijc->bic", p, e)
+
+
+def weights_of_pairs_in_parts(q, k, v, e):
+    p = scores_of(q, k).masked_fill(~keep_causal(q[None], k[None]), float("-inf")).softmax(-1)[..., None] * e
+    (x, y), (z, w) = p.unbind(-1), p.chunk(2, -1)
+    return (x - y + (z * w)[..., 0]) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(("fn", "sites"), [(weights_of_pairs, 2), (weights_of_pairs_in_parts, 1)])
+def test_operators_with_several_results_have_live_keys(fn, sites, dynamic, keys_taken):
+    check(fn, *pairs(), sites=sites, dynamic=dynamic)
+    assert keys_taken[0] is not None
+
+
+def test_a_pointwise_function_with_two_results_stays_outside():
+    """`frexp` returns mantissas and exponents; PyTorch tags it as pointwise."""
+
+    def fn(q, k, v):
+        s = scores_of(q, k)
+        return s.softmax(-1).sort(-1).values @ v, torch.frexp(s).mantissa
+
+    check(fn, *inputs(), train=False)
 
 
 ALL_KEYS = [
