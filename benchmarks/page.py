@@ -17,7 +17,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import grid
+import grid_fit
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -243,11 +243,11 @@ def worst_points(points: Sequence[dict[str, Any]], number: int = 3) -> str:
 
     def over_best(point: dict[str, Any]) -> float:
         times = {name: t["min_ms"] for name, t in point["times"].items()}
-        return times[grid.chosen(point)] / min(times.values())
+        return times[grid_fit.chosen(point)] / min(times.values())
 
     named = [
         f"`{p['program']}` ({p['T']} queries, {p['S']} keys, batch {p['B']}, {direction(p['train'])}: "
-        f"{over_best(p):.2f}, {'kept' if grid.chosen(p) == 'kept' else 'rewritten'})"
+        f"{over_best(p):.2f}, {'kept' if grid_fit.chosen(p) == 'kept' else 'rewritten'})"
         for p in sorted(points, key=over_best)[: -number - 1 : -1]
     ]
     return f"The {count(number, 'worst point')} are {listed(named)}, functions of `benchmarks/programs.py`."
@@ -273,12 +273,17 @@ def over_kept(point: dict[str, Any]) -> float:
 
 
 def choices() -> str:
-    fitted, others = stored("grid")["points"], stored("grid_held_out")["points"]
-    halves = grid.out_of_sample(fitted)
+    fitted, others, decode = (stored(name)["points"] for name in ("grid", "grid_held_out", "grid_decode"))
+    halves = grid_fit.out_of_sample(fitted)
     rows = [
-        ["the points that the rates are fitted to", grid.regret(fitted)],
-        ["points of other shapes, to which nothing is fitted", grid.regret(others)],
+        ["the points that the rates are fitted to", grid_fit.regret(fitted)],
+        ["points of other shapes, to which nothing is fitted", grid_fit.regret(others)],
         *(["half of the points, rates fitted to the other half", half] for half in halves),
+        ["decode steps, to which the rates of few queries are fitted", grid_fit.regret(decode)],
+        *(
+            ["half of the decode steps, rates fitted to the other half", half]
+            for half in grid_fit.decode_halves(decode)
+        ),
     ]
     shown = [
         [what, str(r["points"]), *(f"{r[key]:.2f}" for key in ("mean", "p95", "worst", "over_original"))]
@@ -309,8 +314,8 @@ def losses() -> str:
             if some:
                 rows.append([what, direction(train), *(spread(c) if c else "" for c in columns)])
     slower = [p for p in points if over_kept(p) > 1]
-    rewritten = sum(grid.chosen(p) != "kept" for p in slower)
-    worst = grid.regret(points)["over_original"]
+    rewritten = sum(grid_fit.chosen(p) != "kept" for p in slower)
+    worst = grid_fit.regret(points)["over_original"]
     return "\n\n".join([
         "### Where a rewrite does not pay",
         text(f"""The fastest rewrite's time divided by the original's under Inductor, over the points of the same
@@ -583,7 +588,10 @@ def files() -> str:
             "`attention-one-thread.json`, `usual-one-thread.json`",
             "`python benchmarks/run.py attention usual --threads 1`",
         ],
-        ["`grid.json`, `grid_held_out.json`, `grid_flex.json`", "`python benchmarks/grid.py`, `--held-out`, `--flex`"],
+        [
+            "`grid.json`; `grid_held_out.json`, `grid_flex.json`, `grid_decode.json`",
+            "`python benchmarks/grid.py`; with `--grid held_out`, `flex`, `decode`",
+        ],
         ["`choice.json`", "`python benchmarks/choice.py`"],
         ["`rows.json`", "`python benchmarks/rows.py`"],
         ["`plan.json`, `plan_targets.json`", "`python benchmarks/plan.py`, `plan_targets.py`"],

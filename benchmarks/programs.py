@@ -108,6 +108,37 @@ def grouped(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
     return causal(query, key, value, pad)
 
 
+def decoding(spelling: str, cache: str) -> Program:
+    """Create a decode step: new queries (B, H, T, D) against a cache of G key heads.
+
+    A "static" cache has S places, and a mask (B, 1, T, S) that is added to the scores. A "growing" one holds the S - T
+    places before the step; its last argument is the new keys and values, (2, B, G, T, D). `spelling` is how a key head
+    serves the query heads of its group: "interleave" and "expand" repeat it, "broadcast" views the queries as groups.
+    """
+
+    def program(query: Tensor, key: Tensor, value: Tensor, more: Tensor) -> Tensor:
+        if cache == "growing":
+            key, value = torch.cat([key, more[0]], 2), torch.cat([value, more[1]], 2)
+        batch, groups, length, width = key.shape
+        each = query.shape[1] // groups
+        if each > 1 and spelling == "broadcast":
+            query, key, value = query.unflatten(1, (groups, each)), key[:, :, None], value[:, :, None]
+        elif each > 1 and spelling == "interleave":
+            key, value = key.repeat_interleave(each, 1), value.repeat_interleave(each, 1)
+        elif each > 1:
+            key, value = (
+                x[:, :, None].expand(batch, groups, each, length, width).reshape(batch, -1, length, width)
+                for x in (key, value)
+            )
+        weight = torch.matmul(query, key.mT) * width**-0.5
+        if cache == "static":
+            weight = weight + (more if query.ndim == 4 else more[:, :, None])
+        out = torch.matmul(torch.softmax(weight, -1, dtype=torch.float32).to(query.dtype), value)
+        return out if out.ndim == 4 else out.flatten(1, 2)
+
+    return program
+
+
 def dropout(query: Tensor, key: Tensor, value: Tensor, pad: Tensor) -> Tensor:
     weight = torch.softmax(scores(query, key), -1, dtype=torch.float32).to(query.dtype)
     return F.dropout(weight, 0.1, training=True) @ value
@@ -137,7 +168,11 @@ NAMED = (
 
 
 def make(name: str, length: int) -> Program:
-    """Return a program by its function's name. "window:N" has the width N, "window" an eighth of the length."""
+    """Return a program by its function's name. "window:N" has the width N, "window" an eighth of the length.
+    "decoding:SPELLING:CACHE" is a decode step."""
+    if name.startswith("decoding"):
+        _, spelling, cache = name.split(":")
+        return decoding(spelling, cache)
     if name.startswith("window"):
         _, _, width = name.partition(":")
         return window(int(width) if width else max(32, length // 8))

@@ -127,6 +127,7 @@ class _Choosing:
             backends=backends_of(known),
             flex_flash=self.inductor and flex_on_flash(match, place.site.sizes, device, known),
             compiled=self.inductor,
+            single=op_name(match.final) in ("matmul", "bmm") and value(match.final).shape[-2] == 1,
             tiles=tiles,
             refused=refused,
         )

@@ -1,7 +1,8 @@
 """Predict the time of a site on a CPU: for each way to compute it, the sum of its work items times their rates.
 
 The rates are fitted to benchmarks/results/grid.json by `python benchmarks/grid.py --fit`, which prints this file's
-tables (AMD EPYC with 32 MiB of shared cache, one thread's own time). Other processors have other rates, but the ratios
+tables (AMD EPYC with 32 MiB of shared cache, one thread's own time), and for decode steps to grid_decode.json (Intel
+Xeon). Other processors have other rates, but the ratios
 that decide differ less. `attnfx bench --calibrate` corrects them.
 """
 
@@ -24,13 +25,16 @@ class Rates:
     """Nanoseconds of one thread per unit of work (also the type of the amounts of work themselves).
 
     call     per call, counted twice if the call must evaluate a score program
-    operand  per element of query, key, value and output: the first pass through memory
+    operand  per element of query, key, value and output: the first pass through memory; for few queries, which spend
+             most of their time on it, per four bytes
     copied   per such element if the batch is larger than one: in a model's layout, batch and heads do not merge into
-             one axis, so batched products and Inductor's fused calls copy; not for a single query, which is not batched
+             one axis, so batched products and Inductor's fused calls copy. For few queries, per element of two bytes,
+             which some ways convert
     score    per computed score, at any head width
     width    per score and unit of head width: the two contractions
     repeated per element of keys and values that the original copies for each query head of a group, if the copies fit
-             into the shared cache; on an Intel Xeon, 11 decode steps: 0.38 to 0.5, and 2.2 to 2.7 if they do not fit
+             into the shared cache; on an Intel Xeon, 11 decode steps: 0.38 to 0.5, and 2.2 to 2.7 if they do not fit.
+             With a single query, per element that each query head reads again, if a head's keys exceed a core's cache
     spilled  per score that does not fit into the shared cache
     program  per score and operation of the score program beyond a scaled product
     function per score and function of the score program: tanh, exp, ...
@@ -54,23 +58,40 @@ class Rates:
 # Rates of the original under Inductor, of the original if Inductor's own patterns make it a fused call, and of the
 # tiers. FORWARD is the forward pass, TRAINING forward and backward together.
 FORWARD = {
-    # 44 points, mean error 9%
+    # 42 points, mean error 7%
     "inductor": Rates(
-        operand=0.129, copied=0.239, score=1.73, width=0.0408, repeated=0.45, spilled=1.75, program=0.296,
-        function=2.08, narrow=0.0231,
+        call=12500, copied=0.319, score=1.76, width=0.0421, repeated=0.45, spilled=1.64, program=0.303, function=2.09,
+        narrow=0.0241,
     ),
-    # 30 points, mean error 6%
+    # 28 points, mean error 6%
     "fused": Rates(
-        call=20900, operand=0.48, copied=0.7, score=0.483, width=0.0414, repeated=0.45, program=1.74, narrow=0.0487,
+        call=27300, operand=0.464, copied=0.711, score=0.483, width=0.0415, repeated=0.45, program=1.74,
+        narrow=0.0488,
     ),
-    # 71 points, mean error 8%
-    "library": Rates(call=224000, operand=0.576, copied=0.0904, score=0.735, width=0.0424, program=1.24, narrow=0.0483),
-    # 74 points, mean error 14%
-    "chunked": Rates(call=123000, operand=0.818, score=1.7, width=0.0576, program=0.743, function=1.87, narrow=0.0696),
+    # 67 points, mean error 7%
+    "library": Rates(call=285000, operand=0.531, copied=0.107, score=0.701, width=0.0427, program=1.19, narrow=0.0486),
+    # 70 points, mean error 13%
+    "chunked": Rates(call=164000, operand=0.593, score=1.84, width=0.0574, program=0.741, function=1.82, narrow=0.0686),
     # 22 points of grid_flex.json in proportion to the fastest other contender, mean error 11%
-    "flex": Rates(operand=0.958, copied=1.19, width=0.143, function=4.57, narrow=0.0774),
+    "flex": Rates(operand=1.02, copied=1.13, width=0.142, function=4.66, narrow=0.0766),
     # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=400000, score=2.5, width=0.02),
+}  # fmt: skip
+# Rates of a forward pass with at most FEW queries, fitted to grid_decode.json (an Intel Xeon). "single" is the original
+# with one query a head: Inductor computes its products as sums, which read through the repetition of keys.
+DECODING = {
+    # 38 points, mean error 23%
+    "single": Rates(call=7030, operand=0.201, copied=0.094, score=2.92, width=0.0692, repeated=0.218, narrow=0.119),
+    # 65 points, mean error 31%
+    "library": Rates(call=50400, operand=0.278, copied=0.381, score=0.478, width=0.096, narrow=0.0347),
+    # 63 points, mean error 27%
+    "chunked": Rates(call=96900, operand=0.214, copied=1.08, width=0.102, narrow=0.0759),
+    # 67 points, mean error 33%
+    "flex": Rates(operand=0.311, copied=0.286, score=5.04, width=0.0921, narrow=0.0509),
+    # 12 points, mean error 7%
+    "inductor": Rates(call=229000, copied=0.932, score=1.19, width=0.0773, repeated=0.38),
+    # 15 points, mean error 25%
+    "fused": Rates(call=79700, operand=0.51, repeated=0.367),
 }  # fmt: skip
 TRAINING = {
     # 29 points, mean error 5%
@@ -92,7 +113,9 @@ TRAINING = {
 }  # fmt: skip
 
 CAUSAL, ZERO = A.ge(I, J), A.const(0.0)
-SHARED_CACHE = 32 << 20  # bytes
+FEW = 16  # most queries of a decode step
+COPIES = ("inductor", "fused")  # the ways of the original, which copies repeated keys and values
+SHARED_CACHE, OWN_CACHE = 32 << 20, 1 << 20  # bytes; of all cores, and of one
 COLD = 4.0  # further time of a repeated element beyond the shared cache, in its time within
 BLOCK = 256  # queries in a block of kernels/library/cpu.py; kernels/chunked/blocks.py cuts some blocks in two
 KEYS = 512  # keys that PyTorch's operator computes at a time: with is_causal it skips whole groups of this size
@@ -107,14 +130,17 @@ def work(ask: Question, way: str) -> Rates:
     dims, scores = ask.dims, ask.scores
     width = (dims["D"] + dims["Dv"]) / 2
     operand = dims["B"] * (dims["H"] * dims["T"] + dims["G"] * dims["S"]) * (dims["D"] + dims["Dv"])
-    copied = operand if dims["B"] > 1 and dims["T"] > 1 else 0.0
+    copied = operand * (ask.element == 2 if few(ask) else dims["B"] > 1 and dims["T"] > 1)
     repeated, spilled, computed = 0.0, 0.0, float(scores)
     operations = _operations(ask.spec.score)
-    if way in ("inductor", "fused") and dims["H"] > dims["G"] and not ask.native:
+    if way in COPIES and dims["H"] > dims["G"] and not ask.native:
         repeated = float(dims["B"] * dims["H"] * dims["S"] * (dims["D"] + dims["Dv"]))
-        repeated *= 1.0 + COLD * _beyond_cache(repeated * ask.element)
+        repeated *= 1.0 + COLD * _beyond(SHARED_CACHE, repeated * ask.element)
+    elif way == "single":
+        again = scores - dims["B"] * dims["G"] * dims["S"]
+        repeated = again * 2.0 * width * _beyond(OWN_CACHE, dims["S"] * width * ask.element)
     if way == "inductor":  # scores and weights are alive at the same time
-        spilled = scores * _beyond_cache(2.0 * scores * ask.element)
+        spilled = scores * _beyond(SHARED_CACHE, 2.0 * scores * ask.element)
     elif way == "flex":
         computed = scores * min(ask.tiles, _visited(ask.spec, tuple(ask.dims.items())))
         if fill_of(ask.spec.score) is not None:  # the mask is evaluated in a few tiles
@@ -129,21 +155,28 @@ def work(ask: Question, way: str) -> Rates:
     draws = computed if ask.spec.random else 0.0
     two_bytes = ask.element == 2
     calls = 2.0 if operations and way in ("library", "chunked") else 1.0
+    products = computed * width
     return Rates(
-        call=calls, operand=operand, copied=copied, score=computed, repeated=repeated,
-        width=0.0 if two_bytes else computed * width, spilled=spilled, program=computed * operations,
-        function=functions, draw=draws, narrow=computed * width * two_bytes,
+        call=calls, operand=operand * ask.element / 4 if few(ask) else operand, copied=copied, score=computed,
+        repeated=repeated, width=0.0 if two_bytes else products, spilled=spilled, program=computed * operations,
+        function=functions, draw=draws, narrow=products * two_bytes,
     )  # fmt: skip
 
 
-def _beyond_cache(size: float) -> float:
-    """Return the share of `size` bytes that does not stay in the shared cache."""
-    return min(1.0, max(0.0, size / SHARED_CACHE - 1.0))
+def _beyond(cache: int, size: float) -> float:
+    """Return the share of `size` bytes that does not stay in a cache."""
+    return min(1.0, max(0.0, size / cache - 1.0))
+
+
+def few(ask: Question) -> bool:
+    """Return whether a site is a decode step, of which the keys' way through memory takes most of the time."""
+    return not ask.training and ask.dims["T"] <= FEW
 
 
 def time(ask: Question, way: str, threads: int) -> float:
     """Predict the ms of a call, or of a training step if a backward pass follows."""
-    rate, todo = (TRAINING if ask.training else FORWARD)[way], work(ask, way)
+    table = TRAINING if ask.training else DECODING if few(ask) and way in DECODING else FORWARD
+    rate, todo = table[way], work(ask, way)
     shared = sum(getattr(todo, name) * getattr(rate, name) for name in vars(rate) if name != "call")
     return (shared / threads + todo.call * rate.call) / 1e6
 
@@ -182,8 +215,10 @@ def _kept(ask: Question, threads: int, others: list[Candidate]) -> Candidate:
     fused = time(ask, "fused", threads)
     if ask.native:
         return Candidate("kept", "aten", fused, 0)
-    ms = time(ask, "inductor", threads)
-    if _may_be_known(ask.spec) and all(c.predicted_ms > ALIKE * fused for c in others):
+    ms = time(ask, "single" if few(ask) and (ask.single or ask.dims["T"] == 1) else "inductor", threads)
+    if few(ask):
+        ms = fused if ask.dims["H"] > ask.dims["G"] and _unmasked(ask.spec) else ms
+    elif _may_be_known(ask.spec) and all(c.predicted_ms > ALIKE * fused for c in others):
         ms = min(ms, fused)
     return Candidate("kept", "inductor", ms, 2 * ask.scores * ask.element)
 
@@ -193,6 +228,13 @@ def _may_be_known(spec: AttentionSpec) -> bool:
     """Return whether Inductor matches some spelling of the site: a softmax of scaled products with an optional bias."""
     plain = spec.normaliser == "softmax" and spec.weight is A.PROB and not (spec.random or spec.extra)
     return plain and spec.score.op != "where" and additive(spec.score) is not None
+
+
+@lru_cache(maxsize=1024)
+def _unmasked(spec: AttentionSpec) -> bool:
+    """Return whether a site lacks bias and mask: Inductor matches nearly all of its spellings."""
+    found = additive(spec.score)
+    return _may_be_known(spec) and found is not None and found[1] is ZERO and found[2] is None
 
 
 @lru_cache(maxsize=1024)

@@ -23,6 +23,8 @@ class Question:
     backends      the kernels of PyTorch's fused operator on a GPU
     flex_flash    whether FlashAttention-4 can run flex_attention for it
     compiled      whether Inductor compiles the rewritten graph
+    single        whether the original multiplies a single query with the keys at a time, as a decode step does. The
+                  queries of a group of heads may still be the rows of the site
     tiles         share of the tiles of flex_attention that the values of a mask in tensors leave, at the first call
     refused       the reason for each tier that cannot run the site
     """
@@ -38,6 +40,7 @@ class Question:
     backends: Backends = USUAL
     flex_flash: bool = False
     compiled: bool = True
+    single: bool = False
     tiles: float = 1.0
     refused: Mapping[str, str] = field(default_factory=dict)
 

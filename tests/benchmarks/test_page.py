@@ -15,7 +15,7 @@ def benchmark():
     sys.path.insert(0, folder)
     yield importlib.import_module
     sys.path.remove(folder)
-    for name in ("grid", "page", "picture"):
+    for name in ("grid_fit", "page", "picture"):
         if name not in before:
             sys.modules.pop(name, None)
 
