@@ -33,6 +33,20 @@ def decoder(kind: str, layers: int, length: int, how: dict[str, Any], heads: int
     return getattr(transformers, f"{kind}Model")(config), {"input_ids": tokens(1, length)}
 
 
+def generator(kind: str, layers: int, length: int, implementation: str = "eager") -> nn.Module:
+    """Build a Llama, Qwen2 or Mistral with a language model's head, 8 heads of width 64 and 2 pairs of keys and values.
+    A Mistral attends to the last `length` tokens."""
+    import transformers
+
+    window = {"sliding_window": length} if kind == "Mistral" else {}
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=512, num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=2, vocab_size=8192,
+        intermediate_size=1376, max_position_embeddings=2 * length, attn_implementation=implementation,
+        eos_token_id=None, pad_token_id=0, **window,
+    )  # fmt: skip
+    return getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+
+
 class Chunked(nn.Module):
     """A layer of a ViT-B whose attention is a loop over chunks of queries; with `chunk` 0, of all queries at once."""
 

@@ -198,6 +198,31 @@ def models() -> str:
     ])  # fmt: skip
 
 
+def generation() -> str:
+    file = stored("generate-one-thread")
+    names = contenders(file["rows"])
+    rows = []
+    for row in file["rows"]:
+        name, layers, _, tokens = row["job"]["model"]
+
+        def speed(ms: float, tokens: int = tokens) -> str:
+            return f"{tokens / ms * 1e3:.0f}"
+
+        kept = f"{row['rewritten']} of {row['sites']}"
+        rows.append([f"{name} shape, {layers} layers", row["job"]["cache"], kept, *compared(row, names, speed)])
+    _, _, length, tokens = file["rows"][0]["job"]["model"]
+    same = sum(all(row["same_tokens"].values()) for row in file["rows"])
+    return "\n\n".join([
+        "## Generation",
+        text(f"""Tokens a second of `generate()` of transformers: {tokens} tokens after {length} in the cache, batch 1,
+            {count(file['threads'], 'thread')}, hidden size 512, 8 heads with 2 pairs of keys and values. The Mistral
+            shape has a window of {length} tokens. In {same} of {len(file['rows'])} rows all contenders return eager's
+            tokens. Numbers in parentheses compare the times of a token. Other programs ran at the same time: the load was
+            {file['machine']['load_at_start']:.1f}."""),
+        table(["model", "cache", "sites", *(LABELS[name] for name in names)], rows),
+    ])  # fmt: skip
+
+
 def usual() -> str:
     file = stored("usual-one-thread")
     parts = [amounts(r)["attnfx"] / amounts(r)["inductor"] for r in file["rows"]]
@@ -585,8 +610,8 @@ def files() -> str:
     rows = [
         ["`attention.json`, `models.json`, `memory.json`, `compile.json`", "`make bench`"],
         [
-            "`attention-one-thread.json`, `usual-one-thread.json`",
-            "`python benchmarks/run.py attention usual --threads 1`",
+            "`attention-one-thread.json`, `usual-one-thread.json`, `generate-one-thread.json`",
+            "`python benchmarks/run.py attention usual generate --threads 1`",
         ],
         [
             "`grid.json`; `grid_held_out.json`, `grid_flex.json`, `grid_decode.json`",
@@ -603,8 +628,8 @@ def files() -> str:
 
 
 SECTIONS = (
-    introduction, method, attention, models, usual, memory, compile_time, choices, losses, choice_time, whole_rows,
-    plans, plan_limits, budgets, published, machine_code, files,
+    introduction, method, attention, models, generation, usual, memory, compile_time, choices, losses, choice_time,
+    whole_rows, plans, plan_limits, budgets, published, machine_code, files,
 )  # fmt: skip
 
 

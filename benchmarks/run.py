@@ -6,6 +6,7 @@ models      Llama and Mistral shapes at 4096 tokens: eager, Inductor, Inductor o
 usual       BERT, GPT-2, T5, Swin and ViT at their usual sizes against Inductor: never slower
 memory      the peak of a training step of a ViT and of the Llama and Mistral shapes; contenders as for models
 compile     attnfx's share of a cold compile, and its growth with the number of layers
+generate    `generate()` of Llama, Qwen2 and Mistral shapes with grouped heads, 4096 tokens in the cache
 
 All contenders of a time ratio run in turn in one process, and the ratio compares their shortest times.
 """
@@ -67,6 +68,12 @@ def compiling(name: str, layers: int, inner: str, limits: dict[str, float]) -> R
     return Row(f"{name}, {layers} layers, {inner}", job, limits)
 
 
+def generating(name: str, cache: str) -> Row:
+    job = {"kind": "generate", "model": [name, 4, 4096, 64], "cache": cache, "train": False}
+    job |= {"contenders": ["inductor", "sdpa", "attnfx"], "seconds": 5}
+    return Row(f"{name}, 4 layers, 64 tokens after 4096, {cache} cache", job, {"inductor": 0.333, "sdpa": 1.0})
+
+
 # name, layers, tokens or pixels, batch
 USUAL = [
     ("bert", 2, 128, 8),
@@ -96,6 +103,7 @@ GROUPS = {
         *(compiling(name, 12, "inductor", {"whole": 0.03}) for name in ("gpt2", "bert", "llama")),
         *(compiling("gpt2", layers, "eager", {}) for layers in (12, 24, 48)),
     ],
+    "generate": [generating(name, cache) for name in ("Llama", "Qwen2", "Mistral") for cache in ("dynamic", "static")],
 }
 
 

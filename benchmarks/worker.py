@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from measure import give_back_freed_memory, interleaved, peak_over_base
-from models import build
+from models import build, generator
 from programs import fused, make
 from torch import Tensor, nn
 
@@ -91,6 +91,49 @@ def model(job: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def filled(model: nn.Module, kind: str, length: int, tokens: int) -> Callable[[], Any]:
+    """Return a function that makes a dynamic or static cache of `length` tokens, with space for `tokens` more."""
+    import transformers
+
+    config: Any = model.config
+    shape = (1, config.num_key_value_heads, length, config.hidden_size // config.num_attention_heads)
+    states = [(torch.randn(shape), torch.randn(shape)) for _ in range(config.num_hidden_layers)]
+
+    def make() -> Any:
+        cache: Any = transformers.DynamicCache(config=config)
+        if kind == "static":
+            cache = transformers.StaticCache(config=config, max_cache_len=length + tokens)
+        for layer, (key, value) in enumerate(states):
+            cache.update(key, value, layer)
+        return cache
+
+    return make
+
+
+def generate(job: dict[str, Any]) -> dict[str, Any]:
+    """Measure `generate()` of transformers from a cache of `length` tokens. Each contender compiles the model's
+    `forward`; `same_tokens` compares with the model as it is. "sdpa" as in `model`."""
+    name, layers, length, tokens = job["model"]
+    torch.manual_seed(0)
+    eager = generator(name, layers, length)
+    make = filled(eager, job["cache"], length, tokens)
+    prompt = torch.randint(1, 8192, (1, length + 1))
+
+    def run(own: Any) -> Tensor:
+        out = own.generate(prompt, past_key_values=make(), max_new_tokens=tokens, do_sample=False)
+        return out[0, length + 1 :]
+
+    expected, runs = run(eager), {}
+    for contender in job["contenders"]:
+        own: Any = generator(name, layers, length, "sdpa" if contender == "sdpa" else "eager")
+        own.load_state_dict(eager.state_dict())
+        own.forward = torch.compile(own.forward, backend="inductor" if contender == "sdpa" else contender)
+        runs[contender] = partial(run, own)
+    same = {contender: run().equal(expected) for contender, run in runs.items()}
+    times = interleaved(runs, job["seconds"], least=3, clock=clock(job["threads"]))
+    return {"times": times, "same_tokens": same, **rewritten()}
+
+
 def rewritten() -> dict[str, int]:
     """Count the attention sites of the graphs compiled so far, and those that were rewritten."""
     import attnfx
@@ -155,7 +198,7 @@ def main() -> None:
     job = json.loads(sys.argv[1])
     logging.disable(logging.WARNING)
     torch.set_num_threads(job["threads"])
-    kinds = {"attention": attention, "model": model, "memory": memory, "compile": compile_time}
+    kinds = {"attention": attention, "model": model, "memory": memory, "compile": compile_time, "generate": generate}
     print(json.dumps(kinds[job["kind"]](job)))
 
 
