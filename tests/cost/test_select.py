@@ -70,14 +70,16 @@ def test_a_cpu_gets_the_library_for_long_causal_rows_and_keeps_short_ones():
 
 
 def test_repeating_keys_for_grouped_heads_costs_the_original_their_copies():
-    """Measured on a CPU, one query of 32 heads on 4096 keys of 8 heads, width 128: Inductor took 84 ms on repeated keys
-    and values, the library tier 8 ms. Written with the queries in groups, Inductor took 2 ms."""
+    """Measured on a CPU, one query of 32 heads on 4096 keys of 8 heads, width 128: Inductor took 73 ms on repeated keys
+    and values, the rewrites 8 to 12 ms. Under a mask it computes sums, which read through the repetition: 6 to 9 ms,
+    the rewrites 3 to 7. PyTorch's own call took 7 ms."""
 
     def step(heads, queries, **fields):
         question = ask(device="cpu", **fields)
         return replace(question, dims=dict(B=1, H=heads, G=8, T=queries, S=4096, D=128, Dv=128))
 
-    assert select(step(32, 1), Options()).tier == "library"
+    assert select(step(32, 1), Options()).tier == "chunked"
+    assert select(step(32, 4), Options()).tier in ("chunked", "library")
     assert select(step(8, 4), Options()).tier == "kept"
     assert select(step(32, 1, native=True), Options()).tier == "kept"
 
