@@ -29,7 +29,7 @@ def test_the_functions_of_a_call_compile_in_triton_for_an_absent_gpu(capability)
         assert row["shared"] <= SHARED[capability], row
         wide = capability == 90 and row["name"] != "decode"
         assert row["matrix"] == ["wgmma.mma_async" if wide else "mma.sync"], row
-    # Inductor writes the same functions for FlashAttention-4, without a block mask where the call lacks a mask, as 10.x needs
+    # Inductor writes the same functions for FlashAttention-4; a call without a mask gets none, which 10.x requires
     masked = ["_flash_attn_fwd(", "def score_mod(", "def mask_mod(", "block_size=(128, 128)"]
     assert set(flash) == (PROGRAMS if capability == 90 else set())
     plain = ("unmasked", "dense")  # dense: rows without a live key average the values, so the score holds the mask
