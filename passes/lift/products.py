@@ -64,9 +64,10 @@ def _multiplied(n: Node) -> tuple[Node, ...]:
     if n.op != "call_function" or op_name(n) not in (*PRODUCTS, "linear") or not is_tensor(n):
         return ()
     try:
-        return einsum(n if op_name(n) == "linear" else Product(n)).operands
+        operands = einsum(n if op_name(n) == "linear" else Product(n)).operands
     except Opaque:
         return ()
+    return operands if len(operands) > 1 else ()
 
 
 def meeting(n: Node) -> bool:
@@ -127,9 +128,16 @@ def comes_from(at: Node, wanted: Callable[[Node], bool]) -> bool:
 
 
 def of_softmax(x: Node) -> bool:
-    """Return whether a value comes closely from a softmax, through elementwise operators and views."""
-    before = chain(x, lambda n: op_name(n) in POINTWISE or op_name(n) in VIEWS)
-    return any("softmax" in op_name(n) for n in islice(before, NEAR))
+    return any("softmax" in op_name(n) for n in _edited(x))
+
+
+def of_scores(x: Node) -> bool:
+    return any(batched(n) or "softmax" in op_name(n) for n in _edited(x))
+
+
+def _edited(x: Node) -> Iterator[Node]:
+    """Yield the values that a value comes closely from, through elementwise operators and views."""
+    return islice(chain(x, lambda n: op_name(n) in POINTWISE or op_name(n) in VIEWS), NEAR)
 
 
 def of_products(found: list[Node]) -> bool:

@@ -48,7 +48,7 @@ from attnfx.passes.lift.contraction import factors
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter, broadcast
-from attnfx.passes.lift.products import batched, of_softmax, reaches_softmax, skip
+from attnfx.passes.lift.products import batched, of_scores, of_softmax, reaches_softmax, skip
 from attnfx.passes.lift.tables import VIEWS, Index
 
 aten = torch.ops.aten
@@ -144,9 +144,11 @@ def _flattened(graph: Graph, n: Node) -> Node | None:
     if not (reaches_softmax(n) or any(map(of_softmax, found.operands))):
         return None
     terms = [*found.terms, found.out]
-    groups = dict.fromkeys(c for term in terms for c in _runs(term, terms) if len(c) > 1)
-    if not groups:
-        return None
+    groups = {run for term in terms for run in _runs(term, terms) if len(run) > 1}
+    summed = any(run not in found.out for run in groups)
+    mixed = any(run in term for run in groups for x, term in zip(found.operands, terms) if of_scores(x))
+    if not groups or (mixed and not summed):
+        return None  # the rows and the keys of scores, whose heads the product mixes, stay apart
     sizes_of = [dict(zip(term, dims(x), strict=True)) for x, term in zip((*found.operands, n), terms, strict=True)]
     if any(size[c] is not other[c] for size, other in combinations(sizes_of, 2) for c in size if c in other):
         return None  # a dimension of size 1 is broadcast
