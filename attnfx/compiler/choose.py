@@ -208,7 +208,7 @@ class _Choosing:
         if site.spec is None:
             lengths = {"T": region.extent, "S": region.columns}
             site.dims = {k: int(n.value) if n.op == "const" else str(n) for k, n in lengths.items()}  # type: ignore[call-overload]
-        length = number(held.shape[region.rows[region.final]])
+        length = number(region.length)
         training = torch.is_grad_enabled() and region.final in self.found.graph.facts.differentiable
         target = target_of(self.options, held.device)
         live = 1.0

@@ -32,8 +32,9 @@ _BUG = "any form: this is a bug in attnfx"
 _SITES = {
     "softmax_dim": Code(
         "The softmax does not run over the keys",
-        "The softmax normalizes over another dimension: the queries (as slot attention does), the heads, or all "
-        "query-key pairs. Weights that are transposed after the softmax count as normalized over the queries.",
+        "The softmax normalizes over another dimension: the heads, or all query-key pairs. Weights that are normalized "
+        "over the queries, as in slot attention, or transposed after the softmax, are rewritten only as whole rows of "
+        "keys.",
         _PLAIN,
         "If the keys were meant, use `dim=-1` on scores shaped (..., queries, keys), and do not transpose the weights.",
     ),

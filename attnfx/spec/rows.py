@@ -42,11 +42,17 @@ class Call:
 
 @dataclass(frozen=True)
 class Result:
-    """A result of the program. `row` is the dimension of its rows. `shape` is the shape of the whole result: integers,
-    and Ref of a size or the rows. `order` lists its dimensions by stride, the largest first; empty for contiguous."""
+    """A result of the program.
+
+    value  its number
+    row    the dimension of its rows; None if it is a sum over all rows
+    shape  the shape of the whole result: integers, and Ref of a size or the rows
+    dtype  its dtype
+    order  its dimensions by stride, the largest first; empty for contiguous
+    """
 
     value: int
-    row: int
+    row: int | None
     shape: tuple[int | Ref, ...]
     dtype: str
     order: tuple[int, ...] = ()
@@ -109,7 +115,7 @@ class RowProgram:
         for n, c in enumerate(self.calls, first):
             shown = [_text(a) for a in c.args] + [f"{k}={_text(v)}" for k, v in c.kwargs]
             lines.append(f"v{n} = {c.op}({', '.join(shown)})")
-        return "\n".join(lines + [f"return v{r.value} along {r.row}" for r in self.results])
+        return "\n".join(lines + [_returned(r) for r in self.results])
 
 
 @lru_cache(maxsize=512)
@@ -138,6 +144,10 @@ def _made(x: Any) -> Any:
         ((kind, what),) = x.items()
         return Ref(kind, what)
     return tuple(_made(a) for a in x) if isinstance(x, list) else x
+
+
+def _returned(r: Result) -> str:
+    return f"return v{r.value}, summed up" if r.row is None else f"return v{r.value} along {r.row}"
 
 
 def _text(x: Any) -> str:

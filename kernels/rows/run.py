@@ -3,7 +3,8 @@
 Each chunk runs the program's own ATen calls on a range of rows. It computes the same values as eager, bit for bit if
 the operators round rows alike. Alternatively, the calls are compiled into one body (`kernels/rows/compiled_body.py`).
 The backward pass recomputes each chunk with the forward pass's dropout, under autograd or in one body with the
-derivative. It accumulates the gradients of inputs that all chunks read in float32 or float64.
+derivative. Sums over all chunks, which some results and the gradients of whole inputs are, are accumulated in float32
+or float64.
 """
 
 from __future__ import annotations
@@ -148,12 +149,13 @@ def _recorded() -> Iterator[None]:
 
 def forward(call: RowCall) -> list[Tensor]:
     """Compute the whole results."""
-    run, outs = Runner(call), call.outputs()
+    run, outs, results = Runner(call), call.outputs(), call.program.results
+    sums = [torch.zeros_like(x, dtype=_wide(x.dtype)) if r.row is None else x for x, r in zip(outs, results)]
     with without_autocast(), torch.no_grad():
         for chunk in run.chunks():
-            for out, part, r in zip(outs, run.compute(chunk), call.program.results):
-                chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
-    return outs
+            for out, part, r in zip(sums, run.compute(chunk), results):
+                out.add_(part) if r.row is None else chunk.of(out, r.row).copy_(part)  # type: ignore[arg-type]
+    return [x.to(out.dtype) for x, out in zip(sums, outs)]
 
 
 def backward(call: RowCall, grads: Sequence[Tensor | None]) -> list[Tensor]:

@@ -4,7 +4,8 @@
 size `extent`. In the call, an operand is `Along(node, dim)` if the same rows of it are enough. It is the node itself if
 it lacks these rows and every row reads all of it. `split` raises `NotSeparable` if the operator mixes rows, changes
 their order, or is unknown. With `keys`, another dimension and its size, the call computes some rows at some keys, and
-an operand may be `Along(node, dim, keys)`.
+an operand may be `Along(node, dim, keys)`. With NONE as the row, the operator sums over the rows: the call computes
+the part of some rows.
 
 A rule tells where each dimension of the result lies in the operands. Operators that PyTorch tags as pointwise, and
 operators with an index map in VIEWS, need no rule. Operators without either are not known to keep rows separate.
@@ -181,6 +182,9 @@ def _split(at: Node, asked: Mapping[int, Expr]) -> Made:
         raise NotSeparable(f"{label(at)} is not known to keep rows separate")
     if written_operands(at):
         raise NotSeparable(f"{name} writes in place")
+    sums = name in (*MULTIPLYING, "sum") or (name == "linalg_vector_norm" and at.args[1:2] == (1,))
+    if NONE in asked and not sums:
+        raise NotSeparable(f"{name} does not sum over the rows")
     use = Use(at, asked)
     if name in RULES:
         RULES[name](use)
@@ -255,6 +259,11 @@ def _reduces(use: Use) -> None:
     if use.op in ("max.other", "min.other"):
         return _pointwise(use)
     gone = use.named()
+    if NONE in use.asked:
+        if len(gone) != 1:
+            raise use.refuse("sums over other dimensions than the rows")
+        use.given["self"] = use.read(use["self"], {NONE: gone[0]})
+        return None
     use.apart(gone, gone if use["keepdim"] else ())
 
 
@@ -313,12 +322,18 @@ def _triangle(use: Use) -> None:
 def _product(use: Use) -> None:
     given = [name for name, x in use.given.items() if is_tensor(x)]
     try:
-        product = of_matrices([use[x] for x in given], True) if "cdist" in use.op else einsum(Product(use.at))
+        slot = use.at if NONE in use.asked else Product(use.at)  # an added tensor is not a sum over rows
+        product = of_matrices([use[x] for x in given], True) if "cdist" in use.op else einsum(slot)
     except Opaque:
         raise use.refuse("does not name each dimension once") from None
-    out = product.out
+    places = {c: d for d, c in enumerate(product.out)}
+    if NONE in use.asked:
+        summed = {c for term in product.terms for c in term if c not in places}
+        if len(summed) != 1:
+            raise use.refuse("sums over other dimensions than the rows")
+        places[summed.pop()] = NONE
     read = [
-        use.read(x, {out.index(c): d for d, c in enumerate(term) if c in out})
+        use.read(x, {places[c]: d for d, c in enumerate(term) if c in places})
         for x, term in zip(product.operands, product.terms)
     ]
     if "tensors" in use.given:

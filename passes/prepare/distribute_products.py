@@ -2,12 +2,14 @@
 
     sum(q[.., None, :] * k[.., None, :, :], -1)   becomes   an einsum, also if k has a vector for each pair of rows
     einsum(.., x, y, z)                           becomes   einsums of two operands
+    (w / w.sum(-1, keepdim=True)) @ v             becomes   (w @ v) / w.sum(-1, keepdim=True)
     einsum("bnhxy,bxyhc->bnhc", w, v)             becomes   einsum("bnhx,bxhc->bnhc", w.flatten(3), v.flatten(1, 2))
     linear(cat([q[:, :, None].expand(..), k[:, None].expand(..)], -1), w)
                                                   becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
     q @ table[g(i, j)].mT                         becomes   (q @ table.mT)[.., g(i, j)]
 
-Each other left side has an operand with a vector for each pair of rows. The operands are lifted, up to the tensors that
+The third holds for weights of a softmax over another dimension than the sum: a chunk of keys has no sum yet. Each other
+left side has an operand with a vector for each pair of rows. The operands are lifted, up to the tensors that
 they are spread from. If their product is a product of loads, for each part of a concatenation, then the same loads are
 multiplied before they are spread. Narrow dtypes are widened where a sum or another product follows, so that the result
 is rounded once. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
@@ -15,7 +17,7 @@ is rounded once. Needs `meta["val"]`; changes the graph in place; promises the s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import combinations, pairwise
 from math import prod
@@ -28,13 +30,15 @@ from attnfx.ir import algebra as A
 from attnfx.ir.algebra import rebuild, substitute
 from attnfx.ir.expr import INT, Expr, walk
 from attnfx.ir.reach import reach
-from attnfx.passes.fx.analysis import Facts
+from attnfx.passes.fx.analysis import Facts, written
 from attnfx.passes.fx.einsum import MULTIPLYING, einsum
 from attnfx.passes.fx.nodes import (
     CATS,
+    PRODUCTS,
     Opaque,
     Product,
     argument,
+    axis,
     dims,
     is_tensor,
     number,
@@ -43,13 +47,14 @@ from attnfx.passes.fx.nodes import (
     take_place,
     value,
 )
-from attnfx.passes.lift.access import EXPANSIONS, Operand, free, radix, variables
-from attnfx.passes.lift.contraction import factors
+from attnfx.passes.lift.access import EXPANSIONS, Access, Operand, free, radix, variables
+from attnfx.passes.lift.contraction import contraction, factors
 from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter, broadcast
+from attnfx.passes.lift.parts import product
 from attnfx.passes.lift.products import batched, of_scores, of_softmax, reaches_softmax, skip
-from attnfx.passes.lift.tables import VIEWS, Index
+from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
 
 aten = torch.ops.aten
 LOOKUPS = ("index", "_unsafe_index", "embedding", "index_select")
@@ -59,20 +64,22 @@ Factors = list[tuple[Node, Index]]
 
 def run(graph: Graph) -> int:
     """Distribute each product with such an operand; return how many were distributed."""
-    changed = 0
-    for n in list(graph.gm.graph.nodes):
-        if op_name(n) in (*MULTIPLYING, "sum") and is_tensor(n) and value(n).is_floating_point():
-            for how in (partial(_distributed, lookups=True), partial(_distributed, lookups=False), _flattened):
-                try:
-                    made = how(graph, n)
-                except (Opaque, CannotEmit):
-                    continue
-                if made is not None:
-                    take_place(like(graph.emitter(n), made, n), n)
-                    graph.grew()
-                    changed += 1
-                    break
-    return changed
+    ways = partial(_distributed, lookups=True), partial(_distributed, lookups=False), _flattened, _divided
+    products = (n for n in list(graph.gm.graph.nodes) if op_name(n) in (*MULTIPLYING, "sum") and is_tensor(n))
+    return sum(_changed(graph, n, ways) for n in products if value(n).is_floating_point())
+
+
+def _changed(graph: Graph, n: Node, ways: Sequence[Callable[[Graph, Node], Node | None]]) -> bool:
+    for how in ways:
+        try:
+            made = how(graph, n)
+        except (Opaque, CannotEmit):
+            continue
+        if made is not None:
+            take_place(like(graph.emitter(n), made, n), n)
+            graph.grew()
+            return True
+    return False
 
 
 def _distributed(graph: Graph, n: Node, lookups: bool) -> Node | None:
@@ -171,6 +178,45 @@ def _runs(term: str, terms: Sequence[str]) -> list[str]:
         else:
             runs.append(other)
     return runs
+
+
+# -- weights that are divided by their sums -------------------------------------------------------
+def _divided(graph: Graph, n: Node) -> Node | None:
+    """Emit the division of weights after their product with the values, if one divisor holds for all summed weights,
+    which are a softmax over another dimension."""
+    facts, out = graph.facts, variables(n)
+    found = contraction(n, out) if op_name(n) in PRODUCTS else None
+    for c in (found, found.turned) if found is not None else ():
+        x, index = c.left, c.left_index
+        while op_name(x) in VIEWS:
+            x, index = VIEWS[op_name(x)](x, index)
+        if op_name(x) not in ("div", "true_divide") or len(x.args) != 2 or not all(map(is_tensor, x.args)):
+            continue
+        weights, divisor = x.args[0], skip(x.args[1], ("expand", "expand_as", "broadcast_to"))  # type: ignore[arg-type]
+        at = broadcast(divisor, index)  # type: ignore[arg-type]
+        if dims(weights) != dims(x) or c.reduced.value in free(at) or not _over_another(weights, index, c.reduced):  # type: ignore[arg-type]
+            continue
+        if written(facts, [x, n]) or facts.regions[x] != facts.regions[n] or facts.casts(n):
+            continue
+        if len({value(y).dtype for y in (n, x, weights, divisor)}) > 1 or value(n).dtype == torch.float16:
+            continue  # the sum of the weights before the division may exceed its range
+        emit, sides = graph.emitter(n), [[Access(weights, index)], [Access(c.right, c.right_index)]]  # type: ignore[arg-type]
+        made = product(emit, sides, [c.reduced], c.reduced, c.reduced, out)
+        return emit.call(aten.div.Tensor, made, emit.operand(Operand(divisor, at), list(out)))  # type: ignore[arg-type]
+    return None
+
+
+def _over_another(x: Node, index: Index, summed: Expr) -> bool:
+    """Return whether a value comes from a softmax over another dimension than a variable of its index."""
+    while "softmax" not in op_name(x):
+        before = x.args[0] if x.args and is_tensor(x.args[0]) else None
+        if op_name(x) in VIEWS:
+            x, index = VIEWS[op_name(x)](x, index)
+        elif op_name(x) in POINTWISE and before is not None and dims(before) == dims(x):  # type: ignore[arg-type]
+            x = before  # type: ignore[assignment]
+        else:
+            return False
+    return summed.value not in index[axis(x)].free
 
 
 # -- the tensors that an operand is made of -------------------------------------------------------

@@ -41,12 +41,12 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
     if finding.refusal is not None and finding.refusal.code in NEVER:
         return finding.refusal
     problem: NotSeparable | None = None
-    for row, columns in _candidates(graph.facts, finding):
+    for row, key in _candidates(graph.facts, finding):
         for region in known:
-            if final in region.results and region.rows[final] == row and region.columns is columns:
+            if final in region.results and region.rows[final] == row and region.columns is key.args[0]:
                 return replace(region, final=final)
         try:
-            return _Walk(graph, final, row, columns).region()
+            return _Walk(graph, final, row, key).region()
         except NotSeparable as p:
             problem = problem or p
     reason = str(problem) if problem else "the output lacks a dimension of the queries"
@@ -59,8 +59,9 @@ def find_region(graph: Graph, finding: Finding, known: Iterable[Region] = ()) ->
 
 
 def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
-    """Return (dimension of the rows, number of keys) to try: the dimensions that only the weights have, the largest
-    first, then the dimensions that the values have too, in which each row has its own values."""
+    """Return (dimension of the rows, variable of the keys) to try: the dimensions that only the weights have, the
+    largest first, then the dimensions that the values have too, in which each row has its own values. At last, NONE:
+    the final product sums over the rows, and its queries are their keys."""
     final = finding.final
     c = contracted(final)
     if c is None:
@@ -72,13 +73,17 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
         for d, v in enumerate(variables(final))
         if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
     )
-    return [(-d, c.reduced.args[0]) for _, _, d in found]
+    turned = [(NONE, variables(final)[-d]) for own, _, d in found[:1] if not own]
+    return [*((-d, c.reduced) for _, _, d in found), *turned]
 
 
 class _Walk:
-    def __init__(self, graph: Graph, final: Node, row: int, columns: Expr):
-        self.facts, self.lifter, self.final, self.columns = graph.facts, graph.lifter, final, columns
-        self.found = Region(final, dims(final)[row], columns, {final: row})
+    def __init__(self, graph: Graph, final: Node, row: int, key: Expr):
+        self.facts, self.lifter, self.final, self.key = graph.facts, graph.lifter, final, key
+        self.product, self.columns = contracted(final), key.args[0]
+        assert self.product is not None
+        extent = self.product.reduced.args[0] if row == NONE else dims(final)[row]
+        self.found = Region(final, extent, self.columns, {final: row})
         self.known: dict[Node, bool] = {}  # whether a node is computed from the scores
         self.own: list[Node] = []  # scores of keys that each row has of its own, which belong to the region
         self.problem: NotSeparable | None = None
@@ -92,7 +97,7 @@ class _Walk:
         self._collect([self.final])
         self._grow()
         self._check()
-        found.narrowed = find_columns(self.lifter, found)
+        found.narrowed = None if NONE in found.rows.values() else find_columns(self.lifter, found)
         return found
 
     def _computed(self, x: Node) -> bool:
@@ -110,7 +115,7 @@ class _Walk:
         product, the first one whose keys each row has of its own (keys plus edges)."""
         seen, out, own = {self.final}, [], []
         ends = self._operands(self.final, self.found.rows[self.final], None)
-        stack = [(x, self._summed(x.node), 0) for x, _ in ends]
+        stack = [(x, self._keys(x.node), 0) for x, _ in ends]
         while stack:
             x, key, far = stack.pop()
             far = 0 if self._has_keys(x, key) else far + 1
@@ -156,11 +161,11 @@ class _Walk:
     def _has_keys(self, x: Along, key: int | None) -> bool:
         return self.found.large(x.node, x.dim) if key is None else key != NONE
 
-    def _summed(self, x: Node) -> int | None:
-        """Return the dimension of an operand of the last product that this product sums over, or None."""
-        c = contracted(self.final)
-        pairs = [] if c is None else [(c.left, c.left_index), (c.right, c.right_index)]
-        return next((at.index(c.reduced) for node, at in pairs if node is x and c.reduced in at), None)  # type: ignore[union-attr]
+    def _keys(self, x: Node) -> int | None:
+        """Return the dimension of the keys of an operand of the last product, or None."""
+        c = self.product
+        pairs = (c.left, c.left_index), (c.right, c.right_index)  # type: ignore[union-attr]
+        return next((at.index(self.key) for node, at in pairs if node is x and self.key in at), None)
 
     def _grow(self) -> None:
         """Add values that readers compute row by row from large values, such as a row's maximum or its entropy. Readers
@@ -182,14 +187,12 @@ class _Walk:
             return []
         given = [n] if is_tensor(n) else [u for u in n.users if op_name(u) == "getitem" and u.users]
         for one in given[:1]:
-            for d, size in enumerate(dims(one)):
-                if size is not found.extent:
-                    continue
+            for d in [*(d for d, size in enumerate(dims(one)) if size is found.extent), NONE]:
                 try:
                     read = split(n, d, found.extent).operands()
                 except NotSeparable:
                     continue
-                if all(found.rows.get(x.node) == x.dim for x in read if self._computed(x.node)):
+                if all(found.rows.get(x.node) == x.dim != NONE for x in read if self._computed(x.node)):
                     before = set(found.calls)
                     self.known.update(dict.fromkeys((n, *given), True))
                     found.rows[one] = d

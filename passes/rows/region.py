@@ -12,7 +12,7 @@ from torch.fx import Node
 from attnfx.ir.expr import Expr
 from attnfx.passes.fx.nodes import dims, is_tensor, number, op_name, value
 from attnfx.passes.lift.contraction import contracted
-from attnfx.passes.lift.row_rules import Along, Made
+from attnfx.passes.lift.row_rules import NONE, Along, Made
 from attnfx.passes.lift.tables import VIEWS
 
 
@@ -37,7 +37,7 @@ class Region:
     final     the node that the attention ends with; its rows lie along `rows[final]`
     extent    the number of rows
     columns   the number of keys
-    rows      node inside -> the dimension that its rows lie along
+    rows      node inside -> the dimension that its rows lie along, or NONE if it sums over the rows
     calls     node inside -> the call that computes some of its rows
     inputs    values read from outside: (node, the dimension of the rows, or None for the whole)
     results   nodes that are read outside: `final`, and others
@@ -87,6 +87,11 @@ class Region:
         return weight
 
     @property
+    def length(self) -> Any:
+        """Return the number of rows; maybe symbolic."""
+        return value(self.scores[0]).shape[self.rows[self.scores[0]]]
+
+    @property
     def keys(self) -> Any:
         """Return the number of keys; maybe symbolic."""
         n = self.scores[0]
@@ -109,5 +114,5 @@ class Region:
     @property
     def gives_scores(self) -> bool:
         """Return whether a value with an element for each row and key leaves the region."""
-        others = [(dims(n), self.rows[n]) for n in self.results if n is not self.final]
+        others = [(dims(n), self.rows[n]) for n in self.results if n is not self.final and self.rows[n] != NONE]
         return any(x is self.columns for have, row in others for d, x in enumerate(have) if d != row)

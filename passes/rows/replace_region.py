@@ -91,9 +91,8 @@ def _program(
     for n in found.results:
         row = found.rows[n]
         shape = [ROWS if d == row else size(s) for d, s in enumerate(value(n).shape)]
-        results.append(
-            Result(numbers[n], row, tuple(shape), str(value(n).dtype).removeprefix("torch."), memory_order(n))
-        )
+        dtype = str(value(n).dtype).removeprefix("torch.")
+        results.append(Result(numbers[n], None if row == NONE else row, tuple(shape), dtype, memory_order(n)))
     weight = size(found.weight)
     taught = facts.differentiable & learning(found.results, inputs)
     rows = tuple(None if x.dim == NONE else x.dim for x in read)

@@ -58,7 +58,7 @@ def tier_not_allowed(q, k, v):
 
 
 # -- the softmax -------------------------------------------------------------------------------------
-@obstacle("softmax_dim", **ALWAYS)
+@obstacle("softmax_dim", **NO_ROWS)
 def softmax_over_queries(q, k, v):
     return scores(q, k).softmax(-2) @ v  # here
 
@@ -68,7 +68,7 @@ def softmax_over_all_pairs(q, k, v):
     return scores(q, k).flatten(2).softmax(-1).view(B, H, T, T) @ v  # here
 
 
-@obstacle("softmax_dim", **ALWAYS)
+@obstacle("softmax_dim", **NO_ROWS)
 def weights_transposed(q, k, v):
     weights = scores(q, k).softmax(-1)  # here
     return weights.mT @ v
@@ -80,7 +80,7 @@ def softmax_over_two_sources(q, k, v):
     return weights[..., :T] @ v
 
 
-@obstacle("normaliser", **ALWAYS)
+@obstacle("normaliser", **NO_ROWS)
 def divided_by_the_sum_over_queries(q, k, v):
     weights = scores(q, k).exp()
     return (weights / weights.sum(-2, keepdim=True)) @ v  # here

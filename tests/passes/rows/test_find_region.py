@@ -278,10 +278,6 @@ def summed_over_rows(s):
     return s.cumsum(-2).softmax(-1)
 
 
-def over_rows(s):
-    return s.softmax(-2)
-
-
 def centred_over_rows(s):
     return (s - s.mean((-2, -1), keepdim=True)).softmax(-1)
 
@@ -316,7 +312,7 @@ def wide_convolution(s):
 
 
 MIXED = {
-    reversed_rows: "rows_mixed", rolled: "rows_mixed", summed_over_rows: "rows_mixed", over_rows: "softmax_dim",
+    reversed_rows: "rows_mixed", rolled: "rows_mixed", summed_over_rows: "rows_mixed",
     centred_over_rows: "rows_mixed", batch_norm: "rows_mixed", sorted_rows: "no_values", written: "rows_mixed",
     merged_rows: "no_values", wide_convolution: "rows_mixed",
 }  # fmt: skip
