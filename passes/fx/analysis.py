@@ -143,11 +143,11 @@ class Facts:
 
     def changed_before(self, base: Node, final: Node, sources: Collection[Node]) -> Node | None:
         """Return the first write to the memory of `base` between its first read and `final`, or None. Reads count if
-        they are between `sources` and `final`, through any view of the memory."""
+        they are between `sources` or `base` and `final`, through any view of the memory."""
         key = storage(base)
         if key not in self.mutations:
             return None
-        cone = set(reach([final], lambda n: [] if n in sources else n.all_input_nodes))
+        cone = set(reach([final], lambda n: [] if n is base or n in sources else n.all_input_nodes))
         reads = [
             u
             for n in cone

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import attnfx
-from tests.support import assert_kept, check, compiled, new_reports, qkv, rand
+from tests.support import assert_kept, assert_right, check, compiled, new_reports, qkv, rand
 
 
 class Layers(nn.Module):
@@ -130,3 +130,39 @@ def test_the_hint_on_a_cache_that_is_written_in_a_graph_with_gradients_names_no_
     with torch.no_grad():
         (site,) = attnfx.explain(fn, rewrite="always")(q, rand(2, 4, 1, 8), v, keys)
     assert site.rewritten
+
+
+def distances_written_before_the_bias(q, k, v, far):
+    """Graphormer: the first write reads the distances too, but before the attention."""
+    far = far.clone()
+    far[far == 0] = 1
+    bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    bias[1:, 1:] = 1.0 / far[1:, 1:].to(q.dtype)
+    return (q @ k.mT + bias).softmax(-1) @ v
+
+
+def test_reads_by_earlier_writes_do_not_count():
+    check(distances_written_before_the_bias, *qkv(t=11), torch.randint(0, 6, (11, 11)))
+
+
+def distances_written_between_two_reads(q, k, v, far):
+    far = far.clone()
+    near = far == 0
+    far[near] = 1
+    s = (q @ k.mT).masked_fill(far > 4, -1.0)
+    far[far == 3] = 5
+    return (s + far[:, :1].to(q.dtype)).softmax(-1) @ v
+
+
+def mask_read_before_the_write(q, k, v, far):
+    far = far.clone()
+    kept = far > 2
+    far[far == 1] = 7
+    bias = torch.zeros(q.shape[2], k.shape[2], dtype=q.dtype)
+    bias[1:] = far[1:].to(q.dtype)
+    return (q @ k.mT + bias).masked_fill(kept, -1.0).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("fn", [distances_written_between_two_reads, mask_read_before_the_write])
+def test_values_before_and_after_a_write_are_two(fn):
+    assert_right(fn, *qkv(t=11), torch.randint(0, 9, (11, 11)))
