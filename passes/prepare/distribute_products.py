@@ -53,7 +53,7 @@ from attnfx.passes.lift.emitter import CannotEmit, Emitter, like
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import Lifter, broadcast
 from attnfx.passes.lift.parts import product
-from attnfx.passes.lift.products import batched, of_scores, of_softmax, reaches_softmax, skip
+from attnfx.passes.lift.products import of_scores, of_softmax, reaches_softmax, skip
 from attnfx.passes.lift.tables import POINTWISE, VIEWS, Index
 
 aten = torch.ops.aten
@@ -146,7 +146,7 @@ def _summed(n: Node, out: Index) -> tuple[Factors, list[Expr]]:
 def _flattened(graph: Graph, n: Node) -> Node | None:
     """Emit an einsum near a softmax with one dimension in place of several that follow one another wherever they stand:
     in both operands, or in one and the result."""
-    if op_name(n) != "einsum" or not batched(n) or len((found := einsum(n)).operands) != 2:
+    if op_name(n) != "einsum" or len((found := einsum(n)).operands) != 2:
         return None
     if not (reaches_softmax(n) or any(map(of_softmax, found.operands))):
         return None
