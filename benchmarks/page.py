@@ -217,8 +217,8 @@ def generation() -> str:
         text(f"""Tokens a second of `generate()` of transformers: {tokens} tokens after {length} in the cache, batch 1,
             {count(file['threads'], 'thread')}, hidden size 512, 8 heads with 2 pairs of keys and values. The Mistral
             shape has a window of {length} tokens. In {same} of {len(file['rows'])} rows all contenders return eager's
-            tokens. Numbers in parentheses compare the times of a token. Other programs ran at the same time: the load was
-            {file['machine']['load_at_start']:.1f}."""),
+            tokens. Numbers in parentheses compare the times of a token. Other programs ran at the same time: the load
+            was {file['machine']['load_at_start']:.1f}."""),
         table(["model", "cache", "sites", *(LABELS[name] for name in names)], rows),
     ])  # fmt: skip
 
