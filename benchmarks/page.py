@@ -307,7 +307,7 @@ def choices() -> str:
         ["decode steps, to which the rates of few queries are fitted", grid_fit.regret(decode)],
         *(
             ["half of the decode steps, rates fitted to the other half", half]
-            for half in grid_fit.decode_halves(decode)
+            for half in grid_fit.out_of_sample(decode, grid_fit.use_decoding)
         ),
     ]
     shown = [
