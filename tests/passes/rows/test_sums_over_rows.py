@@ -140,7 +140,7 @@ def test_sums_of_weights_over_the_queries_beside_rows():
     check(fn, *inputs(), sites=2)
 
 
-# -- what the sums must not change -------------------------------------------------------------------
+# -- sums that mix rows -----------------------------------------------------------------------------
 def divided_by_the_sum_of_each_key(q, k, v):
     w = scores(q, k).softmax(-1)
     return (w / w.sum(1, keepdim=True)) @ v
