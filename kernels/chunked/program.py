@@ -65,7 +65,7 @@ def _unscaled(score: Expr, scale: float) -> Expr:
 
     def change(old: Expr, args: tuple[Expr, ...]) -> Expr | None:
         if A.DOT in old.args:  # every such node is a product that starts with the scale
-            rest = old.args[1:]
+            rest = args[1:]
             return rest[0] if len(rest) == 1 else A.mul(*rest)
         return None
 

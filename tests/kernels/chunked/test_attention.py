@@ -281,3 +281,13 @@ def test_nothing_of_the_size_of_the_score_matrix_is_made(monkeypatch):
 def test_an_unknown_operator_is_an_error():
     with pytest.raises(KeyError):
         chunked.forward(Call(AttentionSpec(score=node("prob", "f")), *tensors(dtype=torch.float32)))
+
+
+@pytest.mark.parametrize(
+    "inner", [A.add(A.const(0.5), A.mul(A.const(0.25), DOT)), A.unary("sigmoid", A.mul(A.const(0.25), DOT))]
+)
+def test_a_scale_inside_another_factor_is_split_off_too(inner):
+    """As in x * sigmoid(x) of scaled scores."""
+    score = A.mul(A.const(0.25), DOT, inner)
+    compare(AttentionSpec(score, **DOUBLE))
+    compare(AttentionSpec(A.where(A.le(J, I), score, A.mul(A.const(0.25), DOT)), **DOUBLE))
