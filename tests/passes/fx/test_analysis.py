@@ -99,7 +99,7 @@ def test_attention_across_the_border_of_a_no_grad_region_keeps_eagers_gradients(
             weights = ((q @ k.mT) * SCALE).softmax(-1)
         return weights @ v
 
-    assert_kept(fn, *qkv(), code="region")
+    check(fn, *qkv())
     q, k, v = (x.requires_grad_() for x in qkv())
     compiled(fn)(q, k, v).sum().backward()
     assert q.grad is None
