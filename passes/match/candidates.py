@@ -35,7 +35,7 @@ class Descent:
     products  products that may be scores
     weights   nodes that descend from a normalizer -> the nearest normalizers
     scores    nodes that descend from a product -> the nearest products
-    met       softmaxes of values in which rows of two batches are combined without a product
+    met       softmaxes, and divisions by a sum, of values in which rows of two batches are combined without a product
     anyhow    nodes that descend from a product by any operators -> the nearest products
     near      softmaxes and sorts in `anyhow` that have the product's shape
     loose     products that weights reach by any operators -> those that may have normalized these weights
@@ -50,7 +50,7 @@ class Descent:
         shaped = [n for n in nodes if _known(n) or (is_tensor(n) and op_name(n) not in NORMS)]
         self.scores = descendants(products, shaped, _shape_kept)
         pairs = reach(filter(meeting, nodes), lambda n: [u for u in n.users if not batched(u)])
-        self.met = frozenset(n for n in pairs if "softmax" in op_name(n) and not self.from_scores(n))
+        self.met = frozenset(n for n in pairs if ("softmax" in op_name(n) or shared(n)) and not self.from_scores(n))
         others = [n for n in nodes if not batched(n) and op_name(n) != "sym_size"]
         self.anyhow = descendants(products, others, _plane_kept, NEAR)
         normalizers = (n for n in nodes if "softmax" in op_name(n) or op_name(n) in SORTING)

@@ -40,14 +40,33 @@ def _unless_cast(op: OpOverload, *args: Any, **kwargs: Any) -> Any:
     return NotImplemented if torch._C._is_any_autocast_enabled() else op.decompose(*args, **kwargs)
 
 
+def _cosine_similarity(x: torch.Tensor, y: torch.Tensor, dim: int = 1, eps: float = 1e-8) -> Any:
+    """Normalize the operands before they are broadcast; PyTorch expands them first, to a vector for each pair. As
+    there, the least norm `eps` does not change the gradient."""
+    if x.dtype != y.dtype or x.ndim != y.ndim or not x.is_floating_point() or torch._C._is_any_autocast_enabled():
+        return NotImplemented
+    if x.shape[dim] != y.shape[dim]:
+        return NotImplemented
+    units = []
+    for a in (x, y):
+        norm = torch.linalg.vector_norm(a, 2, dim, True)
+        units.append(a / (norm + (norm.clamp_min(eps) - norm).detach()))
+    return (units[0] * units[1]).sum(dim)
+
+
 # Composite operators that later passes read as the operators that they consist of.
 STACKING = (
     aten.hstack.default, aten.vstack.default, aten.atleast_1d.default, aten.atleast_1d.Sequence,
     aten.atleast_2d.default, aten.atleast_2d.Sequence,
 )  # fmt: skip
+PAIRS = (
+    aten.inner.default, aten.tensordot.default, aten.linalg_vecdot.default, aten.linalg_multi_dot.default,
+    aten.pairwise_distance.default,
+)  # fmt: skip
 DECOMPOSITIONS = {
     **{op: op.decompose for op in (*STACKING, aten.linalg_matmul.default)},
-    **{op: partial(_unless_cast, op) for op in (aten.inner.default, aten.tensordot.default, aten.prelu.default)},
+    **{op: partial(_unless_cast, op) for op in (*PAIRS, aten.prelu.default)},
+    aten.cosine_similarity.default: _cosine_similarity,
 }
 
 

@@ -100,9 +100,40 @@ def by_linalg(q, k, v):
     return torch.linalg.matmul((torch.linalg.matmul(q, k.mT) * 0.3).softmax(-1), v)
 
 
-@pytest.mark.parametrize("fn", [by_tensordot, by_inner, by_linalg], ids=["tensordot", "inner", "linalg"])
-def test_other_names_of_products(fn):
-    check(fn, *qkv(h=2))
+def by_vecdot(q, k, v):
+    scores = torch.linalg.vecdot(q.unsqueeze(3), k.unsqueeze(2)) * 0.3
+    return torch.linalg.vecdot(scores.softmax(-1).unsqueeze(-2), v.mT.unsqueeze(2))
+
+
+def by_cosine_similarity(q, k, v):
+    q = torch.cat([q[:, :, :1] * 0, q[:, :, 1:2] * 1e-9, q[:, :, 2:]], 2)  # a norm of zero, and one below eps
+    return (F.cosine_similarity(q.unsqueeze(3), k.unsqueeze(2), dim=-1) * 9).softmax(-1) @ v
+
+
+def by_pairwise_distance(q, k, v):
+    return (-F.pairwise_distance(q.unsqueeze(3), k.unsqueeze(2))).softmax(-1) @ v
+
+
+def by_exponentials_of_distances(q, k, v):
+    w = torch.exp(-(torch.cdist(q, k) ** 2))
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
+SPELLINGS = [by_tensordot, by_inner, by_linalg, by_vecdot, by_cosine_similarity, by_pairwise_distance,
+             by_exponentials_of_distances]  # fmt: skip
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("fn", SPELLINGS)
+def test_other_names_of_products(fn, dynamic):
+    check(fn, *qkv(h=2, t=13, s=11), dynamic=dynamic)
+
+
+def test_a_chain_of_matrices():
+    def fn(q, w, k):
+        return torch.linalg.multi_dot([q, w, k.T]).softmax(-1) @ k
+
+    check(fn, rand(13, 8), rand(8, 8), rand(11, 8))
 
 
 def test_a_sum_of_products_is_not_rounded_by_the_callers_autocast():
