@@ -42,10 +42,17 @@ def _scatter(lifter: Lifter, at: Node, index: Index) -> Expr:
         raise Opaque
     own = tuple(A.var(f"w{m}_{at.name}", n) for m, n in enumerate(dims(part)))  # type: ignore[arg-type]
     x, places = VIEWS[op_name(at).removesuffix("_scatter")](at, own)
-    whole = [e in own and e.args[0] is n and places.count(e) == 1 for e, n in zip(places, dims(x), strict=True)]
+    alone = [e in own and sum(e.value in p.free for p in places) == 1 for e in places]
+    whole = [one and e.args[0] is n for one, e, n in zip(alone, places, dims(x), strict=True)]
     solved, here = _inverse({d: e for d, e in enumerate(places) if not whole[d]}, own, index)
     solved |= {e: index[d] for d, e in enumerate(places) if whole[d]}
-    return A.where(here, lifter.lift(part, tuple(solved[k] for k in own)), lifter.lift(x, index))  # type: ignore[arg-type]
+    before = lifter.lift(x, index)
+    if tuple(A.substitute(e, solved) for e in places) == index:
+        written = lifter.lift(part, tuple(solved[k] for k in own))  # type: ignore[arg-type]
+    else:  # a part that is computed from the values at its places reads each of them where it is written
+        lifter.memo[x, places, lifter.exact] = before
+        written = A.substitute(lifter.lift(part, own), solved)  # type: ignore[arg-type]
+    return A.where(here, written, before)
 
 
 def _inverse(places: dict[int, Expr], own: Index, index: Index) -> tuple[dict[Expr, Expr], Expr]:
@@ -53,10 +60,12 @@ def _inverse(places: dict[int, Expr], own: Index, index: Index) -> tuple[dict[Ex
     the solution, and the condition under which it solves all equations and lies within the variables' sizes."""
     solved = {k: A.ZERO for k in own if k.args[0] is A.ONE}
     used = [k for k in own if any(k.value in e.free for e in places.values())]
-    rests = [(d, k, A.substitute(e, {k: A.ZERO})) for d, e in places.items() for k in used]
+    rests = [(d, k, A.substitute(e, {k: A.ZERO})) for d, e in places.items() for k in used if k.value in e.free]
     for d, k, rest in sorted(rests, key=lambda found: found[2] is not A.ZERO):
-        if places[d] is A.add(rest, k) and k.value not in rest.free:
-            solved.setdefault(k, A.sub(index[d], rest))
+        step = A.sub(A.substitute(places[d], {k: A.ONE}), rest)
+        if places[d] is A.add(rest, A.mul(step, k)) and k.value not in rest.free | step.free:
+            gap = A.sub(index[d], rest)
+            solved.setdefault(k, gap if step is A.ONE else A.floordiv(gap, step))
     if any(k not in solved for k in used) or any(k.value in e.free for e in solved.values() for k in own):
         raise Opaque
     here = [A.eq(A.substitute(e, solved), index[d]) for d, e in places.items()]

@@ -243,6 +243,12 @@ def _keeps_shape(use: Use) -> None:
     use.apart(along, along)
 
 
+@rule(RULES, "index_fill", "index_copy", "index_add")
+def _indexed_write(use: Use) -> None:
+    along = use.named()
+    use.apart(along, along, "writes some of the rows", ["self", "source"])
+
+
 @rule(RULES, "select_scatter")
 def _select_scatter(use: Use) -> None:
     (along,) = use.named()

@@ -4,8 +4,9 @@
 
 A write is rewritten only if this is certain to be right. The written memory must be allocated by an operator of this
 graph, not by an input or a parameter. After the write, nothing may read a view of it that was taken before. Gradients,
-strides and random draws must stay as they were. A write through slices (`scores[:, :, 1:] += bias`) is put back into
-their base. All other mutation stays. Needs `meta["val"]`; changes the graph in place; promises the same results.
+strides and random draws must stay as they were. A write through slices (`scores[:, :, 1:] += bias`) or reshapes is put
+back into their base. All other mutation stays. Needs `meta["val"]`; changes the graph in place; promises the same
+results.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ SCATTERS = {
     "slice": aten.slice_scatter.default, "select": aten.select_scatter.default,
     "diagonal": aten.diagonal_scatter.default,
 }  # fmt: skip
+RESHAPES = ("view", "reshape", "flatten", "unflatten", "unsqueeze", "squeeze")
 STORAGE = ("resize", "resize_as", "set")  # operators that change a tensor's memory
 
 
@@ -128,15 +130,19 @@ def _computed(emit: Emitter, node: Node, views: list[Node]) -> dict[Node, Node] 
         part = fresh[view]
         if view in parts:
             part = emit.call(SCATTERS[op_name(view)], base, part, *view.args[1:], **view.kwargs)
-            if not shares_memory(part, base):
-                return None
+        elif dims(view) != dims(base):
+            part = emit.call(aten.reshape.default, part, [emit.size(n) for n in dims(base)])
+        if part is not fresh[view] and not shares_memory(part, base):
+            return None
         fresh[base] = part
+        if view not in parts and dims(view) != dims(base):  # later writes go through the view into the base, too
+            fresh[view] = emit.call(view.target, part, *view.args[1:], **view.kwargs)
     return fresh
 
 
 def _whole(view: Node) -> bool:
-    """Return whether a slice takes all of its operand."""
-    return op_name(view) == "slice" and dims(view) == dims(view.args[0])  # type: ignore[arg-type]
+    """Return whether a slice or another view takes all of its operand."""
+    return op_name(view) in RESHAPES or (op_name(view) == "slice" and dims(view) == dims(view.args[0]))  # type: ignore[arg-type]
 
 
 def _called(emit: Emitter, node: Node) -> Node | None:
@@ -169,9 +175,11 @@ def _copied(emit: Emitter, node: Node, clone: bool) -> Node | None:
 
 
 def _views(target: Node) -> list[Node]:
-    """Return the slices through which a tensor is written, the last first; empty if it is not a slice."""
+    """Return the slices and reshapes through which a tensor is written, the last first; empty if it is not a view."""
     out: list[Node] = []
-    while op_name(target) in SCATTERS:
+    while op_name(target) in SCATTERS or (
+        op_name(target) in RESHAPES and value(target).dtype == value(target.args[0]).dtype
+    ):
         out.append(target)
         target = target.args[0]  # type: ignore[assignment]
     return out
