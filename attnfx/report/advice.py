@@ -85,6 +85,11 @@ ADVICE: Mapping[str, tuple[Advice, ...]] = MappingProxyType({
             "Multiply each of the {count} softmaxes ({places}) by the values separately, and combine the {count} "
             "results instead of the weights.",
         ),
+        Advice(
+            "one softmax for the product with the values at {end}",
+            "Use one of the {factors} softmaxes ({places}) for the product at {end}, if the model allows it: a product "
+            "of softmaxes cannot be split into products with the values.",
+        ),
     ),
     "several_dropouts": (
         Advice("one dropout with probability {whole} before {end}", "Use one dropout with p={whole} for p={given}."),

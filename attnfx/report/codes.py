@@ -64,7 +64,7 @@ _SITES = {
         "The weights that are multiplied by the values are computed from more than one softmax, such as the "
         "difference of two, or a softmax of a softmax, and their rows cannot be computed separately either.",
         "`s1.softmax(-1) @ v - lam * (s2.softmax(-1) @ v)`: each softmax with its own product",
-        "Multiply each softmax by the values separately, and combine the results.",
+        "Multiply each softmax of a sum or difference by the values separately, and combine the results.",
     ),
     "several_dropouts": Code(
         "Dropout is applied to the weights more than once",

@@ -28,6 +28,9 @@ def respell(code: str, source: str, facts: Facts) -> str:
     return ast.unparse(tree) if edited else ""
 
 
+JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack")
+
+
 def _calls(tree: ast.Module, name: str) -> list[ast.Call]:
     """Return the calls of a method or function of this name."""
     calls = [n for n in ast.walk(tree) if isinstance(n, ast.Call)]
@@ -65,7 +68,7 @@ def _over_keys(tree: ast.Module, facts: Facts) -> bool:
 def _of_each_row(tree: ast.Module, facts: Facts) -> bool:
     """Edit a reduction of a whole tensor to one of each row, an operator along the queries to one along the keys."""
     name = facts.get("operator", "")
-    found = _calls(tree, name)
+    found = _calls(tree, name) if name not in JOINS else []  # along the keys, a join has another shape
     for call in found:
         if not call.args and not call.keywords:
             call.args, call.keywords = [LAST], [ast.keyword("keepdim", ast.Constant(True))]

@@ -43,6 +43,7 @@ from attnfx.passes.lift.contraction import Contraction, contraction
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.lift.lifter import broadcast
 from attnfx.passes.lift.products import batched, of_batch, of_one_matrix, parameter
+from attnfx.passes.lift.reductions import bound as reduced_over
 from attnfx.passes.lift.tables import INDEXING, POINTWISE, REDUCTIONS, VIEWS, Index
 from attnfx.passes.match import softmax as N
 from attnfx.passes.match.candidates import Descent, shared
@@ -251,6 +252,10 @@ class Finder:
         compares with the keys."""
         query = free(dot.left_index) - free(dot.right_index)
         alone = [v for v in out if v.value in query and v.value not in in_values]
+        bound = load.free.difference(str(v.value) for v in (*out, j))
+        if not alone and (over := [n for n in self.gm.graph.nodes if reduced_over(n) in bound]):
+            message = "a sum, mean or maximum over the queries changes the scores before the softmax"
+            raise Refused("reduction", message, [over[0], dot.node])
         if not alone:  # a single query, or one per batch element
             ones = [v for v in out if v.args[0] is A.ONE]
             if ones:

@@ -60,7 +60,10 @@ def normalise(weight: Expr, j: Expr) -> Normalised:
             raise NotNormalised("no_normaliser", "the weights are neither a softmax nor a supported gate of the scores")
         return _gated(weight, dropout, draw)
     if len(found) > 1:
-        raise NotNormalised("several_softmaxes", f"the weights combine {len(found)} softmaxes", count=len(found))
+        message = f"the weights combine {len(found)} softmaxes"
+        if any(sum("softmax" in {x.op for x in walk(a)} for a in e.args) > 1 for e in outside(weight) if e.op == "mul"):
+            raise NotNormalised("several_softmaxes", f"{message} in a product", factors=len(found))
+        raise NotNormalised("several_softmaxes", message, count=len(found))
     made = found[0]
     body, extent, at = made.args
     name, safe = made.value  # type: ignore[misc]

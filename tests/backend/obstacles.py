@@ -98,6 +98,12 @@ def difference_of_softmaxes(q, k, v):
     return (weights - 0.2 * scores(k, q).softmax(-1)) @ v
 
 
+@obstacle("several_softmaxes", **NO_ROWS)
+def product_of_softmaxes(q, k, v):
+    weights = scores(q, k)
+    return (weights.softmax(-1) * scores(k, q).softmax(-1)) @ v  # here
+
+
 @obstacle("several_dropouts", **NO_ROWS)
 def dropped_out_twice(q, k, v):
     weights = scores(q, k).softmax(-1)  # here
