@@ -3,6 +3,7 @@
     sum(q[.., None, :] * k[.., None, :, :], -1)   becomes   an einsum, also if k has a vector for each pair of rows
     einsum(.., x, y, z)                           becomes   einsums of two operands
     (w / w.sum(-1, keepdim=True)) @ v             becomes   (w @ v) / w.sum(-1, keepdim=True)
+    einsum("bhij,bij->bhij", w, mask)             becomes   w * mask[:, None]
     einsum("bnhxy,bxyhc->bnhc", w, v)             becomes   einsum("bnhx,bxhc->bnhc", w.flatten(3), v.flatten(1, 2))
     linear(cat([q[:, :, None].expand(..), k[:, None].expand(..)], -1), w)
                                                   becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
@@ -64,7 +65,7 @@ Factors = list[tuple[Node, Index]]
 
 def run(graph: Graph) -> int:
     """Distribute each product with such an operand; return how many were distributed."""
-    ways = partial(_distributed, lookups=True), partial(_distributed, lookups=False), _flattened, _divided
+    ways = partial(_distributed, lookups=True), partial(_distributed, lookups=False), _flattened, _divided, _multiplied
     products = (n for n in list(graph.gm.graph.nodes) if op_name(n) in (*MULTIPLYING, "sum") and is_tensor(n))
     return sum(_changed(graph, n, ways) for n in products if value(n).is_floating_point())
 
@@ -166,6 +167,19 @@ def _flattened(graph: Graph, n: Node) -> Node | None:
     left, right, out = ("".join(run[0] for run in _runs(term, terms)) for term in terms)
     made = emit.call(aten.einsum.default, f"{left},{right}->{out}", given)
     return emit.call(aten.reshape.default, made, [emit.size(e) for e in dims(n)]) if len(out) < len(found.out) else made
+
+
+def _multiplied(graph: Graph, n: Node) -> Node | None:
+    """Emit an einsum near a softmax that sums over nothing as a multiplication of its broadcast operands."""
+    near = op_name(n) == "einsum" and (reaches_softmax(n) or any(map(of_scores, n.args[1])))  # type: ignore[arg-type]
+    if not near or graph.facts.casts(n):
+        return None
+    out, emit = variables(n), graph.emitter(n)
+    given, reduced = factors(n, out)
+    if reduced or len(given) != 2:
+        return None
+    left, right = (emit.operand(Operand(x, at), list(out)) for x, at in given)
+    return emit.call(aten.mul.Tensor, left, right)
 
 
 def _runs(term: str, terms: Sequence[str]) -> list[str]:

@@ -260,3 +260,32 @@ def test_pairs_of_rows_from_one_table_are_multiplied_as_they_are(train):
     queries, keys = torch.randint(0, 31, (2, 7)), torch.randint(0, 31, (2, 21))
     for one in (fn, chosen):
         check(one, queries, keys, rand(31, 8), train=train)
+
+
+# -- products without a sum ------------------------------------------------------------------------
+def mask_after_the_softmax(q, k, v, m):
+    w = torch.einsum("bhid,bhjd->bijh", q, k).softmax(2)
+    return torch.einsum("bijh,bhjd->bihd", torch.einsum("bijh,bij->bijh", w, m), v)
+
+
+def mask_of_whole_rows(q, k, v, m):
+    s = torch.einsum("bhid,bhjd->bhij", q, k) * 0.3
+    w = (s - s.cumsum(-1)).softmax(-1)
+    return torch.einsum("bij,bhij->bhij", m, w) @ v
+
+
+def scores_scaled_for_each_pair(q, k, v, m):
+    s = torch.einsum("bhij,bij->bijh", q @ k.mT * 0.3, m)
+    return s.softmax(2).permute(0, 3, 1, 2) @ v
+
+
+def one_batch_element(q, k, v, m):
+    return torch.einsum("bhij,bij->bhij", (q @ k.mT * 0.3).softmax(-1), m[:1]) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    "fn", [mask_after_the_softmax, mask_of_whole_rows, scores_scaled_for_each_pair, one_batch_element]
+)
+def test_an_einsum_without_a_sum_is_a_multiplication(fn, dynamic):
+    check(fn, *qkv(t=9, s=11), rand(2, 9, 11), dynamic=dynamic)
