@@ -49,22 +49,24 @@ def fit(points: Sequence[dict[str, Any]], train: bool) -> dict[str, Any]:
 
 
 def decode_times(points: Sequence[dict[str, Any]]) -> list[tuple[dict[str, Any], str, float]]:
-    """Return (point, way, ms) of decode steps without the time of joining a growing cache, which is a part of every
-    way's: it is what "chunked" takes longer for such points."""
+    """Return (point, way, ms) of decode steps. Of a growing cache only the original's fused call counts, which no
+    static cache has, without the time of joining the cache: it is what "chunked" takes longer for such points."""
     from attnfx.cost import cpu
 
     def joined(got: dict[str, Any]) -> float:
-        growing = got["program"].endswith("growing")
-        return growing * 2.0 * got["B"] * got["G"] * got["S"] * got["D"] * question(got).element / 4
+        return 2.0 * got["B"] * got["G"] * got["S"] * got["D"] * question(got).element / 4
 
+    growing = [got for got in points if got["program"].endswith("growing")]
     names = [field.name for field in fields(cpu.Rates)]
     rows = []
     for got in points:
         todo, ms = cpu.work(question(got), "chunked"), got["times"]["chunked"]["min_ms"]
-        rows.append([x / (ms * 1e6) for x in (joined(got), *(getattr(todo, name) for name in names))])
+        more = joined(got) if got in growing else 0.0
+        rows.append([x / (ms * 1e6) for x in (more, *(getattr(todo, name) for name in names))])
     each = not_negative(rows)[0] / 1e6
-    some = [(got, way, ms - joined(got) * each) for got in points for way, ms in ways(got, (*TIERS, "flex"))]
-    return [x for x in some if x[2] > 0.1 * x[0]["times"]["kept"]["min_ms"]]
+    static = [(got, way, ms) for got in points if got not in growing for way, ms in ways(got, (*TIERS, "flex"))]
+    fused = [(got, way, ms - joined(got) * each) for got in growing for way, ms in ways(got) if way == "fused"]
+    return static + [x for x in fused if x[2] > 0.1 * x[0]["times"]["kept"]["min_ms"]]
 
 
 def fit_decoding(points: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -99,7 +101,7 @@ def fit_flex(points: Sequence[dict[str, Any]]) -> tuple[Any, float]:
 
     names = [field.name for field in fields(cpu.Rates) if field.name not in ("repeated", "spilled", "draw")]
     rows = []
-    for got in points:
+    for got in (p for p in points if not cpu.few(question(p))):
         todo, ms = cpu.work(question(got), "flex"), in_proportion(got)
         rows.append([getattr(todo, name) / (ms * 1e6) for name in names])
     found = not_negative(rows)

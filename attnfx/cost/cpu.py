@@ -72,26 +72,26 @@ FORWARD = {
     "library": Rates(call=285000, operand=0.531, copied=0.107, score=0.701, width=0.0427, program=1.19, narrow=0.0486),
     # 70 points, mean error 13%
     "chunked": Rates(call=164000, operand=0.593, score=1.84, width=0.0574, program=0.741, function=1.82, narrow=0.0686),
-    # 22 points of grid_flex.json in proportion to the fastest other contender, mean error 10%
-    "flex": Rates(call=74400, operand=1.52, copied=0.808, width=0.101, function=1.49, narrow=0.0838),
+    # 21 points of grid_flex.json in proportion to the fastest other contender, mean error 10%
+    "flex": Rates(call=309000, operand=0.603, copied=1.4, width=0.106, function=1.52, narrow=0.0895),
     # one size, 12 heads x 2048 x 64: the grid does not contain sums of the weights
     "sums": Rates(call=400000, score=2.5, width=0.02),
 }  # fmt: skip
 # Rates of a forward pass with at most FEW queries, fitted to grid_decode.json (an Intel Xeon). "single" is the original
 # with one query a head: Inductor computes its products as sums, which read through the repetition of keys.
 DECODING = {
-    # 38 points, mean error 23%
-    "single": Rates(call=7030, operand=0.201, copied=0.094, score=2.92, width=0.0692, repeated=0.218, narrow=0.119),
-    # 65 points, mean error 31%
-    "library": Rates(call=50400, operand=0.278, copied=0.381, score=0.478, width=0.096, narrow=0.0347),
-    # 63 points, mean error 27%
-    "chunked": Rates(call=96900, operand=0.214, copied=1.08, width=0.102, narrow=0.0759),
-    # 67 points, mean error 33%
-    "flex": Rates(operand=0.311, copied=0.286, score=5.04, width=0.0921, narrow=0.0509),
-    # 12 points, mean error 7%
-    "inductor": Rates(call=229000, copied=0.932, score=1.19, width=0.0773, repeated=0.38),
-    # 15 points, mean error 25%
-    "fused": Rates(call=79700, operand=0.51, repeated=0.367),
+    # 34 points, mean error 18%
+    "single": Rates(operand=0.257, copied=0.0517, score=7.04, width=0.0244, repeated=0.202, narrow=0.0851),
+    # 45 points, mean error 18%
+    "library": Rates(call=91100, operand=0.465, copied=0.266, score=1.72, width=0.0578, narrow=0.0239),
+    # 45 points, mean error 16%
+    "chunked": Rates(call=93500, operand=0.376, copied=0.96, score=2.51, width=0.0617, narrow=0.0587),
+    # 45 points, mean error 22%
+    "flex": Rates(operand=0.528, copied=0.125, score=7.15, width=0.0361, narrow=0.0384),
+    # 11 points, mean error 2%
+    "inductor": Rates(call=1.08e6, copied=0.638, score=0.794, width=0.0495, repeated=0.419),
+    # 14 points, mean error 37%
+    "fused": Rates(operand=0.1, width=0.0709, repeated=0.385),
 }  # fmt: skip
 TRAINING = {
     # 29 points, mean error 5%
