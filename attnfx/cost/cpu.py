@@ -169,7 +169,7 @@ def _beyond(cache: int, size: float) -> float:
 
 
 def few(ask: Question) -> bool:
-    """Return whether a site is a decode step, of which the keys' way through memory takes most of the time."""
+    """Return whether a site is a decode step: reading the keys from memory takes most of its time."""
     return not ask.training and ask.dims["T"] <= FEW
 
 

@@ -122,7 +122,7 @@ def check(call: Call) -> None:
 
 
 def _problems(call: Call) -> Iterator[str]:
-    """Yield what is wrong with a call; each text is made only then, since decoding calls this thousands of times."""
+    """Yield the problems of a call as texts, made only for a wrong call: decoding checks thousands of calls."""
     spec, query, key, value, captures, sizes, seed, summary = (getattr(call, f.name) for f in fields(call))
     for name, x in (("query", query), ("key", key), ("value", value)):
         if x.ndim != 4:

@@ -84,7 +84,7 @@ def _changed(graph: Graph, n: Node, ways: Sequence[Callable[[Graph, Node], Node 
 
 
 def _distributed(graph: Graph, n: Node, lookups: bool) -> Node | None:
-    """Emit a product of what its operands are spread from; with `lookups`, of the table from which one is looked up."""
+    """Emit a product of the tensors from which its operands are spread; with `lookups`, also of a looked-up table."""
     facts, out, summed = graph.facts, variables(n), op_name(n) == "sum"
     given, reduced = _summed(n, out) if summed else factors(Product(n) if op_name(n) == "linear" else n, out)
     opened = partial(_opened, facts, lookups)

@@ -206,8 +206,8 @@ class _Site:
         return all(n.op == "get_attr" and bool(getattr(self.emit.gm, str(n.target)).isfinite().all()) for n in tables)
 
     def _huge(self, query: Node, key: Node) -> Node:
-        """Emit whether a product may leave the range of numbers. Only then can all scores of a row with live keys be
-        -inf, and only a row of zeros has none above."""
+        """Emit whether a product may leave the range of numbers. Otherwise every row with a live key has a finite
+        score; a row whose scores are all -inf is zero."""
 
         def huge(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
             norms = (torch.linalg.vector_norm(x, dtype=self.call.compute) for x in (q, k))  # Cauchy-Schwarz
