@@ -9,6 +9,7 @@ regions were inlined before (the pass `inline_checkpoints`).
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -20,6 +21,7 @@ from torch.fx import GraphModule, Interpreter, Node
 from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx, track_tensor_tree
 from torch.utils._pytree import tree_map, tree_map_only
 
+from attnfx.passes.fx.analysis import storage, written_operands
 from attnfx.passes.fx.cleanup import mark_unread_draws
 from attnfx.passes.fx.examples import Transformed, Untraceable, example
 from attnfx.passes.lift.graph import Graph
@@ -175,6 +177,14 @@ def example_values(gm: GraphModule) -> list[Any]:
     return [n.meta.get("example_value", n.meta.get("val")) for n in placeholders(gm)]
 
 
+def _writes_shared_memory(traced: GraphModule, fakes: Sequence[Any]) -> bool:
+    """Return whether an input is written that shares memory with another one, which the traced inputs do not tell."""
+    memory = [v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in fakes]
+    shared = [n for n, key in zip(placeholders(traced), memory) if key is not None and memory.count(key) > 1]
+    changed = {storage(x) for n in traced.graph.nodes for x in written_operands(n)} if shared else set()
+    return any(storage(n) in changed for n in shared)
+
+
 def run(graph: Graph) -> int:
     """Replace Dynamo's graph by its trace in pre-dispatch ATen; return the number of nodes."""
     gm = graph.gm
@@ -197,6 +207,8 @@ def run(graph: Graph) -> int:
         raise Untraceable(
             f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
         ) from problem
+    if _writes_shared_memory(traced, fakes):
+        raise Transformed("the graph writes an input in place whose memory another input shares")
     for old, new in zip(placeholders(graph.dynamo), placeholders(traced), strict=True):
         for key, value in old.meta.items():
             new.meta.setdefault(key, value)

@@ -166,3 +166,25 @@ def mask_read_before_the_write(q, k, v, far):
 @pytest.mark.parametrize("fn", [distances_written_between_two_reads, mask_read_before_the_write])
 def test_values_before_and_after_a_write_are_two(fn):
     assert_right(fn, *qkv(t=11), torch.randint(0, 9, (11, 11)))
+
+
+def a_write_through_another_input(q, kv, k, new):
+    k[:, :, :4].copy_(new)
+    return (q @ kv[0].mT).softmax(-1) @ kv[1]
+
+
+def a_write_behind_the_scores(q, kv, k, new):
+    s = q @ k.mT
+    kv[0, :, :, :4] = new
+    return s.softmax(-1) @ kv[1]
+
+
+@pytest.mark.parametrize("fn", [a_write_through_another_input, a_write_behind_the_scores])
+def test_inputs_that_share_memory_which_is_written_leave_the_graph_as_it_is(fn):
+    q, new, first = rand(2, 2, 4, 8), rand(2, 2, 4, 8), rand(2, 2, 2, 8, 8)
+    second = first.clone()
+    with torch.no_grad(), new_reports() as filed:
+        got = compiled(fn)(q, first, first[0], new)
+        torch.testing.assert_close(got, fn(q, second, second[0], new))
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not any(r.rewritten for r in filed) and any("memory another input shares" in str(r.notes) for r in filed)
