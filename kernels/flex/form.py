@@ -116,6 +116,8 @@ def _stays_finite(score: Expr, captures: int) -> bool:
     def stays(e: Expr) -> bool:
         if e.op == "const":
             return abs(float(e.value)) < DROWNS  # type: ignore[arg-type]
+        if e.op == "mul" and sum(A.DOT in walk(x) for x in e.args) > 1:
+            return False  # a power of the product leaves the range much earlier
         return e.op in BOUNDED or (e.op == "load" and int(e.value) >= captures)  # type: ignore[call-overload]
 
     return all(e.kind != FLOAT or stays(e) for e in walk(score))

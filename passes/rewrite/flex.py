@@ -27,7 +27,7 @@ SHARED = "attnfx_shared"  # marks the nodes of a block mask: all sites with the 
 # loses rows whose scores are far below zero next to a partition without a live key.
 CPU_OPTIONS = {"PARTITION_SIZE": 64}
 FLASH_OPTIONS = {"BACKEND": "FLASH"}
-LARGEST = 1e30  # product of a query and a key that leaves room for the program to multiply it
+LARGEST = 1e25  # product of two elements that leaves room for their sum, and for the program to multiply it
 
 
 def flex(
@@ -210,8 +210,8 @@ class _Site:
         score; a row whose scores are all -inf is zero."""
 
         def huge(q: torch.Tensor, k: torch.Tensor) -> list[torch.Tensor]:
-            norms = (torch.linalg.vector_norm(x, dtype=self.call.compute) for x in (q, k))  # Cauchy-Schwarz
-            return [~(next(norms) * next(norms) * max(1.0, abs(self.call.form.scale)) < LARGEST)]
+            most = q.abs().amax().to(self.call.compute) * k.abs().amax().to(self.call.compute)
+            return [torch.logical_not(most * max(1.0, abs(self.call.form.scale)) < LARGEST)]
 
         return self._inlined(huge, [query, key], False)[0]
 
