@@ -11,6 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import partial
+from itertools import combinations
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.utils._pytree import tree_map, tree_map_only
 from attnfx.passes.fx.analysis import storage, written_operands
 from attnfx.passes.fx.cleanup import mark_unread_draws
 from attnfx.passes.fx.examples import Transformed, Untraceable, example
+from attnfx.passes.fx.nodes import number
 from attnfx.passes.lift.graph import Graph
 from attnfx.passes.prepare.expand_vmap import uses_functorch
 
@@ -178,11 +180,26 @@ def example_values(gm: GraphModule) -> list[Any]:
 
 
 def _writes_shared_memory(traced: GraphModule, fakes: Sequence[Any]) -> bool:
-    """Return whether an input is written that shares memory with another one, which the traced inputs do not tell."""
-    memory = [v.untyped_storage()._cdata if isinstance(v, torch.Tensor) else None for v in fakes]
-    shared = [n for n, key in zip(placeholders(traced), memory) if key is not None and memory.count(key) > 1]
-    changed = {storage(x) for n in traced.graph.nodes for x in written_operands(n)} if shared else set()
-    return any(storage(n) in changed for n in shared)
+    """Return whether an input is written that overlaps another one, which the traced inputs do not tell."""
+    held: dict[int, list[tuple[Node, int, int]]] = {}
+    for n, x in zip(placeholders(traced), fakes):
+        if isinstance(x, torch.Tensor):
+            held.setdefault(x.untyped_storage()._cdata, []).append((n, *_bytes(x)))
+    pairs = [
+        (n, other)
+        for inputs in held.values()
+        for (n, first, last), (other, begin, end) in combinations(inputs, 2)
+        if first < end and begin < last
+    ]
+    changed = {storage(x) for n in traced.graph.nodes for x in written_operands(n)} if pairs else set()
+    return any(storage(n) in changed for pair in pairs for n in pair)
+
+
+def _bytes(held: torch.Tensor) -> tuple[int, int]:
+    """Return the first byte of its storage that a tensor reaches, and the one behind the last."""
+    first = number(held.storage_offset())
+    steps = sum((number(n) - 1) * number(step) for n, step in zip(held.shape, held.stride()))
+    return first * held.itemsize, (first + steps + 1) * held.itemsize
 
 
 def run(graph: Graph) -> int:
