@@ -289,7 +289,8 @@ def _of_edges(n: Node, given: Sequence[Node], loads: list[Expr], r: Expr) -> boo
     read = [free(e.args) for e in loads]
     if max(len(e.args) for e in loads) < 4 or any(r.value not in names for names in read):
         return False
-    return any(map(of_softmax, given)) or (reaches_softmax(n) and any(names < max(read, key=len) for names in read))
+    of_weights = any(map(of_softmax, given)) and not all(map(of_scores, given))
+    return of_weights or (reaches_softmax(n) and any(names < max(read, key=len) for names in read))
 
 
 def _tabulated(parts: list[list[list[Expr]]], n: Node, out: Index) -> bool:

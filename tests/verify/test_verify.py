@@ -349,7 +349,7 @@ def test_inputs_that_share_memory_share_it_in_the_copies(monkeypatch):
     monkeypatch.setattr(verify.repro, "differences", differences)
     operands, whole = qkv(t=T), torch.zeros(2)
     compiled(fn, verify="first", inner="eager")(*operands, whole[:1], whole)
-    assert any(torch.equal(x, operands[0] + 1) for x in seen) and whole.tolist() == [1, 0]
+    assert not seen and whole.tolist() == [1, 0]  # such a graph is left as it is
 
 
 @pytest.mark.parametrize("kind", ["checkpoint", "cond"])
