@@ -71,6 +71,7 @@ class Facts:
     given           memory of the placeholders and attributes
     regions         node -> (grad mode set in the graph, None before the first; changes by autocast regions)
     frozen          nodes in a region without gradients
+    draws           whether an operator draws random numbers
     differentiable  nodes whose value may require a gradient (example values are snapshots that do not tell)
     """
 
@@ -82,6 +83,7 @@ class Facts:
             self._remember(n)
         self.written = {n for key in self.mutations for n in self.families[key]}
         self.given = {storage(n) for n in gm.graph.nodes if n.op in GIVEN}
+        self.draws = any(n.op == "call_function" and is_random(n.target) for n in gm.graph.nodes)
         self.regions = _regions(gm)
         self.frozen = {n for n in self.regions if self._is_frozen(n)}
         self.differentiable = self._differentiable()

@@ -253,7 +253,7 @@ class Finder:
         query = free(dot.left_index) - free(dot.right_index)
         alone = [v for v in out if v.value in query and v.value not in in_values]
         bound = load.free.difference(str(v.value) for v in (*out, j))
-        if not alone and (over := [n for n in self.gm.graph.nodes if reduced_over(n) in bound]):
+        if not alone and bound and (over := [n for n in self.gm.graph.nodes if reduced_over(n) in bound]):
             message = "a sum, mean or maximum over the queries changes the scores before the softmax"
             raise Refused("reduction", message, [over[0], dot.node])
         if not alone:  # a single query, or one per batch element

@@ -9,11 +9,12 @@
                                                   becomes   linear(q, w1)[:, :, None] + linear(k, w2)[:, None]
     q @ table[g(i, j)].mT                         becomes   (q @ table.mT)[.., g(i, j)]
 
-The third holds for weights of a softmax over another dimension than the sum: a chunk of keys has no sum yet. Each other
-left side has an operand with a vector for each pair of rows. The operands are lifted, up to the tensors that
-they are spread from. If their product is a product of loads, for each part of a concatenation, then the same loads are
-multiplied before they are spread. Narrow dtypes are widened where a sum or another product follows, so that the result
-is rounded once. Needs `meta["val"]`; changes the graph in place; promises the same results up to rounding.
+The third holds for weights of a softmax over another dimension than the sum, which a chunk of keys does not know yet,
+the fourth and fifth for einsums near a softmax. Each other left side has an operand with a vector for each pair of
+rows. The operands are lifted, up to the tensors that they are spread from. If their product is a product of loads, for
+each part of a concatenation, then the same loads are multiplied before they are spread. Narrow dtypes are widened where
+a sum or another product follows, so that the result is rounded once. Needs `meta["val"]`; changes the graph in place;
+promises the same results up to rounding.
 """
 
 from __future__ import annotations
@@ -87,6 +88,10 @@ def _distributed(graph: Graph, n: Node, lookups: bool) -> Node | None:
     """Emit a product of the tensors from which its operands are spread; with `lookups`, also of a looked-up table."""
     facts, out, summed = graph.facts, variables(n), op_name(n) == "sum"
     given, reduced = _summed(n, out) if summed else factors(Product(n) if op_name(n) == "linear" else n, out)
+    if not lookups and not any(
+        op_name(y) in LOOKUPS for y in reach([x for x, _ in given], partial(_opened, facts, True))
+    ):
+        return None  # nothing to leave as it is
     opened = partial(_opened, facts, lookups)
     spread = {x for x, _ in given if summed or any(op_name(y) in SPREADING for y in reach([x], opened))}
     if not spread and len(given) < 3:

@@ -17,7 +17,7 @@ from torch.fx import Node
 from attnfx.ir import algebra as A
 from attnfx.ir.expr import Expr
 from attnfx.ir.reach import postorder, reach
-from attnfx.passes.fx.analysis import Facts, is_random, written_operands
+from attnfx.passes.fx.analysis import Facts, written_operands
 from attnfx.passes.fx.nodes import dims, facts_of, is_tensor, label, number, op_name, refusal, value
 from attnfx.passes.lift.access import free, variables
 from attnfx.passes.lift.contraction import contracted
@@ -74,8 +74,7 @@ def _candidates(facts: Facts, finding: Finding) -> list[tuple[int, Expr]]:
         if w in weights and v.value in free(at) and dims(final)[d] is not A.ONE
     )
     # other rows and keys would draw other dropout than an attention that shares the weights
-    draws = any(is_random(n.target) for n in final.graph.nodes if n.op == "call_function")
-    turned = [(NONE, variables(final)[-d]) for own, _, d in found[:1] if not (own or draws)]
+    turned = [(NONE, variables(final)[-d]) for own, _, d in found[:1] if not (own or facts.draws)]
     return [*((-d, c.reduced) for _, _, d in found), *turned]
 
 
